@@ -1,0 +1,66 @@
+# Every target works on a fresh machine with Python 3.11 or later, pip and make.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# The demo, the tests and the checks use the embedded server and never a database that somebody works with.
+EMBEDDED := env -u DATABASE_URL CRM_DOTENV=off
+MANAGE := $(EMBEDDED) $(BIN)/python manage.py
+NEXT := $(if $(or $(DATABASE_URL),$(wildcard .env)),$(EMBEDDED) )$(BIN)/python manage.py
+
+PEOPLE ?= 10000
+GENERATION ?= 2025_10
+SEED ?= 1
+
+.PHONY: help install demo test check bench lock clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+install: $(VENV)/.installed ## Make .venv with all that development and the demo need
+
+$(VENV)/.installed: requirements-dev.txt requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed: make install PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.txt
+	@touch $@
+
+demo: install ## Sample people in a fresh embedded database, backfilled before your eyes (PEOPLE=10000)
+	@$(EMBEDDED) $(BIN)/python -m config.embedded drop
+	$(MANAGE) load_sample_data --people $(PEOPLE) --generation $(GENERATION) --seed $(SEED)
+	$(MANAGE) migrate --verbosity 0
+	$(MANAGE) backfill_crm_contacts || test $$? -eq 1
+	@printf '\nThe rows in error above are part of the sample. What to type next:\n'
+	@printf '  %-75s %s\n' \
+		'$(NEXT) backfill_crm_contacts' 'again: nothing left to do' \
+		'$(NEXT) createsuperuser' 'an account for the admin' \
+		'$(NEXT) runserver' 'then look at http://127.0.0.1:8000/admin/'
+
+test: install ## Run the tests (ARGS="-k mapping" for some of them)
+	$(EMBEDDED) $(BIN)/python -m pytest $(ARGS)
+
+check: install ## Lint, types, migrations and tests: what has to pass
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(EMBEDDED) $(BIN)/mypy .
+	$(MANAGE) makemigrations --check --dry-run
+	$(EMBEDDED) $(BIN)/python -m pytest
+
+bench: install ## Measure the backfill on the embedded server
+	$(EMBEDDED) $(BIN)/python -m bench $(ARGS)
+
+PIP_COMPILE := CUSTOM_COMPILE_COMMAND='make lock' $(BIN)/pip-compile --quiet --generate-hashes --strip-extras \
+	--allow-unsafe --no-emit-index-url --no-emit-find-links
+
+lock: install ## Compile requirements*.in into pinned and hashed requirements*.txt (ARGS=--upgrade)
+	$(PIP_COMPILE) $(ARGS) --output-file requirements.txt requirements.in
+	$(PIP_COMPILE) $(ARGS) --output-file requirements-dev.txt requirements-dev.in
+
+clean: ## Remove .venv, the embedded database and every cache
+	@if [ -x $(BIN)/python ]; then $(EMBEDDED) $(BIN)/python -m config.embedded stop || true; fi
+	rm -rf $(VENV) .postgres .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

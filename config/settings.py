@@ -1,0 +1,177 @@
+"""The settings of the project, one file. The environment decides, and a file .env beside manage.py where there is one.
+
+With DATABASE_URL this is production unless DEBUG says otherwise: a missing SECRET_KEY is an error, and the admin is
+served over HTTPS only. Without it this is development, on the embedded PostgreSQL. .env.example names every variable.
+"""
+
+import os
+import secrets
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import environ
+from django.core.exceptions import ImproperlyConfigured
+
+from config import database, embedded
+
+BASE_DIR = Path(__file__).resolve().parent.parent
+
+env = environ.Env()
+
+
+def _read_dotenv(path: Path) -> None:
+    """Load the file into the environment, whose own values win. An unreadable file is an error, not an absent one."""
+    if os.environ.get("CRM_DOTENV") == "off" or not path.exists():
+        return
+    try:
+        with path.open(encoding="utf-8") as file:
+            env.read_env(file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ImproperlyConfigured(
+            f"{path} cannot be read ({type(error).__name__}): give this user the right to read it, as UTF-8 text, "
+            "or set CRM_DOTENV=off to go without it."
+        ) from None
+
+
+def _development_key(path: Path) -> str:
+    """A secret made up once per checkout, so that a restart of the development server logs nobody out."""
+    made_up = path.with_name(f"{path.name}.{os.getpid()}")
+    if not path.exists():
+        made_up.touch(mode=0o600)
+        made_up.write_text(secrets.token_urlsafe(50), encoding="ascii")
+        # A link never replaces: of several processes that start at once, the first one's key is everybody's.
+        with suppress(FileExistsError):
+            path.hardlink_to(made_up)
+        made_up.unlink()
+    return path.read_text(encoding="ascii")
+
+
+def _secret_key() -> str:
+    # Read without django-environ: a value that begins with $ is the name of another variable to it.
+    if key := os.environ.get("SECRET_KEY"):
+        return key
+    if DEBUG:
+        return _development_key(BASE_DIR / ".secret-key.development")
+    raise ImproperlyConfigured(
+        "SECRET_KEY is not set: the admin signs its sessions with it, and there is no default in production. "
+        'Make one with `python -c "import secrets; print(secrets.token_urlsafe(50))"` and put it into the environment '
+        "or into .env."
+    )
+
+
+_read_dotenv(BASE_DIR / ".env")
+
+# The database
+
+BACKFILL_SCHEMA = "crm_backfill"
+EMBEDDED_DATA = Path(os.environ.get("CRM_EMBEDDED_DATA") or BASE_DIR / ".postgres").resolve()
+
+DATABASE_CONNECTION_LIMIT: int | None = None
+LEGACY_SCHEMA = database.DEFAULT_SCHEMA
+DATABASES: dict[str, dict[str, Any]]
+
+if "DATABASE_URL" in os.environ:
+    _database = database.parse(os.environ["DATABASE_URL"], backfill_schema=BACKFILL_SCHEMA)
+    LEGACY_SCHEMA = _database.legacy_schema
+    DATABASE_CONNECTION_LIMIT = _database.connection_limit
+    DATABASES = {"default": _database.django_entry(BACKFILL_SCHEMA)}
+else:
+    DATABASES = {"default": embedded.django_entry(EMBEDDED_DATA, BACKFILL_SCHEMA, LEGACY_SCHEMA)}
+
+# What the operator may choose
+
+CRM_PLACEHOLDER_DOMAIN = env.str("CRM_PLACEHOLDER_DOMAIN", default="crm-backfill.invalid")
+
+# Security
+
+DEBUG = env.bool("DEBUG", default="DATABASE_URL" not in os.environ)
+SECRET_KEY = _secret_key()
+ALLOWED_HOSTS = env.list("ALLOWED_HOSTS", default=[])
+CSRF_TRUSTED_ORIGINS = env.list("CSRF_TRUSTED_ORIGINS", default=[])
+
+# To be turned off for a look at the admin through `runserver` on one's own machine, and for nothing else.
+HTTPS_ONLY = env.bool("HTTPS_ONLY", default=not DEBUG)
+SECURE_SSL_REDIRECT = HTTPS_ONLY
+SESSION_COOKIE_SECURE = HTTPS_ONLY
+CSRF_COOKIE_SECURE = HTTPS_ONLY
+# An hour, so that a mistake heals by itself; raise it once the admin has been reached over HTTPS for a while.
+SECURE_HSTS_SECONDS = env.int("SECURE_HSTS_SECONDS", default=3600 if HTTPS_ONLY else 0)
+SECURE_HSTS_INCLUDE_SUBDOMAINS = HTTPS_ONLY
+SECURE_HSTS_PRELOAD = HTTPS_ONLY
+# Only a proxy that always sets this header, whatever the client sent, may be believed.
+if env.bool("BEHIND_TLS_PROXY", default=False):
+    SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https")
+
+# The admin
+
+INSTALLED_APPS = [
+    "django.contrib.admin",
+    "django.contrib.auth",
+    "django.contrib.contenttypes",
+    "django.contrib.sessions",
+    "django.contrib.messages",
+    "django.contrib.staticfiles",
+    "crm",
+]
+
+MIDDLEWARE = [
+    "django.middleware.security.SecurityMiddleware",
+    "django.contrib.sessions.middleware.SessionMiddleware",
+    "django.middleware.common.CommonMiddleware",
+    "django.middleware.csrf.CsrfViewMiddleware",
+    "django.contrib.auth.middleware.AuthenticationMiddleware",
+    "django.contrib.messages.middleware.MessageMiddleware",
+    "django.middleware.clickjacking.XFrameOptionsMiddleware",
+]
+
+TEMPLATES = [
+    {
+        "BACKEND": "django.template.backends.django.DjangoTemplates",
+        "APP_DIRS": True,
+        "OPTIONS": {
+            "context_processors": [
+                "django.template.context_processors.request",
+                "django.contrib.auth.context_processors.auth",
+                "django.contrib.messages.context_processors.messages",
+            ],
+        },
+    },
+]
+
+AUTH_PASSWORD_VALIDATORS = [
+    {"NAME": f"django.contrib.auth.password_validation.{validator}"}
+    for validator in (
+        "UserAttributeSimilarityValidator",
+        "MinimumLengthValidator",
+        "CommonPasswordValidator",
+        "NumericPasswordValidator",
+    )
+]
+
+ROOT_URLCONF = "config.urls"
+WSGI_APPLICATION = "config.wsgi.application"
+STATIC_URL = "static/"
+STATIC_ROOT = BASE_DIR / "staticfiles"
+DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
+
+LANGUAGE_CODE = "en-us"
+USE_I18N = True
+USE_TZ = True
+TIME_ZONE = "UTC"
+
+# Log lines go to stderr, so that stdout holds a command's answer and nothing else.
+LOGGING = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {
+        "line": {"format": "{asctime} {levelname} {name}: {message}", "style": "{"},
+    },
+    "handlers": {
+        "stderr": {"class": "logging.StreamHandler", "formatter": "line"},
+    },
+    "root": {"handlers": ["stderr"], "level": "WARNING"},
+    "loggers": {
+        "crm": {"level": "INFO"},
+    },
+}

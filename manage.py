@@ -1,0 +1,39 @@
+#!/usr/bin/env python
+"""Runs the project's commands. An operator's mistake is one line on stderr and exit code 2, never a traceback."""
+
+import os
+import sys
+
+from django.core.exceptions import ImproperlyConfigured
+from django.core.management import execute_from_command_line
+from django.db import OperationalError
+
+from crm.errors import OperatorError
+
+
+def main(arguments: list[str]) -> int:
+    """Run one command; returns the exit code for the operator's mistakes, otherwise what the command decides."""
+    os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
+    try:
+        execute_from_command_line(arguments)
+    except (ImproperlyConfigured, OperatorError) as error:
+        return _refuse(str(error))
+    except OperationalError as error:
+        if not _is_connection_failure(error):
+            raise
+        return _refuse(f"The database cannot be reached: {error} Check DATABASE_URL and that the server runs.")
+    return 0
+
+
+def _refuse(message: str) -> int:
+    sys.stderr.write(" ".join(message.split()) + "\n")
+    return OperatorError.exit_code
+
+
+def _is_connection_failure(error: OperationalError) -> bool:
+    """Whether there never was a connection: only then has libpq no SQLSTATE to give."""
+    return getattr(error.__cause__, "sqlstate", None) is None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
