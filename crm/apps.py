@@ -1,6 +1,9 @@
 """The application, and the schema that its tables live in."""
 
 from django.apps import AppConfig
+from django.db.models.signals import pre_migrate
+
+from crm.own_schema import prepare
 
 
 class CrmConfig(AppConfig):
@@ -9,3 +12,7 @@ class CrmConfig(AppConfig):
     name = "crm"
     verbose_name = "CRM"
     default_auto_field = "django.db.models.BigAutoField"
+
+    def ready(self) -> None:
+        # Django sends it once for each application, before it makes its own django_migrations table.
+        pre_migrate.connect(prepare, sender=self, dispatch_uid="crm.own_schema")

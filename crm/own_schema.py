@@ -1,0 +1,109 @@
+"""Our own PostgreSQL schema: made before the first migration, and nothing of ours ever lands beside it.
+
+Prisma owns every table of the application's schema and drops what it does not know. So our schema comes first in the
+search path, and Django's tables and ours are made there. What would put them elsewhere is refused before it happens.
+"""
+
+import re
+from typing import Any
+
+from django.conf import settings
+from django.db import DatabaseError, connections
+from django.db.backends.utils import CursorWrapper
+from psycopg import sql
+
+from crm.errors import OperatorError
+
+INSUFFICIENT_PRIVILEGE = "42501"
+
+
+def prepare(using: str, **_signal: Any) -> None:
+    """Make the schema where it is missing. A receiver of `pre_migrate`; changes nothing when called again.
+
+    Raises OperatorError where the search path is another one, where this role may not make the schema or use it, and
+    where Django's record of migrations lies in another schema.
+    """
+    connection = connections[using]
+    if connection.vendor != "postgresql":
+        return
+    with connection.cursor() as cursor:
+        _check_search_path(cursor)
+        if not _exists(cursor):
+            _create(cursor)
+        _check_privileges(cursor)
+        _check_record_of_migrations(cursor)
+
+
+def names_in(search_path: str) -> list[str]:
+    """The schemas that a search path names, as PostgreSQL reads it: quoted ones as they are, others in lower case."""
+    found = re.findall(r'"((?:[^"]|"")*)"|([^\s,"]+)', search_path)
+    return [quoted.replace('""', '"') or plain.lower() for quoted, plain in found]
+
+
+def _check_search_path(cursor: CursorWrapper) -> None:
+    wanted = [settings.BACKFILL_SCHEMA, settings.LEGACY_SCHEMA]
+    cursor.execute("SELECT current_setting('search_path'), current_user, current_database()")
+    search_path, role, database = cursor.fetchone()
+    if names_in(search_path)[: len(wanted)] == wanted:
+        return
+    raise OperatorError(
+        f"The search path of this connection is {search_path}, so the tables of the backfill would land among the "
+        "application's. A connection through PgBouncer cannot choose it: let the role have it, once, with "
+        f"ALTER ROLE {_quoted(role)} IN DATABASE {_quoted(database)} "
+        f"SET search_path = {', '.join(map(_quoted, wanted))}; and reconnect PgBouncer's server connections."
+    )
+
+
+def _exists(cursor: CursorWrapper) -> bool:
+    cursor.execute("SELECT FROM pg_namespace WHERE nspname = %s", [settings.BACKFILL_SCHEMA])
+    return cursor.fetchone() is not None
+
+
+def _create(cursor: CursorWrapper) -> None:
+    schema = _quoted(settings.BACKFILL_SCHEMA)
+    try:
+        # Somebody may have been first since the look.
+        cursor.execute(f"CREATE SCHEMA IF NOT EXISTS {schema}")
+    except DatabaseError as error:
+        if getattr(error.__cause__, "sqlstate", None) != INSUFFICIENT_PRIVILEGE:
+            raise
+        role = _quoted(_current_role(cursor))
+        raise OperatorError(
+            f"The schema {settings.BACKFILL_SCHEMA} is missing, and this role may not make it. Let the owner of the "
+            f"database run CREATE SCHEMA {schema} AUTHORIZATION {role}; and try again."
+        ) from error
+
+
+def _check_privileges(cursor: CursorWrapper) -> None:
+    schema = settings.BACKFILL_SCHEMA
+    cursor.execute("SELECT has_schema_privilege(%s, 'USAGE') AND has_schema_privilege(%s, 'CREATE')", [schema, schema])
+    if cursor.fetchone()[0]:
+        return
+    raise OperatorError(
+        f"This role may not make tables in the schema {schema}. Let its owner run "
+        f"GRANT USAGE, CREATE ON SCHEMA {_quoted(schema)} TO {_quoted(_current_role(cursor))}; and try again."
+    )
+
+
+def _check_record_of_migrations(cursor: CursorWrapper) -> None:
+    """Another Django's record in the application's schema would be taken for ours as long as we have none."""
+    cursor.execute(
+        "SELECT nspname FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace "
+        "WHERE pg_class.oid = to_regclass('django_migrations') AND nspname <> %s",
+        [settings.BACKFILL_SCHEMA],
+    )
+    if (row := cursor.fetchone()) is not None:
+        raise OperatorError(
+            f"The schema {row[0]} holds a table django_migrations of another Django project, which would be taken for "
+            "the record of this one. Move it out of the search path, and try again."
+        )
+
+
+def _quoted(name: str) -> str:
+    return sql.Identifier(name).as_string()
+
+
+def _current_role(cursor: CursorWrapper) -> str:
+    cursor.execute("SELECT current_user")
+    (role,) = cursor.fetchone()
+    return str(role)

