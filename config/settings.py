@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import environ
-from django.core.exceptions import ImproperlyConfigured
+from django.core.exceptions import ImproperlyConfigured, ValidationError
+from django.core.validators import validate_email
 
 from config import database, embedded
 
@@ -60,6 +61,36 @@ def _secret_key() -> str:
     )
 
 
+def _seconds(name: str, default: int) -> int:
+    value = os.environ.get(name, "").strip()
+    if not value:
+        return default
+    if not (value.isascii() and value.isdigit()):
+        raise ImproperlyConfigured(f"{name} is not a whole number of seconds: correct it, or leave it out.")
+    return int(value)
+
+
+def _switch(name: str, *, default: bool) -> bool:
+    """On or off. Anything else is refused: django-environ would take a misspelt `on` for off."""
+    value = os.environ.get(name, "").strip().lower()
+    if not value:
+        return default
+    if value not in (*env.BOOLEAN_TRUE_STRINGS, "false", "off", "no", "n", "0"):
+        raise ImproperlyConfigured(f"{name} is neither on nor off: write one of them, or leave it out.")
+    return value in env.BOOLEAN_TRUE_STRINGS
+
+
+def _domain(name: str, default: str) -> str:
+    value = os.environ.get(name, "").strip().lower() or default
+    try:
+        validate_email(f"client-0@{value}")
+    except ValidationError:
+        raise ImproperlyConfigured(
+            f"{name} is not the domain of an email address: correct it, or leave it out for {default}."
+        ) from None
+    return value
+
+
 _read_dotenv(BASE_DIR / ".env")
 
 # The database
@@ -81,26 +112,26 @@ else:
 
 # What the operator may choose
 
-CRM_PLACEHOLDER_DOMAIN = env.str("CRM_PLACEHOLDER_DOMAIN", default="crm-backfill.invalid")
+CRM_PLACEHOLDER_DOMAIN = _domain("CRM_PLACEHOLDER_DOMAIN", default="crm-backfill.invalid")
 
 # Security
 
-DEBUG = env.bool("DEBUG", default="DATABASE_URL" not in os.environ)
+DEBUG = _switch("DEBUG", default="DATABASE_URL" not in os.environ)
 SECRET_KEY = _secret_key()
 ALLOWED_HOSTS = env.list("ALLOWED_HOSTS", default=[])
 CSRF_TRUSTED_ORIGINS = env.list("CSRF_TRUSTED_ORIGINS", default=[])
 
 # To be turned off for a look at the admin through `runserver` on one's own machine, and for nothing else.
-HTTPS_ONLY = env.bool("HTTPS_ONLY", default=not DEBUG)
+HTTPS_ONLY = _switch("HTTPS_ONLY", default=not DEBUG)
 SECURE_SSL_REDIRECT = HTTPS_ONLY
 SESSION_COOKIE_SECURE = HTTPS_ONLY
 CSRF_COOKIE_SECURE = HTTPS_ONLY
 # An hour, so that a mistake heals by itself; raise it once the admin has been reached over HTTPS for a while.
-SECURE_HSTS_SECONDS = env.int("SECURE_HSTS_SECONDS", default=3600 if HTTPS_ONLY else 0)
+SECURE_HSTS_SECONDS = _seconds("SECURE_HSTS_SECONDS", default=3600 if HTTPS_ONLY else 0)
 SECURE_HSTS_INCLUDE_SUBDOMAINS = HTTPS_ONLY
 SECURE_HSTS_PRELOAD = HTTPS_ONLY
 # Only a proxy that always sets this header, whatever the client sent, may be believed.
-if env.bool("BEHIND_TLS_PROXY", default=False):
+if _switch("BEHIND_TLS_PROXY", default=False):
     SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https")
 
 # The admin

@@ -67,6 +67,13 @@ def test_a_secret_that_begins_with_a_dollar_is_taken_as_it_is() -> None:
     assert settings_with(DATABASE_URL=URL, SECRET_KEY=f"${SECRET}")["SECRET_KEY"] == f"${SECRET}"
 
 
+def test_a_switch_is_turned_with_the_usual_words() -> None:
+    shown = settings_with(DATABASE_URL=URL, DEBUG="on", HTTPS_ONLY="True")
+    assert (shown["DEBUG"], shown["HTTPS_ONLY"]) == (True, True)
+    shown = settings_with(DATABASE_URL=URL, SECRET_KEY=SECRET, HTTPS_ONLY="no")
+    assert (shown["DEBUG"], shown["HTTPS_ONLY"]) == (False, False)
+
+
 def test_production_passes_the_deployment_checks_of_django() -> None:
     result = run(
         "manage.py", "check", "--deploy", "--fail-level", "INFO",
@@ -81,6 +88,9 @@ def test_production_passes_the_deployment_checks_of_django() -> None:
         ({"DATABASE_URL": URL}, "SECRET_KEY is not set"),
         ({"DATABASE_URL": URL, "SECRET_KEY": ""}, "SECRET_KEY is not set"),
         ({"DATABASE_URL": "", "SECRET_KEY": SECRET}, "DATABASE_URL cannot be used: it is set but empty"),
+        ({"DEBUG": "onn"}, "DEBUG is neither on nor off"),
+        ({"SECURE_HSTS_SECONDS": "an hour"}, "SECURE_HSTS_SECONDS is not a whole number"),
+        ({"CRM_PLACEHOLDER_DOMAIN": "no domain"}, "CRM_PLACEHOLDER_DOMAIN is not the domain"),
         ({"DATABASE_URL": f"{URL}&color=red", "SECRET_KEY": SECRET}, "the parameter color is not known"),
     ],
 )
