@@ -40,7 +40,7 @@ def create_legacy_tables(cursor: CursorWrapper, generation: str) -> None:
     statements = [
         sql.SQL("CREATE SCHEMA {};").format(schema) if schema_is_missing else sql.SQL(""),
         sql.SQL("SET LOCAL search_path TO {};").format(schema),
-        sql.SQL(ddl(generation)),  # type: ignore[arg-type]  # LiteralString is asked for; ours is a file of the package
+        sql.SQL(ddl(generation)),
         sql.SQL("SELECT set_config('search_path', {}, true);").format(sql.Literal(search_path)),
     ]
     # Sent as one string without parameters, PostgreSQL runs them as one transaction, whatever the caller's autocommit.
