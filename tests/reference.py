@@ -1,0 +1,342 @@
+"""The judge: what a backfill must do, one row after another, on plain dicts.
+
+It is slow, short and meant to be read beside the rules. It shares no code with the project, so that agreement means
+something. Timestamps are aware (UTC), rates are Decimals, columns carry the names that the database gives them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from django.core.exceptions import ValidationError
+from django.core.validators import validate_email
+
+Row = dict[str, Any]
+Line = dict[str, str | None]
+
+PLACEHOLDER_DOMAIN = "crm-backfill.invalid"
+SOURCES = ("clients", "preparers", "affiliates", "converted_leads", "active_leads")
+SETTLED = ("created", "merged", "exists")
+
+PROFILE_SOURCES = {"CLIENT": "clients", "TAX_PREPARER": "preparers", "AFFILIATE": "affiliates"}
+EXCLUDED_ROLES = {"SUPER_ADMIN": "super_admin", "ADMIN": "admin", "LEAD": "lead"}
+PROFILE_TYPES = {"clients": "CLIENT", "preparers": "PREPARER", "affiliates": "AFFILIATE"}
+LEAD_TYPES = {"CUSTOMER": "LEAD", "TAX_PREPARER": "PREPARER", "AFFILIATE": "AFFILIATE"}
+# The first of these stages that the database has. Without one, the row is excluded.
+STAGES = {
+    "NEW": ("NEW",),
+    "CONTACTED": ("CONTACTED",),
+    "QUALIFIED": ("QUALIFIED", "CONTACTED"),
+    "CONVERTED": ("COMPLETE", "CLOSED"),
+    "DISQUALIFIED": ("LOST",),
+}
+
+NULLABLE_ATTRIBUTION = (
+    "referrerUsername",
+    "referrerType",
+    "commissionRate",
+    "commissionRateLockedAt",
+    "attributionMethod",
+)
+ATTRIBUTION = (*NULLABLE_ATTRIBUTION, "attributionConfidence")
+CONTACT_COLUMNS = (
+    *("id", "userId", "clerkUserId", "contactType", "firstName", "lastName", "email", "phone", "company"),
+    *("stage", "stageEnteredAt", "source", "assignedPreparerId", "assignedAt"),
+    *ATTRIBUTION,
+    *("createdAt", "updatedAt", "lastContactedAt"),
+)
+
+
+@dataclass(frozen=True)
+class Population:
+    """The rows before a run, and what the run must know of their database."""
+
+    generation: str
+    stages: tuple[str, ...]
+    has_clerk_user_id: bool
+    users: list[Row] = field(default_factory=list)
+    profiles: list[Row] = field(default_factory=list)
+    leads: list[Row] = field(default_factory=list)
+    contacts: list[Row] = field(default_factory=list)
+
+
+@dataclass
+class Counts:
+    """What one run counts. Dicts hold no zeros."""
+
+    read: int = 0
+    created: int = 0
+    merged: int = 0
+    exists: int = 0
+    error: int = 0
+    error_new: int = 0
+    already: int = 0
+    excluded: Counter[str] = field(default_factory=Counter)
+    created_by_type: Counter[str] = field(default_factory=Counter)
+    by_source: dict[str, Counter[str]] = field(default_factory=dict)
+    by_reason: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass
+class Result:
+    """Everything after a run: contacts by id, ledger lines by row reference, counts of this run."""
+
+    contacts: dict[str, Row]
+    ledger: dict[str, Line]
+    counts: Counts
+
+
+class Rejected(Exception):  # noqa: N818 - a verdict on a row, not a failure of the program
+    """The row ends in the ledger as an error."""
+
+    def __init__(self, reason: str, contact_id: str | None = None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.contact_id = contact_id
+
+
+def backfill(
+    population: Population,
+    *,
+    ledger: Mapping[str, Line] | None = None,
+    only: Collection[str] | None = None,
+    placeholder_domain: str = PLACEHOLDER_DOMAIN,
+) -> Result:
+    """Run once: `ledger` is what earlier runs left, `only` the sources that are asked for (all, if None)."""
+    result = Result(
+        contacts={contact["id"]: dict(contact) for contact in population.contacts},
+        ledger={reference: dict(line) for reference, line in (ledger or {}).items()},
+        counts=Counts(),
+    )
+    sources: dict[str, list[tuple[str, Row]]] = {source: [] for source in SOURCES}
+    for table, row in _rows_in_order(population):
+        excluded = exclusion(table, row, population.stages)
+        if excluded:
+            result.counts.excluded[excluded] += 1
+        else:
+            sources[source_of(table, row)].append((table, row))
+    for source, rows in sources.items():
+        if only is None or source in only:
+            for table, row in rows:
+                _one_row(result, population, source, f"{table}:{row['id']}", row, placeholder_domain)
+    return result
+
+
+def _rows_in_order(population: Population) -> Iterator[tuple[str, Row]]:
+    for profile in sorted(population.profiles, key=lambda row: row["id"]):
+        yield "profiles", profile
+    for lead in sorted(population.leads, key=lambda row: (row["createdAt"], row["id"])):
+        yield "leads", lead
+
+
+def exclusion(table: str, row: Row, stages: Collection[str]) -> str | None:
+    """Why this row is not to be migrated, or None if it is."""
+    if table == "profiles":
+        return EXCLUDED_ROLES.get(label(row["role"]))
+    return "disqualified" if label(row["status"]) == "DISQUALIFIED" and "LOST" not in stages else None
+
+
+def source_of(table: str, row: Row) -> str:
+    """Which of the five sources a row that is to be migrated belongs to."""
+    if table == "profiles":
+        return PROFILE_SOURCES.get(label(row["role"]), "clients")
+    return "converted_leads" if label(row["status"]) == "CONVERTED" else "active_leads"
+
+
+def _one_row(result: Result, population: Population, source: str, reference: str, row: Row, domain: str) -> None:
+    before = result.ledger.get(reference)
+    if before and before["outcome"] in SETTLED:
+        result.counts.already += 1
+        return
+    try:
+        if source in PROFILE_TYPES:
+            draft = contact_of_profile(population, source, row, domain)
+        else:
+            draft = contact_of_lead(population, source, row)
+        outcome, contact_id = _land(result, draft, is_lead=source not in PROFILE_TYPES)
+        line: Line = {"source": source, "outcome": outcome, "reason": None, "contact_id": contact_id}
+    except Rejected as error:
+        line = {"source": source, "outcome": "error", "reason": error.reason, "contact_id": error.contact_id}
+    result.ledger[reference] = line
+    _count(result, before, line)
+
+
+def _land(result: Result, draft: Row, *, is_lead: bool) -> tuple[str, str]:
+    contact = find(draft, result.contacts)
+    if contact is None:
+        result.contacts[draft["id"]] = draft
+        return "created", draft["id"]
+    made_here = {contact_id_of(ref) for ref, line in result.ledger.items() if line["outcome"] == "created"}
+    if contact["id"] not in made_here and contact["id"] != draft["id"]:
+        return "exists", contact["id"]
+    if is_lead:
+        fill_from_lead(contact, draft)
+    else:
+        fill_from_profile(contact, draft)
+    return "merged", contact["id"]
+
+
+def _count(result: Result, before: Line | None, line: Line) -> None:
+    counts, outcome, reason = result.counts, str(line["outcome"]), line["reason"]
+    counts.read += 1
+    setattr(counts, outcome, getattr(counts, outcome) + 1)
+    counts.by_source.setdefault(str(line["source"]), Counter())[outcome] += 1
+    if outcome == "created":
+        counts.created_by_type[result.contacts[str(line["contact_id"])]["contactType"]] += 1
+    if outcome == "error":
+        counts.by_reason[str(reason)] += 1
+        counts.error_new += not (before and before["outcome"] == "error" and before["reason"] == reason)
+
+
+def contact_of_profile(population: Population, source: str, row: Row, domain: str) -> Row:
+    """The contact that a profile makes if it meets none."""
+    if label(row["role"]) not in PROFILE_SOURCES:
+        raise Rejected("unknown_role")
+    raw_email = next((user["email"] for user in population.users if user["id"] == row["userId"]), "")
+    if trimmed(raw_email) is None:
+        email = f"{PROFILE_TYPES[source].lower()}-{row['id'].lower()}@{domain}"
+    else:
+        email = valid_email(raw_email)
+    return {
+        "id": contact_id_of(f"profiles:{row['id']}"),
+        "userId": row["userId"],
+        "clerkUserId": row["clerkUserId"] if population.has_clerk_user_id else None,
+        "contactType": PROFILE_TYPES[source],
+        "firstName": trimmed(row["firstName"]) or "Unknown",
+        "lastName": trimmed(row["lastName"]) or "Unknown",
+        "email": email,
+        "phone": trimmed(row["phone"]),
+        "company": trimmed(row["companyName"]),
+        "stage": "NEW",
+        "stageEnteredAt": row["createdAt"],
+        "source": "backfill",
+        "assignedPreparerId": None,
+        "assignedAt": None,
+        **dict.fromkeys(NULLABLE_ATTRIBUTION),
+        "attributionConfidence": 100,
+        "createdAt": row["createdAt"],
+        "updatedAt": row["updatedAt"],
+        "lastContactedAt": None,
+    }
+
+
+def contact_of_lead(population: Population, source: str, row: Row) -> Row:
+    """The contact that a lead makes if it meets none."""
+    if label(row["status"]) not in STAGES:
+        raise Rejected("unknown_status")
+    contact_type = "CLIENT" if source == "converted_leads" else LEAD_TYPES.get(label(row["type"]))
+    if contact_type is None:
+        raise Rejected("unknown_type")
+    stage = next(stage for stage in STAGES[label(row["status"])] if stage in population.stages)
+    preparer = preparer_of(population, row["assignedPreparerId"])
+    return {
+        "id": contact_id_of(f"leads:{row['id']}"),
+        "userId": None,
+        "clerkUserId": None,
+        "contactType": contact_type,
+        "firstName": trimmed(row["firstName"]) or "Unknown",
+        "lastName": trimmed(row["lastName"]) or "Unknown",
+        "email": valid_email(row["email"]),
+        "phone": trimmed(row["phone"]),
+        "company": None,
+        "stage": stage,
+        "stageEnteredAt": stage_entered_at(stage, row),
+        "source": trimmed(row["source"]) or "lead_form",
+        "assignedPreparerId": preparer,
+        "assignedAt": row["updatedAt"] if preparer is not None else None,
+        **{column: row[column] for column in ATTRIBUTION},
+        "createdAt": row["createdAt"],
+        "updatedAt": row["updatedAt"],
+        "lastContactedAt": row["lastContactedAt"],
+    }
+
+
+def find(draft: Row, contacts: Mapping[str, Row]) -> Row | None:
+    """The contact that this draft's person already has. Raises Rejected if the keys name two accounts."""
+    by_user = _holder(contacts, "userId", draft["userId"])
+    by_clerk = _holder(contacts, "clerkUserId", draft["clerkUserId"])
+    if by_user and by_clerk and by_user is not by_clerk:
+        raise Rejected("conflict", by_user["id"])
+    same_email = sorted(
+        (contact for contact in contacts.values() if contact["email"].strip().lower() == draft["email"]),
+        key=lambda contact: (contact["email"] != draft["email"], contact["createdAt"], contact["id"]),
+    )
+    candidate = by_user or by_clerk
+    if candidate and same_email and candidate not in same_email:
+        raise Rejected("conflict", same_email[0]["id"])
+    if same_email:
+        candidate = candidate or same_email[0]
+        for key in ("userId", "clerkUserId"):
+            if None not in (candidate[key], draft[key]) and candidate[key] != draft[key]:
+                raise Rejected("conflict", candidate["id"])
+    # Last, the row's own contact under keys that people changed since: a row never yields two contacts.
+    return candidate or contacts.get(draft["id"])
+
+
+def _holder(contacts: Mapping[str, Row], key: str, value: str | None) -> Row | None:
+    return next((contact for contact in contacts.values() if value is not None and contact[key] == value), None)
+
+
+def fill_from_profile(contact: Row, draft: Row) -> None:
+    """A profile merges: identity keys, phone and company, where there is nothing."""
+    for column in ("userId", "clerkUserId", "phone", "company"):
+        if contact[column] is None:
+            contact[column] = draft[column]
+
+
+def fill_from_lead(contact: Row, draft: Row) -> None:
+    """A lead merges: attribution and assignment as units, phone and last contact, where there is nothing."""
+    if all(contact[column] is None for column in NULLABLE_ATTRIBUTION) and any(
+        draft[column] is not None for column in NULLABLE_ATTRIBUTION
+    ):
+        contact.update({column: draft[column] for column in ATTRIBUTION})
+    if contact["assignedPreparerId"] is None and draft["assignedPreparerId"] is not None:
+        contact.update({column: draft[column] for column in ("assignedPreparerId", "assignedAt")})
+    for column in ("phone", "lastContactedAt"):
+        if contact[column] is None:
+            contact[column] = draft[column]
+
+
+def contact_id_of(reference: str) -> str:
+    """The id of the contact that the row `profiles:<id>` or `leads:<id>` makes."""
+    return "c" + hashlib.sha256(reference.encode()).hexdigest()[:24]
+
+
+def label(raw: str) -> str:
+    """A role, status or type without its spelling."""
+    return raw.upper().replace("-", "_").replace(" ", "_")
+
+
+def trimmed(raw: str | None) -> str | None:
+    """Text without white space around it; None if nothing is left."""
+    return (raw or "").strip() or None
+
+
+def valid_email(raw: str) -> str:
+    """The address, trimmed and lower-cased. Raises Rejected if it is none."""
+    email = raw.strip().lower()
+    try:
+        validate_email(email)
+    except ValidationError:
+        raise Rejected("invalid_email") from None
+    if not email.rpartition("@")[0].isascii():
+        raise Rejected("invalid_email")
+    return email
+
+
+def preparer_of(population: Population, raw: str | None) -> str | None:
+    """A profile's id, also where a user's was stored; what is neither stays as it is."""
+    if trimmed(raw) is None or any(profile["id"] == raw for profile in population.profiles):
+        return raw if trimmed(raw) else None
+    return next((profile["id"] for profile in population.profiles if profile["userId"] == raw), raw)
+
+
+def stage_entered_at(stage: str, row: Row) -> Any:
+    """The closest recorded truth."""
+    if stage == "NEW":
+        return row["createdAt"]
+    return (stage == "CONTACTED" and row["lastContactedAt"]) or row["updatedAt"]
