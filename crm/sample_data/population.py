@@ -153,13 +153,14 @@ class _Population:
         lead = None
         if person.number >= len(_FOUNDERS) and chance.happens(0.35):
             lead = self._leads_before_the_account(person, role)
-        user_id = None
+        user_id, email = None, ""
         if not self._shape.clerk or person.number <= _WITHOUT_EMAIL or not chance.happens(0.08):
-            user_id = self._user(person, self._account_email(person))
+            email = self._account_email(person)
+            user_id = self._user(person, email)
         clerk_id = chance.clerk_id() if self._shape.clerk and chance.happens(0.7) else None
         account = self._profile(person, role, user_id, clerk_id)
-        if user_id and chance.happens(0.004):
-            self._second_account(person)
+        if email and chance.happens(0.004):
+            self._second_account(person, email)
         elif person.number >= len(_FOUNDERS):
             self._crm.meet_account(self._rows, person, account, lead)
 
@@ -170,9 +171,9 @@ class _Population:
             return self._chance.pick(words.NOT_ACCOUNT_EMAILS).format(own=person.own)
         return self._typed_email(person.email, 0.95)
 
-    def _second_account(self, person: Person) -> None:
+    def _second_account(self, person: Person, email: str) -> None:
         """The same person signed up again, as a client and in another case: only a person can say which one it is."""
-        user_id = self._user(person, person.email.swapcase())
+        user_id = self._user(person, email.swapcase())
         self._profile(person, "CLIENT", user_id, self._chance.clerk_id() if self._shape.clerk else None)
 
     def _user(self, person: Person, email: str) -> str:
