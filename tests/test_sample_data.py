@@ -311,7 +311,7 @@ def test_tables_that_hold_rows_are_left_alone(empty_schema: str, table: str) -> 
     assert [count("users") + count("leads"), count("profiles")] == [1, 0]
 
 
-@pytest.mark.parametrize(("there", "generation"), permutations(GENERATIONS, 2))
+@pytest.mark.parametrize(("there", "generation"), tuple(permutations(GENERATIONS, 2)))
 def test_tables_of_another_generation_are_left_alone(empty_schema: str, there: str, generation: str) -> None:
     create(there)
     assert "--generation" in refusal(people=10, generation=generation)
