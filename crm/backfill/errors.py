@@ -1,0 +1,67 @@
+"""Which database errors speak of a row, and which of a bad moment. Names SQLSTATEs, never PostgreSQL's own texts:
+its DETAIL quotes people's data."""
+
+from __future__ import annotations
+
+import psycopg
+from django.db import DatabaseError, DataError, InterfaceError, OperationalError
+
+from crm.backfill.outcome import Refusal
+
+#: SQLSTATE classes of data exceptions, violated constraints and errors that a trigger raises.
+ROW_CLASSES = ("22", "23", "P0")
+LOST_CONNECTION = "connection lost"
+#: What passes when one waits, by SQLSTATE.
+BAD_MOMENTS = {
+    "40001": "serialization failure",
+    "40P01": "deadlock",
+    "53300": "too many connections",
+    "55P03": "lock timeout",
+    "57014": "statement timeout",
+    "57P01": "server shut down the connection",
+    "57P02": "server crashed",
+    "57P03": "server is starting",
+    "57P05": "idle session timeout",
+    "25P03": "idle in transaction timeout",
+    "25006": "server is read-only",
+}
+TIMEOUTS = ("55P03", "57014")
+
+
+def sqlstate(error: BaseException) -> str | None:
+    """PostgreSQL's code, if it said anything."""
+    cause = error if isinstance(error, psycopg.Error) else error.__cause__
+    return cause.sqlstate if isinstance(cause, psycopg.Error) else None
+
+
+def row_refusal(error: DatabaseError) -> Refusal | None:
+    """What PostgreSQL said of a row; None when the error does not speak of a row."""
+    code = sqlstate(error)
+    if code is None:
+        # psycopg's own refusal to send a value, such as a text with a NUL.
+        return Refusal(None, None, None) if isinstance(error, DataError) else None
+    if not code.startswith(ROW_CLASSES):
+        return None
+    diagnostic = error.__cause__.diag if isinstance(error.__cause__, psycopg.Error) else None
+    return Refusal(code, diagnostic.constraint_name, diagnostic.column_name) if diagnostic else Refusal(code, None, None)
+
+
+def bad_moment(error: BaseException) -> str | None:
+    """The cause, in words, of an error that may pass by itself; None for any other."""
+    code = sqlstate(error)
+    if code is None:
+        return LOST_CONNECTION if isinstance(error, OperationalError | InterfaceError) else None
+    if code.startswith("08"):
+        return LOST_CONNECTION
+    return BAD_MOMENTS.get(code)
+
+
+def is_timeout(error: BaseException) -> bool:
+    """Whether the server had no time for as many rows."""
+    return sqlstate(error) in TIMEOUTS
+
+
+def described(error: BaseException) -> str:
+    """An error for a log line or a run's record: its kind and SQLSTATE, without a word of its text."""
+    code = sqlstate(error)
+    return f"{type(error).__name__} ({code})" if code else type(error).__name__

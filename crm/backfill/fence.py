@@ -1,0 +1,138 @@
+"""At most one run at a time, and every batch asks whether it is still the one.
+
+The fence is a partial unique index on the status `running`, not a session lock: those do not survive PgBouncer. Each
+batch renews the heartbeat `WHERE status = 'running'` in its own transaction. When no row is updated, the run was
+paused, cancelled or taken over: the batch is rolled back and the run stops.
+"""
+
+from __future__ import annotations
+
+import getpass
+import logging
+import os
+import socket
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+from django.db import IntegrityError, transaction
+from django.db.models import F
+from django.db.models.functions import Now
+
+from crm.backfill.outcome import Totals
+from crm.errors import OperatorError
+from crm.models import BackfillRun
+from crm.models.ledger import RunStatus
+from crm.version import VERSION
+
+HEARTBEAT_LASTS = timedelta(minutes=5)
+
+logger = logging.getLogger(__name__)
+
+
+class AnotherRunError(OperatorError):
+    """Another run is going, or is paused."""
+
+    exit_code = 3
+
+
+class FenceLostError(Exception):
+    """The run is no longer the running one: somebody paused it, cancelled it or took it over."""
+
+    def __init__(self, run_id: int, status: str) -> None:
+        super().__init__(f"run {run_id} is {status}")
+        self.status = RunStatus(status)
+
+
+def claim(kind: BackfillRun.Kind, options: Mapping[str, Any], generation: str) -> BackfillRun:
+    """Begin a run. Raises AnotherRunError when another one holds the fence; a dead one is taken over."""
+    for holder in BackfillRun.objects.holding():
+        if not take_over_if_dead(holder):
+            raise AnotherRunError(_who_holds(holder))
+    run = BackfillRun(
+        kind=kind,
+        options=dict(options),
+        version=VERSION,
+        generation=generation,
+        operator=_operator(),
+        host=socket.gethostname(),
+        process_id=os.getpid(),
+    )
+    try:
+        with transaction.atomic():
+            run.save(force_insert=True)
+    except IntegrityError:
+        holding = BackfillRun.objects.holding().first()
+        raise AnotherRunError(
+            _who_holds(holding) if holding else "Another run began at the same moment and has just ended: try again."
+        ) from None
+    return run
+
+
+def renew(run_id: int, totals: Totals) -> None:
+    """Renew the heartbeat and add a batch to the run's counters. Raises FenceLostError. In the batch's transaction."""
+    updated = (
+        BackfillRun.objects.running()
+        .filter(pk=run_id)
+        .update(
+            heartbeat_at=Now(),
+            read=F("read") + totals.read,
+            error_new=F("error_new") + totals.error_new,
+            **{name: F(name) + count for name, count in totals.outcomes.items()},
+        )
+    )
+    if not updated:
+        raise FenceLostError(run_id, BackfillRun.objects.values_list("status", flat=True).get(pk=run_id))
+
+
+def release(run_id: int, status: RunStatus, **results: Any) -> bool:
+    """End the run, if it still is the running one."""
+    return bool(
+        BackfillRun.objects.running().filter(pk=run_id).update(status=status, finished_at=Now(), **results)
+    )
+
+
+def take_over_if_dead(run: BackfillRun) -> bool:
+    """End a running run whose process is gone or has not been heard of for five minutes; whether it was ended."""
+    gone = _process_is_gone(run)
+    silent = BackfillRun.objects.running().filter(pk=run.pk)
+    if not gone:
+        silent = silent.filter(heartbeat_at__lt=Now() - HEARTBEAT_LASTS)
+    why = "its process is gone" if gone else "no heartbeat for five minutes"
+    taken = silent.update(status=RunStatus.INTERRUPTED, finished_at=Now(), failure=f"taken over: {why}")
+    if taken:
+        logger.warning("run %s was taken over: %s", run.pk, why)
+    return bool(taken)
+
+
+def _process_is_gone(run: BackfillRun) -> bool:
+    """Whether the run was started on this machine by a process that is no more. The fence holds if this errs."""
+    if run.host != socket.gethostname():
+        return False
+    try:
+        os.kill(run.process_id, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+def _who_holds(run: BackfillRun) -> str:
+    if run.status == RunStatus.PAUSED:
+        return (
+            f"Run {run.pk} is paused, and no other may start meanwhile. `python manage.py backfill_runs resume {run.pk}` "
+            f"lets the next one go on, `cancel {run.pk}` ends it for good."
+        )
+    return (
+        f"Run {run.pk} is going: started {run.started_at:%Y-%m-%d %H:%M:%S} UTC by {run.operator} on {run.host} "
+        f"(process {run.process_id}), last heartbeat {run.heartbeat_at:%H:%M:%S}. Wait for it, or stop it with "
+        f"`python manage.py backfill_runs cancel {run.pk}`."
+    )
+
+
+def _operator() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):
+        return f"uid {os.getuid()}"

@@ -1,0 +1,289 @@
+"""From a source row to a contact: the rules, and nothing else. Pure: no database, no settings.
+
+Timestamps and rates are the text that PostgreSQL printed; they are carried over, never computed with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+from django.core.exceptions import ValidationError
+from django.core.validators import validate_email
+
+from crm.backfill.outcome import Reason, Source
+
+UNKNOWN_NAME = "Unknown"
+PROFILE_ORIGIN = "backfill"
+LEAD_ORIGIN = "lead_form"
+FULL_CONFIDENCE = 100
+
+#: The five nullable columns of an attribution; with `attribution_confidence` they are one unit.
+ATTRIBUTION = (
+    "referrer_username",
+    "referrer_type",
+    "commission_rate",
+    "commission_rate_locked_at",
+    "attribution_method",
+)
+
+SOURCE_OF_ROLE = {"CLIENT": Source.CLIENTS, "TAX_PREPARER": Source.PREPARERS, "AFFILIATE": Source.AFFILIATES}
+EXCLUDED_ROLES = {"SUPER_ADMIN": "super_admin", "ADMIN": "admin", "LEAD": "lead"}
+DISQUALIFIED = "disqualified"
+CONTACT_TYPE_OF_SOURCE = {Source.CLIENTS: "CLIENT", Source.PREPARERS: "PREPARER", Source.AFFILIATES: "AFFILIATE"}
+CONTACT_TYPE_OF_LEAD_TYPE = {"CUSTOMER": "LEAD", "TAX_PREPARER": "PREPARER", "AFFILIATE": "AFFILIATE"}
+CONVERTED_CONTACT_TYPE = "CLIENT"
+
+#: The stage of a lead's status: the first that the database has. Where it has none, the rows are excluded.
+STAGES_OF_STATUS = {
+    "NEW": ("NEW",),
+    "CONTACTED": ("CONTACTED",),
+    "QUALIFIED": ("QUALIFIED", "CONTACTED"),
+    "CONVERTED": ("COMPLETE", "CLOSED"),
+    "DISQUALIFIED": ("LOST",),
+}
+
+
+class ProfileRow(NamedTuple):
+    """A profile with its user's email, as `crm.backfill.source` reads it."""
+
+    id: str
+    created_at: str
+    updated_at: str
+    known_reason: str | None
+    role: str
+    first_name: str | None
+    last_name: str | None
+    phone: str | None
+    company_name: str | None
+    user_id: str | None
+    clerk_user_id: str | None
+    email: str | None
+
+
+class LeadRow(NamedTuple):
+    """A lead, its preparer resolved to a profile's id, as `crm.backfill.source` reads it."""
+
+    id: str
+    created_at: str
+    updated_at: str
+    known_reason: str | None
+    status: str
+    type: str
+    email: str
+    first_name: str
+    last_name: str
+    phone: str
+    source: str | None
+    last_contacted_at: str | None
+    referrer_username: str | None
+    referrer_type: str | None
+    commission_rate: str | None
+    commission_rate_locked_at: str | None
+    attribution_method: str | None
+    attribution_confidence: int
+    raw_assigned_preparer_id: str | None
+    assigned_preparer_id: str | None
+
+
+class ContactDraft(NamedTuple):
+    """A contact, not yet written. The fields are those of `crm.models.CRMContact`, in its order."""
+
+    id: str
+    user_id: str | None
+    clerk_user_id: str | None
+    contact_type: str
+    first_name: str
+    last_name: str
+    email: str
+    phone: str | None
+    company: str | None
+    stage: str
+    stage_entered_at: str
+    source: str
+    assigned_preparer_id: str | None
+    assigned_at: str | None
+    referrer_username: str | None
+    referrer_type: str | None
+    commission_rate: str | None
+    commission_rate_locked_at: str | None
+    attribution_method: str | None
+    attribution_confidence: int
+    created_at: str
+    updated_at: str
+    last_contacted_at: str | None
+
+
+class MappedRow(NamedTuple):
+    """A source row with what it maps to: a draft, or the reason why it cannot be a contact."""
+
+    id: str
+    source_id: str
+    updated_at: str
+    known_reason: str | None
+    raw_email: str | None
+    draft: ContactDraft | None
+    rejection: Reason | None
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What the mapping must know of the database and the settings."""
+
+    stages: Mapping[str, str]
+    placeholder_domain: str
+
+    def stage_of(self, status: str) -> str | None:
+        """The label of the stage that a lead's normalised status comes to, if the database has one."""
+        wanted = STAGES_OF_STATUS.get(status, ())
+        return next((self.stages[stage] for stage in wanted if stage in self.stages), None)
+
+
+def contact_id(table: str, source_id: str) -> str:
+    """The id of the contact that the row `source_id` of `table` makes: shaped like a cuid, the same for ever.
+
+    The same in SQL: `'c' || left(encode(sha256(convert_to('leads:' || id, 'UTF8')), 'hex'), 24)`.
+    """
+    return "c" + hashlib.sha256(f"{table}:{source_id}".encode()).hexdigest()[:24]
+
+
+def normalised(label: str) -> str:
+    """A role, status or type without its spelling: the generations write it in upper or lower case."""
+    return label.upper().replace("-", "_").replace(" ", "_")
+
+
+def trimmed(text: str | None) -> str | None:
+    """Text without white space around it; None when nothing is left."""
+    return (text.strip() or None) if text else None
+
+
+def normalised_email(raw: str) -> str | None:
+    """The address, trimmed and lower-cased; None when it is not one.
+
+    The part before the @ must be ASCII. Django's validator lets through a few letters that only become ASCII when
+    their case is folded, which would make one address of two.
+    """
+    email = raw.strip()
+    if not email.rpartition("@")[0].isascii():
+        return None
+    email = email.lower()
+    try:
+        validate_email(email)
+    except ValidationError:
+        return None
+    return email
+
+
+def profile_mapper(source: Source, rules: Rules) -> Callable[[ProfileRow], MappedRow]:
+    """The mapping of one profile source."""
+    contact_type = CONTACT_TYPE_OF_SOURCE[source]
+    kind = contact_type.lower()
+    domain = rules.placeholder_domain
+    label_belongs = lru_cache(lambda role: SOURCE_OF_ROLE.get(normalised(role)) is source)
+
+    def mapped(row: ProfileRow) -> MappedRow:
+        raw_email = trimmed(row.email)
+        email = normalised_email(raw_email) if raw_email else f"{kind}-{row.id.lower()}@{domain}"
+        identifier = contact_id("profiles", row.id)
+        rejection = (
+            Reason.UNKNOWN_ROLE if not label_belongs(row.role) else Reason.INVALID_EMAIL if email is None else None
+        )
+        if rejection or email is None:
+            return MappedRow(identifier, row.id, row.updated_at, row.known_reason, None, None, rejection)
+        draft = ContactDraft(
+            identifier,
+            row.user_id,
+            row.clerk_user_id or None,
+            contact_type,
+            trimmed(row.first_name) or UNKNOWN_NAME,
+            trimmed(row.last_name) or UNKNOWN_NAME,
+            email,
+            trimmed(row.phone),
+            trimmed(row.company_name),
+            rules.stages["NEW"],
+            row.created_at,
+            PROFILE_ORIGIN,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            FULL_CONFIDENCE,
+            row.created_at,
+            row.updated_at,
+            None,
+        )
+        return MappedRow(identifier, row.id, row.updated_at, row.known_reason, raw_email, draft, None)
+
+    return mapped
+
+
+def lead_mapper(source: Source, rules: Rules) -> Callable[[LeadRow], MappedRow]:
+    """The mapping of one lead source."""
+    converted = source is Source.CONVERTED_LEADS
+    stage_of = lru_cache(lambda status: rules.stage_of(normalised(status)))
+    contact_type_of = lru_cache(
+        lambda label: CONVERTED_CONTACT_TYPE if converted else CONTACT_TYPE_OF_LEAD_TYPE.get(normalised(label))
+    )
+    new, contacted = rules.stages["NEW"], rules.stages["CONTACTED"]
+
+    def mapped(row: LeadRow) -> MappedRow:
+        identifier = contact_id("leads", row.id)
+        stage = stage_of(row.status)
+        contact_type = contact_type_of(row.type)
+        email = normalised_email(row.email)
+        if stage is None or contact_type is None or email is None:
+            rejection = (
+                Reason.UNKNOWN_STATUS
+                if stage is None
+                else Reason.UNKNOWN_TYPE
+                if contact_type is None
+                else Reason.INVALID_EMAIL
+            )
+            return MappedRow(identifier, row.id, row.updated_at, row.known_reason, None, None, rejection)
+        assigned = row.assigned_preparer_id if row.assigned_preparer_id and row.assigned_preparer_id.strip() else None
+        entered = (
+            row.created_at
+            if stage == new
+            else (row.last_contacted_at if stage == contacted else None) or row.updated_at
+        )
+        draft = ContactDraft(
+            identifier,
+            None,
+            None,
+            contact_type,
+            trimmed(row.first_name) or UNKNOWN_NAME,
+            trimmed(row.last_name) or UNKNOWN_NAME,
+            email,
+            trimmed(row.phone),
+            None,
+            stage,
+            entered,
+            trimmed(row.source) or LEAD_ORIGIN,
+            assigned,
+            row.updated_at if assigned else None,
+            row.referrer_username,
+            row.referrer_type,
+            row.commission_rate,
+            row.commission_rate_locked_at,
+            row.attribution_method,
+            row.attribution_confidence,
+            row.created_at,
+            row.updated_at,
+            row.last_contacted_at,
+        )
+        return MappedRow(identifier, row.id, row.updated_at, row.known_reason, row.email.strip(), draft, None)
+
+    return mapped
+
+
+def map_rows(source: Source, rows: Iterable[tuple[object, ...]], rules: Rules) -> list[MappedRow]:
+    """Map a batch of rows as they came from the database."""
+    if source.table == "leads":
+        return list(map(lead_mapper(source, rules), map(LeadRow._make, rows)))
+    return list(map(profile_mapper(source, rules), map(ProfileRow._make, rows)))

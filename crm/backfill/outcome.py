@@ -1,0 +1,164 @@
+"""What becomes of source rows, and how it is counted. Pure: no database, no Django.
+
+The identity of a run is `read = created + merged + exists + error`; over the tables it is
+`rows = excluded + in the ledger + pending`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NamedTuple, Self
+
+
+class Source(StrEnum):
+    """Where rows come from, in the order in which a run takes them."""
+
+    CLIENTS = "clients"
+    PREPARERS = "preparers"
+    AFFILIATES = "affiliates"
+    CONVERTED_LEADS = "converted_leads"
+    ACTIVE_LEADS = "active_leads"
+
+    @property
+    def table(self) -> str:
+        """The application's table that the rows are in."""
+        return "leads" if self in (Source.CONVERTED_LEADS, Source.ACTIVE_LEADS) else "profiles"
+
+    @property
+    def title(self) -> str:  # type: ignore[override] # str.title is a method; nobody title-cases a source
+        """The name for people."""
+        return self.value.replace("_", " ").capitalize()
+
+    @classmethod
+    def of_table(cls, table: str) -> list[Source]:
+        """The sources whose rows are in `table`."""
+        return [source for source in cls if source.table == table]
+
+
+class Outcome(StrEnum):
+    """What became of a row."""
+
+    CREATED = "created"  # it made a contact
+    MERGED = "merged"  # it met a contact of ours and filled what was missing there
+    EXISTS = "exists"  # it met somebody else's contact, which stays as it is
+    ERROR = "error"  # it cannot be a contact: a dead letter, tried again by every run
+
+
+class Reason(StrEnum):
+    """Why a row ended in error."""
+
+    UNKNOWN_ROLE = "unknown_role"
+    UNKNOWN_STATUS = "unknown_status"
+    UNKNOWN_TYPE = "unknown_type"
+    INVALID_EMAIL = "invalid_email"
+    CONFLICT = "conflict"
+    DATA_ERROR = "data_error"
+
+
+class Refusal(NamedTuple):
+    """What PostgreSQL said of a row that it refused; never its DETAIL, which quotes people's data."""
+
+    sqlstate: str | None
+    constraint: str | None
+    column: str | None
+
+
+class Decision(NamedTuple):
+    """What happens to one source row: a line of the ledger in the making."""
+
+    id: str
+    source_id: str
+    updated_at: str
+    known_reason: str | None
+    outcome: Outcome
+    reason: Reason | None = None
+    contact_id: str | None = None
+    filled: tuple[str, ...] = ()
+    refusal: Refusal | None = None
+
+    @property
+    def is_new_error(self) -> bool:
+        """Whether no earlier run had this error."""
+        return self.outcome is Outcome.ERROR and self.reason != self.known_reason
+
+
+@dataclass(slots=True)
+class Totals:
+    """Counts of rows by what became of them; of a batch, or of anything that batches add up to."""
+
+    read: int = 0
+    created: int = 0
+    merged: int = 0
+    exists: int = 0
+    error: int = 0
+    error_new: int = 0
+    errors_by_reason: Counter[str] = field(default_factory=Counter)
+    errors_new_by_reason: Counter[str] = field(default_factory=Counter)
+    created_by_type: Counter[str] = field(default_factory=Counter)
+
+    @classmethod
+    def of(cls, decisions: list[Decision], created_types: Counter[str]) -> Self:
+        """Count a batch: its decisions, and the types of the contacts that it created."""
+        outcomes = Counter(decision.outcome for decision in decisions)
+        errors = [decision for decision in decisions if decision.outcome is Outcome.ERROR]
+        new = Counter(str(decision.reason) for decision in errors if decision.is_new_error)
+        return cls(
+            read=len(decisions),
+            created=outcomes[Outcome.CREATED],
+            merged=outcomes[Outcome.MERGED],
+            exists=outcomes[Outcome.EXISTS],
+            error=len(errors),
+            error_new=new.total(),
+            errors_by_reason=Counter(str(decision.reason) for decision in errors),
+            errors_new_by_reason=new,
+            created_by_type=created_types,
+        )
+
+    def add(self, other: Totals) -> None:
+        """Add another's counts to these."""
+        self.read += other.read
+        self.created += other.created
+        self.merged += other.merged
+        self.exists += other.exists
+        self.error += other.error
+        self.error_new += other.error_new
+        self.errors_by_reason.update(other.errors_by_reason)
+        self.errors_new_by_reason.update(other.errors_new_by_reason)
+        self.created_by_type.update(other.created_by_type)
+
+    @property
+    def outcomes(self) -> dict[str, int]:
+        """The four outcomes by name."""
+        return {outcome.value: getattr(self, outcome.value) for outcome in Outcome}
+
+    @property
+    def balances(self) -> bool:
+        """Whether every row that was read has an outcome."""
+        return self.read == sum(self.outcomes.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Census:
+    """The source rows as they stand in the tables at one moment."""
+
+    rows: int
+    excluded: dict[str, int]
+    settled: dict[Source, int]
+    errors: dict[Source, int]
+    pending: dict[Source, int]
+
+    @property
+    def in_ledger(self) -> int:
+        """Rows that have a line."""
+        return sum(self.settled.values()) + sum(self.errors.values())
+
+    @property
+    def balances(self) -> bool:
+        """Whether every row is excluded, in the ledger or pending."""
+        return self.rows == sum(self.excluded.values()) + self.in_ledger + sum(self.pending.values())
+
+    def to_read(self, source: Source) -> int:
+        """How many rows a run has to look at."""
+        return self.errors[source] + self.pending[source]

@@ -1,0 +1,187 @@
+"""From mapped rows and the contacts that are there to what happens to each row. Pure: no database.
+
+Rows are decided one after another, in their order: what an earlier row makes or fills is there for the later ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from crm.backfill.mapping import ATTRIBUTION, ContactDraft, MappedRow
+from crm.backfill.outcome import Decision, Outcome, Reason
+
+#: What a profile fills in a contact of ours where nothing is.
+PROFILE_FILLS = ("user_id", "clerk_user_id", "phone", "company")
+ATTRIBUTION_UNIT = (*ATTRIBUTION, "attribution_confidence")
+ASSIGNMENT_UNIT = ("assigned_preparer_id", "assigned_at")
+
+
+@dataclass(slots=True)
+class KnownContact:
+    """A contact that is there, as far as a decision must know it."""
+
+    id: str
+    email: str
+    user_id: str | None
+    clerk_user_id: str | None
+    ours: bool
+    phone: str | None = None
+    company: str | None = None
+    assigned_preparer_id: str | None = None
+    last_contacted_at: str | None = None
+    has_attribution: bool = False
+    fills: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of_draft(cls, draft: ContactDraft) -> KnownContact:
+        """The contact that a draft of this batch becomes."""
+        return cls(
+            draft.id,
+            draft.email,
+            draft.user_id,
+            draft.clerk_user_id,
+            ours=True,
+            phone=draft.phone,
+            company=draft.company,
+            assigned_preparer_id=draft.assigned_preparer_id,
+            last_contacted_at=draft.last_contacted_at,
+            has_attribution=_has_attribution(draft),
+        )
+
+
+class Conflict(Exception):  # noqa: N818 - a verdict on a row, not a failure of the program
+    """The row's keys name two accounts: a person must decide."""
+
+    def __init__(self, contact: KnownContact) -> None:
+        super().__init__("conflict")
+        self.contact = contact
+
+
+class KnownContacts:
+    """The contacts that a batch may meet, by each key of identity."""
+
+    def __init__(self, contacts: Iterable[KnownContact] = ()) -> None:
+        """Take contacts ordered by creation: of several spellings of one address, the oldest comes first."""
+        self._by_id: dict[str, KnownContact] = {}
+        self._by_user: dict[str, KnownContact] = {}
+        self._by_clerk: dict[str, KnownContact] = {}
+        self._by_email: dict[str, list[KnownContact]] = {}
+        for contact in contacts:
+            self.add(contact)
+
+    def add(self, contact: KnownContact) -> None:
+        """Make a contact known."""
+        self._by_id[contact.id] = contact
+        self._by_user.setdefault(contact.user_id or "", contact)
+        self._by_clerk.setdefault(contact.clerk_user_id or "", contact)
+        address = contact.email.strip().lower()
+        spellings = self._by_email.setdefault(address, [])
+        # The spelling that we would write ourselves stands before all others.
+        spellings.insert(0 if contact.email == address else len(spellings), contact)
+
+    def find(self, draft: ContactDraft) -> KnownContact | None:
+        """The contact that the draft's person has, or None. Raises Conflict when its keys disagree."""
+        by_user = self._by_user.get(draft.user_id) if draft.user_id else None
+        by_clerk = self._by_clerk.get(draft.clerk_user_id) if draft.clerk_user_id else None
+        by_email = self._by_email.get(draft.email)
+        if by_user and by_clerk and by_user is not by_clerk:
+            raise Conflict(by_user)
+        candidate = by_user or by_clerk
+        if by_email:
+            if candidate and candidate not in by_email:
+                raise Conflict(by_email[0])
+            candidate = candidate or by_email[0]
+            if _is_another(candidate.user_id, draft.user_id) or _is_another(
+                candidate.clerk_user_id, draft.clerk_user_id
+            ):
+                raise Conflict(candidate)
+        # Last, the row's own contact under keys that people changed since: a row never makes two contacts.
+        return candidate or self._by_id.get(draft.id)
+
+
+@dataclass(slots=True)
+class Plan:
+    """What is to be done for the rows of a batch."""
+
+    decisions: list[Decision] = field(default_factory=list)
+    creates: list[ContactDraft] = field(default_factory=list)
+    fills: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def decide(rows: Iterable[MappedRow], known: KnownContacts) -> Plan:
+    """Decide what happens to each row. `known` grows by what the rows make."""
+    plan = Plan()
+    made: dict[str, KnownContact] = {}
+    for row in rows:
+        draft = row.draft
+        if draft is None:
+            plan.decisions.append(_decision(row, Outcome.ERROR, reason=row.rejection))
+            continue
+        try:
+            contact = known.find(draft)
+        except Conflict as conflict:
+            plan.decisions.append(
+                _decision(row, Outcome.ERROR, reason=Reason.CONFLICT, contact_id=conflict.contact.id)
+            )
+            continue
+        if contact is None:
+            made[draft.id] = contact = KnownContact.of_draft(draft)
+            known.add(contact)
+            plan.creates.append(draft)
+            plan.decisions.append(_decision(row, Outcome.CREATED, contact_id=draft.id))
+        elif contact.ours or contact.id == draft.id:
+            filled = fill(contact, draft)
+            plan.decisions.append(_decision(row, Outcome.MERGED, contact_id=contact.id, filled=filled))
+            if contact.fills and contact.id not in made:
+                plan.fills[contact.id] = contact.fills
+        else:
+            plan.decisions.append(_decision(row, Outcome.EXISTS, contact_id=contact.id))
+    plan.creates = [
+        draft._replace(**made[draft.id].fills) if made[draft.id].fills else draft for draft in plan.creates
+    ]
+    return plan
+
+
+def fill(contact: KnownContact, draft: ContactDraft) -> tuple[str, ...]:
+    """Fill what is missing in the contact from a draft of its person; what was filled, by field or unit.
+
+    The identity keys come from profiles alone, attribution and assignment from leads alone: the other kind has none.
+    """
+    filled: dict[str, Any] = {}
+    names: list[str] = []
+    for name in (*PROFILE_FILLS, "last_contacted_at"):
+        if getattr(contact, name) is None and (value := getattr(draft, name)) is not None:
+            filled[name] = value
+            names.append(name)
+            setattr(contact, name, value)
+    if contact.assigned_preparer_id is None and draft.assigned_preparer_id is not None:
+        filled |= {name: getattr(draft, name) for name in ASSIGNMENT_UNIT}
+        names.append("assignment")
+        contact.assigned_preparer_id = draft.assigned_preparer_id
+    if not contact.has_attribution and _has_attribution(draft):
+        filled |= {name: getattr(draft, name) for name in ATTRIBUTION_UNIT}
+        names.append("attribution")
+        contact.has_attribution = True
+    contact.fills |= filled
+    return tuple(names)
+
+
+def _has_attribution(draft: ContactDraft) -> bool:
+    return any(getattr(draft, name) is not None for name in ATTRIBUTION)
+
+
+def _is_another(theirs: str | None, ours: str | None) -> bool:
+    return theirs is not None and ours is not None and theirs != ours
+
+
+def _decision(
+    row: MappedRow,
+    outcome: Outcome,
+    *,
+    reason: Reason | None = None,
+    contact_id: str | None = None,
+    filled: tuple[str, ...] = (),
+) -> Decision:
+    return Decision(row.id, row.source_id, row.updated_at, row.known_reason, outcome, reason, contact_id, filled)

@@ -1,0 +1,182 @@
+"""What people see of a run: the progress and the summary, with rich; and one JSON object for machines."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from crm.backfill.outcome import Source, Totals
+from crm.backfill.runner import RunReport
+from crm.models.ledger import RunStatus
+
+#: Without a terminal, a line about this often; seconds.
+LINE_EVERY = 10.0
+
+_LABELS_OF_TYPE = (("Clients", "CLIENT"), ("Tax Preparers", "PREPARER"), ("Affiliates", "AFFILIATE"), ("Leads", "LEAD"))
+
+
+class TerminalProgress:
+    """A bar a source, with rate and time left."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description:<16}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]:>14}"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._tasks: dict[Source, TaskID] = {}
+
+    def begin(self, rows: dict[Source, int]) -> None:
+        """Show an empty bar for each source."""
+        self._progress.start()
+        for source, count in rows.items():
+            self._tasks[source] = self._progress.add_task(source.title, total=count, rate="", start=False)
+
+    def advance(self, source: Source, totals: Totals) -> None:
+        """Move the source's bar on. What arrived since the count makes the bar longer, never fuller than full."""
+        task = self._progress.tasks[self._tasks[source]]
+        self._progress.start_task(task.id)
+        done = task.completed + totals.read
+        elapsed = task.elapsed or 0.0
+        rate = f"{done / elapsed:,.0f} rows/s" if elapsed else ""
+        self._progress.update(task.id, completed=done, total=max(task.total or 0, done), rate=rate)
+
+    def end(self) -> None:
+        """Leave the bars as they are."""
+        self._progress.stop()
+
+
+class LineProgress:
+    """A line now and then, for a log."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._to_do = self._done = 0
+        self._started = self._told = time.monotonic()
+
+    def begin(self, rows: dict[Source, int]) -> None:
+        """Say how much there is to do."""
+        self._to_do = sum(rows.values())
+        self._console.print(f"{self._to_do:,} rows to look at", highlight=False)
+
+    def advance(self, source: Source, totals: Totals) -> None:
+        """Say how far the run is, when it has not been said for a while."""
+        self._done += totals.read
+        now = time.monotonic()
+        if now - self._told >= LINE_EVERY:
+            self._told = now
+            rate = self._done / (now - self._started)
+            self._console.print(
+                f"{source.title}: {self._done:,} of {max(self._to_do, self._done):,} rows, {rate:,.0f} rows/s",
+                highlight=False,
+            )
+
+    def end(self) -> None:
+        """Nothing: the summary follows."""
+
+
+def as_json(report: RunReport) -> str:
+    """The report as one JSON object on one line."""
+    totals = report.totals
+    answer: dict[str, Any] = {
+        "run": report.run_id,
+        "status": report.status.value,
+        "dry_run": report.options.dry_run,
+        "generation": report.facts.generation,
+        "read": totals.read,
+        **totals.outcomes,
+        "error_new": totals.error_new,
+        "already": report.already,
+        "excluded": report.excluded,
+        "created_by_type": _sorted(totals.created_by_type),
+        "by_source": {source.value: counts.outcomes for source, counts in report.by_source.items()},
+        "by_reason": _sorted(totals.errors_by_reason),
+        "new_by_reason": _sorted(totals.errors_new_by_reason),
+        "pending": sum(report.census.pending.values()) if report.census else None,
+        "rows": report.census.rows if report.census else None,
+        "balanced": report.balanced,
+        "failure": report.failure,
+        "seconds": round(report.seconds, 3),
+    }
+    return json.dumps(answer)
+
+
+def print_summary(report: RunReport, console: Console) -> None:
+    """The summary for people, with the labels that the users of the old script know."""
+    totals = report.totals
+    table = Table(title=_headline(report), title_justify="left", show_header=False, box=None, pad_edge=False)
+    table.add_column(min_width=32)
+    table.add_column(justify="right")
+    table.add_column(style="dim")
+    made = "would be made" if report.options.dry_run else "made"
+
+    def row(label: str, count: int | str, remark: str = "", style: str = "") -> None:
+        shown = f"{count:,}" if isinstance(count, int) else count
+        table.add_row(Text(label, style), Text(shown, style), remark)
+
+    row("Total Processed", totals.read, f"{totals.read / report.seconds:,.0f} rows/s" if report.seconds else "", "bold")
+    for label, contact_type in _LABELS_OF_TYPE:
+        row(f"  {label}", totals.created_by_type[contact_type], f"contacts {made}")
+    row("Skipped (exists)", report.already + totals.exists + totals.merged, "already + exists + merged")
+    row("  already", report.already, "in the ledger from earlier runs")
+    row("  exists", totals.exists, "met a contact that somebody else made; untouched")
+    row("  merged", totals.merged, "met a contact of the backfill; what was missing there was filled")
+    row("Errors", totals.error, f"{totals.error_new:,} new", "red" if totals.error_new else "")
+    for reason, count in sorted(totals.errors_by_reason.items()):
+        new = totals.errors_new_by_reason[reason]
+        row(f"  {reason}", count, f"{new:,} new, {count - new:,} known")
+    row("Excluded", sum(report.excluded.values()), "not to be migrated")
+    for reason, count in sorted(report.excluded.items()):
+        row(f"  {reason}", count)
+    console.print(table)
+    console.print(identity_lines(report), highlight=False)
+    if advice := _advice(report):
+        console.print(advice, highlight=False, soft_wrap=True)
+
+
+def identity_lines(report: RunReport) -> str:
+    """The identity of the run and that of the tables, in figures."""
+    totals = report.totals
+    parts = " + ".join(f"{count:,} {name}" for name, count in totals.outcomes.items())
+    lines = [f"Identity: {totals.read:,} read = {parts}"]
+    if (census := report.census) is not None:
+        lines.append(
+            f"          {census.rows:,} rows = {sum(census.excluded.values()):,} excluded + "
+            f"{census.in_ledger:,} in the ledger + {sum(census.pending.values()):,} pending"
+        )
+    if report.balanced is not None:
+        lines[-1] += "  (holds)" if report.balanced else "  (DOES NOT HOLD)"
+    return "\n".join(lines)
+
+
+def _headline(report: RunReport) -> str:
+    what = "Dry run, nothing was written" if report.options.dry_run else f"Run {report.run_id}"
+    return f"{what}: {report.status.value} in {report.seconds:,.1f} s on generation {report.facts.generation}"
+
+
+def _advice(report: RunReport) -> str | None:
+    if report.status == RunStatus.FAILED:
+        why = report.failure or "the identity does not hold"
+        return f"The run failed: {why}. What was committed stays; run the command again and it goes on from there."
+    if report.status == RunStatus.PAUSED:
+        return (
+            f"The run was paused. `python manage.py backfill_runs resume {report.run_id}` lets the next run go on, "
+            "from where this one stopped."
+        )
+    if report.status != RunStatus.FINISHED:
+        return f"The run was {report.status.value}. What was committed stays; run the command again and it goes on."
+    return None
+
+
+def _sorted(counts: Mapping[str, int]) -> dict[str, int]:
+    return dict(sorted(counts.items()))

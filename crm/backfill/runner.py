@@ -1,0 +1,260 @@
+"""One run, from the first look at the database to the report.
+
+    examine -> census -> claim the fence -> for each source: Pipeline (page -> map -> settle -> commit)
+            -> census and identity -> close the run -> RunReport
+
+A dry run takes the same way with a writer that writes nothing, and claims no fence.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from django.db import Error as DjangoDatabaseError
+from django.db import connection
+from django.db.models import Count
+
+from crm.backfill import errors, fence
+from crm.backfill.fence import FenceLostError
+from crm.backfill.interruption import Interruption
+from crm.backfill.known import ContactLookup
+from crm.backfill.options import RunOptions
+from crm.backfill.outcome import Census, Outcome, Source, Totals
+from crm.backfill.pipeline import InterruptedRunError, Pipeline, Writer
+from crm.backfill.rehearsal import RehearsalWriter
+from crm.backfill.schema import DatabaseFacts, examine
+from crm.backfill.source import EVERYBODY, Partition, SourceReader, take_census
+from crm.backfill.writer import BatchWriter, Timeouts
+from crm.models import BackfillBatch, BackfillRun, LedgerEntry
+from crm.models.ledger import RunStatus
+
+logger = logging.getLogger(__name__)
+
+#: A dry run keeps the addresses of this many people in mind at a time.
+PEOPLE_IN_MIND = 200_000
+
+
+class Progress(Protocol):
+    """Watches a run."""
+
+    def begin(self, rows: dict[Source, int]) -> None:
+        """The rows that are to be looked at, by source."""
+
+    def advance(self, source: Source, totals: Totals) -> None:
+        """A batch was committed."""
+
+    def end(self) -> None:
+        """The run is over."""
+
+
+class Silence:
+    """A progress that shows nothing."""
+
+    def begin(self, rows: dict[Source, int]) -> None:
+        """Nothing."""
+
+    def advance(self, source: Source, totals: Totals) -> None:
+        """Nothing."""
+
+    def end(self) -> None:
+        """Nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunReport:
+    """How a run went. `run_id` is None for a dry run; `census` is of its end, and None where it did not get there."""
+
+    run_id: int | None
+    status: RunStatus
+    options: RunOptions
+    facts: DatabaseFacts
+    totals: Totals
+    by_source: dict[Source, Totals]
+    already: int
+    excluded: dict[str, int]
+    census: Census | None
+    balanced: bool | None
+    seconds: float
+    failure: str | None = None
+
+    def exit_code(self, *, strict: bool) -> int:
+        """What cron is told: 0 clean, 1 rows in error, 4 stopped, 5 failed."""
+        if self.status == RunStatus.FAILED or self.balanced is False:
+            return 5
+        if self.status != RunStatus.FINISHED:
+            return 4
+        return 1 if (self.totals.error if strict else self.totals.error_new) else 0
+
+
+@dataclass(slots=True)
+class _Tally:
+    """The counts of a run as its batches come in."""
+
+    by_source: dict[Source, Totals] = field(default_factory=dict)
+
+    def add(self, source: Source, totals: Totals) -> None:
+        self.by_source.setdefault(source, Totals()).add(totals)
+
+    @property
+    def totals(self) -> Totals:
+        everything = Totals()
+        for totals in self.by_source.values():
+            everything.add(totals)
+        return everything
+
+
+def run_backfill(options: RunOptions, progress: Progress | None = None) -> RunReport:
+    """Run once. Raises OperatorError before anything is written, AnotherRunError when another run is going.
+
+    Everything that happens later is in the report: a run that failed, was stopped or was taken over.
+    """
+    started = time.monotonic()
+    facts = examine(connection, for_writing=not options.dry_run)
+    run = None if options.dry_run else fence.claim(BackfillRun.Kind.BACKFILL, options.recorded(), facts.generation)
+    watcher = progress or Silence()
+    interruption = Interruption()
+    tally = _Tally()
+    with interruption.heeded(), _closing(watcher):
+        status, failure, before = _work(options, facts, run, watcher, interruption, tally)
+    report = _report(options, facts, run, tally, before, status, failure)
+    return replace(report, seconds=time.monotonic() - started)
+
+
+@contextmanager
+def _closing(watcher: Progress) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        watcher.end()
+
+
+def _work(
+    options: RunOptions,
+    facts: DatabaseFacts,
+    run: BackfillRun | None,
+    watcher: Progress,
+    interruption: Interruption,
+    tally: _Tally,
+) -> tuple[RunStatus, str | None, Census | None]:
+    before: Census | None = None
+
+    def on_batch(source: Source, totals: Totals) -> None:
+        tally.add(source, totals)
+        watcher.advance(source, totals)
+
+    try:
+        before = take_census(connection, facts)
+        rows = {source: before.to_read(source) for source in options.sources if before.to_read(source)}
+        watcher.begin(rows)
+        for partition in _partitions(options, rows):
+            lookup = ContactLookup(connection, facts)
+            writer: Writer = (
+                BatchWriter(connection, lookup, run.pk, Timeouts()) if run else RehearsalWriter(connection, lookup)
+            )
+            pipeline = Pipeline(
+                connection, facts.rules(), writer, interruption, on_batch, options.batch_size, options.limit
+            )
+            for source in rows:
+                pipeline.work_through(SourceReader(connection, facts, source, options.since, partition))
+    except InterruptedRunError:
+        return RunStatus.INTERRUPTED, None, before
+    except KeyboardInterrupt:
+        connection.close()
+        return RunStatus.INTERRUPTED, "stopped in the middle of a batch, which was rolled back", before
+    except FenceLostError as lost:
+        return lost.status, None, before
+    except DjangoDatabaseError as error:
+        logger.error("the run failed: %s", errors.described(error))  # noqa: TRY400 - a traceback may quote people's data
+        connection.close()
+        return RunStatus.FAILED, errors.described(error), before
+    return RunStatus.FINISHED, None, before
+
+
+def _partitions(options: RunOptions, rows: dict[Source, int]) -> Iterator[Partition]:
+    """A run takes everybody at once; a dry run so many people at a time as it may keep in mind."""
+    if not options.dry_run or options.limit is not None:
+        yield EVERYBODY
+        return
+    count = 1 + sum(rows.values()) // PEOPLE_IN_MIND
+    for number in range(count):
+        yield Partition(number, count)
+
+
+def _report(
+    options: RunOptions,
+    facts: DatabaseFacts,
+    run: BackfillRun | None,
+    tally: _Tally,
+    before: Census | None,
+    status: RunStatus,
+    failure: str | None,
+) -> RunReport:
+    """Close the run's record and put the report together."""
+    report = RunReport(
+        run_id=run and run.pk,
+        status=status,
+        options=options,
+        facts=facts,
+        totals=tally.totals,
+        by_source=tally.by_source,
+        already=sum(before.settled[source] for source in options.sources) if before else 0,
+        excluded=before.excluded if before else {},
+        census=None,
+        balanced=None,
+        seconds=0.0,
+        failure=failure,
+    )
+    if run is None:
+        return replace(report, balanced=report.totals.balances, census=before)
+    try:
+        return _close(run, report, before)
+    except DjangoDatabaseError as error:
+        return replace(report, status=RunStatus.FAILED, failure=failure or errors.described(error))
+
+
+def _close(run: BackfillRun, report: RunReport, before: Census | None) -> RunReport:
+    """Check the identity against the tables and store it with the run."""
+    by_source = _counted_batches(run)
+    totals = _Tally(by_source).totals
+    after = before
+    if totals.read and report.status == RunStatus.FINISHED:
+        after = take_census(connection, report.facts)
+    balanced = totals.balances and (after is None or after.balances) and _ledger_agrees(run, totals)
+    report = replace(report, by_source=by_source, totals=totals, census=after, balanced=balanced)
+    fence.release(
+        run.pk,
+        report.status if balanced else RunStatus.FAILED,
+        failure=report.failure if balanced else "the identity does not hold",
+        census=_recorded(after) if after else None,
+        balanced=balanced,
+    )
+    return report
+
+
+def _counted_batches(run: BackfillRun) -> dict[Source, Totals]:
+    """What the run's committed batches add up to: the truth, also when a commit's answer was lost."""
+    tally = _Tally()
+    for batch in BackfillBatch.objects.filter(run=run).order_by("id").iterator():
+        tally.add(Source(batch.source), batch.totals())
+    return tally.by_source
+
+
+def _ledger_agrees(run: BackfillRun, totals: Totals) -> bool:
+    """Whether the ledger has as many lines of this run, by outcome, as the run counted."""
+    lines = dict(LedgerEntry.objects.filter(run=run).values_list("outcome").annotate(Count("id"))) if totals.read else {}
+    return {outcome.value: lines.get(outcome.value, 0) for outcome in Outcome} == totals.outcomes
+
+
+def _recorded(census: Census) -> dict[str, object]:
+    return {
+        "rows": census.rows,
+        "excluded": census.excluded,
+        "settled": census.settled,
+        "errors": census.errors,
+        "pending": census.pending,
+    }

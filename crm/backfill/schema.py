@@ -1,0 +1,261 @@
+"""What this database has: tables, columns, enum labels, rights, generation. Read before anything is written.
+
+Three generations of the application are in the field, and databases in between. One code path serves all: an optional
+column that is missing reads as NULL, a required one that is missing stops the run before it starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from django.conf import settings
+from django.db.backends.base.base import BaseDatabaseWrapper
+
+from crm.backfill.mapping import (
+    CONTACT_TYPE_OF_LEAD_TYPE,
+    CONTACT_TYPE_OF_SOURCE,
+    DISQUALIFIED,
+    EXCLUDED_ROLES,
+    SOURCE_OF_ROLE,
+    STAGES_OF_STATUS,
+    Rules,
+    normalised,
+)
+from crm.backfill.outcome import Source
+from crm.errors import OperatorError
+from crm.models import BackfillBatch, BackfillRun, CRMContact, LedgerEntry
+
+ATTRIBUTION_COLUMNS = (
+    "referrerUsername",
+    "referrerType",
+    "commissionRate",
+    "commissionRateLockedAt",
+    "attributionMethod",
+    "attributionConfidence",
+)
+CONTACT_COLUMNS = tuple(field.column for field in CRMContact._meta.concrete_fields)
+REQUIRED_COLUMNS: Mapping[str, tuple[str, ...]] = {
+    "users": ("id", "email"),
+    "profiles": ("id", "userId", "role", "firstName", "lastName", "phone", "companyName", "createdAt", "updatedAt"),
+    "leads": (
+        *("id", "type", "status", "firstName", "lastName", "email", "phone", "source", "assignedPreparerId"),
+        *("lastContactedAt", "createdAt", "updatedAt", *ATTRIBUTION_COLUMNS),
+    ),
+    "crm_contacts": tuple(column for column in CONTACT_COLUMNS if column not in ATTRIBUTION_COLUMNS),
+}
+OPTIONAL_COLUMNS: Mapping[str, tuple[str, ...]] = {"profiles": ("clerkUserId",), "crm_contacts": ATTRIBUTION_COLUMNS}
+REQUIRED_CONTACT_TYPES = sorted({*CONTACT_TYPE_OF_SOURCE.values(), *CONTACT_TYPE_OF_LEAD_TYPE.values()})
+#: A column that tells the generations apart, newest first.
+MARKS_OF_GENERATION = (("2025_12", "profiles", "crmEmailAutomation"), ("2025_11", "crm_contacts", "leadScore"))
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of one of the application's tables."""
+
+    type: str
+    not_null: bool
+    readable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DatabaseFacts:
+    """What the backfill must know of the database it works on."""
+
+    generation: str
+    has_clerk_user_id: bool
+    has_attribution: bool
+    has_ledger: bool
+    roles: Mapping[str, tuple[str, ...]]
+    statuses: Mapping[str, tuple[str, ...]]
+    stages: Mapping[str, str]
+
+    def rules(self) -> Rules:
+        """The rules of the mapping on this database."""
+        return Rules(stages=self.stages, placeholder_domain=settings.CRM_PLACEHOLDER_DOMAIN)
+
+    def source_of_role(self, label: str) -> Source | None:
+        """The source of a profile with this role; None when it is excluded. What nobody knows goes with the clients."""
+        role = normalised(label)
+        return None if role in EXCLUDED_ROLES else SOURCE_OF_ROLE.get(role, Source.CLIENTS)
+
+    def source_of_status(self, label: str) -> Source | None:
+        """The source of a lead with this status; None when it is excluded."""
+        status = normalised(label)
+        if status in STAGES_OF_STATUS and self.rules().stage_of(status) is None:
+            return None
+        return Source.CONVERTED_LEADS if status == "CONVERTED" else Source.ACTIVE_LEADS
+
+    def exclusion(self, table: str, label: str) -> str:
+        """The reason why rows of `table` with this role or status are excluded."""
+        return EXCLUDED_ROLES[normalised(label)] if table == "profiles" else DISQUALIFIED
+
+    def source_of(self, table: str, label: str) -> Source | None:
+        """The source of a row of `table` with this role or status; None when it is excluded."""
+        return self.source_of_role(label) if table == "profiles" else self.source_of_status(label)
+
+    def labels_of(self, source: Source) -> list[str]:
+        """The roles or statuses, as the database spells them, whose rows a source reads."""
+        by_name = self.roles if source.table == "profiles" else self.statuses
+        labels = [label for spellings in by_name.values() for label in spellings]
+        return [label for label in labels if self.source_of(source.table, label) is source]
+
+
+def examine(connection: BaseDatabaseWrapper, *, for_writing: bool) -> DatabaseFacts:
+    """Read the facts. Raises OperatorError where this database does not fit, with the names of what is missing.
+
+    For a dry run, the right to SELECT is enough, and our own tables may be missing.
+    """
+    columns = _columns(connection)
+    _require_tables(columns)
+    _require_columns(columns)
+    labels = _labels(connection)
+    has_attribution = all(column in columns["crm_contacts"] for column in ATTRIBUTION_COLUMNS)
+    has_ledger = _has_ledger(connection)
+    if for_writing:
+        _require_migrations(has_attribution=has_attribution, has_ledger=has_ledger)
+        _require_rights(connection)
+    roles = _spellings(labels.get(columns["profiles"]["role"].type, []))
+    statuses = _spellings(labels.get(columns["leads"]["status"].type, []))
+    contact_types = _spellings(labels.get(columns["crm_contacts"]["contactType"].type, []))
+    stages = _spellings(labels.get(columns["crm_contacts"]["stage"].type, []))
+    _require_labels(contact_types, stages)
+    return DatabaseFacts(
+        generation=_generation(columns, roles),
+        has_clerk_user_id="clerkUserId" in columns["profiles"],
+        has_attribution=has_attribution,
+        has_ledger=has_ledger,
+        roles=roles,
+        statuses=statuses,
+        stages={stage: spellings[0] for stage, spellings in stages.items()},
+    )
+
+
+def _columns(connection: BaseDatabaseWrapper) -> dict[str, dict[str, Column]]:
+    with connection.cursor() as cursor:
+        cursor.execute(
+            """
+            SELECT c.relname, a.attname, t.typname, a.attnotnull, has_column_privilege(c.oid, a.attnum, 'SELECT')
+              FROM pg_class c
+              JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+              JOIN pg_type t ON t.oid = a.atttypid
+             WHERE c.oid IN (SELECT to_regclass(quote_ident(%s) || '.' || name) FROM unnest(%s::text[]) AS name)
+            """,
+            [settings.LEGACY_SCHEMA, list(REQUIRED_COLUMNS)],
+        )
+        found: dict[str, dict[str, Column]] = {}
+        for table, name, type_name, not_null, readable in cursor.fetchall():
+            found.setdefault(table, {})[name] = Column(type_name, not_null, readable)
+    return found
+
+
+def _require_tables(columns: Mapping[str, Mapping[str, Column]]) -> None:
+    if missing := [table for table in REQUIRED_COLUMNS if table not in columns]:
+        raise OperatorError(
+            f"The schema {settings.LEGACY_SCHEMA} has no table {', '.join(missing)}: this is not the application's "
+            "database, or its tables are in another schema. Correct DATABASE_URL, or name the schema in it (?schema=)."
+        )
+
+
+def _require_columns(columns: Mapping[str, Mapping[str, Column]]) -> None:
+    wanted = [(table, column) for table, names in REQUIRED_COLUMNS.items() for column in names]
+    if missing := [f"{table}.{column}" for table, column in wanted if column not in columns[table]]:
+        raise OperatorError(
+            f"This database has no column {', '.join(missing)}, which the backfill needs: it is of a generation of the "
+            "application that this version does not know. Nothing was written."
+        )
+    optional = [(table, column) for table, names in OPTIONAL_COLUMNS.items() for column in names]
+    unreadable = [
+        f"{table}.{column}"
+        for table, column in [*wanted, *optional]
+        if column in columns[table] and not columns[table][column].readable
+    ]
+    if unreadable:
+        raise OperatorError(
+            f"This role may not read {', '.join(unreadable)}. Let the tables' owner GRANT SELECT on them. "
+            "Nothing was written."
+        )
+
+
+def _labels(connection: BaseDatabaseWrapper) -> dict[str, list[str]]:
+    with connection.cursor() as cursor:
+        cursor.execute(
+            """
+            SELECT t.typname, e.enumlabel FROM pg_enum e JOIN pg_type t ON t.oid = e.enumtypid
+             WHERE t.typnamespace = to_regnamespace(quote_ident(%s)) ORDER BY t.oid, e.enumsortorder
+            """,
+            [settings.LEGACY_SCHEMA],
+        )
+        found: dict[str, list[str]] = {}
+        for type_name, label in cursor.fetchall():
+            found.setdefault(type_name, []).append(label)
+    return found
+
+
+def _spellings(labels: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    found: dict[str, tuple[str, ...]] = {}
+    for label in labels:
+        found[normalised(label)] = (*found.get(normalised(label), ()), label)
+    return found
+
+
+def _require_labels(contact_types: Mapping[str, object], stages: Mapping[str, object]) -> None:
+    missing = [f'"ContactType" {label}' for label in REQUIRED_CONTACT_TYPES if label not in contact_types]
+    for status in ("NEW", "CONTACTED", "CONVERTED"):
+        wanted = STAGES_OF_STATUS[status]
+        if not any(stage in stages for stage in wanted):
+            missing.append(f'"PipelineStage" {" or ".join(wanted)}')
+    if missing:
+        raise OperatorError(
+            f"This database lacks the enum label {', '.join(missing)}, which contacts of the backfill need: it is of a "
+            "generation of the application that this version does not know. Nothing was written."
+        )
+
+
+def _has_ledger(connection: BaseDatabaseWrapper) -> bool:
+    """Whether the ledger is there and may be read: a careful operator's dry run comes before `migrate`."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            """
+            SELECT CASE WHEN has_schema_privilege(n.oid, 'USAGE') THEN has_table_privilege(c.oid, 'SELECT') END
+              FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+             WHERE n.nspname = %s AND c.relname = %s
+            """,
+            [settings.BACKFILL_SCHEMA, LedgerEntry._meta.db_table],
+        )
+        return cursor.fetchone() == (True,)
+
+
+def _require_migrations(*, has_attribution: bool, has_ledger: bool) -> None:
+    if not has_attribution or not has_ledger:
+        missing = "the ledger" if not has_ledger else "the attribution columns of crm_contacts"
+        raise OperatorError(
+            f"This database lacks {missing}: run `python manage.py migrate` first. "
+            "Only --dry-run works without. Nothing was written."
+        )
+
+
+def _require_rights(connection: BaseDatabaseWrapper) -> None:
+    own = [(model._meta.db_table, right) for model in (BackfillRun, BackfillBatch, LedgerEntry) for right in ("INSERT",)]
+    wanted = [("crm_contacts", "INSERT"), ("crm_contacts", "UPDATE"), *own, (BackfillRun._meta.db_table, "UPDATE")]
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT t, r FROM unnest(%s::text[], %s::text[]) AS wanted(t, r) WHERE NOT has_any_column_privilege(t, r)",
+            [[table for table, _ in wanted], [right for _, right in wanted]],
+        )
+        missing = [f"{right} on {table}" for table, right in cursor.fetchall()]
+    if missing:
+        raise OperatorError(
+            f"This role may not {', '.join(missing)}. Let the tables' owner grant it, or look first with --dry-run. "
+            "Nothing was written."
+        )
+
+
+def _generation(columns: Mapping[str, Mapping[str, Column]], roles: Mapping[str, tuple[str, ...]]) -> str:
+    if "clerkUserId" in columns["profiles"]:
+        return "2025_10" if all(len(spellings) == 1 for spellings in roles.values()) else "2025_10_mixed"
+    return next(
+        (generation for generation, table, mark in MARKS_OF_GENERATION if mark in columns[table]),
+        "unknown",
+    )

@@ -1,0 +1,172 @@
+"""Batches of source rows by keyset, and the census of all of them. Only reads.
+
+A row whose ledger line says created, merged or exists is not read again. That is an anti-join on the ledger's key and
+no watermark, so no row is ever missed. Every look-up beside the paged table is a LATERAL with a LIMIT: it stays one
+index probe a row, whatever the planner believes of tables that this very run is filling.
+
+Timestamps and rates are fetched as PostgreSQL's own text: they are carried over, so nothing is gained by parsing them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from django.db.backends.base.base import BaseDatabaseWrapper
+from django.db.backends.utils import CursorWrapper
+from psycopg.types.string import TextLoader
+
+from crm.backfill.outcome import Census, Outcome, Source
+from crm.backfill.schema import DatabaseFacts
+
+Key = tuple[str, ...]
+
+#: What Python's str.strip() takes away, for PostgreSQL's btrim(): both must see the same address.
+WHITE_SPACE = "".join(character for character in map(chr, range(0x3001)) if character.isspace())
+
+_LINE_OF_ROW = """
+       LEFT JOIN LATERAL (
+         SELECT outcome, reason FROM ledger_entry
+          WHERE id = 'c' || left(encode(sha256(convert_to('{table}:' || r.id, 'UTF8')), 'hex'), 24) LIMIT 1
+       ) line ON true"""
+_NO_LINE = " CROSS JOIN (SELECT NULL::text AS outcome, NULL::text AS reason) line"
+
+# The columns by name and never r.*: the role of the backfill may not read the secret ones.
+_PROFILES = """
+SELECT r.*, u.email
+  FROM (SELECT r.id, r."createdAt", r."updatedAt", line.reason, r.role, r."firstName", r."lastName", r.phone,
+               r."companyName", r."userId", {clerk_user_id} AS "clerkUserId"
+          FROM profiles r {line}
+         WHERE r.role = ANY(%(labels)s::"UserRole"[]) {conditions}
+         ORDER BY r.id LIMIT %(size)s) r
+       LEFT JOIN LATERAL (SELECT email FROM users WHERE users.id = r."userId" LIMIT 1) u ON true
+ ORDER BY r.id
+"""
+_LEADS = """
+SELECT r.*, COALESCE(p.id, r."assignedPreparerId")
+  FROM (SELECT r.id, r."createdAt", r."updatedAt", line.reason, r.status, r.type, r.email, r."firstName", r."lastName",
+               r.phone, r.source, r."lastContactedAt", r."referrerUsername", r."referrerType", r."commissionRate",
+               r."commissionRateLockedAt", r."attributionMethod", r."attributionConfidence", r."assignedPreparerId"
+          FROM leads r {line}
+         WHERE r.status = ANY(%(labels)s::"LeadStatus"[]) {conditions}
+         ORDER BY r."createdAt", r.id LIMIT %(size)s) r
+       LEFT JOIN LATERAL (
+         SELECT id FROM profiles WHERE id = r."assignedPreparerId" OR "userId" = r."assignedPreparerId"
+          ORDER BY id <> r."assignedPreparerId" LIMIT 1
+       ) p ON r."assignedPreparerId" IS NOT NULL
+ ORDER BY r."createdAt", r.id
+"""
+_AFTER = {"profiles": "r.id > %(id)s", "leads": '(r."createdAt", r.id) > (%(created_at)s::timestamp, %(id)s)'}
+
+# One person's rows are all in one partition, so that who comes first is the same for any number of them. The part of
+# an address before the @ is ASCII, or the row is an error: the "C" collation lower-cases it exactly as Python does.
+_PERSON = {
+    "profiles": """COALESCE(
+        (SELECT NULLIF(btrim(users.email, %(white_space)s), '') FROM users WHERE users.id = r."userId"), r.id)""",
+    "leads": "btrim(r.email, %(white_space)s)",
+}
+_IN_PARTITION = """abs(hashtext(lower(split_part({person}, '@', 1) COLLATE "C")) %% %(partitions)s) = %(partition)s"""
+
+
+class Partition(NamedTuple):
+    """One of `count` shares of the people."""
+
+    number: int
+    count: int
+
+
+EVERYBODY = Partition(0, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A batch of source rows as they came from the database, and the key to go on after."""
+
+    rows: list[tuple[Any, ...]]
+    key: Key | None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class SourceReader:
+    """Reads one source by keyset: profiles by id, leads by creation and id."""
+
+    connection: BaseDatabaseWrapper
+    facts: DatabaseFacts
+    source: Source
+    since: str | None = None
+    partition: Partition = EVERYBODY
+
+    def page(self, after: Key | None, size: int) -> Page:
+        """At most `size` rows that are to be looked at, from strictly after a key on."""
+        table = self.source.table
+        parameters: dict[str, Any] = {"labels": self.facts.labels_of(self.source), "size": size}
+        conditions = ["(line.outcome IS NULL OR line.outcome = 'error')"]
+        if after is not None:
+            conditions.append(_AFTER[table])
+            parameters |= dict(zip(("id", "created_at"), reversed(after), strict=False))
+        if self.since is not None:
+            conditions.append('r."updatedAt" >= %(since)s::timestamp')
+            parameters["since"] = self.since
+        if self.partition.count > 1:
+            conditions.append(_IN_PARTITION.format(person=_PERSON[table]))
+            parameters |= {
+                "white_space": WHITE_SPACE,
+                "partition": self.partition.number,
+                "partitions": self.partition.count,
+            }
+        query = (_PROFILES if table == "profiles" else _LEADS).format(
+            line=_LINE_OF_ROW.format(table=table) if self.facts.has_ledger else _NO_LINE,
+            clerk_user_id='r."clerkUserId"' if self.facts.has_clerk_user_id else "NULL",
+            conditions="".join(f" AND {condition}" for condition in conditions),
+        )
+        with self.connection.cursor() as cursor:
+            read_as_text(cursor)
+            cursor.execute(query, parameters)
+            rows = cursor.fetchall()
+        return Page(rows, self._key(rows[-1]) if rows else None)
+
+    def _key(self, row: tuple[Any, ...]) -> Key:
+        identifier, created_at = row[0], row[1]
+        return (identifier,) if self.source.table == "profiles" else (created_at, identifier)
+
+
+def read_as_text(cursor: CursorWrapper) -> None:
+    """Let this cursor return timestamps and numerics as the text that PostgreSQL sends."""
+    for type_name in ("timestamp", "timestamptz", "numeric"):
+        cursor.adapters.register_loader(type_name, TextLoader)
+
+
+def take_census(connection: BaseDatabaseWrapper, facts: DatabaseFacts) -> Census:
+    """Count the source rows by what they are and by what the ledger says of them."""
+    excluded: Counter[str] = Counter()
+    settled, errors, pending = (dict.fromkeys(Source, 0) for _ in range(3))
+    rows = 0
+    for table, label_column in (("profiles", "role"), ("leads", "status")):
+        for label, outcome, count in _groups(connection, facts, table, label_column):
+            rows += count
+            source = facts.source_of(table, label)
+            if source is None:
+                excluded[facts.exclusion(table, label)] += count
+            else:
+                by_outcome = pending if outcome is None else errors if outcome == Outcome.ERROR else settled
+                by_outcome[source] += count
+    return Census(rows, dict(excluded), settled, errors, pending)
+
+
+def _groups(
+    connection: BaseDatabaseWrapper, facts: DatabaseFacts, table: str, label_column: str
+) -> list[tuple[str, str | None, int]]:
+    sources = [source.value for source in Source.of_table(table)]
+    ledger = "LEFT JOIN ledger_entry line ON line.source_id = r.id AND line.source = ANY(%s)"
+    outcome = "line.outcome" if facts.has_ledger else "NULL"
+    with connection.cursor() as cursor:
+        cursor.execute(
+            f"SELECT r.{label_column}::text, {outcome}, count(*) FROM {table} r "
+            f"{ledger if facts.has_ledger else ''} GROUP BY 1, 2",
+            [sources] if facts.has_ledger else None,
+        )
+        return cursor.fetchall()

@@ -1,0 +1,385 @@
+"""The only place that writes `crm_contacts`, and the only atomic block: a batch is one transaction.
+
+    rows -> settle -> contacts, fills -> ledger lines -> batch counts and heartbeat -> commit
+
+Rows are inserted first and asked about after: whatever did not land has met a contact, is looked up by all of its keys
+and decided again. So the common case costs one insert, and nothing is ever skipped silently.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from django.db import DatabaseError, transaction
+from django.db.backends.base.base import BaseDatabaseWrapper
+
+from crm.backfill import fence
+from crm.backfill.arrays import use_fast_arrays
+from crm.backfill.errors import row_refusal
+from crm.backfill.known import ContactLookup
+from crm.backfill.mapping import ATTRIBUTION, ContactDraft, MappedRow
+from crm.backfill.outcome import Decision, Outcome, Reason, Refusal, Source, Totals
+from crm.backfill.plan import ASSIGNMENT_UNIT, ATTRIBUTION_UNIT, PROFILE_FILLS, KnownContacts, decide
+from crm.models import BackfillBatch, CRMContact, LedgerEntry
+
+#: A contact that was deleted under our eyes may be met again; more often than this is no coincidence.
+MOST_ATTEMPTS = 10
+
+# Deferred constraints would speak up at the commit, when nobody can tell which row they mean.
+_MANNERS = "SET LOCAL lock_timeout = {lock}; SET LOCAL statement_timeout = {statement}; SET CONSTRAINTS ALL IMMEDIATE"
+
+_COLUMN = {field.attname: f'"{field.column}"' for field in CRMContact._meta.concrete_fields}
+_FILLED_ALONE = (*PROFILE_FILLS, "last_contacted_at")
+_FILLED = (*_FILLED_ALONE, *ASSIGNMENT_UNIT, *ATTRIBUTION_UNIT)
+
+
+def _fill_statement(connection: BaseDatabaseWrapper) -> str:
+    """Fill each value where nothing is at this very moment; attribution and assignment as the units that they are."""
+    unassigned = f"c.{_COLUMN[ASSIGNMENT_UNIT[0]]} IS NULL AND v.{_COLUMN[ASSIGNMENT_UNIT[0]]} IS NOT NULL"
+    unattributed = " AND ".join(f"c.{_COLUMN[name]} IS NULL" for name in ATTRIBUTION)
+    unattributed += f" AND v.{_COLUMN['attribution_confidence']} IS NOT NULL"
+    alone = [f"{_COLUMN[name]} = COALESCE(c.{_COLUMN[name]}, v.{_COLUMN[name]})" for name in _FILLED_ALONE]
+    units = [
+        f"{_COLUMN[name]} = CASE WHEN {condition} THEN v.{_COLUMN[name]} ELSE c.{_COLUMN[name]} END"
+        for condition, unit in ((unassigned, ASSIGNMENT_UNIT), (unattributed, ATTRIBUTION_UNIT))
+        for name in unit
+    ]
+    fields = [CRMContact._meta.get_field(name) for name in _FILLED]
+    arrays = ", ".join(f"%s::{field.db_type(connection).split('(')[0]}[]" for field in fields)
+    return (
+        f"UPDATE crm_contacts c SET {', '.join(alone + units)} "
+        f"FROM unnest(%s::text[], {arrays}) AS v(id, {', '.join(_COLUMN[name] for name in _FILLED)}) WHERE c.id = v.id"
+    )
+
+
+class ContactStore(Protocol):
+    """Where contacts are: the database, or a dry run's picture of it."""
+
+    def is_likely_met(self, row: MappedRow) -> bool:
+        """Whether the row is to be looked up before an insert is tried."""
+
+    def notice(self, rows: Sequence[MappedRow]) -> None:
+        """Take a first look at a batch."""
+
+    def insert(self, drafts: Sequence[ContactDraft]) -> set[str]:
+        """Insert what meets no contact; the ids of the drafts that landed."""
+
+    def fill(self, fills: dict[str, dict[str, Any]]) -> None:
+        """Fill what is NULL in contacts that are there."""
+
+    def contacts_met_by(self, rows: Sequence[MappedRow]) -> KnownContacts:
+        """The contacts that have a key of one of the rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """Rows that have an outcome, and the contacts that they made, counted by type."""
+
+    decisions: list[Decision]
+    created_by_type: Counter[str]
+
+
+def settle(rows: Sequence[MappedRow], store: ContactStore) -> Settled:
+    """Bring every row to an outcome."""
+    settled = Settled([], Counter())
+    store.notice(rows)
+    at_first = [row for row in rows if not (row.draft and store.is_likely_met(row))]
+    waiting = _carry_out(at_first, KnownContacts(), store, settled)
+    if len(at_first) < len(rows) or waiting:
+        unsettled = {row.id for row in waiting}
+        tried = {row.id for row in at_first} - unsettled
+        waiting = [row for row in rows if row.id not in tried]
+    for _ in range(MOST_ATTEMPTS):
+        if not waiting:
+            return settled
+        waiting = _carry_out(waiting, store.contacts_met_by(waiting), store, settled)
+    raise UnsettledError(len(waiting))
+
+
+def _carry_out(
+    rows: Sequence[MappedRow], known: KnownContacts, store: ContactStore, settled: Settled
+) -> list[MappedRow]:
+    """Do what the plan says; the rows that met a contact which the plan did not know of."""
+    plan = decide(rows, known)
+    landed = store.insert(plan.creates)
+    store.fill(plan.fills)
+    lost = {draft.id for draft in plan.creates} - landed if len(landed) < len(plan.creates) else set()
+    settled.created_by_type.update(draft.contact_type for draft in plan.creates if draft.id not in lost)
+    settled.decisions.extend(decision for decision in plan.decisions if decision.contact_id not in lost)
+    if not lost:
+        return []
+    return [row for row, decision in zip(rows, plan.decisions, strict=True) if decision.contact_id in lost]
+
+
+class UnsettledError(DatabaseError):
+    """Contacts came and went faster than they could be looked up."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__(f"{rows} rows kept meeting contacts that vanished again")
+
+
+class DatabaseStore:
+    """The contacts of the database."""
+
+    def __init__(self, connection: BaseDatabaseWrapper, lookup: ContactLookup) -> None:
+        self._connection = connection
+        self._lookup = lookup
+        self.contacts_met_by = lookup.contacts_met_by
+        self.notice = lookup.notice_spellings
+
+    def is_likely_met(self, row: MappedRow) -> bool:
+        """Whether a contact is known to have the row's address in another spelling."""
+        return row.draft is not None and bool(self._lookup.spellings_of(row.draft.email))
+
+    def insert(self, drafts: Sequence[ContactDraft]) -> set[str]:
+        """Insert contacts; the ids of those that landed.
+
+        `bulk_create(ignore_conflicts=True)` reports every object as written, so PostgreSQL is asked: how many by the
+        row count of the insert, which ones only when some did not.
+        """
+        ids = {draft.id for draft in drafts}
+        if not drafts:
+            return ids
+        with _counting_rows(self._connection) as counted:
+            CRMContact.objects.using(self._connection.alias).bulk_create(
+                [CRMContact(*draft) for draft in drafts], ignore_conflicts=True
+            )
+        if counted == [len(drafts)]:
+            return ids
+        return self._present(drafts)
+
+    def _present(self, drafts: Sequence[ContactDraft]) -> set[str]:
+        # A row that this transaction inserted is no older than the transaction. Others under a draft's id are contacts
+        # of a run whose ledger was lost, and are met like any other.
+        with self._connection.cursor() as cursor:
+            cursor.execute(
+                "SELECT id FROM crm_contacts WHERE id = ANY(%s) AND age(xmin) <= age(pg_current_xact_id()::xid)",
+                [[draft.id for draft in drafts]],
+            )
+            return {identifier for (identifier,) in cursor.fetchall()}
+
+    def fill(self, fills: dict[str, dict[str, Any]]) -> None:
+        """Fill what is NULL in contacts that are there."""
+
+    def contacts_met_by(self, rows: Sequence[MappedRow]) -> KnownContacts:
+        """The contacts that have a key of one of the rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """Rows that have an outcome, and the contacts that they made, counted by type."""
+
+    decisions: list[Decision]
+    created_by_type: Counter[str]
+
+
+def settle(rows: Sequence[MappedRow], store: ContactStore) -> Settled:
+    """Bring every row to an outcome."""
+    settled = Settled([], Counter())
+    store.notice(rows)
+    at_first = [row for row in rows if not (row.draft and store.is_likely_met(row))]
+    waiting = _carry_out(at_first, KnownContacts(), store, settled)
+    if len(at_first) < len(rows) or waiting:
+        unsettled = {row.id for row in waiting}
+        tried = {row.id for row in at_first} - unsettled
+        waiting = [row for row in rows if row.id not in tried]
+    for _ in range(MOST_ATTEMPTS):
+        if not waiting:
+            return settled
+        waiting = _carry_out(waiting, store.contacts_met_by(waiting), store, settled)
+    raise UnsettledError(len(waiting))
+
+
+def _carry_out(
+    rows: Sequence[MappedRow], known: KnownContacts, store: ContactStore, settled: Settled
+) -> list[MappedRow]:
+    """Do what the plan says; the rows that met a contact which the plan did not know of."""
+    plan = decide(rows, known)
+    landed = store.insert(plan.creates)
+    store.fill(plan.fills)
+    lost = {draft.id for draft in plan.creates} - landed if len(landed) < len(plan.creates) else set()
+    settled.created_by_type.update(draft.contact_type for draft in plan.creates if draft.id not in lost)
+    settled.decisions.extend(decision for decision in plan.decisions if decision.contact_id not in lost)
+    if not lost:
+        return []
+    return [row for row, decision in zip(rows, plan.decisions, strict=True) if decision.contact_id in lost]
+
+
+class UnsettledError(DatabaseError):
+    """Contacts came and went faster than they could be looked up."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__(f"{rows} rows kept meeting contacts that vanished again")
+
+
+class DatabaseStore:
+    """The contacts of the database."""
+
+    def __init__(self, connection: BaseDatabaseWrapper, lookup: ContactLookup) -> None:
+        self._connection = connection
+        self._lookup = lookup
+        self.contacts_met_by = lookup.contacts_met_by
+        self.notice = lookup.notice_spellings
+
+    def is_likely_met(self, row: MappedRow) -> bool:
+        """Whether a contact is known to have the row's address in another spelling."""
+        return row.draft is not None and bool(self._lookup.spellings_of(row.draft.email))
+
+    def insert(self, drafts: Sequence[ContactDraft]) -> set[str]:
+        """Insert contacts; the ids of those that landed.
+
+        `bulk_create(ignore_conflicts=True)` reports every object as written, so PostgreSQL is asked: how many by the
+        row count of the insert, which ones only when some did not.
+        """
+        ids = {draft.id for draft in drafts}
+        if not drafts:
+            return ids
+        with _counting_rows(self._connection) as counted:
+            CRMContact.objects.using(self._connection.alias).bulk_create(
+                [CRMContact(*draft) for draft in drafts], ignore_conflicts=True
+            )
+        if counted == [len(drafts)]:
+            return ids
+        return self._present(drafts)
+
+    def _present(self, drafts: Sequence[ContactDraft]) -> set[str]:
+        # A contact under the draft's id and with its address is the draft's: an older one would have been met before.
+        emails = {draft.id: draft.email for draft in drafts}
+        with self._connection.cursor() as cursor:
+            cursor.execute(
+                "SELECT id, email FROM crm_contacts WHERE id = ANY(%s) AND xmin::text = ANY(%s)", [list(emails), []]
+            )
+            return {identifier for identifier, email in cursor.fetchall() if emails[identifier] == email}
+
+    def fill(self, fills: dict[str, dict[str, Any]]) -> None:
+        """Fill contacts, in the order of their ids against deadlocks, and only what is NULL at that moment."""
+        if not fills:
+            return
+        rows = [(identifier, *map(values.get, _FILLED)) for identifier, values in sorted(fills.items())]
+        with self._connection.cursor() as cursor:
+            cursor.execute(_fill_statement(self._connection), [list(column) for column in zip(*rows, strict=True)])
+
+
+@contextmanager
+def _counting_rows(connection: BaseDatabaseWrapper) -> Iterator[list[int]]:
+    """Collect the row counts of the statements that run inside."""
+    counts: list[int] = []
+
+    def count(execute: Callable[..., Any], sql: str, params: Any, many: bool, context: dict[str, Any]) -> Any:  # noqa: FBT001 - Django's signature
+        result = execute(sql, params, many, context)
+        counts.append(context["cursor"].rowcount)
+        return result
+
+    with connection.execute_wrapper(count):
+        yield counts
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """How long a batch may wait for a lock, and how long one of its statements may take; milliseconds."""
+
+    lock: int = 5_000
+    statement: int = 60_000
+
+
+class BatchWriter:
+    """Writes batches of one run, each in a transaction of its own."""
+
+    def __init__(
+        self,
+        connection: BaseDatabaseWrapper,
+        lookup: ContactLookup,
+        run_id: int,
+        timeouts: Timeouts,
+    ) -> None:
+        self._connection = connection
+        self._store = DatabaseStore(connection, lookup)
+        self._run_id = run_id
+        self._manners = _MANNERS.format(lock=timeouts.lock, statement=timeouts.statement)
+
+    def write(self, source: Source, rows: Sequence[MappedRow]) -> Totals:
+        """Bring the rows of a batch to an outcome; contacts, ledger, counts and heartbeat commit together.
+
+        Raises fence.FenceLostError when the run is no longer the running one, and django.db.DatabaseError for a bad
+        moment. Nothing of the batch is written then.
+        """
+        started = time.monotonic()
+        use_fast_arrays(self._connection)
+        with transaction.atomic(using=self._connection.alias, durable=True):
+            with self._connection.cursor() as cursor:
+                cursor.execute(self._manners)
+            settled = self._settle_apart(rows)
+            self._write_ledger(source, settled.decisions)
+            totals = Totals.of(settled.decisions, settled.created_by_type)
+            self._write_batch(source, totals, time.monotonic() - started)
+            fence.renew(self._run_id, totals)
+        return totals
+
+    def _settle_apart(self, rows: Sequence[MappedRow]) -> Settled:
+        """Settle the rows; where PostgreSQL refuses one, halve until it stands alone, so that the others land."""
+        try:
+            with transaction.atomic(using=self._connection.alias):
+                return settle(rows, self._store)
+        except DatabaseError as error:
+            refusal = row_refusal(error)
+            if refusal is None:
+                raise
+        if len(rows) == 1:
+            return Settled([_refused(rows[0], refusal)], Counter())
+        middle = len(rows) // 2
+        first, second = self._settle_apart(rows[:middle]), self._settle_apart(rows[middle:])
+        return Settled(first.decisions + second.decisions, first.created_by_type + second.created_by_type)
+
+    def _write_ledger(self, source: Source, decisions: Sequence[Decision]) -> None:
+        fresh = [decision for decision in decisions if decision.known_reason is None]
+        again = [decision for decision in decisions if decision.known_reason is not None]
+        ledger = LedgerEntry.objects.using(self._connection.alias)
+        ledger.bulk_create([_line(source, decision, self._run_id) for decision in fresh])
+        ledger.bulk_create(
+            [_line(source, decision, self._run_id) for decision in again],
+            update_conflicts=True,
+            unique_fields=["id"],
+            update_fields=[
+                field.name for field in LedgerEntry._meta.concrete_fields if field.name not in ("id", "source_id")
+            ],
+        )
+
+    def _write_batch(self, source: Source, totals: Totals, seconds: float) -> None:
+        BackfillBatch.objects.using(self._connection.alias).create(
+            run_id=self._run_id,
+            source=source,
+            read=totals.read,
+            error_new=totals.error_new,
+            errors_by_reason=dict(totals.errors_by_reason),
+            errors_new_by_reason=dict(totals.errors_new_by_reason),
+            created_by_type=dict(totals.created_by_type),
+            seconds=seconds,
+            **totals.outcomes,
+        )
+
+
+def _line(source: Source, decision: Decision, run_id: int) -> LedgerEntry:
+    refusal = decision.refusal or Refusal(None, None, None)
+    return LedgerEntry(
+        decision.id,
+        source.value,
+        decision.source_id,
+        decision.outcome.value,
+        decision.reason and decision.reason.value,
+        decision.contact_id,
+        run_id,
+        decision.updated_at,
+        ",".join(decision.filled) or None,
+        *refusal,
+    )
+
+
+def _refused(row: MappedRow, refusal: Refusal) -> Decision:
+    return Decision(
+        row.id, row.source_id, row.updated_at, row.known_reason, Outcome.ERROR, Reason.DATA_ERROR, refusal=refusal
+    )

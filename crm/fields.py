@@ -1,0 +1,65 @@
+"""Field classes for the two column types of the application that Django does not have."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from django.db import models
+from django.db.backends.base.base import BaseDatabaseWrapper
+from django.db.models.expressions import Expression
+
+
+class PostgresEnumField(models.TextField):  # type: ignore[type-arg] # django-stubs' fields are generic, Django's are not
+    """A column of a PostgreSQL enum type; its value is the label.
+
+    `enum` is the type's name. It is quoted: Prisma's type names are in mixed case, and Django's UNNEST insert casts to
+    `db_type`.
+    """
+
+    def __init__(self, *args: Any, enum: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.enum = enum
+
+    def deconstruct(self) -> Any:
+        """The field as a migration writes it down."""
+        name, path, args, kwargs = super().deconstruct()
+        return name, path, args, {**kwargs, "enum": self.enum}
+
+    def db_type(self, connection: BaseDatabaseWrapper) -> str:  # noqa: ARG002 - Django's signature
+        """The quoted name of the enum type."""
+        return f'"{self.enum}"'
+
+
+class TimestampField(models.DateTimeField):  # type: ignore[type-arg] # django-stubs' fields are generic, Django's are not
+    """Prisma's DateTime: `timestamp(3)` without time zone, meaning UTC. Aware in Python.
+
+    Text is taken for what PostgreSQL itself printed and is passed on untouched: the backfill carries timestamps from
+    one table to the other without ever parsing them.
+    """
+
+    def db_type(self, connection: BaseDatabaseWrapper) -> str:  # noqa: ARG002 - Django's signature
+        """The column's type."""
+        return "timestamp(3)"
+
+    def from_db_value(self, value: datetime | None, *_: Expression | BaseDatabaseWrapper) -> datetime | None:
+        """What was stored, marked as the UTC that it is."""
+        return value if value is None or value.tzinfo else value.replace(tzinfo=UTC)
+
+    def get_db_prep_value(self, value: Any, connection: BaseDatabaseWrapper, prepared: bool = False) -> Any:  # noqa: FBT001, FBT002 - Django's signature
+        """A naive UTC timestamp for an aware one; text as it is."""
+        if isinstance(value, str):
+            return value
+        moment = super().get_db_prep_value(value, connection, prepared)
+        return moment.astimezone(UTC).replace(tzinfo=None) if isinstance(moment, datetime) and moment.tzinfo else moment
+
+
+class RateField(models.DecimalField):  # type: ignore[type-arg] # django-stubs' fields are generic, Django's are not
+    """A commission rate in dollars per return, `numeric(5,2)`. Never a float; PostgreSQL's own text passes untouched."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"max_digits": 5, "decimal_places": 2, **kwargs})
+
+    def get_db_prep_save(self, value: Any, connection: BaseDatabaseWrapper) -> Any:
+        """The value for an insert."""
+        return value if isinstance(value, str) else super().get_db_prep_save(value, connection)

@@ -1,0 +1,114 @@
+"""`python manage.py backfill_crm_contacts`: bring everyone who is missing into crm_contacts."""
+
+from __future__ import annotations
+
+import argparse
+from datetime import UTC, datetime
+from typing import Any
+
+from django.core.management.base import BaseCommand, CommandError, CommandParser
+from django.utils.dateparse import parse_date, parse_datetime
+from rich.console import Console
+
+from crm.backfill.options import DEFAULT_BATCH_SIZE, RunOptions
+from crm.backfill.outcome import Source
+from crm.backfill.report import LineProgress, TerminalProgress, as_json, print_summary
+from crm.backfill.runner import Progress, Silence, run_backfill
+from crm.errors import OperatorError
+
+
+class Command(BaseCommand):
+    """Arguments, one call, print."""
+
+    help = (
+        "Bring users, profiles and leads that the CRM lacks into crm_contacts. Run it again at any time: it goes on "
+        "where it stopped, and looks only at what is new."
+    )
+    requires_system_checks: list[str] = []  # noqa: RUF012 - Django's attribute
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        """What may be asked."""
+        parser.add_argument("--dry-run", action="store_true", help="tell what a run would do, and write nothing at all")
+        parser.add_argument(
+            "--batch-size",
+            type=_positive,
+            default=DEFAULT_BATCH_SIZE,
+            metavar="ROWS",
+            help=f"rows that commit together (default {DEFAULT_BATCH_SIZE})",
+        )
+        parser.add_argument(
+            "--only",
+            nargs="+",
+            choices=[source.value for source in Source],
+            default=[],
+            metavar="SOURCE",
+            help=f"only these sources: {', '.join(source.value for source in Source)}",
+        )
+        parser.add_argument("--limit", type=_positive, metavar="ROWS", help="look at no more than so many rows")
+        parser.add_argument(
+            "--since", type=_moment, metavar="TIME", help="only rows whose updatedAt is not before this date or time (UTC)"
+        )
+        parser.add_argument(
+            "--strict", action="store_true", help="exit code 1 for rows in error that earlier runs had, too"
+        )
+        parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
+        parser.add_argument("--no-progress", action="store_true", help="show no progress")
+
+    def handle(
+        self,
+        *_args: Any,
+        dry_run: bool,
+        batch_size: int,
+        only: list[str],
+        limit: int | None,
+        since: str | None,
+        strict: bool,
+        json: bool,
+        no_progress: bool,
+        **_options: Any,
+    ) -> None:
+        """Run the backfill. The exit codes are in the README: 0, 1, 2, 3, 4, 5."""
+        options = RunOptions(
+            dry_run=dry_run,
+            batch_size=batch_size,
+            only=tuple(source for source in Source if source in only),
+            limit=limit,
+            since=since,
+        )
+        try:
+            report = run_backfill(options, _progress(Console(stderr=True), wanted=not no_progress))
+        except OperatorError as error:
+            raise CommandError(str(error), returncode=error.exit_code) from None
+        if json:
+            self.stdout.write(as_json(report))
+        else:
+            print_summary(report, Console(file=self.stdout._out))  # noqa: SLF001 - rich needs the stream itself
+        if code := report.exit_code(strict=strict):
+            raise SystemExit(code)
+
+
+def _progress(console: Console, *, wanted: bool) -> Progress:
+    if not wanted:
+        return Silence()
+    return TerminalProgress(console) if console.is_terminal else LineProgress(console)
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
+def _moment(text: str) -> str:
+    """An ISO date or time as PostgreSQL's timestamp in UTC."""
+    try:
+        moment = parse_datetime(text)
+        day = parse_date(text) if moment is None else None
+    except ValueError:
+        moment = day = None
+    if day is not None:
+        moment = datetime(day.year, day.month, day.day, tzinfo=UTC)
+    if moment is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a date or time such as 2025-11-01 or 2025-11-01T22:00:00")
+    aware = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    return aware.astimezone(UTC).replace(tzinfo=None).isoformat(sep=" ")

@@ -1,0 +1,17 @@
+"""The tables: the application's, which we map and do not own, and ours."""
+
+from crm.models.contacts import CRMContact, CRMInteraction, CRMStageHistory
+from crm.models.ledger import BackfillBatch, BackfillRun, LedgerEntry
+from crm.models.legacy import Lead, Profile, User
+
+__all__ = [
+    "BackfillBatch",
+    "BackfillRun",
+    "CRMContact",
+    "CRMInteraction",
+    "CRMStageHistory",
+    "Lead",
+    "LedgerEntry",
+    "Profile",
+    "User",
+]

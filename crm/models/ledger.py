@@ -1,0 +1,163 @@
+"""Our own tables: what was run, batch by batch, and what became of every source row."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Self
+
+from django.db import models
+from django.db.models import F, Q
+from django.db.models.functions import Now
+
+from crm.backfill.outcome import Outcome, Source, Totals
+from crm.fields import TimestampField
+
+
+class RunStatus(models.TextChoices):
+    """Where a run stands."""
+
+    RUNNING = "running"  # a process is at work, or died less than five minutes ago
+    PAUSED = "paused"  # stopped from outside; no other run may start until it is resumed or cancelled
+    CANCELLED = "cancelled"  # stopped from outside for good
+    INTERRUPTED = "interrupted"  # stopped by a signal, resumed after a pause, or found dead; the next run goes on
+    FAILED = "failed"  # stopped by an error that waiting did not cure; the next run goes on
+    FINISHED = "finished"  # went through to its end
+
+
+class RunQuerySet(models.QuerySet["BackfillRun"]):
+    """Runs by what became of them."""
+
+    def running(self) -> Self:
+        """The run that holds the fence; at most one, by a unique index."""
+        return self.filter(status=RunStatus.RUNNING)
+
+    def holding(self) -> Self:
+        """The runs that keep another one from starting."""
+        return self.filter(status__in=[RunStatus.RUNNING, RunStatus.PAUSED])
+
+
+class BackfillRun(models.Model):
+    """One execution: what was asked, by whom and where, how it went."""
+
+    class Kind(models.TextChoices):
+        """What a run does."""
+
+        BACKFILL = "backfill"
+        ROLLBACK = "rollback"
+
+    kind = models.TextField(choices=Kind.choices, default=Kind.BACKFILL)
+    status = models.TextField(choices=RunStatus.choices, default=RunStatus.RUNNING)
+    options = models.JSONField(default=dict, help_text="What was asked, as the command understood it")
+    version = models.TextField(help_text="The version of this project")
+    generation = models.TextField(help_text="The generation of the application's tables")
+    operator = models.TextField(help_text="The operating system's user who started it")
+    host = models.TextField()
+    process_id = models.IntegerField()
+    started_at = models.DateTimeField(db_default=Now())
+    heartbeat_at = models.DateTimeField(db_default=Now(), help_text="The last batch that committed")
+    finished_at = models.DateTimeField(null=True)
+    read = models.BigIntegerField(default=0)
+    created = models.BigIntegerField(default=0)
+    merged = models.BigIntegerField(default=0)
+    exists = models.BigIntegerField(default=0)
+    error = models.BigIntegerField(default=0)
+    error_new = models.BigIntegerField(default=0, help_text="Errors that no earlier run had with the same reason")
+    census = models.JSONField(null=True, help_text="The tables at the end: rows = excluded + in the ledger + pending")
+    balanced = models.BooleanField(null=True, help_text="Whether the identity held at the end")
+    failure = models.TextField(null=True, help_text="Why it did not finish")
+
+    objects = RunQuerySet.as_manager()
+
+    class Meta:
+        db_table = "backfill_run"
+        verbose_name = "run"
+        ordering = ("-id",)
+        constraints = (
+            models.UniqueConstraint(
+                fields=["status"], condition=Q(status="running"), name="at_most_one_run_is_running"
+            ),
+            models.CheckConstraint(
+                condition=Q(read=F("created") + F("merged") + F("exists") + F("error")), name="every_read_row_has_an_outcome"
+            ),
+        )
+
+    def __str__(self) -> str:
+        return f"run {self.pk}"
+
+
+class BackfillBatch(models.Model):
+    """Rows that were committed together, counted. Written in the same transaction as they are."""
+
+    run = models.ForeignKey(BackfillRun, models.CASCADE, related_name="batches")
+    source = models.TextField(choices=[(source.value, source.value) for source in Source])
+    read = models.IntegerField()
+    created = models.IntegerField()
+    merged = models.IntegerField()
+    exists = models.IntegerField()
+    error = models.IntegerField()
+    error_new = models.IntegerField()
+    errors_by_reason = models.JSONField(default=dict)
+    errors_new_by_reason = models.JSONField(default=dict)
+    created_by_type = models.JSONField(default=dict)
+    seconds = models.FloatField(help_text="From the first statement to just before the commit")
+    committed_at = models.DateTimeField(db_default=Now())
+
+    class Meta:
+        db_table = "backfill_batch"
+        verbose_name = "batch"
+        verbose_name_plural = "batches"
+
+    def __str__(self) -> str:
+        return f"batch {self.pk} of run {self.run_id}"
+
+    def totals(self) -> Totals:
+        """The counts, to be added up."""
+        return Totals(
+            self.read,
+            self.created,
+            self.merged,
+            self.exists,
+            self.error,
+            self.error_new,
+            Counter(self.errors_by_reason),
+            Counter(self.errors_new_by_reason),
+            Counter(self.created_by_type),
+        )
+
+
+class LedgerEntry(models.Model):
+    """What became of one source row: exactly one line for each row that was decided.
+
+    The key is the contact id that the row makes (`crm.backfill.mapping.contact_id`), a function of (table, row id). So
+    one index holds the promise of one line a row, finds a row's line, and tells whether a contact is of our making: it
+    is when there is a line with its id and the outcome `created`.
+
+    `run` has neither index nor constraint in the database: both would cost every row, and only an admin page and a
+    rollback look from that side.
+    """
+
+    id = models.TextField(primary_key=True)
+    source = models.TextField(choices=[(source.value, source.value) for source in Source])
+    source_id = models.TextField("source id")
+    outcome = models.TextField(choices=[(outcome.value, outcome.value) for outcome in Outcome])
+    reason = models.TextField(null=True, help_text="Why it is an error")
+    contact_id = models.TextField("contact id", null=True, help_text="The contact it made, met or is in conflict with")
+    run = models.ForeignKey(BackfillRun, models.DO_NOTHING, db_index=False, db_constraint=False, related_name="+")
+    source_updated_at = TimestampField(help_text="The source row's updatedAt when this was decided")
+    filled = models.TextField(null=True, help_text="The contact's columns that a merge filled")
+    sqlstate = models.TextField(null=True, help_text="PostgreSQL's code for a row that it refused")
+    constraint = models.TextField(null=True, help_text="The constraint that refused the row")
+    column = models.TextField(null=True, help_text="The column that was refused")
+
+    class Meta:
+        db_table = "ledger_entry"
+        verbose_name = "ledger entry"
+        verbose_name_plural = "ledger"
+
+    def __str__(self) -> str:
+        return self.row
+
+    @property
+    def row(self) -> str:
+        """The row's reference, `<table>:<id>`, the form in which log lines and commands name it."""
+        return f"{Source(self.source).table}:{self.source_id}"
