@@ -444,7 +444,9 @@ def read_contacts(cursor: Cursor) -> dict[str, Row]:
 def read_ledger(cursor: Cursor) -> dict[str, Line]:
     """The ledger lines by row reference, in the shape of the reference; an empty text means none."""
     cursor.execute(
-        f"SELECT source_table, source_id, source, outcome, reason, contact_id FROM {LEDGER_TABLE}"  # noqa: S608
+        f"SELECT CASE WHEN source LIKE '%%leads' THEN 'leads' ELSE 'profiles' END, "  # noqa: S608 - a constant's name
+        f"source_id, source, outcome, reason, contact_id FROM {LEDGER_TABLE}",
+        (),
     )
     return {
         f"{table}:{identifier}": {

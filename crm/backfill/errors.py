@@ -43,7 +43,9 @@ def row_refusal(error: DatabaseError) -> Refusal | None:
     if not code.startswith(ROW_CLASSES):
         return None
     diagnostic = error.__cause__.diag if isinstance(error.__cause__, psycopg.Error) else None
-    return Refusal(code, diagnostic.constraint_name, diagnostic.column_name) if diagnostic else Refusal(code, None, None)
+    return (
+        Refusal(code, diagnostic.constraint_name, diagnostic.column_name) if diagnostic else Refusal(code, None, None)
+    )
 
 
 def bad_moment(error: BaseException) -> str | None:

@@ -87,9 +87,7 @@ def renew(run_id: int, totals: Totals) -> None:
 
 def release(run_id: int, status: RunStatus, **results: Any) -> bool:
     """End the run, if it still is the running one."""
-    return bool(
-        BackfillRun.objects.running().filter(pk=run_id).update(status=status, finished_at=Now(), **results)
-    )
+    return bool(BackfillRun.objects.running().filter(pk=run_id).update(status=status, finished_at=Now(), **results))
 
 
 def take_over_if_dead(run: BackfillRun) -> bool:

@@ -1,6 +1,6 @@
 """One source, batch by batch: read, map, write. Retries what may pass by itself.
 
-    SourceReader.page -> map_rows -> writer.write -> Totals
+SourceReader.page -> map_rows -> writer.write -> Totals
 """
 
 from __future__ import annotations
@@ -94,7 +94,9 @@ class Pipeline:
 
     def _give_way(self, cause: str, attempt: int) -> None:
         wait = self.retries.first_wait * 2**attempt * random.uniform(0.75, 1.25)  # noqa: S311 - jitter, not a secret
-        logger.warning("%s: trying the batch again in %.1f s (try %d of %d)", cause, wait, attempt + 1, self.retries.most)
+        logger.warning(
+            "%s: trying the batch again in %.1f s (try %d of %d)", cause, wait, attempt + 1, self.retries.most
+        )
         if cause != "lock timeout":
             self.connection.close_if_unusable_or_obsolete()
         time.sleep(wait)

@@ -122,9 +122,7 @@ def decide(rows: Iterable[MappedRow], known: KnownContacts) -> Plan:
         try:
             contact = known.find(draft)
         except Conflict as conflict:
-            plan.decisions.append(
-                _decision(row, Outcome.ERROR, reason=Reason.CONFLICT, contact_id=conflict.contact.id)
-            )
+            plan.decisions.append(_decision(row, Outcome.ERROR, reason=Reason.CONFLICT, contact_id=conflict.contact.id))
             continue
         if contact is None:
             made[draft.id] = contact = KnownContact.of_draft(draft)
@@ -138,9 +136,7 @@ def decide(rows: Iterable[MappedRow], known: KnownContacts) -> Plan:
                 plan.fills[contact.id] = contact.fills
         else:
             plan.decisions.append(_decision(row, Outcome.EXISTS, contact_id=contact.id))
-    plan.creates = [
-        draft._replace(**made[draft.id].fills) if made[draft.id].fills else draft for draft in plan.creates
-    ]
+    plan.creates = [draft._replace(**made[draft.id].fills) if made[draft.id].fills else draft for draft in plan.creates]
     return plan
 
 

@@ -17,7 +17,7 @@ from crm.backfill.known import ContactLookup
 from crm.backfill.mapping import ContactDraft, MappedRow
 from crm.backfill.outcome import Source, Totals
 from crm.backfill.plan import KnownContact, KnownContacts
-from crm.backfill.writer import settle
+from crm.backfill.settle import settle
 
 _KEYS_TAKEN = """
 SELECT id, email, "userId", "clerkUserId" FROM crm_contacts WHERE id = ANY(%(ids)s)

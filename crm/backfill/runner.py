@@ -246,7 +246,9 @@ def _counted_batches(run: BackfillRun) -> dict[Source, Totals]:
 
 def _ledger_agrees(run: BackfillRun, totals: Totals) -> bool:
     """Whether the ledger has as many lines of this run, by outcome, as the run counted."""
-    lines = dict(LedgerEntry.objects.filter(run=run).values_list("outcome").annotate(Count("id"))) if totals.read else {}
+    lines = (
+        dict(LedgerEntry.objects.filter(run=run).values_list("outcome").annotate(Count("id"))) if totals.read else {}
+    )
     return {outcome.value: lines.get(outcome.value, 0) for outcome in Outcome} == totals.outcomes
 
 

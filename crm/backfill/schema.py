@@ -237,7 +237,9 @@ def _require_migrations(*, has_attribution: bool, has_ledger: bool) -> None:
 
 
 def _require_rights(connection: BaseDatabaseWrapper) -> None:
-    own = [(model._meta.db_table, right) for model in (BackfillRun, BackfillBatch, LedgerEntry) for right in ("INSERT",)]
+    own = [
+        (model._meta.db_table, right) for model in (BackfillRun, BackfillBatch, LedgerEntry) for right in ("INSERT",)
+    ]
     wanted = [("crm_contacts", "INSERT"), ("crm_contacts", "UPDATE"), *own, (BackfillRun._meta.db_table, "UPDATE")]
     with connection.cursor() as cursor:
         cursor.execute(

@@ -1,9 +1,6 @@
 """The only place that writes `crm_contacts`, and the only atomic block: a batch is one transaction.
 
-    rows -> settle -> contacts, fills -> ledger lines -> batch counts and heartbeat -> commit
-
-Rows are inserted first and asked about after: whatever did not land has met a contact, is looked up by all of its keys
-and decided again. So the common case costs one insert, and nothing is ever skipped silently.
+rows -> settle -> contacts, fills -> ledger lines -> batch counts and heartbeat -> commit
 """
 
 from __future__ import annotations
@@ -13,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from django.db import DatabaseError, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
@@ -24,11 +21,9 @@ from crm.backfill.errors import row_refusal
 from crm.backfill.known import ContactLookup
 from crm.backfill.mapping import ATTRIBUTION, ContactDraft, MappedRow
 from crm.backfill.outcome import Decision, Outcome, Reason, Refusal, Source, Totals
-from crm.backfill.plan import ASSIGNMENT_UNIT, ATTRIBUTION_UNIT, PROFILE_FILLS, KnownContacts, decide
+from crm.backfill.plan import ASSIGNMENT_UNIT, ATTRIBUTION_UNIT, PROFILE_FILLS
+from crm.backfill.settle import Settled, settle
 from crm.models import BackfillBatch, CRMContact, LedgerEntry
-
-#: A contact that was deleted under our eyes may be met again; more often than this is no coincidence.
-MOST_ATTEMPTS = 10
 
 # Deferred constraints would speak up at the commit, when nobody can tell which row they mean.
 _MANNERS = "SET LOCAL lock_timeout = {lock}; SET LOCAL statement_timeout = {statement}; SET CONSTRAINTS ALL IMMEDIATE"
@@ -55,72 +50,6 @@ def _fill_statement(connection: BaseDatabaseWrapper) -> str:
         f"UPDATE crm_contacts c SET {', '.join(alone + units)} "
         f"FROM unnest(%s::text[], {arrays}) AS v(id, {', '.join(_COLUMN[name] for name in _FILLED)}) WHERE c.id = v.id"
     )
-
-
-class ContactStore(Protocol):
-    """Where contacts are: the database, or a dry run's picture of it."""
-
-    def is_likely_met(self, row: MappedRow) -> bool:
-        """Whether the row is to be looked up before an insert is tried."""
-
-    def notice(self, rows: Sequence[MappedRow]) -> None:
-        """Take a first look at a batch."""
-
-    def insert(self, drafts: Sequence[ContactDraft]) -> set[str]:
-        """Insert what meets no contact; the ids of the drafts that landed."""
-
-    def fill(self, fills: dict[str, dict[str, Any]]) -> None:
-        """Fill what is NULL in contacts that are there."""
-
-    def contacts_met_by(self, rows: Sequence[MappedRow]) -> KnownContacts:
-        """The contacts that have a key of one of the rows."""
-
-
-@dataclass(frozen=True, slots=True)
-class Settled:
-    """Rows that have an outcome, and the contacts that they made, counted by type."""
-
-    decisions: list[Decision]
-    created_by_type: Counter[str]
-
-
-def settle(rows: Sequence[MappedRow], store: ContactStore) -> Settled:
-    """Bring every row to an outcome."""
-    settled = Settled([], Counter())
-    store.notice(rows)
-    at_first = [row for row in rows if not (row.draft and store.is_likely_met(row))]
-    waiting = _carry_out(at_first, KnownContacts(), store, settled)
-    if len(at_first) < len(rows) or waiting:
-        unsettled = {row.id for row in waiting}
-        tried = {row.id for row in at_first} - unsettled
-        waiting = [row for row in rows if row.id not in tried]
-    for _ in range(MOST_ATTEMPTS):
-        if not waiting:
-            return settled
-        waiting = _carry_out(waiting, store.contacts_met_by(waiting), store, settled)
-    raise UnsettledError(len(waiting))
-
-
-def _carry_out(
-    rows: Sequence[MappedRow], known: KnownContacts, store: ContactStore, settled: Settled
-) -> list[MappedRow]:
-    """Do what the plan says; the rows that met a contact which the plan did not know of."""
-    plan = decide(rows, known)
-    landed = store.insert(plan.creates)
-    store.fill(plan.fills)
-    lost = {draft.id for draft in plan.creates} - landed if len(landed) < len(plan.creates) else set()
-    settled.created_by_type.update(draft.contact_type for draft in plan.creates if draft.id not in lost)
-    settled.decisions.extend(decision for decision in plan.decisions if decision.contact_id not in lost)
-    if not lost:
-        return []
-    return [row for row, decision in zip(rows, plan.decisions, strict=True) if decision.contact_id in lost]
-
-
-class UnsettledError(DatabaseError):
-    """Contacts came and went faster than they could be looked up."""
-
-    def __init__(self, rows: int) -> None:
-        super().__init__(f"{rows} rows kept meeting contacts that vanished again")
 
 
 class DatabaseStore:
@@ -162,99 +91,6 @@ class DatabaseStore:
                 [[draft.id for draft in drafts]],
             )
             return {identifier for (identifier,) in cursor.fetchall()}
-
-    def fill(self, fills: dict[str, dict[str, Any]]) -> None:
-        """Fill what is NULL in contacts that are there."""
-
-    def contacts_met_by(self, rows: Sequence[MappedRow]) -> KnownContacts:
-        """The contacts that have a key of one of the rows."""
-
-
-@dataclass(frozen=True, slots=True)
-class Settled:
-    """Rows that have an outcome, and the contacts that they made, counted by type."""
-
-    decisions: list[Decision]
-    created_by_type: Counter[str]
-
-
-def settle(rows: Sequence[MappedRow], store: ContactStore) -> Settled:
-    """Bring every row to an outcome."""
-    settled = Settled([], Counter())
-    store.notice(rows)
-    at_first = [row for row in rows if not (row.draft and store.is_likely_met(row))]
-    waiting = _carry_out(at_first, KnownContacts(), store, settled)
-    if len(at_first) < len(rows) or waiting:
-        unsettled = {row.id for row in waiting}
-        tried = {row.id for row in at_first} - unsettled
-        waiting = [row for row in rows if row.id not in tried]
-    for _ in range(MOST_ATTEMPTS):
-        if not waiting:
-            return settled
-        waiting = _carry_out(waiting, store.contacts_met_by(waiting), store, settled)
-    raise UnsettledError(len(waiting))
-
-
-def _carry_out(
-    rows: Sequence[MappedRow], known: KnownContacts, store: ContactStore, settled: Settled
-) -> list[MappedRow]:
-    """Do what the plan says; the rows that met a contact which the plan did not know of."""
-    plan = decide(rows, known)
-    landed = store.insert(plan.creates)
-    store.fill(plan.fills)
-    lost = {draft.id for draft in plan.creates} - landed if len(landed) < len(plan.creates) else set()
-    settled.created_by_type.update(draft.contact_type for draft in plan.creates if draft.id not in lost)
-    settled.decisions.extend(decision for decision in plan.decisions if decision.contact_id not in lost)
-    if not lost:
-        return []
-    return [row for row, decision in zip(rows, plan.decisions, strict=True) if decision.contact_id in lost]
-
-
-class UnsettledError(DatabaseError):
-    """Contacts came and went faster than they could be looked up."""
-
-    def __init__(self, rows: int) -> None:
-        super().__init__(f"{rows} rows kept meeting contacts that vanished again")
-
-
-class DatabaseStore:
-    """The contacts of the database."""
-
-    def __init__(self, connection: BaseDatabaseWrapper, lookup: ContactLookup) -> None:
-        self._connection = connection
-        self._lookup = lookup
-        self.contacts_met_by = lookup.contacts_met_by
-        self.notice = lookup.notice_spellings
-
-    def is_likely_met(self, row: MappedRow) -> bool:
-        """Whether a contact is known to have the row's address in another spelling."""
-        return row.draft is not None and bool(self._lookup.spellings_of(row.draft.email))
-
-    def insert(self, drafts: Sequence[ContactDraft]) -> set[str]:
-        """Insert contacts; the ids of those that landed.
-
-        `bulk_create(ignore_conflicts=True)` reports every object as written, so PostgreSQL is asked: how many by the
-        row count of the insert, which ones only when some did not.
-        """
-        ids = {draft.id for draft in drafts}
-        if not drafts:
-            return ids
-        with _counting_rows(self._connection) as counted:
-            CRMContact.objects.using(self._connection.alias).bulk_create(
-                [CRMContact(*draft) for draft in drafts], ignore_conflicts=True
-            )
-        if counted == [len(drafts)]:
-            return ids
-        return self._present(drafts)
-
-    def _present(self, drafts: Sequence[ContactDraft]) -> set[str]:
-        # A contact under the draft's id and with its address is the draft's: an older one would have been met before.
-        emails = {draft.id: draft.email for draft in drafts}
-        with self._connection.cursor() as cursor:
-            cursor.execute(
-                "SELECT id, email FROM crm_contacts WHERE id = ANY(%s) AND xmin::text = ANY(%s)", [list(emails), []]
-            )
-            return {identifier for identifier, email in cursor.fetchall() if emails[identifier] == email}
 
     def fill(self, fills: dict[str, dict[str, Any]]) -> None:
         """Fill contacts, in the order of their ids against deadlocks, and only what is NULL at that moment."""

@@ -77,7 +77,8 @@ class BackfillRun(models.Model):
                 fields=["status"], condition=Q(status="running"), name="at_most_one_run_is_running"
             ),
             models.CheckConstraint(
-                condition=Q(read=F("created") + F("merged") + F("exists") + F("error")), name="every_read_row_has_an_outcome"
+                condition=Q(read=F("created") + F("merged") + F("exists") + F("error")),
+                name="every_read_row_has_an_outcome",
             ),
         )
 

@@ -46,7 +46,10 @@ class Command(BaseCommand):
         )
         parser.add_argument("--limit", type=_positive, metavar="ROWS", help="look at no more than so many rows")
         parser.add_argument(
-            "--since", type=_moment, metavar="TIME", help="only rows whose updatedAt is not before this date or time (UTC)"
+            "--since",
+            type=_moment,
+            metavar="TIME",
+            help="only rows whose updatedAt is not before this date or time (UTC)",
         )
         parser.add_argument(
             "--strict", action="store_true", help="exit code 1 for rows in error that earlier runs had, too"
@@ -82,7 +85,7 @@ class Command(BaseCommand):
         if json:
             self.stdout.write(as_json(report))
         else:
-            print_summary(report, Console(file=self.stdout._out))  # noqa: SLF001 - rich needs the stream itself
+            print_summary(report, Console(file=self.stdout._out))
         if code := report.exit_code(strict=strict):
             raise SystemExit(code)
 

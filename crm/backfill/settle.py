@@ -1,0 +1,88 @@
+"""Every row of a batch is brought to an outcome.
+
+Rows are inserted first and asked about after: whatever did not land has met a contact, is looked up by all of its keys
+and decided again. So the common case costs one insert, and nothing is ever skipped silently: PostgreSQL's bare
+`ON CONFLICT DO NOTHING` also swallows a clash on another unique key than the one that was thought of.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from django.db import DatabaseError
+
+from crm.backfill.mapping import ContactDraft, MappedRow
+from crm.backfill.outcome import Decision
+from crm.backfill.plan import KnownContacts, decide
+
+#: A contact that was deleted under our eyes may be met again; more often than this is no coincidence.
+MOST_ATTEMPTS = 10
+
+
+class ContactStore(Protocol):
+    """Where contacts are: the database, or a dry run's picture of it."""
+
+    def is_likely_met(self, row: MappedRow) -> bool:
+        """Whether the row is to be looked up before an insert is tried."""
+
+    def notice(self, rows: Sequence[MappedRow]) -> None:
+        """Take a first look at a batch."""
+
+    def insert(self, drafts: Sequence[ContactDraft]) -> set[str]:
+        """Insert what meets no contact; the ids of the drafts that landed."""
+
+    def fill(self, fills: dict[str, dict[str, Any]]) -> None:
+        """Fill what is NULL in contacts that are there."""
+
+    def contacts_met_by(self, rows: Sequence[MappedRow]) -> KnownContacts:
+        """The contacts that have a key of one of the rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """Rows that have an outcome, and the contacts that they made, counted by type."""
+
+    decisions: list[Decision]
+    created_by_type: Counter[str]
+
+
+def settle(rows: Sequence[MappedRow], store: ContactStore) -> Settled:
+    """Bring every row to an outcome."""
+    settled = Settled([], Counter())
+    store.notice(rows)
+    at_first = [row for row in rows if not (row.draft and store.is_likely_met(row))]
+    waiting = _carry_out(at_first, KnownContacts(), store, settled)
+    if len(at_first) < len(rows) or waiting:
+        unsettled = {row.id for row in waiting}
+        tried = {row.id for row in at_first} - unsettled
+        waiting = [row for row in rows if row.id not in tried]
+    for _ in range(MOST_ATTEMPTS):
+        if not waiting:
+            return settled
+        waiting = _carry_out(waiting, store.contacts_met_by(waiting), store, settled)
+    raise UnsettledError(len(waiting))
+
+
+def _carry_out(
+    rows: Sequence[MappedRow], known: KnownContacts, store: ContactStore, settled: Settled
+) -> list[MappedRow]:
+    """Do what the plan says; the rows that met a contact which the plan did not know of."""
+    plan = decide(rows, known)
+    landed = store.insert(plan.creates)
+    store.fill(plan.fills)
+    lost = {draft.id for draft in plan.creates} - landed if len(landed) < len(plan.creates) else set()
+    settled.created_by_type.update(draft.contact_type for draft in plan.creates if draft.id not in lost)
+    settled.decisions.extend(decision for decision in plan.decisions if decision.contact_id not in lost)
+    if not lost:
+        return []
+    return [row for row, decision in zip(rows, plan.decisions, strict=True) if decision.contact_id in lost]
+
+
+class UnsettledError(DatabaseError):
+    """Contacts came and went faster than they could be looked up."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__(f"{rows} rows kept meeting contacts that vanished again")

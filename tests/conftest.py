@@ -1,0 +1,108 @@
+"""The database of the tests: a real PostgreSQL, the application's tables from their DDL, everything committed.
+
+The backfill commits, opens connections and starts processes, so its tests cannot live inside a transaction that is
+rolled back. `database` empties all tables instead, which Django's flush would not do: it skips unmanaged models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from django.db import connection
+from django.db.models.signals import pre_migrate
+from django.test.utils import setup_databases, teardown_databases
+from pytest_django import DjangoDbBlocker
+
+from crm.legacy_schema import create_legacy_tables
+from crm.models import BackfillBatch, BackfillRun, LedgerEntry
+from tests.populations import add_labels
+
+LEGACY_TABLES = ("crm_stage_history", "crm_interactions", "crm_contacts", "leads", "profiles", "users")
+OWN_TABLES = tuple(model._meta.db_table for model in (LedgerEntry, BackfillBatch, BackfillRun))
+DEFAULT_GENERATION = "2025_10"
+
+
+class Database:
+    """The test database, with the tables of one generation."""
+
+    def __init__(self) -> None:
+        self.generation = DEFAULT_GENERATION
+        self._is_changed = False
+
+    def use(self, generation: str, *, added_labels: bool = False) -> None:
+        """Empty tables of a generation; with labels in its enums that somebody added by hand, if asked for."""
+        if generation != self.generation or added_labels or self._is_changed:
+            self.drop_legacy_tables()
+            with connection.cursor() as cursor:
+                create_legacy_tables(cursor, generation)
+                if added_labels:
+                    add_labels(cursor)
+            self.generation = generation
+            self._is_changed = added_labels
+        self.empty()
+
+    def change(self, statement: str) -> None:
+        """Change the application's tables by hand; they are made anew for the next test."""
+        self._is_changed = True
+        with connection.cursor() as cursor:
+            cursor.execute(statement)
+
+    def drop_legacy_tables(self) -> None:
+        """Drop the application's tables and types."""
+        with connection.cursor() as cursor:
+            cursor.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
+        self._is_changed = True
+
+    def empty(self) -> None:
+        """Delete every row of every table."""
+        with connection.cursor() as cursor:
+            cursor.execute("; ".join(f"DELETE FROM {table}" for table in (*OWN_TABLES, *LEGACY_TABLES)))
+
+    def rows(self, query: str, *parameters: Any) -> list[tuple[Any, ...]]:
+        """The answer to a query."""
+        with connection.cursor() as cursor:
+            cursor.execute(query, parameters)
+            return list(cursor.fetchall())
+
+    def dump(self, *tables: str) -> dict[str, list[tuple[Any, ...]]]:
+        """Every row of the tables (all of them by default), to be compared."""
+        return {table: self.rows(f"SELECT t::text FROM {table} t ORDER BY 1") for table in tables or self.tables()}
+
+    def tables(self) -> tuple[str, ...]:
+        """All tables that the backfill knows."""
+        return (*LEGACY_TABLES, *OWN_TABLES)
+
+
+_database = Database()
+
+
+def _load_legacy_tables(**_signal: Any) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT to_regclass('public.crm_contacts') IS NULL")
+        if cursor.fetchone() == (True,):
+            create_legacy_tables(cursor, DEFAULT_GENERATION)
+
+
+@pytest.fixture(scope="session")
+def _migrated(django_test_environment: None, django_db_blocker: DjangoDbBlocker) -> Iterator[Database]:
+    # `migrate` is to find the application's tables, as it does everywhere else.
+    pre_migrate.connect(_load_legacy_tables, dispatch_uid="tests.legacy_tables")
+    with django_db_blocker.unblock():
+        names = setup_databases(verbosity=0, interactive=False)
+        with connection.cursor() as cursor:
+            # Nothing is to survive a crash of the server: tests need not wait for the disk.
+            cursor.execute(f"ALTER DATABASE {connection.settings_dict['NAME']} SET synchronous_commit = off")
+        connection.close()
+        yield _database
+        teardown_databases(names, verbosity=0)
+
+
+@pytest.fixture
+def database(_migrated: Database, django_db_blocker: DjangoDbBlocker) -> Iterator[Database]:
+    """The database with empty tables of 2025_10; `database.use(...)` gives another generation."""
+    with django_db_blocker.unblock():
+        _migrated.use(DEFAULT_GENERATION)
+        yield _migrated
+        connection.close()
