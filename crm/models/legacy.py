@@ -29,6 +29,8 @@ class ReadOnlyQuerySet(models.QuerySet[Any]):
 
     create = update = delete = bulk_create = bulk_update = get_or_create = update_or_create = _refuse
     acreate = aupdate = adelete = abulk_create = abulk_update = aget_or_create = aupdate_or_create = _refuse
+    # What Django itself goes through where it passes by `save`, as loaddata does.
+    _insert = _update = _raw_delete = _refuse
 
 
 class ReadOnlyModel(models.Model):
@@ -38,6 +40,8 @@ class ReadOnlyModel(models.Model):
 
     class Meta:
         abstract = True
+        # The one that Django would make otherwise can write.
+        base_manager_name = "objects"
 
     def save(self, *_args: Any, **_kwargs: Any) -> NoReturn:
         """Refuse."""
