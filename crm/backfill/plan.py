@@ -5,7 +5,7 @@ Rows are decided one after another, in their order: what an earlier row makes or
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,6 +80,10 @@ class KnownContacts:
         spellings = self._by_email.setdefault(address, [])
         # The spelling that we would write ourselves stands before all others.
         spellings.insert(0 if contact.email == address else len(spellings), contact)
+
+    def __iter__(self) -> Iterator[KnownContact]:
+        """The contacts."""
+        return iter(self._by_id.values())
 
     def find(self, draft: ContactDraft) -> KnownContact | None:
         """The contact that the draft's person has, or None. Raises Conflict when its keys disagree."""

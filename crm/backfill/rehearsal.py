@@ -34,6 +34,7 @@ class RehearsalStore:
         self._connection = connection
         self._lookup = lookup
         self._made: dict[str, KnownContact] = {}
+        self._accounts: dict[str, dict[str, str]] = {}
         self.notice = lookup.notice_spellings
 
     def is_likely_met(self, row: MappedRow) -> bool:
@@ -56,7 +57,11 @@ class RehearsalStore:
         return {draft.id for draft in landed}
 
     def fill(self, fills: dict[str, dict[str, Any]]) -> None:
-        """Nothing: no count depends on what a merge fills."""
+        """Remember the accounts that contacts would get: the next row with their address may be another account's."""
+        for identifier, values in fills.items():
+            accounts = {name: values[name] for name in ("user_id", "clerk_user_id") if name in values}
+            if accounts:
+                self._accounts.setdefault(identifier, {}).update(accounts)
 
     def contacts_met_by(self, rows: Sequence[MappedRow]) -> KnownContacts:
         """The contacts that have a key of one of the rows, made or to be made."""
@@ -64,6 +69,9 @@ class RehearsalStore:
         for email in {row.draft.email for row in rows if row.draft}:
             if email in self._made:
                 known.add(self._made[email])
+        for contact in known:
+            for name, value in self._accounts.get(contact.id, {}).items():
+                setattr(contact, name, value)
         return known
 
     def _keys_taken(self, drafts: Sequence[ContactDraft]) -> set[tuple[str, str]]:
