@@ -117,7 +117,7 @@ class Table:
     def break_index(self) -> None:
         rows = self.query(
             "UPDATE pg_index SET indisvalid = false FROM pg_class WHERE pg_class.oid = indexrelid AND relname = %s "
-            "RETURNING indexrelid",
+            "AND indrelid = '{schema}.crm_contacts'::regclass RETURNING indexrelid",
             INDEX,
         )
         assert len(rows) == 1
