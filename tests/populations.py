@@ -411,7 +411,7 @@ def insert_population(cursor: Cursor, population: Population) -> None:
 def replace_population(cursor: Cursor, population: Population) -> None:
     """The same, for tables that hold an earlier population. The ledger stays."""
     for table in reversed(_TABLES):
-        cursor.execute(f'DELETE FROM "{table}"')  # noqa: S608 - names from this module
+        cursor.execute(f'DELETE FROM "{table}"')
     insert_population(cursor, population)
 
 
@@ -420,7 +420,7 @@ def _insert(cursor: Cursor, table: str, rows: Sequence[Row]) -> None:
     enums = _ENUM_COLUMNS.get(table, {})
     names = ", ".join(f'"{column}"' for column in columns)
     values = ", ".join(f'%s::"{enums[column]}"' if column in enums else "%s" for column in columns)
-    statement = f'INSERT INTO "{table}" ({names}) VALUES ({values})'  # noqa: S608 - names from this module
+    statement = f'INSERT INTO "{table}" ({names}) VALUES ({values})'
     cursor.executemany(statement, [[_stored(row[column]) for column in columns] for row in rows])
 
 
@@ -436,7 +436,7 @@ def _loaded(value: Any) -> Any:
 def read_contacts(cursor: Cursor) -> dict[str, Row]:
     """The contacts by id, in the shape of the reference."""
     names = ", ".join(f'"{column}"' for column in CONTACT_COLUMNS)
-    cursor.execute(f"SELECT {names} FROM crm_contacts")  # noqa: S608 - names from this module
+    cursor.execute(f"SELECT {names} FROM crm_contacts")
     rows = [dict(zip(CONTACT_COLUMNS, map(_loaded, row), strict=True)) for row in cursor.fetchall()]
     return {row["id"]: row for row in rows}
 
@@ -444,7 +444,7 @@ def read_contacts(cursor: Cursor) -> dict[str, Row]:
 def read_ledger(cursor: Cursor) -> dict[str, Line]:
     """The ledger lines by row reference, in the shape of the reference; an empty text means none."""
     cursor.execute(
-        f"SELECT CASE WHEN source LIKE '%%leads' THEN 'leads' ELSE 'profiles' END, "  # noqa: S608 - a constant's name
+        f"SELECT CASE WHEN source LIKE '%%leads' THEN 'leads' ELSE 'profiles' END, "
         f"source_id, source, outcome, reason, contact_id FROM {LEDGER_TABLE}",
         (),
     )

@@ -102,7 +102,7 @@ class Table:
             "SELECT indexrelid FROM pg_index WHERE indrelid = '{schema}.crm_contacts'::regclass)"
         )
         return [
-            self.query(f"SELECT xmin::text, t::text FROM {catalogue} t WHERE {key} IN {relations} ORDER BY 2")  # noqa: S608 - names from below
+            self.query(f"SELECT xmin::text, t::text FROM {catalogue} t WHERE {key} IN {relations} ORDER BY 2")
             for catalogue, key in (
                 ("pg_class", "oid"),
                 ("pg_attribute", "attrelid"),

@@ -7,7 +7,6 @@ from collections.abc import Collection
 from typing import Any
 
 import pytest
-from django.core.management import call_command
 from django.db import connection
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -74,9 +73,7 @@ def expected_counts(counts: reference.Counts) -> dict[str, Any]:
     }
 
 
-def assert_as_the_reference(
-    answer: dict[str, Any], result: reference.Result, *, exact: bool = True
-) -> None:
+def assert_as_the_reference(answer: dict[str, Any], result: reference.Result, *, exact: bool = True) -> None:
     contacts, ledger = contacts_and_ledger()
     assert contacts == result.contacts
     assert ledger == result.ledger

@@ -219,7 +219,7 @@ def contact(identifier: str, **values: Any) -> CRMContact:
 def stored(connection: BaseDatabaseWrapper, column: str) -> list[str]:
     with connection.cursor() as cursor:
         name = sql.Identifier(column).as_string()
-        cursor.execute(f"SELECT {name}::text FROM crm_contacts ORDER BY id")  # noqa: S608 - quoted
+        cursor.execute(f"SELECT {name}::text FROM crm_contacts ORDER BY id")
         return [text for (text,) in cursor.fetchall()]
 
 

@@ -306,7 +306,7 @@ def test_tables_that_hold_rows_are_left_alone(empty_schema: str, table: str) -> 
     create("2025_10")
     columns = 'id, email, "updatedAt"' + (', type, "firstName", "lastName", phone' if table == "leads" else "")
     row = "'1', 'ana@example.com', now()" + (", 'CUSTOMER', 'Ana', 'Li', ''" if table == "leads" else "")
-    execute(f"INSERT INTO sample_data.{table} ({columns}) VALUES ({row})")  # noqa: S608 - our own words
+    execute(f"INSERT INTO sample_data.{table} ({columns}) VALUES ({row})")
     assert f"already holds rows, in {table}" in refusal(people=10)
     assert [count("users") + count("leads"), count("profiles")] == [1, 0]
 

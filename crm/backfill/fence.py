@@ -119,8 +119,8 @@ def _process_is_gone(run: BackfillRun) -> bool:
 def _who_holds(run: BackfillRun) -> str:
     if run.status == RunStatus.PAUSED:
         return (
-            f"Run {run.pk} is paused, and no other may start meanwhile. `python manage.py backfill_runs resume {run.pk}` "
-            f"lets the next one go on, `cancel {run.pk}` ends it for good."
+            f"Run {run.pk} is paused, and no other may start meanwhile. "
+            f"`python manage.py backfill_runs resume {run.pk}` lets the next one go on, `cancel {run.pk}` ends it for good."
         )
     return (
         f"Run {run.pk} is going: started {run.started_at:%Y-%m-%d %H:%M:%S} UTC by {run.operator} on {run.host} "

@@ -57,7 +57,7 @@ class ContactLookup:
         return self._odd_spellings.get(email, set())
 
     def notice_spellings(self, rows: Iterable[MappedRow]) -> None:
-        """Ask for the given form of the rows' addresses, where it is another: the application may just have stored it."""
+        """Ask for the rows' addresses as given, where that is another form: the application may just have stored it."""
         given = [row.raw_email for row in rows if row.draft and row.raw_email and row.raw_email != row.draft.email]
         given = [raw for raw in given if raw not in self.spellings_of(raw.lower())]
         if not given:
@@ -88,5 +88,5 @@ class ContactLookup:
             return KnownContacts(KnownContact(*row) for row in cursor.fetchall())
 
     def _remember(self, stored: str) -> None:
-        assert self._odd_spellings is not None
-        self._odd_spellings.setdefault(stored.strip().lower(), set()).add(stored)
+        if self._odd_spellings is not None:
+            self._odd_spellings.setdefault(stored.strip().lower(), set()).add(stored)

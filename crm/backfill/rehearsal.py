@@ -59,7 +59,7 @@ class RehearsalStore:
     def fill(self, fills: dict[str, dict[str, Any]]) -> None:
         """Remember the accounts that contacts would get: the next row with their address may be another account's."""
         for identifier, values in fills.items():
-            accounts = {name: values[name] for name in ("user_id", "clerk_user_id") if name in values}
+            accounts: dict[str, str] = {name: values[name] for name in ("user_id", "clerk_user_id") if name in values}
             if accounts:
                 self._accounts.setdefault(identifier, {}).update(accounts)
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from django.conf import settings
 from django.db import Error as DjangoDatabaseError
 from django.db import connection
 from django.db.models import Count
@@ -119,10 +120,20 @@ def run_backfill(options: RunOptions, progress: Progress | None = None) -> RunRe
     watcher = progress or Silence()
     interruption = Interruption()
     tally = _Tally()
-    with interruption.heeded(), _closing(watcher):
+    with interruption.heeded(), _closing(watcher), _no_query_log():
         status, failure, before = _work(options, facts, run, watcher, interruption, tally)
     report = _report(options, facts, run, tally, before, status, failure)
     return replace(report, seconds=time.monotonic() - started)
+
+
+@contextmanager
+def _no_query_log() -> Iterator[None]:
+    """With DEBUG on, Django would keep the statement of every batch in memory, with all of its parameters."""
+    debug, settings.DEBUG = settings.DEBUG, False
+    try:
+        yield
+    finally:
+        settings.DEBUG = debug
 
 
 @contextmanager
@@ -196,7 +207,7 @@ def _report(
 ) -> RunReport:
     """Close the run's record and put the report together."""
     report = RunReport(
-        run_id=run and run.pk,
+        run_id=run.pk if run else None,
         status=status,
         options=options,
         facts=facts,

@@ -34,7 +34,7 @@ ATTRIBUTION_COLUMNS = (
     "attributionMethod",
     "attributionConfidence",
 )
-CONTACT_COLUMNS = tuple(field.column for field in CRMContact._meta.concrete_fields)
+CONTACT_COLUMNS = tuple(str(field.column) for field in CRMContact._meta.concrete_fields)
 REQUIRED_COLUMNS: Mapping[str, tuple[str, ...]] = {
     "users": ("id", "email"),
     "profiles": ("id", "userId", "role", "firstName", "lastName", "phone", "companyName", "createdAt", "updatedAt"),
@@ -224,7 +224,7 @@ def _has_ledger(connection: BaseDatabaseWrapper) -> bool:
             """,
             [settings.BACKFILL_SCHEMA, LedgerEntry._meta.db_table],
         )
-        return cursor.fetchone() == (True,)
+        return bool(cursor.fetchone() == (True,))
 
 
 def _require_migrations(*, has_attribution: bool, has_ledger: bool) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.utils import CursorWrapper
@@ -69,7 +69,8 @@ _PERSON = {
 _IN_PARTITION = """abs(hashtext(lower(split_part({person}, '@', 1) COLLATE "C")) %% %(partitions)s) = %(partition)s"""
 
 
-class Partition(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Partition:
     """One of `count` shares of the people."""
 
     number: int
@@ -169,4 +170,4 @@ def _groups(
             f"{ledger if facts.has_ledger else ''} GROUP BY 1, 2",
             [sources] if facts.has_ledger else None,
         )
-        return cursor.fetchall()
+        return list(cursor.fetchall())

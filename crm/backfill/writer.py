@@ -44,8 +44,8 @@ def _fill_statement(connection: BaseDatabaseWrapper) -> str:
         for condition, unit in ((unassigned, ASSIGNMENT_UNIT), (unattributed, ATTRIBUTION_UNIT))
         for name in unit
     ]
-    fields = [CRMContact._meta.get_field(name) for name in _FILLED]
-    arrays = ", ".join(f"%s::{field.db_type(connection).split('(')[0]}[]" for field in fields)
+    fields = {field.attname: field for field in CRMContact._meta.concrete_fields}
+    arrays = ", ".join(f"%s::{str(fields[name].db_type(connection)).split('(')[0]}[]" for name in _FILLED)
     return (
         f"UPDATE crm_contacts c SET {', '.join(alone + units)} "
         f"FROM unnest(%s::text[], {arrays}) AS v(id, {', '.join(_COLUMN[name] for name in _FILLED)}) WHERE c.id = v.id"
@@ -76,7 +76,8 @@ class DatabaseStore:
             return ids
         with _counting_rows(self._connection) as counted:
             CRMContact.objects.using(self._connection.alias).bulk_create(
-                [CRMContact(*draft) for draft in drafts], ignore_conflicts=True
+                [CRMContact(*draft) for draft in drafts],  # type: ignore[misc] # the draft's fields are the model's, a test holds it
+                ignore_conflicts=True,
             )
         if counted == [len(drafts)]:
             return ids
@@ -211,7 +212,7 @@ def _line(source: Source, decision: Decision, run_id: int) -> LedgerEntry:
         run_id,
         decision.updated_at,
         ",".join(decision.filled) or None,
-        *refusal,
+        *refusal,  # type: ignore[misc] # mypy spreads it over all fields
     )
 
 

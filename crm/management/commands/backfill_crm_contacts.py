@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 from datetime import UTC, datetime
-from typing import Any
+from typing import IO, Any, cast
 
-from django.core.management.base import BaseCommand, CommandError, CommandParser
+from django.core.management.base import BaseCommand, CommandError, CommandParser, OutputWrapper
 from django.utils.dateparse import parse_date, parse_datetime
 from rich.console import Console
 
@@ -49,7 +49,7 @@ class Command(BaseCommand):
             "--since",
             type=_moment,
             metavar="TIME",
-            help="only rows whose updatedAt is not before this date or time (UTC)",
+            help="only rows updated at or after this date or time (UTC)",
         )
         parser.add_argument(
             "--strict", action="store_true", help="exit code 1 for rows in error that earlier runs had, too"
@@ -85,7 +85,7 @@ class Command(BaseCommand):
         if json:
             self.stdout.write(as_json(report))
         else:
-            print_summary(report, Console(file=self.stdout._out))
+            print_summary(report, _console(self.stdout))
         if code := report.exit_code(strict=strict):
             raise SystemExit(code)
 
@@ -94,6 +94,11 @@ def _progress(console: Console, *, wanted: bool) -> Progress:
     if not wanted:
         return Silence()
     return TerminalProgress(console) if console.is_terminal else LineProgress(console)
+
+
+def _console(stdout: OutputWrapper) -> Console:
+    """Rich on the command's own stdout; wide enough for every line where there is no terminal to fit into."""
+    return Console(file=cast(IO[str], stdout), width=None if stdout.isatty() else 110)
 
 
 def _positive(text: str) -> int:
