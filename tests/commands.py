@@ -1,0 +1,71 @@
+"""The command as an operator runs it: arguments in, exit code and both streams out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
+from typing import Any, NamedTuple
+
+from django.db import connection
+
+from crm.backfill.options import RunOptions
+from crm.backfill.report import as_json
+from crm.backfill.runner import run_backfill
+from crm.management.commands.backfill_crm_contacts import Command
+
+
+class Finished(NamedTuple):
+    """How a command ended."""
+
+    code: object
+    stdout: str
+    stderr: str
+
+    @property
+    def answer(self) -> dict[str, Any]:
+        """What --json printed: one object on one line, and nothing else."""
+        assert self.stdout.count("\n") == 1
+        answer: dict[str, Any] = json.loads(self.stdout)
+        return answer
+
+
+def backfill(*arguments: str) -> Finished:
+    """`manage.py backfill_crm_contacts` with these arguments, in this process; log lines go their own way."""
+    stdout, stderr = StringIO(), StringIO()
+    code: object = 0
+    with redirect_stdout(stdout), redirect_stderr(stderr):
+        try:
+            Command().run_from_argv(["manage.py", "backfill_crm_contacts", *arguments])
+        except SystemExit as end:
+            code = end.code
+    return Finished(code, stdout.getvalue(), stderr.getvalue())
+
+
+def run(**options: Any) -> dict[str, Any]:
+    """Run with these options, and return what --json prints."""
+    answer: dict[str, Any] = json.loads(as_json(run_backfill(RunOptions(**options))))
+    return answer
+
+
+class Statement(NamedTuple):
+    """A statement that was sent, and how many rows it returned or touched."""
+
+    sql: str
+    parameters: Any
+    rows: int
+
+
+@contextmanager
+def statements() -> Iterator[list[Statement]]:
+    """Collect the statements that are sent inside."""
+    sent: list[Statement] = []
+
+    def record(execute: Any, sql: str, parameters: Any, many: bool, context: dict[str, Any]) -> Any:  # noqa: FBT001 - Django's signature
+        result = execute(sql, parameters, many, context)
+        sent.append(Statement(" ".join(str(sql).split()), parameters, context["cursor"].rowcount))
+        return result
+
+    with connection.execute_wrapper(record):
+        yield sent

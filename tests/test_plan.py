@@ -1,0 +1,265 @@
+"""What happens to each row, decided without a database: the keys of a person, conflicts, and what a merge fills."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from crm.backfill.mapping import ContactDraft, MappedRow, contact_id
+from crm.backfill.outcome import Decision, Outcome, Reason
+from crm.backfill.plan import ATTRIBUTION_UNIT, PROFILE_FILLS, KnownContact, KnownContacts, Plan, decide, fill
+
+CREATED, UPDATED, CALLED, LOCKED = (f"2025-01-0{day} 00:00:00.123" for day in range(1, 5))
+ATTRIBUTED: dict[str, Any] = {
+    "referrer_username": "ref",
+    "referrer_type": "AFFILIATE",
+    "commission_rate": "12.50",
+    "commission_rate_locked_at": LOCKED,
+    "attribution_method": "cookie",
+    "attribution_confidence": 85,
+}
+BARE = ContactDraft(
+    id="",
+    user_id=None,
+    clerk_user_id=None,
+    contact_type="LEAD",
+    first_name="Ann",
+    last_name="Lee",
+    email="ann@example.com",
+    phone=None,
+    company=None,
+    stage="NEW",
+    stage_entered_at=CREATED,
+    source="lead_form",
+    assigned_preparer_id=None,
+    assigned_at=None,
+    referrer_username=None,
+    referrer_type=None,
+    commission_rate=None,
+    commission_rate_locked_at=None,
+    attribution_method=None,
+    attribution_confidence=100,
+    created_at=CREATED,
+    updated_at=UPDATED,
+    last_contacted_at=None,
+)
+
+
+def row(source_id: str = "1", *, table: str = "profiles", **fields: Any) -> MappedRow:
+    identifier = contact_id(table, source_id)
+    draft = BARE._replace(id=identifier, **fields)
+    return MappedRow(identifier, source_id, UPDATED, None, draft.email, draft, None)
+
+
+def rejected(source_id: str, reason: Reason) -> MappedRow:
+    return MappedRow(contact_id("leads", source_id), source_id, UPDATED, None, None, None, reason)
+
+
+def contact(identifier: str, email: str = "other@example.com", **fields: Any) -> KnownContact:
+    fields = {"user_id": None, "clerk_user_id": None, "ours": False} | fields
+    return KnownContact(identifier, email, **fields)
+
+
+def decided(rows: list[MappedRow], *known: KnownContact) -> Plan:
+    return decide(rows, KnownContacts(known))
+
+
+def only(mapped: MappedRow, *known: KnownContact) -> Decision:
+    (decision,) = decided([mapped], *known).decisions
+    return decision
+
+
+def told(decision: Decision) -> tuple[Outcome, Reason | None, str | None]:
+    return decision.outcome, decision.reason, decision.contact_id
+
+
+# Identity
+
+
+def test_who_meets_nobody_makes_a_contact() -> None:
+    mapped = row(user_id="u", clerk_user_id="k")
+    plan = decided([mapped], contact("a", user_id="x", clerk_user_id="y"))
+    assert plan.creates == [mapped.draft]
+    assert told(plan.decisions[0]) == (Outcome.CREATED, None, mapped.id)
+
+
+@pytest.mark.parametrize(
+    "known",
+    [
+        contact("a", user_id="u"),
+        contact("a", clerk_user_id="k"),
+        contact("a", "ann@example.com"),
+        contact("a", "ANN@Example.com"),
+        contact("a", " ann@example.com\t"),
+        contact("a", user_id="u", clerk_user_id="k"),
+        contact("a", "Ann@example.com", user_id="u", clerk_user_id="k"),
+        contact("a", "ann@example.com", user_id="u"),
+    ],
+)
+def test_any_key_alone_or_all_of_them_together_find_the_contact(known: KnownContact) -> None:
+    decision = only(row(user_id="u", clerk_user_id="k"), known)
+    assert told(decision) == (Outcome.EXISTS, None, "a")
+
+
+@pytest.mark.parametrize(
+    ("known", "named"),
+    [
+        ([contact("a", user_id="u"), contact("b", clerk_user_id="k")], "a"),
+        ([contact("a", user_id="u"), contact("b", "ann@example.com")], "b"),
+        ([contact("a", clerk_user_id="k"), contact("b", "ANN@example.com")], "b"),
+        ([contact("a", user_id="u", clerk_user_id="k"), contact("b", "ann@example.com")], "b"),
+        ([contact("a", user_id="u"), contact("b", clerk_user_id="k"), contact("c", "ann@example.com")], "a"),
+        ([contact("a", "ann@example.com", user_id="x")], "a"),
+        ([contact("a", "ann@example.com", clerk_user_id="x")], "a"),
+        ([contact("a", "Ann@example.com", user_id="u", clerk_user_id="x")], "a"),
+    ],
+)
+def test_keys_that_disagree_are_a_conflict_that_names_the_contact(known: list[KnownContact], named: str) -> None:
+    assert told(only(row(user_id="u", clerk_user_id="k"), *known)) == (Outcome.ERROR, Reason.CONFLICT, named)
+
+
+def test_two_contacts_without_any_key_are_not_one_another() -> None:
+    assert only(row(email="new@example.com"), contact("a"), contact("b")).outcome is Outcome.CREATED
+
+
+def test_a_profile_without_keys_meets_an_account_by_email_without_conflict() -> None:
+    assert told(only(row(), contact("a", "ann@example.com", user_id="x"))) == (Outcome.EXISTS, None, "a")
+
+
+def test_of_several_spellings_the_lower_case_one_comes_first_then_the_oldest() -> None:
+    spellings = [contact("a", "Ann@example.com"), contact("b", "ANN@example.com")]
+    assert only(row(), *spellings).contact_id == "a"
+    assert only(row(), *spellings, contact("c", "ann@example.com")).contact_id == "c"
+
+
+def test_whose_email_was_changed_in_the_crm_still_has_one_contact() -> None:
+    own = contact(contact_id("leads", "1"), "renamed@example.com")
+    assert told(only(row("1", table="leads"), own)) == (Outcome.MERGED, None, own.id)
+
+
+def test_a_contact_of_ours_is_merged_and_anybody_elses_left_alone() -> None:
+    fields = {"phone": "1", "company": "Co", "user_id": "u"}
+    theirs = decided([row(**fields)], contact("a", "ann@example.com"))
+    assert (theirs.decisions[0].outcome, theirs.fills, theirs.decisions[0].filled) == (Outcome.EXISTS, {}, ())
+    ours = decided([row(**fields)], contact("a", "ann@example.com", ours=True))
+    assert ours.decisions[0].outcome is Outcome.MERGED
+    assert ours.fills == {"a": fields}
+    assert ours.decisions[0].filled == ("user_id", "phone", "company")
+
+
+# Within a batch
+
+
+def test_rows_of_one_person_in_one_batch_make_one_contact_with_what_each_brings() -> None:
+    lead = row("1", table="leads", **ATTRIBUTED)
+    profile = row("2", user_id="u", phone="1")
+    plan = decided([lead, profile, row("3", table="leads", phone="2", last_contacted_at=CALLED)])
+    assert [decision.outcome for decision in plan.decisions] == [Outcome.CREATED, Outcome.MERGED, Outcome.MERGED]
+    assert {decision.contact_id for decision in plan.decisions} == {lead.id}
+    assert lead.draft is not None
+    assert plan.creates == [lead.draft._replace(user_id="u", phone="1", last_contacted_at=CALLED)]
+    assert plan.fills == {}, "what is not there yet is created whole"
+
+
+def test_an_account_that_an_earlier_row_brought_counts_for_the_later_ones() -> None:
+    plan = decided([row("1", table="leads"), row("2", user_id="u"), row("3", user_id="other")])
+    assert [decision.outcome for decision in plan.decisions] == [Outcome.CREATED, Outcome.MERGED, Outcome.ERROR]
+    assert plan.decisions[2].contact_id == plan.decisions[0].contact_id
+
+
+def test_a_rejected_row_takes_no_key() -> None:
+    plan = decided([rejected("1", Reason.INVALID_EMAIL), row("2")])
+    assert [told(decision)[:2] for decision in plan.decisions] == [
+        (Outcome.ERROR, Reason.INVALID_EMAIL),
+        (Outcome.CREATED, None),
+    ]
+
+
+# Fills
+
+
+def test_an_attribution_is_filled_whole_or_not_at_all() -> None:
+    draft = BARE._replace(**ATTRIBUTED)
+    empty = contact("a", ours=True)
+    assert fill(empty, draft) == ("attribution",)
+    assert empty.fills == ATTRIBUTED
+    assert fill(contact("a", ours=True, has_attribution=True), draft) == ()
+
+
+@pytest.mark.parametrize("name", ATTRIBUTION_UNIT[:-1])
+def test_any_one_of_the_five_makes_an_attribution(name: str) -> None:
+    known = contact("a", ours=True)
+    attributed: dict[str, Any] = {name: "x"}
+    assert fill(known, BARE._replace(**attributed)) == ("attribution",)
+    assert set(known.fills) == set(ATTRIBUTION_UNIT)
+    assert KnownContact.of_draft(BARE._replace(**attributed)).has_attribution
+
+
+def test_a_confidence_alone_is_no_attribution() -> None:
+    assert fill(contact("a", ours=True), BARE._replace(attribution_confidence=7)) == ()
+
+
+def test_an_assignment_comes_with_its_date() -> None:
+    draft = BARE._replace(assigned_preparer_id="p", assigned_at=UPDATED)
+    known = contact("a", ours=True)
+    assert fill(known, draft) == ("assignment",)
+    assert known.fills == {"assigned_preparer_id": "p", "assigned_at": UPDATED}
+    assert fill(contact("a", ours=True, assigned_preparer_id="q"), draft) == ()
+
+
+FILLABLE = (*PROFILE_FILLS, "last_contacted_at")
+values = st.none() | st.sampled_from(["x", "y", ""])
+
+
+@given(st.fixed_dictionaries(dict.fromkeys(FILLABLE, values)), st.fixed_dictionaries(dict.fromkeys(FILLABLE, values)))
+def test_a_merge_fills_what_is_null_and_never_what_is_there(there: dict[str, Any], brought: dict[str, Any]) -> None:
+    known = contact("a", ours=True, **there)
+    filled = fill(known, BARE._replace(**brought))
+    expected = {name: brought[name] for name in FILLABLE if there[name] is None and brought[name] is not None}
+    assert known.fills == expected
+    assert filled == tuple(expected)
+
+
+@given(st.lists(st.fixed_dictionaries(dict.fromkeys(FILLABLE, values)), max_size=4))
+def test_the_first_who_brings_a_value_wins(drafts: list[dict[str, Any]]) -> None:
+    known = contact("a", ours=True)
+    for draft in drafts:
+        fill(known, BARE._replace(**draft))
+    for name in FILLABLE:
+        brought = [draft[name] for draft in drafts if draft[name] is not None]
+        assert known.fills.get(name) == (brought[0] if brought else None)
+
+
+# Whatever comes
+
+emails = st.sampled_from(["ann@example.com", "bob@example.com"])
+accounts = st.none() | st.sampled_from(["u", "v"])
+people = st.lists(
+    st.tuples(emails, accounts, accounts) | st.sampled_from([Reason.INVALID_EMAIL, Reason.UNKNOWN_TYPE]), max_size=7
+)
+
+
+@given(people, st.lists(st.tuples(emails.map(str.title) | emails, accounts, accounts, st.booleans()), max_size=3))
+def test_every_row_gets_one_decision_and_no_key_is_taken_twice(people: list[Any], there: list[Any]) -> None:
+    rows = [
+        rejected(str(number), person)
+        if isinstance(person, Reason)
+        else row(str(number), email=person[0], user_id=person[1], clerk_user_id=person[2])
+        for number, person in enumerate(people)
+    ]
+    known = [
+        contact(f"k{number}", email, user_id=user, clerk_user_id=clerk, ours=ours)
+        for number, (email, user, clerk, ours) in enumerate(there)
+    ]
+    plan = decided(rows, *known)
+    assert [decision.id for decision in plan.decisions] == [mapped.id for mapped in rows]
+    created = [decision.contact_id for decision in plan.decisions if decision.outcome is Outcome.CREATED]
+    assert created == [draft.id for draft in plan.creates]
+    for key in ("id", "email", "user_id"):
+        taken = [value for draft in plan.creates if (value := getattr(draft, key)) is not None]
+        assert len(taken) == len(set(taken))
+    assert plan.fills.keys() <= {one.id for one in known if one.ours}
+    assert all((decision.reason is None) == (decision.outcome is not Outcome.ERROR) for decision in plan.decisions)
