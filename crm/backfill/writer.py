@@ -75,7 +75,7 @@ class DatabaseStore:
         if not drafts:
             return ids
         with _counting_rows(self._connection) as counted:
-            CRMContact.objects.using(self._connection.alias).bulk_create(
+            CRMContact.bulk.using(self._connection.alias).bulk_create(
                 [CRMContact(*draft) for draft in drafts],  # type: ignore[misc] # the draft's fields are the model's, a test holds it
                 ignore_conflicts=True,
             )
@@ -175,7 +175,7 @@ class BatchWriter:
     def _write_ledger(self, source: Source, decisions: Sequence[Decision]) -> None:
         fresh = [decision for decision in decisions if decision.known_reason is None]
         again = [decision for decision in decisions if decision.known_reason is not None]
-        ledger = LedgerEntry.objects.using(self._connection.alias)
+        ledger = LedgerEntry.bulk.using(self._connection.alias)
         ledger.bulk_create([_line(source, decision, self._run_id) for decision in fresh])
         ledger.bulk_create(
             [_line(source, decision, self._run_id) for decision in again],

@@ -11,6 +11,7 @@ from __future__ import annotations
 from django.db import models
 
 from crm.fields import PostgresEnumField, RateField, TimestampField
+from crm.models.bulk import ColumnwiseQuerySet
 
 
 class CRMContact(models.Model):
@@ -39,6 +40,9 @@ class CRMContact(models.Model):
     created_at = TimestampField(db_column="createdAt")
     updated_at = TimestampField(db_column="updatedAt")
     last_contacted_at = TimestampField(db_column="lastContactedAt", null=True)
+
+    objects = models.Manager()
+    bulk = ColumnwiseQuerySet.as_manager()
 
     class Meta:
         managed = False

@@ -1,0 +1,1 @@
+"""How fast the backfill is, against what the server itself can do. `make bench`."""

@@ -1,0 +1,170 @@
+"""`make bench`: measure every candidate on fresh copies of the same database, in turns, and print medians and ratios.
+
+make bench                                        10,000, 100,000 and 1,000,000 people, three turns
+make bench ARGS="--people 100000 --turns 5 --only limit 'one worker'"
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from collections import defaultdict
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.measure import Measurement, measure
+from bench.server import GENERATION, SEED, Server
+
+MANAGE = ["manage.py"]
+BACKFILL = [*MANAGE, "backfill_crm_contacts", "--json", "--no-progress"]
+#: Rows that a copy is to hold before the measurement begins.
+EMPTY, FILLED, FILLED_AND_NEW = "empty", "filled", "filled and 1 % new"
+CANDIDATES: dict[str, tuple[str, list[str]]] = {
+    "limit": (EMPTY, ["-m", "bench.candidate", "limit"]),
+    "one worker": (EMPTY, BACKFILL),
+    "two workers": (EMPTY, [*BACKFILL, "--workers", "2"]),
+    "dry run": (EMPTY, [*BACKFILL, "--dry-run"]),
+    "rerun, nothing new": (FILLED, BACKFILL),
+    "rerun, 1 % new": (FILLED_AND_NEW, BACKFILL),
+    "bulk_create": (EMPTY, ["-m", "bench.candidate", "bulk_create"]),
+    "row by row": (EMPTY, ["-m", "bench.candidate", "row by row"]),
+}
+#: The ways of the first day, and the largest size at which they are still worth the wait.
+LARGEST = {"bulk_create": 100_000, "row by row": 10_000}
+COMPLETE = ("one worker", "two workers")
+CONTACT_IDS = "SELECT count(*), md5(string_agg(id, ',' ORDER BY id)) FROM crm_contacts"
+CONTACTS = "SELECT md5(string_agg(md5(c::text), ',' ORDER BY id)) FROM crm_contacts c"
+LEDGER = (
+    "SELECT md5(string_agg(id || source || outcome || coalesce(contact_id, ''), ',' ORDER BY id)) FROM ledger_entry"
+)
+
+
+def main() -> None:
+    """Measure and print."""
+    options = _arguments()
+    server = Server.start(Path(os.environ.get("CRM_EMBEDDED_DATA") or ".postgres-bench").resolve())
+    console = Console(stderr=True)
+    answer = {}
+    for people in options.people:
+        _prepare(server, people, console)
+        figures = _measure_all(server, people, options.turns, options.only, console)
+        answer[people] = {name: _median(measurements) for name, measurements in figures.items()}
+        console.print(_table(people, answer[people]))
+    sys.stdout.write(
+        json.dumps({size: {n: asdict(m) for n, m in rows.items()} for size, rows in answer.items()}) + "\n"
+    )
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="make bench", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--people", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], help="sizes")
+    parser.add_argument("--turns", type=int, default=3, help="measurements of each candidate (default 3)")
+    parser.add_argument("--only", nargs="+", choices=CANDIDATES, default=list(CANDIDATES), help="some candidates only")
+    return parser.parse_args()
+
+
+def _prepare(server: Server, people: int, console: Console) -> None:
+    """Make the templates of a size, where an earlier bench has not left them."""
+    empty, filled, with_new = (f"bench_{people}_{kind}" for kind in ("empty", "filled", "new"))
+    there = server.databases()
+    if {empty, filled, with_new} <= there:
+        return
+    console.print(f"{people:,} people: making the databases", style="dim")
+    for name in (empty, filled, with_new):
+        server.execute("postgres", f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
+    server.execute("postgres", f'CREATE DATABASE "{empty}" TEMPLATE template0')
+    _manage(server, empty, "load_sample_data", "--people", str(people), "--generation", GENERATION, "--seed", str(SEED))
+    _manage(server, empty, "migrate", "--verbosity", "0")
+    server.execute(empty, "VACUUM (ANALYZE)")
+    server.execute("postgres", f'CREATE DATABASE "{filled}" TEMPLATE "{empty}" STRATEGY file_copy')
+    measure(server, filled, BACKFILL)
+    server.execute(filled, "VACUUM (ANALYZE)")
+    server.execute("postgres", f'CREATE DATABASE "{with_new}" TEMPLATE "{filled}" STRATEGY file_copy')
+    # One in a hundred is taken back by hand, here and there: its line, and the contact that it made.
+    server.execute(
+        with_new,
+        "CREATE TEMPORARY TABLE chosen AS SELECT id FROM ledger_entry WHERE hashtext(id) % 100 = 0; "
+        "DELETE FROM crm_contacts WHERE id IN (SELECT id FROM chosen); "
+        "DELETE FROM ledger_entry WHERE id IN (SELECT id FROM chosen)",
+        "VACUUM (ANALYZE)",
+    )
+
+
+def _manage(server: Server, database: str, *command: str) -> None:
+    import subprocess
+
+    environment = {**os.environ, "DATABASE_URL": server.url(database), "DEBUG": "on", "CRM_DOTENV": "off"}
+    subprocess.run([sys.executable, "manage.py", *command], env=environment, check=True, stdout=subprocess.DEVNULL)  # noqa: S603 - our own command
+
+
+def _measure_all(
+    server: Server, people: int, turns: int, chosen: list[str], console: Console
+) -> dict[str, list[Measurement]]:
+    figures: dict[str, list[Measurement]] = defaultdict(list)
+    ends: dict[str, tuple[object, ...]] = {}
+    for turn in range(turns):
+        for name in chosen:
+            if people > LARGEST.get(name, people):
+                continue
+            state, arguments = CANDIDATES[name]
+            template = f"bench_{people}_{ {EMPTY: 'empty', FILLED: 'filled', FILLED_AND_NEW: 'new'}[state] }"
+            with server.copy_of(template, "bench_work") as database:
+                figures[name].append(measure(server, database, arguments))
+                if turn == 0:
+                    ends[name] = _end_of(server, database, name)
+            console.print(f"  turn {turn + 1}: {name} {figures[name][-1].seconds:.2f} s", style="dim")
+    _check_ends(ends)
+    return figures
+
+
+def _end_of(server: Server, database: str, name: str) -> tuple[object, ...]:
+    queries = [CONTACT_IDS, *([CONTACTS, LEDGER] if name in COMPLETE else [])]
+    return tuple(server.rows(database, query)[0] for query in queries)
+
+
+def _check_ends(ends: dict[str, tuple[object, ...]]) -> None:
+    """The same number of workers or not: the same contacts and the same ledger, row by row."""
+    complete = {name: end for name, end in ends.items() if name in COMPLETE}
+    if len(set(complete.values())) > 1:
+        raise RuntimeError(f"the candidates end differently: {complete}")
+
+
+def _median(measurements: list[Measurement]) -> Measurement:
+    names = Measurement.__dataclass_fields__
+    return Measurement(**{name: statistics.median(getattr(one, name) for one in measurements) for name in names})
+
+
+def _table(people: int, medians: dict[str, Measurement]) -> Table:
+    table = Table(title=f"{people:,} people, medians")
+    for heading in (
+        "candidate",
+        "seconds",
+        "rows/s",
+        "ratio to the limit",
+        "client CPU s",
+        "server CPU s",
+        "client MB",
+    ):
+        table.add_column(heading, justify="left" if heading == "candidate" else "right")
+    limit = medians.get("limit")
+    for name, one in medians.items():
+        table.add_row(
+            name,
+            f"{one.seconds:.2f}",
+            f"{one.rows / one.seconds:,.0f}",
+            f"{limit.seconds / one.seconds:.2f}" if limit else "",
+            f"{one.client_cpu:.1f}",
+            f"{one.server_cpu:.1f}",
+            f"{one.client_memory_mb:.0f}",
+        )
+    return table
+
+
+if __name__ == "__main__":
+    main()

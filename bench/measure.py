@@ -1,0 +1,51 @@
+"""One measurement: a process, its time, its memory, and the processor time of both sides."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from bench.server import Server
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What a candidate took. `seconds` is the work itself, `wall` the process from start to exit."""
+
+    seconds: float
+    wall: float
+    rows: int
+    client_cpu: float
+    server_cpu: float
+    client_memory_mb: float
+
+
+def measure(server: Server, database: str, arguments: list[str]) -> Measurement:
+    """Run `python ARGUMENTS` against the database. It prints one JSON object with `seconds` and `read`."""
+    environment = {**os.environ, "DATABASE_URL": server.url(database), "DEBUG": "on", "CRM_DOTENV": "off"}
+    server_before, started = server.cpu_seconds(), time.monotonic()
+    process = subprocess.Popen(  # noqa: S603 - our own modules
+        [sys.executable, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    printed = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    wall = time.monotonic() - started
+    if process.returncode not in (0, 1):
+        assert process.stderr is not None
+        raise RuntimeError(f"{arguments} ended with {process.returncode}: {process.stderr.read()[-2000:]}")
+    answer: dict[str, Any] = json.loads(printed.splitlines()[-1])
+    return Measurement(
+        seconds=answer["seconds"],
+        wall=wall,
+        rows=answer["read"] + (answer.get("already") or 0),
+        client_cpu=usage.ru_utime + usage.ru_stime,
+        server_cpu=server.cpu_seconds() - server_before,
+        client_memory_mb=(answer.get("memory_mb") or usage.ru_maxrss / 1024),
+    )

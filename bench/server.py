@@ -1,0 +1,120 @@
+"""The databases of the bench: one template a size, and a fresh copy of it for every measurement."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import psycopg
+from psycopg import sql
+
+from config import embedded
+
+GENERATION = "2025_10"
+SEED = 1
+CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """The embedded server that the bench has to itself."""
+
+    address: embedded.Address
+
+    @classmethod
+    def start(cls, data: Path) -> Server:
+        """Start it on the data folder, with room for a bulk load."""
+        server = cls(embedded.start(data))
+        with server.connect("postgres") as connection:
+            connection.execute("ALTER SYSTEM SET max_wal_size = '4GB'")
+            connection.execute("ALTER SYSTEM SET shared_buffers = '512MB'")
+        return server
+
+    def connect(self, database: str) -> psycopg.Connection[tuple[Any, ...]]:
+        """A connection of its own, in autocommit."""
+        return psycopg.connect(
+            host=self.address.host,
+            port=self.address.port,
+            user=embedded.USER,
+            dbname=database,
+            autocommit=True,
+            options="-c search_path=crm_backfill,public",
+        )
+
+    def url(self, database: str) -> str:
+        """The DATABASE_URL of one of its databases."""
+        return f"postgresql://{embedded.USER}@localhost:{self.address.port}/{database}?host={quote(self.address.host, safe='')}"
+
+    def databases(self) -> set[str]:
+        """The names of its databases."""
+        with self.connect("postgres") as connection:
+            return {name for (name,) in connection.execute("SELECT datname FROM pg_database")}
+
+    def execute(self, database: str, *statements: str) -> None:
+        """Run statements, each committed on its own."""
+        with self.connect(database) as connection:
+            for statement in statements:
+                connection.execute(statement)  # type: ignore[call-overload] # psycopg wants a literal
+
+    def rows(self, database: str, query: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """The answer to a query."""
+        with self.connect(database) as connection:
+            return list(connection.execute(query, parameters))  # type: ignore[call-overload] # psycopg wants a literal
+
+    @contextmanager
+    def copy_of(self, template: str, name: str) -> Iterator[str]:
+        """A database that is a copy of another one, flushed to disk, and dropped afterwards."""
+        drop = sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name))
+        with self.connect("postgres") as connection:
+            connection.execute(drop)
+            connection.execute(
+                sql.SQL("CREATE DATABASE {} TEMPLATE {} STRATEGY file_copy").format(
+                    sql.Identifier(name), sql.Identifier(template)
+                )
+            )
+            connection.execute("CHECKPOINT")
+        try:
+            yield name
+        finally:
+            with self.connect("postgres") as connection:
+                connection.execute(drop)
+
+    def cpu_seconds(self) -> float:
+        """The processor time of all of its processes, living and dead, since it started."""
+        with self.connect("postgres") as connection:
+            backend = connection.info.backend_pid
+            postmaster = _parent(backend)
+            children = [pid for pid in _processes() if _parent(pid) == postmaster]
+        ticks = sum(_ticks(postmaster)) + sum(sum(_ticks(child)[:2]) for child in children)
+        return ticks / CLOCK_TICKS
+
+
+def _processes() -> list[int]:
+    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+
+
+def _stat(pid: int) -> list[str]:
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    return text.rpartition(")")[2].split()
+
+
+def _parent(pid: int) -> int:
+    fields = _stat(pid)
+    return int(fields[1]) if fields else 0
+
+
+def _ticks(pid: int) -> tuple[int, int, int, int]:
+    """User and system time of a process, then those of its children that have ended."""
+    fields = _stat(pid)
+    if not fields:
+        return (0, 0, 0, 0)
+    user, system, children_user, children_system = map(int, fields[11:15])
+    return (user, system, children_user, children_system)
