@@ -9,6 +9,7 @@ import psycopg
 from django.conf import settings
 from django.db import connections
 from django.db.backends.base.base import BaseDatabaseWrapper
+from psycopg import sql
 from pytest_django import DjangoDbBlocker
 
 from config import embedded
@@ -18,8 +19,12 @@ from tests.test_own_schema import EmptyDatabase
 
 @contextmanager
 def scratch_database(name: str) -> Iterator[EmptyDatabase]:
-    """An empty database; it is gone afterwards."""
+    """An empty database; it is gone afterwards. What a killed test run has left behind is gone before."""
     database = EmptyDatabase(name, f"{name}_role", embedded.start(settings.EMBEDDED_DATA))
+    with _connect(database, "postgres") as connection:
+        connection.autocommit = True
+        connection.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
+        connection.execute(sql.SQL("DROP ROLE IF EXISTS {}").format(sql.Identifier(database.role)))
     database.create()
     try:
         yield database
@@ -47,9 +52,19 @@ def django_connection(
 @contextmanager
 def session(database: EmptyDatabase) -> Iterator[psycopg.Connection]:
     """Somebody else's session, whose transaction stays open until it is ended."""
-    address = database.address
-    connection = psycopg.connect(host=address.host, port=address.port, user=embedded.USER, dbname=database.name)
+    connection = _connect(database, database.name)
     try:
         yield connection
     finally:
         connection.close()
+
+
+def _connect(database: EmptyDatabase, name: str) -> psycopg.Connection:
+    return psycopg.connect(
+        host=database.address.host,
+        port=database.address.port,
+        user=embedded.USER,
+        dbname=name,
+        # Whoever wrongly waits for it makes a test fail, not hang.
+        options="-c idle_in_transaction_session_timeout=10s",
+    )

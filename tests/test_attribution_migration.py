@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import psycopg
@@ -151,7 +152,7 @@ def in_every_pause(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]
         pauses.append(seconds)
         action()
 
-    monkeypatch.setattr("crm.attribution.time.sleep", pause)
+    monkeypatch.setattr(attribution, "time", SimpleNamespace(sleep=pause))
     return pauses
 
 
@@ -336,8 +337,10 @@ def test_a_build_that_cannot_end_is_given_up(table: Table) -> None:
     table.make(with_columns=tuple(COLUMNS))
     with session(table.database) as writer:
         writer.execute(CONTACT.format(schema="public", id="other").encode())
+        began = time.monotonic()
         with pytest.raises(OperatorError, match=str(writer.info.backend_pid)):
             table.add(ONE_MORE)
+        assert time.monotonic() - began < 2
     assert table.query("SELECT current_setting('lock_timeout'), current_setting('statement_timeout')") == [("0", "0")]
     table.add()
     index = table.index()
@@ -352,7 +355,7 @@ def test_the_application_writes_while_the_index_is_built(table: Table) -> None:
 
         def write_during_the_build() -> None:
             try:
-                wait_for_the_build(application)
+                wait_for(application, "CREATE INDEX")
                 application.execute("SET lock_timeout = '1ms'")
                 application.execute(CONTACT.format(schema="public", id="second").encode())
                 application.commit()
@@ -365,17 +368,19 @@ def test_the_application_writes_while_the_index_is_built(table: Table) -> None:
     assert table.query("SELECT id FROM {schema}.crm_contacts ORDER BY id") == [("first",), ("second",)]
 
 
-def wait_for_the_build(connection: psycopg.Connection) -> None:
+def wait_for(connection: psycopg.Connection, statement: str) -> None:
+    """Until a statement that begins like this is seen waiting for a lock."""
     for _ in range(500):
         waiting = connection.execute(
             "SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock' "
-            "AND query LIKE 'CREATE INDEX%'"
+            "AND starts_with(query, %s)",
+            [statement],
         ).fetchone()
         connection.commit()
         if waiting is not None:
             return
         time.sleep(0.01)
-    pytest.fail("no build was seen to wait")
+    pytest.fail(f"no {statement} was seen to wait")
 
 
 def test_taking_it_back_does_not_wait_for_a_long_reader_either(table: Table) -> None:
@@ -389,12 +394,20 @@ def test_taking_it_back_does_not_wait_for_a_long_reader_either(table: Table) -> 
     assert table.columns() == {}
 
 
-def test_what_somebody_adds_at_the_same_time_is_theirs(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_somebody_adds_while_we_wait_for_the_lock_is_theirs(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
     table.make(with_columns=tuple(COLUMNS)[1:])
-    with session(table.database) as prisma:
+    pauses = in_every_pause(monkeypatch, lambda: None)
+    with session(table.database) as prisma, session(table.database) as watcher, ThreadPoolExecutor(1) as pool:
         prisma.execute('ALTER TABLE public.crm_contacts ADD COLUMN "referrerUsername" text')
-        in_every_pause(monkeypatch, prisma.commit)
-        table.add(ONE_MORE)
+
+        def commit_while_we_wait() -> None:
+            wait_for(watcher, "ALTER TABLE")
+            prisma.commit()
+
+        committed = pool.submit(commit_while_we_wait)
+        table.add(Patience(table=8, build=8, pauses=(1,)))
+        committed.result()
+    assert pauses == [1]
     table.remove()
     assert table.columns() == TYPES
 
