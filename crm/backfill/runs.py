@@ -1,0 +1,168 @@
+"""What people do to runs from outside, in the terminal and in the admin: look, pause, resume, cancel.
+
+Each change is one UPDATE of a run that still has a status from which the change may be made, so nothing goes wrong
+when two people do it at once or the run ends meanwhile. The process of a run notices at its next batch: its heartbeat
+finds no running run, the batch is rolled back, and it ends.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from django.db import DatabaseError, connection, transaction
+from django.db.models.functions import Coalesce, Now
+
+from crm.backfill import errors
+from crm.backfill.outcome import Outcome
+from crm.errors import OperatorError
+from crm.models import BackfillBatch, BackfillRun
+from crm.models.ledger import RunStatus
+
+#: What people may make of a run, by what it is. A process alone ends its own run as finished, failed or interrupted.
+TRANSITIONS: Mapping[RunStatus, frozenset[RunStatus]] = {
+    RunStatus.RUNNING: frozenset({RunStatus.PAUSED, RunStatus.CANCELLED}),
+    RunStatus.PAUSED: frozenset({RunStatus.INTERRUPTED, RunStatus.CANCELLED}),
+    RunStatus.CANCELLED: frozenset(),
+    RunStatus.INTERRUPTED: frozenset(),
+    RunStatus.FAILED: frozenset(),
+    RunStatus.FINISHED: frozenset(),
+}
+#: What each action makes of a run. A resumed one is interrupted, like one that was stopped by a signal: the next run
+#: goes on where it stopped.
+ACTIONS: Mapping[str, RunStatus] = {
+    "pause": RunStatus.PAUSED,
+    "resume": RunStatus.INTERRUPTED,
+    "cancel": RunStatus.CANCELLED,
+}
+#: How long an action waits for the batch that is just committing; seconds.
+PATIENCE = 5.0
+
+_PAST = {"pause": "paused", "resume": "resumed", "cancel": "cancelled"}
+_INSUFFICIENT_PRIVILEGE, _NO_SUCH_TABLE, _LOCK_TIMEOUT = "42501", "42P01", "55P03"
+
+logger = logging.getLogger(__name__)
+
+
+def latest(count: int) -> list[BackfillRun]:
+    """The last runs, the newest first. Raises OperatorError before `migrate`, and where they may not be read."""
+    with _told_to_the_operator():
+        return list(BackfillRun.objects.all()[:count])
+
+
+def find(run_id: int) -> BackfillRun:
+    """A run by its number. Raises OperatorError where there is none."""
+    with _told_to_the_operator():
+        run = BackfillRun.objects.filter(pk=run_id).first()
+    if run is None:
+        raise OperatorError(f"There is no run {run_id}. `python manage.py backfill_runs list` shows those there are.")
+    return run
+
+
+def possible_actions(status: str) -> list[str]:
+    """What may be done to a run of this status."""
+    return [action for action, target in ACTIONS.items() if target in TRANSITIONS[RunStatus(status)]]
+
+
+def pause(run_id: int) -> BackfillRun:
+    """Stop a run at its next batch, and let no other one start. Raises OperatorError; see `act`."""
+    return act("pause", run_id)
+
+
+def resume(run_id: int) -> BackfillRun:
+    """Let the next run go on where a paused one stopped. Raises OperatorError; see `act`."""
+    return act("resume", run_id)
+
+
+def cancel(run_id: int) -> BackfillRun:
+    """Stop a run at its next batch, or a paused one, for good. Raises OperatorError; see `act`."""
+    return act("cancel", run_id)
+
+
+def act(action: str, run_id: int) -> BackfillRun:
+    """Do one of ACTIONS to a run; the run as it is then.
+
+    Raises OperatorError, and changes nothing, where there is no such run, where it is not one to which that may be
+    done, and where a batch is committing for longer than PATIENCE.
+    """
+    target = ACTIONS[action]
+    allowed = [status for status, targets in TRANSITIONS.items() if target in targets]
+    with _told_to_the_operator(run_id), transaction.atomic():
+        with connection.cursor() as cursor:
+            cursor.execute(f"SET LOCAL lock_timeout = {PATIENCE * 1000:.0f}")
+        changed = BackfillRun.objects.filter(pk=run_id, status__in=allowed).update(
+            status=target, finished_at=Coalesce("finished_at", Now())
+        )
+    run = find(run_id)
+    if not changed:
+        raise OperatorError(
+            f"Run {run_id} is {run.status}: only one that is {' or '.join(allowed)} can be {_PAST[action]}."
+        )
+    logger.info("run %s was %s from outside", run_id, _PAST[action])
+    return run
+
+
+def summary(run: BackfillRun) -> dict[str, Any]:
+    """A run for machines: names as in the report of a run, moments in ISO form."""
+    return {
+        "run": run.pk,
+        "kind": run.kind,
+        "status": run.status,
+        "started_at": run.started_at.isoformat(),
+        "heartbeat_at": run.heartbeat_at.isoformat(),
+        "finished_at": run.finished_at and run.finished_at.isoformat(),
+        "read": run.read,
+        **{outcome.value: getattr(run, outcome.value) for outcome in Outcome},
+        "error_new": run.error_new,
+        "balanced": run.balanced,
+        "failure": run.failure,
+    }
+
+
+def details(run: BackfillRun) -> dict[str, Any]:
+    """A run for machines, with who started it and how, and what its batches add up to."""
+    by_source: dict[str, Counter[str]] = {}
+    by_reason: Counter[str] = Counter()
+    new_by_reason: Counter[str] = Counter()
+    batches = 0
+    for batch in BackfillBatch.objects.filter(run=run).order_by("id").iterator():
+        batches += 1
+        totals = batch.totals()
+        by_source.setdefault(batch.source, Counter()).update(totals.outcomes)
+        by_reason.update(totals.errors_by_reason)
+        new_by_reason.update(totals.errors_new_by_reason)
+    return {
+        **summary(run),
+        "options": run.options,
+        "version": run.version,
+        "generation": run.generation,
+        "operator": run.operator,
+        "host": run.host,
+        "process_id": run.process_id,
+        "batches": batches,
+        "by_source": {source: dict(counts) for source, counts in by_source.items()},
+        "by_reason": dict(sorted(by_reason.items())),
+        "new_by_reason": dict(sorted(new_by_reason.items())),
+        "census": run.census,
+        "actions": possible_actions(run.status),
+    }
+
+
+@contextmanager
+def _told_to_the_operator(run_id: int | None = None) -> Iterator[None]:
+    """Turn what the database refuses into what can be done about it."""
+    try:
+        yield
+    except DatabaseError as error:
+        messages = {
+            _LOCK_TIMEOUT: f"Run {run_id} has been committing for {PATIENCE:g} s. Nothing was changed: try again.",
+            _NO_SUCH_TABLE: "This database has no runs: `python manage.py migrate` makes the tables.",
+            _INSUFFICIENT_PRIVILEGE: "This role may not do this with runs: docs/least_privilege.sql names the rights.",
+        }
+        message = messages.get(errors.sqlstate(error) or "")
+        if message is None:
+            raise
+        raise OperatorError(message) from None

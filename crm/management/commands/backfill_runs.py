@@ -1,0 +1,116 @@
+"""`python manage.py backfill_runs`: look at runs, and pause, resume or cancel one from outside."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from django.core.management.base import BaseCommand, CommandError, CommandParser
+
+from crm.backfill import runs
+from crm.backfill.outcome import Outcome
+from crm.errors import OperatorError
+from crm.models import BackfillRun
+from crm.models.ledger import RunStatus
+
+_HELP = {
+    "pause": "stop it at its next batch; no other run may start until it is resumed or cancelled",
+    "resume": "let the next run go on where a paused one stopped",
+    "cancel": "stop it at its next batch for good; what was committed stays",
+}
+_COLUMNS = ("run", "kind", "status", "started (UTC)", "read", *Outcome, "new errors", "last heartbeat")
+
+
+class Command(BaseCommand):
+    """Arguments, one call, print."""
+
+    help = "List and show runs of the backfill; pause, resume or cancel one."
+    requires_system_checks: list[str] = []  # noqa: RUF012 - Django's attribute
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        """What may be asked."""
+        actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+        listing = actions.add_parser("list", help="the last runs, the newest first")
+        listing.add_argument("--last", type=int, default=20, metavar="N", help="how many (default: %(default)s)")
+        listing.add_argument("--json", action="store_true", help="print one JSON array of runs")
+        showing = actions.add_parser("show", help="one run, with all that is known of it")
+        showing.add_argument("run", type=int, metavar="RUN")
+        showing.add_argument("--json", action="store_true", help="print one JSON object")
+        for action in runs.ACTIONS:
+            acting = actions.add_parser(action, help=_HELP[action])
+            acting.add_argument("run", type=int, metavar="RUN")
+
+    def handle(self, *_args: Any, action: str, **options: Any) -> None:
+        """Do it. Exit code 2 where it cannot be done, with what the run is now."""
+        try:
+            answer = self._answer(action, options)
+        except OperatorError as error:
+            raise CommandError(str(error), returncode=error.exit_code) from None
+        self.stdout.write(answer)
+
+    def _answer(self, action: str, options: dict[str, Any]) -> str:
+        if action == "list":
+            found = runs.latest(max(0, options["last"]))
+            return json.dumps([runs.summary(run) for run in found]) if options["json"] else _table(found)
+        if action == "show":
+            details = runs.details(runs.find(options["run"]))
+            return json.dumps(details) if options["json"] else _lines(details)
+        return _what_now(action, runs.act(action, options["run"]))
+
+
+def _what_now(action: str, run: BackfillRun) -> str:
+    if action == "pause":
+        return (
+            f"Run {run.pk} is paused: it ends at its next batch. `python manage.py backfill_runs resume {run.pk}` lets "
+            f"the next run go on, `cancel {run.pk}` ends it for good."
+        )
+    if action == "resume":
+        return f"Run {run.pk} is {run.status}: run the command again, and it goes on from there."
+    return f"Run {run.pk} is cancelled: if it was going, it ends at its next batch. What was committed stays."
+
+
+def _table(found: Sequence[BackfillRun]) -> str:
+    if not found:
+        return "There has been no run."
+    lines = [_COLUMNS, *(_cells(run) for run in found)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(_COLUMNS))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if name in _RIGHT else cell.ljust(width)
+            for name, cell, width in zip(_COLUMNS, line, widths, strict=True)
+        ).rstrip()
+        for line in lines
+    )
+
+
+_RIGHT = {"run", "read", *Outcome, "new errors"}
+
+
+def _cells(run: BackfillRun) -> tuple[str, ...]:
+    counts = [run.read, *(getattr(run, outcome) for outcome in Outcome), run.error_new]
+    return (
+        str(run.pk),
+        run.kind,
+        run.status,
+        _moment(run.started_at),
+        *(f"{count:,}" for count in counts),
+        _moment(run.heartbeat_at) if run.status == RunStatus.RUNNING else "",
+    )
+
+
+def _lines(details: dict[str, Any]) -> str:
+    """A name and a value a line; what is nested as JSON, what is unknown not at all."""
+    width = max(map(len, details))
+    return "\n".join(f"{name:<{width}}  {_shown(value)}" for name, value in details.items() if value is not None)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _moment(moment: datetime) -> str:
+    return f"{moment:%Y-%m-%d %H:%M:%S}"

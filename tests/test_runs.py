@@ -1,0 +1,258 @@
+"""Runs from outside: list, show, pause, resume, cancel."""
+
+from __future__ import annotations
+
+import json
+import threading
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from itertools import product
+from typing import Any
+
+import pytest
+from django.db import connection
+
+from crm.backfill import runs
+from crm.backfill.options import RunOptions
+from crm.backfill.outcome import Source, Totals
+from crm.backfill.runner import Silence, run_backfill
+from crm.errors import OperatorError
+from crm.management.commands.backfill_runs import Command
+from crm.models import BackfillRun
+from crm.models.ledger import RunStatus
+from tests import builders
+from tests.commands import Finished, backfill
+from tests.conftest import Database
+from tests.processes import session
+
+#: What an action makes of a run, and of which runs: the promise, written down a second time.
+MADE_OF = {
+    ("pause", "running"): "paused",
+    ("cancel", "running"): "cancelled",
+    ("resume", "paused"): "interrupted",
+    ("cancel", "paused"): "cancelled",
+}
+PAST = {"pause": "paused", "resume": "resumed", "cancel": "cancelled"}
+
+
+def backfill_runs(*arguments: str) -> Finished:
+    """`manage.py backfill_runs` with these arguments, in this process."""
+    stdout, stderr = StringIO(), StringIO()
+    code = 0
+    with redirect_stdout(stdout), redirect_stderr(stderr):
+        try:
+            Command().run_from_argv(["manage.py", "backfill_runs", *arguments])
+        except SystemExit as end:
+            code = int(end.code or 0)
+    return Finished(code, stdout.getvalue(), stderr.getvalue())
+
+
+def make_run(status: str, **columns: Any) -> BackfillRun:
+    """A run of somebody's on another machine."""
+    given = {"version": "1", "generation": "2025_10", "operator": "pat", "host": "elsewhere", "process_id": 1} | columns
+    run: BackfillRun = BackfillRun.objects.create(status=status, **given)
+    return run
+
+
+def status_of(run: BackfillRun) -> str:
+    return str(BackfillRun.objects.values_list("status", flat=True).get(pk=run.pk))
+
+
+@pytest.mark.parametrize(("action", "status"), list(product(runs.ACTIONS, RunStatus.values)))
+def test_an_action_is_done_to_the_runs_it_is_for_and_refused_to_others(
+    database: Database, action: str, status: str
+) -> None:
+    run = make_run(status)
+    finished = backfill_runs(action, str(run.pk))
+    made = MADE_OF.get((action, status))
+    assert status_of(run) == (made or status)
+    assert (action in runs.possible_actions(status)) == (made is not None)
+    if made is None:
+        assert finished.code == 2
+        assert finished.stdout == ""
+        wanted = " or ".join(start for (name, start) in MADE_OF if name == action)
+        said = f"Run {run.pk} is {status}: only one that is {wanted} can be {PAST[action]}.\n"
+        assert finished.stderr.endswith(said)
+        assert finished.stderr.count("\n") == 1
+    else:
+        assert finished.code == 0
+        assert finished.stdout.startswith(f"Run {run.pk} is {made}")
+        assert runs.find(run.pk).finished_at is not None
+
+
+def test_the_transitions_name_every_status() -> None:
+    assert set(runs.TRANSITIONS) == set(RunStatus)
+
+
+@pytest.mark.parametrize("action", ["show", *runs.ACTIONS])
+@pytest.mark.parametrize("number", ["7", "-7", "9" * 30])
+def test_a_run_that_is_not_there(database: Database, action: str, number: str) -> None:
+    finished = backfill_runs(action, "--", number)
+    assert finished.code == 2
+    assert finished.stderr.endswith(
+        f"There is no run {number}. `python manage.py backfill_runs list` shows those there are.\n"
+    )
+
+
+class Meddler(Silence):
+    """Does something to the run after its first batch."""
+
+    def __init__(self, action: str) -> None:
+        self._action: str | None = action
+
+    def advance(self, source: Source, totals: Totals) -> None:  # noqa: ARG002 - the progress of a run
+        """The batch is committed, and the next one not yet begun."""
+        if self._action:
+            runs.act(self._action, runs.latest(1)[0].pk)
+            self._action = None
+
+
+@pytest.mark.parametrize(("action", "status"), [("pause", "paused"), ("cancel", "cancelled")])
+def test_a_run_ends_at_its_next_batch(database: Database, action: str, status: str) -> None:
+    builders.add_many_leads(9)
+    report = run_backfill(RunOptions(batch_size=3), Meddler(action))
+    assert report.status == status
+    assert report.exit_code(strict=False) == 4
+    assert report.totals.created == 3
+    assert len(builders.contacts()) == len(builders.ledger()) == 3
+    (run,) = runs.latest(1)
+    assert (run.status, run.read, run.batches.count()) == (status, 3, 1)
+
+
+def test_a_paused_run_keeps_others_out_until_it_is_resumed(database: Database) -> None:
+    builders.add_many_leads(9)
+    run_backfill(RunOptions(batch_size=3), Meddler("pause"))
+    (paused,) = runs.latest(1)
+    for _ in range(2):
+        refused = backfill("--no-progress", "--json")
+        assert refused.code == 3
+        assert f"Run {paused.pk} is paused" in refused.stderr
+        assert f"resume {paused.pk}" in refused.stderr
+    assert len(builders.contacts()) == 3
+
+    assert backfill_runs("resume", str(paused.pk)).code == 0
+    finished = backfill("--no-progress", "--json")
+    assert (finished.code, finished.answer["created"], finished.answer["already"]) == (0, 6, 3)
+    assert len(builders.contacts()) == 9
+    assert status_of(paused) == "interrupted"
+
+
+def test_a_cancelled_run_keeps_nobody_out(database: Database) -> None:
+    builders.add_many_leads(2)
+    paused = make_run("paused")
+    assert backfill("--no-progress").code == 3
+    assert backfill_runs("cancel", str(paused.pk)).code == 0
+    assert backfill("--no-progress").code == 0
+    assert status_of(paused) == "cancelled"
+
+
+def test_a_batch_that_commits_for_long_is_waited_for_but_not_for_ever(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "PATIENCE", 0.2)
+    run = make_run("running")
+    with session() as batch:
+        batch.execute("UPDATE backfill_run SET read = 0")
+        finished = backfill_runs("pause", str(run.pk))
+    assert finished.code == 2
+    assert finished.stderr.endswith(f"Run {run.pk} has been committing for 0.2 s. Nothing was changed: try again.\n")
+    assert status_of(run) == "running"
+    assert backfill_runs("pause", str(run.pk)).code == 0
+
+
+def act_while_another_session(statement: str, action: str, run: BackfillRun) -> None:
+    """Do it while another session has changed the run, and commits only when this one waits for it."""
+    with session() as other:
+        (backend,) = other.execute("SELECT pg_backend_pid()").fetchone() or (0,)
+        other.execute(statement.encode())
+
+        def commit_when_waited_for() -> None:
+            with session() as watcher:
+                watcher.autocommit = True
+                waiting = "SELECT FROM pg_stat_activity WHERE %s = ANY(pg_blocking_pids(pid))"
+                while watcher.execute(waiting, [backend]).fetchone() is None:
+                    pass
+            other.commit()
+
+        thread = threading.Thread(target=commit_when_waited_for)
+        thread.start()
+        try:
+            runs.act(action, run.pk)
+        finally:
+            thread.join()
+
+
+def test_a_batch_that_is_just_committing_is_counted_and_then_the_run_is_paused(database: Database) -> None:
+    run = make_run("running")
+    act_while_another_session("UPDATE backfill_run SET read = 3, created = 3", "pause", run)
+    found = runs.find(run.pk)
+    assert (found.status, found.read) == ("paused", 3)
+
+
+@pytest.mark.parametrize(
+    ("status", "meanwhile", "action"),
+    [("paused", "cancelled", "resume"), ("running", "finished", "pause"), ("running", "finished", "cancel")],
+)
+def test_who_comes_second_changes_nothing(database: Database, status: str, meanwhile: str, action: str) -> None:
+    run = make_run(status)
+    with pytest.raises(OperatorError, match=f"Run {run.pk} is {meanwhile}: only one that is"):
+        act_while_another_session(f"UPDATE backfill_run SET status = '{meanwhile}'", action, run)
+    assert status_of(run) == meanwhile
+
+
+def test_runs_are_listed_for_people(database: Database) -> None:
+    assert backfill_runs("list").stdout == "There has been no run.\n"
+    old = make_run("finished", read=1234567, created=1234560, error=7, error_new=6)
+    going = make_run("running")
+    lines = backfill_runs("list").stdout.splitlines()
+    assert lines[0].split() == [
+        *("run", "kind", "status", "started", "(UTC)", "read", "created", "merged", "exists", "error"),
+        *("new", "errors", "last", "heartbeat"),
+    ]
+    assert [line.split()[:3] for line in lines[1:]] == [
+        [str(going.pk), "backfill", "running"],
+        [str(old.pk), "backfill", "finished"],
+    ]
+    assert lines[2].split()[5:] == ["1,234,567", "1,234,560", "0", "0", "7", "6"]
+    assert len(backfill_runs("list", "--last", "1").stdout.splitlines()) == 2
+
+
+def test_runs_are_listed_and_shown_for_machines(database: Database) -> None:
+    assert json.loads(backfill_runs("list", "--json").stdout) == []
+    builders.add_many_leads(5)
+    builders.add_profile(email="not an address")
+    finished = backfill("--no-progress", "--json", "--batch-size", "3")
+    (listed,) = json.loads(backfill_runs("list", "--json").stdout)
+    shown = backfill_runs("show", str(listed["run"]), "--json").answer
+    counts = ("run", "status", "read", "created", "merged", "exists", "error", "error_new", "balanced", "failure")
+    for name in counts:
+        assert listed[name] == shown[name] == finished.answer[name]
+    for name in ("by_source", "by_reason", "new_by_reason", "generation"):
+        assert shown[name] == finished.answer[name]
+    assert shown["batches"] == 3
+    assert shown["options"]["batch_size"] == 3
+    assert shown["census"]["rows"] == 6
+    assert shown["actions"] == []
+
+    lines = dict(line.split(maxsplit=1) for line in backfill_runs("show", str(listed["run"])).stdout.splitlines())
+    assert (lines["status"], lines["read"], lines["balanced"]) == ("finished", "6", "true")
+    assert "failure" not in lines
+
+
+@pytest.mark.parametrize("arguments", [("list",), ("show", "1"), ("pause", "1")])
+def test_before_migrate(database: Database, arguments: tuple[str, ...]) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute("ALTER TABLE backfill_run RENAME TO elsewhere")
+    try:
+        finished = backfill_runs(*arguments)
+    finally:
+        with connection.cursor() as cursor:
+            cursor.execute("ALTER TABLE elsewhere RENAME TO backfill_run")
+    assert finished.code == 2
+    assert finished.stderr.endswith("This database has no runs: `python manage.py migrate` makes the tables.\n")
+
+
+def test_without_an_action_the_usage_is_shown() -> None:
+    finished = backfill_runs()
+    assert finished.code == 2
+    assert "usage:" in finished.stderr
