@@ -107,6 +107,7 @@ def examine(connection: BaseDatabaseWrapper, *, for_writing: bool) -> DatabaseFa
 
     For a dry run, the right to SELECT is enough, and our own tables may be missing.
     """
+    _require_schema(connection)
     columns = _columns(connection)
     _require_tables(columns)
     _require_columns(columns)
@@ -130,6 +131,22 @@ def examine(connection: BaseDatabaseWrapper, *, for_writing: bool) -> DatabaseFa
         statuses=statuses,
         stages={stage: spellings[0] for stage, spellings in stages.items()},
     )
+
+
+def _require_schema(connection: BaseDatabaseWrapper) -> None:
+    """Without the right to look into the schema, PostgreSQL would not even say which tables are there."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT quote_ident(current_user) FROM pg_namespace "
+            "WHERE nspname = %s AND NOT has_schema_privilege(oid, 'USAGE')",
+            [settings.LEGACY_SCHEMA],
+        )
+        row = cursor.fetchone()
+    if row is not None:
+        raise OperatorError(
+            f"This role may not look into the schema {settings.LEGACY_SCHEMA}. Let its owner GRANT USAGE ON SCHEMA "
+            f"{connection.ops.quote_name(settings.LEGACY_SCHEMA)} TO {row[0]}. Nothing was written."
+        )
 
 
 def _columns(connection: BaseDatabaseWrapper) -> dict[str, dict[str, Column]]:

@@ -16,6 +16,9 @@ from crm.backfill.report import LineProgress, TerminalProgress, as_json, print_s
 from crm.backfill.runner import Progress, Silence, run_backfill
 from crm.errors import OperatorError
 
+#: What PostgreSQL takes for a number of rows, with room to spare.
+MOST_ROWS = 2**31 - 1
+
 
 class Command(BaseCommand):
     """Arguments, one call, print."""
@@ -102,8 +105,8 @@ def _console(stdout: OutputWrapper) -> Console:
 
 
 def _positive(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    if not (text.isascii() and text.isdigit() and len(text) <= len(str(MOST_ROWS)) and 1 <= int(text) <= MOST_ROWS):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {MOST_ROWS}")
     return int(text)
 
 
@@ -119,4 +122,7 @@ def _moment(text: str) -> str:
     if moment is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a date or time such as 2025-11-01 or 2025-11-01T22:00:00")
     aware = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-    return aware.astimezone(UTC).replace(tzinfo=None).isoformat(sep=" ")
+    try:
+        return aware.astimezone(UTC).replace(tzinfo=None).isoformat(sep=" ")
+    except OverflowError:
+        raise argparse.ArgumentTypeError(f"{text!r} is before the year 1 or after 9999 in UTC") from None
