@@ -1,0 +1,493 @@
+"""The admin: contacts, runs and the ledger, to look at. Nobody adds, changes or deletes anything here.
+
+The tables may hold millions of rows. So a list counts only so far, comes in the order of an index, and asks nothing a
+row; a filter takes its own values and no other.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from datetime import timedelta
+from typing import Any
+from urllib.parse import urlencode
+
+from django.contrib import admin
+from django.contrib.admin.options import IncorrectLookupParameters
+from django.contrib.admin.utils import quote
+from django.contrib.admin.views.main import ChangeList
+from django.core.paginator import Paginator
+from django.db import connections, models
+from django.db.models import Exists, OuterRef, Q, QuerySet
+from django.forms.models import BaseInlineFormSet
+from django.http import HttpRequest
+from django.template.loader import render_to_string
+from django.urls import NoReverseMatch, reverse
+from django.utils.functional import cached_property
+from django.utils.html import format_html
+from django.utils.safestring import SafeString
+
+from crm.backfill.mapping import ATTRIBUTION, contact_id
+from crm.backfill.outcome import Outcome, Reason, Source
+from crm.models import BackfillBatch, BackfillRun, CRMContact, LedgerEntry
+from crm.models.ledger import RunStatus
+
+admin.site.site_header = admin.site.site_title = "CRM contacts backfill"
+admin.site.index_title = "What the backfill did"
+
+#: Lists count no further, and lead no further.
+MOST_COUNTED = 10_000
+MOST_LINES = 100
+MOST_BATCHES = 100
+MOST_RUNS_TO_CHOOSE = 25
+
+OUTCOMES = tuple(outcome.value for outcome in Outcome)
+MADE_BY_BACKFILL = Exists(LedgerEntry.objects.filter(pk=OuterRef("pk"), outcome=Outcome.CREATED))
+HAS_ATTRIBUTION = Q(*((f"{name}__isnull", False) for name in ATTRIBUTION), _connector=Q.OR)
+CONTACT_IS_THERE = Exists(CRMContact.objects.filter(pk=OuterRef("contact_id")))
+
+
+class BoundedPaginator(Paginator):  # type: ignore[type-arg] # django-stubs' paginator is generic, Django's is not
+    """Counts up to a bound: nobody leafs through a million rows, and counting them all takes a while."""
+
+    @cached_property
+    def count(self) -> int:
+        """How many rows there are, or the bound."""
+        rows: Any = self.object_list
+        return int(rows.order_by()[:MOST_COUNTED].count())
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether there may be more rows than were counted."""
+        return self.count == MOST_COUNTED
+
+
+class BoundedChangeList(ChangeList):
+    """A list that does not call the bound a number of results."""
+
+    def get_results(self, request: HttpRequest) -> None:
+        """Fetch the page."""
+        super().get_results(request)
+        if self.result_count == MOST_COUNTED:
+            # The search box tells the number where the two differ.
+            self.full_result_count = self.result_count
+
+
+class ValueFilter(admin.SimpleListFilter):
+    """Rows with one of a few values. Any other value in the address is refused before the database sees it."""
+
+    def values(self) -> Iterable[str]:
+        """What may be chosen."""
+        raise NotImplementedError
+
+    def narrowed(self, queryset: QuerySet[Any], value: str) -> QuerySet[Any]:
+        """The rows that have the value."""
+        return queryset.filter(**{str(self.parameter_name): value})
+
+    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:  # noqa: ARG002 - Django's signature
+        """The values, as they are."""
+        return [(value, value) for value in self.values()]
+
+    def queryset(self, request: HttpRequest, queryset: QuerySet[Any]) -> QuerySet[Any]:  # noqa: ARG002 - Django's signature
+        """The rows that were asked for."""
+        value = self.value()
+        if value is None:
+            return queryset
+        if value not in dict(self.lookup_choices):
+            raise IncorrectLookupParameters
+        return self.narrowed(queryset, value)
+
+
+class LabelFilter(ValueFilter):
+    """Rows with one of the labels that this database's enum has."""
+
+    def values(self) -> list[str]:
+        """The labels, in the enum's order."""
+        connection = connections[CRMContact.objects.db]
+        enum = CRMContact._meta.get_field(str(self.parameter_name)).db_type(connection)
+        with connection.cursor() as cursor:
+            cursor.execute(f"SELECT unnest(enum_range(NULL::{enum}))::text")
+            return [label for (label,) in cursor.fetchall()]
+
+
+class TypeFilter(LabelFilter):
+    """By type."""
+
+    title = "type"
+    parameter_name = "contact_type"
+
+
+class StageFilter(LabelFilter):
+    """By stage."""
+
+    title = "stage"
+    parameter_name = "stage"
+
+
+class ConditionFilter(ValueFilter):
+    """Rows for which something holds, or does not."""
+
+    condition: Q | Exists
+
+    def values(self) -> tuple[str, ...]:
+        """Yes and no."""
+        return ("yes", "no")
+
+    def narrowed(self, queryset: QuerySet[Any], value: str) -> QuerySet[Any]:
+        """The rows for which it holds, or the others."""
+        return queryset.filter(self.condition if value == "yes" else ~self.condition)
+
+
+class MadeFilter(ConditionFilter):
+    """By who made the contact."""
+
+    title = "made by the backfill"
+    parameter_name = "made"
+    condition = MADE_BY_BACKFILL
+
+
+class AttributedFilter(ConditionFilter):
+    """By whether somebody is named to whom a commission may be due."""
+
+    title = "attributed"
+    parameter_name = "attributed"
+    condition = HAS_ATTRIBUTION
+
+
+class SourceFilter(ValueFilter):
+    """By source."""
+
+    title = "source"
+    parameter_name = "source"
+
+    def values(self) -> Iterable[str]:
+        """The sources."""
+        return [source.value for source in Source]
+
+
+class OutcomeFilter(ValueFilter):
+    """By outcome."""
+
+    title = "outcome"
+    parameter_name = "outcome"
+
+    def values(self) -> Iterable[str]:
+        """The outcomes."""
+        return OUTCOMES
+
+
+class ReasonFilter(ValueFilter):
+    """By the reason of an error."""
+
+    title = "reason"
+    parameter_name = "reason"
+
+    def values(self) -> Iterable[str]:
+        """The reasons."""
+        return [reason.value for reason in Reason]
+
+
+class RunFilter(ValueFilter):
+    """By run: the last ones to choose from, and the one in the address."""
+
+    title = "run"
+    parameter_name = "run"
+
+    def values(self) -> Iterable[str]:
+        """The runs, the newest first."""
+        runs = [str(run) for run in BackfillRun.objects.values_list("pk", flat=True)[:MOST_RUNS_TO_CHOOSE]]
+        asked = self.value()
+        is_older = asked is not None and asked.isascii() and asked.isdigit() and len(asked) < 19 and asked not in runs
+        return [*runs, str(asked)] if is_older else runs
+
+
+class KindFilter(ValueFilter):
+    """By what the run does."""
+
+    title = "kind"
+    parameter_name = "kind"
+
+    def values(self) -> Iterable[str]:
+        """The kinds."""
+        return BackfillRun.Kind.values
+
+
+class StatusFilter(ValueFilter):
+    """By status."""
+
+    title = "status"
+    parameter_name = "status"
+
+    def values(self) -> Iterable[str]:
+        """The statuses."""
+        return RunStatus.values
+
+
+class NothingToChange:
+    """No permission but to view, for anybody."""
+
+    def has_add_permission(self, *_request: Any) -> bool:
+        """Nobody adds."""
+        return False
+
+    def has_change_permission(self, *_request: Any) -> bool:
+        """Nobody changes."""
+        return False
+
+    def has_delete_permission(self, *_request: Any) -> bool:
+        """Nobody deletes."""
+        return False
+
+
+class ReadOnlyAdmin(NothingToChange, admin.ModelAdmin):  # type: ignore[type-arg] # django-stubs' admin is generic, Django's is not
+    """A table to look at."""
+
+    actions = None
+    paginator = BoundedPaginator
+    show_full_result_count = False
+    show_facets = admin.ShowFacets.NEVER
+    sortable_by = ()
+
+    def lookup_allowed(self, lookup: str, value: Any, request: HttpRequest | None = None) -> bool:  # noqa: ARG002 - Django's signature
+        """The filters' own parameters: another one would bring any value before the database."""
+        return lookup in {getattr(choice, "parameter_name", None) for choice in self.list_filter}
+
+    def get_changelist(self, request: HttpRequest, **kwargs: Any) -> type[ChangeList]:  # noqa: ARG002 - Django's signature
+        """The list that counts only so far."""
+        return BoundedChangeList
+
+
+@admin.register(CRMContact)
+class ContactAdmin(ReadOnlyAdmin):
+    """All contacts, whoever made them, each with what the ledger says of it."""
+
+    list_display = (
+        "email",
+        "name",
+        "contact_type",
+        "stage",
+        "made_by_the_backfill",
+        "referrer_username",
+        "created_at",
+    )
+    list_filter = (MadeFilter, TypeFilter, StageFilter, AttributedFilter)
+    search_fields = ("email",)
+    search_help_text = "An id, or how an email address, a first name or a last name begins."
+    # By its unique index; there is none on the creation.
+    ordering = ("email",)
+    fieldsets = (
+        (None, {"fields": ("first_name", "last_name", "email", "phone", "company")}),
+        ("The backfill", {"fields": ("made_by_the_backfill", "ledger")}),
+        ("In the CRM", {"fields": ("contact_type", "stage", "stage_entered_at", "source", "last_contacted_at")}),
+        ("Assignment", {"fields": ("assigned_preparer_id", "assigned_at")}),
+        ("Attribution", {"fields": (*ATTRIBUTION, "attribution_confidence")}),
+        ("Keys", {"fields": ("id", "user_id", "clerk_user_id", "created_at", "updated_at")}),
+    )
+
+    def get_queryset(self, request: HttpRequest) -> Any:
+        """The contacts, with whether the backfill made them."""
+        return super().get_queryset(request).annotate(made=MADE_BY_BACKFILL)
+
+    def get_search_results(
+        self,
+        request: HttpRequest,  # noqa: ARG002 - Django's signature
+        queryset: QuerySet[Any],
+        search_term: str,
+    ) -> tuple[QuerySet[Any], bool]:
+        """By key first, which is a look into an index; else by how every word of the search begins, in any case."""
+        term = search_term.strip()
+        if not term:
+            return queryset, False
+        by_key = queryset.filter(Q(pk=term) | Q(user_id=term) | Q(clerk_user_id=term))
+        if by_key.exists():
+            return by_key, False
+        if "@" in term:
+            return queryset.filter(email__istartswith=term), False
+        for word in term.split():
+            queryset = queryset.filter(
+                Q(email__istartswith=word) | Q(first_name__istartswith=word) | Q(last_name__istartswith=word)
+            )
+        return queryset, False
+
+    @admin.display
+    def name(self, contact: CRMContact) -> str:
+        """First and last name."""
+        return f"{contact.first_name} {contact.last_name}"
+
+    @admin.display(boolean=True, description="backfill")
+    def made_by_the_backfill(self, contact: Any) -> bool:
+        """Whether the backfill made it."""
+        return bool(contact.made)
+
+    @admin.display(description="ledger lines")
+    def ledger(self, contact: CRMContact) -> str:
+        """The source rows that made it, were merged into it, met it or are in conflict with it."""
+        lines = LedgerEntry.objects.filter(contact_id=contact.pk).order_by("source", "source_id")[: MOST_LINES + 1]
+        found = [
+            {"entry": line, "address": _address_of(LedgerEntry, line.pk), "filled": _spaced(line.filled)}
+            for line in lines
+        ]
+        return render_to_string(
+            "crm/ledger_lines.html", {"lines": found[:MOST_LINES], "has_more": len(found) > MOST_LINES}
+        )
+
+
+class LatestBatches(BaseInlineFormSet):  # type: ignore[type-arg] # django-stubs' formsets are generic, Django's are not
+    """The last batches of a run: a long one has thousands."""
+
+    def get_queryset(self) -> QuerySet[Any]:
+        """The last ones."""
+        if not hasattr(self, "_queryset"):
+            self._queryset = super().get_queryset()[:MOST_BATCHES]
+        return self._queryset
+
+
+class BatchInline(NothingToChange, admin.TabularInline):  # type: ignore[type-arg] # django-stubs' admin is generic, Django's is not
+    """The batches of a run."""
+
+    model = BackfillBatch
+    formset = LatestBatches
+    verbose_name_plural = f"the last batches, {MOST_BATCHES} at most"
+    ordering = ("-id",)
+    fields = ("source", "read", "created", "merged", "exists", "error", "error_new", "seconds", "committed_at")
+    readonly_fields = fields
+    can_delete = False
+    extra = 0
+
+
+@admin.register(BackfillRun)
+class RunAdmin(ReadOnlyAdmin):
+    """The runs, the newest first."""
+
+    list_display = (
+        "id",
+        "kind",
+        "status",
+        "started_at",
+        "duration",
+        "read",
+        *OUTCOMES,
+        "error_new",
+        "balanced",
+    )
+    list_filter = (KindFilter, StatusFilter)
+    inlines = (BatchInline,)
+    fieldsets = (
+        (None, {"fields": ("kind", "status", "failure", "ledger")}),
+        ("Rows", {"fields": ("read", *OUTCOMES, "error_new", "balanced", "tables")}),
+        ("When", {"fields": ("started_at", "heartbeat_at", "finished_at", "duration")}),
+        ("Who and what", {"fields": ("operator", "host", "process_id", "version", "generation", "asked")}),
+    )
+
+    @admin.display
+    def duration(self, run: BackfillRun) -> str:
+        """How long it took, or has been at work."""
+        return str(timedelta(seconds=round(((run.finished_at or run.heartbeat_at) - run.started_at).total_seconds())))
+
+    @admin.display(description="options")
+    def asked(self, run: BackfillRun) -> str:
+        """What was asked."""
+        return _indented(run.options)
+
+    @admin.display(description="the tables at the end")
+    def tables(self, run: BackfillRun) -> str:
+        """The census."""
+        return _indented(run.census) if run.census is not None else "-"
+
+    @admin.display(description="ledger lines")
+    def ledger(self, run: BackfillRun) -> SafeString:
+        """Where to read what became of its rows."""
+        address = reverse("admin:crm_ledgerentry_changelist")
+        return format_html(
+            '<a href="{0}?{1}">all</a>, <a href="{0}?{2}">errors</a>',
+            address,
+            urlencode({"run": run.pk}),
+            urlencode({"run": run.pk, "outcome": Outcome.ERROR}),
+        )
+
+
+@admin.register(LedgerEntry)
+class LedgerAdmin(ReadOnlyAdmin):
+    """What became of every source row."""
+
+    list_display = ("row", "outcome", "reason", "contact", "what_was_filled", "run_link", "source_updated_at")
+    list_filter = (OutcomeFilter, ReasonFilter, SourceFilter, RunFilter)
+    search_fields = ("source_id",)
+    search_help_text = "The whole id of a source row (with or without profiles: or leads: before it) or of a contact."
+    ordering = ("id",)
+    fields = (
+        "source",
+        "source_id",
+        "outcome",
+        "reason",
+        "contact",
+        "what_was_filled",
+        "run_link",
+        "source_updated_at",
+        "sqlstate",
+        "constraint",
+        "column",
+        "id",
+    )
+
+    def get_queryset(self, request: HttpRequest) -> Any:
+        """The lines, with whether their contact is there."""
+        return super().get_queryset(request).annotate(contact_is_there=CONTACT_IS_THERE)
+
+    def get_search_results(
+        self,
+        request: HttpRequest,  # noqa: ARG002 - Django's signature
+        queryset: QuerySet[Any],
+        search_term: str,
+    ) -> tuple[QuerySet[Any], bool]:
+        """A source row by the key that its id makes, which is a look into the index; else the lines of a contact."""
+        term = search_term.strip()
+        if not term:
+            return queryset, False
+        by_key = queryset.filter(pk__in=_keys_of(term))
+        return (by_key if by_key.exists() else queryset.filter(contact_id=term)), False
+
+    @admin.display
+    def contact(self, entry: Any) -> str:
+        """The contact, and the way to it unless it has been deleted since."""
+        if entry.contact_id is None:
+            return "-"
+        if not entry.contact_is_there:
+            return f"{entry.contact_id} (deleted since)"
+        return _link(CRMContact, entry.contact_id, entry.contact_id)
+
+    @admin.display(description="filled")
+    def what_was_filled(self, entry: LedgerEntry) -> str:
+        """What a merge filled in the contact."""
+        return _spaced(entry.filled)
+
+    @admin.display(description="run")
+    def run_link(self, entry: LedgerEntry) -> str:
+        """The run that decided it."""
+        return _link(BackfillRun, entry.run_id, str(entry.run_id))
+
+
+def _keys_of(term: str) -> list[str]:
+    """The keys of the lines of the rows that a search may mean."""
+    table, _, source_id = term.partition(":")
+    return [contact_id(named, term) for named in ("profiles", "leads")] + [contact_id(table, source_id)]
+
+
+def _address_of(model: type[models.Model], key: Any) -> str | None:
+    try:
+        return reverse(f"admin:{model._meta.app_label}_{model._meta.model_name}_change", args=[quote(key)])
+    except NoReverseMatch:
+        return None
+
+
+def _link(model: type[models.Model], key: Any, text: str) -> str:
+    address = _address_of(model, key)
+    return format_html('<a href="{}">{}</a>', address, text) if address else text
+
+
+def _spaced(filled: str | None) -> str:
+    return ", ".join(filled.split(",")) if filled else "-"
+
+
+def _indented(value: Any) -> SafeString:
+    return format_html('<pre style="margin: 0">{}</pre>', json.dumps(value, indent=2))
