@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -29,23 +29,28 @@ class TerminalProgress:
         self._progress = Progress(
             TextColumn("{task.description:<16}"),
             BarColumn(bar_width=None),
-            MofNCompleteColumn(),
+            TextColumn("{task.completed:,.0f} / {task.total:,.0f}", justify="right"),
             TextColumn("{task.fields[rate]:>14}"),
             TimeRemainingColumn(),
             console=console,
         )
         self._tasks: dict[Source, TaskID] = {}
+        self._last_batch = 0.0
 
     def begin(self, rows: dict[Source, int]) -> None:
         """Show an empty bar for each source."""
         self._progress.start()
+        self._last_batch = self._progress.get_time()
         for source, count in rows.items():
             self._tasks[source] = self._progress.add_task(source.title, total=count, rate="", start=False)
 
     def advance(self, source: Source, totals: Totals) -> None:
         """Move the source's bar on. What arrived since the count makes the bar longer, never fuller than full."""
         task = self._progress.tasks[self._tasks[source]]
-        self._progress.start_task(task.id)
+        if task.start_time is None:
+            # Its first batch has taken since the end of the one before.
+            task.start_time = self._last_batch
+        self._last_batch = self._progress.get_time()
         done = task.completed + totals.read
         elapsed = task.elapsed or 0.0
         rate = f"{done / elapsed:,.0f} rows/s" if elapsed else ""
@@ -115,7 +120,7 @@ def print_summary(report: RunReport, console: Console) -> None:
     """The summary for people, with the labels that the users of the old script know."""
     totals = report.totals
     table = Table(title=_headline(report), title_justify="left", show_header=False, box=None, pad_edge=False)
-    table.add_column(min_width=32)
+    table.add_column(min_width=26)
     table.add_column(justify="right")
     table.add_column(style="dim")
     made = "would be made" if report.options.dry_run else "made"
@@ -129,8 +134,8 @@ def print_summary(report: RunReport, console: Console) -> None:
         row(f"  {label}", totals.created_by_type[contact_type], f"contacts {made}")
     row("Skipped (exists)", report.already + totals.exists + totals.merged, "already + exists + merged")
     row("  already", report.already, "in the ledger from earlier runs")
-    row("  exists", totals.exists, "met a contact that somebody else made; untouched")
-    row("  merged", totals.merged, "met a contact of the backfill; what was missing there was filled")
+    row("  exists", totals.exists, "met a contact that others made; untouched")
+    row("  merged", totals.merged, "met a contact of ours and filled its gaps")
     row("Errors", totals.error, f"{totals.error_new:,} new", "red" if totals.error_new else "")
     for reason, count in sorted(totals.errors_by_reason.items()):
         new = totals.errors_new_by_reason[reason]
@@ -139,7 +144,7 @@ def print_summary(report: RunReport, console: Console) -> None:
     for reason, count in sorted(report.excluded.items()):
         row(f"  {reason}", count)
     console.print(table)
-    console.print(identity_lines(report), highlight=False)
+    console.print(identity_lines(report), highlight=False, soft_wrap=True)
     if advice := _advice(report):
         console.print(advice, highlight=False, soft_wrap=True)
 
