@@ -34,11 +34,12 @@ demo: install ## Sample people in a fresh embedded database, backfilled before y
 	$(MANAGE) load_sample_data --people $(PEOPLE) --generation $(GENERATION) --seed $(SEED)
 	$(MANAGE) migrate --verbosity 0
 	$(MANAGE) backfill_crm_contacts || test $$? -eq 1
-	@printf '\nThe rows in error above are part of the sample. What to type next:\n'
-	@printf '  %-75s %s\n' \
-		'$(NEXT) backfill_crm_contacts' 'again: nothing left to do' \
-		'$(NEXT) createsuperuser' 'an account for the admin' \
-		'$(NEXT) runserver' 'then look at http://127.0.0.1:8000/admin/'
+	@printf '%s\n' '' 'The rows in error are part of the sample. What to type next:' '' \
+		'  # again: nothing is left to do' \
+		'  $(NEXT) backfill_crm_contacts' \
+		'  # an account for the admin, and then a look at http://127.0.0.1:8000/admin/' \
+		'  $(NEXT) createsuperuser' \
+		'  $(NEXT) runserver'
 
 test: install ## Run the tests (ARGS="-k mapping" for some of them)
 	$(EMBEDDED) $(BIN)/python -m pytest $(ARGS)
