@@ -314,7 +314,7 @@ class ContactAdmin(ReadOnlyAdmin):
         """First and last name."""
         return f"{contact.first_name} {contact.last_name}"
 
-    @admin.display(boolean=True, description="backfill")
+    @admin.display(boolean=True, description="made by backfill")
     def made_by_the_backfill(self, contact: Any) -> bool:
         """Whether the backfill made it."""
         return bool(contact.made)
