@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,8 +17,7 @@ from tests.test_own_schema import EmptyDatabase
 from tests.test_settings import SECRET
 
 SECRET_COLUMNS = ("ssn", "dateOfBirth", "address", "bankDetails", "hashedPassword")
-#: What a page of source rows is read with; nothing else is.
-READS_A_PAGE = "LIMIT %(size)s"
+INSERTS_CONTACTS = 'INSERT INTO "crm_contacts"'
 
 
 @contextmanager
@@ -79,21 +78,22 @@ def losing_ledger_lines() -> Iterator[None]:
 
 
 @contextmanager
-def at_page(number: int, happening: Any) -> Iterator[None]:
-    """Call `happening` when the page of source rows with this number, from 1 on, has been read."""
-    pages = 0
+def in_batch(number: int, happening: Callable[[], object]) -> Iterator[None]:
+    """Call `happening` in the batch of this number, from 1 on: its contacts are inserted, and nothing is committed."""
+    batches = 0
 
     def watch(execute: Any, sql: str, parameters: Any, many: bool, context: dict[str, Any]) -> Any:  # noqa: FBT001 - Django's signature
-        nonlocal pages
+        nonlocal batches
         result = execute(sql, parameters, many, context)
-        if READS_A_PAGE in str(sql):
-            pages += 1
-            if pages == number:
+        if INSERTS_CONTACTS in str(sql):
+            batches += 1
+            if batches == number:
                 happening()
         return result
 
     with connection.execute_wrapper(watch):
         yield
+    assert batches >= number, "there was no such batch"
 
 
 def set_status(status: RunStatus) -> None:

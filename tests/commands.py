@@ -8,7 +8,8 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from typing import Any, NamedTuple
 
-from django.db import connection
+import pytest
+from django.db.backends.utils import CursorWrapper
 
 from crm.backfill.options import RunOptions
 from crm.backfill.report import as_json
@@ -59,13 +60,15 @@ class Statement(NamedTuple):
 
 @contextmanager
 def statements() -> Iterator[list[Statement]]:
-    """Collect the statements that are sent inside."""
+    """Collect the statements that are sent inside, over whichever connection and from whichever thread."""
     sent: list[Statement] = []
+    send = CursorWrapper._execute_with_wrappers
 
-    def record(execute: Any, sql: str, parameters: Any, many: bool, context: dict[str, Any]) -> Any:  # noqa: FBT001 - Django's signature
-        result = execute(sql, parameters, many, context)
-        sent.append(Statement(" ".join(str(sql).split()), parameters, context["cursor"].rowcount))
+    def record(cursor: Any, sql: str, parameters: Any, many: bool, executor: Any) -> Any:  # noqa: FBT001 - Django's signature
+        result = send(cursor, sql, parameters, many, executor)
+        sent.append(Statement(" ".join(str(sql).split()), parameters, cursor.rowcount))
         return result
 
-    with connection.execute_wrapper(record):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CursorWrapper, "_execute_with_wrappers", record)
         yield sent

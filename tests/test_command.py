@@ -21,7 +21,7 @@ from tests.builders import UPDATED_AT, add_contact, add_lead, add_many_leads, ad
 from tests.circumstances import (
     acting_as,
     address_of_the_test_database,
-    at_page,
+    in_batch,
     losing_ledger_lines,
     reading_role,
     refusing_contacts,
@@ -277,7 +277,7 @@ def test_a_dry_run_needs_no_fence(database: Database) -> None:
 @pytest.mark.parametrize("status", [RunStatus.PAUSED, RunStatus.CANCELLED, RunStatus.INTERRUPTED])
 def test_exit_code_4_for_a_run_that_was_stopped_from_outside(database: Database, status: RunStatus) -> None:
     add_many_leads(30)
-    with at_page(2, lambda: set_status(status)):
+    with in_batch(2, lambda: set_status(status)):
         finished = backfill("--batch-size", "10", "--json", "--no-progress")
     assert finished.code == 4
     assert (finished.answer["status"], finished.answer["created"]) == (status, 10)

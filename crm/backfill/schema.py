@@ -113,10 +113,10 @@ def examine(connection: BaseDatabaseWrapper, *, for_writing: bool) -> DatabaseFa
     _require_columns(columns)
     labels = _labels(connection)
     has_attribution = all(column in columns["crm_contacts"] for column in ATTRIBUTION_COLUMNS)
-    has_ledger = _has_ledger(connection)
+    ledger_is_readable = _ledger_is_readable(connection)
     if for_writing:
-        _require_migrations(has_attribution=has_attribution, has_ledger=has_ledger)
-        _require_rights(connection)
+        _require_migrations(has_attribution=has_attribution, has_ledger=ledger_is_readable is not None)
+        _require_rights(connection, ledger_is_readable=bool(ledger_is_readable))
     roles = _spellings(labels.get(columns["profiles"]["role"].type, []))
     statuses = _spellings(labels.get(columns["leads"]["status"].type, []))
     contact_types = _spellings(labels.get(columns["crm_contacts"]["contactType"].type, []))
@@ -126,7 +126,7 @@ def examine(connection: BaseDatabaseWrapper, *, for_writing: bool) -> DatabaseFa
         generation=_generation(columns, roles),
         has_clerk_user_id="clerkUserId" in columns["profiles"],
         has_attribution=has_attribution,
-        has_ledger=has_ledger,
+        has_ledger=bool(ledger_is_readable),
         roles=roles,
         statuses=statuses,
         stages={stage: spellings[0] for stage, spellings in stages.items()},
@@ -230,18 +230,19 @@ def _require_labels(contact_types: Mapping[str, object], stages: Mapping[str, ob
         )
 
 
-def _has_ledger(connection: BaseDatabaseWrapper) -> bool:
-    """Whether the ledger is there and may be read: a careful operator's dry run comes before `migrate`."""
+def _ledger_is_readable(connection: BaseDatabaseWrapper) -> bool | None:
+    """Whether the ledger may be read; None where there is none: a careful operator's dry run comes before `migrate`."""
     with connection.cursor() as cursor:
         cursor.execute(
             """
-            SELECT CASE WHEN has_schema_privilege(n.oid, 'USAGE') THEN has_table_privilege(c.oid, 'SELECT') END
+            SELECT has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT')
               FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
              WHERE n.nspname = %s AND c.relname = %s
             """,
             [settings.BACKFILL_SCHEMA, LedgerEntry._meta.db_table],
         )
-        return bool(cursor.fetchone() == (True,))
+        row = cursor.fetchone()
+    return None if row is None else bool(row[0])
 
 
 def _require_migrations(*, has_attribution: bool, has_ledger: bool) -> None:
@@ -253,14 +254,28 @@ def _require_migrations(*, has_attribution: bool, has_ledger: bool) -> None:
         )
 
 
-def _require_rights(connection: BaseDatabaseWrapper) -> None:
-    own = [
-        (model._meta.db_table, right) for model in (BackfillRun, BackfillBatch, LedgerEntry) for right in ("INSERT",)
-    ]
-    wanted = [("crm_contacts", "INSERT"), ("crm_contacts", "UPDATE"), *own, (BackfillRun._meta.db_table, "UPDATE")]
+def _require_rights(connection: BaseDatabaseWrapper, *, ledger_is_readable: bool) -> None:
+    if not ledger_is_readable:
+        raise OperatorError(
+            f"This role may not read the ledger. Let the owner of the schema {settings.BACKFILL_SCHEMA} GRANT USAGE on "
+            "it, and SELECT, INSERT, UPDATE on its tables, or look first with --dry-run. Nothing was written."
+        )
+    rights = {
+        "crm_contacts": ("INSERT", "UPDATE"),
+        BackfillRun._meta.db_table: ("SELECT", "INSERT", "UPDATE"),
+        BackfillBatch._meta.db_table: ("SELECT", "INSERT"),
+        LedgerEntry._meta.db_table: ("SELECT", "INSERT", "UPDATE"),
+    }
+    wanted = [(table, right) for table, of_table in rights.items() for right in of_table]
     with connection.cursor() as cursor:
+        # The writer tells its own contacts by their xmin, which no grant on columns includes.
         cursor.execute(
-            "SELECT t, r FROM unnest(%s::text[], %s::text[]) AS wanted(t, r) WHERE NOT has_any_column_privilege(t, r)",
+            """
+            SELECT t, r FROM unnest(%s::text[], %s::text[]) AS wanted(t, r) WHERE NOT has_any_column_privilege(t, r)
+             UNION ALL
+            SELECT 'the whole of crm_contacts', 'SELECT'
+             WHERE NOT has_column_privilege('crm_contacts', 'xmin', 'SELECT')
+            """,
             [[table for table, _ in wanted], [right for _, right in wanted]],
         )
         missing = [f"{right} on {table}" for table, right in cursor.fetchall()]
