@@ -6,6 +6,7 @@ Timestamps and rates are the text that PostgreSQL printed; they are carried over
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -160,6 +161,13 @@ def trimmed(text: str | None) -> str | None:
     return (text.strip() or None) if text else None
 
 
+# What nearly every address looks like. All of it is valid to Django's validator too, which takes six times as long.
+_ORDINARY_EMAIL = re.compile(
+    r"[a-z0-9_+-]{1,64}(?:\.[a-z0-9_+-]{1,64})*@(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]{2,63}"
+)
+_LONGEST_ORDINARY_EMAIL = 254
+
+
 def normalised_email(raw: str) -> str | None:
     """The address, trimmed and lower-cased; None when it is not one.
 
@@ -170,6 +178,8 @@ def normalised_email(raw: str) -> str | None:
     if not email.rpartition("@")[0].isascii():
         return None
     email = email.lower()
+    if len(email) <= _LONGEST_ORDINARY_EMAIL and _ORDINARY_EMAIL.fullmatch(email):
+        return email
     try:
         validate_email(email)
     except ValidationError:

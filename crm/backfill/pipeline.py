@@ -17,8 +17,9 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill import errors
 from crm.backfill.interruption import Interruption
-from crm.backfill.mapping import MappedRow, Rules, map_rows
+from crm.backfill.mapping import MappedRow, Rules
 from crm.backfill.outcome import Source, Totals
+from crm.backfill.readahead import ReadAhead
 from crm.backfill.source import Key, SourceReader
 
 logger = logging.getLogger(__name__)
@@ -62,21 +63,24 @@ class Pipeline:
         Raises InterruptedRunError, fence.FenceLostError, and django.db.Error for what trying again did not cure.
         """
         after: Key | None = None
-        while self.limit is None or self.limit > 0:
-            if self.interruption.requested:
-                raise InterruptedRunError
-            totals, after = self._batch_with_retries(reader, after)
-            if totals is None:
-                return
-            if self.limit is not None:
-                self.limit -= totals.read
-            self.on_batch(reader.source, totals)
+        with ReadAhead(reader, self.rules) as ahead:
+            while (size := self._next_size()) > 0:
+                if self.interruption.requested:
+                    raise InterruptedRunError
+                totals, after = self._batch_with_retries(ahead, reader.source, after, size)
+                if totals is None:
+                    return
+                self.on_batch(reader.source, totals)
 
-    def _batch_with_retries(self, reader: SourceReader, after: Key | None) -> tuple[Totals | None, Key | None]:
-        size = self.batch_size if self.limit is None else min(self.batch_size, self.limit)
+    def _next_size(self) -> int:
+        return self.batch_size if self.limit is None else min(self.batch_size, self.limit)
+
+    def _batch_with_retries(
+        self, ahead: ReadAhead, source: Source, after: Key | None, size: int
+    ) -> tuple[Totals | None, Key | None]:
         for attempt in range(self.retries.most):
             try:
-                return self._batch(reader, after, size)
+                return self._batch(ahead, source, after, size)
             except DjangoDatabaseError as error:
                 cause = errors.bad_moment(error)
                 if cause is None:
@@ -84,13 +88,20 @@ class Pipeline:
                 self._give_way(cause, attempt)
                 if errors.is_timeout(error):
                     size = max(1, size // 2)
-        return self._batch(reader, after, size)
+        return self._batch(ahead, source, after, size)
 
-    def _batch(self, reader: SourceReader, after: Key | None, size: int) -> tuple[Totals | None, Key | None]:
-        page = reader.page(after, size)
+    def _batch(
+        self, ahead: ReadAhead, source: Source, after: Key | None, size: int
+    ) -> tuple[Totals | None, Key | None]:
+        page = ahead.page(after, size)
         if not page.rows:
             return None, after
-        return self.writer.write(reader.source, map_rows(reader.source, page.rows, self.rules)), page.key
+        limit = None if self.limit is None else self.limit - len(page.rows)
+        if limit is None or limit > 0:
+            ahead.ask(page.key, self.batch_size if limit is None else min(self.batch_size, limit))
+        totals = self.writer.write(source, page.rows)
+        self.limit = limit
+        return totals, page.key
 
     def _give_way(self, cause: str, attempt: int) -> None:
         wait = self.retries.first_wait * 2**attempt * random.uniform(0.75, 1.25)  # noqa: S311 - jitter, not a secret

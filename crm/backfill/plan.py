@@ -74,12 +74,17 @@ class KnownContacts:
     def add(self, contact: KnownContact) -> None:
         """Make a contact known."""
         self._by_id[contact.id] = contact
-        self._by_user.setdefault(contact.user_id or "", contact)
-        self._by_clerk.setdefault(contact.clerk_user_id or "", contact)
+        if contact.user_id is not None:
+            self._by_user[contact.user_id] = contact
+        if contact.clerk_user_id is not None:
+            self._by_clerk[contact.clerk_user_id] = contact
         address = contact.email.strip().lower()
-        spellings = self._by_email.setdefault(address, [])
-        # The spelling that we would write ourselves stands before all others.
-        spellings.insert(0 if contact.email == address else len(spellings), contact)
+        spellings = self._by_email.get(address)
+        if spellings is None:
+            self._by_email[address] = [contact]
+        else:
+            # The spelling that we would write ourselves stands before all others.
+            spellings.insert(0 if contact.email == address else len(spellings), contact)
 
     def __iter__(self) -> Iterator[KnownContact]:
         """The contacts."""
@@ -169,7 +174,13 @@ def fill(contact: KnownContact, draft: ContactDraft) -> tuple[str, ...]:
 
 
 def _has_attribution(draft: ContactDraft) -> bool:
-    return any(getattr(draft, name) is not None for name in ATTRIBUTION)
+    return not (
+        draft.referrer_username is None
+        and draft.referrer_type is None
+        and draft.commission_rate is None
+        and draft.commission_rate_locked_at is None
+        and draft.attribution_method is None
+    )
 
 
 def _is_another(theirs: str | None, ours: str | None) -> bool:

@@ -1,13 +1,14 @@
-"""A dry run: the way of a run up to the write. Needs nothing but SELECT, and writes nothing at all.
+"""A dry run: the way of a run up to the write. Needs nothing but SELECT, and writes nothing to the database at all.
 
-What the run would have made by then is kept in memory, by address: a later row of the same person meets it. The memory
-is that of one partition of the people, and is forgotten with it.
+What the run would have made by then must be known, since a later row of the same person meets it. It is kept in a
+temporary SQLite database on this machine, which grows with the rows where memory may not.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+import json
+import sqlite3
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from django.db.backends.base.base import BaseDatabaseWrapper
@@ -27,54 +28,105 @@ SELECT id, email, "userId", "clerkUserId" FROM crm_contacts WHERE id = ANY(%(ids
 """
 
 
+class Imagined:
+    """The contacts that a run would have made by now, and the accounts that it would have filled in."""
+
+    def __init__(self) -> None:
+        # No name: a temporary file that goes with the connection.
+        self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+        self._database.executescript(
+            """
+            PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -16384;
+            CREATE TABLE made (email TEXT PRIMARY KEY, id TEXT, user_id TEXT, clerk_user_id TEXT) WITHOUT ROWID;
+            CREATE TABLE filled (id TEXT PRIMARY KEY, user_id TEXT, clerk_user_id TEXT) WITHOUT ROWID;
+            BEGIN;
+            """
+        )
+
+    def make(self, drafts: Iterable[ContactDraft]) -> None:
+        """Remember contacts that would be made."""
+        self._database.executemany(
+            "INSERT INTO made VALUES (?, ?, ?, ?)",
+            [(draft.email, draft.id, draft.user_id, draft.clerk_user_id) for draft in drafts],
+        )
+
+    def fill(self, accounts: Iterable[tuple[str, str | None, str | None]]) -> None:
+        """Remember accounts that contacts would get: (contact id, user id, Clerk id)."""
+        self._database.executemany(
+            "INSERT INTO filled VALUES (?, ?, ?) ON CONFLICT (id) DO UPDATE SET "
+            "user_id = COALESCE(user_id, excluded.user_id), "
+            "clerk_user_id = COALESCE(clerk_user_id, excluded.clerk_user_id)",
+            accounts,
+        )
+
+    def made_with(self, emails: Iterable[str]) -> list[KnownContact]:
+        """The contacts that would have been made with one of the addresses."""
+        return [
+            KnownContact(identifier, email, user_id, clerk_user_id, ours=True)
+            for email, identifier, user_id, clerk_user_id in self._rows("SELECT * FROM made WHERE email", emails)
+        ]
+
+    def filled_in(self, contacts: Iterable[str]) -> dict[str, tuple[str | None, str | None]]:
+        """The accounts that would have been filled in, by contact id."""
+        rows = self._rows("SELECT * FROM filled WHERE id", contacts)
+        return {identifier: (user_id, clerk_user_id) for identifier, user_id, clerk_user_id in rows}
+
+    def _rows(self, query: str, values: Iterable[str]) -> list[tuple[Any, ...]]:
+        return self._database.execute(
+            f"{query} IN (SELECT value FROM json_each(?))", [json.dumps(list(values))]
+        ).fetchall()
+
+
 class RehearsalStore:
     """The contacts of the database, and those that the run would have made by now."""
 
-    def __init__(self, connection: BaseDatabaseWrapper, lookup: ContactLookup) -> None:
+    def __init__(self, connection: BaseDatabaseWrapper, lookup: ContactLookup, imagined: Imagined) -> None:
         self._connection = connection
         self._lookup = lookup
-        self._made: dict[str, KnownContact] = {}
-        self._accounts: dict[str, dict[str, str]] = {}
-        self.notice = lookup.notice_spellings
+        self._imagined = imagined
+        self._met: set[str] = set()
+
+    def notice(self, rows: Sequence[MappedRow]) -> None:
+        """Look up which addresses of the batch would have a contact by now."""
+        self._lookup.notice_spellings(rows)
+        self._met = {contact.email for contact in self._imagined.made_with(_emails(rows))}
 
     def is_likely_met(self, row: MappedRow) -> bool:
         """Whether a contact has the row's address in another spelling, or would have been made with it."""
         if row.draft is None:
             return False
-        return row.draft.email in self._made or bool(self._lookup.spellings_of(row.draft.email))
+        return row.draft.email in self._met or bool(self._lookup.spellings_of(row.draft.email))
 
     def insert(self, drafts: Sequence[ContactDraft]) -> set[str]:
         """Remember what would be made; the ids of the drafts that would land."""
         if not drafts:
             return set()
         taken = self._keys_taken(drafts)
-        landed = [
-            draft
-            for draft in drafts
-            if taken.isdisjoint((("id", draft.id), ("email", draft.email), *_account_keys(draft)))
-        ]
-        self._made.update((draft.email, KnownContact.of_draft(draft)) for draft in landed)
+        landed = [draft for draft in drafts if not taken or taken.isdisjoint(_keys(draft))]
+        self._imagined.make(landed)
         return {draft.id for draft in landed}
 
     def fill(self, fills: dict[str, dict[str, Any]]) -> None:
         """Remember the accounts that contacts would get: the next row with their address may be another account's."""
-        for identifier, values in fills.items():
-            accounts: dict[str, str] = {name: values[name] for name in ("user_id", "clerk_user_id") if name in values}
-            if accounts:
-                self._accounts.setdefault(identifier, {}).update(accounts)
+        self._imagined.fill(
+            (identifier, values.get("user_id"), values.get("clerk_user_id"))
+            for identifier, values in fills.items()
+            if values.keys() & {"user_id", "clerk_user_id"}
+        )
 
     def contacts_met_by(self, rows: Sequence[MappedRow]) -> KnownContacts:
         """The contacts that have a key of one of the rows, made or to be made."""
         known = self._lookup.contacts_met_by(rows)
-        for email in {row.draft.email for row in rows if row.draft}:
-            if email in self._made:
-                known.add(self._made[email])
+        for contact in self._imagined.made_with(_emails(rows)):
+            known.add(contact)
+        filled = self._imagined.filled_in(contact.id for contact in known)
         for contact in known:
-            for name, value in self._accounts.get(contact.id, {}).items():
-                setattr(contact, name, value)
+            user_id, clerk_user_id = filled.get(contact.id, (None, None))
+            contact.user_id = contact.user_id or user_id
+            contact.clerk_user_id = contact.clerk_user_id or clerk_user_id
         return known
 
-    def _keys_taken(self, drafts: Sequence[ContactDraft]) -> set[tuple[str, str]]:
+    def _keys_taken(self, drafts: Sequence[ContactDraft]) -> set[tuple[str, str | None]]:
         parameters = {
             "ids": [draft.id for draft in drafts],
             "emails": [draft.email for draft in drafts],
@@ -92,15 +144,19 @@ class RehearsalWriter:
 
     def __init__(self, connection: BaseDatabaseWrapper, lookup: ContactLookup) -> None:
         self._connection = connection
-        self._store = RehearsalStore(connection, lookup)
+        self._store = RehearsalStore(connection, lookup, Imagined())
 
     def write(self, source: Source, rows: Sequence[MappedRow]) -> Totals:  # noqa: ARG002 - the writer's signature
         """Bring the rows to the outcome that they would have."""
         use_fast_arrays(self._connection)
         settled = settle(rows, self._store)
-        return Totals.of(settled.decisions, Counter(settled.created_by_type))
+        return Totals.of(settled.decisions, settled.created_by_type)
 
 
-def _account_keys(draft: ContactDraft) -> list[tuple[str, str | None]]:
-    keys = (("user_id", draft.user_id), ("clerk_user_id", draft.clerk_user_id))
-    return [(name, value) for name, value in keys if value]
+def _emails(rows: Iterable[MappedRow]) -> set[str]:
+    return {row.draft.email for row in rows if row.draft}
+
+
+def _keys(draft: ContactDraft) -> list[tuple[str, str | None]]:
+    accounts = (("user_id", draft.user_id), ("clerk_user_id", draft.clerk_user_id))
+    return [("id", draft.id), ("email", draft.email), *((name, value) for name, value in accounts if value)]

@@ -29,15 +29,12 @@ from crm.backfill.outcome import Census, Outcome, Source, Totals
 from crm.backfill.pipeline import InterruptedRunError, Pipeline, Writer
 from crm.backfill.rehearsal import RehearsalWriter
 from crm.backfill.schema import DatabaseFacts, examine
-from crm.backfill.source import EVERYBODY, Partition, SourceReader, take_census
+from crm.backfill.source import SourceReader, take_census
 from crm.backfill.writer import BatchWriter, Timeouts
 from crm.models import BackfillBatch, BackfillRun, LedgerEntry
 from crm.models.ledger import RunStatus
 
 logger = logging.getLogger(__name__)
-
-#: A dry run keeps the addresses of this many people in mind at a time.
-PEOPLE_IN_MIND = 200_000
 
 
 class Progress(Protocol):
@@ -162,16 +159,15 @@ def _work(
         before = take_census(connection, facts)
         rows = {source: before.to_read(source) for source in options.sources if before.to_read(source)}
         watcher.begin(rows)
-        for partition in _partitions(options, rows):
-            lookup = ContactLookup(connection, facts)
-            writer: Writer = (
-                BatchWriter(connection, lookup, run.pk, Timeouts()) if run else RehearsalWriter(connection, lookup)
-            )
-            pipeline = Pipeline(
-                connection, facts.rules(), writer, interruption, on_batch, options.batch_size, options.limit
-            )
-            for source in rows:
-                pipeline.work_through(SourceReader(connection, facts, source, options.since, partition))
+        lookup = ContactLookup(connection, facts)
+        writer: Writer = (
+            BatchWriter(connection, lookup, run.pk, Timeouts()) if run else RehearsalWriter(connection, lookup)
+        )
+        pipeline = Pipeline(
+            connection, facts.rules(), writer, interruption, on_batch, options.batch_size, options.limit
+        )
+        for source in rows:
+            pipeline.work_through(SourceReader(connection, facts, source, options.since))
     except InterruptedRunError:
         return RunStatus.INTERRUPTED, None, before
     except KeyboardInterrupt:
@@ -184,16 +180,6 @@ def _work(
         connection.close()
         return RunStatus.FAILED, errors.described(error), before
     return RunStatus.FINISHED, None, before
-
-
-def _partitions(options: RunOptions, rows: dict[Source, int]) -> Iterator[Partition]:
-    """A run takes everybody at once; a dry run so many people at a time as it may keep in mind."""
-    if not options.dry_run or options.limit is not None:
-        yield EVERYBODY
-        return
-    count = 1 + sum(rows.values()) // PEOPLE_IN_MIND
-    for number in range(count):
-        yield Partition(number, count)
 
 
 def _report(

@@ -18,12 +18,12 @@ from django.db.models.sql.compiler import SQLInsertCompiler
 
 
 class _ColumnwiseCompiler(SQLInsertCompiler):
-    def as_sql(self) -> list[tuple[str, tuple[Any, ...]]]:
+    def as_sql(self) -> Any:  # type: ignore[override] # Django's own insert compiler overrides it so
         # django-stubs do not know that the query of this compiler is an insert.
         query: Any = self.query
         operations = self.connection.ops
         fields: Sequence[models.Field[Any, Any]] = query.fields
-        names = ", ".join(operations.quote_name(field.column) for field in fields)
+        names = ", ".join(operations.quote_name(str(field.column)) for field in fields)
         arrays = ", ".join(f"%s::{str(field.db_type(self.connection)).split('(')[0]}[]" for field in fields)
         on_conflict = operations.on_conflict_suffix_sql(
             fields,

@@ -11,7 +11,6 @@ from django.db.models.functions import Now
 
 from crm.backfill.outcome import Outcome, Source, Totals
 from crm.fields import TimestampField
-from crm.models.bulk import ColumnwiseQuerySet
 
 
 class RunStatus(models.TextChoices):
@@ -150,9 +149,6 @@ class LedgerEntry(models.Model):
     sqlstate = models.TextField(null=True, help_text="PostgreSQL's code for a row that it refused")
     constraint = models.TextField(null=True, help_text="The constraint that refused the row")
     column = models.TextField(null=True, help_text="The column that was refused")
-
-    objects = models.Manager()
-    bulk = ColumnwiseQuerySet.as_manager()
 
     class Meta:
         db_table = "ledger_entry"
