@@ -14,5 +14,8 @@ class CrmConfig(AppConfig):
     default_auto_field = "django.db.models.BigAutoField"
 
     def ready(self) -> None:
+        # The rights that a role needs are read off the models, so the checks come after them.
+        from crm import checks  # noqa: F401 - registers them
+
         # Django sends it once for each application, before it makes its own django_migrations table.
         pre_migrate.connect(prepare, sender=self, dispatch_uid="crm.own_schema")

