@@ -62,7 +62,7 @@ class Statement(NamedTuple):
 def statements() -> Iterator[list[Statement]]:
     """Collect the statements that are sent inside, over whichever connection and from whichever thread."""
     sent: list[Statement] = []
-    send = CursorWrapper._execute_with_wrappers
+    send = CursorWrapper._execute_with_wrappers  # type: ignore[attr-defined] # Django's own, which its stubs leave out
 
     def record(cursor: Any, sql: str, parameters: Any, many: bool, executor: Any) -> Any:  # noqa: FBT001 - Django's signature
         result = send(cursor, sql, parameters, many, executor)

@@ -350,12 +350,16 @@ def test_an_email_is_trimmed_lower_cased_and_checked(raw: str, email: str | None
     assert normalised_email(raw) == email
 
 
+# At the edges of what an address may be: dots and hyphens in every place, labels of 63 letters and more, 320 in all.
+NAMES = st.text("ab0.+_-'", max_size=6) | st.sampled_from(["a" * 64, "a" * 65, "a" * 254])
+HOST_LABELS = st.text("ab0-", max_size=4) | st.sampled_from(["a" * 63, "a" * 64, "com", "c", "xn--a", "_a", "büro"])
 EMAIL_LIKE = st.one_of(
     TEXT,
     st.emails(),
     st.emails().map(str.upper),
     st.emails().map(" {}\n".format),
     st.builds("{}@{}".format, TEXT, TEXT),
+    st.builds("{}@{}".format, NAMES, st.lists(HOST_LABELS, max_size=6).map(".".join)),
     st.builds(
         "{}@example.com".format,
         st.text("aä\N{KELVIN SIGN}k\N{LATIN SMALL LETTER LONG S}\N{LATIN SMALL LETTER DOTLESS I}.+'\"@ \\", max_size=6),
