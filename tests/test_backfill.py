@@ -108,6 +108,21 @@ def test_every_run_ends_as_the_reference_does(
     assert again["created"] == again["merged"] == again["exists"] == again["error_new"] == 0
 
 
+@pytest.mark.parametrize("generation", ["2025_10", "2025_11"])
+@settings(against_the_database, max_examples=25)
+@given(data=st.data(), workers=st.sampled_from([2, 4]), batch_size=st.sampled_from([1, 2, 7]))
+def test_the_end_is_the_same_for_every_number_of_workers(
+    database: Database, generation: str, data: st.DataObject, workers: int, batch_size: int
+) -> None:
+    database.use(generation)
+    population = data.draw(populations(generation))
+    load(population)
+    expected = reference.backfill(population)
+    rehearsal = run(dry_run=True, workers=workers, batch_size=batch_size)
+    assert counts_of(rehearsal) == expected_counts(expected.counts)
+    assert_as_the_reference(run(workers=workers, batch_size=batch_size), expected)
+
+
 def with_contacts(population: reference.Population, result: reference.Result) -> reference.Population:
     return reference.Population(
         population.generation,

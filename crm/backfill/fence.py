@@ -40,7 +40,7 @@ class FenceLostError(Exception):
     """The run is no longer the running one: somebody paused it, cancelled it or took it over."""
 
     def __init__(self, run_id: int, status: str) -> None:
-        super().__init__(f"run {run_id} is {status}")
+        super().__init__(run_id, status)
         self.status = RunStatus(status)
 
 
@@ -120,7 +120,8 @@ def _who_holds(run: BackfillRun) -> str:
     if run.status == RunStatus.PAUSED:
         return (
             f"Run {run.pk} is paused, and no other may start meanwhile. "
-            f"`python manage.py backfill_runs resume {run.pk}` lets the next one go on, `cancel {run.pk}` ends it for good."
+            f"`python manage.py backfill_runs resume {run.pk}` lets the next one go on, "
+            f"`cancel {run.pk}` ends it for good."
         )
     return (
         f"Run {run.pk} is going: started {run.started_at:%Y-%m-%d %H:%M:%S} UTC by {run.operator} on {run.host} "

@@ -2,34 +2,45 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from crm.backfill.outcome import Source
-
-DEFAULT_BATCH_SIZE = 5_000
+from crm.backfill.pace import ErrorCeiling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions:
-    """What was asked. `since` is an ISO timestamp in UTC; `limit` counts source rows that are looked at."""
+    """What was asked.
+
+    `batch_size` None adapts the batches to the server; `since` is an ISO timestamp in UTC; `limit` counts source rows
+    that are looked at; `max_rate` is rows a second; `max_replica_lag` is seconds.
+    """
 
     dry_run: bool = False
-    batch_size: int = DEFAULT_BATCH_SIZE
+    batch_size: int | None = None
     only: tuple[Source, ...] = ()
     limit: int | None = None
     since: str | None = None
+    workers: int = 1
+    max_rate: int | None = None
+    max_errors: ErrorCeiling | None = None
+    max_replica_lag: float | None = None
 
     @property
     def sources(self) -> list[Source]:
         """The sources that are asked for, in the order of a run."""
         return [source for source in Source if not self.only or source in self.only]
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether every row that is pending is to be looked at."""
-        return not self.only and self.limit is None and self.since is None
-
     def recorded(self) -> dict[str, Any]:
         """The options for the run's record."""
-        return {name: value for name, value in asdict(self).items() if name != "dry_run"}
+        return {
+            "batch_size": self.batch_size,
+            "only": [source.value for source in self.only],
+            "limit": self.limit,
+            "since": self.since,
+            "workers": self.workers,
+            "max_rate": self.max_rate,
+            "max_errors": str(self.max_errors) if self.max_errors else None,
+            "max_replica_lag": self.max_replica_lag,
+        }

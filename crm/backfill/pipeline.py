@@ -1,6 +1,6 @@
-"""One source, batch by batch: read, map, write. Retries what may pass by itself.
+"""One source, batch by batch: read, map, write. Retries what may pass by itself, and goes no faster than it may.
 
-SourceReader.page -> map_rows -> writer.write -> Totals
+ReadAhead.page (SourceReader.page -> map_rows) -> writer.write -> Totals
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from django.db import Error as DjangoDatabaseError
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill import errors
-from crm.backfill.interruption import Interruption
 from crm.backfill.mapping import MappedRow, Rules
 from crm.backfill.outcome import Source, Totals
+from crm.backfill.pace import BatchSizer, Throttle
 from crm.backfill.readahead import ReadAhead
 from crm.backfill.source import Key, SourceReader
 
@@ -30,6 +30,17 @@ class Writer(Protocol):
 
     def write(self, source: Source, rows: Sequence[MappedRow]) -> Totals:
         """Write a batch."""
+
+    def keep_alive(self) -> None:
+        """Show that the run is alive while it waits. Raises fence.FenceLostError."""
+
+
+class StopRequest(Protocol):
+    """Whether somebody asked the run to stop."""
+
+    @property
+    def requested(self) -> bool:
+        """Asked between batches and while waiting."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,16 +55,17 @@ class InterruptedRunError(Exception):
     """The operator asked to stop; everything up to here is committed."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Pipeline:
     """Takes sources through to their end, a batch at a time."""
 
     connection: BaseDatabaseWrapper
     rules: Rules
     writer: Writer
-    interruption: Interruption
+    stop: StopRequest
     on_batch: Callable[[Source, Totals], None]
-    batch_size: int
+    sizer: BatchSizer
+    throttles: Sequence[Throttle] = ()
     limit: int | None = None
     retries: Retries = field(default_factory=Retries)
 
@@ -64,50 +76,68 @@ class Pipeline:
         """
         after: Key | None = None
         with ReadAhead(reader, self.rules) as ahead:
-            while (size := self._next_size()) > 0:
-                if self.interruption.requested:
-                    raise InterruptedRunError
-                totals, after = self._batch_with_retries(ahead, reader.source, after, size)
+            while self.limit is None or self.limit > 0:
+                self._heed_stop()
+                totals, after = self._batch_with_retries(ahead, reader.source, after)
                 if totals is None:
                     return
                 self.on_batch(reader.source, totals)
-
-    def _next_size(self) -> int:
-        return self.batch_size if self.limit is None else min(self.batch_size, self.limit)
+                self._keep_pace()
 
     def _batch_with_retries(
-        self, ahead: ReadAhead, source: Source, after: Key | None, size: int
+        self, ahead: ReadAhead, source: Source, after: Key | None
     ) -> tuple[Totals | None, Key | None]:
-        for attempt in range(self.retries.most):
+        for attempt in range(1, self.retries.most + 1):
             try:
-                return self._batch(ahead, source, after, size)
+                return self._batch(ahead, source, after)
             except DjangoDatabaseError as error:
                 cause = errors.bad_moment(error)
                 if cause is None:
                     raise
                 self._give_way(cause, attempt)
                 if errors.is_timeout(error):
-                    size = max(1, size // 2)
-        return self._batch(ahead, source, after, size)
+                    logger.warning(self.sizer.halve())
+        return self._batch(ahead, source, after)
 
-    def _batch(
-        self, ahead: ReadAhead, source: Source, after: Key | None, size: int
-    ) -> tuple[Totals | None, Key | None]:
-        page = ahead.page(after, size)
+    def _batch(self, ahead: ReadAhead, source: Source, after: Key | None) -> tuple[Totals | None, Key | None]:
+        started = time.monotonic()
+        page = ahead.page(after, self._size(self.limit))
         if not page.rows:
             return None, after
         limit = None if self.limit is None else self.limit - len(page.rows)
         if limit is None or limit > 0:
-            ahead.ask(page.key, self.batch_size if limit is None else min(self.batch_size, limit))
+            ahead.ask(page.key, self._size(limit))
         totals = self.writer.write(source, page.rows)
         self.limit = limit
+        if change := self.sizer.after_batch(totals.read, time.monotonic() - started):
+            logger.info(change)
+        for throttle in self.throttles:
+            throttle.after_batch(totals.read, started)
         return totals, page.key
 
+    def _size(self, limit: int | None) -> int:
+        return self.sizer.size if limit is None else min(self.sizer.size, limit)
+
+    def _keep_pace(self) -> None:
+        for throttle in self.throttles:
+            while pause := throttle.wait_reason(time.monotonic()):
+                logger.info(pause.reason)
+                self._sleep(pause.seconds)
+                self._heed_stop()
+                self.writer.keep_alive()
+
     def _give_way(self, cause: str, attempt: int) -> None:
-        wait = self.retries.first_wait * 2**attempt * random.uniform(0.75, 1.25)  # noqa: S311 - jitter, not a secret
-        logger.warning(
-            "%s: trying the batch again in %.1f s (try %d of %d)", cause, wait, attempt + 1, self.retries.most
-        )
-        if cause != "lock timeout":
-            self.connection.close_if_unusable_or_obsolete()
-        time.sleep(wait)
+        wait = self.retries.first_wait * 2 ** (attempt - 1) * random.uniform(0.75, 1.25)  # noqa: S311 - jitter, not a secret
+        logger.warning("%s: trying the batch again in %.1f s (try %d of %d)", cause, wait, attempt, self.retries.most)
+        self.connection.close_if_unusable_or_obsolete()
+        self._sleep(wait)
+        self._heed_stop()
+
+    def _sleep(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0 and not self.stop.requested:
+            time.sleep(min(left, 0.1))
+
+    def _heed_stop(self) -> None:
+        if self.stop.requested:
+            raise InterruptedRunError

@@ -152,6 +152,9 @@ class RehearsalWriter:
         settled = settle(rows, self._store)
         return Totals.of(settled.decisions, settled.created_by_type)
 
+    def keep_alive(self) -> None:
+        """Nothing: a dry run claims no fence."""
+
 
 def _emails(rows: Iterable[MappedRow]) -> set[str]:
     return {row.draft.email for row in rows if row.draft}

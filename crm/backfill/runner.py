@@ -1,6 +1,6 @@
 """One run, from the first look at the database to the report.
 
-    examine -> census -> claim the fence -> for each source: Pipeline (page -> map -> settle -> commit)
+    examine -> claim the fence -> census -> for each source: Alone or Crew -> Pipeline (page -> map -> settle -> commit)
             -> census and identity -> close the run -> RunReport
 
 A dry run takes the same way with a writer that writes nothing, and claims no fence.
@@ -23,14 +23,13 @@ from django.db.models import Count
 from crm.backfill import errors, fence
 from crm.backfill.fence import FenceLostError
 from crm.backfill.interruption import Interruption
-from crm.backfill.known import ContactLookup
 from crm.backfill.options import RunOptions
 from crm.backfill.outcome import Census, Outcome, Source, Totals
-from crm.backfill.pipeline import InterruptedRunError, Pipeline, Writer
-from crm.backfill.rehearsal import RehearsalWriter
+from crm.backfill.pipeline import InterruptedRunError
+from crm.backfill.replication import BlindThrottleError
 from crm.backfill.schema import DatabaseFacts, examine
-from crm.backfill.source import SourceReader, take_census
-from crm.backfill.writer import BatchWriter, Timeouts
+from crm.backfill.source import take_census
+from crm.backfill.workers import Alone, Assignment, Crew, WorkerError
 from crm.models import BackfillBatch, BackfillRun, LedgerEntry
 from crm.models.ledger import RunStatus
 
@@ -154,20 +153,16 @@ def _work(
     def on_batch(source: Source, totals: Totals) -> None:
         tally.add(source, totals)
         watcher.advance(source, totals)
+        _heed_ceiling(options, tally.totals)
 
     try:
         before = take_census(connection, facts)
         rows = {source: before.to_read(source) for source in options.sources if before.to_read(source)}
-        watcher.begin(rows)
-        lookup = ContactLookup(connection, facts)
-        writer: Writer = (
-            BatchWriter(connection, lookup, run.pk, Timeouts()) if run else RehearsalWriter(connection, lookup)
-        )
-        pipeline = Pipeline(
-            connection, facts.rules(), writer, interruption, on_batch, options.batch_size, options.limit
-        )
-        for source in rows:
-            pipeline.work_through(SourceReader(connection, facts, source, options.since))
+        hands = Crew if options.workers > 1 else Alone
+        with hands(Assignment(options, facts, run.pk if run else None), interruption, on_batch) as crew:
+            watcher.begin(rows)
+            for source in rows:
+                crew.work_through(source)
     except InterruptedRunError:
         return RunStatus.INTERRUPTED, None, before
     except KeyboardInterrupt:
@@ -175,11 +170,22 @@ def _work(
         return RunStatus.INTERRUPTED, "stopped in the middle of a batch, which was rolled back", before
     except FenceLostError as lost:
         return lost.status, None, before
+    except (WorkerError, CeilingReachedError, BlindThrottleError) as error:
+        return RunStatus.FAILED, str(error), before
     except DjangoDatabaseError as error:
-        logger.error("the run failed: %s", errors.described(error))  # noqa: TRY400 - a traceback may quote people's data
         connection.close()
         return RunStatus.FAILED, errors.described(error), before
     return RunStatus.FINISHED, None, before
+
+
+class CeilingReachedError(Exception):
+    """The run goes wrong: it has more new errors than it may."""
+
+
+def _heed_ceiling(options: RunOptions, totals: Totals) -> None:
+    reason = options.max_errors and options.max_errors.exceeded(totals.read, totals.error_new)
+    if reason:
+        raise CeilingReachedError(reason)
 
 
 def _report(

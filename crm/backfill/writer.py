@@ -174,6 +174,10 @@ class BatchWriter:
             fence.renew(self._run_id, totals)
         return totals
 
+    def keep_alive(self) -> None:
+        """Renew the heartbeat without a batch. Raises fence.FenceLostError."""
+        fence.renew(self._run_id, Totals())
+
     def _settle_apart(self, rows: Sequence[MappedRow]) -> Settled:
         """Settle the rows; where PostgreSQL refuses one, halve until it stands alone, so that the others land."""
         try:

@@ -10,10 +10,12 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.utils.dateparse import parse_date, parse_datetime
 from rich.console import Console
 
-from crm.backfill.options import DEFAULT_BATCH_SIZE, RunOptions
+from crm.backfill.options import RunOptions
 from crm.backfill.outcome import Source
+from crm.backfill.pace import FIRST_ROWS, ErrorCeiling
 from crm.backfill.report import LineProgress, TerminalProgress, as_json, print_summary
 from crm.backfill.runner import Progress, Silence, run_backfill
+from crm.backfill.workers import most_workers
 from crm.errors import OperatorError
 
 #: What PostgreSQL takes for a number of rows, with room to spare.
@@ -35,9 +37,8 @@ class Command(BaseCommand):
         parser.add_argument(
             "--batch-size",
             type=_positive,
-            default=DEFAULT_BATCH_SIZE,
             metavar="ROWS",
-            help=f"rows that commit together (default {DEFAULT_BATCH_SIZE})",
+            help=f"rows that commit together (default: {FIRST_ROWS}, then what the server does in about a second)",
         )
         parser.add_argument(
             "--only",
@@ -55,6 +56,26 @@ class Command(BaseCommand):
             help="only rows updated at or after this date or time (UTC)",
         )
         parser.add_argument(
+            "--workers",
+            type=_workers,
+            default=1,
+            metavar="N",
+            help="processes that share the work; `auto` for one a processor, as far as connections allow (default 1)",
+        )
+        parser.add_argument("--max-rate", type=_positive, metavar="ROWS", help="no more than so many rows a second")
+        parser.add_argument(
+            "--max-errors",
+            type=_ceiling,
+            metavar="N|N%%",
+            help="end the run when more rows than this are newly in error: a number, or a share of the rows read",
+        )
+        parser.add_argument(
+            "--max-replica-lag",
+            type=_seconds,
+            metavar="SECONDS",
+            help="wait while a replica is further behind; stop when that cannot be seen",
+        )
+        parser.add_argument(
             "--strict", action="store_true", help="exit code 1 for rows in error that earlier runs had, too"
         )
         parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
@@ -64,22 +85,32 @@ class Command(BaseCommand):
         self,
         *_args: Any,
         dry_run: bool,
-        batch_size: int,
+        batch_size: int | None,
         only: list[str],
         limit: int | None,
         since: str | None,
+        workers: int | None,
+        max_rate: int | None,
+        max_errors: ErrorCeiling | None,
+        max_replica_lag: float | None,
         strict: bool,
         json: bool,
         no_progress: bool,
         **_options: Any,
     ) -> None:
         """Run the backfill. The exit codes are in the README: 0, 1, 2, 3, 4, 5."""
+        if limit is not None and workers != 1:
+            raise CommandError("--limit goes with one worker: leave --workers out.", returncode=2)
         options = RunOptions(
             dry_run=dry_run,
             batch_size=batch_size,
             only=tuple(source for source in Source if source in only),
             limit=limit,
             since=since,
+            workers=workers or most_workers(),
+            max_rate=max_rate,
+            max_errors=max_errors,
+            max_replica_lag=max_replica_lag,
         )
         try:
             report = run_backfill(options, _progress(Console(stderr=True), wanted=not no_progress))
@@ -108,6 +139,28 @@ def _positive(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= len(str(MOST_ROWS)) and 1 <= int(text) <= MOST_ROWS):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {MOST_ROWS}")
     return int(text)
+
+
+def _workers(text: str) -> int | None:
+    """A number of workers; None for as many as the machine and the server allow."""
+    return None if text == "auto" else _positive(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 on")
+    return seconds
+
+
+def _ceiling(text: str) -> ErrorCeiling:
+    try:
+        return ErrorCeiling.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _moment(text: str) -> str:

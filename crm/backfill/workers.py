@@ -1,0 +1,274 @@
+"""The hands of a run: this process alone, or several processes over partitions of the people.
+
+All rows of one person are in one partition, and the next source begins when every partition of the one before is done.
+So who makes a contact does not depend on how many workers there are, nor on which of them is faster.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Event
+from typing import Self
+
+from django.conf import settings
+from django.db import Error as DjangoDatabaseError
+from django.db import connection, connections
+
+from crm.backfill import errors
+from crm.backfill.fence import FenceLostError
+from crm.backfill.known import ContactLookup
+from crm.backfill.options import RunOptions
+from crm.backfill.outcome import Source, Totals
+from crm.backfill.pace import BatchSizer, RateLimit, Throttle
+from crm.backfill.pipeline import InterruptedRunError, Pipeline, StopRequest, Writer
+from crm.backfill.rehearsal import RehearsalWriter
+from crm.backfill.replication import BlindThrottleError, ReplicaLagLimit
+from crm.backfill.schema import DatabaseFacts
+from crm.backfill.source import EVERYBODY, Partition, SourceReader
+from crm.backfill.writer import BatchWriter, Timeouts
+
+logger = logging.getLogger(__name__)
+
+#: How often the partition of a dead worker is taken up again, in all.
+MOST_REPLACEMENTS = 3
+#: How often the crew looks up from its messages to see whether it is to stop; seconds.
+LOOK_UP_EVERY = 0.05
+
+OnBatch = Callable[[Source, Totals], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What a run's hands must know."""
+
+    options: RunOptions
+    facts: DatabaseFacts
+    run_id: int | None
+
+    def pipeline(self, stop: StopRequest, on_batch: OnBatch) -> Pipeline:
+        """The pipeline of one of the workers, on this process' connection."""
+        lookup = ContactLookup(connection, self.facts)
+        writer: Writer = (
+            RehearsalWriter(connection, lookup)
+            if self.run_id is None
+            else BatchWriter(connection, lookup, self.run_id, Timeouts())
+        )
+        sizer, throttles = self._pace()
+        return Pipeline(
+            connection=connection,
+            rules=self.facts.rules(),
+            writer=writer,
+            stop=stop,
+            on_batch=on_batch,
+            sizer=sizer,
+            throttles=throttles,
+            limit=self.options.limit,
+        )
+
+    def reader(self, source: Source, partition: Partition) -> SourceReader:
+        """The reader of a source's partition."""
+        return SourceReader(connection, self.facts, source, self.options.since, partition)
+
+    def _pace(self) -> tuple[BatchSizer, list[Throttle]]:
+        throttles: list[Throttle] = []
+        most = None
+        if self.options.max_rate is not None:
+            rate = RateLimit(max(1, self.options.max_rate // self.options.workers))
+            most = rate.most_rows if self.options.batch_size else min(rate.most_rows, rate.rows_of_a_target)
+            throttles.append(rate)
+        if self.options.max_replica_lag is not None:
+            throttles.append(ReplicaLagLimit(connection, self.options.max_replica_lag))
+        return BatchSizer(fixed=self.options.batch_size, most=most), throttles
+
+
+def most_workers() -> int:
+    """One a processor, as far as the server's connections allow: a worker reads on one and writes on another."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int "
+            "- (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend')"
+        )
+        (free,) = cursor.fetchone()
+    allowed: int = min(free, settings.DATABASE_CONNECTION_LIMIT or free)
+    return max(1, min(os.cpu_count() or 1, (allowed - 1) // 2))
+
+
+class Alone:
+    """This process does everything."""
+
+    def __init__(self, assignment: Assignment, stop: StopRequest, on_batch: OnBatch) -> None:
+        self._assignment = assignment
+        self._pipeline = assignment.pipeline(stop, on_batch)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is left behind."""
+
+    def work_through(self, source: Source) -> None:
+        """Take a source through to its end. Raises what Pipeline.work_through does."""
+        self._pipeline.work_through(self._assignment.reader(source, EVERYBODY))
+
+
+class WorkerError(Exception):
+    """A worker failed or kept dying; the message is for the run's record."""
+
+
+@dataclass(slots=True)
+class _Worker:
+    process: BaseProcess
+    messages: Connection
+    partition: Partition
+    is_busy: bool = False
+
+
+class Crew:
+    """Worker processes, one a partition. One that dies is replaced, and its partition taken up again."""
+
+    def __init__(self, assignment: Assignment, stop: StopRequest, on_batch: OnBatch) -> None:
+        self._assignment = assignment
+        self._stop = stop
+        self._on_batch = on_batch
+        # A fork costs nothing where a fresh interpreter costs half a second; no thread is running yet.
+        self._context = multiprocessing.get_context("fork")
+        self._everybody_stop = self._context.Event()
+        self._workers: list[_Worker] = []
+        self._replacements = 0
+
+    def __enter__(self) -> Self:
+        # No connection may be shared with a child.
+        connections.close_all()
+        count = self._assignment.options.workers
+        self._workers = [self._hire(Partition(number, count)) for number in range(count)]
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._everybody_stop.set()
+        if kind is KeyboardInterrupt:
+            for worker in self._workers:
+                worker.process.kill()
+        for worker in self._workers:
+            worker.messages.close()
+        for worker in self._workers:
+            worker.process.join()
+
+    def work_through(self, source: Source) -> None:
+        """Take every partition of a source through to its end.
+
+        Raises InterruptedRunError, FenceLostError, BlindThrottleError, and WorkerError for what a worker could not
+        cure. The other workers have ended their batch by then.
+        """
+        for worker in self._workers:
+            self._give(worker, source)
+        trouble: Exception | None = None
+        while busy := [worker for worker in self._workers if worker.is_busy]:
+            if self._stop.requested:
+                self._everybody_stop.set()
+            for ready in wait([worker.messages for worker in busy], timeout=LOOK_UP_EVERY):
+                worker = next(worker for worker in busy if worker.messages is ready)
+                trouble = self._hear(worker, source) or trouble
+            if trouble is not None:
+                self._everybody_stop.set()
+        if trouble is not None:
+            raise trouble
+
+    def _hire(self, partition: Partition) -> _Worker:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(
+            target=_work,
+            args=(self._assignment, partition, theirs, self._everybody_stop, os.getpid()),
+            name=f"worker {partition.number + 1}",
+            daemon=True,
+        )
+        process.start()
+        theirs.close()
+        return _Worker(process, ours, partition)
+
+    def _give(self, worker: _Worker, source: Source) -> None:
+        worker.is_busy = True
+        try:
+            worker.messages.send(source)
+        except OSError:
+            # It died while it had nothing to do; that is heard when its messages are read.
+            return
+
+    def _hear(self, worker: _Worker, source: Source) -> Exception | None:
+        """Take one message; the trouble that it tells of."""
+        try:
+            message = worker.messages.recv()
+        except (EOFError, ConnectionResetError):
+            return self._replace(worker, source)
+        if isinstance(message, Totals):
+            self._on_batch(source, message)
+            return None
+        worker.is_busy = False
+        return message if isinstance(message, Exception) else None
+
+    def _replace(self, worker: _Worker, source: Source) -> Exception | None:
+        worker.process.join()
+        worker.messages.close()
+        worker.is_busy = False
+        if self._everybody_stop.is_set():
+            return None
+        self._replacements += 1
+        if self._replacements > MOST_REPLACEMENTS:
+            return WorkerError("workers kept dying")
+        logger.warning(
+            "%s died (exit code %s): its partition is taken up again", worker.process.name, worker.process.exitcode
+        )
+        # The parent's connection, if it has one by now, is not to be shared either.
+        connections.close_all()
+        successor = self._hire(worker.partition)
+        self._workers[self._workers.index(worker)] = successor
+        self._give(successor, source)
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Bell:
+    """Asks a worker to stop: the parent did, or is no more."""
+
+    event: Event
+    parent: int
+
+    @property
+    def requested(self) -> bool:
+        return self.event.is_set() or os.getppid() != self.parent
+
+
+def _work(assignment: Assignment, partition: Partition, messages: Connection, event: Event, parent: int) -> None:
+    """A worker's life: sources in, batches out."""
+    # Ctrl-C reaches the whole group of processes; the parent decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    bell = _Bell(event, parent)
+    pipeline = assignment.pipeline(bell, lambda _source, totals: messages.send(totals))
+    try:
+        while not bell.requested:
+            # Asked with a time limit: the other workers hold copies of the parent's end, so it never reads as closed.
+            if messages.poll(LOOK_UP_EVERY):
+                messages.send(_outcome_of(pipeline, assignment.reader(messages.recv(), partition)))
+    except (EOFError, OSError):
+        # The parent has closed the pipe, or is gone.
+        return
+    finally:
+        connections.close_all()
+
+
+def _outcome_of(pipeline: Pipeline, reader: SourceReader) -> Exception | None:
+    """What ended the work, as something that may be sent to the parent: never a database error, which quotes rows."""
+    try:
+        pipeline.work_through(reader)
+    except (InterruptedRunError, FenceLostError, BlindThrottleError) as error:
+        return error
+    except DjangoDatabaseError as error:
+        return WorkerError(errors.described(error))
+    return None
