@@ -16,11 +16,11 @@ from django.test.utils import setup_databases, teardown_databases
 from pytest_django import DjangoDbBlocker
 
 from crm.legacy_schema import create_legacy_tables
-from crm.models import BackfillBatch, BackfillRun, LedgerEntry
+from crm.models import BackfillBatch, BackfillRun, LedgerEntry, Rollback
 from tests.populations import add_labels
 
 LEGACY_TABLES = ("crm_stage_history", "crm_interactions", "crm_contacts", "leads", "profiles", "users")
-OWN_TABLES = tuple(model._meta.db_table for model in (LedgerEntry, BackfillBatch, BackfillRun))
+OWN_TABLES = tuple(model._meta.db_table for model in (LedgerEntry, BackfillBatch, Rollback, BackfillRun))
 DEFAULT_GENERATION = "2025_10"
 
 

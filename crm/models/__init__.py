@@ -3,6 +3,7 @@
 from crm.models.contacts import CRMContact, CRMInteraction, CRMStageHistory
 from crm.models.ledger import BackfillBatch, BackfillRun, LedgerEntry
 from crm.models.legacy import Lead, Profile, User
+from crm.models.rollback import Rollback
 
 __all__ = [
     "BackfillBatch",
@@ -13,5 +14,6 @@ __all__ = [
     "Lead",
     "LedgerEntry",
     "Profile",
+    "Rollback",
     "User",
 ]

@@ -1,0 +1,83 @@
+"""Who refers to `crm_contacts`: every foreign key that the catalogue knows, whatever its table, schema or columns.
+
+The application grows tables that this project has never heard of. Whether their rows go with a contact (CASCADE), lose
+it (SET NULL) or keep it (RESTRICT) makes no difference here: a contact that somebody refers to is in use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from django.conf import settings
+from django.db.backends.base.base import BaseDatabaseWrapper
+
+from crm.errors import OperatorError
+
+# A partition's copy of its parent's constraint has a conparentid: asking the parent asks them all.
+_FOREIGN_KEYS = """
+SELECT k.conrelid::regclass::text,
+       (SELECT string_agg(format('r.%%I = c.%%I', theirs.attname, ours.attname), ' AND ' ORDER BY pair.number)
+          FROM unnest(k.conkey, k.confkey) WITH ORDINALITY AS pair(theirs, ours, number)
+          JOIN pg_attribute theirs ON theirs.attrelid = k.conrelid AND theirs.attnum = pair.theirs
+          JOIN pg_attribute ours ON ours.attrelid = k.confrelid AND ours.attnum = pair.ours),
+       has_schema_privilege(t.relnamespace, 'USAGE')
+         AND (SELECT bool_and(has_column_privilege(k.conrelid, number, 'SELECT')) FROM unnest(k.conkey) AS number),
+       row_security_active(k.conrelid)
+  FROM pg_constraint k
+  JOIN pg_class t ON t.oid = k.conrelid
+  JOIN pg_class c ON c.oid = k.confrelid
+  JOIN pg_namespace n ON n.oid = c.relnamespace
+ WHERE k.contype = 'f' AND k.conparentid = 0 AND n.nspname = %s AND c.relname = 'crm_contacts'
+ ORDER BY 1, 2
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A foreign key to `crm_contacts`: its table, and when a row `r` of it refers to contact `c`."""
+
+    table: str
+    condition: str
+
+    @property
+    def exists(self) -> str:
+        """The SQL condition that some row of the table refers to contact `c`."""
+        return f"EXISTS (SELECT FROM {_escaped(self.table)} r WHERE {_escaped(self.condition)})"
+
+    @property
+    def name(self) -> str:
+        """The table as an SQL text literal."""
+        return _escaped("'" + self.table.replace("'", "''") + "'")
+
+
+def find_references(connection: BaseDatabaseWrapper) -> list[Reference]:
+    """Every foreign key to `crm_contacts`.
+
+    Raises OperatorError where this role could not see all the rows that refer to a contact.
+    """
+    with connection.cursor() as cursor:
+        cursor.execute(_FOREIGN_KEYS, [settings.LEGACY_SCHEMA])
+        found = cursor.fetchall()
+    if unseen := sorted({table for table, _, readable, filtered in found if not readable or filtered}):
+        raise OperatorError(
+            f"This role cannot see every row of {', '.join(unseen)}, which refers to crm_contacts. Let the owner GRANT "
+            "SELECT on it, and BYPASSRLS where it has row-level security: a contact in use must not be deleted."
+        )
+    return [Reference(table, condition) for table, condition, _, _ in found]
+
+
+def is_unreferenced(references: Sequence[Reference]) -> str:
+    """The SQL condition that no row of any table refers to contact `c`."""
+    return " AND ".join(f"NOT {reference.exists}" for reference in references) or "true"
+
+
+def referring_tables(references: Sequence[Reference]) -> str:
+    """The SQL array of the tables that refer to contact `c`."""
+    tables = [f"CASE WHEN {reference.exists} THEN {reference.name} END" for reference in references]
+    return f"array_remove(ARRAY[{', '.join(tables)}]::text[], NULL)"
+
+
+def _escaped(sql: str) -> str:
+    """Names may hold what would be a placeholder."""
+    return sql.replace("%", "%%")

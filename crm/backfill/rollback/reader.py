@@ -1,0 +1,171 @@
+"""What a verdict needs: lines of the ledger, contacts with their version, and what source rows map to. Only reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from django.conf import settings
+from django.db.backends.base.base import BaseDatabaseWrapper
+
+from crm.backfill.arrays import use_fast_arrays
+from crm.backfill.mapping import ContactDraft, map_rows, trimmed
+from crm.backfill.outcome import Outcome, Source
+from crm.backfill.rollback.verdict import Line, SourceRow, StoredContact
+from crm.backfill.schema import DatabaseFacts
+from crm.backfill.source import read_as_text
+from crm.errors import OperatorError
+from crm.models import BackfillRun, CRMContact
+
+_LINE = """
+line.id, line.source, line.source_id, line.outcome, line.contact_id, line.run_id, line.source_updated_at, line.filled
+"""
+_PAGE = f"SELECT {_LINE} FROM ledger_entry line WHERE line.run_id = %s AND line.id > %s ORDER BY line.id LIMIT %s"
+# The ledger has no index on the contact: this reads all of it, once a batch.
+_MERGES = f"""
+SELECT {_LINE} FROM ledger_entry line JOIN unnest(%s::text[]) AS met(id) ON line.contact_id = met.id
+ WHERE line.outcome = 'merged'
+"""
+_CREATORS = f"SELECT {_LINE} FROM ledger_entry line WHERE line.id = ANY(%s) AND line.outcome = 'created'"
+
+_COLUMNS = ", ".join(f'c."{field.column}"' for field in CRMContact._meta.concrete_fields)
+_CONTACTS = f"SELECT c.xmin::text, {{set_elsewhere}}, {_COLUMNS} FROM crm_contacts c WHERE c.id = ANY(%s)"
+# What the backfill does not write has its default, as long as nobody else wrote it. A default that is not a constant
+# says nothing afterwards, and a generated column is nobody's to write.
+_OTHER_COLUMNS = r"""
+SELECT a.attname, has_column_privilege(c.oid, a.attnum, 'SELECT'), format('CASE WHEN %%s THEN %%L END',
+       CASE WHEN d.adbin IS NULL THEN format('c.%%I IS NOT NULL', a.attname)
+            ELSE format('c.%%I::text IS DISTINCT FROM (%%s)::%%s::text', a.attname, pg_get_expr(d.adbin, d.adrelid),
+                        format_type(a.atttypid, a.atttypmod)) END, a.attname)
+  FROM pg_attribute a
+  JOIN pg_class c ON c.oid = a.attrelid
+  JOIN pg_namespace n ON n.oid = c.relnamespace
+  LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
+ WHERE n.nspname = %s AND c.relname = 'crm_contacts' AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = ''
+   AND a.attidentity = '' AND a.attname <> ALL(%s)
+   AND (d.adbin IS NULL OR pg_get_expr(d.adbin, d.adrelid) ~
+        $constant$^(true|false|-?[0-9.]+|\(-[0-9.]+\)|'[^']*'(::[^()']+)?)$$constant$)
+ ORDER BY a.attnum
+"""
+
+# The columns by name and never r.*: the role of the backfill may not read the secret ones. In the order of ProfileRow
+# and LeadRow, and then what else is needed. An account's address changes without a trace in the profile.
+_PROFILES = """
+SELECT r.id, r."createdAt", r."updatedAt", NULL, r.role, r."firstName", r."lastName", r.phone, r."companyName",
+       r."userId", {clerk_user_id}, u.email, COALESCE(u."updatedAt" >= %s AT TIME ZONE 'UTC', false)
+  FROM profiles r LEFT JOIN users u ON u.id = r."userId"
+ WHERE r.id = ANY(%s)
+"""
+_LEADS = """
+SELECT r.id, r."createdAt", r."updatedAt", NULL, r.status, r.type, r.email, r."firstName", r."lastName", r.phone,
+       r.source, r."lastContactedAt", r."referrerUsername", r."referrerType", r."commissionRate",
+       r."commissionRateLockedAt", r."attributionMethod", r."attributionConfidence", r."assignedPreparerId",
+       COALESCE(p.id, r."assignedPreparerId")
+  FROM leads r
+       LEFT JOIN LATERAL (
+         SELECT id FROM profiles WHERE id = r."assignedPreparerId" OR "userId" = r."assignedPreparerId"
+          ORDER BY id <> r."assignedPreparerId" LIMIT 1
+       ) p ON r."assignedPreparerId" IS NOT NULL
+ WHERE r.id = ANY(%s)
+"""
+_RAW_PREPARER = -2
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Reads for the rollback of one run."""
+
+    connection: BaseDatabaseWrapper
+    facts: DatabaseFacts
+    run: BackfillRun
+    set_elsewhere: str
+
+    @classmethod
+    def of(cls, connection: BaseDatabaseWrapper, facts: DatabaseFacts, run: BackfillRun) -> Reader:
+        """A reader for the rollback of `run`. Raises OperatorError where this role may not see what it must compare."""
+        use_fast_arrays(connection)
+        return cls(connection, facts, run, _set_elsewhere(connection))
+
+    def page(self, after: str, size: int) -> list[Line]:
+        """At most `size` lines of the run, by id, from strictly after one on."""
+        return self._lines(_PAGE, self.run.pk, after, size)
+
+    def merges_into(self, contact_ids: Sequence[str]) -> list[Line]:
+        """The lines, of any run, of rows that were merged into these contacts."""
+        return self._lines(_MERGES, contact_ids) if contact_ids else []
+
+    def creators_of(self, contact_ids: Sequence[str]) -> dict[str, Line]:
+        """The lines that made these contacts, where the backfill did."""
+        return {line.id: line for line in self._lines(_CREATORS, contact_ids)} if contact_ids else {}
+
+    def contacts(self, contact_ids: Sequence[str]) -> dict[str, StoredContact]:
+        """Those of these contacts that are there."""
+        rows = self._rows(_CONTACTS.format(set_elsewhere=self.set_elsewhere), contact_ids)
+        contacts = (
+            StoredContact(version, ContactDraft._make(values), tuple(elsewhere)) for version, elsewhere, *values in rows
+        )
+        return {contact.values.id: contact for contact in contacts}
+
+    def source_rows(self, lines: Iterable[Line]) -> dict[str, SourceRow]:
+        """The source rows of these lines as they are now, by the lines' ids."""
+        by_source: dict[Source, list[str]] = {}
+        for line in lines:
+            by_source.setdefault(Source(line.source), []).append(line.source_id)
+        found: dict[str, SourceRow] = {}
+        for source, source_ids in by_source.items():
+            for row in (
+                self._leads(source, source_ids) if source.table == "leads" else self._profiles(source, source_ids)
+            ):
+                found[row.mapped.id] = row
+        return found
+
+    def _profiles(self, source: Source, source_ids: list[str]) -> Iterable[SourceRow]:
+        clerk_user_id = 'r."clerkUserId"' if self.facts.has_clerk_user_id else "NULL"
+        rows = self._rows(_PROFILES.format(clerk_user_id=clerk_user_id), self.run.started_at, source_ids)
+        mapped = map_rows(source, (row[:-1] for row in rows), self.facts.rules())
+        for (*_, account_changed), row in zip(rows, mapped, strict=True):
+            yield SourceRow(row, may_differ=frozenset({"email"} if account_changed else ()))
+
+    def _leads(self, source: Source, source_ids: list[str]) -> Iterable[SourceRow]:
+        rows = self._rows(_LEADS, source_ids)
+        for raw, row in zip(rows, map_rows(source, rows, self.facts.rules()), strict=True):
+            yield SourceRow(row, raw_preparer=raw[_RAW_PREPARER] if trimmed(raw[_RAW_PREPARER]) else None)
+
+    def _lines(self, query: str, *parameters: Any) -> list[Line]:
+        return [
+            Line(
+                identifier,
+                source,
+                source_id,
+                Outcome(outcome),
+                contact_id,
+                run_id,
+                updated_at,
+                tuple(filled.split(",")) if filled else (),
+            )
+            for identifier, source, source_id, outcome, contact_id, run_id, updated_at, filled in self._rows(
+                query, *parameters
+            )
+        ]
+
+    def _rows(self, query: str, *parameters: Any) -> list[tuple[Any, ...]]:
+        with self.connection.cursor() as cursor:
+            read_as_text(cursor)
+            cursor.execute(query, parameters)
+            return list(cursor.fetchall())
+
+
+def _set_elsewhere(connection: BaseDatabaseWrapper) -> str:
+    """The SQL array of the names of those columns that the backfill does not write and somebody else did."""
+    mapped = [field.column for field in CRMContact._meta.concrete_fields]
+    with connection.cursor() as cursor:
+        cursor.execute(_OTHER_COLUMNS, [settings.LEGACY_SCHEMA, mapped])
+        columns = cursor.fetchall()
+    if hidden := [name for name, readable, _ in columns if not readable]:
+        raise OperatorError(
+            f"This role may not read crm_contacts.{', '.join(hidden)}. Let the owner GRANT SELECT on the whole table: "
+            "what somebody filled in there must be seen before a contact is deleted."
+        )
+    names = ", ".join(name_if_set for *_, name_if_set in columns)
+    return f"array_remove(ARRAY[{names}]::text[], NULL)".replace("%", "%%")

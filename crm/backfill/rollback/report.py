@@ -1,0 +1,137 @@
+"""What people see of a rollback: the summary, one JSON object for machines, and a list of what became of each row."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from crm.backfill.outcome import Source
+from crm.backfill.rollback.runner import Listener, RollbackReport
+from crm.backfill.rollback.undo import Undone
+from crm.backfill.rollback.verdict import Line, Verdict
+from crm.errors import OperatorError
+from crm.models.ledger import RunStatus
+
+CSV_COLUMNS = ("row", "was", "contact_id", "outcome", "why", "detail")
+LATER_RUN = "merged_by_a_later_run"
+
+
+def as_json(report: RollbackReport) -> str:
+    """The report as one JSON object on one line."""
+    numbers = report.counts.numbers
+    kinds = {kind: {verdict: numbers[f"{kind}_{verdict}"] for verdict in Verdict} for kind in ("merges", "lines")}
+    answer: dict[str, Any] = {
+        "run": report.run_id,
+        "rolls_back": report.rolls_back,
+        "status": report.status.value,
+        "dry_run": report.dry_run,
+        "generation": report.generation,
+        **{verdict.value: numbers[f"contacts_{verdict}"] for verdict in Verdict},
+        **kinds,
+        "later_merges": numbers["later_merges"],
+        "by_reason": dict(sorted(report.counts.reasons.items())),
+        "balanced": report.balanced,
+        "failure": report.failure,
+        "seconds": round(report.seconds, 3),
+    }
+    return json.dumps(answer)
+
+
+def print_summary(report: RollbackReport, console: Console) -> None:
+    """The summary for people."""
+    numbers = report.counts.numbers
+    table = Table(title=_headline(report), title_justify="left", show_header=False, box=None, pad_edge=False)
+    table.add_column(min_width=32)
+    table.add_column(justify="right")
+    table.add_column(style="dim")
+
+    def row(label: str, count: int, remark: str = "", style: str = "") -> None:
+        table.add_row(Text(label, style), Text(f"{count:,}", style), remark)
+
+    deleted = "would be deleted" if report.dry_run else "deleted"
+    contacts = [numbers[f"contacts_{verdict}"] for verdict in Verdict]
+    row("Contacts that the run created", sum(contacts), style="bold")
+    row("  reversed", contacts[0], f"{deleted}: nobody had touched them")
+    row("  kept", contacts[1], "somebody touched them, or refers to them")
+    row("  failed", contacts[2], "the database refused", "red" if contacts[2] else "")
+    merges = [numbers[f"merges_{verdict}"] for verdict in Verdict]
+    row("Rows that it merged", sum(merges), style="bold")
+    row("  reversed", merges[0], "with the contact, or taken out of it")
+    row("  kept", merges[1])
+    row("  failed", merges[2], style="red" if merges[2] else "")
+    row("Rows that met others or had errors", numbers["lines_reversed"] + numbers["lines_kept"], style="bold")
+    row("  reversed", numbers["lines_reversed"])
+    row("  kept", numbers["lines_kept"], "their contact was deleted since")
+    row(
+        "Rows merged by other runs",
+        numbers["later_merges"],
+        "pending again, with the contact that they were merged into",
+    )
+    for reason, count in sorted(report.counts.reasons.items()):
+        row(f"  {reason}", count, "of all that was kept or failed")
+    console.print(table)
+    if advice := _advice(report):
+        console.print(advice, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def listing(path: Path | None) -> Iterator[Listener | None]:
+    """Something that lists what becomes of each row in a CSV file, batch by batch; nothing without a path.
+
+    Raises OperatorError where the file is there already (it may be the list of a rollback that was killed), or cannot
+    be written.
+    """
+    if path is None:
+        yield None
+        return
+    try:
+        file = path.open("x", newline="", encoding="utf-8")
+    except FileExistsError:
+        raise OperatorError(f"{path} is there already: name a new file. Nothing was written.") from None
+    except OSError as error:
+        raise OperatorError(f"{path} cannot be written ({error.strerror}). Nothing was written.") from None
+    with file:
+        writer = csv.writer(file)
+        writer.writerow(CSV_COLUMNS)
+
+        def write(undone: Undone) -> None:
+            for judgement in undone.judgements:
+                writer.writerow((*_cells(judgement.line), judgement.verdict, judgement.why or "", judgement.detail))
+            for line in undone.later_merges:
+                writer.writerow((*_cells(line), Verdict.REVERSED, LATER_RUN, f"run {line.run_id}"))
+            file.flush()
+
+        yield write
+
+
+def _cells(line: Line) -> tuple[str, str, str]:
+    return f"{Source(line.source).table}:{line.source_id}", line.outcome, line.contact_id or ""
+
+
+def _headline(report: RollbackReport) -> str:
+    what = f"Dry run, nothing was written: run {report.rolls_back} taken back"
+    if not report.dry_run:
+        what = f"Run {report.run_id}, taking back run {report.rolls_back}"
+    return f"{what}: {report.status.value} in {report.seconds:,.1f} s on generation {report.generation}"
+
+
+def _advice(report: RollbackReport) -> str | None:
+    if report.status == RunStatus.FAILED:
+        return (
+            f"The rollback failed: {report.failure}. What is reversed stays so; run the command again and it goes on."
+        )
+    if report.status != RunStatus.FINISHED:
+        return (
+            f"The rollback was {report.status.value}. What is reversed stays so; run the command again and it goes on."
+        )
+    if report.dry_run:
+        return None
+    return "What was reversed is pending again: `python manage.py backfill_crm_contacts` would bring it back."

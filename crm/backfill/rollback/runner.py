@@ -1,0 +1,281 @@
+"""One rollback, from the first look at the run to the report.
+
+    find the run -> examine -> claim the fence -> batches of the run's lines, by id: judge, undo, commit
+            -> compare the counts with the ledger -> close -> RollbackReport
+
+A dry run takes the same way with an undoer that writes nothing, and claims no fence.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from django.db import Error as DjangoDatabaseError
+from django.db import connection
+from django.db.models import Count
+
+from crm.backfill import errors, fence, runs
+from crm.backfill.fence import FenceLostError
+from crm.backfill.interruption import Interruption
+from crm.backfill.outcome import Source, Totals
+from crm.backfill.pipeline import InterruptedRunError, Retries
+from crm.backfill.references import find_references
+from crm.backfill.rollback.reader import Reader
+from crm.backfill.rollback.undo import Counts, DatabaseUndoer, Rehearsal, Undoer, Undone, counted
+from crm.backfill.rollback.verdict import Line
+from crm.backfill.runner import Progress, Silence
+from crm.backfill.schema import DatabaseFacts, examine
+from crm.errors import OperatorError
+from crm.models import BackfillRun, LedgerEntry, Rollback
+from crm.models.ledger import RunStatus
+
+DEFAULT_BATCH_SIZE = 2_000
+
+logger = logging.getLogger(__name__)
+
+
+class Listener(Protocol):
+    """Is told what became of each batch, once it is committed."""
+
+    def __call__(self, undone: Undone) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RollbackReport:
+    """How a rollback went. `run_id` is None for a dry run; `balanced` is None where it did not get to its end."""
+
+    run_id: int | None
+    rolls_back: int
+    status: RunStatus
+    dry_run: bool
+    generation: str
+    counts: Counts
+    balanced: bool | None
+    seconds: float
+    failure: str | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """What a script is told: 0 all reversed or kept, 1 some failed, 4 stopped, 5 failed."""
+        if self.status == RunStatus.FAILED:
+            return 5
+        if self.status != RunStatus.FINISHED:
+            return 4
+        return 1 if self.counts.failed else 0
+
+
+def roll_back(
+    run_id: int,
+    *,
+    dry_run: bool = False,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    progress: Progress | None = None,
+    listener: Listener | None = None,
+) -> RollbackReport:
+    """Take a run back, as `crm.backfill.rollback` describes.
+
+    Raises OperatorError before anything is written: where there is no such run, where it is running or is a rollback
+    itself, where the ledger has nothing of it, where this role may not do or see what it must, and (AnotherRunError)
+    when another run is going. Everything that happens later is in the report.
+    """
+    started = time.monotonic()
+    facts = examine(connection, for_writing=not dry_run)
+    run = _require_run(run_id, facts, may_take_over=not dry_run)
+    lines = _require_lines(run)
+    find_references(connection)
+    reader = Reader.of(connection, facts, run)
+    if not dry_run:
+        _require_rights()
+    rollback = None if dry_run else _begin(run, facts)
+    work = _Work(reader, batch_size, progress or Silence(), listener, rollback)
+    status, failure = work.through(lines)
+    status, failure, balanced = work.close(status, failure)
+    return RollbackReport(
+        run_id=rollback.pk if rollback else None,
+        rolls_back=run_id,
+        status=status,
+        dry_run=dry_run,
+        generation=facts.generation,
+        counts=work.counts,
+        balanced=balanced,
+        seconds=time.monotonic() - started,
+        failure=failure,
+    )
+
+
+@dataclass(slots=True)
+class _Work:
+    """The way through the lines of a run."""
+
+    reader: Reader
+    batch_size: int
+    progress: Progress
+    listener: Listener | None
+    rollback: BackfillRun | None
+    counts: Counts = field(default_factory=Counts)
+    retries: Retries = field(default_factory=Retries)
+
+    def through(self, lines: dict[Source, int]) -> tuple[RunStatus, str | None]:
+        """Undo every line; how it ended."""
+        interruption = Interruption()
+        undoer: Undoer = (
+            DatabaseUndoer(connection, self.reader, self.rollback.pk)
+            if self.rollback
+            else Rehearsal(connection, self.reader)
+        )
+        try:
+            with interruption.heeded():
+                self.progress.begin(lines)
+                self._batches(undoer, interruption)
+        except InterruptedRunError:
+            return RunStatus.INTERRUPTED, None
+        except KeyboardInterrupt:
+            connection.close()
+            return RunStatus.INTERRUPTED, "stopped in the middle of a batch, which was rolled back"
+        except FenceLostError as lost:
+            return lost.status, None
+        except DjangoDatabaseError as error:
+            logger.error("the rollback failed: %s", errors.described(error))  # noqa: TRY400 - a traceback may quote people's data
+            connection.close()
+            return RunStatus.FAILED, errors.described(error)
+        finally:
+            self.progress.end()
+        return RunStatus.FINISHED, None
+
+    def close(self, status: RunStatus, failure: str | None) -> tuple[RunStatus, str | None, bool | None]:
+        """End the run's record; its status, why it failed, and whether its counts agree with the ledger."""
+        if self.rollback is None:
+            return status, failure, None
+        try:
+            self.counts = _recorded(self.rollback)
+            balanced = None
+            if status == RunStatus.FINISHED:
+                balanced = self.counts.remaining == LedgerEntry.objects.filter(run=self.reader.run).count()
+                if not balanced:
+                    status, failure = RunStatus.FAILED, "the counts do not agree with the ledger"
+            fence.release(self.rollback.pk, status, failure=failure, balanced=balanced)
+        except DjangoDatabaseError as error:
+            return RunStatus.FAILED, failure or errors.described(error), None
+        return status, failure, balanced
+
+    def _batches(self, undoer: Undoer, interruption: Interruption) -> None:
+        after = ""
+        while True:
+            if interruption.requested:
+                raise InterruptedRunError
+            page, undone = self._batch_with_retries(undoer, after)
+            if not page:
+                return
+            after = page[-1].id
+            self.counts.add(counted(undone))
+            for source in {line.source for line in page}:
+                read = sum(line.source == source for line in page)
+                self.progress.advance(Source(source), Totals(read=read))
+            if self.listener:
+                self.listener(undone)
+
+    def _batch_with_retries(self, undoer: Undoer, after: str) -> tuple[list[Line], Undone]:
+        size = self.batch_size
+        for attempt in range(self.retries.most):
+            try:
+                return self._batch(undoer, after, size)
+            except DjangoDatabaseError as error:
+                cause = errors.bad_moment(error)
+                if cause is None:
+                    raise
+                if errors.is_timeout(error):
+                    size = max(1, size // 2)
+                self._give_way(cause, attempt)
+        return self._batch(undoer, after, size)
+
+    def _batch(self, undoer: Undoer, after: str, size: int) -> tuple[list[Line], Undone]:
+        page = self.reader.page(after, size)
+        return page, undoer.undo(page) if page else Undone()
+
+    def _give_way(self, cause: str, attempt: int) -> None:
+        wait = self.retries.first_wait * 2**attempt * random.uniform(0.75, 1.25)  # noqa: S311 - jitter, not a secret
+        logger.warning(
+            "%s: trying the batch again in %.1f s (try %d of %d)", cause, wait, attempt + 1, self.retries.most
+        )
+        connection.close_if_unusable_or_obsolete()
+        time.sleep(wait)
+
+
+def _require_run(run_id: int, facts: DatabaseFacts, *, may_take_over: bool) -> BackfillRun:
+    """The run, if it is one that can be taken back."""
+    if not facts.has_ledger:
+        raise OperatorError(f"This database has no ledger, so there is no run {run_id}. Nothing was written.")
+    run = runs.find(run_id)
+    if run.kind == BackfillRun.Kind.ROLLBACK:
+        raise OperatorError(
+            f"Run {run_id} is a rollback itself. To have back what it took back, run backfill_crm_contacts."
+        )
+    if run.status == RunStatus.RUNNING and not (may_take_over and fence.take_over_if_dead(run)):
+        raise OperatorError(
+            f"Run {run_id} is still going. Wait for it, or stop it with "
+            f"`python manage.py backfill_runs cancel {run_id}`. Nothing was written."
+        )
+    return run
+
+
+def _require_lines(run: BackfillRun) -> dict[Source, int]:
+    """How many lines the ledger has of the run, by source; none is fine only where a rollback has to be closed."""
+    counts = LedgerEntry.objects.filter(run=run).values_list("source").annotate(Count("id"))
+    lines = {Source(source): count for source, count in counts}
+    if not lines and not _is_to_be_closed(run):
+        raise OperatorError(_nothing_left(run))
+    return lines
+
+
+def _is_to_be_closed(run: BackfillRun) -> bool:
+    """Whether a rollback of the run came to its last batch, and not to its end."""
+    latest = Rollback.objects.filter(of=run).order_by("-run_id").select_related("run").first()
+    return latest is not None and latest.run.status != RunStatus.FINISHED
+
+
+def _nothing_left(run: BackfillRun) -> str:
+    by = Rollback.objects.filter(of=run, run__status=RunStatus.FINISHED).order_by("-run_id").first()
+    why = f"run {by.run_id} has taken it back" if by else "it decided no row, or later runs decided its rows anew"
+    return f"The ledger has no line of run {run.pk}: {why}. There is nothing to take back."
+
+
+def _require_rights() -> None:
+    wanted = [
+        ("crm_contacts", "DELETE"),
+        ("crm_contacts", "UPDATE"),
+        (LedgerEntry._meta.db_table, "DELETE"),
+        (Rollback._meta.db_table, "INSERT"),
+        (Rollback._meta.db_table, "UPDATE"),
+    ]
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT t, r FROM unnest(%s::text[], %s::text[]) AS wanted(t, r) WHERE NOT has_table_privilege(t, r)",
+            [[table for table, _ in wanted], [right for _, right in wanted]],
+        )
+        missing = [f"{right} on {table}" for table, right in cursor.fetchall()]
+    if missing:
+        raise OperatorError(
+            f"This role may not {', '.join(missing)}. Let the tables' owner grant it, or look first with --dry-run. "
+            "Nothing was written."
+        )
+
+
+def _begin(run: BackfillRun, facts: DatabaseFacts) -> BackfillRun:
+    rollback = fence.claim(BackfillRun.Kind.ROLLBACK, {"rolls_back": run.pk}, facts.generation)
+    Rollback.objects.create(run=rollback, of=run)
+    return rollback
+
+
+def _recorded(rollback: BackfillRun) -> Counts:
+    """What the committed batches add up to: the truth, also when a commit's answer was lost."""
+    record = Rollback.objects.get(pk=rollback.pk)
+    counts = Counts()
+    for column in Rollback._meta.concrete_fields:
+        if isinstance(value := getattr(record, column.name), int):
+            counts.numbers[column.name] = value
+    counts.reasons.update(record.reasons)
+    return counts

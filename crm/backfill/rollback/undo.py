@@ -1,0 +1,389 @@
+"""Undoing a batch of lines: the only place that deletes contacts, one transaction a batch.
+
+lines -> judge (read and compare) -> lock -> delete contacts, take merges back -> delete lines -> counts and heartbeat
+
+Judging takes its time and no locks; what it saw is held to by the version of each row. Then the contacts are locked as
+a DELETE locks them, which waits for everybody who is just adding an interaction, and keeps out whoever would. The
+DELETE that follows is a statement of its own, so it sees what was committed while it waited: it deletes a contact only
+if it is the version that was compared, and no row of any table refers to it. A DELETE alone would wait as well, but
+after its look at the other tables, and would take away the interaction that it waited for.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from django.db import DatabaseError, transaction
+from django.db.backends.base.base import BaseDatabaseWrapper
+
+from crm.backfill import fence
+from crm.backfill.errors import row_refusal
+from crm.backfill.outcome import Outcome, Totals
+from crm.backfill.references import Reference, find_references, is_unreferenced, referring_tables
+from crm.backfill.rollback.reader import Reader
+from crm.backfill.rollback.verdict import (
+    Judgement,
+    Line,
+    Rows,
+    StoredContact,
+    Verdict,
+    Why,
+    columns_of,
+    confidence_before,
+    differs_from_merge,
+    edited_columns,
+    is_unchanged,
+    maps_to_nothing,
+)
+from crm.backfill.writer import Timeouts
+from crm.models import CRMContact, LedgerEntry, Rollback
+
+# The first of these has to be the first statement of the transaction: a snapshot that is taken only once would not see
+# what was committed while the locks were waited for. The lock on the table is that of any writer; it keeps out whoever
+# would give the table one more foreign key.
+_MANNERS = """
+SET TRANSACTION ISOLATION LEVEL READ COMMITTED;
+SET LOCAL lock_timeout = {lock};
+SET LOCAL statement_timeout = {statement};
+SET CONSTRAINTS ALL IMMEDIATE;
+LOCK TABLE crm_contacts IN ROW EXCLUSIVE MODE
+"""
+_SEEN = "unnest(%s::text[], %s::text[]) AS seen(id, version)"
+_AS_SEEN = "c.id = seen.id AND c.xmin = seen.version::xid"
+_LOCK = f"SELECT c.id FROM crm_contacts c JOIN {_SEEN} ON {_AS_SEEN} ORDER BY c.id FOR UPDATE OF c"
+_DELETE = f"DELETE FROM crm_contacts c USING {_SEEN} WHERE {_AS_SEEN} AND {{unreferenced}} RETURNING c.id"
+_WHAT_KEEPS = f"""
+SELECT c.id, c.xmin::text = seen.version, {{tables}} FROM crm_contacts c JOIN {_SEEN} ON c.id = seen.id
+"""
+
+_COLUMN = {column.attname: f'"{column.column}"' for column in CRMContact._meta.concrete_fields}
+_CONFIDENCE = "attribution_confidence"
+
+Versions = dict[str, str]
+
+
+@dataclass(slots=True)
+class TakeBack:
+    """What merges wrote into a contact and is to be taken out again."""
+
+    version: str
+    columns: set[str]
+    confidence: int
+    lines: list[Line]
+
+
+@dataclass(slots=True)
+class Judged:
+    """A batch of lines: those that are decided, and those whose contact the database is to be asked about."""
+
+    decided: list[Judgement] = field(default_factory=list)
+    creators: dict[str, Line] = field(default_factory=dict)
+    deletable: Versions = field(default_factory=dict)
+    merges: dict[str, list[Line]] = field(default_factory=dict)
+    take_backs: dict[str, TakeBack] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Undone:
+    """What became of the lines of a batch, and the merged lines of other runs that went with a contact."""
+
+    judgements: list[Judgement] = field(default_factory=list)
+    later_merges: list[Line] = field(default_factory=list)
+
+    @property
+    def reversed_ids(self) -> list[str]:
+        """The lines that are to go."""
+        gone = [judgement.line.id for judgement in self.judgements if judgement.verdict is Verdict.REVERSED]
+        return gone + [line.id for line in self.later_merges]
+
+
+class Undoer(Protocol):
+    """Undoes lines: for good, or in a dry run's mind."""
+
+    def undo(self, lines: Sequence[Line]) -> Undone:
+        """Undo a batch."""
+
+
+def judge(lines: Sequence[Line], reader: Reader) -> Judged:
+    """Compare the contacts of a batch of lines with what was written.
+
+    Lines that were merged into a contact of the same run are judged with the line that made it, and left out.
+    """
+    run_id = reader.run.pk
+    created = [line for line in lines if line.outcome is Outcome.CREATED]
+    contacts = reader.contacts([line.contact_id for line in lines if line.contact_id])
+    judged = Judged(creators={line.id: line for line in created})
+    merges = reader.merges_into(list(judged.creators))
+    for merge in merges:
+        judged.merges.setdefault(str(merge.contact_id), []).append(merge)
+    foreign = [line for line in lines if line.outcome is Outcome.MERGED and line.contact_id not in judged.creators]
+    their_creators = reader.creators_of([line.contact_id for line in foreign if line.contact_id])
+    foreign = [line for line in foreign if not _is_made_by(run_id, their_creators.get(str(line.contact_id)))]
+    rows = reader.source_rows([*created, *merges, *foreign, *their_creators.values()])
+
+    for line in created:
+        _judge_created(line, contacts.get(line.id), judged, rows)
+    for line in foreign:
+        _judge_merged(line, contacts.get(str(line.contact_id)), their_creators.get(str(line.contact_id)), judged, rows)
+    for line in lines:
+        if line.outcome is Outcome.ERROR or (line.outcome is Outcome.EXISTS and line.contact_id in contacts):
+            judged.decided.append(Judgement(line, Verdict.REVERSED))
+        elif line.outcome is Outcome.EXISTS:
+            judged.decided.append(Judgement(line, Verdict.KEPT, Why.DELETED))
+    return judged
+
+
+def _judge_created(line: Line, contact: StoredContact | None, judged: Judged, rows: Rows) -> None:
+    if contact is None:
+        judged.decided.append(Judgement(line, Verdict.KEPT, Why.DELETED))
+    elif maps_to_nothing(line, rows):
+        judged.decided.append(Judgement(line, Verdict.KEPT, Why.SOURCE_CHANGED))
+    elif edited := edited_columns(contact, line, judged.merges.get(line.id, ()), rows):
+        judged.decided.append(Judgement(line, Verdict.KEPT, Why.EDITED, _named(edited)))
+    else:
+        judged.deletable[line.id] = contact.version
+
+
+def _judge_merged(line: Line, contact: StoredContact | None, creator: Line | None, judged: Judged, rows: Rows) -> None:
+    if contact is None:
+        judged.decided.append(Judgement(line, Verdict.KEPT, Why.DELETED))
+    elif creator and contact.values.updated_at != creator.updated_at:
+        judged.decided.append(Judgement(line, Verdict.KEPT, Why.EDITED, _named(["updated_at"])))
+    elif not line.filled:
+        judged.decided.append(Judgement(line, Verdict.REVERSED))
+    elif not is_unchanged(line, rows):
+        judged.decided.append(Judgement(line, Verdict.KEPT, Why.SOURCE_CHANGED))
+    elif differing := differs_from_merge(contact, line, rows):
+        judged.decided.append(Judgement(line, Verdict.KEPT, Why.EDITED, _named(differing)))
+    else:
+        before = TakeBack(contact.version, set(), confidence_before(creator, rows), [])
+        take_back = judged.take_backs.setdefault(contact.values.id, before)
+        take_back.columns.update(columns_of(line))
+        take_back.lines.append(line)
+
+
+class Rehearsal:
+    """Says what would be undone, and writes nothing at all."""
+
+    def __init__(self, connection: BaseDatabaseWrapper, reader: Reader) -> None:
+        self._connection = connection
+        self._reader = reader
+
+    def undo(self, lines: Sequence[Line]) -> Undone:
+        """What would become of a batch; what the database itself would refuse nobody can tell."""
+        judged = judge(lines, self._reader)
+        kept = _what_keeps(self._connection, find_references(self._connection), judged.deletable)
+        gone = {contact_id for contact_id in judged.deletable if kept.get(contact_id) == ""}
+        undone = Undone(judged.decided)
+        _conclude_created(judged, gone, {}, kept, undone)
+        _conclude_take_backs(judged, set(judged.take_backs), {}, undone)
+        return undone
+
+
+class DatabaseUndoer:
+    """Undoes lines for good, and counts them with the run that does it."""
+
+    def __init__(
+        self, connection: BaseDatabaseWrapper, reader: Reader, rollback_id: int, timeouts: Timeouts | None = None
+    ) -> None:
+        self._connection = connection
+        self._reader = reader
+        self._rollback_id = rollback_id
+        timeouts = timeouts or Timeouts()
+        self._manners = _MANNERS.format(lock=timeouts.lock, statement=timeouts.statement)
+
+    def undo(self, lines: Sequence[Line]) -> Undone:
+        """Undo a batch; contacts, lines, counts and heartbeat commit together.
+
+        Raises fence.FenceLostError when the rollback is no longer the running run, and django.db.DatabaseError for a
+        bad moment. Nothing of the batch is undone then.
+        """
+        judged = judge(lines, self._reader)
+        with transaction.atomic(using=self._connection.alias, durable=True):
+            with self._connection.cursor() as cursor:
+                cursor.execute(self._manners)
+            undone = self._carry_out(judged)
+            LedgerEntry.objects.using(self._connection.alias).filter(id__in=undone.reversed_ids).delete()
+            self._count(undone)
+            fence.renew(self._rollback_id, Totals())
+        return undone
+
+    def _carry_out(self, judged: Judged) -> Undone:
+        undone = Undone(judged.decided)
+        references = find_references(self._connection)
+        gone, refused = self._apart(sorted(judged.deletable), lambda ids: self._delete(ids, judged, references))
+        stay = {contact_id: seen for contact_id, seen in judged.deletable.items() if contact_id not in gone}
+        _conclude_created(judged, gone, refused, _what_keeps(self._connection, references, stay), undone)
+        taken, refused = self._apart(sorted(judged.take_backs), lambda ids: self._take_back(ids, judged))
+        _conclude_take_backs(judged, taken, refused, undone)
+        return undone
+
+    def _apart(
+        self, contact_ids: list[str], action: Callable[[list[str]], set[str]]
+    ) -> tuple[set[str], dict[str, str]]:
+        """Do it to the contacts; where PostgreSQL refuses one, halve until it stands alone, so that the others go.
+
+        Returns the contacts to which it was done, and the SQLSTATE of those that were refused.
+        """
+        if not contact_ids:
+            return set(), {}
+        try:
+            with transaction.atomic(using=self._connection.alias):
+                return action(contact_ids), {}
+        except DatabaseError as error:
+            refusal = row_refusal(error)
+            if refusal is None:
+                raise
+        if len(contact_ids) == 1:
+            return set(), {contact_ids[0]: refusal.sqlstate or ""}
+        middle = len(contact_ids) // 2
+        done, refused = self._apart(contact_ids[:middle], action)
+        done_too, refused_too = self._apart(contact_ids[middle:], action)
+        return done | done_too, refused | refused_too
+
+    def _delete(self, contact_ids: list[str], judged: Judged, references: Sequence[Reference]) -> set[str]:
+        seen = [contact_ids, [judged.deletable[contact_id] for contact_id in contact_ids]]
+        with self._connection.cursor() as cursor:
+            cursor.execute(_LOCK, seen)
+            cursor.execute(_DELETE.format(unreferenced=is_unreferenced(references)), seen)
+            return {contact_id for (contact_id,) in cursor.fetchall()}
+
+    def _take_back(self, contact_ids: list[str], judged: Judged) -> set[str]:
+        by_columns: dict[tuple[str, ...], list[tuple[str, str, int]]] = {}
+        for contact_id in contact_ids:
+            merge = judged.take_backs[contact_id]
+            by_columns.setdefault(tuple(sorted(merge.columns)), []).append(
+                (contact_id, merge.version, merge.confidence)
+            )
+        taken: set[str] = set()
+        with self._connection.cursor() as cursor:
+            for columns, contacts in by_columns.items():
+                cursor.execute(_take_back_statement(columns), [list(values) for values in zip(*contacts, strict=True)])
+                taken.update(contact_id for (contact_id,) in cursor.fetchall())
+        return taken
+
+    def _count(self, undone: Undone) -> None:
+        counts = counted(undone)
+        rollback = Rollback.objects.using(self._connection.alias).get(pk=self._rollback_id)
+        for name, count in counts.numbers.items():
+            setattr(rollback, name, getattr(rollback, name) + count)
+        for reason, count in counts.reasons.items():
+            rollback.reasons[reason] = rollback.reasons.get(reason, 0) + count
+        rollback.save(using=self._connection.alias)
+
+
+@dataclass(slots=True)
+class Counts:
+    """Lines by what became of them, under the names of `crm.models.Rollback`, and why some were not reversed."""
+
+    numbers: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: Counts) -> None:
+        """Add another's counts to these."""
+        self.numbers.update(other.numbers)
+        self.reasons.update(other.reasons)
+
+    @property
+    def failed(self) -> int:
+        """Lines that the database would not undo."""
+        return self.numbers["contacts_failed"] + self.numbers["merges_failed"]
+
+    @property
+    def remaining(self) -> int:
+        """Lines of the run that are still in the ledger."""
+        return self.failed + sum(self.numbers[f"{kind}_kept"] for kind in ("contacts", "merges", "lines"))
+
+
+_KINDS = {Outcome.CREATED: "contacts", Outcome.MERGED: "merges", Outcome.EXISTS: "lines", Outcome.ERROR: "lines"}
+
+
+def counted(undone: Undone) -> Counts:
+    """Count what became of a batch."""
+    judgements = undone.judgements
+    numbers = Counter(f"{_KINDS[judgement.line.outcome]}_{judgement.verdict}" for judgement in judgements)
+    if undone.later_merges:
+        numbers["later_merges"] = len(undone.later_merges)
+    return Counts(numbers, Counter(judgement.reason for judgement in judgements if judgement.why))
+
+
+def _conclude_created(
+    judged: Judged, gone: set[str], refused: Mapping[str, str], kept: Mapping[str, str | None], undone: Undone
+) -> None:
+    """Say what became of contacts that could be deleted, and of what was merged into any contact of the batch."""
+    for contact_id in judged.deletable:
+        line = judged.creators[contact_id]
+        if contact_id in gone:
+            undone.judgements.append(Judgement(line, Verdict.REVERSED))
+        elif contact_id in refused:
+            undone.judgements.append(Judgement(line, Verdict.FAILED, Why.REFUSED, refused[contact_id]))
+        else:
+            undone.judgements.append(_stayed(line, kept, contact_id))
+    made = [judgement for judgement in undone.judgements if judgement.line.outcome is Outcome.CREATED]
+    for creator, verdict, *_ in made:
+        for merge in judged.merges.get(creator.id, ()):
+            if _is_made_by(creator.run_id, merge):
+                why = None if verdict is Verdict.REVERSED else Why.WITH_ITS_CONTACT
+                undone.judgements.append(Judgement(merge, verdict, why))
+            elif verdict is Verdict.REVERSED:
+                undone.later_merges.append(merge)
+
+
+def _stayed(line: Line, kept: Mapping[str, str | None], contact_id: str) -> Judgement:
+    """Why the DELETE passed a contact by."""
+    if contact_id not in kept:
+        return Judgement(line, Verdict.KEPT, Why.DELETED)
+    if (tables := kept[contact_id]) is None:
+        return Judgement(line, Verdict.KEPT, Why.EDITED, "meanwhile")
+    if tables:
+        return Judgement(line, Verdict.KEPT, Why.REFERENCED, tables)
+    # A trigger of the application's can silently swallow a DELETE.
+    return Judgement(line, Verdict.FAILED, Why.REFUSED, "not deleted")
+
+
+def _conclude_take_backs(judged: Judged, taken: set[str], refused: Mapping[str, str], undone: Undone) -> None:
+    for contact_id, take_back in judged.take_backs.items():
+        for line in take_back.lines:
+            if contact_id in taken:
+                judgement = Judgement(line, Verdict.REVERSED)
+            elif contact_id in refused:
+                judgement = Judgement(line, Verdict.FAILED, Why.REFUSED, refused[contact_id])
+            else:
+                judgement = Judgement(line, Verdict.KEPT, Why.EDITED, "meanwhile")
+            undone.judgements.append(judgement)
+
+
+def _what_keeps(
+    connection: BaseDatabaseWrapper, references: Sequence[Reference], seen: Versions
+) -> dict[str, str | None]:
+    """For those of these contacts that are there: the tables that refer to it, or None when it is another version."""
+    if not seen:
+        return {}
+    with connection.cursor() as cursor:
+        cursor.execute(
+            _WHAT_KEEPS.format(tables=referring_tables(references)), [list(seen.keys()), list(seen.values())]
+        )
+        return {contact: ", ".join(tables) if as_seen else None for contact, as_seen, tables in cursor.fetchall()}
+
+
+def _take_back_statement(columns: Iterable[str]) -> str:
+    assignments = ", ".join(
+        f"{_COLUMN[column]} = {'seen.confidence' if column == _CONFIDENCE else 'NULL'}" for column in columns
+    )
+    return (
+        f"UPDATE crm_contacts c SET {assignments} "
+        "FROM unnest(%s::text[], %s::text[], %s::int[]) AS seen(id, version, confidence) "
+        f"WHERE {_AS_SEEN} RETURNING c.id"
+    )
+
+
+def _is_made_by(run_id: int, line: Line | None) -> bool:
+    return line is not None and line.run_id == run_id
+
+
+def _named(columns: Iterable[str]) -> str:
+    """The database's own names of columns."""
+    return ", ".join(_COLUMN.get(column, column).strip('"') for column in columns)

@@ -1,0 +1,150 @@
+"""Whether a contact still is as the backfill wrote it, and what of it a merge wrote. Pure: no database.
+
+What is compared is the contact's stored text with what its source rows map to now. A source row that changed since its
+line was written, or is gone, says nothing about what was written: its columns are taken as they are, and the contact's
+`updatedAt` alone decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+from crm.backfill.mapping import FULL_CONFIDENCE, ContactDraft, MappedRow
+from crm.backfill.outcome import Outcome
+from crm.backfill.plan import ASSIGNMENT_UNIT, ATTRIBUTION_UNIT
+
+_UNITS = {"assignment": ASSIGNMENT_UNIT, "attribution": ATTRIBUTION_UNIT}
+
+
+class Verdict(StrEnum):
+    """What becomes of a line of the run that is taken back."""
+
+    REVERSED = "reversed"  # what it did is undone, and the line is gone: the row is pending again
+    KEPT = "kept"  # somebody relies on what it did
+    FAILED = "failed"  # the database would not undo it
+
+
+class Why(StrEnum):
+    """Why a line is not reversed."""
+
+    EDITED = "edited"  # the contact is no longer as it was written
+    REFERENCED = "referenced"  # another table's row refers to the contact
+    DELETED = "deleted"  # the contact was deleted in the CRM, and is not to be brought back
+    SOURCE_CHANGED = "source_changed"  # its row does not tell any more what was written
+    WITH_ITS_CONTACT = "with_its_contact"  # it was merged into a contact of the same run that stays
+    REFUSED = "refused"  # PostgreSQL's SQLSTATE is the detail
+
+
+class Line(NamedTuple):
+    """A line of the ledger."""
+
+    id: str
+    source: str
+    source_id: str
+    outcome: Outcome
+    contact_id: str | None
+    run_id: int
+    updated_at: str
+    filled: tuple[str, ...]
+
+
+class Judgement(NamedTuple):
+    """A line with what becomes of it. `detail` names columns, tables or a SQLSTATE, never a value."""
+
+    line: Line
+    verdict: Verdict
+    why: Why | None = None
+    detail: str = ""
+
+    @property
+    def reason(self) -> str:
+        """Why it is not reversed, to be counted by."""
+        return f"{self.why} {self.detail}" if self.why is Why.REFUSED else str(self.why)
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRow:
+    """A source row as it is now.
+
+    `may_differ` are columns of which the row does not tell what they were; `raw_preparer` is the assignment before it
+    was resolved to a profile, which may since have come or gone.
+    """
+
+    mapped: MappedRow
+    raw_preparer: str | None = None
+    may_differ: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class StoredContact:
+    """A contact as it is now. `version` is PostgreSQL's own mark of the row's version (`xmin`); `set_elsewhere` are
+    columns that the backfill never writes and that do not have their default."""
+
+    version: str
+    values: ContactDraft
+    set_elsewhere: tuple[str, ...] = ()
+
+
+Rows = Mapping[str, SourceRow]
+
+
+def edited_columns(contact: StoredContact, creator: Line, merges: Iterable[Line], rows: Rows) -> list[str]:
+    """The columns in which the contact is not what the line that made it, and those merged into it, have written."""
+    if contact.values.updated_at != creator.updated_at:
+        return ["updated_at"]
+    written = _possible_values(creator, ContactDraft._fields, rows)
+    for merge in merges:
+        written |= _possible_values(merge, columns_of(merge), rows)
+    return [*_differences(contact, written), *contact.set_elsewhere]
+
+
+def differs_from_merge(contact: StoredContact, merge: Line, rows: Rows) -> list[str]:
+    """The columns in which the contact is not what the merge has written."""
+    return _differences(contact, _possible_values(merge, columns_of(merge), rows))
+
+
+def is_unchanged(line: Line, rows: Rows) -> bool:
+    """Whether the row of a line says what it said when the line was written."""
+    row = rows.get(line.id)
+    return row is not None and row.mapped.draft is not None and row.mapped.updated_at == line.updated_at
+
+
+def maps_to_nothing(line: Line, rows: Rows) -> bool:
+    """Whether the row of a line makes no contact any more, although its `updatedAt` says that it is unchanged."""
+    row = rows.get(line.id)
+    return row is not None and row.mapped.draft is None and row.mapped.updated_at == line.updated_at
+
+
+def columns_of(merge: Line) -> tuple[str, ...]:
+    """The columns that a merge filled."""
+    return tuple(column for name in merge.filled for column in _UNITS.get(name, (name,)))
+
+
+def confidence_before(creator: Line | None, rows: Rows) -> int:
+    """The confidence that a contact without attribution had: that of the row that made it, which has none either."""
+    row = rows.get(creator.id) if creator else None
+    return row.mapped.draft.attribution_confidence if row and row.mapped.draft else FULL_CONFIDENCE
+
+
+def _possible_values(line: Line, columns: Iterable[str], rows: Rows) -> dict[str, tuple[Any, ...] | None]:
+    """For each column what the line may have written; None is anything."""
+    row = rows.get(line.id)
+    if row is None or row.mapped.draft is None or row.mapped.updated_at != line.updated_at:
+        return dict.fromkeys(columns)
+    draft = row.mapped.draft
+    values: dict[str, tuple[Any, ...] | None] = {column: (getattr(draft, column),) for column in columns}
+    values |= {column: None for column in row.may_differ if column in values}
+    if draft.assigned_preparer_id is not None and "assigned_preparer_id" in values:
+        values["assigned_preparer_id"] = (draft.assigned_preparer_id, row.raw_preparer)
+    return values
+
+
+def _differences(contact: StoredContact, written: Mapping[str, tuple[Any, ...] | None]) -> list[str]:
+    return [
+        column
+        for column, possible in written.items()
+        if possible is not None and getattr(contact.values, column) not in possible
+    ]

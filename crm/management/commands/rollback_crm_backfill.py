@@ -1,0 +1,91 @@
+"""`python manage.py rollback_crm_backfill RUN`: take a run back, except for what people touched since."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import IO, Any, cast
+
+from django.core.management.base import BaseCommand, CommandError, CommandParser, OutputWrapper
+from rich.console import Console
+
+from crm.backfill.report import LineProgress, TerminalProgress
+from crm.backfill.rollback.report import as_json, listing, print_summary
+from crm.backfill.rollback.runner import DEFAULT_BATCH_SIZE, roll_back
+from crm.backfill.runner import Progress, Silence
+from crm.errors import OperatorError
+
+LEAST_BATCH, LARGEST_BATCH = 1, 5_000
+
+
+class Command(BaseCommand):
+    """Arguments, one call, print."""
+
+    help = (
+        "Take a run of the backfill back: delete the contacts that it created and nobody touched, take out what it "
+        "merged, and let its rows be pending again. Run it again when it was stopped: it goes on."
+    )
+    requires_system_checks: list[str] = []  # noqa: RUF012 - Django's attribute
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        """What may be asked."""
+        parser.add_argument("run", type=int, metavar="RUN", help="the run's number, as backfill_runs list shows it")
+        parser.add_argument("--dry-run", action="store_true", help="tell what would be done, and write nothing at all")
+        parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
+        parser.add_argument(
+            "--csv", type=Path, metavar="FILE", help="list in a new file what becomes of each row, by its reference"
+        )
+        parser.add_argument(
+            "--batch-size",
+            type=_batch_size,
+            default=DEFAULT_BATCH_SIZE,
+            metavar="ROWS",
+            help=f"rows that commit together, at most {LARGEST_BATCH} (default {DEFAULT_BATCH_SIZE})",
+        )
+        parser.add_argument("--no-progress", action="store_true", help="show no progress")
+
+    def handle(
+        self,
+        *_args: Any,
+        run: int,
+        dry_run: bool,
+        json: bool,
+        csv: Path | None,
+        batch_size: int,
+        no_progress: bool,
+        **_options: Any,
+    ) -> None:
+        """Take the run back.
+
+        Exit codes: 0 all is reversed or kept, 1 some of it failed, 2 it cannot be taken back, 3 another run is going,
+        4 stopped, 5 failed.
+        """
+        progress = _progress(Console(stderr=True), wanted=not no_progress)
+        try:
+            with listing(csv) as listener:
+                report = roll_back(run, dry_run=dry_run, batch_size=batch_size, progress=progress, listener=listener)
+        except OperatorError as error:
+            raise CommandError(str(error), returncode=error.exit_code) from None
+        if json:
+            self.stdout.write(as_json(report))
+        else:
+            print_summary(report, _console(self.stdout))
+        if report.exit_code:
+            raise SystemExit(report.exit_code)
+
+
+def _progress(console: Console, *, wanted: bool) -> Progress:
+    if not wanted:
+        return Silence()
+    return TerminalProgress(console) if console.is_terminal else LineProgress(console)
+
+
+def _console(stdout: OutputWrapper) -> Console:
+    """Rich on the command's own stdout; wide enough for every line where there is no terminal to fit into."""
+    return Console(file=cast(IO[str], stdout), width=None if stdout.isatty() else 110)
+
+
+def _batch_size(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not LEAST_BATCH <= int(text) <= LARGEST_BATCH:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {LEAST_BATCH} to {LARGEST_BATCH}")
+    return int(text)
