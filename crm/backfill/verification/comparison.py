@@ -1,0 +1,174 @@
+"""Every contact that we made, column by column, against what its source row maps to now.
+
+A contact's expected value is its creator's draft, then what the ledger says that merged rows filled, then what they
+still would fill: a row that was merged left nothing behind. Where contact and expectation differ, the markers say who
+changed: `updatedAt` of the contact and of the source row are both what the ledger recorded, as long as nobody touched
+them. So `updatedAt` itself is not compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from django.db.backends.base.base import BaseDatabaseWrapper
+
+from crm.backfill.mapping import ContactDraft, MappedRow
+from crm.backfill.outcome import Reason
+from crm.backfill.plan import ASSIGNMENT_UNIT, ATTRIBUTION_UNIT, KnownContact, fill
+from crm.backfill.verification.findings import Check, Finding, Kind
+from crm.backfill.verification.rows import (
+    CHANGED,
+    COLUMN,
+    NOT_THERE,
+    FoundContact,
+    FoundRow,
+    Line,
+    LinesOfContact,
+    RowReader,
+    lines_of_contacts,
+)
+from crm.backfill.verification.snapshot import PAGE
+
+_FIELDS_OF_UNIT = {"assignment": ASSIGNMENT_UNIT, "attribution": ATTRIBUTION_UNIT}
+_MARKER = "updated_at"
+#: The column that speaks of why a row that made a contact could not make it today.
+_COLUMN_OF_REASON = {
+    Reason.INVALID_EMAIL: "email",
+    Reason.UNKNOWN_ROLE: "contact_type",
+    Reason.UNKNOWN_TYPE: "contact_type",
+    Reason.UNKNOWN_STATUS: "stage",
+}
+#: Stands for the value of a row that cannot be read any more; equal to nothing.
+_UNKNOWN = object()
+
+
+@dataclass(slots=True)
+class Comparison:
+    """How many contacts of ours were compared, how many are what their rows map to, how many somebody touched.
+
+    Not compared is a contact whose row is gone, or is not to be migrated any more.
+    """
+
+    compared: int = 0
+    alike: int = 0
+    touched: int = 0
+
+
+def compare_contacts(
+    connection: BaseDatabaseWrapper, reader: RowReader, counts: Comparison, on_page: Callable[[int], None]
+) -> Iterator[Finding]:
+    """Compare every contact of ours. Counts on the way, and calls `on_page` with the contacts of each page."""
+    compared = [name for name, column in COLUMN.items() if column not in reader.missing_columns and name != _MARKER]
+    everybody = lines_of_contacts(connection)
+    while page := list(islice(everybody, PAGE)):
+        contacts = reader.contacts(lines.creator.contact_id for lines in page)
+        rows = reader.source_rows(line for lines in page for line in (lines.creator, *lines.merged))
+        for lines in page:
+            contact = contacts.get(lines.creator.contact_id)
+            if contact is None:
+                continue  # deleted in the CRM: the reconciliation counts it
+            counts.touched += _is_touched(contact, lines)
+            row = rows.get(lines.creator.row)
+            if row is None:
+                yield _gone(contact, lines)
+            elif row.mapped is not None:  # a row that is not to be migrated is the reconciliation's
+                counts.compared += 1
+                findings = _compare(contact, row.mapped, lines, rows, compared)
+                counts.alike += not findings
+                yield from findings
+        on_page(len(page))
+
+
+def _gone(contact: FoundContact, lines: LinesOfContact) -> Finding:
+    kind = Kind.CRM_CHANGED if _is_touched(contact, lines) else Kind.SOURCE_CHANGED
+    return Finding(Check.ROW_GONE, kind, lines.creator.row, lines.creator.contact_id)
+
+
+def _compare(
+    contact: FoundContact,
+    mapped: MappedRow,
+    lines: LinesOfContact,
+    rows: Mapping[str, FoundRow],
+    compared: Collection[str],
+) -> list[Finding]:
+    if mapped.draft is not None:
+        differing = _differing(contact, mapped.draft, lines, rows, compared)
+    else:
+        differing = {_COLUMN_OF_REASON[mapped.rejection] if mapped.rejection else "id": lines.creator}
+    return list(_findings(differing, contact, lines, rows)) if differing else []
+
+
+def _differing(
+    contact: FoundContact,
+    draft: ContactDraft,
+    lines: LinesOfContact,
+    rows: Mapping[str, FoundRow],
+    compared: Collection[str],
+) -> dict[str, Line]:
+    """The fields that are not as expected, each with the line of the row that its value should come from."""
+    expected, origin = draft, {}
+    if lines.merged:
+        of_merged = _values_of_merged(contact, lines, rows)
+        expected = draft._replace(**{name: value for name, (value, _) in of_merged.items()})
+        origin = {name: line for name, (_, line) in of_merged.items()}
+    if expected == contact.values:
+        return {}
+    return {
+        name: origin.get(name, lines.creator)
+        for name in compared
+        if getattr(contact.values, name) != getattr(expected, name)
+    }
+
+
+def _values_of_merged(
+    contact: FoundContact, lines: LinesOfContact, rows: Mapping[str, FoundRow]
+) -> dict[str, tuple[Any, Line]]:
+    """What merged rows filled, by what the ledger says; and over that, what they would still fill."""
+    filled: dict[str, tuple[Any, Line]] = {}
+    left_behind: dict[str, tuple[Any, Line]] = {}
+    for line in lines.merged:
+        row = rows.get(line.row)
+        draft = row.mapped.draft if row and row.mapped else None
+        for name in _filled_fields(line):
+            filled[name] = (_UNKNOWN if draft is None else getattr(draft, name), line)
+        if draft is not None:
+            known = KnownContact.of_draft(contact.values)
+            fill(known, draft)
+            left_behind |= {name: (value, line) for name, value in known.fills.items()}
+    return filled | left_behind
+
+
+def _filled_fields(line: Line) -> Iterator[str]:
+    for unit in line.filled.split(",") if line.filled else ():
+        yield from _FIELDS_OF_UNIT.get(unit, (unit,))
+
+
+def _may_differ(line: Line, row: FoundRow | None, contact: FoundContact, name: str) -> bool:
+    """Whether the value that a row gives to a field may be another one since the row was migrated."""
+    if row is None or row.mapped is None or row.updated_at != line.source_updated_at:
+        return True
+    if line.table == "profiles":
+        return name == "email" and row.other == CHANGED
+    # A lead may name its preparer by user: without the profile, nobody can tell any more who that was.
+    is_lost = row.other == NOT_THERE and not contact.preparer_is_there
+    return name == "assigned_preparer_id" and (row.other == CHANGED or is_lost)
+
+
+def _findings(
+    differing: Mapping[str, Line], contact: FoundContact, lines: LinesOfContact, rows: Mapping[str, FoundRow]
+) -> Iterator[Finding]:
+    touched = _is_touched(contact, lines)
+    of_kind: dict[Kind, list[str]] = {}
+    for name, line in differing.items():
+        changed = touched or _may_differ(line, rows.get(line.row), contact, name)
+        kind = Kind.DEFECT if not changed else Kind.CRM_CHANGED if touched else Kind.SOURCE_CHANGED
+        of_kind.setdefault(kind, []).append(COLUMN[name])
+    for kind, columns in of_kind.items():
+        yield Finding(Check.FIELDS, kind, lines.creator.row, lines.creator.contact_id, tuple(columns))
+
+
+def _is_touched(contact: FoundContact, lines: LinesOfContact) -> bool:
+    return contact.values.updated_at != lines.creator.source_updated_at

@@ -1,0 +1,99 @@
+"""What a verification can find, and the collector of it. Pure.
+
+A finding names a row, a contact and columns; it never holds a value of theirs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NamedTuple
+
+#: How many findings of one check and kind are kept for the report; all of them go to the CSV file.
+KEPT = 100
+
+
+class Kind(StrEnum):
+    """Who has to do with it."""
+
+    DEFECT = "defect"  # neither the source nor the CRM changed: it should not be so
+    SOURCE_CHANGED = "source_changed"  # the source row changed since it was migrated, or is gone
+    CRM_CHANGED = "crm_changed"  # somebody changed the contact since, or added another
+
+
+class Check(StrEnum):
+    """What was looked at. The value is the name for machines."""
+
+    COLUMN_MISSING = "column_missing"
+    COLUMN_TYPE = "column_type"
+    COLUMN_NULLABILITY = "column_nullability"
+    INDEX_MISSING = "index_missing"
+    INDEX_INVALID = "index_invalid"
+    MISSING_LINE = "missing_line"
+    WRONG_ID = "wrong_id"
+    NO_CONTACT = "no_contact"
+    TWO_CREATORS = "two_creators"
+    EXCLUDED_MIGRATED = "excluded_migrated"
+    CONTACT_TWICE = "contact_twice"
+    ROW_GONE = "row_gone"
+    FIELDS = "fields"
+
+    @property
+    def statement(self) -> str:
+        """What a finding says, for people."""
+        return _STATEMENTS[self]
+
+
+_STATEMENTS = {
+    Check.COLUMN_MISSING: "crm_contacts lacks an attribution column",
+    Check.COLUMN_TYPE: "an attribution column is of another type",
+    Check.COLUMN_NULLABILITY: "an attribution column is wrong about NULL",
+    Check.INDEX_MISSING: "crm_contacts lacks the index on its referrers",
+    Check.INDEX_INVALID: "the index on the referrers is broken",
+    Check.MISSING_LINE: "the row's own contact is there, but no ledger line",
+    Check.WRONG_ID: "the ledger line's key is not that of its row",
+    Check.NO_CONTACT: "the ledger line names no contact",
+    Check.TWO_CREATORS: "the ledger line claims a contact that another row makes",
+    Check.EXCLUDED_MIGRATED: "the row is not to be migrated, but has a contact",
+    Check.CONTACT_TWICE: "the person has another contact besides",
+    Check.ROW_GONE: "the contact's source row is gone",
+    Check.FIELDS: "the contact is not what its source row maps to",
+}
+
+
+class Finding(NamedTuple):
+    """One thing that was found."""
+
+    check: Check
+    kind: Kind
+    row: str | None = None
+    contact_id: str | None = None
+    columns: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class Findings:
+    """Counts findings, keeps the first ones, and passes every one on. Memory is constant."""
+
+    pass_on: Callable[[Finding], None] | None = None
+    counts: Counter[tuple[Check, Kind]] = field(default_factory=Counter)
+    kept: list[Finding] = field(default_factory=list)
+
+    def add(self, finding: Finding) -> None:
+        """Take a finding in."""
+        of_its_sort = (finding.check, finding.kind)
+        if self.counts[of_its_sort] < KEPT:
+            self.kept.append(finding)
+        self.counts[of_its_sort] += 1
+        if self.pass_on is not None:
+            self.pass_on(finding)
+
+    def of_kind(self, kind: Kind) -> int:
+        """How many of this kind there are."""
+        return sum(count for (_, counted), count in self.counts.items() if counted is kind)
+
+    def of_check(self, check: Check) -> dict[Kind, int]:
+        """How many a check found, by kind."""
+        return {kind: self.counts[check, kind] for kind in Kind if self.counts[check, kind]}

@@ -1,0 +1,139 @@
+"""Rows, ledger lines and contacts held against each other, in SQL. Only reads.
+
+A contact counts as ours when there is a ledger line with its id and the outcome `created`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from django.db.backends.base.base import BaseDatabaseWrapper
+
+from crm.backfill.outcome import Source
+from crm.backfill.schema import DatabaseFacts
+from crm.backfill.source import WHITE_SPACE
+from crm.backfill.verification.findings import Check, Finding, Kind
+from crm.backfill.verification.snapshot import stream
+
+TABLES = ("profiles", "leads")
+_LABEL = {"profiles": ("role", "UserRole"), "leads": ("status", "LeadStatus")}
+
+_LEAD_SOURCES = ", ".join(f"'{source}'" for source in Source.of_table("leads"))
+_REFERENCE = f"CASE WHEN line.source IN ({_LEAD_SOURCES}) THEN 'leads:' ELSE 'profiles:' END || line.source_id"
+_DERIVED = "'c' || left(encode(sha256(convert_to({reference}, 'UTF8')), 'hex'), 24)"
+_DERIVED_OF_LINE = _DERIVED.format(reference=_REFERENCE)
+
+_LINES_BY_OUTCOME = """
+SELECT line.outcome, count(*),
+       count(*) FILTER (WHERE line.outcome <> 'error' AND line.contact_id IS NOT NULL AND c.id IS NULL)
+  FROM ledger_entry line LEFT JOIN crm_contacts c ON c.id = line.contact_id
+ GROUP BY 1
+"""
+_ROWS_GONE = """
+SELECT line.outcome, count(*) FROM ledger_entry line
+ WHERE line.source = ANY(%s) AND NOT EXISTS (SELECT FROM {table} r WHERE r.id = line.source_id)
+ GROUP BY 1
+"""
+
+_MISSING_LINES = """
+SELECT '{table}:' || r.id, c.id FROM {table} r JOIN crm_contacts c ON c.id = {derived}
+ WHERE NOT EXISTS (SELECT FROM ledger_entry line WHERE line.id = c.id)
+"""
+_WRONG_IDS = f"SELECT {_REFERENCE}, line.contact_id FROM ledger_entry line WHERE line.id <> {_DERIVED_OF_LINE}"
+_NO_CONTACTS = f"""
+SELECT {_REFERENCE}, NULL FROM ledger_entry line
+ WHERE line.outcome IN ('created', 'merged', 'exists') AND line.contact_id IS NULL
+"""
+_TWO_CREATORS = f"""
+SELECT {_REFERENCE}, line.contact_id FROM ledger_entry line
+ WHERE line.outcome = 'created' AND line.contact_id <> line.id
+"""
+# A row that met somebody else's contact made nothing; but it was not to be looked at, either.
+_EXCLUDED_MIGRATED = """
+SELECT '{table}:' || r.id, c.id, r."updatedAt" IS DISTINCT FROM line.source_updated_at
+  FROM {table} r
+  JOIN ledger_entry line ON line.id = {derived} AND line.outcome <> 'error'
+  JOIN crm_contacts c ON c.id = line.contact_id
+ WHERE r.{label} = ANY(%(labels)s::"{enum}"[])
+"""
+# Somebody else's contact is no fault of ours when it came, or was changed, after the run that made ours had begun.
+_CONTACTS_TWICE = f"""
+WITH twice AS (SELECT {{key}} AS key FROM crm_contacts c WHERE {{key}} <> '' GROUP BY 1 HAVING count(*) > 1),
+     theirs AS (
+       SELECT twice.key, c.id, c."createdAt", c."updatedAt", line.id IS NOT NULL AS ours, {_REFERENCE} AS reference,
+              c."updatedAt" IS DISTINCT FROM line.source_updated_at AS changed,
+              run.started_at AT TIME ZONE 'UTC' AS begun
+         FROM twice JOIN crm_contacts c ON {{key}} = twice.key
+              LEFT JOIN ledger_entry line ON line.id = c.id AND line.outcome = 'created'
+              LEFT JOIN backfill_run run ON run.id = line.run_id
+     )
+SELECT our.reference, our.id,
+       our.changed OR bool_and(
+         CASE WHEN other.ours THEN other.changed
+              ELSE COALESCE(greatest(other."createdAt", other."updatedAt") >= our.begun, false) END)
+  FROM theirs our JOIN theirs other ON other.key = our.key AND other.id <> our.id
+ WHERE our.ours
+ GROUP BY our.reference, our.id, our.changed
+"""
+_KEYS_OF_PERSON = {
+    "email": "lower(btrim(c.email, %(white_space)s))",
+    "userId": 'c."userId"',
+    "clerkUserId": 'c."clerkUserId"',
+}
+
+
+def count_lines(connection: BaseDatabaseWrapper) -> tuple[dict[str, int], dict[str, int]]:
+    """By outcome: the ledger's lines, and those whose contact was deleted since."""
+    with connection.cursor() as cursor:
+        cursor.execute(_LINES_BY_OUTCOME)
+        rows = sorted(cursor.fetchall())
+    lines = {outcome: count for outcome, count, _ in rows}
+    return lines, {outcome: deleted for outcome, _, deleted in rows if deleted}
+
+
+def count_rows_gone(connection: BaseDatabaseWrapper) -> dict[str, int]:
+    """The ledger's lines whose source row is gone, by outcome."""
+    gone: dict[str, int] = {}
+    with connection.cursor() as cursor:
+        for table in TABLES:
+            cursor.execute(_ROWS_GONE.format(table=table), [[source.value for source in Source.of_table(table)]])
+            for outcome, count in cursor.fetchall():
+                gone[outcome] = gone.get(outcome, 0) + count
+    return gone
+
+
+def reconcile(connection: BaseDatabaseWrapper, facts: DatabaseFacts) -> Iterator[Finding]:
+    """Everything in which rows, lines and contacts disagree."""
+    for table in TABLES:
+        derived = _DERIVED.format(reference=f"'{table}:' || r.id")
+        yield from _defects(connection, Check.MISSING_LINE, _MISSING_LINES.format(table=table, derived=derived))
+        yield from _excluded_migrated(connection, facts, table, derived)
+    for check, query in (
+        (Check.WRONG_ID, _WRONG_IDS),
+        (Check.NO_CONTACT, _NO_CONTACTS),
+        (Check.TWO_CREATORS, _TWO_CREATORS),
+    ):
+        yield from _defects(connection, check, query)
+    for column, key in _KEYS_OF_PERSON.items():
+        query = _CONTACTS_TWICE.format(key=key)
+        for reference, contact_id, changed in stream(connection, "twice", query, {"white_space": WHITE_SPACE}):
+            kind = Kind.CRM_CHANGED if changed else Kind.DEFECT
+            yield Finding(Check.CONTACT_TWICE, kind, reference, contact_id, (column,))
+
+
+def _defects(connection: BaseDatabaseWrapper, check: Check, query: str) -> Iterator[Finding]:
+    for reference, contact_id in stream(connection, check.value, query):
+        yield Finding(check, Kind.DEFECT, reference, contact_id)
+
+
+def _excluded_migrated(
+    connection: BaseDatabaseWrapper, facts: DatabaseFacts, table: str, derived: str
+) -> Iterator[Finding]:
+    label, enum = _LABEL[table]
+    by_name = facts.roles if table == "profiles" else facts.statuses
+    labels = [spelling for spellings in by_name.values() for spelling in spellings]
+    excluded = [spelling for spelling in labels if facts.source_of(table, spelling) is None]
+    query = _EXCLUDED_MIGRATED.format(table=table, derived=derived, label=label, enum=enum)
+    for reference, contact_id, changed in stream(connection, "excluded", query, {"labels": excluded}):
+        kind = Kind.SOURCE_CHANGED if changed else Kind.DEFECT
+        yield Finding(Check.EXCLUDED_MIGRATED, kind, reference, contact_id, (label,))

@@ -1,0 +1,189 @@
+"""Ledger lines with their contacts and source rows, as they are now, for the comparison. Only reads.
+
+Lines come sorted by contact in one stream: the ledger has no index on the contact, and a look-up for every page would
+read all of it each time. Rows and contacts are index probes, one statement a page for each table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+from django.conf import settings
+from django.db.backends.base.base import BaseDatabaseWrapper
+
+from crm.backfill.mapping import ContactDraft, MappedRow, map_rows
+from crm.backfill.outcome import Outcome, Source
+from crm.backfill.schema import DatabaseFacts
+from crm.backfill.source import read_as_text
+from crm.backfill.verification.snapshot import stream
+from crm.models import CRMContact
+
+#: The contact's columns by the name of the draft's field.
+COLUMN = {field.attname: str(field.column) for field in CRMContact._meta.concrete_fields}
+
+_LEAD_SOURCES = ", ".join(f"'{source}'" for source in Source.of_table("leads"))
+_LINES = f"""
+SELECT contact_id, outcome, id, CASE WHEN source IN ({_LEAD_SOURCES}) THEN 'leads' ELSE 'profiles' END, source_id,
+       source_updated_at, filled, run_id
+  FROM ledger_entry
+ WHERE outcome IN ('created', 'merged') AND contact_id IS NOT NULL
+ ORDER BY contact_id COLLATE "C", outcome, id COLLATE "C"
+"""
+# Each LATERAL with its LIMIT is one index probe a row, whatever the planner believes. The columns stand in the order
+# of ProfileRow and LeadRow; the last one tells what became of somebody else's row that the contact takes a value from,
+# the user's address or who the preparer is: changed after the run that migrated the row had begun, or not there.
+_WANTED = "SELECT r.* FROM unnest(%(ids)s::text[], %(runs)s::bigint[]) AS wanted(id, run_id)"
+_BEGUN = "(SELECT started_at AT TIME ZONE 'UTC' FROM backfill_run WHERE id = wanted.run_id)"
+_PROFILES = f"""
+{_WANTED} CROSS JOIN LATERAL (
+  SELECT p.id, p."createdAt", p."updatedAt", NULL::text, p.role, p."firstName", p."lastName", p.phone,
+         p."companyName", p."userId", {{clerk_user_id}}, u.email,
+         CASE WHEN u.changed_at >= {_BEGUN} THEN 'changed' END
+    FROM profiles p
+         LEFT JOIN LATERAL (SELECT email, {{user_changed_at}} AS changed_at FROM users
+                             WHERE users.id = p."userId" LIMIT 1) u ON true
+   WHERE p.id = wanted.id LIMIT 1) r
+"""
+_LEADS = f"""
+{_WANTED} CROSS JOIN LATERAL (
+  SELECT l.id, l."createdAt", l."updatedAt", NULL::text, l.status, l.type, l.email, l."firstName", l."lastName",
+         l.phone, l.source, l."lastContactedAt", l."referrerUsername", l."referrerType", l."commissionRate",
+         l."commissionRateLockedAt", l."attributionMethod", l."attributionConfidence", l."assignedPreparerId",
+         COALESCE(p.id, l."assignedPreparerId"),
+         CASE WHEN greatest(p."createdAt", p."updatedAt") >= {_BEGUN} THEN 'changed'
+              WHEN p.id IS NULL AND l."assignedPreparerId" IS NOT NULL THEN 'not there' END
+    FROM leads l
+         LEFT JOIN LATERAL (
+           SELECT id, "createdAt", "updatedAt" FROM profiles
+            WHERE id = l."assignedPreparerId" OR "userId" = l."assignedPreparerId"
+            ORDER BY id <> l."assignedPreparerId" LIMIT 1) p ON l."assignedPreparerId" IS NOT NULL
+   WHERE l.id = wanted.id LIMIT 1) r
+"""
+_CONTACTS = """
+SELECT c.* FROM unnest(%(ids)s::text[]) AS wanted(id) CROSS JOIN LATERAL (
+  SELECT {columns}, "assignedPreparerId" IS NULL OR EXISTS (SELECT FROM profiles WHERE id = "assignedPreparerId")
+    FROM crm_contacts WHERE crm_contacts.id = wanted.id LIMIT 1) c
+"""
+_USER_CHANGES_READABLE = """
+SELECT has_column_privilege(attrelid, attnum, 'SELECT') FROM pg_attribute
+ WHERE attrelid = to_regclass(quote_ident(%s) || '.users') AND attname = 'updatedAt' AND NOT attisdropped
+"""
+
+
+CHANGED = "changed"
+NOT_THERE = "not there"
+
+
+class Line(NamedTuple):
+    """A ledger line that speaks of a contact of ours."""
+
+    contact_id: str
+    outcome: str
+    id: str
+    table: str
+    source_id: str
+    source_updated_at: str
+    filled: str | None
+    run_id: int
+
+    @property
+    def row(self) -> str:
+        """The row's reference."""
+        return f"{self.table}:{self.source_id}"
+
+
+class LinesOfContact(NamedTuple):
+    """The line of the row that made a contact, and those of the rows that were merged into it."""
+
+    creator: Line
+    merged: Sequence[Line]
+
+
+class FoundRow(NamedTuple):
+    """A source row as it is now. `mapped` is None when it is one that is not to be migrated.
+
+    `other` is CHANGED or NOT_THERE, for the user of a profile and for the preparer of a lead.
+    """
+
+    updated_at: str
+    mapped: MappedRow | None
+    other: str | None
+
+
+class FoundContact(NamedTuple):
+    """A contact as it is now; columns that the table lacks are None."""
+
+    values: ContactDraft
+    preparer_is_there: bool
+
+
+def lines_of_contacts(connection: BaseDatabaseWrapper) -> Iterator[LinesOfContact]:
+    """The lines of every contact of ours, contact by contact."""
+    lines = map(Line._make, stream(connection, "lines", _LINES))
+    for contact_id, group in groupby(lines, key=attrgetter("contact_id")):
+        of_contact = list(group)
+        creators = [line for line in of_contact if line.outcome == Outcome.CREATED and line.id == contact_id]
+        if creators:
+            yield LinesOfContact(creators[0], [line for line in of_contact if line.outcome == Outcome.MERGED])
+
+
+def may_read_user_changes(connection: BaseDatabaseWrapper) -> bool:
+    """Whether this role may see when a user was changed: the backfill itself does without."""
+    with connection.cursor() as cursor:
+        cursor.execute(_USER_CHANGES_READABLE, [settings.LEGACY_SCHEMA])
+        return bool(cursor.fetchone() == (True,))
+
+
+@dataclass(frozen=True, slots=True)
+class RowReader:
+    """Reads contacts and source rows by id, a page at a time."""
+
+    connection: BaseDatabaseWrapper
+    facts: DatabaseFacts
+    sees_user_changes: bool
+    missing_columns: Collection[str]
+
+    def contacts(self, ids: Iterable[str]) -> dict[str, FoundContact]:
+        """Contacts by id; those that were deleted are not there."""
+        columns = ", ".join("NULL" if name in self.missing_columns else f'"{name}"' for name in COLUMN.values())
+        found = self._rows(_CONTACTS.format(columns=columns), {"ids": list(ids)})
+        return {row[0]: FoundContact(ContactDraft._make(row[:-1]), row[-1]) for row in found}
+
+    def source_rows(self, lines: Iterable[Line]) -> dict[str, FoundRow]:
+        """The source rows of lines, by their reference; those that are gone are not there."""
+        profiles = _PROFILES.format(
+            clerk_user_id='p."clerkUserId"' if self.facts.has_clerk_user_id else "NULL",
+            user_changed_at='"updatedAt"' if self.sees_user_changes else "NULL::timestamp",
+        )
+        of_table: dict[str, dict[str, Line]] = {"profiles": {}, "leads": {}}
+        for line in lines:
+            of_table[line.table][line.source_id] = line
+        found: dict[str, FoundRow] = {}
+        for table, query in (("profiles", profiles), ("leads", _LEADS)):
+            wanted = of_table[table]
+            parameters = {"ids": list(wanted), "runs": [line.run_id for line in wanted.values()]}
+            for source_id, row in self._mapped(table, self._rows(query, parameters)):
+                found[f"{table}:{source_id}"] = row
+        return found
+
+    def _mapped(self, table: str, rows: Iterable[tuple[Any, ...]]) -> Iterator[tuple[str, FoundRow]]:
+        rules = self.facts.rules()
+        of_source: dict[Source | None, list[tuple[Any, ...]]] = {}
+        for row in rows:
+            of_source.setdefault(self.facts.source_of(table, row[4]), []).append(row)
+        for source, theirs in of_source.items():
+            mapped: Sequence[MappedRow | None] = (
+                [None] * len(theirs) if source is None else map_rows(source, [row[:-1] for row in theirs], rules)
+            )
+            for row, maps_to in zip(theirs, mapped, strict=True):
+                yield row[0], FoundRow(row[2], maps_to, row[-1])
+
+    def _rows(self, query: str, parameters: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+        with self.connection.cursor() as cursor:
+            read_as_text(cursor)
+            cursor.execute(query, parameters)
+            return list(cursor.fetchall())

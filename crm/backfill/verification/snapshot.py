@@ -1,0 +1,52 @@
+"""One consistent look at the database: a read-only transaction in which everything stands still, and streams in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from django.db import transaction
+from django.db.backends.base.base import BaseDatabaseWrapper
+
+from crm.backfill.source import read_as_text
+
+#: Rows that are fetched at a time.
+PAGE = 2_000
+
+# One statement alone may take long over a million rows, but not for ever. A stream is read to its end, so its plan is
+# to be the best one for all rows and not for the first ones.
+_MANNERS = """
+SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY;
+SET LOCAL statement_timeout = '10min';
+SET LOCAL cursor_tuple_fraction = 1
+"""
+
+
+@contextmanager
+def snapshot(connection: BaseDatabaseWrapper) -> Iterator[None]:
+    """A transaction that sees one moment of all tables, and in which PostgreSQL refuses every write."""
+    with transaction.atomic(using=connection.alias, durable=True):
+        with connection.cursor() as cursor:
+            cursor.execute(_MANNERS)
+        yield
+
+
+def stream(
+    connection: BaseDatabaseWrapper, name: str, query: str, parameters: Mapping[str, Any] | None = None
+) -> Iterator[tuple[Any, ...]]:
+    """The rows of a query, a page at a time, in constant memory; timestamps and rates as text. Inside a snapshot only.
+
+    The cursor is declared in SQL: it lives and dies with the transaction, so it works through PgBouncer as well.
+    """
+    with connection.cursor() as cursor:
+        read_as_text(cursor)
+        cursor.execute(f"DECLARE {name} NO SCROLL CURSOR FOR {query}", parameters)
+        fetch = f"FETCH FORWARD {PAGE} FROM {name}"
+        cursor.execute(fetch)
+        while rows := cursor.fetchall():
+            yield from rows
+            if len(rows) < PAGE:
+                break
+            cursor.execute(fetch)
+        cursor.execute(f"CLOSE {name}")

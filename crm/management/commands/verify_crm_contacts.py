@@ -1,0 +1,97 @@
+"""`python manage.py verify_crm_contacts`: prove that everybody is in crm_contacts, as they should be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import IO, Any, cast
+
+from django.core.management.base import BaseCommand, CommandError, CommandParser, OutputWrapper
+from django.db import DatabaseError, InterfaceError, connection
+from rich.console import Console
+
+from crm.backfill.errors import described
+from crm.backfill.verification import verify
+from crm.backfill.verification.findings import Finding
+from crm.backfill.verification.report import as_json, findings_writer, print_report
+from crm.errors import OperatorError
+
+
+class Command(BaseCommand):
+    """Arguments, one call, print."""
+
+    help = (
+        "Prove that every source row is accounted for and that every contact which the backfill made is what its row "
+        "says. Only reads. Exit code 0: no defect (what is pending, or was changed since, is told and is none); "
+        "1: defects; 2: wrong usage, or a database that cannot be verified."
+    )
+    requires_system_checks: list[str] = []  # noqa: RUF012 - Django's attribute
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        """What may be asked."""
+        parser.add_argument(
+            "--json",
+            action="store_true",
+            help="print one JSON object and nothing else on stdout; of many findings of a sort, the first hundred",
+        )
+        parser.add_argument(
+            "--csv",
+            type=Path,
+            metavar="FILE",
+            help="write every finding to this file: kind, check, row, contact id, names of columns",
+        )
+
+    def handle(self, *_args: Any, json: bool, csv: Path | None, **_options: Any) -> None:
+        """Verify. The exit codes are in the help."""
+        try:
+            with _written_to(csv) as on_finding, _counted(Console(stderr=True)) as on_page:
+                report = verify(connection, on_finding=on_finding, on_page=on_page)
+        except OperatorError as error:
+            raise CommandError(str(error), returncode=error.exit_code) from None
+        except (DatabaseError, InterfaceError) as error:
+            # PostgreSQL's own words may quote people's data.
+            raise CommandError(
+                f"The database broke the verification off: {described(error)}. Nothing was proven; try again.",
+                returncode=OperatorError.exit_code,
+            ) from None
+        if json:
+            self.stdout.write(as_json(report))
+        else:
+            print_report(report, _console(self.stdout))
+        if report.exit_code:
+            raise SystemExit(report.exit_code)
+
+
+def _console(stdout: OutputWrapper) -> Console:
+    """Rich on the command's own stdout; wide enough for every line where there is no terminal to fit into."""
+    return Console(file=cast(IO[str], stdout), width=None if stdout.isatty() else 130)
+
+
+@contextmanager
+def _written_to(path: Path | None) -> Iterator[Callable[[Finding], None] | None]:
+    if path is None:
+        yield None
+        return
+    try:
+        with path.open("w", newline="", encoding="utf-8") as file:
+            yield findings_writer(file)
+    except OSError as error:
+        raise OperatorError(
+            f"The file {path} cannot be written: {error.strerror}. Name another one with --csv."
+        ) from None
+
+
+@contextmanager
+def _counted(console: Console) -> Iterator[Callable[[int], None]]:
+    """On a terminal, show how many contacts were compared up to now."""
+    compared = 0
+    with console.status("Counting rows and lines ...") if console.is_terminal else nullcontext() as status:
+
+        def count(contacts: int) -> None:
+            nonlocal compared
+            compared += contacts
+            if status is not None:
+                status.update(f"{compared:,} contacts compared ...")
+
+        yield count
