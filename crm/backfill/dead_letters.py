@@ -1,0 +1,93 @@
+"""The rows in error, one after another, and what a person can do about each. Only reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from django.db.backends.base.base import BaseDatabaseWrapper
+
+from crm.backfill.outcome import Outcome, Reason, Source
+from crm.backfill.schema import examine
+from crm.backfill.verification.snapshot import snapshot, stream
+from crm.errors import OperatorError
+
+#: One sentence a reason. What the row's own application is to do is said in its words.
+REMEDIES = {
+    Reason.UNKNOWN_ROLE: (
+        "Give the profile a role that is known here (client, tax_preparer, affiliate), or one that is not to be "
+        "migrated (lead, admin, super_admin)."
+    ),
+    Reason.UNKNOWN_STATUS: (
+        "Give the lead a status that is known here (NEW, CONTACTED, QUALIFIED, CONVERTED, DISQUALIFIED)."
+    ),
+    Reason.UNKNOWN_TYPE: "Give the lead a type that is known here (CUSTOMER, TAX_PREPARER, AFFILIATE).",
+    Reason.INVALID_EMAIL: "Correct the email address in the application.",
+    Reason.CONFLICT: (
+        "Decide whose contact it is, with resolve_crm_conflict {row}: --contact {contact} when it is this person's, "
+        "--separate and another address when it is somebody else's."
+    ),
+    Reason.DATA_ERROR: "Correct the row in the application: the database refused it as the other columns say.",
+}
+REMEDY_OF_OTHERS = "Look the row up in the application."
+
+_ORDER = ", ".join(f"'{source}'" for source in Source)
+_DEAD_LETTERS = f"""
+SELECT line.source, line.source_id, line.reason, line.contact_id, line.sqlstate, line.constraint, line.column, {{email}}
+  FROM ledger_entry line {{people}}
+ WHERE line.outcome = '{Outcome.ERROR}'
+ ORDER BY array_position(ARRAY[{_ORDER}], line.source), line.source_id
+"""
+_LEAD_SOURCES = ", ".join(f"'{source}'" for source in Source.of_table("leads"))
+_PEOPLE = f"""
+  LEFT JOIN leads ON line.source IN ({_LEAD_SOURCES}) AND leads.id = line.source_id
+  LEFT JOIN profiles ON line.source NOT IN ({_LEAD_SOURCES}) AND profiles.id = line.source_id
+  LEFT JOIN users ON users.id = profiles."userId"
+"""
+
+
+class DeadLetter(NamedTuple):
+    """A row in error. `email` is as it is stored, and None unless it was asked for."""
+
+    source: str
+    row: str
+    id: str
+    reason: str
+    what_to_do: str
+    contact_id: str | None
+    sqlstate: str | None
+    constraint: str | None
+    column: str | None
+    email: str | None
+
+
+def dead_letters(connection: BaseDatabaseWrapper, *, with_email: bool) -> Iterator[DeadLetter]:
+    """Every row in error, source by source, streamed. Raises OperatorError where the database does not fit.
+
+    Names nobody but by id, unless `with_email` asks for the address.
+    """
+    email, people = ("COALESCE(leads.email, users.email)", _PEOPLE) if with_email else ("NULL", "")
+    with snapshot(connection):
+        if not examine(connection, for_writing=False).has_ledger:
+            raise OperatorError(
+                "There is no ledger that this role may read, so no row is in error: run `python manage.py migrate` "
+                "and `backfill_crm_contacts` first, or GRANT SELECT on its tables."
+            )
+        for row in stream(connection, "dead_letters", _DEAD_LETTERS.format(email=email, people=people)):
+            yield _dead_letter(*row)
+
+
+def _dead_letter(
+    source: str,
+    source_id: str,
+    reason: str,
+    contact_id: str | None,
+    sqlstate: str | None,
+    constraint: str | None,
+    column: str | None,
+    email: str | None,
+) -> DeadLetter:
+    row = f"{Source(source).table}:{source_id}"
+    known = reason in set(Reason)
+    remedy = REMEDIES[Reason(reason)].format(row=row, contact=contact_id) if known else REMEDY_OF_OTHERS
+    return DeadLetter(source, row, source_id, reason, remedy, contact_id, sqlstate, constraint, column, email)

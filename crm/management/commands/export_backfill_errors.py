@@ -1,0 +1,87 @@
+"""`python manage.py export_backfill_errors`: the rows in error, and what to do about each."""
+
+from __future__ import annotations
+
+import csv
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, cast
+
+from django.core.management.base import BaseCommand, CommandError, CommandParser
+from django.db import DatabaseError, InterfaceError, connection
+
+from crm.backfill.dead_letters import DeadLetter, dead_letters
+from crm.backfill.errors import described
+from crm.backfill.spreadsheet import cell
+from crm.errors import OperatorError
+
+
+class Command(BaseCommand):
+    """Arguments, one call, print."""
+
+    help = (
+        "Export the rows that could not be contacts, as CSV: one line each, with the reason and what to do about it. "
+        "Every run of the backfill tries them again. Names nobody but by id, unless asked to. Only reads."
+    )
+    requires_system_checks: list[str] = []  # noqa: RUF012 - Django's attribute
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        """What may be asked."""
+        parser.add_argument("--csv", action="store_true", help="as CSV, which is the only form and the default")
+        parser.add_argument(
+            "--output",
+            type=Path,
+            metavar="FILE",
+            help="write to this file, which only this user may then read, instead of stdout",
+        )
+        parser.add_argument(
+            "--with-email", action="store_true", help="add each row's email address as it is stored: personal data"
+        )
+
+    def handle(self, *_args: Any, output: Path | None, with_email: bool, **_options: Any) -> None:
+        """Export. Exit code 2: wrong usage, or a database that does not fit; otherwise 0."""
+        columns = [name for name in DeadLetter._fields if with_email or name != "email"]
+        count = 0
+        try:
+            with self._file(output) as file:
+                writer = csv.writer(file, lineterminator="\n")
+                writer.writerow(columns)
+                for letter in dead_letters(connection, with_email=with_email):
+                    writer.writerow(cell(getattr(letter, name)) for name in columns)
+                    count += 1
+        except BrokenPipeError:
+            # Whoever reads has seen enough, as `head` has. Python would complain when it flushes stdout at the end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return
+        except OperatorError as error:
+            raise CommandError(str(error), returncode=error.exit_code) from None
+        except (DatabaseError, InterfaceError) as error:
+            # PostgreSQL's own words may quote people's data.
+            raise CommandError(
+                f"The database broke the export off: {described(error)}. Try again.",
+                returncode=OperatorError.exit_code,
+            ) from None
+        self.stderr.write(f"Rows in error: {count:,}", style_func=str)
+
+    @contextmanager
+    def _file(self, path: Path | None) -> Iterator[IO[str]]:
+        if path is None:
+            yield cast(IO[str], self.stdout)
+            return
+        try:
+            with open(path, "w", newline="", encoding="utf-8", opener=_private) as file:
+                yield file
+        except OSError as error:
+            raise OperatorError(
+                f"The file {path} cannot be written: {error.strerror}. Name another one with --output."
+            ) from None
+
+
+def _private(path: str, flags: int) -> int:
+    """Open for this user alone, also what was there before."""
+    descriptor = os.open(path, flags, 0o600)
+    os.fchmod(descriptor, 0o600)
+    return descriptor

@@ -1,0 +1,212 @@
+"""The export of the rows in error: every one, what to do about it, and nobody's name unless asked for."""
+
+from __future__ import annotations
+
+import csv
+import stat
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from django.db import connection
+
+from crm.backfill import dead_letters
+from crm.backfill.outcome import Reason, Source
+from crm.backfill.spreadsheet import cell
+from crm.backfill.verification import snapshot
+from crm.management.commands.export_backfill_errors import Command
+from tests import builders
+from tests.circumstances import acting_as, reading_role, refusing_contacts, without_own_schema
+from tests.commands import Finished, run, statements
+from tests.conftest import Database
+from tests.processes import database_url, start
+
+COLUMNS = ["source", "row", "id", "reason", "what_to_do", "contact_id", "sqlstate", "constraint", "column"]
+
+
+def command(*arguments: str) -> Finished:
+    """`manage.py export_backfill_errors` with these arguments, in this process."""
+    stdout, stderr = StringIO(), StringIO()
+    code: object = 0
+    with redirect_stdout(stdout), redirect_stderr(stderr):
+        try:
+            Command().run_from_argv(["manage.py", "export_backfill_errors", *arguments])
+        except SystemExit as end:
+            code = end.code
+    return Finished(code, stdout.getvalue(), stderr.getvalue())
+
+
+def rows_of(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(StringIO(text, newline="")))
+
+
+def add_a_conflict(email: str = "zelda.quimby@example.com") -> tuple[str, str]:
+    """A profile whose address is in another account's contact; returns the profile and the contact."""
+    contact = builders.add_contact(email, userId=builders.add_user(f"other-{email}"))
+    return builders.add_profile(email=email, firstName="Zelda"), contact
+
+
+def test_every_row_in_error_has_one_line_and_others_have_none(database: Database) -> None:
+    profile, contact = add_a_conflict()
+    first, second = builders.add_lead("zelda"), builders.add_lead("quimby", "CONVERTED")
+    builders.add_lead("good@example.com")
+    builders.add_lead("GOOD@example.com")
+    builders.add_profile("ADMIN", email="admin@example.com")
+    run()
+    ended = command()
+    rows = rows_of(ended.stdout)
+    assert (ended.code, ended.stderr) == (0, "Rows in error: 3\n")
+    assert list(rows[0]) == COLUMNS
+    assert [(row["source"], row["row"], row["id"], row["reason"], row["contact_id"]) for row in rows] == [
+        ("clients", f"profiles:{profile}", profile, "conflict", contact),
+        ("converted_leads", f"leads:{second}", second, "invalid_email", ""),
+        ("active_leads", f"leads:{first}", first, "invalid_email", ""),
+    ]
+    assert rows[0]["what_to_do"] == (
+        f"Decide whose contact it is, with resolve_crm_conflict profiles:{profile}: --contact {contact} when it is "
+        "this person's, --separate and another address when it is somebody else's."
+    )
+    assert command("--csv").stdout == ended.stdout
+
+
+def test_what_the_database_said_of_a_row_is_told(database: Database) -> None:
+    builders.add_lead("zelda.quimby@example.com", firstName="Zelda")
+    with refusing_contacts("23514"):
+        run()
+    ended = command()
+    (row,) = rows_of(ended.stdout)
+    assert (row["reason"], row["sqlstate"]) == ("data_error", "23514")
+    assert "zelda" not in ended.stdout.lower()
+
+
+@pytest.mark.parametrize("reason", Reason)
+def test_each_reason_has_one_sentence_that_says_what_to_do(reason: Reason) -> None:
+    sentence = dead_letters.REMEDIES[reason].format(row="leads:1", contact="c1")
+    assert sentence.count(". ") == 0
+    assert sentence.endswith(".")
+
+
+def test_a_reason_of_a_later_version_is_exported_too(database: Database) -> None:
+    builders.add_lead("nobody")
+    run()
+    with connection.cursor() as cursor:
+        cursor.execute("UPDATE ledger_entry SET reason = 'something_new'")
+    (row,) = rows_of(command().stdout)
+    assert (row["reason"], row["what_to_do"]) == ("something_new", dead_letters.REMEDY_OF_OTHERS)
+
+
+def test_no_personal_data_unless_it_is_asked_for(database: Database) -> None:
+    add_a_conflict()
+    builders.add_profile(email="Zelda Quimby")
+    lead = builders.add_lead(" =cmd|zelda", firstName="Zelda", lastName="Quimby", phone="555 0199")
+    gone = builders.add_lead("gone")
+    run()
+    database.rows("DELETE FROM leads WHERE id = %s RETURNING id", gone)
+    ended = command()
+    assert [word for word in ("zelda", "quimby", "555 0199") if word in (ended.stdout + ended.stderr).lower()] == []
+    rows = rows_of(command("--with-email").stdout)
+    assert list(rows[0]) == [*COLUMNS, "email"]
+    assert sorted(row["email"] for row in rows) == ["", "' =cmd|zelda", "Zelda Quimby", "zelda.quimby@example.com"]
+    assert [row["email"] for row in rows if row["id"] == lead] == ["' =cmd|zelda"]
+
+
+@pytest.mark.parametrize(
+    "text", ["=1+1", "+1", "-1", "@sum", "\t=1", "\n=1", "\r\n@x", " =1", "\N{NO-BREAK SPACE}=1", "\tx"]
+)
+def test_no_cell_is_a_formula(text: str) -> None:
+    assert cell(text) == f"'{text}"
+
+
+@pytest.mark.parametrize(("value", "expected"), [(None, ""), ("", ""), ("a=1", "a=1"), ("x@y", "x@y"), (3, "3")])
+def test_other_cells_are_as_they_are(value: object, expected: str) -> None:
+    assert cell(value) == expected
+
+
+def test_a_file_is_readable_by_its_owner_alone(database: Database, tmp_path: Path) -> None:
+    builders.add_lead("nobody")
+    run()
+    file = tmp_path / "errors.csv"
+    file.touch(mode=0o644)
+    ended = command("--with-email", "--output", str(file))
+    assert (ended.code, ended.stdout, ended.stderr) == (0, "", "Rows in error: 1\n")
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert file.read_text(encoding="utf-8") == command("--with-email").stdout
+
+
+def test_wrong_usage_and_databases_that_do_not_fit_exit_with_two(database: Database, tmp_path: Path) -> None:
+    assert command("--no-such-thing").code == 2
+    ended = command("--output", str(tmp_path / "missing" / "errors.csv"))
+    assert ended.code == 2
+    assert "--output" in ended.stderr
+    with without_own_schema():
+        ended = command()
+    assert ended.code == 2
+    assert ended.stderr.count("\n") == 1
+    assert "no ledger" in ended.stderr
+
+
+def test_a_database_that_breaks_off_quotes_nobody(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dead_letters, "_DEAD_LETTERS", "SELECT 'zelda'::integer")
+    ended = command()
+    assert ended.code == 2
+    assert "DataError (22P02)" in ended.stderr
+    assert "zelda" not in ended.stderr
+
+
+def test_nothing_is_written_and_the_right_to_select_is_enough(database: Database) -> None:
+    add_a_conflict()
+    run()
+    before = database.dump()
+    with reading_role(database) as role:
+        with connection.cursor() as cursor:
+            cursor.execute(f"GRANT USAGE ON SCHEMA crm_backfill TO {role}; GRANT SELECT ON ledger_entry TO {role}")
+        with acting_as(role):
+            ended = command("--with-email")
+    assert ended.code == 0
+    assert len(rows_of(ended.stdout)) == 1
+    assert database.dump() == before
+
+
+def test_lines_are_streamed(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "INSERT INTO ledger_entry (id, source, source_id, outcome, reason, run_id, source_updated_at) "
+            "SELECT n, 'active_leads', n, 'error', 'invalid_email', 1, now() FROM generate_series(1, 95) AS n"
+        )
+    monkeypatch.setattr(snapshot, "PAGE", 10)
+    with statements() as sent:
+        letters = dead_letters.dead_letters(connection, with_email=False)
+        next(letters)
+        fetched = [statement.rows for statement in sent if "FETCH" in statement.sql]
+        assert fetched == [10]
+        assert len(list(letters)) == 94
+    assert sum("FETCH" in statement.sql for statement in sent) == 10
+
+
+@pytest.mark.process
+def test_a_reader_who_has_seen_enough_gets_no_traceback(database: Database) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "INSERT INTO ledger_entry (id, source, source_id, outcome, reason, run_id, source_updated_at) "
+            "SELECT n, 'active_leads', n, 'error', 'invalid_email', 1, now() FROM generate_series(1, 20000) AS n"
+        )
+    process = start("export_backfill_errors", url=database_url())
+    assert process.stdout is not None
+    assert process.stderr is not None
+    with process.stdout, process.stderr:
+        assert process.stdout.readline().startswith("source,")
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.wait(timeout=60) == 0
+
+
+def test_the_order_is_that_of_a_run(database: Database) -> None:
+    for source in reversed(Source):
+        with connection.cursor() as cursor:
+            cursor.execute(
+                "INSERT INTO ledger_entry (id, source, source_id, outcome, reason, run_id, source_updated_at) "
+                "VALUES (%s, %s, '1', 'error', 'conflict', 1, now())",
+                [source, source],
+            )
+    assert [row["source"] for row in rows_of(command().stdout)] == list(Source)
