@@ -86,7 +86,8 @@ def _load_legacy_tables(**_signal: Any) -> None:
 
 
 @pytest.fixture(scope="session")
-def _migrated(django_test_environment: None, django_db_blocker: DjangoDbBlocker) -> Iterator[Database]:
+def django_db_setup(django_test_environment: None, django_db_blocker: DjangoDbBlocker) -> Iterator[Database]:
+    """The test database, migrated beside the application's tables; in the place of pytest-django's own."""
     # `migrate` is to find the application's tables, as it does everywhere else.
     pre_migrate.connect(_load_legacy_tables, dispatch_uid="tests.legacy_tables")
     with django_db_blocker.unblock():
@@ -100,9 +101,9 @@ def _migrated(django_test_environment: None, django_db_blocker: DjangoDbBlocker)
 
 
 @pytest.fixture
-def database(_migrated: Database, django_db_blocker: DjangoDbBlocker) -> Iterator[Database]:
+def database(django_db_setup: Database, django_db_blocker: DjangoDbBlocker) -> Iterator[Database]:
     """The database with empty tables of 2025_10; `database.use(...)` gives another generation."""
     with django_db_blocker.unblock():
-        _migrated.use(DEFAULT_GENERATION)
-        yield _migrated
+        django_db_setup.use(DEFAULT_GENERATION)
+        yield django_db_setup
         connection.close()
