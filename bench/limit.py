@@ -1,5 +1,8 @@
-"""The limit: what the server can do by itself. `INSERT ... SELECT ... ON CONFLICT DO NOTHING` in chunks that commit,
-with the same ledger lines. It knows no merges, conflicts or bad addresses: it is a floor for the time and no backfill."""
+"""The limit: what the server can do by itself.
+
+`INSERT ... SELECT ... ON CONFLICT DO NOTHING` in chunks that commit, with the same ledger lines. It knows no merges,
+conflicts or bad addresses: it is a floor for the time and no backfill.
+"""
 
 from __future__ import annotations
 
@@ -88,5 +91,5 @@ def run_limit(connection: psycopg.Connection[Any]) -> None:
 def _in_chunks(connection: psycopg.Connection[Any], statement: str, last_key: str) -> None:
     at: Any = "-infinity"
     identifier = ""
-    while rows := connection.execute(statement, {"id": identifier, "at": at}).fetchall():  # type: ignore[call-overload] # psycopg wants a literal
-        at, identifier = connection.execute(last_key, [[row[0] for row in rows]]).fetchone()  # type: ignore[call-overload,misc] # psycopg wants a literal
+    while rows := connection.execute(statement, {"id": identifier, "at": at}).fetchall():
+        at, identifier = connection.execute(last_key, [[row[0] for row in rows]]).fetchone()  # type: ignore[misc] # there is a last key

@@ -32,14 +32,13 @@ def measure(server: Server, database: str, arguments: list[str]) -> Measurement:
     process = subprocess.Popen(  # noqa: S603 - our own modules
         [sys.executable, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    assert process.stdout is not None
-    printed = process.stdout.read()
+    printed = process.stdout.read() if process.stdout else ""
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     wall = time.monotonic() - started
     if process.returncode not in (0, 1):
-        assert process.stderr is not None
-        raise RuntimeError(f"{arguments} ended with {process.returncode}: {process.stderr.read()[-2000:]}")
+        complaint = process.stderr.read()[-2000:] if process.stderr else ""
+        raise RuntimeError(f"{arguments} ended with {process.returncode}: {complaint}")
     answer: dict[str, Any] = json.loads(printed.splitlines()[-1])
     return Measurement(
         seconds=answer["seconds"],

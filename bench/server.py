@@ -48,7 +48,8 @@ class Server:
 
     def url(self, database: str) -> str:
         """The DATABASE_URL of one of its databases."""
-        return f"postgresql://{embedded.USER}@localhost:{self.address.port}/{database}?host={quote(self.address.host, safe='')}"
+        socket = quote(self.address.host, safe="")
+        return f"postgresql://{embedded.USER}@localhost:{self.address.port}/{database}?host={socket}"
 
     def databases(self) -> set[str]:
         """The names of its databases."""
@@ -59,12 +60,12 @@ class Server:
         """Run statements, each committed on its own."""
         with self.connect(database) as connection:
             for statement in statements:
-                connection.execute(statement)  # type: ignore[call-overload] # psycopg wants a literal
+                connection.execute(statement)
 
     def rows(self, database: str, query: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """The answer to a query."""
         with self.connect(database) as connection:
-            return list(connection.execute(query, parameters))  # type: ignore[call-overload] # psycopg wants a literal
+            return list(connection.execute(query, parameters))
 
     @contextmanager
     def copy_of(self, template: str, name: str) -> Iterator[str]:

@@ -55,7 +55,7 @@ class TimestampField(models.DateTimeField):  # type: ignore[type-arg] # django-s
 
 
 class RateField(models.DecimalField):  # type: ignore[type-arg] # django-stubs' fields are generic, Django's are not
-    """A commission rate in dollars per return, `numeric(5,2)`: never a float. PostgreSQL's own text passes untouched."""
+    """A commission rate in dollars per return, `numeric(5,2)`, never a float. PostgreSQL's text passes as it is."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"max_digits": 5, "decimal_places": 2, **kwargs})
