@@ -1,0 +1,128 @@
+"""What is written is true: options, exit codes, commands, versions and links."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from django.conf import settings
+from django.core.management import get_commands, load_command_class
+from django.core.management.base import BaseCommand
+
+from crm.backfill.outcome import Reason
+from crm.version import VERSION
+
+ROOT = Path(settings.BASE_DIR)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+COMMANDS = sorted(name for name, application in get_commands().items() if application == "crm")
+EXIT_CODES = {"0", "1", "2", "3", "4", "5"}
+DJANGOS_OWN = {
+    name
+    for action in BaseCommand().create_parser("manage.py", "any")._actions
+    for name in (action.option_strings or [action.dest])
+}
+
+
+def parser_of(command: str) -> argparse.ArgumentParser:
+    return load_command_class("crm", command).create_parser("manage.py", command)
+
+
+def actions_of(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """Every option, those of the parser's own commands too, but for what Django gives every command."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                yield from actions_of(inner)
+        elif action.option_strings and not DJANGOS_OWN & set(action.option_strings):
+            yield action
+
+
+def section(title: str) -> str:
+    """A section of the README, to the next heading of its rank or above."""
+    heading = re.search(rf"^(#+) {title}\n", README, re.MULTILINE)
+    assert heading, f"the README has no section {title}"
+    rest = README[heading.end() :]
+    end = re.search(rf"^#{{1,{len(heading[1])}}} ", rest, re.MULTILINE)
+    return rest[: end.start()] if end else rest
+
+
+def first_cells(table: str) -> list[str]:
+    """What stands in the first column of a table."""
+    return [line.split("|")[1].strip(" `") for line in table.splitlines() if line.startswith("|")][2:]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_and_each_of_its_options_have_help(command: str) -> None:
+    parser = parser_of(command)
+    assert parser.description
+    assert [action.option_strings for action in actions_of(parser) if not action.help] == []
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_can_be_printed(command: str) -> None:
+    assert "%%" not in parser_of(command).format_help()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_readme_names_every_command(command: str) -> None:
+    assert f"`{command}" in README or f"manage.py {command}" in README
+
+
+def test_the_readmes_options_are_those_of_the_command() -> None:
+    documented = [cell.split()[0] for cell in first_cells(section("Options"))]
+    actions = list(actions_of(parser_of("backfill_crm_contacts")))
+    assert documented == [action.option_strings[0] for action in actions]
+
+
+def test_the_readmes_options_take_a_value_where_the_command_does() -> None:
+    documented = {cell.split()[0]: len(cell.split()) > 1 for cell in first_cells(section("Options"))}
+    actions = actions_of(parser_of("backfill_crm_contacts"))
+    assert documented == {action.option_strings[0]: action.nargs != 0 for action in actions}
+
+
+def test_the_readme_names_each_exit_code() -> None:
+    assert set(first_cells(section("Exit codes"))) == EXIT_CODES
+
+
+def test_the_readme_names_each_reason_of_an_error() -> None:
+    named = {reason for cell in first_cells(section("Rows in error")) for reason in re.findall(r"\w+", cell)}
+    assert named == {reason.value for reason in Reason}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_the_commands_that_a_document_gives_are_there(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    assert set(re.findall(r"manage\.py ([a-z_]+)", text)) <= set(get_commands())
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert set(re.findall(r"^(?:\$ )?make ([a-z-]+)|`make ([a-z-]+)", text, re.MULTILINE)) <= {
+        pair for target in targets for pair in ((target, ""), ("", target))
+    }
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_the_links_of_a_document_lead_somewhere(document: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8")):
+        if link.startswith(("https://", "mailto:")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = document.parent / path if path else document
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors_of(target), link
+
+
+def anchors_of(document: Path) -> set[str]:
+    """The anchors of a document's headings, as they are made of them."""
+    titles = re.findall(r"^#+ (.*)$", document.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["version"] == VERSION
+    assert f"\n## [{VERSION}] - " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
