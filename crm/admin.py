@@ -29,7 +29,7 @@ from django.utils.safestring import SafeString
 
 from crm.backfill.mapping import ATTRIBUTION, contact_id
 from crm.backfill.outcome import Outcome, Reason, Source
-from crm.models import BackfillBatch, BackfillRun, CRMContact, LedgerEntry
+from crm.models import BackfillBatch, BackfillRun, CRMContact, LedgerEntry, Rollback
 from crm.models.ledger import RunStatus
 
 admin.site.site_header = admin.site.site_title = "CRM contacts backfill"
@@ -374,7 +374,7 @@ class RunAdmin(ReadOnlyAdmin):
     inlines = (BatchInline,)
     fieldsets = (
         (None, {"fields": ("kind", "status", "failure", "ledger")}),
-        ("Rows", {"fields": ("read", *OUTCOMES, "error_new", "balanced", "tables")}),
+        ("Rows", {"fields": ("read", *OUTCOMES, "error_new", "balanced", "tables", "taken_back")}),
         ("When", {"fields": ("started_at", "heartbeat_at", "finished_at", "duration")}),
         ("Who and what", {"fields": ("operator", "host", "process_id", "version", "generation", "asked")}),
     )
@@ -393,6 +393,12 @@ class RunAdmin(ReadOnlyAdmin):
     def tables(self, run: BackfillRun) -> str:
         """The census."""
         return _indented(run.census) if run.census is not None else "-"
+
+    @admin.display
+    def taken_back(self, run: BackfillRun) -> str:
+        """What a rollback took back."""
+        counts = Rollback.objects.filter(run=run).values().first()
+        return _indented(counts) if counts else "-"
 
     @admin.display(description="ledger lines")
     def ledger(self, run: BackfillRun) -> SafeString:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from html import unescape
+from io import StringIO
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from django.contrib import admin
 from django.contrib.admin.utils import flatten_fieldsets, quote
 from django.contrib.auth.models import Permission, User
 from django.contrib.sessions.models import Session
+from django.core.management import call_command
 from django.db import connection, models
 from django.test import Client
 from django.test.utils import CaptureQueriesContext
@@ -19,7 +21,7 @@ from django.urls import reverse
 
 from crm import admin as crm_admin
 from crm.backfill.mapping import contact_id
-from crm.models import BackfillBatch, BackfillRun, CRMContact, LedgerEntry
+from crm.models import BackfillBatch, BackfillRun, CRMContact, LedgerEntry, Rollback
 from tests.builders import UPDATED_AT, add_contact, add_lead, add_many_leads, add_profile
 from tests.commands import run
 from tests.conftest import Database
@@ -192,6 +194,15 @@ def test_a_run_is_shown_with_its_counts_its_batches_and_the_way_to_its_rows(brow
     assert '"batch_size": 2' in text(answer)
     assert number in listed(browser, BackfillRun, kind="backfill", status="finished")
     assert listed(browser, BackfillRun, status="failed") == set()
+
+
+def test_a_rollback_is_shown_with_what_it_took_back(browser: Client) -> None:
+    add_lead("ann@example.com")
+    number = run()["run"]
+    call_command("rollback_crm_backfill", number, "--no-progress", stdout=StringIO())
+    rollback = Rollback.objects.get(of=number)
+    assert "Taken back: -" in page(browser, BackfillRun, number)
+    assert '"contacts_reversed": 1' in page(browser, BackfillRun, rollback.pk)
 
 
 def test_a_run_that_is_going_is_shown(browser: Client) -> None:

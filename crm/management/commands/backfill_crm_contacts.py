@@ -66,7 +66,7 @@ class Command(BaseCommand):
         parser.add_argument(
             "--max-errors",
             type=_ceiling,
-            metavar="N|N%%",
+            metavar="N|N%",
             help="end the run when more rows than this are newly in error: a number, or a share of the rows read",
         )
         parser.add_argument(
