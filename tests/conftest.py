@@ -13,11 +13,16 @@ import pytest
 from django.db import connection
 from django.db.models.signals import pre_migrate
 from django.test.utils import setup_databases, teardown_databases
+from hypothesis import HealthCheck, settings
 from pytest_django import DjangoDbBlocker
 
 from crm.legacy_schema import create_legacy_tables
 from crm.models import BackfillBatch, BackfillRun, LedgerEntry, Rollback
 from tests.populations import add_labels
+
+# A machine that has other things to do is no reason to fail.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 LEGACY_TABLES = ("crm_stage_history", "crm_interactions", "crm_contacts", "leads", "profiles", "users")
 OWN_TABLES = tuple(model._meta.db_table for model in (LedgerEntry, BackfillBatch, Rollback, BackfillRun))

@@ -8,6 +8,7 @@ import pytest
 from pytest_django import Settings
 
 from crm.backfill.mapping import contact_id, normalised
+from crm.backfill.outcome import Source
 from tests.builders import add_contact, add_lead, add_many_leads, add_profile, add_user, contact_with, contacts, ledger
 from tests.commands import run, statements
 from tests.conftest import Database
@@ -247,7 +248,7 @@ def test_each_role_of_each_generation_goes_its_own_way(database: Database, gener
 
 @pytest.mark.parametrize("generation", GENERATIONS)
 @pytest.mark.parametrize("dry_run", [False, True])
-@pytest.mark.parametrize("options", [{}, {"only": ("clients",)}, {"batch_size": 1}, {"limit": 100}])
+@pytest.mark.parametrize("options", [{}, {"only": (Source.CLIENTS,)}, {"batch_size": 1}, {"limit": 100}])
 def test_the_house_never_becomes_a_contact(
     database: Database, generation: str, options: dict[str, Any], *, dry_run: bool
 ) -> None:
