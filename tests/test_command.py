@@ -241,6 +241,10 @@ def test_a_dry_run_tells_of_errors_by_the_same_code(database: Database) -> None:
         ("--since", ""),
         ("--since", "0001-01-01T00:00:00+14:00"),
         ("--since", "9999-12-31T23:59:59-14:00"),
+        ("--workers", "0"),
+        ("--max-rate", "0"),
+        ("--max-errors", "some"),
+        ("--max-replica-lag", "long"),
         ("--nonsense",),
         ("nonsense",),
     ],
@@ -307,8 +311,16 @@ def test_exit_code_5_when_the_identity_does_not_hold(database: Database) -> None
         finished = backfill("--no-progress")
     assert finished.code == 5
     assert "(DOES NOT HOLD)" in finished.stdout
+    assert "The run failed: the identity does not hold." in finished.stdout
     (record,) = BackfillRun.objects.all()
-    assert (record.status, record.balanced) == (RunStatus.FAILED, False)
+    assert (record.status, record.balanced, record.failure) == (RunStatus.FAILED, False, "the identity does not hold")
+
+
+def test_json_tells_that_the_identity_does_not_hold(database: Database) -> None:
+    add_many_leads(3)
+    with losing_ledger_lines():
+        answer = backfill("--json", "--no-progress").answer
+    assert (answer["status"], answer["balanced"], answer["failure"]) == ("failed", False, "the identity does not hold")
 
 
 # What was asked

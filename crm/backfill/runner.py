@@ -229,10 +229,12 @@ def _close(run: BackfillRun, report: RunReport, before: Census | None) -> RunRep
         after = take_census(connection, report.facts)
     balanced = totals.balances and (after is None or after.balances) and _ledger_agrees(run, totals)
     report = replace(report, by_source=by_source, totals=totals, census=after, balanced=balanced)
+    if not balanced:
+        report = replace(report, status=RunStatus.FAILED, failure="the identity does not hold")
     fence.release(
         run.pk,
-        report.status if balanced else RunStatus.FAILED,
-        failure=report.failure if balanced else "the identity does not hold",
+        report.status,
+        failure=report.failure,
         census=_recorded(after) if after else None,
         balanced=balanced,
     )
