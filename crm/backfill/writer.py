@@ -22,7 +22,7 @@ from crm.backfill.known import ContactLookup
 from crm.backfill.mapping import ATTRIBUTION, ContactDraft, MappedRow
 from crm.backfill.outcome import Decision, Outcome, Reason, Refusal, Source, Totals
 from crm.backfill.plan import ASSIGNMENT_UNIT, ATTRIBUTION_UNIT, PROFILE_FILLS
-from crm.backfill.settle import Settled, settle
+from crm.backfill.settle import Settled, UnsettledError, settle
 from crm.models import BackfillBatch, CRMContact
 
 #: More rows in one statement are no faster, and take memory on both sides.
@@ -105,6 +105,11 @@ class DatabaseStore:
         if counted == [len(drafts)]:
             return {draft.id for draft in drafts}
         return self._present(drafts)
+
+    def insert_aloud(self, draft: ContactDraft) -> None:
+        """Insert a contact, and raise for whatever is in its way."""
+        contact = CRMContact(*draft)  # type: ignore[misc] # the draft's fields are the model's, a test holds it
+        CRMContact.bulk.using(self._connection.alias).bulk_create([contact])
 
     def _present(self, drafts: Sequence[ContactDraft]) -> set[str]:
         # A row that this transaction inserted is no older than the transaction. Others under a draft's id are contacts
@@ -189,15 +194,37 @@ class BatchWriter:
         try:
             with transaction.atomic(using=self._connection.alias):
                 return settle(rows, self._store)
+        except UnsettledError:
+            refusal = self._silent_refusal(rows)
         except DatabaseError as error:
-            refusal = row_refusal(error)
-            if refusal is None:
+            told = row_refusal(error)
+            if told is None:
                 raise
+            refusal = told
         if len(rows) == 1:
             return Settled([_refused(rows[0], refusal)], Counter())
         middle = len(rows) // 2
         first, second = self._settle_apart(rows[:middle]), self._settle_apart(rows[middle:])
         return Settled(first.decisions + second.decisions, first.created_by_type + second.created_by_type)
+
+    def _silent_refusal(self, rows: Sequence[MappedRow]) -> Refusal:
+        """What keeps a row out that meets nobody: an index that we do not know, or a trigger that swallows it.
+
+        `ON CONFLICT DO NOTHING` does not tell, so it is left out, in a savepoint that is rolled back.
+        """
+        drafts = [row.draft for row in rows if row.draft]
+        if len(rows) > 1 or not drafts:
+            return _NO_REFUSAL
+        try:
+            with transaction.atomic(using=self._connection.alias):
+                self._store.insert_aloud(drafts[0])
+                transaction.set_rollback(True, using=self._connection.alias)
+        except DatabaseError as error:
+            refusal = row_refusal(error)
+            if refusal is None:
+                raise
+            return refusal
+        return _NO_REFUSAL
 
     def _write_ledger(self, source: Source, decisions: Sequence[Decision]) -> None:
         fresh = [decision for decision in decisions if decision.known_reason is None]
