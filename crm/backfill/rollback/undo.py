@@ -41,9 +41,9 @@ from crm.backfill.rollback.verdict import (
 from crm.backfill.writer import Timeouts
 from crm.models import CRMContact, LedgerEntry, Rollback
 
-# The first of these has to be the first statement of the transaction: a snapshot that is taken only once would not see
-# what was committed while the locks were waited for. The lock on the table is that of any writer; it keeps out whoever
-# would give the table one more foreign key.
+# The first of these has to be the first statement of the transaction. With one snapshot for all of it, the DELETE would
+# not see what was committed while the locks were waited for; PostgreSQL would notice, and refuse the batch. The lock on
+# the table is that of any writer; it keeps out whoever would give the table one more foreign key.
 _MANNERS = """
 SET TRANSACTION ISOLATION LEVEL READ COMMITTED;
 SET LOCAL lock_timeout = {lock};
