@@ -1,0 +1,250 @@
+"""Moments at which the server has no time, no lock or no connection: the batch is tried again, and nothing is lost."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from django.db import OperationalError, connection
+
+from crm.backfill import workers
+from crm.backfill.pipeline import Retries
+from crm.backfill.writer import Timeouts
+from crm.models import BackfillRun
+from tests.builders import CREATED_AT, add_many_leads, contacts, ledger
+from tests.circumstances import INSERTS_CONTACTS
+from tests.commands import backfill, run
+from tests.conftest import Database
+from tests.processes import session
+from tests.test_interruption import PEOPLE, SIZE, as_an_undisturbed_run_ends
+
+CAUSES = {
+    "40001": "serialization failure",
+    "40P01": "deadlock",
+    "53300": "too many connections",
+    "55P03": "lock timeout",
+    "57014": "statement timeout",
+    "57P01": "server shut down the connection",
+    "57P02": "server crashed",
+    "57P03": "server is starting",
+    "08006": "connection lost",
+}
+TIMEOUTS = ("55P03", "57014")
+#: The statements of a batch, by what they begin with.
+PLACES = ("SET LOCAL", "SAVEPOINT", INSERTS_CONTACTS, "INSERT INTO ledger_entry", 'INSERT INTO "backfill_batch"')
+MOST_TRIES = 5
+
+# What fails is tried again in the test that says so, and at no other test's expense.
+pytestmark = pytest.mark.usefixtures("impatience")
+
+
+@pytest.fixture
+def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no try wait for long."""
+    monkeypatch.setattr(Retries.__init__, "__defaults__", (MOST_TRIES, 0.001))
+
+
+@contextmanager
+def when(
+    place: str, numbers: Callable[[int], bool], happening: Callable[[Callable[[str], Any]], object]
+) -> Iterator[None]:
+    """Call `happening` just before statements that begin like `place`; numbered from 1 on. It is given a way to send
+    a statement on the run's own connection."""
+    count = 0
+
+    def watch(execute: Any, sql: str, parameters: Any, many: bool, context: dict[str, Any]) -> Any:  # noqa: FBT001 - Django's signature
+        nonlocal count
+        if str(sql).strip().startswith(place):
+            count += 1
+            if numbers(count):
+                happening(lambda statement: execute(statement, None, False, context))  # noqa: FBT003 - Django's signature
+        return execute(sql, parameters, many, context)
+
+    with connection.execute_wrapper(watch):
+        yield
+    assert count, "there was no such statement"
+
+
+def failing_with(sqlstate: str) -> Callable[[Callable[[str], Any]], object]:
+    """The server's own error, which quotes what it should not."""
+    return lambda send: send(f"DO $$ BEGIN RAISE 'person-3@example.com' USING ERRCODE = '{sqlstate}'; END $$")
+
+
+def third(number: int) -> bool:
+    return number == 3
+
+
+def retries_told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if record.levelno == logging.WARNING and "trying the batch again" in record.getMessage()
+    ]
+
+
+def halvings_told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if "after a timeout" in record.getMessage()]
+
+
+def sizes_of_batches() -> list[int]:
+    return [batch.read for batch in BackfillRun.objects.latest("id").batches.order_by("id")]
+
+
+@pytest.mark.parametrize("sqlstate", CAUSES)
+def test_a_bad_moment_is_waited_for(database: Database, caplog: pytest.LogCaptureFixture, sqlstate: str) -> None:
+    with as_an_undisturbed_run_ends(database):
+        with when(INSERTS_CONTACTS, third, failing_with(sqlstate)):
+            finished = backfill("--batch-size", str(SIZE), "--no-progress", "--json")
+        assert (finished.code, finished.answer["status"], finished.answer["balanced"]) == (1, "finished", True)
+        (told,) = retries_told(caplog)
+        assert told.startswith(f"{CAUSES[sqlstate]}: trying the batch again in ")
+        assert "(try 1 of 5)" in told
+        if sqlstate in TIMEOUTS:
+            assert halvings_told(caplog) == [f"batch size: {SIZE} -> {SIZE // 2} rows after a timeout"]
+            assert SIZE // 2 in sizes_of_batches()
+        else:
+            assert halvings_told(caplog) == []
+    assert "person-3" not in caplog.text
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("sqlstate", ["40P01", "57014"])
+def test_wherever_in_a_batch_it_comes(database: Database, place: str, sqlstate: str) -> None:
+    with as_an_undisturbed_run_ends(database):
+        with when(place, third, failing_with(sqlstate)):
+            answer = run(batch_size=SIZE)
+        assert (answer["status"], answer["balanced"]) == ("finished", True)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_backends_of_a_run_are_terminated(database: Database, caplog: pytest.LogCaptureFixture, place: str) -> None:
+    def terminate(_send: object) -> None:
+        with session() as administrator:
+            administrator.execute(
+                "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity "
+                "WHERE application_name = 'crm_backfill' AND datname = current_database()"
+            )
+
+    with as_an_undisturbed_run_ends(database):
+        with when(place, third, terminate):
+            answer = run(batch_size=SIZE)
+        assert (answer["status"], answer["balanced"]) == ("finished", True)
+        told = retries_told(caplog)
+        # The reader's connection, which was terminated as well, may need a try of its own.
+        assert 1 <= len(told) <= 2
+        assert {line.split(":")[0] for line in told} <= {"server shut down the connection", "connection lost"}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_answer_to_a_commit_is_lost(
+    database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, batch: int
+) -> None:
+    commit = type(connection._connections[connection._alias])._commit  # type: ignore[attr-defined] # of the proxy
+    commits = 0
+
+    def lose_the_answer(wrapper: Any) -> None:
+        nonlocal commits
+        commit(wrapper)
+        commits += 1
+        if commits == batch + 1:  # the claim of the fence is the first
+            wrapper.connection.close()
+            raise OperationalError("server closed the connection unexpectedly")
+
+    with as_an_undisturbed_run_ends(database):
+        with monkeypatch.context() as patch:
+            patch.setattr(type(connection._connections[connection._alias]), "_commit", lose_the_answer)  # type: ignore[attr-defined]
+            answer = run(batch_size=SIZE)
+        assert (answer["status"], answer["balanced"]) == ("finished", True)
+        assert answer["read"] == len(ledger())
+        assert len(retries_told(caplog)) == 1
+
+
+def test_a_lock_that_somebody_holds(
+    database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(workers, "Timeouts", lambda: Timeouts(lock=50))
+    with as_an_undisturbed_run_ends(database), session() as somebody:
+        somebody.execute(
+            'INSERT INTO public.crm_contacts (id, "contactType", "firstName", "lastName", email, "updatedAt") '
+            "VALUES ('somebody', 'LEAD', '', '', 'person-25@example.com', %s)",
+            [CREATED_AT],
+        )
+
+        def let_go(record: logging.LogRecord) -> bool:
+            if record.getMessage().startswith("lock timeout"):
+                somebody.rollback()
+            return True
+
+        logger = logging.getLogger("crm.backfill.pipeline")
+        logger.addFilter(let_go)
+        try:
+            answer = run(batch_size=SIZE)
+        finally:
+            logger.removeFilter(let_go)
+        assert (answer["status"], answer["balanced"]) == ("finished", True)
+        assert retries_told(caplog)[0].startswith("lock timeout: ")
+        assert halvings_told(caplog)[0] == f"batch size: {SIZE} -> {SIZE // 2} rows after a timeout"
+
+
+def test_a_batch_that_takes_too_long_is_halved_until_it_gets_through(
+    database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(workers, "Timeouts", lambda: Timeouts(statement=500))
+    database.change(
+        """
+        CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+            IF (SELECT count(*) FROM new_rows) > 10 THEN PERFORM pg_sleep(30); END IF;
+            RETURN NULL;
+        END $$;
+        CREATE TRIGGER slow AFTER INSERT ON crm_contacts REFERENCING NEW TABLE AS new_rows
+        FOR EACH STATEMENT EXECUTE FUNCTION slow()
+        """
+    )
+    add_many_leads(40)
+    answer = run(batch_size=40)
+    assert (answer["status"], answer["created"]) == ("finished", 40)
+    assert halvings_told(caplog)[:2] == [
+        "batch size: 40 -> 20 rows after a timeout",
+        "batch size: 20 -> 10 rows after a timeout",
+    ]
+    assert max(sizes_of_batches()) <= 10
+
+
+@pytest.mark.parametrize("sqlstate", ["40P01", "57014", "08006"])
+def test_what_does_not_pass_ends_the_run_and_the_next_one_goes_on(
+    database: Database, caplog: pytest.LogCaptureFixture, sqlstate: str
+) -> None:
+    with as_an_undisturbed_run_ends(database):
+        with when(INSERTS_CONTACTS, lambda number: number >= 3, failing_with(sqlstate)):
+            finished = backfill("--batch-size", str(SIZE), "--no-progress", "--json")
+        assert (finished.code, finished.answer["status"]) == (5, "failed")
+        assert sqlstate in finished.answer["failure"]
+        failed = BackfillRun.objects.get()
+        assert (failed.status, failed.failure) == ("failed", finished.answer["failure"])
+        assert 0 < failed.read == len(ledger()) < PEOPLE
+        told = retries_told(caplog)
+        assert [line[-13:] for line in told] == [f"(try {number} of 5)" for number in range(1, MOST_TRIES + 1)]
+        assert backfill("--batch-size", str(SIZE), "--no-progress").code == 1, "the one row in error"
+    assert "person-3" not in caplog.text + finished.stderr + finished.stdout
+
+
+def test_tries_are_counted_for_each_batch_anew(database: Database, caplog: pytest.LogCaptureFixture) -> None:
+    add_many_leads(PEOPLE)
+    with when(INSERTS_CONTACTS, lambda number: number % 4 != 0, failing_with("40001")):
+        assert run(batch_size=SIZE)["status"] == "finished"
+    assert len(retries_told(caplog)) == 3 * PEOPLE // SIZE
+    assert len(contacts()) == PEOPLE
+
+
+def test_an_error_that_is_nobodys_fault_is_not_tried_again(
+    database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    add_many_leads(PEOPLE)
+    with when(INSERTS_CONTACTS, third, failing_with("42501")):
+        answer = run(batch_size=SIZE)
+    assert (answer["status"], retries_told(caplog)) == ("failed", [])
+    assert "42501" in answer["failure"]
+    assert run(batch_size=SIZE)["created"] == PEOPLE - 2 * SIZE
