@@ -226,7 +226,7 @@ def test_what_does_not_pass_ends_the_run_and_the_next_one_goes_on(
         assert (failed.status, failed.failure) == ("failed", finished.answer["failure"])
         assert 0 < failed.read == len(ledger()) < PEOPLE
         told = retries_told(caplog)
-        assert [line[-13:] for line in told] == [f"(try {number} of 5)" for number in range(1, MOST_TRIES + 1)]
+        assert [line[-12:] for line in told] == [f"(try {number} of 5)" for number in range(1, MOST_TRIES + 1)]
         assert backfill("--batch-size", str(SIZE), "--no-progress").code == 1, "the one row in error"
     assert "person-3" not in caplog.text + finished.stderr + finished.stdout
 
