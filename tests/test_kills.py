@@ -1,0 +1,211 @@
+"""A run that is killed, at whatever moment: the next one goes on, and ends as if nobody had disturbed the first."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from django.db import connection
+
+from crm.models import BackfillRun
+from tests.builders import add_contact, add_lead, add_many_leads, add_profile, contacts
+from tests.commands import run
+from tests.conftest import Database
+from tests.processes import database_url, start
+
+#: How many moments are tried; more of them find more.
+MOMENTS = 12
+MOMENTS_WITH_WORKERS = 4
+SEED = 20250101
+PEOPLE = 500
+PROFILES = 40
+BATCH_SIZE = 20
+#: Long enough for a machine with much else to do; nothing waits for its end.
+AT_MOST_SECONDS = 60
+# Every column but the two that say when, and in which run.
+_LEDGER = """
+SELECT id, source, source_id, outcome, reason, contact_id, source_updated_at, filled, sqlstate, "constraint", "column"
+  FROM ledger_entry ORDER BY id
+"""
+
+
+def populate(people: int = PEOPLE, profiles: int = PROFILES) -> None:
+    """People of every source who meet one another and contacts that are there, and rows in error."""
+    for number in range(profiles):
+        role = ("CLIENT", "TAX_PREPARER", "AFFILIATE")[number % 3]
+        email = None if number % 7 == 0 else f"person-{number * 3}@example.com"
+        add_profile(role, email=email, companyName="A company", phone="555 0199")
+    add_many_leads(people)
+    add_many_leads(people // 5, "CONVERTED", first=people // 2)
+    for number in range(5):
+        add_contact(f"Person-{number * 17 + 1}@example.com")
+        add_lead("not-an-address", createdAt=f"2025-01-0{number + 1}")
+        add_lead(f"person-{number * 13}@example.com", createdAt="2025-01-03", referrerUsername="ref")
+
+
+def everything(database: Database) -> tuple[Any, Any]:
+    return contacts(), database.rows(_LEDGER)
+
+
+def totals(database: Database) -> list[tuple[Any, ...]]:
+    """What all runs' batches together made of the rows, an error that was tried again counted once."""
+    return database.rows(
+        "SELECT source, sum(created), sum(merged), sum(exists), sum(error_new) "
+        "FROM backfill_batch GROUP BY 1 ORDER BY 1"
+    )
+
+
+class Undisturbed:
+    """A population, how a run that nobody disturbs ends with it, and the way back to the beginning."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._before = [identifier for (identifier,) in database.rows("SELECT id FROM crm_contacts")]
+        run(batch_size=BATCH_SIZE)
+        self.end = everything(database)
+        self.totals = totals(database)
+        self.reset()
+
+    def reset(self) -> None:
+        self._database.rows("DELETE FROM crm_contacts WHERE id <> ALL(%s) RETURNING id", self._before)
+        for table in ("ledger_entry", "backfill_batch", "backfill_run"):
+            self._database.rows(f"DELETE FROM {table} RETURNING id")
+
+    def assert_reached(self) -> None:
+        assert everything(self._database) == self.end
+        assert totals(self._database) == self.totals
+        assert self._database.rows("SELECT status FROM backfill_run WHERE status = 'running'") == []
+
+
+def lines(database: Database) -> int:
+    ((count,),) = database.rows("SELECT count(*) FROM ledger_entry")
+    return int(count)
+
+
+@contextmanager
+def the_command(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    process = start(
+        "backfill_crm_contacts", "--no-progress", "--batch-size", str(BATCH_SIZE), *arguments, url=database_url()
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def kill_after(database: Database, number: int, delay: float, *arguments: str) -> None:
+    """Start the command, and kill it a little after so many lines of the ledger have been committed."""
+    with the_command(*arguments) as process:
+        end = time.monotonic() + AT_MOST_SECONDS
+        while lines(database) < number and process.poll() is None:
+            assert time.monotonic() < end, "it did not get there"
+            time.sleep(0.002)
+        time.sleep(delay)
+
+
+def moments(count: int) -> list[tuple[int, float]]:
+    """Seeded moments, spread over a run: lines of the ledger, and seconds after them."""
+    chance = random.Random(SEED)  # noqa: S311 - the same moments in every run of the tests
+    step = (PEOPLE + PROFILES) / count
+    return [(round(step * (number + chance.random())), chance.uniform(0, 0.03)) for number in range(count)]
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("slot", range(2))
+def test_a_killed_command_leaves_nothing_that_the_next_run_does_not_put_right(database: Database, slot: int) -> None:
+    populate()
+    undisturbed = Undisturbed(database)
+    interrupted = 0
+    for number, delay in moments(MOMENTS)[slot::2]:
+        kill_after(database, number, delay)
+        interrupted += BackfillRun.objects.running().count()
+        assert run(batch_size=BATCH_SIZE)["balanced"] is True
+        undisturbed.assert_reached()
+        undisturbed.reset()
+    assert interrupted, "at least one was killed in the middle"
+
+
+@pytest.mark.process
+def test_workers_whose_parent_is_killed_do_no_harm_to_the_next_run(database: Database) -> None:
+    populate()
+    undisturbed = Undisturbed(database)
+    for number, delay in moments(MOMENTS_WITH_WORKERS):
+        kill_after(database, number, delay, "--workers", "2")
+        # The workers may still be at their last batch when this one begins.
+        answer = run(batch_size=BATCH_SIZE)
+        assert (answer["status"], answer["balanced"]) == ("finished", True)
+        undisturbed.assert_reached()
+        undisturbed.reset()
+
+
+@pytest.mark.process
+def test_a_run_that_is_killed_again_and_again_gets_to_its_end(database: Database) -> None:
+    populate()
+    undisturbed = Undisturbed(database)
+    for _ in range(5):
+        kill_after(database, lines(database) + 60, 0.01)
+    run(batch_size=BATCH_SIZE)
+    undisturbed.assert_reached()
+
+
+class Killed(BaseException):
+    """Nobody catches this, as nobody outlives a kill."""
+
+
+@contextmanager
+def killed_at(statement: int, *, is_done: bool) -> Iterator[list[str]]:
+    """End everything at the statement of this number, before it is sent or after it is done."""
+    sent: list[str] = []
+
+    def watch(execute: Any, sql: str, parameters: Any, many: bool, context: dict[str, Any]) -> Any:  # noqa: FBT001 - Django's signature
+        sent.append(str(sql))
+        if len(sent) == statement and not is_done:
+            raise Killed
+        result = execute(sql, parameters, many, context)
+        if len(sent) == statement:
+            raise Killed
+        return result
+
+    with connection.execute_wrapper(watch):
+        yield sent
+
+
+def a_dead_process() -> int:
+    """The id of a process that is no more."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+# Whoever is killed closes no cursor.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("is_done", [False, True])
+def test_killed_at_each_statement_of_a_run(database: Database, is_done: bool) -> None:  # noqa: FBT001 - a parameter of the test
+    """Each statement of every batch, and those before the first and after the last as well."""
+    populate(people=25, profiles=9)
+    undisturbed = Undisturbed(database)
+    gone = a_dead_process()
+    statement = killed = 0
+    while True:
+        statement += 1
+        try:
+            with killed_at(statement, is_done=is_done):
+                run(batch_size=BATCH_SIZE)
+        except Killed:
+            killed += 1
+        else:
+            break
+        finally:
+            connection.close()
+        BackfillRun.objects.running().update(process_id=gone)
+        run(batch_size=BATCH_SIZE)
+        undisturbed.assert_reached()
+        undisturbed.reset()
+    assert killed > 40, "several batches, and what is around them"
