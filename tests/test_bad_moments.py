@@ -15,12 +15,12 @@ from crm.backfill.pipeline import Retries
 from crm.backfill.writer import Timeouts
 from crm.models import BackfillRun
 from tests.builders import CREATED_AT, add_many_leads, contacts, ledger
-from tests.circumstances import INSERTS_CONTACTS
 from tests.commands import backfill, run
 from tests.conftest import Database
 from tests.processes import session
 from tests.test_interruption import PEOPLE, SIZE, as_an_undisturbed_run_ends
 
+INSERTS_CONTACTS = 'INSERT INTO "crm_contacts"'
 CAUSES = {
     "40001": "serialization failure",
     "40P01": "deadlock",
@@ -195,12 +195,12 @@ def test_a_batch_that_takes_too_long_is_halved_until_it_gets_through(
     monkeypatch.setattr(workers, "Timeouts", lambda: Timeouts(statement=500))
     database.change(
         """
-        CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+        CREATE FUNCTION public.slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
             IF (SELECT count(*) FROM new_rows) > 10 THEN PERFORM pg_sleep(30); END IF;
             RETURN NULL;
         END $$;
         CREATE TRIGGER slow AFTER INSERT ON crm_contacts REFERENCING NEW TABLE AS new_rows
-        FOR EACH STATEMENT EXECUTE FUNCTION slow()
+        FOR EACH STATEMENT EXECUTE FUNCTION public.slow()
         """
     )
     add_many_leads(40)
@@ -248,3 +248,24 @@ def test_an_error_that_is_nobodys_fault_is_not_tried_again(
     assert (answer["status"], retries_told(caplog)) == ("failed", [])
     assert "42501" in answer["failure"]
     assert run(batch_size=SIZE)["created"] == PEOPLE - 2 * SIZE
+
+
+def test_a_worker_that_fails_makes_the_run_a_failed_one_though_the_others_are_merely_stopped(
+    database: Database,
+) -> None:
+    database.change(
+        """
+        CREATE FUNCTION public.deadlocked() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+            IF NEW.email = 'person-1@example.com' THEN RAISE 'no' USING ERRCODE = '40P01'; END IF;
+            RETURN NEW;
+        END $$;
+        CREATE TRIGGER deadlocked BEFORE INSERT ON crm_contacts FOR EACH ROW EXECUTE FUNCTION public.deadlocked()
+        """
+    )
+    add_many_leads(1000)
+    finished = backfill("--workers", "2", "--batch-size", "5", "--no-progress", "--json")
+    assert (finished.code, finished.answer["status"]) == (5, "failed")
+    assert "40P01" in finished.answer["failure"]
+    database.change("DROP FUNCTION public.deadlocked() CASCADE")
+    assert backfill("--workers", "2", "--no-progress").code == 0
+    assert len(contacts()) == 1000

@@ -13,11 +13,11 @@ from django.db import connection
 
 from crm.models import BackfillRun
 from tests.builders import add_contact, add_lead, add_many_leads, add_profile, contact_with, contacts, ledger
-from tests.circumstances import INSERTS_CONTACTS
 from tests.commands import backfill, run, statements
 from tests.conftest import Database
 from tests.processes import session
 
+INSERTS_CONTACTS = 'INSERT INTO "crm_contacts"'
 PEOPLE = 40
 BAD = "bad@example.com"
 #: Savepoint, look at the spellings, insert, roll back to the savepoint and release it.
@@ -37,17 +37,17 @@ class Obstacle:
 
 def raising(condition: str, trigger: str = "TRIGGER", when: str = "BEFORE INSERT OR UPDATE", how: str = "") -> str:
     return f"""
-        CREATE FUNCTION obstacle() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+        CREATE FUNCTION public.obstacle() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
             IF {condition} THEN RAISE EXCEPTION 'not %', NEW.email {how}; END IF;
             RETURN NEW;
         END $$;
         CREATE {trigger} obstacle {when} ON crm_contacts
         {"DEFERRABLE INITIALLY DEFERRED" if trigger == "CONSTRAINT TRIGGER" else ""}
-        FOR EACH ROW EXECUTE FUNCTION obstacle()
+        FOR EACH ROW EXECUTE FUNCTION public.obstacle()
     """
 
 
-NO_TRIGGER = "DROP FUNCTION obstacle() CASCADE"
+NO_TRIGGER = "DROP FUNCTION public.obstacle() CASCADE"
 IS_BAD = "NEW.email LIKE 'bad%'"
 OBSTACLES = {
     "check constraint": Obstacle(
@@ -80,10 +80,10 @@ OBSTACLES = {
     ),
     "trigger that swallows": Obstacle(
         f"""
-        CREATE FUNCTION obstacle() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+        CREATE FUNCTION public.obstacle() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
             IF {IS_BAD} THEN RETURN NULL; END IF; RETURN NEW;
         END $$;
-        CREATE TRIGGER obstacle BEFORE INSERT ON crm_contacts FOR EACH ROW EXECUTE FUNCTION obstacle()
+        CREATE TRIGGER obstacle BEFORE INSERT ON crm_contacts FOR EACH ROW EXECUTE FUNCTION public.obstacle()
         """,
         NO_TRIGGER,
         None,

@@ -174,7 +174,9 @@ class Crew:
                 self._everybody_stop.set()
             for ready in wait([worker.messages for worker in busy], timeout=LOOK_UP_EVERY):
                 worker = next(worker for worker in busy if worker.messages is ready)
-                trouble = self._hear(worker, source) or trouble
+                heard = self._hear(worker, source)
+                # The first is the cause; the others stop because they were asked to.
+                trouble = trouble or heard
             if trouble is not None:
                 self._everybody_stop.set()
         if trouble is not None:

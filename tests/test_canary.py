@@ -1,0 +1,212 @@
+"""Nobody's data leaves the tables: all that is known of people carries a mark, and no failure tells it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
+from io import StringIO
+from typing import Any
+
+import pytest
+from django.core.management import call_command
+from django.db import connection
+
+from crm.backfill import workers
+from crm.backfill.pipeline import Retries
+from crm.backfill.writer import Timeouts
+from tests.builders import add_contact, add_lead, add_profile, add_user
+from tests.circumstances import refusing_contacts
+from tests.commands import backfill
+from tests.conftest import OWN_TABLES, Database
+from tests.processes import database_url, manage, session
+
+INSERTS_CONTACTS = 'INSERT INTO "crm_contacts"'
+MARK = "canary7q"
+#: The mark in every text that a person may have given.
+PERSON = {"firstName": f"First{MARK}", "lastName": f"Last{MARK}", "phone": f"555{MARK}"}
+LEAD = PERSON | {
+    name: f"{name}{MARK}"
+    for name in (
+        *("source", "referrerUsername", "referrerType", "attributionMethod", "message", "contactNotes", "userAgent"),
+        *("utmCampaign", "assignedPreparerId", "taxSituation", "ptin"),
+    )
+}
+QUOTING = f"""
+    CREATE FUNCTION public.quoting() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+        IF NEW.email LIKE 'trigger%' THEN
+            RAISE EXCEPTION 'no %', NEW.email USING DETAIL = NEW."firstName", HINT = NEW.phone, ERRCODE = '23514';
+        END IF;
+        RAISE WARNING 'seen {MARK} %', NEW.email;
+        RETURN NEW;
+    END $$;
+    CREATE TRIGGER quoting BEFORE INSERT OR UPDATE ON crm_contacts FOR EACH ROW EXECUTE FUNCTION public.quoting()
+"""
+
+
+def populate() -> None:
+    """Rows that end in every outcome and every error."""
+    clerk_id = f"clerk{MARK}"
+    for number in range(3):
+        add_profile(email=f"person-{number}@{MARK}.example", companyName=f"Company {MARK}", **PERSON)
+        add_lead(f"person-{number}@{MARK}.example", **LEAD)
+        add_lead(f"lead-{number}@{MARK}.example", **LEAD)
+    for kind in ("check", "trigger"):
+        add_profile(email=f"{kind}@{MARK}.example", companyName=f"Company {MARK}", **PERSON)
+        add_lead(f"{kind}-lead@{MARK}.example", **LEAD)
+    add_profile(email=f"not an address {MARK}", **PERSON)
+    add_lead(f"not an address {MARK}", **LEAD)
+    add_lead(f"rate@{MARK}.example", **LEAD | {"commissionRate": "99.50"})
+    add_contact(f"Conflict@{MARK}.example", clerkUserId=clerk_id, company=MARK, **PERSON)
+    add_profile(email=f"conflict@{MARK}.example", clerkUserId=f"other{MARK}", **PERSON)
+    add_contact(f"there@{MARK}.example", userId=add_user(f"account@{MARK}.example"), **PERSON)
+    add_lead(f"There@{MARK}.example", **LEAD)
+
+
+def put_obstacles(database: Database) -> None:
+    database.change("ALTER TABLE crm_contacts ADD CONSTRAINT no_such_people CHECK (email NOT LIKE 'check%')")
+    database.change('ALTER TABLE crm_contacts ALTER "commissionRate" TYPE numeric(3,2)')
+    database.change(QUOTING)
+
+
+class Overheard:
+    """Everything that anybody may read who has no right to the tables of the application."""
+
+    def __init__(self, database: Database, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
+        self._database = database
+        self._caplog = caplog
+        self._capfd = capfd
+        self._printed: list[str] = []
+
+    def command(self, *arguments: str) -> object:
+        """The backfill, in this process; its exit code."""
+        finished = backfill(*arguments)
+        self._printed += [finished.stdout, finished.stderr]
+        return finished.code
+
+    def process(self, *arguments: str) -> int:
+        """Any command as an operator runs it; its exit code."""
+        finished = manage(*arguments, url=database_url())
+        self._printed += [finished.stdout, finished.stderr]
+        return finished.returncode
+
+    def look(self, *arguments: str) -> None:
+        """A command that shows something."""
+        shown = StringIO()
+        with redirect_stdout(shown), redirect_stderr(shown), suppress(SystemExit):
+            call_command(*arguments, stdout=shown, stderr=shown)
+        self._printed.append(shown.getvalue())
+
+    def assert_nothing_of_people(self) -> None:
+        told = [*self._printed, *self._capfd.readouterr(), self._caplog.text]
+        for record in self._caplog.records:
+            told += [record.getMessage(), repr(record.args), repr(record.exc_info)]
+        for rows in self._database.dump(*OWN_TABLES).values():
+            told += [str(row) for row in rows]
+        assert sum(map(len, told)) > 1000, "a lot was told"
+        found = [text for text in told if MARK in text.lower()]
+        assert found == []
+
+
+@pytest.fixture
+def overheard(
+    database: Database,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Overheard:
+    monkeypatch.setattr(Retries.__init__, "__defaults__", (2, 0.001))
+    caplog.set_level(logging.DEBUG)
+    # Django's own log of statements, which an operator would have to ask for, has all parameters in it.
+    caplog.set_level(logging.INFO, logger="django.db.backends")
+    return Overheard(database, caplog, capfd)
+
+
+@pytest.mark.parametrize("arguments", [(), ("--json",), ("--batch-size", "3"), ("--max-errors", "1"), ("--strict",)])
+def test_rows_in_error(database: Database, overheard: Overheard, arguments: tuple[str, ...]) -> None:
+    populate()
+    put_obstacles(database)
+    overheard.command("--dry-run", *arguments)
+    assert overheard.command(*arguments) == (5 if "--max-errors" in arguments else 1)
+    reasons = {reason for (reason,) in database.rows("SELECT DISTINCT reason FROM ledger_entry WHERE reason <> ''")}
+    assert reasons == {"data_error", "invalid_email", "conflict"}
+    overheard.command(*arguments)
+    overheard.look("backfill_runs", "list")
+    overheard.look("backfill_runs", "show", str(database.rows("SELECT max(id) FROM backfill_run")[0][0]))
+    overheard.look("verify_crm_contacts")
+    overheard.assert_nothing_of_people()
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("arguments", [(), ("--workers", "2"), ("--json",)])
+def test_the_real_command(database: Database, overheard: Overheard, arguments: tuple[str, ...]) -> None:
+    populate()
+    put_obstacles(database)
+    assert overheard.process("backfill_crm_contacts", *arguments) == 1
+    database.change("DROP TRIGGER quoting ON crm_contacts")
+    with refusing_contacts("55000"):
+        add_lead(f"new@{MARK}.example", **LEAD)
+        assert overheard.process("backfill_crm_contacts", *arguments) == 5
+    overheard.process("backfill_runs", "list")
+    overheard.process("verify_crm_contacts")
+    overheard.process("export_backfill_errors")
+    overheard.assert_nothing_of_people()
+
+
+@contextmanager
+def somebody_holds_a_lock() -> Iterator[None]:
+    with session() as somebody:
+        somebody.execute(
+            'INSERT INTO public.crm_contacts (id, "contactType", "firstName", "lastName", email, "updatedAt") '
+            "VALUES ('somebody', 'LEAD', '', '', %s, now())",
+            [f"person-1@{MARK}.example"],
+        )
+        yield
+        somebody.rollback()
+
+
+@contextmanager
+def terminated() -> Iterator[None]:
+    """Every insert of contacts loses its connection."""
+
+    def watch(execute: Any, sql: str, parameters: Any, many: bool, context: dict[str, Any]) -> Any:  # noqa: FBT001 - Django's signature
+        if INSERTS_CONTACTS in str(sql):
+            with session() as administrator:
+                administrator.execute("SELECT pg_terminate_backend(%s, 5000)", [connection.connection.info.backend_pid])
+        return execute(sql, parameters, many, context)
+
+    with connection.execute_wrapper(watch):
+        yield
+
+
+FAILURES: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "lock timeout": somebody_holds_a_lock,
+    "lost connection": terminated,
+    "deadlock": lambda: refusing_contacts("40P01"),
+    "serialization failure": lambda: refusing_contacts("40001"),
+    "statement timeout": lambda: refusing_contacts("57014"),
+    "no privilege": lambda: refusing_contacts("42501"),
+    "a SQLSTATE of somebody's own": lambda: refusing_contacts("CR001"),
+    "every row": lambda: refusing_contacts("23514"),
+    "nothing": nullcontext,
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+@pytest.mark.parametrize("arguments", [(), ("--json", "--batch-size", "2"), ("--workers", "2")])
+def test_runs_that_fail(
+    database: Database,
+    overheard: Overheard,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    arguments: tuple[str, ...],
+) -> None:
+    monkeypatch.setattr(workers, "Timeouts", lambda: Timeouts(lock=20))
+    populate()
+    with FAILURES[name]():
+        code = overheard.command(*arguments)
+    expected = 1 if name in ("every row", "nothing") else 5
+    if not (name == "lost connection" and "--workers" in arguments):
+        assert code == expected
+    overheard.look("backfill_runs", "list")
+    overheard.assert_nothing_of_people()
