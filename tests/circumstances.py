@@ -17,7 +17,8 @@ from tests.test_own_schema import EmptyDatabase
 from tests.test_settings import SECRET
 
 SECRET_COLUMNS = ("ssn", "dateOfBirth", "address", "bankDetails", "hashedPassword")
-INSERTS_CONTACTS = 'INSERT INTO "crm_contacts"'
+#: The first thing that a batch writes, and one of the last.
+CONTACTS, COUNTS = 'INSERT INTO "crm_contacts"', 'INSERT INTO "backfill_batch"'
 
 
 @contextmanager
@@ -33,7 +34,7 @@ def reading_role(database: Database, *, tables: tuple[str, ...] = LEGACY_TABLES)
         list(SECRET_COLUMNS),
     )
     grants = [f"GRANT SELECT ({columns}) ON public.{table} TO {role}" for table, columns in readable]
-    _execute(f"CREATE ROLE {role}", f"GRANT USAGE ON SCHEMA public TO {role}", *grants)
+    _execute(f"CREATE ROLE {role} LOGIN", f"GRANT USAGE ON SCHEMA public TO {role}", *grants)
     try:
         yield role
     finally:
@@ -42,12 +43,15 @@ def reading_role(database: Database, *, tables: tuple[str, ...] = LEGACY_TABLES)
 
 @contextmanager
 def acting_as(role: str) -> Iterator[None]:
-    """Let this connection be the role's."""
-    _execute(f"SET SESSION AUTHORIZATION {role}")
+    """Let every connection be the role's, also those that other threads make."""
+    connection.close()
+    user = connection.settings_dict["USER"]
+    connection.settings_dict["USER"] = role
     try:
         yield
     finally:
         connection.close()
+        connection.settings_dict["USER"] = user
 
 
 @contextmanager
@@ -78,14 +82,14 @@ def losing_ledger_lines() -> Iterator[None]:
 
 
 @contextmanager
-def in_batch(number: int, happening: Callable[[], object]) -> Iterator[None]:
-    """Call `happening` in the batch of this number, from 1 on: its contacts are inserted, and nothing is committed."""
+def in_batch(number: int, happening: Callable[[], object], *, after: str = CONTACTS) -> Iterator[None]:
+    """Call `happening` in the batch of this number, from 1 on, after this statement: nothing of it is committed yet."""
     batches = 0
 
     def watch(execute: Any, sql: str, parameters: Any, many: bool, context: dict[str, Any]) -> Any:  # noqa: FBT001 - Django's signature
         nonlocal batches
         result = execute(sql, parameters, many, context)
-        if INSERTS_CONTACTS in str(sql):
+        if after in str(sql):
             batches += 1
             if batches == number:
                 happening()

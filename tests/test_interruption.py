@@ -21,7 +21,7 @@ from crm.backfill.runner import Silence
 from crm.models import BackfillRun
 from crm.models.ledger import RunStatus
 from tests.builders import CREATED_AT, add_contact, add_lead, add_many_leads, contacts, ledger
-from tests.circumstances import address_of_the_test_database, in_batch
+from tests.circumstances import CONTACTS, COUNTS, address_of_the_test_database, in_batch
 from tests.commands import Finished, backfill, run
 from tests.conftest import Database
 from tests.test_settings import BASE_DIR
@@ -92,11 +92,12 @@ def test_the_batch_is_ended_and_the_next_run_goes_on(database: Database, number:
 
 
 @every_signal
+@pytest.mark.parametrize("after", [CONTACTS, COUNTS])
 def test_a_second_signal_stops_at_once_and_nothing_of_the_open_batch_is_written(
-    database: Database, number: int
+    database: Database, number: int, after: str
 ) -> None:
     with as_an_undisturbed_run_ends(database):
-        with in_batch(3, send(number, times=2)):
+        with in_batch(3, send(number, times=2), after=after):
             finished = backfill("--batch-size", str(SIZE), "--no-progress")
         assert finished.code == 4
         assert "run the command again and it goes on" in finished.stdout
