@@ -14,6 +14,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 from django.db import connection
 from hypothesis import HealthCheck, given, settings
@@ -304,6 +305,15 @@ def test_a_source_that_maps_to_nothing_any_more_keeps_the_contact(database: Data
     made = run()
     change("UPDATE leads SET email = 'nobody'")
     assert taken_back(made["run"])["by_reason"] == {"source_changed": 1}
+
+
+def test_so_does_a_merged_row_that_maps_to_nothing_any_more(database: Database) -> None:
+    add_profile(email="ann@example.com")
+    add_lead("ann@example.com")
+    made = run()
+    change("UPDATE leads SET email = 'nobody'")
+    change("UPDATE crm_contacts SET phone = '555 0199'")
+    assert taken_back(made["run"])["by_reason"] == {"source_changed": 1, "with_its_contact": 1}
 
 
 REFERRERS = {
@@ -708,6 +718,26 @@ def test_what_somebody_does_after_the_comparison_keeps_the_contact(database: Dat
     with once_contacts_were_read(statement):
         report = taken_back(made)
     assert (report["reversed"], report["kept"]) == (1, 1)
+
+
+def test_no_table_comes_to_refer_to_contacts_between_the_question_and_the_deletion(database: Database) -> None:
+    add_lead("ann@example.com")
+    made = run()["run"]
+    refused = []
+
+    def watch(execute: Any, sql: str, parameters: Any, many: bool, context: dict[str, Any]) -> Any:  # noqa: FBT001 - Django's signature
+        result = execute(sql, parameters, many, context)
+        if "FROM pg_constraint" in str(sql) and connection.in_atomic_block:
+            with processes.session() as other:
+                other.execute("SET lock_timeout = '100ms'")
+                with pytest.raises(psycopg.errors.LockNotAvailable) as error:
+                    other.execute("CREATE TABLE public.referrer (who text REFERENCES crm_contacts)")
+                refused.append(error)
+        return result
+
+    with connection.execute_wrapper(watch):
+        taken_back(made)
+    assert len(refused) == 1
 
 
 def test_a_merged_value_that_somebody_edits_after_the_comparison_stays(database: Database) -> None:

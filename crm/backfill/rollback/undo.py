@@ -137,11 +137,12 @@ def judge(lines: Sequence[Line], reader: Reader) -> Judged:
 
 
 def _judge_created(line: Line, contact: StoredContact | None, judged: Judged, rows: Rows) -> None:
+    merges = [merge for merge in judged.merges.get(line.id, ()) if merge.filled]
     if contact is None:
         judged.decided.append(Judgement(line, Verdict.KEPT, Why.DELETED))
-    elif maps_to_nothing(line, rows):
+    elif any(maps_to_nothing(writer, rows) for writer in (line, *merges)):
         judged.decided.append(Judgement(line, Verdict.KEPT, Why.SOURCE_CHANGED))
-    elif edited := edited_columns(contact, line, judged.merges.get(line.id, ()), rows):
+    elif edited := edited_columns(contact, line, merges, rows):
         judged.decided.append(Judgement(line, Verdict.KEPT, Why.EDITED, _named(edited)))
     else:
         judged.deletable[line.id] = contact.version
