@@ -8,8 +8,8 @@ and decided again. So the common case costs one insert, and nothing is ever skip
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from django.db import DatabaseError
@@ -43,27 +43,45 @@ class ContactStore(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """Rows that have an outcome, and the contacts that they made, counted by type."""
+    """Rows that have an outcome, and the contacts that they made: by type, and their ids."""
 
-    decisions: list[Decision]
-    created_by_type: Counter[str]
+    decisions: list[Decision] = field(default_factory=list)
+    created_by_type: Counter[str] = field(default_factory=Counter)
+    made: set[str] = field(default_factory=set)
 
 
-def settle(rows: Sequence[MappedRow], store: ContactStore) -> Settled:
-    """Bring every row to an outcome."""
-    settled = Settled([], Counter())
+def settle(rows: Sequence[MappedRow], store: ContactStore, made_before: Collection[str] = ()) -> Settled:
+    """Bring every row to an outcome. `made_before` are contacts of the same transaction, without a line as yet."""
+    settled = Settled(made=set(made_before))
     store.notice(rows)
-    at_first = [row for row in rows if not (row.draft and store.is_likely_met(row))]
+    at_first = _without_second_accounts([row for row in rows if not (row.draft and store.is_likely_met(row))])
     waiting = _carry_out(at_first, KnownContacts(), store, settled)
-    if len(at_first) < len(rows) or waiting:
-        unsettled = {row.id for row in waiting}
-        tried = {row.id for row in at_first} - unsettled
+    if len(at_first) < len(rows):
+        tried = {row.id for row in at_first} - {row.id for row in waiting}
         waiting = [row for row in rows if row.id not in tried]
     for _ in range(MOST_ATTEMPTS):
         if not waiting:
             return settled
-        waiting = _carry_out(waiting, store.contacts_met_by(waiting), store, settled)
+        known = store.contacts_met_by(waiting)
+        for contact in known:
+            # The ledger does not say so yet: its lines are written with the end of the batch.
+            contact.ours = contact.ours or contact.id in settled.made
+        waiting = _carry_out(waiting, known, store, settled)
     raise UnsettledError(len(waiting))
+
+
+def _without_second_accounts(rows: Sequence[MappedRow]) -> list[MappedRow]:
+    """Leave out accounts whose address an earlier row has: their other keys may be those of a contact that is there."""
+    found: list[MappedRow] = []
+    addresses: set[str] = set()
+    for row in rows:
+        if row.draft is not None:
+            has_account = row.draft.user_id is not None or row.draft.clerk_user_id is not None
+            if has_account and row.draft.email in addresses:
+                continue
+            addresses.add(row.draft.email)
+        found.append(row)
+    return found
 
 
 def _carry_out(
@@ -74,6 +92,7 @@ def _carry_out(
     landed = store.insert(plan.creates)
     store.fill(plan.fills)
     lost = {draft.id for draft in plan.creates} - landed if len(landed) < len(plan.creates) else set()
+    settled.made.update(landed)
     settled.created_by_type.update(draft.contact_type for draft in plan.creates if draft.id not in lost)
     settled.decisions.extend(decision for decision in plan.decisions if decision.contact_id not in lost)
     if not lost:

@@ -6,8 +6,7 @@ rows -> settle -> contacts, fills -> ledger lines -> batch counts and heartbeat 
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -189,11 +188,11 @@ class BatchWriter:
         """Renew the heartbeat without a batch. Raises fence.FenceLostError."""
         fence.renew(self._run_id, Totals())
 
-    def _settle_apart(self, rows: Sequence[MappedRow]) -> Settled:
+    def _settle_apart(self, rows: Sequence[MappedRow], made_before: Collection[str] = ()) -> Settled:
         """Settle the rows; where PostgreSQL refuses one, halve until it stands alone, so that the others land."""
         try:
             with transaction.atomic(using=self._connection.alias):
-                return settle(rows, self._store)
+                return settle(rows, self._store, made_before)
         except UnsettledError:
             refusal = self._silent_refusal(rows)
         except DatabaseError as error:
@@ -202,10 +201,11 @@ class BatchWriter:
                 raise
             refusal = told
         if len(rows) == 1:
-            return Settled([_refused(rows[0], refusal)], Counter())
+            return Settled([_refused(rows[0], refusal)], made=set(made_before))
         middle = len(rows) // 2
-        first, second = self._settle_apart(rows[:middle]), self._settle_apart(rows[middle:])
-        return Settled(first.decisions + second.decisions, first.created_by_type + second.created_by_type)
+        first = self._settle_apart(rows[:middle], made_before)
+        second = self._settle_apart(rows[middle:], first.made)
+        return Settled(first.decisions + second.decisions, first.created_by_type + second.created_by_type, second.made)
 
     def _silent_refusal(self, rows: Sequence[MappedRow]) -> Refusal:
         """What keeps a row out that meets nobody: an index that we do not know, or a trigger that swallows it.
