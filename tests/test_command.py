@@ -13,6 +13,7 @@ import pytest
 from django.utils import timezone
 
 from crm.backfill.fence import HEARTBEAT_LASTS
+from crm.legacy_schema import ddl
 from crm.models import BackfillBatch, BackfillRun, LedgerEntry
 from crm.models.ledger import RunStatus
 from crm.version import VERSION
@@ -30,6 +31,8 @@ from tests.circumstances import (
 from tests.commands import Finished, backfill, statements
 from tests.conftest import Database
 from tests.populations import GENERATIONS
+from tests.scratch import scratch_database, session
+from tests.test_settings import SECRET
 from tests.test_settings import run as process
 
 KEYS = {
@@ -486,6 +489,39 @@ def test_a_dry_run_needs_nothing_but_to_read_the_applications_tables(
         "exists": 1,
         "generation": generation,
     }
+
+
+def test_a_dry_run_that_may_not_read_the_ledger_says_so(database: Database, caplog: pytest.LogCaptureFixture) -> None:
+    backfill()
+    with reading_role(database) as role:
+        with acting_as(role):
+            backfill("--dry-run")
+        assert "this role may not read the ledger" in caplog.text
+        caplog.clear()
+        with without_own_schema(), acting_as(role):
+            backfill("--dry-run")
+        assert caplog.text == "", "before `migrate` every row is new"
+
+
+@pytest.mark.process
+def test_what_a_careful_operator_does_first() -> None:
+    """The real command, over a role that may only read, before anything of ours has touched the database."""
+    with scratch_database("careful") as database:
+        with session(database) as owner:
+            owner.execute(ddl("2025_12").encode())
+            owner.execute("INSERT INTO users (id, email, \"updatedAt\") VALUES ('u', 'Ann@example.com', now())")
+            owner.execute(
+                "INSERT INTO profiles (id, \"userId\", role, \"updatedAt\") VALUES ('p', 'u', 'tax_preparer', now())"
+            )
+            owner.execute(f"GRANT SELECT ON ALL TABLES IN SCHEMA public TO {database.role}".encode())
+            owner.commit()
+        arguments = ("manage.py", "backfill_crm_contacts", "--dry-run", "--json", "--no-progress")
+        result = process(*arguments, DATABASE_URL=database.url(role=database.role), SECRET_KEY=SECRET)
+        schemas = database.execute("SELECT nspname::text FROM pg_namespace WHERE nspname = 'crm_backfill'")
+    finished = Finished(result.returncode, result.stdout, result.stderr)
+    assert (finished.code, finished.stderr) == (0, "")
+    assert (finished.answer["generation"], finished.answer["created_by_type"]) == ("2025_12", {"PREPARER": 1})
+    assert schemas == []
 
 
 # No personal data

@@ -6,6 +6,7 @@ column that is missing reads as NULL, a required one that is missing stops the r
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -25,6 +26,8 @@ from crm.backfill.mapping import (
 from crm.backfill.outcome import Source
 from crm.errors import OperatorError
 from crm.models import BackfillBatch, BackfillRun, CRMContact, LedgerEntry
+
+logger = logging.getLogger(__name__)
 
 ATTRIBUTION_COLUMNS = (
     "referrerUsername",
@@ -117,6 +120,10 @@ def examine(connection: BaseDatabaseWrapper, *, for_writing: bool) -> DatabaseFa
     if for_writing:
         _require_migrations(has_attribution=has_attribution, has_ledger=ledger_is_readable is not None)
         _require_rights(connection, ledger_is_readable=bool(ledger_is_readable))
+    elif ledger_is_readable is False:
+        logger.warning(
+            "this role may not read the ledger: the dry run takes every row for new, also those of earlier runs"
+        )
     roles = _spellings(labels.get(columns["profiles"]["role"].type, []))
     statuses = _spellings(labels.get(columns["leads"]["status"].type, []))
     contact_types = _spellings(labels.get(columns["crm_contacts"]["contactType"].type, []))
