@@ -15,6 +15,7 @@ from crm.backfill.outcome import Outcome, Source
 from crm.backfill.rollback.verdict import Line, SourceRow, StoredContact
 from crm.backfill.schema import DatabaseFacts
 from crm.backfill.source import read_as_text
+from crm.backfill.verification.rows import may_read_user_changes
 from crm.errors import OperatorError
 from crm.models import BackfillRun, CRMContact
 
@@ -53,7 +54,7 @@ SELECT a.attname, has_column_privilege(c.oid, a.attnum, 'SELECT'), format('CASE 
 # and LeadRow, and then what else is needed. An account's address changes without a trace in the profile.
 _PROFILES = """
 SELECT r.id, r."createdAt", r."updatedAt", NULL, r.role, r."firstName", r."lastName", r.phone, r."companyName",
-       r."userId", {clerk_user_id}, u.email, COALESCE(u."updatedAt" >= %s AT TIME ZONE 'UTC', false)
+       r."userId", {clerk_user_id}, u.email, {account_changed}
   FROM profiles r LEFT JOIN users u ON u.id = r."userId"
  WHERE r.id = ANY(%s)
 """
@@ -70,6 +71,8 @@ SELECT r.id, r."createdAt", r."updatedAt", NULL, r.status, r.type, r.email, r."f
  WHERE r.id = ANY(%s)
 """
 _RAW_PREPARER = -2
+_ACCOUNT_CHANGED = """COALESCE(u."updatedAt" >= %s AT TIME ZONE 'UTC', false)"""
+_NO_ACCOUNT_CHANGED = "%s::timestamptz IS NULL"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +83,14 @@ class Reader:
     facts: DatabaseFacts
     run: BackfillRun
     set_elsewhere: str
+    account_changed: str
 
     @classmethod
     def of(cls, connection: BaseDatabaseWrapper, facts: DatabaseFacts, run: BackfillRun) -> Reader:
         """A reader for the rollback of `run`. Raises OperatorError where this role may not see what it must compare."""
         use_fast_arrays(connection)
-        return cls(connection, facts, run, _set_elsewhere(connection))
+        account_changed = _ACCOUNT_CHANGED if may_read_user_changes(connection) else _NO_ACCOUNT_CHANGED
+        return cls(connection, facts, run, _set_elsewhere(connection), account_changed)
 
     def page(self, after: str, size: int) -> list[Line]:
         """At most `size` lines of the run, by id, from strictly after one on."""
@@ -122,7 +127,8 @@ class Reader:
 
     def _profiles(self, source: Source, source_ids: list[str]) -> Iterable[SourceRow]:
         clerk_user_id = 'r."clerkUserId"' if self.facts.has_clerk_user_id else "NULL"
-        rows = self._rows(_PROFILES.format(clerk_user_id=clerk_user_id), self.run.started_at, source_ids)
+        query = _PROFILES.format(clerk_user_id=clerk_user_id, account_changed=self.account_changed)
+        rows = self._rows(query, self.run.started_at, source_ids)
         mapped = map_rows(source, (row[:-1] for row in rows), self.facts.rules())
         for (*_, account_changed), row in zip(rows, mapped, strict=True):
             yield SourceRow(row, may_differ=frozenset({"email"} if account_changed else ()))
