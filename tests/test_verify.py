@@ -273,8 +273,9 @@ def test_a_value_that_the_ledger_says_a_merge_filled_is_held_against_the_merged_
     change('UPDATE leads SET "updatedAt" = %s WHERE id = %s', LATER, lead.partition(":")[2])
     assert [(finding.kind, finding.columns) for finding in found()] == [(Kind.SOURCE_CHANGED, ("referrerUsername",))]
     change("DELETE FROM leads WHERE id = %s", lead.partition(":")[2])
-    (finding,) = found()
-    assert finding.kind is Kind.SOURCE_CHANGED
+    # What it filled can be held against nothing any more.
+    filled = Finding(Check.FIELDS, Kind.SOURCE_CHANGED, client, own_contact(client), ("phone", *ATTRIBUTION_DDL))
+    assert found() == [filled]
 
 
 def test_a_deleted_ledger_line_is_found(database: Database) -> None:
@@ -284,6 +285,15 @@ def test_a_deleted_ledger_line_is_found(database: Database) -> None:
         change("DELETE FROM ledger_entry WHERE id = %s", own_contact(row))
     assert found() == sorted((defect(Check.MISSING_LINE, row, own_contact(row)) for row in (client, lead)), key=str)
     assert command().code == 1
+
+
+def test_a_line_of_another_table_is_no_line(database: Database) -> None:
+    client = add_client(id="same")
+    lead = add_attributed_lead(id="same")
+    run()
+    change("DELETE FROM ledger_entry WHERE id = %s", own_contact(lead))
+    assert found() == [defect(Check.MISSING_LINE, lead, own_contact(lead))]
+    assert client == "profiles:same"
 
 
 def test_a_contact_that_is_gone_is_told_as_a_figure(database: Database) -> None:
@@ -312,8 +322,10 @@ def test_a_line_that_names_no_contact_is_found(database: Database) -> None:
 def test_a_contact_with_two_creators_is_found(database: Database) -> None:
     client, lead = add_client(), add_attributed_lead()
     run()
-    change("UPDATE ledger_entry SET contact_id = %s WHERE id = %s", own_contact(client), own_contact(lead))
-    assert found() == [defect(Check.TWO_CREATORS, lead, own_contact(client))]
+    for row, other in ((client, lead), (lead, client)):
+        change("UPDATE ledger_entry SET contact_id = %s WHERE id = %s", own_contact(other), own_contact(row))
+        assert found() == [defect(Check.TWO_CREATORS, row, own_contact(other))]
+        change("UPDATE ledger_entry SET contact_id = id WHERE id = %s", own_contact(row))
 
 
 def test_a_line_under_another_rows_key_is_found(database: Database) -> None:
@@ -502,7 +514,10 @@ def test_a_changed_address_of_the_user_is_the_sources(database: Database) -> Non
     change("UPDATE users SET email = 'new@example.com'")
     assert found() == [defect(Check.FIELDS, client, own_contact(client), "email")]
     change('UPDATE users SET "updatedAt" = %s', LATER)
-    assert found() == [Finding(Check.FIELDS, Kind.SOURCE_CHANGED, client, own_contact(client), ("email",))]
+    of_source = Finding(Check.FIELDS, Kind.SOURCE_CHANGED, client, own_contact(client), ("email",))
+    assert found() == [of_source]
+    change("UPDATE crm_contacts SET phone = '1'")
+    assert found() == [defect(Check.FIELDS, client, own_contact(client), "phone"), of_source]
 
 
 def test_a_role_that_may_not_see_when_users_change_is_told_so(database: Database) -> None:
@@ -537,6 +552,15 @@ def test_a_preparer_who_came_or_went_since_is_the_sources(database: Database) ->
     assert found() == expected
 
 
+def test_a_preparer_is_looked_for_by_profile_before_by_user(database: Database) -> None:
+    user = builders.add_user("preparer@example.com", id="same")
+    builders.add_profile("TAX_PREPARER", userId=user)
+    add_attributed_lead(assignedPreparerId=builders.add_profile("TAX_PREPARER", id="same"))
+    run()
+    assert builders.contact_with("lee@example.com")["assignedPreparerId"] == "same"
+    assert found() == []
+
+
 def test_a_preparer_whom_nobody_assigned_is_found(database: Database) -> None:
     preparer = builders.add_profile("TAX_PREPARER")
     unassigned = add_attributed_lead()
@@ -547,6 +571,14 @@ def test_a_preparer_whom_nobody_assigned_is_found(database: Database) -> None:
     assert found() == sorted(
         (defect(Check.FIELDS, row, own_contact(row), "assignedPreparerId") for row in (unassigned, assigned)), key=str
     )
+
+
+def test_somebody_elses_preparer_is_found_where_the_lead_names_nobody_known(database: Database) -> None:
+    preparer = builders.add_profile("TAX_PREPARER")
+    lead = add_attributed_lead(assignedPreparerId="nobody")
+    run()
+    change('UPDATE crm_contacts SET "assignedPreparerId" = %s WHERE id = %s', preparer, own_contact(lead))
+    assert found() == [defect(Check.FIELDS, lead, own_contact(lead), "assignedPreparerId")]
 
 
 def test_a_source_row_that_is_gone_is_the_sources(database: Database) -> None:
@@ -604,6 +636,14 @@ def test_the_figures_are_those_of_a_hand_made_crm(database: Database) -> None:
     told = command().stdout
     assert re.search(r"CLIENT\W+4\W+3\W+75\.0 %\W+2023-01-01 10:00\W+2025-03-04 00:00", told)
     assert re.search(r"Converted leads\W+1\W+1\W+100\.0 %", told)
+
+
+def test_a_contact_whose_ledger_was_lost_counts_as_somebody_elses(database: Database) -> None:
+    lead = add_attributed_lead()
+    builders.add_contact("lee@example.com", id=own_contact(lead))
+    run()
+    assert builders.ledger()[lead]["outcome"] == "merged"
+    assert set(command("--json").answer["contacts"]["by_source"]) == {"others"}
 
 
 def test_an_empty_crm_has_no_figures_and_no_defect(database: Database) -> None:
