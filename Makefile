@@ -47,7 +47,7 @@ test: install ## Run the tests (ARGS="-k mapping" for some of them)
 check: install ## Lint, types, migrations and tests: what has to pass
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(EMBEDDED) $(BIN)/mypy .
+	$(EMBEDDED) $(BIN)/mypy --no-incremental .
 	$(MANAGE) makemigrations --check --dry-run
 	$(EMBEDDED) $(BIN)/python -m pytest
 

@@ -112,13 +112,15 @@ def run_backfill(options: RunOptions, progress: Progress | None = None) -> RunRe
     """
     started = time.monotonic()
     facts = examine(connection, for_writing=not options.dry_run)
-    run = None if options.dry_run else fence.claim(BackfillRun.Kind.BACKFILL, options.recorded(), facts.generation)
     watcher = progress or Silence()
     interruption = Interruption()
     tally = _Tally()
-    with interruption.heeded(), _closing(watcher), _no_query_log():
-        status, failure, before = _work(options, facts, run, watcher, interruption, tally)
-    report = _report(options, facts, run, tally, before, status, failure)
+    # From the claim to the close, a signal never leaves a run behind that nobody runs.
+    with interruption.heeded(), _no_query_log():
+        run = None if options.dry_run else fence.claim(BackfillRun.Kind.BACKFILL, options.recorded(), facts.generation)
+        with _closing(watcher):
+            status, failure, before = _work(options, facts, run, watcher, interruption, tally)
+        report = _report(options, facts, run, tally, before, status, failure)
     return replace(report, seconds=time.monotonic() - started)
 
 
@@ -231,13 +233,17 @@ def _close(run: BackfillRun, report: RunReport, before: Census | None) -> RunRep
     report = replace(report, by_source=by_source, totals=totals, census=after, balanced=balanced)
     if not balanced:
         report = replace(report, status=RunStatus.FAILED, failure="the identity does not hold")
-    fence.release(
+    released = fence.release(
         run.pk,
         report.status,
         failure=report.failure,
         census=_recorded(after) if after else None,
         balanced=balanced,
     )
+    if not released and report.status == RunStatus.FINISHED:
+        # Somebody paused or cancelled it between its last batch and here; what the record says is what happened.
+        run.refresh_from_db(fields=["status"])
+        return replace(report, status=RunStatus(run.status))
     return report
 
 
