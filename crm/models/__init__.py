@@ -1,7 +1,6 @@
 """The tables: the application's, which we map and do not own, and ours."""
 
 from crm.models.contacts import CRMContact, CRMInteraction, CRMStageHistory
-from crm.models.decision import ConflictDecision
 from crm.models.ledger import BackfillBatch, BackfillRun, LedgerEntry
 from crm.models.legacy import Lead, Profile, User
 from crm.models.rollback import Rollback
@@ -12,7 +11,6 @@ __all__ = [
     "CRMContact",
     "CRMInteraction",
     "CRMStageHistory",
-    "ConflictDecision",
     "Lead",
     "LedgerEntry",
     "Profile",
