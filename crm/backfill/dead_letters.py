@@ -24,8 +24,8 @@ REMEDIES = {
     Reason.UNKNOWN_TYPE: "Give the lead a type that is known here (CUSTOMER, TAX_PREPARER, AFFILIATE).",
     Reason.INVALID_EMAIL: "Correct the email address in the application.",
     Reason.CONFLICT: (
-        "Decide whose contact it is, with resolve_crm_conflict {row}: --contact {contact} when it is this person's, "
-        "--separate and another address when it is somebody else's."
+        "Two accounts have the keys of {row}: look at contact {contact}, and correct in the application the account or "
+        "the address that is not this person's."
     ),
     Reason.DATA_ERROR: "Correct the row in the application: the database refused it as the other columns say.",
 }
