@@ -326,6 +326,28 @@ def test_the_right_to_take_a_run_back_has_to_be_asked_for(database: Database) ->
             assert readable_columns(database, table) == ["contactId"]
 
 
+@pytest.mark.process
+def test_a_run_is_verified_and_taken_back_under_the_role(database: Database) -> None:
+    builders.add_lead("ann@example.com", "CONVERTED")
+    builders.add_lead("ann@example.com", phone="555 0101", referrerUsername="ref")
+    met = builders.add_contact("carla@example.com")
+    builders.add_lead("carla@example.com")
+    with role_made_by_script() as url:
+        answer = json.loads(manage("backfill_crm_contacts", "--json", "--no-progress", url=url).stdout)
+        verified = manage("verify_crm_contacts", url=url)
+        assert verified.returncode == 0, verified.stdout + verified.stderr
+        undo = ("rollback_crm_backfill", str(answer["run"]), "--no-progress")
+        refused = manage(*undo, url=url)
+        assert refused.returncode == 2
+        assert "This role cannot see every row of crm_interactions, crm_stage_history" in refused.stderr
+        assert len(builders.contacts()) == 2
+    with role_made_by_script(rollback="on") as url:
+        undone = manage(*undo, url=url)
+        assert undone.returncode == 0, undone.stdout + undone.stderr
+    assert list(builders.contacts()) == [met]
+    assert builders.ledger() == {}
+
+
 def may(database: Database, table: str, privilege: str) -> bool:
     return database.rows("SELECT has_table_privilege(%s, %s, %s)", ROLE, table, privilege) == [(True,)]
 
