@@ -696,6 +696,18 @@ def test_memory_does_not_grow_with_rows_or_findings(database: Database, monkeypa
     assert peak(8000) < 1.5 * peak(2000)
 
 
+def test_no_statement_is_kept_whatever_debug_says(database: Database) -> None:
+    add_client()
+    run()
+    kept: list[int] = []
+    connection.force_debug_cursor = True
+    try:
+        verified(on_page=lambda _contacts: kept.append(len(connection.queries_log)))
+    finally:
+        connection.force_debug_cursor = False
+    assert kept == [0]
+
+
 # The command
 
 

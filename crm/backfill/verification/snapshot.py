@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -26,10 +27,20 @@ SET LOCAL cursor_tuple_fraction = 1
 @contextmanager
 def snapshot(connection: BaseDatabaseWrapper) -> Iterator[None]:
     """A transaction that sees one moment of all tables, and in which PostgreSQL refuses every write."""
-    with transaction.atomic(using=connection.alias, durable=True):
+    with _no_query_log(connection), transaction.atomic(using=connection.alias, durable=True):
         with connection.cursor() as cursor:
             cursor.execute(_MANNERS)
         yield
+
+
+@contextmanager
+def _no_query_log(connection: BaseDatabaseWrapper) -> Iterator[None]:
+    """With DEBUG on, Django would keep thousands of statements in memory, each with the ids of a page."""
+    log, connection.queries_log = connection.queries_log, deque(maxlen=0)
+    try:
+        yield
+    finally:
+        connection.queries_log = log
 
 
 def stream(
