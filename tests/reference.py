@@ -294,7 +294,8 @@ def fill_from_lead(contact: Row, draft: Row) -> None:
         draft[column] is not None for column in NULLABLE_ATTRIBUTION
     ):
         contact.update({column: draft[column] for column in ATTRIBUTION})
-    if contact["assignedPreparerId"] is None and draft["assignedPreparerId"] is not None:
+    unassigned = contact["assignedPreparerId"] is None and contact["assignedAt"] is None
+    if unassigned and draft["assignedPreparerId"] is not None:
         contact.update({column: draft[column] for column in ("assignedPreparerId", "assignedAt")})
     for column in ("phone", "lastContactedAt"):
         if contact[column] is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -11,11 +12,12 @@ from django.db import connection
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from crm.backfill.mapping import contact_id
 from crm.backfill.options import RunOptions
 from crm.backfill.outcome import Source
 from crm.backfill.report import as_json
 from crm.backfill.runner import run_backfill
-from tests import reference
+from tests import builders, reference
 from tests.conftest import Database
 from tests.populations import (
     GENERATIONS,
@@ -186,3 +188,20 @@ def test_labels_that_nobody_knows_are_errors_and_never_a_guess(database: Databas
         assert_as_the_reference(run(batch_size=batch_size), expected)
 
     holds()
+
+
+def test_when_a_contact_was_assigned_is_never_overwritten(database: Database) -> None:
+    first = builders.add_lead("ann@example.com")
+    run()
+    contact = contact_id("leads", first)
+    # Somebody took the preparer away in the CRM and left the date.
+    database.rows(
+        """UPDATE crm_contacts SET "assignedAt" = '2025-06-01' WHERE id = %s RETURNING id""",
+        contact,
+    )
+    builders.add_lead("ann@example.com", assignedPreparerId="somebody", referrerUsername="ref", phone="1")
+    assert run()["merged"] == 1
+    ((preparer, assigned_at, referrer),) = database.rows(
+        'SELECT "assignedPreparerId", "assignedAt", "referrerUsername" FROM crm_contacts WHERE id = %s', contact
+    )
+    assert (preparer, assigned_at, referrer) == (None, datetime(2025, 6, 1), "ref")  # noqa: DTZ001 - as it is stored

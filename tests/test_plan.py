@@ -207,7 +207,7 @@ def test_an_assignment_comes_with_its_date() -> None:
     known = contact("a", ours=True)
     assert fill(known, draft) == ("assignment",)
     assert known.fills == {"assigned_preparer_id": "p", "assigned_at": UPDATED}
-    assert fill(contact("a", ours=True, assigned_preparer_id="q"), draft) == ()
+    assert fill(contact("a", ours=True, has_assignment=True), draft) == ()
 
 
 FILLABLE = (*PROFILE_FILLS, "last_contacted_at")

@@ -26,11 +26,13 @@ SELECT c.id, c.email, c."userId", c."clerkUserId", {ours}, c.phone, c.company, {
  ORDER BY c."createdAt", c.id
 """
 _OURS = "EXISTS (SELECT FROM ledger_entry line WHERE line.id = c.id AND line.outcome = 'created')"
-_ATTRIBUTION = """
-c."assignedPreparerId", c."lastContactedAt", COALESCE(c."referrerUsername", c."referrerType", c."commissionRate"::text,
+# A person may have taken the preparer away and left the date: a unit is missing when all of it is.
+_ASSIGNMENT = '(c."assignedPreparerId" IS NOT NULL OR c."assignedAt" IS NOT NULL), c."lastContactedAt"'
+_ATTRIBUTION = f"""
+{_ASSIGNMENT}, COALESCE(c."referrerUsername", c."referrerType", c."commissionRate"::text,
 c."commissionRateLockedAt"::text, c."attributionMethod") IS NOT NULL
 """
-_NO_ATTRIBUTION = 'c."assignedPreparerId", c."lastContactedAt", false'
+_NO_ATTRIBUTION = f"{_ASSIGNMENT}, false"
 
 
 class ContactLookup:

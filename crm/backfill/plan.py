@@ -29,7 +29,7 @@ class KnownContact:
     ours: bool
     phone: str | None = None
     company: str | None = None
-    assigned_preparer_id: str | None = None
+    has_assignment: bool = False
     last_contacted_at: str | None = None
     has_attribution: bool = False
     fills: dict[str, Any] = field(default_factory=dict)
@@ -45,7 +45,7 @@ class KnownContact:
             ours=True,
             phone=draft.phone,
             company=draft.company,
-            assigned_preparer_id=draft.assigned_preparer_id,
+            has_assignment=draft.assigned_preparer_id is not None or draft.assigned_at is not None,
             last_contacted_at=draft.last_contacted_at,
             has_attribution=_has_attribution(draft),
         )
@@ -161,10 +161,10 @@ def fill(contact: KnownContact, draft: ContactDraft) -> tuple[str, ...]:
             filled[name] = value
             names.append(name)
             setattr(contact, name, value)
-    if contact.assigned_preparer_id is None and draft.assigned_preparer_id is not None:
+    if not contact.has_assignment and draft.assigned_preparer_id is not None:
         filled |= {name: getattr(draft, name) for name in ASSIGNMENT_UNIT}
         names.append("assignment")
-        contact.assigned_preparer_id = draft.assigned_preparer_id
+        contact.has_assignment = True
     if not contact.has_attribution and _has_attribution(draft):
         filled |= {name: getattr(draft, name) for name in ATTRIBUTION_UNIT}
         names.append("attribution")

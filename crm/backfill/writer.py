@@ -54,7 +54,8 @@ _LEDGER_AGAIN = "ON CONFLICT (id) DO UPDATE SET (source, run_id, {columns}) = RO
 
 def _fill_statement(connection: BaseDatabaseWrapper) -> str:
     """Fill each value where nothing is at this very moment; attribution and assignment as the units that they are."""
-    unassigned = f"c.{_COLUMN[ASSIGNMENT_UNIT[0]]} IS NULL AND v.{_COLUMN[ASSIGNMENT_UNIT[0]]} IS NOT NULL"
+    unassigned = " AND ".join(f"c.{_COLUMN[name]} IS NULL" for name in ASSIGNMENT_UNIT)
+    unassigned += f" AND v.{_COLUMN['assigned_preparer_id']} IS NOT NULL"
     unattributed = " AND ".join(f"c.{_COLUMN[name]} IS NULL" for name in ATTRIBUTION)
     unattributed += f" AND v.{_COLUMN['attribution_confidence']} IS NOT NULL"
     alone = [f"{_COLUMN[name]} = COALESCE(c.{_COLUMN[name]}, v.{_COLUMN[name]})" for name in _FILLED_ALONE]
