@@ -97,6 +97,30 @@ def test_the_clerk_id_of_a_profile_may_be_missing(database: Database, arguments:
     assert backfill(*arguments).code == 0
 
 
+# What would hide rows, or make every insert fail
+
+
+@dry_and_wet
+def test_rows_that_a_policy_hides_are_not_taken_for_all_there_are(
+    database: Database, arguments: tuple[str, ...]
+) -> None:
+    add_lead("ann@example.com")
+    with writing_role(database) as role:
+        database.change("ALTER TABLE leads ENABLE ROW LEVEL SECURITY")
+        with acting_as(role):
+            finished = backfill("--json", "--no-progress", *arguments)
+    assert_refused(finished, "leads", "row-level security", "BYPASSRLS")
+    assert contacts() == {}
+
+
+@pytest.mark.parametrize("constraint", ["UNIQUE (phone)", "EXCLUDE USING btree (phone WITH =)"])
+def test_a_deferrable_constraint_that_no_insert_could_pass_by(database: Database, constraint: str) -> None:
+    add_lead("ann@example.com")
+    database.change(f"ALTER TABLE crm_contacts ADD CONSTRAINT one_phone {constraint} DEFERRABLE")
+    assert_refused(refused(database), "one_phone", "crm_contacts", "NOT DEFERRABLE")
+    assert backfill("--dry-run").code == 0
+
+
 # Labels
 
 

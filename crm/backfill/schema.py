@@ -114,12 +114,14 @@ def examine(connection: BaseDatabaseWrapper, *, for_writing: bool) -> DatabaseFa
     columns = _columns(connection)
     _require_tables(columns)
     _require_columns(columns)
+    _require_all_rows(connection)
     labels = _labels(connection)
     has_attribution = all(column in columns["crm_contacts"] for column in ATTRIBUTION_COLUMNS)
     ledger_is_readable = _ledger_is_readable(connection)
     if for_writing:
         _require_migrations(has_attribution=has_attribution, has_ledger=ledger_is_readable is not None)
         _require_rights(connection, ledger_is_readable=bool(ledger_is_readable))
+        _require_immediate_constraints(connection)
     elif ledger_is_readable is False:
         logger.warning(
             "this role may not read the ledger: the dry run takes every row for new, also those of earlier runs"
@@ -199,6 +201,37 @@ def _require_columns(columns: Mapping[str, Mapping[str, Column]]) -> None:
         raise OperatorError(
             f"This role may not read {', '.join(unreadable)}. Let the tables' owner GRANT SELECT on them. "
             "Nothing was written."
+        )
+
+
+def _require_all_rows(connection: BaseDatabaseWrapper) -> None:
+    """Rows that a policy hides would be missing without anybody being told."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT name FROM unnest(%s::text[]) AS name WHERE row_security_active(quote_ident(%s) || '.' || name)",
+            [list(REQUIRED_COLUMNS), settings.LEGACY_SCHEMA],
+        )
+        hidden = [name for (name,) in cursor.fetchall()]
+    if hidden:
+        raise OperatorError(
+            f"The row-level security of {', '.join(hidden)} decides which rows this role sees, so some might be "
+            "missed. Let a superuser ALTER ROLE ... BYPASSRLS, or use the tables' owner. Nothing was written."
+        )
+
+
+def _require_immediate_constraints(connection: BaseDatabaseWrapper) -> None:
+    """PostgreSQL takes no deferrable constraint for ON CONFLICT, so every insert would fail."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT conname FROM pg_constraint WHERE conrelid = to_regclass(quote_ident(%s) || '.crm_contacts') "
+            "AND contype IN ('p', 'u', 'x') AND condeferrable",
+            [settings.LEGACY_SCHEMA],
+        )
+        deferrable = [name for (name,) in cursor.fetchall()]
+    if deferrable:
+        raise OperatorError(
+            f"The constraint {', '.join(deferrable)} of crm_contacts is deferrable, and PostgreSQL inserts nothing "
+            "past such a one on conflict. Let the table's owner make it NOT DEFERRABLE. Nothing was written."
         )
 
 
