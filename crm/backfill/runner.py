@@ -81,7 +81,7 @@ class RunReport:
 
     def exit_code(self, *, strict: bool) -> int:
         """What cron is told: 0 clean, 1 rows in error, 4 stopped, 5 failed."""
-        if self.status == RunStatus.FAILED or self.balanced is False:
+        if self.status == RunStatus.FAILED:
             return 5
         if self.status != RunStatus.FINISHED:
             return 4
