@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import psycopg
 import pytest
 from django.db import OperationalError, connection
 
@@ -30,12 +33,23 @@ CAUSES = {
     "57P01": "server shut down the connection",
     "57P02": "server crashed",
     "57P03": "server is starting",
+    "57P05": "idle session timeout",
+    "25P03": "idle in transaction timeout",
+    "25006": "server is read-only",
+    "08000": "connection lost",
+    "08001": "connection lost",
+    "08003": "connection lost",
+    "08004": "connection lost",
     "08006": "connection lost",
+    "08007": "connection lost",
+    "08P01": "connection lost",
 }
 TIMEOUTS = ("55P03", "57014")
 #: The statements of a batch, by what they begin with.
 PLACES = ("SET LOCAL", "SAVEPOINT", INSERTS_CONTACTS, "INSERT INTO ledger_entry", 'INSERT INTO "backfill_batch"')
 MOST_TRIES = 5
+#: Of the population of an undisturbed run: one of converted leads, five of the others.
+BATCHES = 6
 
 # What fails is tried again in the test that says so, and at no other test's expense.
 pytestmark = pytest.mark.usefixtures("impatience")
@@ -138,28 +152,86 @@ def test_the_backends_of_a_run_are_terminated(database: Database, caplog: pytest
         assert {line.split(":")[0] for line in told} <= {"server shut down the connection", "connection lost"}
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_the_answer_to_a_commit_is_lost(
-    database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, batch: int
-) -> None:
-    commit = type(connection._connections[connection._alias])._commit  # type: ignore[attr-defined] # of the proxy
+@contextmanager
+def losing_the_answer_to_commit(number: int, lose: Callable[[Any], object]) -> Iterator[None]:
+    """`lose` the commit of this number on the main thread's connection, which it is given; the claim's is the first."""
+    wrapper_class = type(connection._connections[connection._alias])  # type: ignore[attr-defined] # of the proxy
+    commit = wrapper_class._commit
     commits = 0
 
     def lose_the_answer(wrapper: Any) -> None:
         nonlocal commits
-        commit(wrapper)
         commits += 1
-        if commits == batch + 1:  # the claim of the fence is the first
-            wrapper.connection.close()
-            raise OperationalError("server closed the connection unexpectedly")
+        if commits != number:
+            commit(wrapper)
+            return
+        lost, wrapper.connection = wrapper.connection, None
+        lose(lost)
+        raise OperationalError("server closed the connection unexpectedly")
 
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wrapper_class, "_commit", lose_the_answer)
+        yield
+    assert commits >= number, "there was no such commit"
+
+
+def commit_and_close(lost: psycopg.Connection) -> None:
+    lost.commit()
+    lost.close()
+
+
+@pytest.mark.parametrize("batch", range(1, BATCHES + 1))
+def test_the_answer_to_a_commit_is_lost(database: Database, caplog: pytest.LogCaptureFixture, batch: int) -> None:
     with as_an_undisturbed_run_ends(database):
-        with monkeypatch.context() as patch:
-            patch.setattr(type(connection._connections[connection._alias]), "_commit", lose_the_answer)  # type: ignore[attr-defined]
+        with losing_the_answer_to_commit(batch + 1, commit_and_close):
             answer = run(batch_size=SIZE)
         assert (answer["status"], answer["balanced"]) == ("finished", True)
         assert answer["read"] == len(ledger())
+        assert len(sizes_of_batches()) == BATCHES
         assert len(retries_told(caplog)) == 1
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("batch", range(1, BATCHES + 1))
+def test_a_commit_that_was_given_up_for_lost_comes_through_while_the_batch_is_tried_again(
+    database: Database,
+    caplog: pytest.LogCaptureFixture,
+    batch: int,
+    known: bool,  # noqa: FBT001 - a parameter of the test
+) -> None:
+    """As when the network is gone while the server waits for its standby."""
+    committing: list[threading.Thread] = []
+
+    def commit_once_it_is_waited_for(lost: psycopg.Connection) -> None:
+        backend = lost.info.backend_pid
+
+        def commit() -> None:
+            with session() as observer:
+                observer.autocommit = True
+                waiting = "SELECT FROM pg_stat_activity WHERE %s = ANY(pg_blocking_pids(pid))"
+                until = time.monotonic() + 20
+                while observer.execute(waiting, [backend]).fetchone() is None and time.monotonic() < until:
+                    time.sleep(0.002)
+            commit_and_close(lost)
+
+        committing.append(threading.Thread(target=commit))
+        committing[0].start()
+
+    with as_an_undisturbed_run_ends(database):
+        if known:
+            # The rows that were in error are read again, and everything else anew.
+            run(batch_size=SIZE)
+            database.rows("DELETE FROM crm_contacts WHERE id IN (SELECT id FROM ledger_entry) RETURNING id")
+            database.rows("DELETE FROM ledger_entry WHERE outcome <> 'error' RETURNING id")
+        with losing_the_answer_to_commit(batch + 1, commit_once_it_is_waited_for):
+            answer = run(batch_size=SIZE)
+        committing[0].join()
+        assert (answer["status"], answer["balanced"]) == ("finished", True)
+        assert answer["read"] == len(ledger())
+        assert [line.split(":")[0] for line in retries_told(caplog)] == [
+            "connection lost",
+            "settled over a connection that seemed lost",
+        ]
 
 
 def test_a_lock_that_somebody_holds(

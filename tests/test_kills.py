@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,17 +18,30 @@ from crm.models import BackfillRun
 from tests.builders import add_contact, add_lead, add_many_leads, add_profile, contacts
 from tests.commands import run
 from tests.conftest import Database
+from tests.forks import (
+    AT_MOST_SECONDS,
+    COMMIT,
+    Death,
+    ended,
+    fork,
+    kill_everybody,
+    kill_the_command,
+    kill_this_process,
+    labels,
+)
 from tests.processes import database_url, start
 
 #: How many moments are tried; more of them find more.
-MOMENTS = 12
-MOMENTS_WITH_WORKERS = 4
+MOMENTS = 60
+MOMENTS_WITH_WORKERS = 10
+#: Seconds after the sending of a statement at which the latest kills come: long enough for its answer to be there.
+LATEST = 0.004
 SEED = 20250101
-PEOPLE = 500
-PROFILES = 40
-BATCH_SIZE = 20
-#: Long enough for a machine with much else to do; nothing waits for its end.
-AT_MOST_SECONDS = 60
+PEOPLE = 200
+PROFILES = 20
+BATCH_SIZE = 10
+SIZED = ("--no-progress", "--batch-size", str(BATCH_SIZE))
+KILLED = -signal.SIGKILL
 # Every column but the two that say when, and in which run.
 _LEDGER = """
 SELECT id, source, source_id, outcome, reason, contact_id, source_updated_at, filled, sqlstate, "constraint", "column"
@@ -67,7 +81,10 @@ class Undisturbed:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._before = [identifier for (identifier,) in database.rows("SELECT id FROM crm_contacts")]
-        run(batch_size=BATCH_SIZE)
+        self.beginning = everything(database)
+        with labels() as sent:
+            run(batch_size=BATCH_SIZE)
+        self.labels = list(sent)
         self.end = everything(database)
         self.totals = totals(database)
         self.reset()
@@ -76,6 +93,13 @@ class Undisturbed:
         self._database.rows("DELETE FROM crm_contacts WHERE id <> ALL(%s) RETURNING id", self._before)
         for table in ("ledger_entry", "backfill_batch", "backfill_run"):
             self._database.rows(f"DELETE FROM {table} RETURNING id")
+        assert everything(self._database) == self.beginning
+
+    def busiest_batch(self) -> tuple[int, int]:
+        """The first and the last of the labels of the batch that has the most of them."""
+        begins = [number for number, label in enumerate(self.labels) if label.startswith("SET LOCAL")]
+        spans = [(begin, self.labels.index(COMMIT, begin)) for begin in begins]
+        return max(spans, key=lambda span: span[1] - span[0])
 
     def assert_reached(self) -> None:
         assert everything(self._database) == self.end
@@ -88,54 +112,67 @@ def lines(database: Database) -> int:
     return int(count)
 
 
-@contextmanager
-def the_command(*arguments: str) -> Iterator[subprocess.Popen[str]]:
-    process = start(
-        "backfill_crm_contacts", "--no-progress", "--batch-size", str(BATCH_SIZE), *arguments, url=database_url()
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def kill_after(database: Database, number: int, delay: float, *arguments: str) -> None:
-    """Start the command, and kill it a little after so many lines of the ledger have been committed."""
-    with the_command(*arguments) as process:
-        end = time.monotonic() + AT_MOST_SECONDS
-        while lines(database) < number and process.poll() is None:
-            assert time.monotonic() < end, "it did not get there"
-            time.sleep(0.002)
-        time.sleep(delay)
-
-
-def moments(count: int) -> list[tuple[int, float]]:
-    """Seeded moments, spread over a run: lines of the ledger, and seconds after them."""
+def moments(count: int, most: int) -> list[tuple[int, float]]:
+    """Seeded moments, spread over a run of so many statements: a statement, and seconds after it was sent."""
     chance = random.Random(SEED)  # noqa: S311 - the same moments in every run of the tests
-    step = (PEOPLE + PROFILES) / count
-    return [(round(step * (number + chance.random())), chance.uniform(0, 0.03)) for number in range(count)]
+    step = most / count
+    return [(1 + int(step * (number + chance.random())), chance.uniform(0, LATEST)) for number in range(count)]
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("slot", range(2))
-def test_a_killed_command_leaves_nothing_that_the_next_run_does_not_put_right(database: Database, slot: int) -> None:
+def test_a_process_killed_at_whatever_moment_leaves_nothing_that_the_next_run_does_not_put_right(
+    database: Database,
+) -> None:
     populate()
     undisturbed = Undisturbed(database)
-    for number, delay in moments(MOMENTS)[slot::2]:
-        kill_after(database, number, delay)
+    left: list[int] = []
+    for statement, delay in moments(MOMENTS, len(undisturbed.labels)):
+        process = fork(*SIZED, prepare=Death(statement=statement, delay=delay).prepare)
+        assert ended(process) == KILLED, "it was still at work"
+        left.append(lines(database))
         assert run(batch_size=BATCH_SIZE)["balanced"] is True
         undisturbed.assert_reached()
         undisturbed.reset()
+    of_all = len(undisturbed.end[1])
+    tenths = {10 * count // of_all for count in left}
+    assert len(left) == MOMENTS
+    assert tenths >= set(range(10)), "all over the run"
 
 
 @pytest.mark.process
-def test_workers_whose_parent_is_killed_do_no_harm_to_the_next_run(database: Database) -> None:
+def test_a_process_killed_at_each_statement_boundary_of_a_batch(database: Database) -> None:
     populate()
     undisturbed = Undisturbed(database)
-    for number, delay in moments(MOMENTS_WITH_WORKERS):
-        kill_after(database, number, delay, "--workers", "2")
-        # The workers may still be at their last batch when this one begins.
+    first, last = undisturbed.busiest_batch()
+    assert undisturbed.labels[last] == COMMIT
+    left: list[int] = []
+    for statement in range(first, last + 2):
+        # Statements are counted from 1 on.
+        process = fork(*SIZED, prepare=Death(statement=statement + 1).prepare)
+        assert ended(process) == KILLED, "it was still at work"
+        left.append(lines(database))
+        assert run(batch_size=BATCH_SIZE)["balanced"] is True
+        undisturbed.assert_reached()
+        undisturbed.reset()
+    assert len(left) > 8
+    assert left[:-1] == [left[0]] * (len(left) - 1)
+    assert left[-1] == left[0] + BATCH_SIZE, "the commit was the last boundary"
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("kill", [kill_the_command, kill_everybody, kill_this_process])
+def test_workers_that_are_killed_or_orphaned_do_no_harm_to_the_next_run(
+    database: Database, kill: Callable[[int], None]
+) -> None:
+    populate()
+    undisturbed = Undisturbed(database)
+    for statement, delay in moments(MOMENTS_WITH_WORKERS, len(undisturbed.labels)):
+        death = Death(statement=statement, delay=delay, kill=kill)
+        process = fork(*SIZED, "--workers", "2", prepare=death.prepare)
+        # A worker alone is not missed: its partition is taken up again.
+        assert ended(process) in ([KILLED, 1] if kill is kill_this_process else [KILLED])
+        assert death.came, "it was still at work"
+        # Orphans may still be at their last batch when this one begins.
         answer = run(batch_size=BATCH_SIZE)
         assert (answer["status"], answer["balanced"]) == ("finished", True)
         undisturbed.assert_reached()
@@ -146,8 +183,25 @@ def test_workers_whose_parent_is_killed_do_no_harm_to_the_next_run(database: Dat
 def test_a_run_that_is_killed_again_and_again_gets_to_its_end(database: Database) -> None:
     populate()
     undisturbed = Undisturbed(database)
-    for _ in range(5):
-        kill_after(database, lines(database) + 60, 0.01)
+    for _ in range(6):
+        process = fork(*SIZED, prepare=Death(statement=len(undisturbed.labels) // 8, delay=0.001).prepare)
+        assert ended(process) == KILLED
+    assert ended(fork(*SIZED)) == 1, "the rows in error are new"
+    undisturbed.assert_reached()
+
+
+@pytest.mark.process
+def test_the_command_as_an_operator_starts_it_is_killed(database: Database) -> None:
+    populate()
+    undisturbed = Undisturbed(database)
+    process = start("backfill_crm_contacts", "--no-progress", *SIZED, url=database_url())
+    try:
+        end = time.monotonic() + AT_MOST_SECONDS
+        while lines(database) == 0 and process.poll() is None:
+            assert time.monotonic() < end, "it did not get there"
+    finally:
+        process.kill()
+        process.communicate()
     run(batch_size=BATCH_SIZE)
     undisturbed.assert_reached()
 

@@ -11,6 +11,8 @@ from crm.backfill.outcome import Refusal
 #: SQLSTATE classes of data exceptions, violated constraints and errors that a trigger raises.
 ROW_CLASSES = ("22", "23", "P0")
 LOST_CONNECTION = "connection lost"
+SETTLED_MEANWHILE = "settled over a connection that seemed lost"
+_LEDGER_KEY = "ledger_entry_pkey"
 #: What passes when one waits, by SQLSTATE.
 BAD_MOMENTS = {
     "40001": "serialization failure",
@@ -26,6 +28,10 @@ BAD_MOMENTS = {
     "25006": "server is read-only",
 }
 TIMEOUTS = ("55P03", "57014")
+
+
+class SettledMeanwhileError(DatabaseError):
+    """Rows of the batch have a line of this very run: a commit that was given up for lost came through after all."""
 
 
 def sqlstate(error: BaseException) -> str | None:
@@ -50,12 +56,19 @@ def row_refusal(error: DatabaseError) -> Refusal | None:
 
 def bad_moment(error: BaseException) -> str | None:
     """The cause, in words, of an error that may pass by itself; None for any other."""
+    if isinstance(error, SettledMeanwhileError) or _refused_by(error) == _LEDGER_KEY:
+        return SETTLED_MEANWHILE
     code = sqlstate(error)
     if code is None:
         return LOST_CONNECTION if isinstance(error, OperationalError | InterfaceError) else None
     if code.startswith("08"):
         return LOST_CONNECTION
     return BAD_MOMENTS.get(code)
+
+
+def _refused_by(error: BaseException) -> str | None:
+    """The constraint that PostgreSQL named."""
+    return error.__cause__.diag.constraint_name if isinstance(error.__cause__, psycopg.Error) else None
 
 
 def is_timeout(error: BaseException) -> bool:

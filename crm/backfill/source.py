@@ -27,10 +27,10 @@ WHITE_SPACE = "".join(character for character in map(chr, range(0x3001)) if char
 
 _LINE_OF_ROW = """
        LEFT JOIN LATERAL (
-         SELECT outcome, reason FROM ledger_entry
+         SELECT outcome, reason, run_id FROM ledger_entry
           WHERE id = 'c' || left(encode(sha256(convert_to('{table}:' || r.id, 'UTF8')), 'hex'), 24) LIMIT 1
        ) line ON true"""
-_NO_LINE = " CROSS JOIN (SELECT NULL::text AS outcome, NULL::text AS reason) line"
+_NO_LINE = " CROSS JOIN (SELECT NULL::text AS outcome, NULL::text AS reason, NULL::bigint AS run_id) line"
 
 # The columns by name and never r.*: the role of the backfill may not read the secret ones.
 _PROFILES = """
@@ -100,12 +100,19 @@ class SourceReader:
     source: Source
     since: str | None = None
     partition: Partition = EVERYBODY
+    run_id: int | None = None
 
     def page(self, after: Key | None, size: int) -> Page:
-        """At most `size` rows that are to be looked at, from strictly after a key on."""
+        """At most `size` rows that are to be looked at, from strictly after a key on.
+
+        An error is tried again by every run, and once by each: a batch may have been committed though nobody heard so.
+        """
         table = self.source.table
         parameters: dict[str, Any] = {"labels": self.facts.labels_of(self.source), "size": size}
         conditions = ["(line.outcome IS NULL OR line.outcome = 'error')"]
+        if self.run_id is not None:
+            conditions.append("line.run_id IS DISTINCT FROM %(run_id)s")
+            parameters["run_id"] = self.run_id
         if after is not None:
             conditions.append(_AFTER[table])
             parameters |= dict(zip(("id", "created_at"), reversed(after), strict=False))

@@ -74,7 +74,7 @@ class Assignment:
 
     def reader(self, source: Source, partition: Partition) -> SourceReader:
         """The reader of a source's partition."""
-        return SourceReader(connection, self.facts, source, self.options.since, partition)
+        return SourceReader(connection, self.facts, source, self.options.since, partition, self.run_id)
 
     def _pace(self) -> tuple[BatchSizer, list[Throttle]]:
         throttles: list[Throttle] = []

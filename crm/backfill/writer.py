@@ -16,7 +16,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill import fence
 from crm.backfill.arrays import use_fast_arrays
-from crm.backfill.errors import row_refusal
+from crm.backfill.errors import SettledMeanwhileError, row_refusal
 from crm.backfill.known import ContactLookup
 from crm.backfill.mapping import ATTRIBUTION, ContactDraft, MappedRow
 from crm.backfill.outcome import Decision, Outcome, Reason, Refusal, Source, Totals
@@ -46,7 +46,10 @@ INSERT INTO ledger_entry (source, run_id, {", ".join(_LINE)})
 SELECT %s, %s::bigint, {", ".join(_LINE).replace("source_updated_at", "source_updated_at::timestamp")}
   FROM unnest({", ".join(["%s::text[]"] * len(_LINE))}) AS line({", ".join(_LINE)})
 """
-_LEDGER_AGAIN = "ON CONFLICT (id) DO UPDATE SET (source, run_id, {columns}) = ROW ({excluded})".format(
+_LEDGER_AGAIN = """
+ON CONFLICT (id) DO UPDATE SET (source, run_id, {columns}) = ROW ({excluded})
+ WHERE ledger_entry.run_id <> excluded.run_id
+""".format(
     columns=", ".join(_LINE[1:]),
     excluded=", ".join(f"excluded.{column}" for column in ("source", "run_id", *_LINE[1:])),
 )
@@ -230,11 +233,18 @@ class BatchWriter:
     def _write_ledger(self, source: Source, decisions: Sequence[Decision]) -> None:
         fresh = [decision for decision in decisions if decision.known_reason is None]
         again = [decision for decision in decisions if decision.known_reason is not None]
+        self._write_lines(_LEDGER, source, fresh)
+        if self._write_lines(_LEDGER + _LEDGER_AGAIN, source, again) < len(again):
+            raise SettledMeanwhileError
+
+    def _write_lines(self, statement: str, source: Source, decisions: Sequence[Decision]) -> int:
+        if not decisions:
+            return 0
+        columns = [list(column) for column in zip(*map(_line, decisions), strict=True)]
         with self._connection.cursor() as cursor:
-            for lines, statement in ((fresh, _LEDGER), (again, _LEDGER + _LEDGER_AGAIN)):
-                if lines:
-                    columns = [list(column) for column in zip(*map(_line, lines), strict=True)]
-                    cursor.execute(statement, [source.value, self._run_id, *columns])
+            cursor.execute(statement, [source.value, self._run_id, *columns])
+            written: int = cursor.rowcount
+        return written
 
     def _write_batch(self, source: Source, totals: Totals, seconds: float) -> None:
         BackfillBatch.objects.using(self._connection.alias).create(
