@@ -60,16 +60,39 @@ def a_dead_process() -> int:
     return process.pid
 
 
-def test_the_database_takes_no_second_running_run(database: Database) -> None:
-    make_run()
+@pytest.mark.parametrize("second", ["running", "paused"])
+@pytest.mark.parametrize("first", ["running", "paused"])
+def test_the_database_takes_no_second_run_that_holds_the_fence(database: Database, first: str, second: str) -> None:
+    make_run(first)
     with pytest.raises(IntegrityError) as caught:
-        make_run()
+        make_run(second)
     assert isinstance(caught.value.__cause__, psycopg.errors.UniqueViolation)
-    assert caught.value.__cause__.diag.constraint_name == "at_most_one_run_is_running"
-    for status in ("paused", "finished", "finished", "failed"):
+    assert caught.value.__cause__.diag.constraint_name == "at_most_one_run_holds_the_fence"
+    for status in ("cancelled", "interrupted", "finished", "finished", "failed"):
         make_run(status)
     with pytest.raises(IntegrityError), transaction.atomic():
-        BackfillRun.objects.filter(status="paused").update(status="running")
+        BackfillRun.objects.filter(status="finished").update(status=second)
+
+
+@pytest.mark.parametrize(("status", "said"), [("running", "going"), ("paused", "paused")])
+def test_a_run_that_began_and_was_paused_after_another_one_looked_keeps_it_out(
+    database: Database, status: str, said: str
+) -> None:
+    begun: list[int] = []
+
+    def watch(execute: Any, sql: str, parameters: Any, many: bool, context: dict[str, Any]) -> Any:  # noqa: FBT001 - Django's signature
+        if 'INSERT INTO "backfill_run"' in str(sql):
+            with session() as other:
+                theirs = [status if value == "running" else value for value in parameters]
+                (number, *_) = other.execute(sql.encode(), theirs).fetchone() or (0,)
+                other.commit()
+            begun.append(number)
+        return execute(sql, parameters, many, context)
+
+    with connection.execute_wrapper(watch), pytest.raises(fence.AnotherRunError) as refused:
+        claim()
+    assert str(refused.value).startswith(f"Run {begun[0]} is {said}")
+    assert statuses() == {begun[0]: status}
 
 
 def test_two_that_see_nobody_at_the_same_instant(

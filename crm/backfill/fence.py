@@ -1,8 +1,8 @@
 """At most one run at a time, and every batch asks whether it is still the one.
 
-The fence is a partial unique index on the status `running`, not a session lock: those do not survive PgBouncer. Each
-batch renews the heartbeat `WHERE status = 'running'` in its own transaction. When no row is updated, the run was
-paused, cancelled or taken over: the batch is rolled back and the run stops.
+The fence is a partial unique index over the runs that are `running` or `paused`, not a session lock: those do not
+survive PgBouncer. Each batch renews the heartbeat `WHERE status = 'running'` in its own transaction. When no row is
+updated, the run was paused, cancelled or taken over: the batch is rolled back and the run stops.
 """
 
 from __future__ import annotations

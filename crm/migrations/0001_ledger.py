@@ -201,7 +201,9 @@ class Migration(migrations.Migration):
                 "ordering": ("-id",),
                 "constraints": [
                     models.UniqueConstraint(
-                        condition=models.Q(("status", "running")), fields=("status",), name="at_most_one_run_is_running"
+                        models.Value(1),
+                        condition=models.Q(("status__in", ("running", "paused"))),
+                        name="at_most_one_run_holds_the_fence",
                     ),
                     models.CheckConstraint(
                         condition=models.Q(

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Self
 
 from django.db import models
-from django.db.models import F, Q
+from django.db.models import F, Q, Value
 from django.db.models.functions import Now
 
 from crm.backfill.outcome import Outcome, Source, Totals
@@ -24,16 +24,20 @@ class RunStatus(models.TextChoices):
     FINISHED = "finished"  # went through to its end
 
 
+#: Who holds the fence: no other run starts meanwhile.
+HOLDING = (RunStatus.RUNNING, RunStatus.PAUSED)
+
+
 class RunQuerySet(models.QuerySet["BackfillRun"]):
     """Runs by what became of them."""
 
     def running(self) -> Self:
-        """The run that holds the fence; at most one, by a unique index."""
+        """The run that is at work."""
         return self.filter(status=RunStatus.RUNNING)
 
     def holding(self) -> Self:
-        """The runs that keep another one from starting."""
-        return self.filter(status__in=[RunStatus.RUNNING, RunStatus.PAUSED])
+        """The run that keeps another one from starting; at most one, by a unique index."""
+        return self.filter(status__in=HOLDING)
 
 
 class BackfillRun(models.Model):
@@ -73,9 +77,8 @@ class BackfillRun(models.Model):
         verbose_name = "run"
         ordering = ("-id",)
         constraints = (
-            models.UniqueConstraint(
-                fields=["status"], condition=Q(status="running"), name="at_most_one_run_is_running"
-            ),
+            # Over a constant, not the status: a run that was paused just after another one looked keeps that one out.
+            models.UniqueConstraint(Value(1), condition=Q(status__in=HOLDING), name="at_most_one_run_holds_the_fence"),
             models.CheckConstraint(
                 condition=Q(read=F("created") + F("merged") + F("exists") + F("error")),
                 name="every_read_row_has_an_outcome",
