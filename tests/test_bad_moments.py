@@ -17,7 +17,7 @@ from crm.backfill import workers
 from crm.backfill.pipeline import Retries
 from crm.backfill.writer import Timeouts
 from crm.models import BackfillRun
-from tests.builders import CREATED_AT, add_many_leads, contacts, ledger
+from tests.builders import CREATED_AT, add_lead, add_many_leads, contacts, ledger
 from tests.commands import backfill, run
 from tests.conftest import Database
 from tests.processes import session
@@ -191,47 +191,60 @@ def test_the_answer_to_a_commit_is_lost(database: Database, caplog: pytest.LogCa
         assert len(retries_told(caplog)) == 1
 
 
-@pytest.mark.parametrize("known", [False, True])
-@pytest.mark.parametrize("batch", range(1, BATCHES + 1))
-def test_a_commit_that_was_given_up_for_lost_comes_through_while_the_batch_is_tried_again(
-    database: Database,
-    caplog: pytest.LogCaptureFixture,
-    batch: int,
-    known: bool,  # noqa: FBT001 - a parameter of the test
-) -> None:
-    """As when the network is gone while the server waits for its standby."""
+@contextmanager
+def a_commit_that_comes_through_late(number: int) -> Iterator[None]:
+    """The commit of this number is given up for lost, and comes through when somebody waits for it.
+
+    As when the network is gone while the server waits for its standby.
+    """
     committing: list[threading.Thread] = []
 
-    def commit_once_it_is_waited_for(lost: psycopg.Connection) -> None:
-        backend = lost.info.backend_pid
+    def commit(lost: psycopg.Connection, backend: int) -> None:
+        waiting = "SELECT FROM pg_stat_activity WHERE %s = ANY(pg_blocking_pids(pid))"
+        until = time.monotonic() + 20
+        with session() as observer:
+            observer.autocommit = True
+            while observer.execute(waiting, [backend]).fetchone() is None and time.monotonic() < until:
+                time.sleep(0.002)
+        commit_and_close(lost)
 
-        def commit() -> None:
-            with session() as observer:
-                observer.autocommit = True
-                waiting = "SELECT FROM pg_stat_activity WHERE %s = ANY(pg_blocking_pids(pid))"
-                until = time.monotonic() + 20
-                while observer.execute(waiting, [backend]).fetchone() is None and time.monotonic() < until:
-                    time.sleep(0.002)
-            commit_and_close(lost)
-
-        committing.append(threading.Thread(target=commit))
+    def lose(lost: psycopg.Connection) -> None:
+        committing.append(threading.Thread(target=commit, args=(lost, lost.info.backend_pid)))
         committing[0].start()
 
+    with losing_the_answer_to_commit(number, lose):
+        yield
+    committing[0].join()
+
+
+def assert_tried_again_because_it_came_through(caplog: pytest.LogCaptureFixture) -> None:
+    causes = [line.split(":")[0] for line in retries_told(caplog)]
+    assert causes == ["connection lost", "settled over a connection that seemed lost"]
+
+
+@pytest.mark.parametrize("batch", range(1, BATCHES + 1))
+def test_a_commit_that_was_given_up_for_lost_comes_through_while_the_batch_is_tried_again(
+    database: Database, caplog: pytest.LogCaptureFixture, batch: int
+) -> None:
     with as_an_undisturbed_run_ends(database):
-        if known:
-            # The rows that were in error are read again, and everything else anew.
-            run(batch_size=SIZE)
-            database.rows("DELETE FROM crm_contacts WHERE id IN (SELECT id FROM ledger_entry) RETURNING id")
-            database.rows("DELETE FROM ledger_entry WHERE outcome <> 'error' RETURNING id")
-        with losing_the_answer_to_commit(batch + 1, commit_once_it_is_waited_for):
+        with a_commit_that_comes_through_late(batch + 1):
             answer = run(batch_size=SIZE)
-        committing[0].join()
         assert (answer["status"], answer["balanced"]) == ("finished", True)
         assert answer["read"] == len(ledger())
-        assert [line.split(":")[0] for line in retries_told(caplog)] == [
-            "connection lost",
-            "settled over a connection that seemed lost",
-        ]
+        assert_tried_again_because_it_came_through(caplog)
+
+
+def test_a_late_commit_of_errors_that_are_known_is_not_written_over(
+    database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(SIZE):
+        add_lead("not an address")
+    run()
+    with a_commit_that_comes_through_late(2):
+        answer = run(batch_size=SIZE)
+    assert (answer["status"], answer["balanced"]) == ("finished", True)
+    assert (answer["read"], answer["error"], answer["error_new"]) == (SIZE, SIZE, 0)
+    assert_tried_again_because_it_came_through(caplog)
 
 
 def test_a_lock_that_somebody_holds(

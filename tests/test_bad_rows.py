@@ -58,11 +58,16 @@ OBSTACLES = {
     ),
     "trigger": Obstacle(raising(IS_BAD), NO_TRIGGER, "P0001"),
     "trigger with names": Obstacle(
-        raising(IS_BAD, how="USING ERRCODE = '23514', CONSTRAINT = 'house_rule', COLUMN = 'email'"),
+        raising(IS_BAD, how="USING ERRCODE = '23514', CONSTRAINT = 'crm_contacts_email_key', COLUMN = 'email'"),
         NO_TRIGGER,
         "23514",
-        "house_rule",
+        "crm_contacts_email_key",
         "email",
+    ),
+    "trigger with names that nothing has": Obstacle(
+        raising(IS_BAD, how="""USING ERRCODE = '23514', CONSTRAINT = NEW.email, COLUMN = NEW."firstName" """),
+        NO_TRIGGER,
+        "23514",
     ),
     "trigger after the row": Obstacle(raising(IS_BAD, when="AFTER INSERT OR UPDATE"), NO_TRIGGER, "P0001"),
     "deferred trigger": Obstacle(raising(IS_BAD, "CONSTRAINT TRIGGER", "AFTER INSERT OR UPDATE"), NO_TRIGGER, "P0001"),

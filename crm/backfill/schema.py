@@ -23,7 +23,7 @@ from crm.backfill.mapping import (
     Rules,
     normalised,
 )
-from crm.backfill.outcome import Source
+from crm.backfill.outcome import Refusal, Source
 from crm.errors import OperatorError
 from crm.models import BackfillBatch, BackfillRun, CRMContact, LedgerEntry
 
@@ -283,6 +283,28 @@ def _ledger_is_readable(connection: BaseDatabaseWrapper) -> bool | None:
         )
         row = cursor.fetchone()
     return None if row is None else bool(row[0])
+
+
+def with_names_of_the_schema(connection: BaseDatabaseWrapper, refusal: Refusal) -> Refusal:
+    """A refusal with its constraint and column only where the database has one of that name.
+
+    A trigger may RAISE with whatever it likes for their names: the value that it refuses, for one.
+    """
+    if refusal.constraint is None and refusal.column is None:
+        return refusal
+    with connection.cursor() as cursor:
+        cursor.execute(
+            """
+            SELECT (SELECT conname FROM pg_constraint WHERE conname = %(constraint)s::text
+                     UNION
+                    SELECT relname FROM pg_class WHERE relname = %(constraint)s::text AND relkind IN ('i', 'I')),
+                   (SELECT attname FROM pg_attribute
+                     WHERE attname = %(column)s::text AND attnum > 0 AND NOT attisdropped LIMIT 1)
+            """,
+            {"constraint": refusal.constraint, "column": refusal.column},
+        )
+        constraint, column = cursor.fetchone()
+    return refusal._replace(constraint=constraint, column=column)
 
 
 def _require_migrations(*, has_attribution: bool, has_ledger: bool) -> None:

@@ -21,6 +21,7 @@ from crm.backfill.known import ContactLookup
 from crm.backfill.mapping import ATTRIBUTION, ContactDraft, MappedRow
 from crm.backfill.outcome import Decision, Outcome, Reason, Refusal, Source, Totals
 from crm.backfill.plan import ASSIGNMENT_UNIT, ATTRIBUTION_UNIT, PROFILE_FILLS
+from crm.backfill.schema import with_names_of_the_schema
 from crm.backfill.settle import Settled, UnsettledError, settle
 from crm.models import BackfillBatch, CRMContact
 
@@ -205,6 +206,7 @@ class BatchWriter:
                 raise
             refusal = told
         if len(rows) == 1:
+            refusal = with_names_of_the_schema(self._connection, refusal)
             return Settled([_refused(rows[0], refusal)], made=set(made_before))
         middle = len(rows) // 2
         first = self._settle_apart(rows[:middle], made_before)
