@@ -29,7 +29,7 @@ from django.utils.safestring import SafeString
 
 from crm.backfill.mapping import ATTRIBUTION, contact_id
 from crm.backfill.outcome import Outcome, Reason, Source
-from crm.models import BackfillBatch, BackfillRun, CRMContact, LedgerEntry, Rollback
+from crm.models import BackfillBatch, BackfillRun, ConflictDecision, CRMContact, LedgerEntry, Rollback
 from crm.models.ledger import RunStatus
 
 admin.site.site_header = admin.site.site_title = "CRM contacts backfill"
@@ -412,8 +412,25 @@ class RunAdmin(ReadOnlyAdmin):
         )
 
 
+class ContactNamingAdmin(ReadOnlyAdmin):
+    """A table whose rows name a contact by its id."""
+
+    def get_queryset(self, request: HttpRequest) -> Any:
+        """The rows, with whether their contact is there."""
+        return super().get_queryset(request).annotate(contact_is_there=CONTACT_IS_THERE)
+
+    @admin.display
+    def contact(self, entry: Any) -> str:
+        """The contact, and the way to it unless it has been deleted since."""
+        if entry.contact_id is None:
+            return "-"
+        if not entry.contact_is_there:
+            return f"{entry.contact_id} (deleted since)"
+        return _link(CRMContact, entry.contact_id, entry.contact_id)
+
+
 @admin.register(LedgerEntry)
-class LedgerAdmin(ReadOnlyAdmin):
+class LedgerAdmin(ContactNamingAdmin):
     """What became of every source row."""
 
     list_display = ("row", "outcome", "reason", "contact", "what_was_filled", "run_link", "source_updated_at")
@@ -433,12 +450,9 @@ class LedgerAdmin(ReadOnlyAdmin):
         "sqlstate",
         "constraint",
         "column",
+        "decision",
         "id",
     )
-
-    def get_queryset(self, request: HttpRequest) -> Any:
-        """The lines, with whether their contact is there."""
-        return super().get_queryset(request).annotate(contact_is_there=CONTACT_IS_THERE)
 
     def get_search_results(
         self,
@@ -453,24 +467,47 @@ class LedgerAdmin(ReadOnlyAdmin):
         by_key = queryset.filter(pk__in=_keys_of(term))
         return (by_key if by_key.exists() else queryset.filter(contact_id=term)), False
 
-    @admin.display
-    def contact(self, entry: Any) -> str:
-        """The contact, and the way to it unless it has been deleted since."""
-        if entry.contact_id is None:
-            return "-"
-        if not entry.contact_is_there:
-            return f"{entry.contact_id} (deleted since)"
-        return _link(CRMContact, entry.contact_id, entry.contact_id)
-
     @admin.display(description="filled")
     def what_was_filled(self, entry: LedgerEntry) -> str:
         """What a merge filled in the contact."""
         return _spaced(entry.filled)
 
+    @admin.display(description="what a person decided")
+    def decision(self, entry: LedgerEntry) -> str:
+        """The way to the decision on the row, where there is one."""
+        decided = ConflictDecision.objects.filter(pk=entry.pk).first()
+        return _link(ConflictDecision, decided.pk, f"by {decided.decided_by}") if decided else "-"
+
     @admin.display(description="run")
     def run_link(self, entry: LedgerEntry) -> str:
         """The run that decided it."""
         return _link(BackfillRun, entry.run_id, str(entry.run_id))
+
+
+@admin.register(ConflictDecision)
+class DecisionAdmin(ContactNamingAdmin):
+    """What people decided about rows in conflict."""
+
+    list_display = ("row", "contact", "separate_email", "decided_by", "decided_at", "line")
+    search_fields = ("row",)
+    search_help_text = "The whole id of a source row (with or without profiles: or leads: before it)."
+    ordering = ("id",)
+    fields = ("row", "contact", "separate_email", "decided_by", "decided_at", "line", "id")
+
+    def get_search_results(
+        self,
+        request: HttpRequest,  # noqa: ARG002 - Django's signature
+        queryset: QuerySet[Any],
+        search_term: str,
+    ) -> tuple[QuerySet[Any], bool]:
+        """A row by the key that its id makes."""
+        term = search_term.strip()
+        return (queryset.filter(pk__in=_keys_of(term)) if term else queryset), False
+
+    @admin.display(description="ledger line")
+    def line(self, decision: ConflictDecision) -> str:
+        """The way to what became of the row."""
+        return _link(LedgerEntry, decision.pk, decision.row)
 
 
 def _keys_of(term: str) -> list[str]:

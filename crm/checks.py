@@ -17,7 +17,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from config.database import quoted_name
 from crm.backfill.plan import ASSIGNMENT_UNIT, ATTRIBUTION_UNIT, PROFILE_FILLS
 from crm.backfill.schema import CONTACT_COLUMNS, OPTIONAL_COLUMNS, REQUIRED_COLUMNS
-from crm.models import BackfillBatch, BackfillRun, CRMContact, LedgerEntry
+from crm.models import BackfillBatch, BackfillRun, ConflictDecision, CRMContact, LedgerEntry
 
 #: What no query here ever asks for.
 SECRET_COLUMNS = ("ssn", "dateOfBirth", "address", "bankDetails", "hashedPassword")
@@ -33,6 +33,7 @@ OWN_RIGHTS: Mapping[str, Sequence[str]] = {
     BackfillRun._meta.db_table: ("SELECT", "INSERT", "UPDATE"),
     LedgerEntry._meta.db_table: ("SELECT", "INSERT", "UPDATE"),
     BackfillBatch._meta.db_table: ("SELECT", "INSERT"),
+    ConflictDecision._meta.db_table: ("SELECT", "INSERT", "UPDATE"),
 }
 SCRIPT = "docs/least_privilege.sql makes a role that may do what is needed and nothing else."
 

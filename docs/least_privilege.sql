@@ -103,6 +103,8 @@ SELECT format('GRANT %s (%s) ON %I.%I TO %I', privilege, string_agg(quote_ident(
 -- Our own tables.
 GRANT SELECT, INSERT, UPDATE ON crm_backfill.backfill_run, crm_backfill.ledger_entry TO :"role";
 GRANT SELECT, INSERT ON crm_backfill.backfill_batch TO :"role";
+-- A run reads what was decided about rows in conflict; resolve_crm_conflict records it under this role too.
+GRANT SELECT, INSERT, UPDATE ON crm_backfill.conflict_decision TO :"role";
 
 \if :rollback
   -- OPTIONAL: taking a run back. A contact goes only where nobody has changed or filled in anything since, in whatever

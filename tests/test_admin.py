@@ -21,12 +21,12 @@ from django.urls import reverse
 
 from crm import admin as crm_admin
 from crm.backfill.mapping import contact_id
-from crm.models import BackfillBatch, BackfillRun, CRMContact, LedgerEntry, Rollback
+from crm.models import BackfillBatch, BackfillRun, ConflictDecision, CRMContact, LedgerEntry, Rollback
 from tests.builders import UPDATED_AT, add_contact, add_lead, add_many_leads, add_profile
 from tests.commands import run
 from tests.conftest import Database
 
-MODELS = (CRMContact, BackfillRun, LedgerEntry)
+MODELS = (CRMContact, BackfillRun, LedgerEntry, ConflictDecision)
 #: Everything that text may hold and an address may not.
 STRANGE_ID = "a/b_c?d#e%f&g\"h'i<j>\nk\\l é"
 
@@ -185,6 +185,27 @@ def test_a_line_whose_run_is_gone_is_shown(browser: Client) -> None:
     assert "Outcome: created" in page(browser, LedgerEntry, identifier)
 
 
+def decide_on(lead: str) -> str:
+    """Let somebody have decided on a lead; the key of its line."""
+    key = contact_id("leads", lead)
+    ConflictDecision.objects.create(id=key, row=f"leads:{lead}", separate_email=f"{lead}@example.com", decided_by="Eve")
+    return key
+
+
+def test_a_decision_is_shown_and_its_line_leads_to_it(browser: Client) -> None:
+    lead = add_lead("nobody")
+    key = decide_on(lead)
+    run()
+    shown = page(browser, ConflictDecision, key)
+    for words in (f"Row: leads:{lead}", f"Separate email: {lead}@example.com", "Decided by: Eve"):
+        assert words in shown
+    assert listed(browser, ConflictDecision, q=lead) == listed(browser, ConflictDecision, q=f"leads:{lead}") == {key}
+    assert listed(browser, ConflictDecision, q="another") == set()
+    there, back = address(ConflictDecision, "change", key), address(LedgerEntry, "change", key)
+    assert f'<a href="{there}">by Eve</a>' in browser.get(back).content.decode()
+    assert f'<a href="{back}">leads:{lead}</a>' in browser.get(there).content.decode()
+
+
 def test_a_run_is_shown_with_its_counts_its_batches_and_the_way_to_its_rows(browser: Client) -> None:
     add_many_leads(3)
     number = run(batch_size=2)["run"]
@@ -251,7 +272,8 @@ def test_what_people_typed_is_shown_and_never_run(browser: Client) -> None:
 @pytest.mark.parametrize("who", ["browser", "colleague"])
 def test_nobody_adds_changes_or_deletes(model: type[models.Model], who: str, request: pytest.FixtureRequest) -> None:
     client: Client = request.getfixturevalue(who)
-    key = contact_id("leads", add_lead("ann@example.com"))
+    lead = add_lead("ann@example.com")
+    key = decide_on(lead)
     number = run()["run"]
     identifier = number if model is BackfillRun else key
     database: Database = request.getfixturevalue("database")
@@ -306,11 +328,12 @@ def test_a_list_asks_as_much_for_many_rows_as_for_few(browser: Client, model: ty
         return len(captured)
 
     add_many_leads(2)
+    decide_on(add_lead("nobody"))
     run()
     few = queries()
     add_many_leads(60, first=3)
     for _ in range(5):
-        add_lead("nobody")
+        decide_on(add_lead("nobody"))
         run()
     assert queries() == few
 

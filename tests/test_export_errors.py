@@ -64,8 +64,8 @@ def test_every_row_in_error_has_one_line_and_others_have_none(database: Database
         ("active_leads", f"leads:{first}", first, "invalid_email", ""),
     ]
     assert rows[0]["what_to_do"] == (
-        f"Two accounts have the keys of profiles:{profile}: look at contact {contact}, and correct in the application "
-        "the account or the address that is not this person's."
+        f"Decide whose contact it is, with resolve_crm_conflict profiles:{profile}: --contact {contact} when it is "
+        "this person's, --separate and another address when it is somebody else's."
     )
     assert command("--csv").stdout == ended.stdout
 

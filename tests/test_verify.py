@@ -177,7 +177,7 @@ def test_the_right_to_select_is_enough(database: Database) -> None:
 @contextmanager
 def verifying_role(database: Database) -> Iterator[str]:
     with reading_role(database) as role:
-        for grant in ("USAGE ON SCHEMA crm_backfill", "SELECT ON ledger_entry, backfill_run"):
+        for grant in ("USAGE ON SCHEMA crm_backfill", "SELECT ON ledger_entry, backfill_run, conflict_decision"):
             with connection.cursor() as cursor:
                 cursor.execute(f"GRANT {grant} TO {role}")
         yield role

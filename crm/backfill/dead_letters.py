@@ -24,8 +24,12 @@ REMEDIES = {
     Reason.UNKNOWN_TYPE: "Give the lead a type that is known here (CUSTOMER, TAX_PREPARER, AFFILIATE).",
     Reason.INVALID_EMAIL: "Correct the email address in the application.",
     Reason.CONFLICT: (
-        "Two accounts have the keys of {row}: look at contact {contact}, and correct in the application the account or "
-        "the address that is not this person's."
+        "Decide whose contact it is, with resolve_crm_conflict {row}: --contact {contact} when it is this person's, "
+        "--separate and another address when it is somebody else's."
+    ),
+    Reason.STALE_DECISION: (
+        "Decide again, with resolve_crm_conflict {row}: since it was decided, contact {contact} was deleted or has got "
+        "the address."
     ),
     Reason.DATA_ERROR: "Correct the row in the application: the database refused it as the other columns say.",
 }

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
-from django.db import IntegrityError, transaction
+from django.db import IntegrityError, connection, transaction
 from django.db.models import F
 from django.db.models.functions import Now
 
@@ -54,7 +54,7 @@ def claim(kind: BackfillRun.Kind, options: Mapping[str, Any], generation: str) -
         options=dict(options),
         version=VERSION,
         generation=generation,
-        operator=_operator(),
+        operator=operator(),
         host=socket.gethostname(),
         process_id=os.getpid(),
     )
@@ -67,6 +67,15 @@ def claim(kind: BackfillRun.Kind, options: Mapping[str, Any], generation: str) -
             _who_holds(holding) if holding else "Another run began at the same moment and has just ended: try again."
         ) from None
     return run
+
+
+def require_silence() -> None:
+    """Raise AnotherRunError while a run is going; a dead one is ended. Until the transaction ends, none begins."""
+    with connection.cursor() as cursor:
+        cursor.execute("LOCK TABLE backfill_run IN SHARE ROW EXCLUSIVE MODE")
+    for run in BackfillRun.objects.running():
+        if not take_over_if_dead(run):
+            raise AnotherRunError(_who_holds(run))
 
 
 def renew(run_id: int, totals: Totals) -> None:
@@ -130,7 +139,8 @@ def _who_holds(run: BackfillRun) -> str:
     )
 
 
-def _operator() -> str:
+def operator() -> str:
+    """The operating system's user who works here."""
     try:
         return getpass.getuser()
     except (OSError, KeyError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from django.db.backends.base.base import BaseDatabaseWrapper
 
@@ -69,7 +69,7 @@ class ContactLookup:
             for (stored,) in cursor.fetchall():
                 self._remember(stored)
 
-    def contacts_met_by(self, rows: Iterable[MappedRow]) -> KnownContacts:
+    def contacts_met_by(self, rows: Sequence[MappedRow]) -> KnownContacts:
         """The contacts that have a key of one of the rows, as they are now."""
         drafts = [row.draft for row in rows if row.draft]
         emails = {draft.email for draft in drafts}
@@ -82,7 +82,7 @@ class ContactLookup:
             "emails": sorted(emails | odd),
             "user_ids": [draft.user_id for draft in drafts if draft.user_id],
             "clerk_user_ids": [draft.clerk_user_id for draft in drafts if draft.clerk_user_id],
-            "ids": [draft.id for draft in drafts],
+            "ids": [draft.id for draft in drafts] + decided_contacts(rows),
         }
         with self._connection.cursor() as cursor:
             read_as_text(cursor)
@@ -92,3 +92,8 @@ class ContactLookup:
     def _remember(self, stored: str) -> None:
         if self._odd_spellings is not None:
             self._odd_spellings.setdefault(stored.strip().lower(), set()).add(stored)
+
+
+def decided_contacts(rows: Iterable[MappedRow]) -> list[str]:
+    """The contacts that people decided on for rows of a batch."""
+    return [row.resolution.contact_id for row in rows if row.resolution and row.resolution.contact_id]

@@ -118,6 +118,13 @@ class ContactDraft(NamedTuple):
     last_contacted_at: str | None
 
 
+class Resolution(NamedTuple):
+    """What a person decided about a row in conflict: the contact that it belongs to, or an address of its own."""
+
+    contact_id: str | None
+    separate_email: str | None
+
+
 class MappedRow(NamedTuple):
     """A source row with what it maps to: a draft, or the reason why it cannot be a contact."""
 
@@ -128,6 +135,7 @@ class MappedRow(NamedTuple):
     raw_email: str | None
     draft: ContactDraft | None
     rejection: Reason | None
+    resolution: Resolution | None = None
 
 
 @dataclass(frozen=True, slots=True)

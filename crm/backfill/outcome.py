@@ -54,6 +54,7 @@ class Reason(StrEnum):
     UNKNOWN_TYPE = "unknown_type"
     INVALID_EMAIL = "invalid_email"
     CONFLICT = "conflict"
+    STALE_DECISION = "stale_decision"
     DATA_ERROR = "data_error"
 
 

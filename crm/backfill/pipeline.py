@@ -20,6 +20,7 @@ from crm.backfill.mapping import MappedRow, Rules
 from crm.backfill.outcome import Source, Totals
 from crm.backfill.pace import BatchSizer, Throttle
 from crm.backfill.readahead import ReadAhead
+from crm.backfill.resolutions import Resolutions
 from crm.backfill.source import Key, SourceReader
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ class Pipeline:
     on_batch: Callable[[Source, Totals], None]
     sizer: BatchSizer
     throttles: Sequence[Throttle] = ()
+    resolutions: Resolutions = field(default_factory=Resolutions)
     limit: int | None = None
     retries: Retries = field(default_factory=Retries)
 
@@ -107,7 +109,7 @@ class Pipeline:
         limit = None if self.limit is None else self.limit - len(page.rows)
         if limit is None or limit > 0:
             ahead.ask(page.key, self._size(limit))
-        totals = self.writer.write(source, page.rows)
+        totals = self.writer.write(source, self.resolutions.applied(page.rows))
         self.limit = limit
         if change := self.sizer.after_batch(totals.read, time.monotonic() - started):
             logger.info(change)

@@ -9,11 +9,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from crm.backfill.mapping import ATTRIBUTION, ContactDraft, MappedRow
+from crm.backfill.mapping import ATTRIBUTION, ContactDraft, MappedRow, Resolution
 from crm.backfill.outcome import Decision, Outcome, Reason
 
+#: The accounts of a person; at most one contact has each.
+ACCOUNTS = ("user_id", "clerk_user_id")
 #: What a profile fills in a contact of ours where nothing is.
-PROFILE_FILLS = ("user_id", "clerk_user_id", "phone", "company")
+PROFILE_FILLS = (*ACCOUNTS, "phone", "company")
 ATTRIBUTION_UNIT = (*ATTRIBUTION, "attribution_confidence")
 ASSIGNMENT_UNIT = ("assigned_preparer_id", "assigned_at")
 
@@ -52,11 +54,12 @@ class KnownContact:
 
 
 class Conflict(Exception):  # noqa: N818 - a verdict on a row, not a failure of the program
-    """The row's keys name two accounts: a person must decide."""
+    """The row's keys name two accounts, or what was decided about that holds no more: a person must decide."""
 
-    def __init__(self, contact: KnownContact) -> None:
-        super().__init__("conflict")
-        self.contact = contact
+    def __init__(self, contact_id: str, reason: Reason = Reason.CONFLICT) -> None:
+        super().__init__(reason)
+        self.contact_id = contact_id
+        self.reason = reason
 
 
 class KnownContacts:
@@ -96,18 +99,41 @@ class KnownContacts:
         by_clerk = self._by_clerk.get(draft.clerk_user_id) if draft.clerk_user_id else None
         by_email = self._by_email.get(draft.email)
         if by_user and by_clerk and by_user is not by_clerk:
-            raise Conflict(by_user)
+            raise Conflict(by_user.id)
         candidate = by_user or by_clerk
         if by_email:
             if candidate and candidate not in by_email:
-                raise Conflict(by_email[0])
+                raise Conflict(by_email[0].id)
             candidate = candidate or by_email[0]
             if _is_another(candidate.user_id, draft.user_id) or _is_another(
                 candidate.clerk_user_id, draft.clerk_user_id
             ):
-                raise Conflict(candidate)
+                raise Conflict(candidate.id)
         # Last, the row's own contact under keys that people changed since: a row never makes two contacts.
         return candidate or self._by_id.get(draft.id)
+
+    def find_decided(self, draft: ContactDraft, resolution: Resolution) -> KnownContact | None:
+        """The contact that a person decided on; None where the row gets one of its own.
+
+        Raises Conflict where that contact is gone, and where the address of its own has become somebody else's.
+        """
+        if resolution.contact_id is None:
+            for contact in self._by_email.get(draft.email, ()):
+                if contact.id != draft.id:
+                    raise Conflict(contact.id, Reason.STALE_DECISION)
+            return self._by_id.get(draft.id)
+        if resolution.contact_id not in self._by_id:
+            raise Conflict(resolution.contact_id, Reason.STALE_DECISION)
+        return self._by_id[resolution.contact_id]
+
+    def without_others_accounts(self, draft: ContactDraft, contact: KnownContact | None) -> ContactDraft:
+        """The draft of a row whose contact a person decided on: an account that another contact has stays there."""
+        by_user = self._by_user.get(draft.user_id or "", contact)
+        by_clerk = self._by_clerk.get(draft.clerk_user_id or "", contact)
+        return draft._replace(
+            user_id=draft.user_id if by_user is contact else None,
+            clerk_user_id=draft.clerk_user_id if by_clerk is contact else None,
+        )
 
 
 @dataclass(slots=True)
@@ -129,10 +155,12 @@ def decide(rows: Iterable[MappedRow], known: KnownContacts) -> Plan:
             plan.decisions.append(_decision(row, Outcome.ERROR, reason=row.rejection))
             continue
         try:
-            contact = known.find(draft)
+            contact = known.find_decided(draft, row.resolution) if row.resolution else known.find(draft)
         except Conflict as conflict:
-            plan.decisions.append(_decision(row, Outcome.ERROR, reason=Reason.CONFLICT, contact_id=conflict.contact.id))
+            plan.decisions.append(_decision(row, Outcome.ERROR, reason=conflict.reason, contact_id=conflict.contact_id))
             continue
+        if row.resolution:
+            draft = known.without_others_accounts(draft, contact)
         if contact is None:
             made[draft.id] = contact = KnownContact.of_draft(draft)
             known.add(contact)

@@ -14,7 +14,7 @@ from typing import Any
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill.arrays import use_fast_arrays
-from crm.backfill.known import ContactLookup
+from crm.backfill.known import ContactLookup, decided_contacts
 from crm.backfill.mapping import ContactDraft, MappedRow
 from crm.backfill.outcome import Source, Totals
 from crm.backfill.plan import KnownContact, KnownContacts
@@ -64,6 +64,13 @@ class Imagined:
         return [
             KnownContact(identifier, email, user_id, clerk_user_id, ours=True)
             for email, identifier, user_id, clerk_user_id in self._rows("SELECT * FROM made WHERE email", emails)
+        ]
+
+    def made_as(self, contacts: Iterable[str]) -> list[KnownContact]:
+        """The contacts that would have been made with one of the ids. Reads all of them: few rows ask for this."""
+        return [
+            KnownContact(identifier, email, user_id, clerk_user_id, ours=True)
+            for email, identifier, user_id, clerk_user_id in self._rows("SELECT * FROM made WHERE id", contacts)
         ]
 
     def filled_in(self, contacts: Iterable[str]) -> dict[str, tuple[str | None, str | None]]:
@@ -119,6 +126,9 @@ class RehearsalStore:
         known = self._lookup.contacts_met_by(rows)
         for contact in self._imagined.made_with(_emails(rows)):
             known.add(contact)
+        if decided := decided_contacts(rows):
+            for contact in self._imagined.made_as(decided):
+                known.add(contact)
         filled = self._imagined.filled_in(contact.id for contact in known)
         for contact in known:
             user_id, clerk_user_id = filled.get(contact.id, (None, None))

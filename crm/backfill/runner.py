@@ -27,9 +27,10 @@ from crm.backfill.options import RunOptions
 from crm.backfill.outcome import Census, Outcome, Source, Totals
 from crm.backfill.pipeline import InterruptedRunError
 from crm.backfill.replication import BlindThrottleError
+from crm.backfill.resolutions import Resolutions
 from crm.backfill.schema import DatabaseFacts, examine
 from crm.backfill.source import take_census
-from crm.backfill.workers import Alone, Assignment, Crew, WorkerError
+from crm.backfill.workers import Alone, Assignment, Crew, OnBatch, WorkerError
 from crm.models import BackfillBatch, BackfillRun, LedgerEntry
 from crm.models.ledger import RunStatus
 
@@ -160,11 +161,14 @@ def _work(
     try:
         before = take_census(connection, facts)
         rows = {source: before.to_read(source) for source in options.sources if before.to_read(source)}
-        hands = Crew if options.workers > 1 else Alone
-        with hands(Assignment(options, facts, run.pk if run else None), interruption, on_batch) as crew:
+        resolutions = Resolutions.to_be_carried_out(connection, facts)
+        assignment = Assignment(options, facts, run.pk if run else None, resolutions)
+        with _hands(assignment, interruption, on_batch) as hands:
             watcher.begin(rows)
             for source in rows:
-                crew.work_through(source)
+                hands.work_through(source)
+            for source in resolutions.among(rows):
+                hands.work_through_decided(source)
     except InterruptedRunError:
         return RunStatus.INTERRUPTED, None, before
     except KeyboardInterrupt:
@@ -178,6 +182,14 @@ def _work(
         connection.close()
         return RunStatus.FAILED, errors.described(error), before
     return RunStatus.FINISHED, None, before
+
+
+def _hands(assignment: Assignment, interruption: Interruption, on_batch: OnBatch) -> Alone | Crew:
+    if assignment.run_id is None and assignment.resolutions.by_id:
+        # What a dry run would have made is known to the process alone that would have made it.
+        assignment = replace(assignment, options=replace(assignment.options, workers=1))
+    hands = Crew if assignment.options.workers > 1 else Alone
+    return hands(assignment, interruption, on_batch)
 
 
 class CeilingReachedError(Exception):

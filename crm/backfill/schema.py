@@ -25,7 +25,7 @@ from crm.backfill.mapping import (
 )
 from crm.backfill.outcome import Refusal, Source
 from crm.errors import OperatorError
-from crm.models import BackfillBatch, BackfillRun, CRMContact, LedgerEntry
+from crm.models import BackfillBatch, BackfillRun, ConflictDecision, CRMContact, LedgerEntry
 
 logger = logging.getLogger(__name__)
 
@@ -327,8 +327,10 @@ def _require_rights(connection: BaseDatabaseWrapper, *, ledger_is_readable: bool
         BackfillRun._meta.db_table: ("SELECT", "INSERT", "UPDATE"),
         BackfillBatch._meta.db_table: ("SELECT", "INSERT"),
         LedgerEntry._meta.db_table: ("SELECT", "INSERT", "UPDATE"),
+        ConflictDecision._meta.db_table: ("SELECT",),
     }
     wanted = [(table, right) for table, of_table in rights.items() for right in of_table]
+    _require_tables_of_ours(connection, rights)
     with connection.cursor() as cursor:
         # The writer tells its own contacts by their xmin, which no grant on columns includes.
         cursor.execute(
@@ -345,6 +347,17 @@ def _require_rights(connection: BaseDatabaseWrapper, *, ledger_is_readable: bool
         raise OperatorError(
             f"This role may not {', '.join(missing)}. Let the tables' owner grant it, or look first with --dry-run. "
             "Nothing was written."
+        )
+
+
+def _require_tables_of_ours(connection: BaseDatabaseWrapper, tables: Iterable[str]) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT t FROM unnest(%s::text[]) AS t WHERE to_regclass(t) IS NULL", [list(tables)])
+        missing = [table for (table,) in cursor.fetchall()]
+    if missing:
+        raise OperatorError(
+            f"This database lacks the table {', '.join(missing)}, which came with this version: run `python manage.py "
+            "migrate` first. Nothing was written."
         )
 
 

@@ -54,7 +54,9 @@ def settle(rows: Sequence[MappedRow], store: ContactStore, made_before: Collecti
     """Bring every row to an outcome. `made_before` are contacts of the same transaction, without a line as yet."""
     settled = Settled(made=set(made_before))
     store.notice(rows)
-    at_first = _without_second_accounts([row for row in rows if not (row.draft and store.is_likely_met(row))])
+    at_first = _without_second_accounts(
+        [row for row in rows if not (row.draft and (row.resolution or store.is_likely_met(row)))]
+    )
     waiting = _carry_out(at_first, KnownContacts(), store, settled)
     if len(at_first) < len(rows):
         tried = {row.id for row in at_first} - {row.id for row in waiting}

@@ -10,6 +10,7 @@ Timestamps and rates are fetched as PostgreSQL's own text: they are carried over
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +82,14 @@ EVERYBODY = Partition(0, 1)
 
 
 @dataclass(frozen=True, slots=True)
+class Apart:
+    """Rows by id that are taken apart from the others: either these alone are read, or all but these."""
+
+    source_ids: Sequence[str]
+    alone: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Page:
     """A batch of source rows as they came from the database, and the key to go on after."""
 
@@ -101,6 +110,7 @@ class SourceReader:
     since: str | None = None
     partition: Partition = EVERYBODY
     run_id: int | None = None
+    apart: Apart | None = None
 
     def page(self, after: Key | None, size: int) -> Page:
         """At most `size` rows that are to be looked at, from strictly after a key on.
@@ -119,6 +129,9 @@ class SourceReader:
         if self.since is not None:
             conditions.append('r."updatedAt" >= %(since)s::timestamp')
             parameters["since"] = self.since
+        if self.apart is not None:
+            conditions.append("r.id = ANY(%(apart)s)" if self.apart.alone else "r.id <> ALL(%(apart)s)")
+            parameters["apart"] = list(self.apart.source_ids)
         if self.partition.count > 1:
             conditions.append(_IN_PARTITION.format(person=_PERSON[table]))
             parameters |= {

@@ -10,12 +10,12 @@ import logging
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Event
-from typing import Self
+from typing import NamedTuple, Self
 
 from django.conf import settings
 from django.db import Error as DjangoDatabaseError
@@ -30,8 +30,9 @@ from crm.backfill.pace import BatchSizer, RateLimit, Throttle
 from crm.backfill.pipeline import InterruptedRunError, Pipeline, StopRequest, Writer
 from crm.backfill.rehearsal import RehearsalWriter
 from crm.backfill.replication import BlindThrottleError, ReplicaLagLimit
+from crm.backfill.resolutions import Resolutions
 from crm.backfill.schema import DatabaseFacts
-from crm.backfill.source import EVERYBODY, Partition, SourceReader
+from crm.backfill.source import EVERYBODY, Apart, Partition, SourceReader
 from crm.backfill.writer import BatchWriter, Timeouts
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class Assignment:
     options: RunOptions
     facts: DatabaseFacts
     run_id: int | None
+    resolutions: Resolutions
 
     def pipeline(self, stop: StopRequest, on_batch: OnBatch) -> Pipeline:
         """The pipeline of one of the workers, on this process' connection."""
@@ -70,11 +72,19 @@ class Assignment:
             sizer=sizer,
             throttles=throttles,
             limit=self.options.limit,
+            resolutions=self.resolutions,
         )
 
     def reader(self, source: Source, partition: Partition) -> SourceReader:
-        """The reader of a source's partition."""
-        return SourceReader(connection, self.facts, source, self.options.since, partition, self.run_id)
+        """The reader of a source's partition, but for the rows that people decided on."""
+        decided = self.resolutions.source_ids.get(source.table)
+        apart = Apart(decided, alone=False) if decided else None
+        return SourceReader(connection, self.facts, source, self.options.since, partition, self.run_id, apart)
+
+    def reader_of_decided(self, source: Source) -> SourceReader:
+        """The reader of those rows of a source that people decided on, of all partitions."""
+        apart = Apart(self.resolutions.source_ids.get(source.table, ()), alone=True)
+        return SourceReader(connection, self.facts, source, self.options.since, EVERYBODY, self.run_id, apart)
 
     def _pace(self) -> tuple[BatchSizer, list[Throttle]]:
         throttles: list[Throttle] = []
@@ -117,9 +127,20 @@ class Alone:
         """Take a source through to its end. Raises what Pipeline.work_through does."""
         self._pipeline.work_through(self._assignment.reader(source, EVERYBODY))
 
+    def work_through_decided(self, source: Source) -> None:
+        """The same for the rows of a source that people decided on."""
+        self._pipeline.work_through(self._assignment.reader_of_decided(source))
+
 
 class WorkerError(Exception):
     """A worker failed or kept dying; the message is for the run's record."""
+
+
+class _Task(NamedTuple):
+    """What a worker is given: its partition of a source, or all rows of a source that people decided on."""
+
+    source: Source
+    decided: bool = False
 
 
 @dataclass(slots=True)
@@ -166,15 +187,22 @@ class Crew:
         Raises InterruptedRunError, FenceLostError, BlindThrottleError, and WorkerError for what a worker could not
         cure. The other workers have ended their batch by then.
         """
-        for worker in self._workers:
-            self._give(worker, source)
+        self._share_out(_Task(source), self._workers)
+
+    def work_through_decided(self, source: Source) -> None:
+        """Let one worker take the rows of a source that people decided on through to their end. Raises the same."""
+        self._share_out(_Task(source, decided=True), self._workers[:1])
+
+    def _share_out(self, task: _Task, workers: Sequence[_Worker]) -> None:
+        for worker in workers:
+            self._give(worker, task)
         trouble: Exception | None = None
         while busy := [worker for worker in self._workers if worker.is_busy]:
             if self._stop.requested:
                 self._everybody_stop.set()
             for ready in wait([worker.messages for worker in busy], timeout=LOOK_UP_EVERY):
                 worker = next(worker for worker in busy if worker.messages is ready)
-                heard = self._hear(worker, source)
+                heard = self._hear(worker, task)
                 # The first is the cause; the others stop because they were asked to.
                 trouble = trouble or heard
             if trouble is not None:
@@ -194,27 +222,27 @@ class Crew:
         theirs.close()
         return _Worker(process, ours, partition)
 
-    def _give(self, worker: _Worker, source: Source) -> None:
+    def _give(self, worker: _Worker, task: _Task) -> None:
         worker.is_busy = True
         try:
-            worker.messages.send(source)
+            worker.messages.send(task)
         except OSError:
             # It died while it had nothing to do; that is heard when its messages are read.
             return
 
-    def _hear(self, worker: _Worker, source: Source) -> Exception | None:
+    def _hear(self, worker: _Worker, task: _Task) -> Exception | None:
         """Take one message; the trouble that it tells of."""
         try:
             message = worker.messages.recv()
         except (EOFError, ConnectionResetError):
-            return self._replace(worker, source)
+            return self._replace(worker, task)
         if isinstance(message, Totals):
-            self._on_batch(source, message)
+            self._on_batch(task.source, message)
             return None
         worker.is_busy = False
         return message if isinstance(message, Exception) else None
 
-    def _replace(self, worker: _Worker, source: Source) -> Exception | None:
+    def _replace(self, worker: _Worker, task: _Task) -> Exception | None:
         worker.process.join()
         worker.messages.close()
         worker.is_busy = False
@@ -230,7 +258,7 @@ class Crew:
         connections.close_all()
         successor = self._hire(worker.partition)
         self._workers[self._workers.index(worker)] = successor
-        self._give(successor, source)
+        self._give(successor, task)
         return None
 
 
@@ -247,7 +275,7 @@ class _Bell:
 
 
 def _work(assignment: Assignment, partition: Partition, messages: Connection, event: Event, parent: int) -> None:
-    """A worker's life: sources in, batches out."""
+    """A worker's life: tasks in, batches out."""
     # Ctrl-C reaches the whole group of processes; the parent decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -257,7 +285,13 @@ def _work(assignment: Assignment, partition: Partition, messages: Connection, ev
         while not bell.requested:
             # Asked with a time limit: the other workers hold copies of the parent's end, so it never reads as closed.
             if messages.poll(LOOK_UP_EVERY):
-                messages.send(_outcome_of(pipeline, assignment.reader(messages.recv(), partition)))
+                task = messages.recv()
+                reader = (
+                    assignment.reader_of_decided(task.source)
+                    if task.decided
+                    else assignment.reader(task.source, partition)
+                )
+                messages.send(_outcome_of(pipeline, reader))
     except (EOFError, OSError):
         # The parent has closed the pipe, or is gone.
         return

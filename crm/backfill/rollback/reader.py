@@ -10,8 +10,9 @@ from django.conf import settings
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill.arrays import use_fast_arrays
-from crm.backfill.mapping import ContactDraft, map_rows, trimmed
+from crm.backfill.mapping import ContactDraft, MappedRow, map_rows, trimmed
 from crm.backfill.outcome import Outcome, Source
+from crm.backfill.resolutions import Resolutions
 from crm.backfill.rollback.verdict import Line, SourceRow, StoredContact
 from crm.backfill.schema import DatabaseFacts
 from crm.backfill.source import read_as_text
@@ -84,13 +85,15 @@ class Reader:
     run: BackfillRun
     set_elsewhere: str
     account_changed: str
+    resolutions: Resolutions
 
     @classmethod
     def of(cls, connection: BaseDatabaseWrapper, facts: DatabaseFacts, run: BackfillRun) -> Reader:
         """A reader for the rollback of `run`. Raises OperatorError where this role may not see what it must compare."""
         use_fast_arrays(connection)
         account_changed = _ACCOUNT_CHANGED if may_read_user_changes(connection) else _NO_ACCOUNT_CHANGED
-        return cls(connection, facts, run, _set_elsewhere(connection), account_changed)
+        resolutions = Resolutions.every(connection)
+        return cls(connection, facts, run, _set_elsewhere(connection), account_changed, resolutions)
 
     def page(self, after: str, size: int) -> list[Line]:
         """At most `size` lines of the run, by id, from strictly after one on."""
@@ -129,14 +132,18 @@ class Reader:
         clerk_user_id = 'r."clerkUserId"' if self.facts.has_clerk_user_id else "NULL"
         query = _PROFILES.format(clerk_user_id=clerk_user_id, account_changed=self.account_changed)
         rows = self._rows(query, self.run.started_at, source_ids)
-        mapped = map_rows(source, (row[:-1] for row in rows), self.facts.rules())
+        mapped = self._mapped(source, [row[:-1] for row in rows])
         for (*_, account_changed), row in zip(rows, mapped, strict=True):
-            yield SourceRow(row, may_differ=frozenset({"email"} if account_changed else ()))
+            other_address = account_changed and not (row.resolution and row.resolution.separate_email)
+            yield SourceRow(row, may_differ=frozenset({"email"} if other_address else ()))
 
     def _leads(self, source: Source, source_ids: list[str]) -> Iterable[SourceRow]:
         rows = self._rows(_LEADS, source_ids)
-        for raw, row in zip(rows, map_rows(source, rows, self.facts.rules()), strict=True):
+        for raw, row in zip(rows, self._mapped(source, rows), strict=True):
             yield SourceRow(row, raw_preparer=raw[_RAW_PREPARER] if trimmed(raw[_RAW_PREPARER]) else None)
+
+    def _mapped(self, source: Source, rows: list[tuple[Any, ...]]) -> list[MappedRow]:
+        return self.resolutions.applied(map_rows(source, rows, self.facts.rules()))
 
     def _lines(self, query: str, *parameters: Any) -> list[Line]:
         return [

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from crm.backfill.mapping import FULL_CONFIDENCE, ContactDraft, MappedRow
 from crm.backfill.outcome import Outcome
-from crm.backfill.plan import ASSIGNMENT_UNIT, ATTRIBUTION_UNIT
+from crm.backfill.plan import ACCOUNTS, ASSIGNMENT_UNIT, ATTRIBUTION_UNIT
 
 _UNITS = {"assignment": ASSIGNMENT_UNIT, "attribution": ATTRIBUTION_UNIT}
 
@@ -137,6 +137,9 @@ def _possible_values(line: Line, columns: Iterable[str], rows: Rows) -> dict[str
     draft = row.mapped.draft
     values: dict[str, tuple[Any, ...] | None] = {column: (getattr(draft, column),) for column in columns}
     values |= {column: None for column in row.may_differ if column in values}
+    if row.mapped.resolution is not None:
+        # An account that another contact had was left there.
+        values |= {column: (getattr(draft, column), None) for column in ACCOUNTS if column in values}
     if draft.assigned_preparer_id is not None and "assigned_preparer_id" in values:
         values["assigned_preparer_id"] = (draft.assigned_preparer_id, row.raw_preparer)
     return values

@@ -95,7 +95,7 @@ def _compare(
     compared: Collection[str],
 ) -> list[Finding]:
     if mapped.draft is not None:
-        differing = _differing(contact, mapped.draft, lines, rows, compared)
+        differing = _differing(contact, _without_left_accounts(mapped, mapped.draft, contact), lines, rows, compared)
     else:
         differing = {_COLUMN_OF_REASON[mapped.rejection] if mapped.rejection else "id": lines.creator}
     return list(_findings(differing, contact, lines, rows)) if differing else []
@@ -131,14 +131,26 @@ def _values_of_merged(
     left_behind: dict[str, tuple[Any, Line]] = {}
     for line in lines.merged:
         row = rows.get(line.row)
-        draft = row.mapped.draft if row and row.mapped else None
+        mapped = row.mapped if row else None
+        draft = mapped.draft if mapped else None
         for name in _filled_fields(line):
             filled[name] = (_UNKNOWN if draft is None else getattr(draft, name), line)
-        if draft is not None:
+        if mapped is not None and draft is not None:
             known = KnownContact.of_draft(contact.values)
-            fill(known, draft)
+            fill(known, _without_left_accounts(mapped, draft, contact))
             left_behind |= {name: (value, line) for name, value in known.fills.items()}
     return filled | left_behind
+
+
+def _without_left_accounts(mapped: MappedRow, draft: ContactDraft, contact: FoundContact) -> ContactDraft:
+    """The draft without what a row that a person decided on left to other contacts: accounts that they had."""
+    if mapped.resolution is None:
+        return draft
+    values = contact.values
+    return draft._replace(
+        user_id=draft.user_id if values.user_id is not None else None,
+        clerk_user_id=draft.clerk_user_id if values.clerk_user_id is not None else None,
+    )
 
 
 def _filled_fields(line: Line) -> Iterator[str]:
@@ -151,7 +163,8 @@ def _may_differ(line: Line, row: FoundRow | None, contact: FoundContact, name: s
     if row is None or row.mapped is None or row.updated_at != line.source_updated_at:
         return True
     if line.table == "profiles":
-        return name == "email" and row.other == CHANGED
+        is_decided = row.mapped.resolution is not None and row.mapped.resolution.separate_email is not None
+        return name == "email" and row.other == CHANGED and not is_decided
     # A lead may name its preparer by user: without the profile, nobody can tell any more who that was.
     is_lost = row.other == NOT_THERE and not contact.preparer_is_there
     return name == "assigned_preparer_id" and (row.other == CHANGED or is_lost)

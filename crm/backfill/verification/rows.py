@@ -17,6 +17,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill.mapping import ContactDraft, MappedRow, map_rows
 from crm.backfill.outcome import Outcome, Source
+from crm.backfill.resolutions import Resolutions
 from crm.backfill.schema import DatabaseFacts
 from crm.backfill.source import read_as_text
 from crm.backfill.verification.snapshot import stream
@@ -146,6 +147,7 @@ class RowReader:
     facts: DatabaseFacts
     sees_user_changes: bool
     missing_columns: Collection[str]
+    resolutions: Resolutions
 
     def contacts(self, ids: Iterable[str]) -> dict[str, FoundContact]:
         """Contacts by id; those that were deleted are not there."""
@@ -177,7 +179,9 @@ class RowReader:
             of_source.setdefault(self.facts.source_of(table, row[4]), []).append(row)
         for source, theirs in of_source.items():
             mapped: Sequence[MappedRow | None] = (
-                [None] * len(theirs) if source is None else map_rows(source, [row[:-1] for row in theirs], rules)
+                [None] * len(theirs)
+                if source is None
+                else self.resolutions.applied(map_rows(source, [row[:-1] for row in theirs], rules))
             )
             for row, maps_to in zip(theirs, mapped, strict=True):
                 yield row[0], FoundRow(row[2], maps_to, row[-1])

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill.outcome import Census
+from crm.backfill.resolutions import Resolutions
 from crm.backfill.schema import ATTRIBUTION_COLUMNS, examine
 from crm.backfill.source import take_census
 from crm.backfill.verification.comparison import Comparison, compare_contacts
@@ -72,7 +73,7 @@ def verify(
         present = present_columns(connection)
         sees_user_changes = may_read_user_changes(connection)
         missing = [column for column in ATTRIBUTION_COLUMNS if column not in present]
-        reader = RowReader(connection, facts, sees_user_changes, missing)
+        reader = RowReader(connection, facts, sees_user_changes, missing, Resolutions.every(connection))
         for found in (
             check_schema(connection, present),
             reconcile(connection, facts),

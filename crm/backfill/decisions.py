@@ -1,0 +1,159 @@
+"""What people decide about rows in conflict: recorded here, carried out by the next run.
+
+A row is in conflict when its keys name two accounts, which no rule can sort out. A person says either whose contact it
+is, or that it gets one of its own with another address. The next run then does as it does with every row: it merges
+into a contact of ours and leaves somebody else's alone, and nothing is overwritten. Accounts that another contact has
+are left to that contact.
+
+Decisions are made between runs, never during one: what is settled has been settled by the decisions that there are, or
+without any, and whoever compares rows with contacts afterwards can rely on that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from django.conf import settings
+from django.db import DatabaseError, connection, transaction
+from django.db.models.functions import Now
+
+from crm.backfill import errors, fence
+from crm.backfill.mapping import contact_id, normalised_email
+from crm.backfill.outcome import Outcome, Reason
+from crm.backfill.source import WHITE_SPACE
+from crm.errors import OperatorError
+from crm.models import ConflictDecision, CRMContact, LedgerEntry
+
+_TABLES = ("profiles", "leads")
+# The row itself and its own account are not somebody else.
+_WHOSE = """
+SELECT 'contact ' || id FROM crm_contacts WHERE lower(btrim(email, %(white_space)s)) = %(email)s AND id <> %(id)s
+ UNION ALL
+SELECT 'user ' || u.id FROM users u
+ WHERE lower(btrim(u.email, %(white_space)s)) = %(email)s
+   AND NOT EXISTS (SELECT FROM profiles WHERE id = %(profile)s AND "userId" = u.id)
+ UNION ALL
+SELECT 'leads:' || id FROM leads
+ WHERE lower(btrim(email, %(white_space)s)) = %(email)s AND id IS DISTINCT FROM %(lead)s
+ UNION ALL
+SELECT 'the decision on another row' FROM conflict_decision WHERE separate_email = %(email)s AND id <> %(id)s
+ LIMIT 1
+"""
+_INSUFFICIENT_PRIVILEGE, _NO_SUCH_TABLE = "42501", "42P01"
+
+
+class RowReference(NamedTuple):
+    """A source row by the name that log lines and reports give it."""
+
+    table: str
+    source_id: str
+
+    @classmethod
+    def parse(cls, text: str) -> RowReference:
+        """The row that `profiles:<id>` or `leads:<id>` names. Raises OperatorError for anything else."""
+        table, _, source_id = text.partition(":")
+        if table not in _TABLES or not source_id:
+            raise OperatorError("That names no row: write profiles:<id> or leads:<id>, as the reports do.")
+        return cls(table, source_id)
+
+    def __str__(self) -> str:
+        return f"{self.table}:{self.source_id}"
+
+    @property
+    def line_id(self) -> str:
+        """The key of the row's line in the ledger, and of the contact that it makes."""
+        return contact_id(self.table, self.source_id)
+
+
+def belongs_to(row: RowReference, contact: str) -> None:
+    """Record that a row in conflict belongs to a contact; a decision that was made before is replaced.
+
+    Raises OperatorError where the row is not in conflict and where there is no such contact, and AnotherRunError while
+    a run is going.
+    """
+    with _between_runs():
+        _require_conflict(row)
+        if not CRMContact.objects.filter(pk=contact).exists():
+            raise OperatorError(f"There is no contact {contact}. Nothing was recorded.")
+        _record(row, contact, None)
+
+
+def is_separate(row: RowReference, address: str) -> None:
+    """Record that a row in conflict gets a contact of its own; a decision that was made before is replaced.
+
+    Raises OperatorError where the row is not in conflict, and where the address is none or somebody else's, and
+    AnotherRunError while a run is going.
+    """
+    email = normalised_email(address)
+    if email is None:
+        raise OperatorError("That is not a valid email address. Nothing was recorded.")
+    with _between_runs():
+        _require_conflict(row)
+        if owner := _whose(email, row):
+            raise OperatorError(f"That address is taken by {owner}: name one that is nobody's. Nothing was recorded.")
+        _record(row, None, email)
+
+
+def _require_conflict(row: RowReference) -> None:
+    line = LedgerEntry.objects.filter(pk=row.line_id).first()
+    if line is not None and line.outcome == Outcome.ERROR and line.reason in (Reason.CONFLICT, Reason.STALE_DECISION):
+        return
+    if line is not None:
+        what = line.outcome if line.outcome != Outcome.ERROR else f"an error ({line.reason})"
+        raise OperatorError(f"The row {row} is not in conflict, it is {what}. Nothing was recorded.")
+    # Without a line, but decided on: the run that carried the decision out was taken back, perhaps because of it.
+    if not ConflictDecision.objects.filter(pk=row.line_id).exists():
+        raise OperatorError(f"The ledger has no row {row}: it is pending, excluded or not there. Nothing was recorded.")
+
+
+def _whose(email: str, row: RowReference) -> str | None:
+    parameters = {
+        "email": email,
+        "white_space": WHITE_SPACE,
+        "id": row.line_id,
+        "profile": row.source_id if row.table == "profiles" else None,
+        "lead": row.source_id if row.table == "leads" else None,
+    }
+    with connection.cursor() as cursor:
+        cursor.execute(_WHOSE, parameters)
+        found = cursor.fetchone()
+    return str(found[0]) if found else None
+
+
+def _record(row: RowReference, contact: str | None, email: str | None) -> None:
+    ConflictDecision.objects.update_or_create(
+        id=row.line_id,
+        defaults={
+            "row": str(row),
+            "contact_id": contact,
+            "separate_email": email,
+            "decided_by": fence.operator(),
+            "decided_at": Now(),
+        },
+    )
+
+
+@contextmanager
+def _between_runs() -> Iterator[None]:
+    """A transaction in which no run is going or begins.
+
+    What the database refuses is turned into what can be done about it, without the address that it quotes.
+    """
+    try:
+        with transaction.atomic():
+            fence.require_silence()
+            yield
+    except DatabaseError as error:
+        messages = {
+            _NO_SUCH_TABLE: (
+                "There is no table of decisions that this role can see: run `python manage.py migrate`, or let the "
+                f"owner GRANT USAGE on the schema {settings.BACKFILL_SCHEMA}."
+            ),
+            _INSUFFICIENT_PRIVILEGE: "This role may not look for the row or record a decision. Let the owner grant it.",
+        }
+        message = messages.get(errors.sqlstate(error) or "")
+        if message is None:
+            raise OperatorError(f"The decision was not recorded: {errors.described(error)}. Try again.") from None
+        raise OperatorError(message) from None

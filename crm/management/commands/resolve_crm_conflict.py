@@ -1,0 +1,46 @@
+"""`python manage.py resolve_crm_conflict ROW`: say whose contact a row in conflict is. The next run carries it out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.core.management.base import BaseCommand, CommandError, CommandParser
+
+from crm.backfill import decisions
+from crm.errors import OperatorError
+
+
+class Command(BaseCommand):
+    """Arguments, one call, print."""
+
+    help = (
+        "Decide about a row in conflict, which export_backfill_errors lists. The decision is recorded with who and "
+        "when, and the next run of the backfill carries it out. Deciding again replaces it."
+    )
+    requires_system_checks: list[str] = []  # noqa: RUF012 - Django's attribute
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        """What may be asked."""
+        parser.add_argument("row", metavar="ROW", help="the row: profiles:<id> or leads:<id>")
+        decision = parser.add_mutually_exclusive_group(required=True)
+        decision.add_argument("--contact", metavar="ID", help="the row is this contact's person")
+        decision.add_argument(
+            "--separate", metavar="EMAIL", help="the row is another person: make a contact with this address for it"
+        )
+
+    def handle(self, *_args: Any, row: str, contact: str | None, separate: str | None, **_options: Any) -> None:
+        """Record the decision. Exit code 2 where it cannot be one, with the reason."""
+        try:
+            reference = decisions.RowReference.parse(row)
+            if contact is not None:
+                decisions.belongs_to(reference, contact)
+                decided = f"belongs to the contact {contact}"
+            else:
+                decisions.is_separate(reference, separate or "")
+                decided = f"gets a contact of its own, {reference.line_id}"
+        except OperatorError as error:
+            raise CommandError(str(error), returncode=error.exit_code) from None
+        self.stdout.write(
+            f"{reference} {decided}. `python manage.py backfill_crm_contacts` carries it out; until then, "
+            "deciding again replaces it."
+        )
