@@ -9,7 +9,7 @@ from io import StringIO
 from typing import Any
 
 import pytest
-from django.db import IntegrityError
+from django.db import IntegrityError, connection
 from django.db.models.functions import Now
 
 from crm.backfill import fence
@@ -164,8 +164,9 @@ def test_a_role_that_may_not_decide_is_told_so(database: Database) -> None:
     with reading_role(database) as role:
         with acting_as(role):
             blind = resolve(row, "--contact", contact)
-        database.change(f"GRANT USAGE ON SCHEMA crm_backfill TO {role}")
-        database.change(f"GRANT SELECT ON ALL TABLES IN SCHEMA crm_backfill TO {role}")
+        with connection.cursor() as cursor:
+            cursor.execute(f"GRANT USAGE ON SCHEMA crm_backfill TO {role}")
+            cursor.execute(f"GRANT SELECT ON ALL TABLES IN SCHEMA crm_backfill TO {role}")
         with acting_as(role):
             refused = resolve(row, "--contact", contact)
     assert (blind.code, "GRANT USAGE on the schema crm_backfill" in blind.stderr) == (2, True)

@@ -18,7 +18,7 @@ from crm.backfill.verification.findings import Kind
 from crm.errors import OperatorError
 from tests import reference
 from tests.builders import add_contact, add_lead, add_profile, add_user, contacts, ledger
-from tests.circumstances import acting_as
+from tests.circumstances import acting_as, reading_role
 from tests.commands import run
 from tests.conftest import Database
 from tests.test_resolve_conflict import ANN, OTHER, decided, line_of, resolve, somebody_elses_account
@@ -128,6 +128,29 @@ def test_a_run_that_may_not_see_what_was_decided_is_refused(
         with connection.cursor() as cursor:
             cursor.execute("DROP OWNED BY decides_nothing")
             cursor.execute("DROP ROLE decides_nothing")
+
+
+def test_a_dry_run_that_may_see_decisions_and_no_ledger_goes_without_both(database: Database) -> None:
+    row, _, contact = somebody_elses_account()
+    decided(row, "--contact", contact)
+    with reading_role(database) as role:
+        with connection.cursor() as cursor:
+            cursor.execute(f"GRANT USAGE ON SCHEMA crm_backfill TO {role}; GRANT SELECT ON conflict_decision TO {role}")
+        with acting_as(role):
+            assert run(dry_run=True)["by_reason"] == {"conflict": 1}
+
+
+def test_a_run_without_the_table_of_decisions_asks_for_the_migration(database: Database) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute("ALTER TABLE conflict_decision RENAME TO elsewhere")
+    try:
+        with pytest.raises(OperatorError, match="conflict_decision, which came with this version: run `python manage"):
+            run()
+        assert run(dry_run=True)["status"] == "finished"
+        assert verify(connection).exit_code == 0
+    finally:
+        with connection.cursor() as cursor:
+            cursor.execute("ALTER TABLE elsewhere RENAME TO conflict_decision")
 
 
 # --separate
@@ -260,7 +283,7 @@ def test_the_end_is_the_same_for_every_number_of_workers(database: Database, wor
         decided(row, "--contact", shared)
     later_rows()
     rehearsal = run(dry_run=True, workers=workers)
-    report = run(workers=workers)
+    report = run(workers=workers, batch_size=1)
     for answer in (rehearsal, report):
         counts = {name: answer[name] for name in ("read", "created", "merged", "exists", "error", "error_new")}
         assert counts == {"read": 15, "created": 6, "merged": 3, "exists": 4, "error": 2, "error_new": 2}
