@@ -14,10 +14,12 @@ from django.core.management import get_commands, load_command_class
 from django.core.management.base import BaseCommand
 
 from crm.backfill.outcome import Reason
+from crm.models.ledger import RunStatus
 from crm.version import VERSION
 
 ROOT = Path(settings.BASE_DIR)
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+RUNBOOK = (ROOT / "docs" / "runbook.md").read_text(encoding="utf-8")
 DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 COMMANDS = sorted(name for name, application in get_commands().items() if application == "crm")
 EXIT_CODES = {"0", "1", "2", "3", "4", "5"}
@@ -42,11 +44,11 @@ def actions_of(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
             yield action
 
 
-def section(title: str) -> str:
-    """A section of the README, to the next heading of its rank or above."""
-    heading = re.search(rf"^(#+) {title}\n", README, re.MULTILINE)
-    assert heading, f"the README has no section {title}"
-    rest = README[heading.end() :]
+def section(title: str, document: str = README) -> str:
+    """A section of a document, to the next heading of its rank or above."""
+    heading = re.search(rf"^(#+) {title}\n", document, re.MULTILINE)
+    assert heading, f"there is no section {title}"
+    rest = document[heading.end() :]
     end = re.search(rf"^#{{1,{len(heading[1])}}} ", rest, re.MULTILINE)
     return rest[: end.start()] if end else rest
 
@@ -85,13 +87,17 @@ def test_the_readmes_options_take_a_value_where_the_command_does() -> None:
     assert documented == {action.option_strings[0]: action.nargs != 0 for action in actions}
 
 
-def test_the_readme_names_each_exit_code() -> None:
-    assert set(first_cells(section("Exit codes"))) == EXIT_CODES
+def test_the_runbook_names_each_exit_code() -> None:
+    assert set(first_cells(section("Every night", RUNBOOK))) == EXIT_CODES
 
 
-def test_the_readme_names_each_reason_of_an_error() -> None:
-    named = {reason for cell in first_cells(section("Rows in error")) for reason in re.findall(r"\w+", cell)}
-    assert named == {reason.value for reason in Reason}
+def test_the_runbook_has_a_remedy_for_each_reason_of_an_error() -> None:
+    assert first_cells(section("Rows in error", RUNBOOK)) == [reason.value for reason in Reason]
+
+
+def test_the_runbook_knows_each_status_of_a_run() -> None:
+    told = " ".join(first_cells(section("When something went wrong", RUNBOOK)))
+    assert set(re.findall(r"\w+", told)) >= {status.value for status in RunStatus}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)

