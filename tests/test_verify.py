@@ -520,6 +520,31 @@ def test_a_changed_address_of_the_user_is_the_sources(database: Database) -> Non
     assert found() == [defect(Check.FIELDS, client, own_contact(client), "phone"), of_source]
 
 
+def test_a_merged_row_that_makes_no_contact_since_its_address_changed_is_the_sources(database: Database) -> None:
+    lead = f"leads:{builders.add_lead('pat@example.com')}"
+    run()
+    add_client(companyName="Pat Ltd")
+    run()
+    assert found() == []
+    change("UPDATE users SET email = 'nobody'")
+    assert found() == [defect(Check.FIELDS, lead, own_contact(lead), "userId", "company")]
+    change('UPDATE users SET "updatedAt" = %s', LATER)
+    assert found() == [Finding(Check.FIELDS, Kind.SOURCE_CHANGED, lead, own_contact(lead), ("userId", "company"))]
+
+
+@pytest.mark.parametrize("ids", [("p1", "p2"), ("p2", "p1")])
+def test_a_value_that_was_filled_twice_is_held_against_the_later_row(database: Database, ids: tuple[str, str]) -> None:
+    builders.add_lead("pat@example.com")
+    run()
+    builders.add_profile(id=ids[0], email="pat@example.com")
+    run()
+    # The account goes, and its profile and the contact's link with it.
+    change("DELETE FROM users")
+    builders.add_profile(id=ids[1], email="pat@example.com")
+    run()
+    assert found() == []
+
+
 def test_a_role_that_may_not_see_when_users_change_is_told_so(database: Database) -> None:
     add_client()
     run()

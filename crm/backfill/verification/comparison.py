@@ -163,8 +163,10 @@ def _may_differ(line: Line, row: FoundRow | None, contact: FoundContact, name: s
     if row is None or row.mapped is None or row.updated_at != line.source_updated_at:
         return True
     if line.table == "profiles":
+        # Without an address that is one, a profile maps to nothing at all.
         is_decided = row.mapped.resolution is not None and row.mapped.resolution.separate_email is not None
-        return name == "email" and row.other == CHANGED and not is_decided
+        of_address = row.mapped.draft is None or (name == "email" and not is_decided)
+        return row.other == CHANGED and of_address
     # A lead may name its preparer by user: without the profile, nobody can tell any more who that was.
     is_lost = row.other == NOT_THERE and not contact.preparer_is_there
     return name == "assigned_preparer_id" and (row.other == CHANGED or is_lost)

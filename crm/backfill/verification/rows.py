@@ -32,7 +32,7 @@ SELECT contact_id, outcome, id, CASE WHEN source IN ({_LEAD_SOURCES}) THEN 'lead
        source_updated_at, filled, run_id
   FROM ledger_entry
  WHERE outcome IN ('created', 'merged') AND contact_id IS NOT NULL
- ORDER BY contact_id COLLATE "C", outcome, id COLLATE "C"
+ ORDER BY contact_id COLLATE "C", outcome, run_id, id COLLATE "C"
 """
 # Each LATERAL with its LIMIT is one index probe a row, whatever the planner believes. The columns stand in the order
 # of ProfileRow and LeadRow; the last one tells what became of somebody else's row that the contact takes a value from,
@@ -98,7 +98,10 @@ class Line(NamedTuple):
 
 
 class LinesOfContact(NamedTuple):
-    """The line of the row that made a contact, and those of the rows that were merged into it."""
+    """The line of the row that made a contact, and those of the rows that were merged into it.
+
+    Those stand in the order of their runs: what emptied again may have been filled more than once.
+    """
 
     creator: Line
     merged: Sequence[Line]
