@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from crm.backfill.rollback.runner import roll_back
+from crm.backfill.verification import verify
 from crm.management.commands.rollback_crm_backfill import Command
 from crm.models import BackfillRun, LedgerEntry, Rollback
 from crm.models.ledger import RunStatus
@@ -428,6 +429,23 @@ def test_a_contact_goes_with_what_a_later_run_merged_into_it(database: Database)
     assert rollback(str(second["run"])).code == 2
     assert run()["read"] == 2
     assert contacts() == before
+
+
+def test_what_is_taken_out_is_missed_by_nobody(database: Database) -> None:
+    add_profile(email="ann@example.com")
+    run()
+    add_lead("ann@example.com", phone="555 0101")
+    second = run()
+    add_lead("ann@example.com", phone="555 0102", commissionRate="7.50")
+    add_lead("ann@example.com", phone=" ", commissionRate="8.50")
+    run()
+    whole, lines = contacts(), ledger()
+    report = taken_back(second["run"])
+    assert contact_with("ann@example.com")["phone"] is None
+    assert verify(connection).findings.kept == []
+    assert report["later_merges"] == 2
+    run()
+    assert (contacts(), ledger()) == (whole, lines)
 
 
 def test_a_row_merged_by_the_same_run_stays_with_a_contact_that_stays(database: Database) -> None:

@@ -43,7 +43,7 @@ class Migration(migrations.Migration):
                     "later_merges",
                     models.BigIntegerField(
                         default=0,
-                        help_text="Rows of other runs that had been merged into a reversed contact, and are pending again",
+                        help_text="Rows that other runs had merged into a reversed contact, or over a reversed merge: pending again",
                     ),
                 ),
                 ("reasons", models.JSONField(default=dict)),

@@ -29,7 +29,8 @@ class Rollback(models.Model):
     )
     lines_kept = models.BigIntegerField(default=0, help_text="Such rows whose contact was deleted since")
     later_merges = models.BigIntegerField(
-        default=0, help_text="Rows of other runs that had been merged into a reversed contact, and are pending again"
+        default=0,
+        help_text="Rows that other runs had merged into a reversed contact, or over a reversed merge: pending again",
     )
     reasons = models.JSONField(default=dict)
 

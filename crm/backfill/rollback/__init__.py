@@ -14,7 +14,9 @@ the contact; otherwise it is kept. Lines of rows that met somebody else's contac
 where that contact was deleted since: without its line the row would bring the person back.
 
 Whatever was merged into a contact goes with it, also by a later run: those rows are pending again, too, and the next
-backfill brings them all back. What was merged by the same run into a contact that stays, stays.
+backfill brings them all back. So does what other runs merged on top of a value that is taken out: such a row would have
+filled it itself, and left it alone because it was there. What was merged by the same run into a contact that stays,
+stays.
 
 The rows whose lines are gone count as pending. A rollback that was killed is gone on with by running it again.
 """

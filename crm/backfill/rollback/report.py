@@ -73,7 +73,7 @@ def print_summary(report: RollbackReport, console: Console) -> None:
     row(
         "Rows merged by other runs",
         numbers["later_merges"],
-        "pending again, with the contact that they were merged into",
+        "pending again, with what they were merged into",
     )
     for reason, count in sorted(report.counts.reasons.items()):
         row(f"  {reason}", count, "of all that was kept or failed")

@@ -37,6 +37,7 @@ from crm.backfill.rollback.verdict import (
     edited_columns,
     is_unchanged,
     maps_to_nothing,
+    merges_that_miss,
 )
 from crm.backfill.writer import Timeouts
 from crm.models import CRMContact, LedgerEntry, Rollback
@@ -67,12 +68,13 @@ Versions = dict[str, str]
 
 @dataclass(slots=True)
 class TakeBack:
-    """What merges wrote into a contact and is to be taken out again."""
+    """What merges wrote into a contact and is to be taken out again, with what other runs merged on top of it."""
 
     version: str
     columns: set[str]
     confidence: int
     lines: list[Line]
+    later_merges: list[Line] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -88,7 +90,7 @@ class Judged:
 
 @dataclass(slots=True)
 class Undone:
-    """What became of the lines of a batch, and the merged lines of other runs that went with a contact."""
+    """What became of the lines of a batch, and the merged lines of other runs that went with them."""
 
     judgements: list[Judgement] = field(default_factory=list)
     later_merges: list[Line] = field(default_factory=list)
@@ -116,18 +118,22 @@ def judge(lines: Sequence[Line], reader: Reader) -> Judged:
     created = [line for line in lines if line.outcome is Outcome.CREATED]
     contacts = reader.contacts([line.contact_id for line in lines if line.contact_id])
     judged = Judged(creators={line.id: line for line in created})
-    merges = reader.merges_into(list(judged.creators))
-    for merge in merges:
-        judged.merges.setdefault(str(merge.contact_id), []).append(merge)
     foreign = [line for line in lines if line.outcome is Outcome.MERGED and line.contact_id not in judged.creators]
     their_creators = reader.creators_of([line.contact_id for line in foreign if line.contact_id])
     foreign = [line for line in foreign if not _is_made_by(run_id, their_creators.get(str(line.contact_id)))]
+    merges = reader.merges_into([*judged.creators, *{str(line.contact_id) for line in foreign}])
+    for merge in merges:
+        judged.merges.setdefault(str(merge.contact_id), []).append(merge)
     rows = reader.source_rows([*created, *merges, *foreign, *their_creators.values()])
 
     for line in created:
         _judge_created(line, contacts.get(line.id), judged, rows)
     for line in foreign:
         _judge_merged(line, contacts.get(str(line.contact_id)), their_creators.get(str(line.contact_id)), judged, rows)
+    for contact_id, take_back in judged.take_backs.items():
+        others = [merge for merge in judged.merges[contact_id] if merge.run_id != run_id]
+        take_back.later_merges = merges_that_miss(contacts[contact_id], take_back.columns, others, rows)
+        take_back.columns.update(column for merge in take_back.later_merges for column in columns_of(merge))
     for line in lines:
         if line.outcome is Outcome.ERROR or (line.outcome is Outcome.EXISTS and line.contact_id in contacts):
             judged.decided.append(Judgement(line, Verdict.REVERSED))
@@ -347,6 +353,8 @@ def _stayed(line: Line, kept: Mapping[str, str | None], contact_id: str) -> Judg
 
 def _conclude_take_backs(judged: Judged, taken: set[str], refused: Mapping[str, str], undone: Undone) -> None:
     for contact_id, take_back in judged.take_backs.items():
+        if contact_id in taken:
+            undone.later_merges.extend(take_back.later_merges)
         for line in take_back.lines:
             if contact_id in taken:
                 judgement = Judgement(line, Verdict.REVERSED)

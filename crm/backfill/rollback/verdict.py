@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from crm.backfill.mapping import FULL_CONFIDENCE, ContactDraft, MappedRow
 from crm.backfill.outcome import Outcome
-from crm.backfill.plan import ACCOUNTS, ASSIGNMENT_UNIT, ATTRIBUTION_UNIT
+from crm.backfill.plan import ACCOUNTS, ASSIGNMENT_UNIT, ATTRIBUTION_UNIT, KnownContact, fill
 
 _UNITS = {"assignment": ASSIGNMENT_UNIT, "attribution": ATTRIBUTION_UNIT}
 
@@ -120,7 +120,34 @@ def maps_to_nothing(line: Line, rows: Rows) -> bool:
 
 def columns_of(merge: Line) -> tuple[str, ...]:
     """The columns that a merge filled."""
-    return tuple(column for name in merge.filled for column in _UNITS.get(name, (name,)))
+    return _columns_of(merge.filled)
+
+
+def merges_that_miss(contact: StoredContact, emptied: Iterable[str], merges: Iterable[Line], rows: Rows) -> list[Line]:
+    """The merges that found columns filled which are to be emptied, and would have filled them themselves.
+
+    What one of these filled is to be emptied with it, so others may miss that in turn. Left out is what cannot be taken
+    back: its row changed since, or the contact does not have what it filled.
+    """
+    gone = set(emptied)
+    waiting = [merge for merge in merges if is_unchanged(merge, rows) and not differs_from_merge(contact, merge, rows)]
+    found: list[Line] = []
+    while missing := [merge for merge in waiting if _would_fill(contact, gone, rows[merge.id])]:
+        found += missing
+        gone.update(column for merge in missing for column in columns_of(merge))
+        waiting = [merge for merge in waiting if merge not in missing]
+    return found
+
+
+def _would_fill(contact: StoredContact, emptied: set[str], row: SourceRow) -> bool:
+    """Whether a row would fill one of these columns, were they empty."""
+    nothing: dict[str, Any] = dict.fromkeys(emptied)
+    known = KnownContact.of_draft(contact.values._replace(**nothing))
+    return row.mapped.draft is not None and not emptied.isdisjoint(_columns_of(fill(known, row.mapped.draft)))
+
+
+def _columns_of(filled: Iterable[str]) -> tuple[str, ...]:
+    return tuple(column for name in filled for column in _UNITS.get(name, (name,)))
 
 
 def confidence_before(creator: Line | None, rows: Rows) -> int:
