@@ -104,9 +104,13 @@ def backfill(
     *,
     ledger: Mapping[str, Line] | None = None,
     only: Collection[str] | None = None,
+    limit: int | None = None,
     placeholder_domain: str = PLACEHOLDER_DOMAIN,
 ) -> Result:
-    """Run once: `ledger` is what earlier runs left, `only` the sources that are asked for (all, if None)."""
+    """Run once: `ledger` is what earlier runs left, `only` the sources that are asked for (all, if None).
+
+    No more than `limit` rows are looked at; those that are settled are not.
+    """
     result = Result(
         contacts={contact["id"]: dict(contact) for contact in population.contacts},
         ledger={reference: dict(line) for reference, line in (ledger or {}).items()},
@@ -122,8 +126,16 @@ def backfill(
     for source, rows in sources.items():
         if only is None or source in only:
             for table, row in rows:
-                _one_row(result, population, source, f"{table}:{row['id']}", row, placeholder_domain)
+                reference = f"{table}:{row['id']}"
+                if _is_settled(result, reference):
+                    result.counts.already += 1
+                elif limit is None or result.counts.read < limit:
+                    _one_row(result, population, source, reference, row, placeholder_domain)
     return result
+
+
+def _is_settled(result: Result, reference: str) -> bool:
+    return reference in result.ledger and result.ledger[reference]["outcome"] in SETTLED
 
 
 def _rows_in_order(population: Population) -> Iterator[tuple[str, Row]]:
@@ -149,9 +161,6 @@ def source_of(table: str, row: Row) -> str:
 
 def _one_row(result: Result, population: Population, source: str, reference: str, row: Row, domain: str) -> None:
     before = result.ledger.get(reference)
-    if before and before["outcome"] in SETTLED:
-        result.counts.already += 1
-        return
     try:
         if source in PROFILE_TYPES:
             draft = contact_of_profile(population, source, row, domain)

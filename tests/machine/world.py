@@ -1,0 +1,205 @@
+"""The world around the backfill: the application and the people in the CRM write, and all of it can be looked at.
+
+Every write bumps `updatedAt` to this very moment, as Prisma does. Ids count up, so that an example is the same again.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+from django.db import connection
+
+from tests.conftest import Database
+from tests.populations import HAS_CLERK_USER_ID, STAGE_LABELS, read_contacts
+from tests.reference import ATTRIBUTION, Line, Population, Row
+
+#: What we only read, and what people add to contacts.
+OTHER_TABLES = ("users", "profiles", "leads", "crm_interactions", "crm_stage_history")
+
+_NOW = "date_trunc('milliseconds', clock_timestamp() AT TIME ZONE 'UTC')"
+_COLUMNS = {
+    "users": ("id", "email", "createdAt", "updatedAt"),
+    "profiles": ("id", "userId", "role", "firstName", "lastName", "phone", "companyName", "createdAt", "updatedAt"),
+    "leads": (
+        *("id", "type", "status", "firstName", "lastName", "email", "phone", "source", "assignedPreparerId"),
+        *("lastContactedAt", *ATTRIBUTION, "createdAt", "updatedAt"),
+    ),
+}
+_LINES = """
+SELECT CASE WHEN source LIKE '%leads' THEN 'leads:' ELSE 'profiles:' END || source_id, id, source, outcome, reason,
+       contact_id, run_id, source_updated_at, filled
+  FROM ledger_entry
+"""
+_REFERENCED = 'SELECT "contactId" FROM crm_interactions UNION SELECT "contactId" FROM crm_stage_history'
+
+
+class LedgerLine(NamedTuple):
+    """A line of the ledger, whole."""
+
+    row: str
+    id: str
+    source: str
+    outcome: str
+    reason: str | None
+    contact_id: str | None
+    run: int
+    updated_at: datetime
+    filled: tuple[str, ...]
+
+    def as_the_reference(self) -> Line:
+        """What the reference knows of a line."""
+        return {
+            "source": self.source,
+            "outcome": self.outcome,
+            "reason": self.reason,
+            "contact_id": self.contact_id,
+        }
+
+
+@dataclass(frozen=True)
+class State:
+    """Everything, at one moment. Lines are by row reference, other rows by id."""
+
+    generation: str
+    users: Mapping[str, Row]
+    profiles: Mapping[str, Row]
+    leads: Mapping[str, Row]
+    contacts: Mapping[str, Row]
+    lines: Mapping[str, LedgerLine]
+    referenced: frozenset[str]
+
+    @property
+    def population(self) -> Population:
+        """The same for the reference."""
+        return Population(
+            generation=self.generation,
+            stages=STAGE_LABELS[self.generation],
+            has_clerk_user_id=self.generation in HAS_CLERK_USER_ID,
+            users=list(self.users.values()),
+            profiles=list(self.profiles.values()),
+            leads=list(self.leads.values()),
+            contacts=list(self.contacts.values()),
+        )
+
+    @property
+    def ledger(self) -> dict[str, Line]:
+        """The ledger for the reference."""
+        return {row: line.as_the_reference() for row, line in self.lines.items()}
+
+    def source_row(self, reference: str) -> Row | None:
+        """The row of a reference, if it is there."""
+        table, _, identifier = reference.partition(":")
+        return (self.profiles if table == "profiles" else self.leads).get(identifier)
+
+    def creators(self) -> dict[str, LedgerLine]:
+        """The lines that made contacts, by contact."""
+        return {line.id: line for line in self.lines.values() if line.outcome == "created"}
+
+    def merged_into(self, contact_id: str) -> list[LedgerLine]:
+        """The lines of the rows that were merged into a contact."""
+        return [line for line in self.lines.values() if (line.outcome, line.contact_id) == ("merged", contact_id)]
+
+
+class World:
+    """The database of one example."""
+
+    def __init__(self, database: Database, generation: str) -> None:
+        """Empty tables of a generation."""
+        database.use(generation)
+        self._database = database
+        self.generation = generation
+        self.has_clerk_user_id = generation in HAS_CLERK_USER_ID
+        self.stages = STAGE_LABELS[generation]
+        self._numbers = itertools.count(1)
+
+    def state(self) -> State:
+        """Look at everything."""
+        profile_columns = _COLUMNS["profiles"] + (("clerkUserId",) if self.has_clerk_user_id else ())
+        with connection.cursor() as cursor:
+            contacts = read_contacts(cursor)
+        return State(
+            self.generation,
+            users=self._read("users", _COLUMNS["users"]),
+            profiles=self._read("profiles", profile_columns),
+            leads=self._read("leads", _COLUMNS["leads"]),
+            contacts=contacts,
+            lines={line.row: line for line in map(_line, self._rows(_LINES))},
+            referenced=frozenset(contact_id for (contact_id,) in self._rows(_REFERENCED)),
+        )
+
+    def everything(self) -> dict[str, list[tuple[Any, ...]]]:
+        """Every row of every table, to be compared."""
+        return self._database.dump()
+
+    def other_tables(self) -> dict[str, list[tuple[Any, ...]]]:
+        """Every row of the tables that no command of ours may write."""
+        return self._database.dump(*OTHER_TABLES)
+
+    def runs(self) -> list[tuple[int, str]]:
+        """Every run of the history with its kind, the oldest first."""
+        return [(run, kind) for run, kind in self._rows("SELECT id, kind FROM backfill_run ORDER BY id")]
+
+    def add(self, table: str, **columns: Any) -> str:
+        """A new row; returns its id."""
+        identifier = f"c{table[0]}{next(self._numbers):023d}"
+        names = ["id", *columns]
+        if table != "crm_stage_history":
+            names.append("updatedAt")
+        values = ["%s"] * (1 + len(columns)) + [_NOW] * (len(names) - 1 - len(columns))
+        quoted = ", ".join(f'"{name}"' for name in names)
+        self._execute(
+            f'INSERT INTO "{table}" ({quoted}) VALUES ({", ".join(values)})',
+            identifier,
+            *columns.values(),
+        )
+        return identifier
+
+    def change(self, table: str, identifier: str, **columns: Any) -> None:
+        """Write columns of a row."""
+        assignments = "".join(f'"{name}" = %s, ' for name in columns)
+        self._execute(
+            f'UPDATE "{table}" SET {assignments}"updatedAt" = {_NOW} WHERE id = %s', *columns.values(), identifier
+        )
+
+    def delete(self, table: str, identifier: str) -> None:
+        """Delete a row, and what goes with it by the foreign keys."""
+        self._execute(f'DELETE FROM "{table}" WHERE id = %s', identifier)
+
+    def now(self) -> datetime:
+        """This moment, as the database tells it."""
+        ((moment,),) = self._rows(f"SELECT {_NOW}")
+        return moment.replace(tzinfo=UTC)  # type: ignore[no-any-return] # what a cursor returns is Any
+
+    def _read(self, table: str, columns: tuple[str, ...]) -> dict[str, Row]:
+        names = ", ".join(f'"{column}"' for column in columns)
+        rows = [
+            dict(zip(columns, map(_aware, row), strict=True)) for row in self._rows(f'SELECT {names} FROM "{table}"')
+        ]
+        return {row["id"]: row for row in rows}
+
+    def _rows(self, query: str) -> list[tuple[Any, ...]]:
+        with connection.cursor() as cursor:
+            cursor.execute(query)
+            return list(cursor.fetchall())
+
+    def _execute(self, statement: str, *parameters: Any) -> None:
+        with connection.cursor() as cursor:
+            cursor.execute(statement, [_naive(value) for value in parameters])
+
+
+def _line(row: tuple[Any, ...]) -> LedgerLine:
+    reference, identifier, source, outcome, reason, contact_id, run, updated_at, filled = row
+    names = tuple(filled.split(",")) if filled else ()
+    return LedgerLine(reference, identifier, source, outcome, reason, contact_id, run, _aware(updated_at), names)
+
+
+def _aware(value: Any) -> Any:
+    return value.replace(tzinfo=UTC) if isinstance(value, datetime) else value
+
+
+def _naive(value: Any) -> Any:
+    return value.astimezone(UTC).replace(tzinfo=None) if isinstance(value, datetime) else value

@@ -1,0 +1,420 @@
+"""Anything in any order: a machine that backfills, takes runs back, and in between lets the world go on.
+
+After every step nothing that a person wrote is overwritten, nobody whom they deleted is back, the books balance, and a
+verification finds exactly what somebody who watched expects, never a defect.
+
+The default is what a CI run has time for. For a longer look: `MACHINE_EXAMPLES=500 MACHINE_STEPS=40 pytest
+tests/test_machine.py --hypothesis-seed=1`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from decimal import Decimal
+from typing import Any
+
+import pytest
+from django.db import connection
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from crm.backfill.outcome import Source
+from crm.backfill.rollback.report import as_json
+from crm.backfill.rollback.runner import roll_back
+from crm.backfill.verification import verify
+from crm.errors import OperatorError
+from tests import commands, reference
+from tests.conftest import Database
+from tests.machine import expectations
+from tests.machine.expectations import Found
+from tests.machine.memory import Memory
+from tests.machine.world import State, World
+from tests.populations import HAS_CLERK_USER_ID, MOMENTS, NOT_ADDRESSES, ROLES
+
+EXAMPLES = int(os.environ.get("MACHINE_EXAMPLES", "12"))
+STEPS = int(os.environ.get("MACHINE_STEPS", "25"))
+UNKNOWN_RUN = 10**6
+
+# Few people, so that they meet: an address comes in its plain form mostly, and now and then it is none.
+ADDRESSES = ("ann@example.com", "bob@example.com")
+EMAILS = (*ADDRESSES * 3, *map(str.upper, ADDRESSES), "Ann@Example.com ", NOT_ADDRESSES[0])
+emails = st.sampled_from(EMAILS)
+names = st.sampled_from(("Ann", "Lee", " Bo ", ""))
+phones = st.sampled_from(("555 0100", "555 0199", " "))
+moments = st.sampled_from(MOMENTS)
+referrals = st.fixed_dictionaries(
+    {
+        "referrerUsername": st.sampled_from(["ref", "other"]),
+        "referrerType": st.just("AFFILIATE"),
+        "commissionRate": st.sampled_from([Decimal("12.50"), Decimal("7.00"), None]),
+        "commissionRateLockedAt": st.none() | moments,
+        "attributionMethod": st.none() | st.just("cookie"),
+        "attributionConfidence": st.sampled_from([100, 85]),
+    }
+)
+attributions: st.SearchStrategy[dict[str, Any]] = st.one_of(
+    st.just({}), st.sampled_from([100, 40]).map(lambda n: {"attributionConfidence": n}), referrals
+)
+statuses = st.sampled_from(("NEW", "CONTACTED", "QUALIFIED", "CONVERTED", "DISQUALIFIED"))
+lead_changes = st.one_of(
+    st.fixed_dictionaries({"status": statuses}),
+    st.fixed_dictionaries({"email": emails}),
+    st.fixed_dictionaries({"phone": phones}),
+    referrals,
+    st.none(),
+)
+profile_changes = st.one_of(
+    st.fixed_dictionaries({"phone": st.none() | phones}),
+    st.fixed_dictionaries({"companyName": st.none() | st.just("Other Ltd"), "firstName": names}),
+)
+contact_edits = st.one_of(
+    st.fixed_dictionaries({"firstName": names}),
+    st.fixed_dictionaries({"phone": st.none() | phones}),
+    st.fixed_dictionaries({"company": st.none() | st.just("By hand")}),
+    st.fixed_dictionaries({"lastContactedAt": st.none() | moments}),
+    st.fixed_dictionaries({"assignedPreparerId": st.none() | st.just("somebody"), "assignedAt": moments}),
+    st.just({"assignedPreparerId": None, "assignedAt": None}),
+    referrals,
+)
+run_options = st.fixed_dictionaries(
+    {},
+    optional={
+        "batch_size": st.sampled_from([1, 2, 7]),
+        "only": st.sets(st.sampled_from(Source), min_size=1, max_size=4).map(
+            lambda s: tuple(x for x in Source if x in s)
+        ),
+    },
+)
+
+
+class Machine(RuleBasedStateMachine):
+    """The application, people in the CRM and an operator, each doing what they do."""
+
+    def __init__(self, database: Database, generation: str) -> None:
+        super().__init__()
+        self.world = World(database, generation)
+        self.memory = Memory()
+        # Most rows are to be migrated.
+        self.roles = st.sampled_from(
+            [r for r in ROLES[generation] if r.upper() in reference.PROFILE_SOURCES]
+        ) | st.sampled_from(ROLES[generation])
+
+    # The operator
+
+    @initialize(data=st.data())
+    def the_first_days(self, data: st.DataObject) -> None:
+        self._newcomers(data, 4)
+
+    @rule(data=st.data())
+    def a_night(self, data: st.DataObject) -> None:
+        """Some people come, and then there is a run."""
+        self._newcomers(data, 2)
+        self._backfill({}, None, rehearsed=False)
+
+    @rule(data=st.data(), options=run_options, limit=st.none() | st.integers(1, 4))
+    def a_run_with_options(self, data: st.DataObject, options: dict[str, Any], limit: int | None) -> None:
+        """Some people come, and then somebody tries first and runs a part."""
+        self._newcomers(data, 2)
+        self._backfill(options, limit, rehearsed=True)
+
+    def _backfill(self, options: dict[str, Any], limit: int | None, *, rehearsed: bool) -> None:
+        before = self.world.state()
+        expected = _expected(before, options.get("only"), limit)
+        if rehearsed:
+            everything = self.world.everything()
+            rehearsal = commands.run(**options, limit=limit, dry_run=True)
+            assert _counts(rehearsal) == _expected_counts(expected)
+            assert self.world.everything() == everything
+        after = self._ours(lambda: commands.run(**options, limit=limit))
+        self._assert_as_expected(after, expected)
+
+    @rule(batch_size=st.sampled_from([1, 1000]), odds=st.integers(0, 9))
+    def a_backfill_by_two(self, batch_size: int, odds: int) -> None:
+        """Processes are slow, so they are rare. People's keys may make it a matter of who of the two comes first."""
+        if odds == 9 and not self.memory.theirs and not self.memory.written:
+            expected = _expected(self.world.state())
+            after = self._ours(lambda: commands.run(workers=2, batch_size=batch_size))
+            self._assert_as_expected(after, expected)
+
+    @precondition(lambda self: self.world.runs())
+    @rule(data=st.data(), batch_size=st.sampled_from([1, 2, 1000]))
+    def a_rollback(self, data: st.DataObject, batch_size: int) -> None:
+        runs = [run for run, _ in self.world.runs()]
+        self._roll_back(data.draw(st.sampled_from([*reversed(runs), UNKNOWN_RUN]), label="run"), batch_size)
+
+    @rule(data=st.data(), options=run_options)
+    def a_run_is_taken_back_and_run_again(self, data: st.DataObject, options: dict[str, Any]) -> None:
+        """Rollback and backfill equal backfill."""
+        self._newcomers(data, 2)
+        first = self._ours(lambda: commands.run(**options))
+        latest = self.world.runs()[-1][0]
+        self._roll_back(latest, 1000)
+        again = self._ours(lambda: commands.run(**options))
+        assert again.contacts == first.contacts
+        assert again.ledger == first.ledger
+
+    def _roll_back(self, run: int, batch_size: int) -> None:
+        before = self.world.state()
+        if run not in {line.run for line in before.lines.values()}:
+            self._assert_refused(run)
+            return
+        rehearsal = json.loads(as_json(roll_back(run, dry_run=True)))
+        report: dict[str, Any] = {}
+        after = self._ours(lambda: report.update(json.loads(as_json(roll_back(run, batch_size=batch_size)))))
+        expectations.assert_taken_back(before, after, run, self.memory)
+        expected = expectations.rollback_counts(before, after, run)
+        assert {name: report[name] for name in expected} == expected
+        assert {name: rehearsal[name] for name in expected} == expected
+        assert rehearsal["by_reason"] == report["by_reason"]
+        assert (report["status"], report["balanced"]) == ("finished", True)
+
+    def _assert_refused(self, run: int) -> None:
+        everything = self.world.everything()
+        for dry_run in (True, False):
+            with pytest.raises(OperatorError):
+                roll_back(run, dry_run=dry_run)
+        assert self.world.everything() == everything
+
+    def _ours(self, command: Any) -> State:
+        """Run a command of ours; whatever it is, it takes nothing from anybody."""
+        before, others = self.world.state(), self.world.other_tables()
+        command()
+        after = self.world.state()
+        assert self.world.other_tables() == others
+        expectations.assert_nothing_of_theirs_is_lost(before, after, self.memory)
+        expectations.assert_the_ledger_is_whole(after)
+        self.memory.lines_written(before, after)
+        return after
+
+    def _assert_as_expected(self, after: State, expected: reference.Result) -> None:
+        assert after.contacts == expected.contacts
+        assert after.ledger == expected.ledger
+
+    # The application
+
+    def _newcomers(self, data: st.DataObject, most: int) -> None:
+        for _ in range(data.draw(st.integers(0, most), label="newcomers")):
+            data.draw(st.sampled_from([self._a_form_is_sent, self._somebody_signs_up]), label="newcomer")(data)
+
+    def _somebody_signs_up(self, data: st.DataObject) -> None:
+        user_id = self._add_user(data)
+        if user_id is None and self.world.generation not in HAS_CLERK_USER_ID:
+            return  # every profile has a user there
+        profile: dict[str, Any] = {
+            "userId": user_id,
+            "role": data.draw(self.roles),
+            "firstName": data.draw(names),
+            "phone": data.draw(st.none() | phones),
+            "companyName": data.draw(st.none() | st.just("Lee Ltd")),
+            "createdAt": data.draw(moments),
+        }
+        if self.world.has_clerk_user_id:
+            taken = {row["clerkUserId"] for row in self.world.state().profiles.values()}
+            profile["clerkUserId"] = data.draw(st.sampled_from([None, *sorted({"user_a", "user_b"} - taken)]))
+        identifier = self.world.add("profiles", **profile)
+        self.memory.preparer_came_or_went([identifier, user_id], self.world.state())
+
+    def _a_form_is_sent(self, data: st.DataObject) -> None:
+        state = self.world.state()
+        self.world.add(
+            "leads",
+            type=data.draw(st.sampled_from(["CUSTOMER", "TAX_PREPARER", "AFFILIATE"])),
+            status=data.draw(statuses),
+            email=data.draw(emails),
+            firstName=data.draw(names),
+            lastName="Lead",
+            phone=data.draw(phones),
+            lastContactedAt=data.draw(st.none() | moments),
+            assignedPreparerId=data.draw(st.sampled_from([None, "", "nobody", *state.profiles, *state.users])),
+            createdAt=data.draw(moments),
+            **data.draw(attributions),
+        )
+
+    @precondition(lambda self: self.world.state().leads)
+    @rule(data=st.data())
+    def a_lead_changes(self, data: st.DataObject) -> None:
+        lead = data.draw(st.sampled_from(sorted(self.world.state().leads)), label="lead")
+        change = data.draw(lead_changes, label="change")
+        if change is None:
+            self.world.delete("leads", lead)
+        else:
+            self.world.change("leads", lead, **change)
+        self.memory.row_changed(f"leads:{lead}")
+
+    @precondition(lambda self: self.world.state().profiles)
+    @rule(data=st.data())
+    def a_profile_changes(self, data: st.DataObject) -> None:
+        profile = data.draw(st.sampled_from(sorted(self.world.state().profiles)), label="profile")
+        change = data.draw(profile_changes | st.fixed_dictionaries({"role": self.roles}), label="change")
+        self.world.change("profiles", profile, **change)
+        self.memory.row_changed(f"profiles:{profile}")
+
+    @precondition(lambda self: any(row["userId"] is None for row in self.world.state().profiles.values()))
+    @rule(data=st.data())
+    def a_profile_gets_an_email(self, data: st.DataObject) -> None:
+        state = self.world.state()
+        without = sorted(row["id"] for row in state.profiles.values() if row["userId"] is None)
+        if user_id := self._add_user(data):
+            profile = data.draw(st.sampled_from(without), label="profile")
+            self.world.change("profiles", profile, userId=user_id)
+            self.memory.row_changed(f"profiles:{profile}")
+            self.memory.preparer_came_or_went([user_id], state)
+
+    @precondition(lambda self: self.world.state().users)
+    @rule(data=st.data())
+    def an_account_gets_another_email(self, data: st.DataObject) -> None:
+        state = self.world.state()
+        email = self._free_email(data, "users")
+        if email is not None:
+            user = data.draw(st.sampled_from(sorted(state.users)), label="user")
+            self.world.change("users", user, email=email)
+            self.memory.account_changed(user, state)
+
+    @precondition(lambda self: self.world.state().profiles)
+    @rule(data=st.data(), with_account=st.booleans())
+    def a_profile_is_deleted(self, data: st.DataObject, with_account: bool) -> None:  # noqa: FBT001 - hypothesis
+        state = self.world.state()
+        profile = data.draw(st.sampled_from(sorted(state.profiles)), label="profile")
+        user_id = state.profiles[profile]["userId"]
+        if with_account and user_id:
+            self.world.delete("users", user_id)
+        else:
+            self.world.delete("profiles", profile)
+        self.memory.row_changed(f"profiles:{profile}")
+        self.memory.preparer_came_or_went([profile, user_id], state)
+
+    def _add_user(self, data: st.DataObject) -> str | None:
+        """A new account, or None."""
+        email = self._free_email(data, "users")
+        return None if email is None else self.world.add("users", email=email)
+
+    def _free_email(self, data: st.DataObject, table: str) -> str | None:
+        state = self.world.state()
+        rows = state.users if table == "users" else state.contacts
+        taken = {row["email"] for row in rows.values()}
+        return data.draw(st.sampled_from([None, *(email for email in (*EMAILS, "") if email not in taken)]))
+
+    # People in the CRM
+
+    @rule(data=st.data())
+    def a_contact_is_made_by_hand(self, data: st.DataObject) -> None:
+        state, email = self.world.state(), self._free_email(data, "crm_contacts")
+        if not email:
+            return
+        accounts = set(state.users) - {contact["userId"] for contact in state.contacts.values()}
+        contact = self.world.add(
+            "crm_contacts",
+            email=email,
+            userId=data.draw(st.sampled_from([None, *sorted(accounts)])),
+            contactType="LEAD",
+            firstName="Con",
+            lastName="Tact",
+            phone=data.draw(st.none() | phones),
+            createdAt=self.world.now(),
+        )
+        self.memory.theirs.add(contact)
+
+    @precondition(lambda self: self.world.state().contacts)
+    @rule(data=st.data())
+    def a_contact_is_edited(self, data: st.DataObject) -> None:
+        self._save(self._a_contact(data), **data.draw(contact_edits, label="edit"))
+
+    @precondition(lambda self: self.world.state().contacts)
+    @rule(data=st.data())
+    def a_contact_gets_another_key(self, data: st.DataObject) -> None:
+        state, contact, email = self.world.state(), self._a_contact(data), self._free_email(data, "crm_contacts")
+        free = sorted(set(state.users) - {contact["userId"] for contact in state.contacts.values()})
+        self._save(contact, **({"email": email} if email else {"userId": free[0]} if free else {}))
+
+    @precondition(lambda self: self.world.state().contacts)
+    @rule(data=st.data())
+    def a_contact_enters_another_stage(self, data: st.DataObject) -> None:
+        contact = self._a_contact(data)
+        stage = data.draw(st.sampled_from(self.world.stages))
+        was = self.world.state().contacts[contact]["stage"]
+        self._save(contact, stage=stage, stageEnteredAt=self.world.now())
+        self.world.add("crm_stage_history", contactId=contact, fromStage=was, toStage=stage)
+
+    @precondition(lambda self: self.world.state().contacts)
+    @rule(data=st.data(), moves_contact=st.booleans())
+    def a_note_is_written(self, data: st.DataObject, moves_contact: bool) -> None:  # noqa: FBT001 - hypothesis
+        contact = self._a_contact(data)
+        self.world.add("crm_interactions", contactId=contact, type="NOTE")
+        if moves_contact:
+            self._save(contact, lastContactedAt=self.world.now())
+
+    @precondition(lambda self: self.world.state().contacts)
+    @rule(data=st.data())
+    def a_contact_is_deleted(self, data: st.DataObject) -> None:
+        contact, state = self._a_contact(data), self.world.state()
+        self.world.delete("crm_contacts", contact)
+        self.memory.contact_deleted(contact, state)
+
+    def _a_contact(self, data: st.DataObject) -> str:
+        return data.draw(st.sampled_from(sorted(self.world.state().contacts)), label="contact")
+
+    def _save(self, contact: str, **columns: Any) -> None:
+        self.world.change("crm_contacts", contact, **columns)
+        self.memory.contact_saved(contact, columns)
+
+    # What always holds
+
+    @invariant()
+    def a_verification_finds_exactly_what_happened(self) -> None:
+        state = self.world.state()
+        report = verify(connection)
+        found = {
+            Found(finding.check.value, finding.kind.value, finding.row, finding.contact_id, frozenset(finding.columns))
+            for finding in report.findings.kept
+        }
+        assert found == expectations.findings(state, self.memory)
+        assert report.defects == 0
+        counted = expectations.census(state)
+        assert report.census.balances
+        assert {
+            "excluded": sum(report.census.excluded.values()),
+            "in_ledger": report.census.in_ledger,
+            "pending": sum(report.census.pending.values()),
+        } == counted
+
+
+def _expected(state: State, only: Any = None, limit: int | None = None) -> reference.Result:
+    return reference.backfill(state.population, ledger=state.ledger, only=only, limit=limit)
+
+
+def _counts(answer: dict[str, Any]) -> dict[str, int]:
+    return {name: answer[name] for name in ("read", "created", "merged", "exists", "error", "error_new", "already")}
+
+
+def _expected_counts(expected: reference.Result) -> dict[str, int]:
+    return _counts(vars(expected.counts))
+
+
+@pytest.mark.parametrize("generation", ["2025_10_mixed", "2025_12"])
+def test_whatever_happens_in_whatever_order_nothing_is_lost_and_nothing_is_hidden(
+    database: Database, generation: str
+) -> None:
+    class Example(Machine):
+        def __init__(self) -> None:
+            super().__init__(database, generation)
+
+    run_state_machine_as_test(
+        Example,
+        settings=settings(
+            max_examples=EXAMPLES,
+            stateful_step_count=STEPS,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+            phases=[Phase.generate, Phase.shrink],
+            print_blob=True,
+        ),
+    )
