@@ -28,8 +28,8 @@ from django.utils.html import format_html
 from django.utils.safestring import SafeString
 
 from crm.backfill.mapping import ATTRIBUTION, contact_id
-from crm.backfill.outcome import Outcome, Reason, Source
-from crm.models import BackfillBatch, BackfillRun, ConflictDecision, CRMContact, LedgerEntry, Rollback
+from crm.backfill.outcome import Outcome, Reason, Source, UpdateOutcome
+from crm.models import BackfillBatch, BackfillRun, ConflictDecision, ContactUpdate, CRMContact, LedgerEntry, Rollback
 from crm.models.ledger import RunStatus
 
 admin.site.site_header = admin.site.site_title = "CRM contacts backfill"
@@ -42,6 +42,7 @@ MOST_BATCHES = 100
 MOST_RUNS_TO_CHOOSE = 25
 
 OUTCOMES = tuple(outcome.value for outcome in Outcome)
+UPDATE_OUTCOMES = tuple(outcome.value for outcome in UpdateOutcome)
 MADE_BY_BACKFILL = Exists(LedgerEntry.objects.filter(pk=OuterRef("pk"), outcome=Outcome.CREATED))
 HAS_ATTRIBUTION = Q(*((f"{name}__isnull", False) for name in ATTRIBUTION), _connector=Q.OR)
 CONTACT_IS_THERE = Exists(CRMContact.objects.filter(pk=OuterRef("contact_id")))
@@ -349,8 +350,11 @@ class BatchInline(NothingToChange, admin.TabularInline):  # type: ignore[type-ar
     formset = LatestBatches
     verbose_name_plural = f"the last batches, {MOST_BATCHES} at most"
     ordering = ("-id",)
-    fields = ("source", "read", "created", "merged", "exists", "error", "error_new", "seconds", "committed_at")
-    readonly_fields = fields
+    readonly_fields = (
+        *("source", "read", *OUTCOMES, "error_new", "revisited", *UPDATE_OUTCOMES),
+        *("seconds", "committed_at"),
+    )
+    fields = readonly_fields
     can_delete = False
     extra = 0
 
@@ -375,6 +379,7 @@ class RunAdmin(ReadOnlyAdmin):
     fieldsets = (
         (None, {"fields": ("kind", "status", "failure", "ledger")}),
         ("Rows", {"fields": ("read", *OUTCOMES, "error_new", "balanced", "tables", "taken_back")}),
+        ("Looked at again", {"fields": ("revisited", *UPDATE_OUTCOMES, "changed")}),
         ("When", {"fields": ("started_at", "heartbeat_at", "finished_at", "duration")}),
         ("Who and what", {"fields": ("operator", "host", "process_id", "version", "generation", "asked")}),
     )
@@ -399,6 +404,12 @@ class RunAdmin(ReadOnlyAdmin):
         """What a rollback took back."""
         counts = Rollback.objects.filter(run=run).values().first()
         return _indented(counts) if counts else "-"
+
+    @admin.display(description="what was changed")
+    def changed(self, run: BackfillRun) -> SafeString:
+        """The way to what --update changed."""
+        address = reverse("admin:crm_contactupdate_changelist")
+        return format_html('<a href="{}?{}">all</a>', address, urlencode({"run": run.pk}))
 
     @admin.display(description="ledger lines")
     def ledger(self, run: BackfillRun) -> SafeString:
@@ -447,6 +458,7 @@ class LedgerAdmin(ContactNamingAdmin):
         "what_was_filled",
         "run_link",
         "source_updated_at",
+        "seen_updated_at",
         "sqlstate",
         "constraint",
         "column",
@@ -508,6 +520,56 @@ class DecisionAdmin(ContactNamingAdmin):
     def line(self, decision: ConflictDecision) -> str:
         """The way to what became of the row."""
         return _link(LedgerEntry, decision.pk, decision.row)
+
+
+@admin.register(ContactUpdate)
+class ContactUpdateAdmin(ContactNamingAdmin):
+    """What --update changed in contacts."""
+
+    list_display = ("contact", "what_was_changed", "type_change", "stage_change", "line_link", "run_link")
+    list_filter = (RunFilter,)
+    search_fields = ("contact_id",)
+    search_help_text = "The whole id of a contact."
+    ordering = ("-id",)
+    fields = (
+        *("contact", "what_was_changed", "type_change", "stage_change", "stage_entered_before"),
+        *("placeholder", "confidence_before", "line_link", "run_link", "source_updated_at", "contact_updated_at"),
+    )
+
+    def get_search_results(
+        self,
+        request: HttpRequest,  # noqa: ARG002 - Django's signature
+        queryset: QuerySet[Any],
+        search_term: str,
+    ) -> tuple[QuerySet[Any], bool]:
+        """The updates of a contact, which is a look into the index."""
+        term = search_term.strip()
+        return (queryset.filter(contact_id=term) if term else queryset), False
+
+    @admin.display(description="ledger line")
+    def line_link(self, change: ContactUpdate) -> str:
+        """The line of the source row that it came from."""
+        return _link(LedgerEntry, change.line_id, change.line_id)
+
+    @admin.display(description="changed")
+    def what_was_changed(self, change: ContactUpdate) -> str:
+        """The columns."""
+        return _spaced(change.columns)
+
+    @admin.display(description="type")
+    def type_change(self, change: ContactUpdate) -> str:
+        """From what to what."""
+        return f"{change.from_type} → {change.to_type}" if change.to_type else "-"
+
+    @admin.display(description="stage")
+    def stage_change(self, change: ContactUpdate) -> str:
+        """From what to what."""
+        return f"{change.from_stage} → {change.to_stage}" if change.to_stage else "-"
+
+    @admin.display(description="run")
+    def run_link(self, change: ContactUpdate) -> str:
+        """The run that did it."""
+        return _link(BackfillRun, change.run_id, str(change.run_id))
 
 
 def _keys_of(term: str) -> list[str]:

@@ -4,6 +4,7 @@
 --
 --   role      the name of the role; made where it is missing, without a password        default: crm_backfill_job
 --   schema    the schema of the application's tables                                    default: public
+--   update    on: the role may also look at rows again (backfill_crm_contacts --update)  default: off
 --   rollback  on: the role may also take a run back (rollback_crm_backfill)             default: off
 --
 -- It works on the database that psql is connected to, as a superuser, or as the owner of the application's tables and
@@ -29,6 +30,10 @@
 \if :{?schema}
 \else
   \set schema public
+\endif
+\if :{?update}
+\else
+  \set update off
 \endif
 \if :{?rollback}
 \else
@@ -102,9 +107,16 @@ SELECT format('GRANT %s (%s) ON %I.%I TO %I', privilege, string_agg(quote_ident(
 
 -- Our own tables.
 GRANT SELECT, INSERT, UPDATE ON crm_backfill.backfill_run, crm_backfill.ledger_entry TO :"role";
-GRANT SELECT, INSERT ON crm_backfill.backfill_batch TO :"role";
+GRANT SELECT, INSERT ON crm_backfill.backfill_batch, crm_backfill.contact_update TO :"role";
 -- A run reads what was decided about rows in conflict; resolve_crm_conflict records it under this role too.
 GRANT SELECT, INSERT, UPDATE ON crm_backfill.conflict_decision TO :"role";
+
+\if :update
+  -- OPTIONAL: looking at rows again. A placeholder email is replaced and a contact promoted, with a line in its history.
+  GRANT UPDATE ("email", "contactType", "stage", "stageEnteredAt") ON :"schema".crm_contacts TO :"role";
+  GRANT INSERT ("id", "contactId", "fromStage", "toStage", "reason", "createdAt") ON :"schema".crm_stage_history
+     TO :"role";
+\endif
 
 \if :rollback
   -- OPTIONAL: taking a run back. A contact goes only where nobody has changed or filled in anything since, in whatever

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, settings
 from pytest_django import DjangoDbBlocker
 
 from crm.legacy_schema import create_legacy_tables
-from crm.models import BackfillBatch, BackfillRun, ConflictDecision, LedgerEntry, Rollback
+from crm.models import BackfillBatch, BackfillRun, ConflictDecision, ContactUpdate, LedgerEntry, Rollback
 from tests.populations import add_labels
 
 # A machine that has other things to do is no reason to fail.
@@ -25,7 +25,7 @@ settings.register_profile("patient", deadline=None, suppress_health_check=[Healt
 settings.load_profile("patient")
 
 LEGACY_TABLES = ("crm_stage_history", "crm_interactions", "crm_contacts", "leads", "profiles", "users")
-OWN_MODELS = (LedgerEntry, BackfillBatch, Rollback, ConflictDecision, BackfillRun)
+OWN_MODELS = (LedgerEntry, ContactUpdate, BackfillBatch, Rollback, ConflictDecision, BackfillRun)
 OWN_TABLES = tuple(model._meta.db_table for model in OWN_MODELS)
 DEFAULT_GENERATION = "2025_10"
 

@@ -83,11 +83,13 @@ class Counts:
 
 @dataclass
 class Result:
-    """Everything after a run: contacts by id, ledger lines by row reference, counts of this run."""
+    """Everything after a run: contacts by id, ledger lines by row reference, counts of this run; by contact the columns
+    that merges filled."""
 
     contacts: dict[str, Row]
     ledger: dict[str, Line]
     counts: Counts
+    filled: dict[str, set[str]] = field(default_factory=dict)
 
 
 class Rejected(Exception):  # noqa: N818 - a verdict on a row, not a failure of the program
@@ -182,10 +184,14 @@ def _land(result: Result, draft: Row, *, is_lead: bool) -> tuple[str, str]:
     made_here = {contact_id_of(ref) for ref, line in result.ledger.items() if line["outcome"] == "created"}
     if contact["id"] not in made_here and contact["id"] != draft["id"]:
         return "exists", contact["id"]
+    before = dict(contact)
     if is_lead:
         fill_from_lead(contact, draft)
     else:
         fill_from_profile(contact, draft)
+    result.filled.setdefault(contact["id"], set()).update(
+        column for column in before if contact[column] != before[column]
+    )
     return "merged", contact["id"]
 
 

@@ -21,12 +21,12 @@ from django.urls import reverse
 
 from crm import admin as crm_admin
 from crm.backfill.mapping import contact_id
-from crm.models import BackfillBatch, BackfillRun, ConflictDecision, CRMContact, LedgerEntry, Rollback
+from crm.models import BackfillBatch, BackfillRun, ConflictDecision, ContactUpdate, CRMContact, LedgerEntry, Rollback
 from tests.builders import UPDATED_AT, add_contact, add_lead, add_many_leads, add_profile
 from tests.commands import run
 from tests.conftest import Database
 
-MODELS = (CRMContact, BackfillRun, LedgerEntry, ConflictDecision)
+MODELS = (CRMContact, BackfillRun, LedgerEntry, ConflictDecision, ContactUpdate)
 #: Everything that text may hold and an address may not.
 STRANGE_ID = "a/b_c?d#e%f&g\"h'i<j>\nk\\l é"
 
@@ -226,6 +226,28 @@ def test_a_rollback_is_shown_with_what_it_took_back(browser: Client) -> None:
     assert '"contacts_reversed": 1' in page(browser, BackfillRun, rollback.pk)
 
 
+def test_an_update_is_shown_with_what_it_changed_and_the_way_to_it(database: Database, browser: Client) -> None:
+    lead = add_lead("ann@example.com")
+    run()
+    database.rows("""UPDATE leads SET status = 'CONVERTED', "updatedAt" = now() RETURNING id""")
+    number = run(update=True)["run"]
+    of_run = page(browser, BackfillRun, number)
+    assert "Revisited: 1" in of_run
+    assert "Updated: 1" in of_run
+    update = ContactUpdate.objects.get()
+    assert listed(browser, ContactUpdate, run=str(number)) == {update.pk}
+    assert listed(browser, ContactUpdate, q=contact_id("leads", lead)) == {update.pk}
+    assert listed(browser, ContactUpdate, q="nobody") == set()
+    shown = page(browser, ContactUpdate, update.pk)
+    assert "Changed: contact_type, stage" in shown
+    assert "LEAD → CLIENT" in shown
+    assert "NEW → COMPLETE" in shown
+    for model, key in ((LedgerEntry, update.line_id), (CRMContact, update.contact_id), (BackfillRun, number)):
+        assert (
+            address(model, "change", key) in browser.get(address(ContactUpdate, "change", update.pk)).content.decode()
+        )
+
+
 def test_a_run_that_is_going_is_shown(browser: Client) -> None:
     going = BackfillRun.objects.create(version="1", generation="2025_10", operator="me", host="here", process_id=1)
     assert "Duration: 0:00:00" in page(browser, BackfillRun, going.pk)
@@ -352,10 +374,11 @@ def test_a_list_counts_only_so_far(browser: Client, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("model", MODELS)
 def test_every_column_is_shown(model: type[models.Model]) -> None:
     shown_otherwise = {"options": "asked", "census": "tables", "run": "run_link", "contact_id": "contact"}
-    shown_otherwise |= {"filled": "what_was_filled"}
+    shown_otherwise |= {"filled": "what_was_filled", "line": "line_link", "columns": "what_was_changed"}
+    shown_otherwise |= {f"{end}_{what}": f"{what}_change" for end in ("from", "to") for what in ("type", "stage")}
     page_of = admin.site._registry[model]
     shown = set(flatten_fieldsets(page_of.fieldsets or [(None, {"fields": page_of.fields or ()})]))
     fields = {shown_otherwise.get(field.name, field.name) for field in model._meta.concrete_fields}
-    if model is BackfillRun:
+    if model in (BackfillRun, ContactUpdate):
         fields.remove("id")  # in the page's title
     assert fields - shown == set(), "show it in crm/admin.py"

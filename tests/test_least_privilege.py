@@ -126,6 +126,34 @@ def test_the_backfill_works_under_the_role_and_the_check_is_clean(database: Data
     assert builders.contact_with("bob@example.com")["phone"] == "555 0102"
 
 
+@pytest.mark.process
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_an_update_works_under_the_role_that_was_made_for_it_and_the_check_is_clean(
+    database: Database, generation: str
+) -> None:
+    database.use(generation)
+    lead = builders.add_lead("ann@example.com")
+    builders.add_contact("carla@example.com")
+    builders.add_lead("carla@example.com", phone="555 0103")
+    with role_made_by_script() as url:
+        manage("backfill_crm_contacts", "--json", "--no-progress", url=url)
+        refused = manage("backfill_crm_contacts", "--update", "--no-progress", url=url)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        for missing in ("INSERT on crm_stage_history", "UPDATE on crm_contacts.email", "UPDATE on crm_contacts.stage"):
+            assert missing in refused.stderr
+    database.rows("""UPDATE leads SET status = 'CONVERTED', "updatedAt" = now() WHERE id = %s RETURNING id""", lead)
+    with role_made_by_script(update="on") as url:
+        checked = manage("check", "--database", "default", url=url)
+        assert (checked.returncode, checked.stdout) == (0, "System check identified no issues (0 silenced).\n")
+        foretold = manage("backfill_crm_contacts", "--update", "--dry-run", "--json", "--no-progress", url=url)
+        run = manage("backfill_crm_contacts", "--update", "--json", "--no-progress", url=url)
+        assert (run.returncode, run.stderr) == (0, "")
+        columns = {"contact_type": 1, "phone": 1, "stage": 1}
+        assert json.loads(run.stdout)["updated_by_column"] == columns
+        assert json.loads(foretold.stdout)["updated_by_column"] == columns
+    assert builders.contact_with("ann@example.com")["contactType"] == "CLIENT"
+
+
 def test_no_secret_can_be_read_nor_anything_else_be_done(database: Database) -> None:
     with role_made_by_script(), session(ROLE) as job:
         job.autocommit = True
@@ -144,7 +172,10 @@ def test_no_secret_can_be_read_nor_anything_else_be_done(database: Database) -> 
             'SELECT "previousYearAGI" FROM public.crm_contacts',
             "SELECT FROM public.crm_interactions",
             "SELECT FROM public.crm_stage_history",
+            """INSERT INTO public.crm_stage_history (id, "contactId", "toStage") VALUES ('h', 'c', 'NEW')""",
             "DELETE FROM crm_backfill.ledger_entry",
+            "DELETE FROM crm_backfill.contact_update",
+            "UPDATE crm_backfill.contact_update SET columns = 'phone'",
             "DELETE FROM crm_backfill.backfill_run",
             "UPDATE crm_backfill.backfill_batch SET read = 0",
             "SELECT FROM crm_backfill.auth_user",
@@ -246,9 +277,9 @@ def test_the_check_tells_what_is_missing_with_the_grant(
             "may write tables that are only read: crm_interactions, users.",
         ),
         (
-            "GRANT UPDATE (stage) ON public.crm_contacts TO {role}",
+            "GRANT UPDATE (source) ON public.crm_contacts TO {role}",
             "W003",
-            "may write columns that the backfill leaves alone: crm_contacts.stage (UPDATE).",
+            "may write columns that the backfill leaves alone: crm_contacts.source (UPDATE).",
         ),
         ("GRANT CREATE ON SCHEMA public TO {role}", "W004", "may make tables in the application's schema: public."),
         ("ALTER ROLE {role} CREATEROLE", "W005", "is more than an ordinary role: CREATEROLE."),

@@ -177,7 +177,8 @@ def test_the_right_to_select_is_enough(database: Database) -> None:
 @contextmanager
 def verifying_role(database: Database) -> Iterator[str]:
     with reading_role(database) as role:
-        for grant in ("USAGE ON SCHEMA crm_backfill", "SELECT ON ledger_entry, backfill_run, conflict_decision"):
+        readable = "ledger_entry, contact_update, backfill_run, conflict_decision"
+        for grant in ("USAGE ON SCHEMA crm_backfill", f"SELECT ON {readable}"):
             with connection.cursor() as cursor:
                 cursor.execute(f"GRANT {grant} TO {role}")
         yield role

@@ -87,7 +87,8 @@ def renew(run_id: int, totals: Totals) -> None:
             heartbeat_at=Now(),
             read=F("read") + totals.read,
             error_new=F("error_new") + totals.error_new,
-            **{name: F(name) + count for name, count in totals.outcomes.items()},
+            revisited=F("revisited") + totals.revisited,
+            **{name: F(name) + count for name, count in (totals.outcomes | totals.update_outcomes).items()},
         )
     )
     if not updated:

@@ -18,6 +18,7 @@ class RunOptions:
     """
 
     dry_run: bool = False
+    update: bool = False
     batch_size: int | None = None
     only: tuple[Source, ...] = ()
     limit: int | None = None
@@ -35,6 +36,7 @@ class RunOptions:
     def recorded(self) -> dict[str, Any]:
         """The options for the run's record."""
         return {
+            "update": self.update,
             "batch_size": self.batch_size,
             "only": [source.value for source in self.only],
             "limit": self.limit,

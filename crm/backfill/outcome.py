@@ -1,7 +1,8 @@
 """What becomes of source rows, and how it is counted. Pure: no database, no Django.
 
 The identity of a run is `read = created + merged + exists + error`; over the tables it is
-`rows = excluded + in the ledger + pending`.
+`rows = excluded + in the ledger + pending`. Rows that --update looks at again have one of their own:
+`revisited = updated + kept + unchanged`.
 """
 
 from __future__ import annotations
@@ -44,6 +45,14 @@ class Outcome(StrEnum):
     MERGED = "merged"  # it met a contact of ours and filled what was missing there
     EXISTS = "exists"  # it met somebody else's contact, which stays as it is
     ERROR = "error"  # it cannot be a contact: a dead letter, tried again by every run
+
+
+class UpdateOutcome(StrEnum):
+    """What became of a row that was looked at again."""
+
+    UPDATED = "updated"  # its contact has something of it now that it had not
+    KEPT = "kept"  # the contact has another value, which is not ours to change
+    UNCHANGED = "unchanged"  # it brings nothing
 
 
 class Reason(StrEnum):
@@ -98,6 +107,12 @@ class Totals:
     errors_by_reason: Counter[str] = field(default_factory=Counter)
     errors_new_by_reason: Counter[str] = field(default_factory=Counter)
     created_by_type: Counter[str] = field(default_factory=Counter)
+    revisited: int = 0
+    updated: int = 0
+    kept: int = 0
+    unchanged: int = 0
+    updated_by_column: Counter[str] = field(default_factory=Counter)
+    kept_by_column: Counter[str] = field(default_factory=Counter)
 
     @classmethod
     def of(cls, decisions: list[Decision], created_types: Counter[str]) -> Self:
@@ -128,6 +143,17 @@ class Totals:
         self.errors_by_reason.update(other.errors_by_reason)
         self.errors_new_by_reason.update(other.errors_new_by_reason)
         self.created_by_type.update(other.created_by_type)
+        self.revisited += other.revisited
+        self.updated += other.updated
+        self.kept += other.kept
+        self.unchanged += other.unchanged
+        self.updated_by_column.update(other.updated_by_column)
+        self.kept_by_column.update(other.kept_by_column)
+
+    @property
+    def rows(self) -> int:
+        """Rows that were looked at, for the first time or again."""
+        return self.read + self.revisited
 
     @property
     def outcomes(self) -> dict[str, int]:
@@ -135,9 +161,14 @@ class Totals:
         return {outcome.value: getattr(self, outcome.value) for outcome in Outcome}
 
     @property
+    def update_outcomes(self) -> dict[str, int]:
+        """The three outcomes of rows that were looked at again, by name."""
+        return {outcome.value: getattr(self, outcome.value) for outcome in UpdateOutcome}
+
+    @property
     def balances(self) -> bool:
-        """Whether every row that was read has an outcome."""
-        return self.read == sum(self.outcomes.values())
+        """Whether every row that was looked at has an outcome."""
+        return self.read == sum(self.outcomes.values()) and self.revisited == sum(self.update_outcomes.values())
 
 
 @dataclass(frozen=True, slots=True)

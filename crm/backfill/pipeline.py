@@ -83,7 +83,8 @@ class Pipeline:
                 totals, after = self._batch_with_retries(ahead, reader.source, after)
                 if totals is None:
                     return
-                self.on_batch(reader.source, totals)
+                if totals.rows:
+                    self.on_batch(reader.source, totals)
                 self._keep_pace()
 
     def _batch_with_retries(
@@ -110,11 +111,13 @@ class Pipeline:
         if limit is None or limit > 0:
             ahead.ask(page.key, self._size(limit))
         totals = self.writer.write(source, self.resolutions.applied(page.rows))
-        self.limit = limit
-        if change := self.sizer.after_batch(totals.read, time.monotonic() - started):
+        if self.limit is not None:
+            # Not all rows of a page need be such that a second look finds something in them.
+            self.limit -= totals.rows
+        if change := self.sizer.after_batch(totals.rows, time.monotonic() - started):
             logger.info(change)
         for throttle in self.throttles:
-            throttle.after_batch(totals.read, started)
+            throttle.after_batch(totals.rows, started)
         return totals, page.key
 
     def _size(self, limit: int | None) -> int:

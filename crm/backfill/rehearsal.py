@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from django.db.backends.base.base import BaseDatabaseWrapper
@@ -16,7 +16,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from crm.backfill.arrays import use_fast_arrays
 from crm.backfill.known import ContactLookup, decided_contacts
 from crm.backfill.mapping import ContactDraft, MappedRow
-from crm.backfill.outcome import Source, Totals
+from crm.backfill.outcome import Decision, Outcome, Source, Totals
 from crm.backfill.plan import KnownContact, KnownContacts
 from crm.backfill.settle import settle
 
@@ -39,6 +39,9 @@ class Imagined:
             PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -16384;
             CREATE TABLE made (email TEXT PRIMARY KEY, id TEXT, user_id TEXT, clerk_user_id TEXT) WITHOUT ROWID;
             CREATE TABLE filled (id TEXT PRIMARY KEY, user_id TEXT, clerk_user_id TEXT) WITHOUT ROWID;
+            CREATE TABLE line (id TEXT PRIMARY KEY, outcome TEXT, contact_id TEXT, seen TEXT) WITHOUT ROWID;
+            CREATE TABLE written (id TEXT, fields TEXT);
+            CREATE INDEX written_id ON written (id);
             BEGIN;
             """
         )
@@ -78,9 +81,38 @@ class Imagined:
         rows = self._rows("SELECT * FROM filled WHERE id", contacts)
         return {identifier: (user_id, clerk_user_id) for identifier, user_id, clerk_user_id in rows}
 
-    def _rows(self, query: str, values: Iterable[str]) -> list[tuple[Any, ...]]:
+    def note(self, source: Source, decisions: Iterable[Decision]) -> None:
+        """Remember the lines that --update may look at again at once: somebody else's contact may have blanks, and a
+        profile may promote."""
+        self._database.executemany(
+            "INSERT OR REPLACE INTO line VALUES (?, ?, ?, ?)",
+            [
+                (decision.id, decision.outcome, decision.contact_id, decision.updated_at)
+                for decision in decisions
+                if decision.outcome is Outcome.EXISTS
+                or (decision.outcome is Outcome.MERGED and source.table == "profiles")
+            ],
+        )
+
+    def write(self, contacts: Mapping[str, dict[str, Any]]) -> None:
+        """Remember what would be written into contacts: fields by id."""
+        self._database.executemany(
+            "INSERT INTO written VALUES (?, ?)",
+            [(identifier, json.dumps(fields)) for identifier, fields in contacts.items()],
+        )
+
+    def lines(self, ids: Iterable[str]) -> list[tuple[Any, ...]]:
+        """The lines that were remembered: id, outcome, contact id, `updatedAt` of the row."""
+        return self._rows("SELECT * FROM line WHERE id", ids)
+
+    def written_in(self, contacts: Iterable[str]) -> list[tuple[str, dict[str, Any]]]:
+        """What would have been written into contacts, in its order."""
+        rows = self._rows("SELECT id, fields FROM written WHERE id", contacts, " ORDER BY rowid")
+        return [(identifier, json.loads(fields)) for identifier, fields in rows]
+
+    def _rows(self, query: str, values: Iterable[str], order: str = "") -> list[tuple[Any, ...]]:
         return self._database.execute(
-            f"{query} IN (SELECT value FROM json_each(?))", [json.dumps(list(values))]
+            f"{query} IN (SELECT value FROM json_each(?)){order}", [json.dumps(list(values))]
         ).fetchall()
 
 
@@ -115,6 +147,7 @@ class RehearsalStore:
 
     def fill(self, fills: dict[str, dict[str, Any]]) -> None:
         """Remember the accounts that contacts would get: the next row with their address may be another account's."""
+        self._imagined.write(fills)
         self._imagined.fill(
             (identifier, values.get("user_id"), values.get("clerk_user_id"))
             for identifier, values in fills.items()
@@ -152,14 +185,19 @@ class RehearsalStore:
 class RehearsalWriter:
     """Takes the place of the writer in a dry run."""
 
-    def __init__(self, connection: BaseDatabaseWrapper, lookup: ContactLookup) -> None:
+    def __init__(self, connection: BaseDatabaseWrapper, lookup: ContactLookup, *, with_update: bool = False) -> None:
+        """`with_update`: a rehearsal of an update comes after."""
+        self._with_update = with_update
+        self.imagined = Imagined()
+        self.store = RehearsalStore(connection, lookup, self.imagined)
         self._connection = connection
-        self._store = RehearsalStore(connection, lookup, Imagined())
 
-    def write(self, source: Source, rows: Sequence[MappedRow]) -> Totals:  # noqa: ARG002 - the writer's signature
+    def write(self, source: Source, rows: Sequence[MappedRow]) -> Totals:
         """Bring the rows to the outcome that they would have."""
         use_fast_arrays(self._connection)
-        settled = settle(rows, self._store)
+        settled = settle(rows, self.store)
+        if self._with_update:
+            self.imagined.note(source, settled.decisions)
         return Totals.of(settled.decisions, settled.created_by_type)
 
     def keep_alive(self) -> None:

@@ -35,6 +35,7 @@ class TerminalProgress:
             console=console,
         )
         self._tasks: dict[Source, TaskID] = {}
+        self._second_looks: dict[Source, TaskID] = {}
         self._last_batch = 0.0
 
     def begin(self, rows: dict[Source, int]) -> None:
@@ -46,6 +47,9 @@ class TerminalProgress:
 
     def advance(self, source: Source, totals: Totals) -> None:
         """Move the source's bar on. What arrived since the count makes the bar longer, never fuller than full."""
+        if totals.revisited:
+            self._advance_second_look(source, totals.revisited)
+            return
         task = self._progress.tasks[self._tasks[source]]
         if task.start_time is None:
             # Its first batch has taken since the end of the one before.
@@ -55,6 +59,14 @@ class TerminalProgress:
         elapsed = task.elapsed or 0.0
         rate = f"{done / elapsed:,.0f} rows/s" if elapsed else ""
         self._progress.update(task.id, completed=done, total=max(task.total or 0, done), rate=rate)
+
+    def _advance_second_look(self, source: Source, rows: int) -> None:
+        """A bar without an end: how many rows changed is known when all have been asked."""
+        if source not in self._second_looks:
+            title = f"{source.title}: again"
+            self._second_looks[source] = self._progress.add_task(title, total=0, rate="")
+        done = self._progress.tasks[self._second_looks[source]].completed + rows
+        self._progress.update(self._second_looks[source], completed=done, total=done)
 
     def end(self) -> None:
         """Leave the bars as they are."""
@@ -76,7 +88,7 @@ class LineProgress:
 
     def advance(self, source: Source, totals: Totals) -> None:
         """Say how far the run is, when it has not been said for a while."""
-        self._done += totals.read
+        self._done += totals.rows
         now = time.monotonic()
         if now - self._told >= LINE_EVERY:
             self._told = now
@@ -101,12 +113,17 @@ def as_json(report: RunReport) -> str:
         "read": totals.read,
         **totals.outcomes,
         "error_new": totals.error_new,
+        "revisited": totals.revisited,
+        **totals.update_outcomes,
         "already": report.already,
         "excluded": report.excluded,
         "created_by_type": _sorted(totals.created_by_type),
         "by_source": {source.value: counts.outcomes for source, counts in report.by_source.items()},
         "by_reason": _sorted(totals.errors_by_reason),
         "new_by_reason": _sorted(totals.errors_new_by_reason),
+        "updates_by_source": {source.value: counts.update_outcomes for source, counts in report.by_source.items()},
+        "updated_by_column": _sorted(totals.updated_by_column),
+        "kept_by_column": _sorted(totals.kept_by_column),
         "pending": sum(report.census.pending.values()) if report.census else None,
         "rows": report.census.rows if report.census else None,
         "balanced": report.balanced,
@@ -134,7 +151,8 @@ def print_summary(report: RunReport, console: Console) -> None:
         row(f"  {label}", totals.created_by_type[contact_type], f"contacts {made}")
     row("Skipped (exists)", report.already + totals.exists + totals.merged, "already + exists + merged")
     row("  already", report.already, "in the ledger from earlier runs")
-    row("  exists", totals.exists, "met a contact that others made; untouched")
+    left = "" if report.options.update else "; untouched"
+    row("  exists", totals.exists, f"met a contact that others made{left}")
     row("  merged", totals.merged, "met a contact of ours and filled its gaps")
     row("Errors", totals.error, f"{totals.error_new:,} new", "red" if totals.error_new else "")
     for reason, count in sorted(totals.errors_by_reason.items()):
@@ -143,6 +161,15 @@ def print_summary(report: RunReport, console: Console) -> None:
     row("Excluded", sum(report.excluded.values()), "not to be migrated")
     for reason, count in sorted(report.excluded.items()):
         row(f"  {reason}", count)
+    if report.options.update:
+        would = "would be " if report.options.dry_run else ""
+        row("Looked at again", totals.revisited, "changed since, or met a contact that others made")
+        row("  updated", totals.updated, f"{would}filled or promoted")
+        row("  kept", totals.kept, "the contact has another value, which stays")
+        row("  unchanged", totals.unchanged, "brought nothing")
+        for column in sorted(totals.updated_by_column.keys() | totals.kept_by_column.keys()):
+            kept = f"{totals.kept_by_column[column]:,} kept" if totals.kept_by_column[column] else ""
+            row(f"  {column}", totals.updated_by_column[column], kept)
     console.print(table)
     console.print(identity_lines(report), highlight=False, soft_wrap=True)
     if advice := _advice(report):
@@ -159,6 +186,9 @@ def identity_lines(report: RunReport) -> str:
             f"          {census.rows:,} rows = {sum(census.excluded.values()):,} excluded + "
             f"{census.in_ledger:,} in the ledger + {sum(census.pending.values()):,} pending"
         )
+    if report.options.update:
+        parts = " + ".join(f"{count:,} {name}" for name, count in totals.update_outcomes.items())
+        lines.append(f"          {totals.revisited:,} looked at again = {parts}")
     if report.balanced is not None:
         lines[-1] += "  (holds)" if report.balanced else "  (DOES NOT HOLD)"
     return "\n".join(lines)

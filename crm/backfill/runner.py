@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -31,7 +32,7 @@ from crm.backfill.resolutions import Resolutions
 from crm.backfill.schema import DatabaseFacts, examine
 from crm.backfill.source import take_census
 from crm.backfill.workers import Alone, Assignment, Crew, OnBatch, WorkerError
-from crm.models import BackfillBatch, BackfillRun, LedgerEntry
+from crm.models import BackfillBatch, BackfillRun, ContactUpdate, LedgerEntry
 from crm.models.ledger import RunStatus
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ class Progress(Protocol):
         """The rows that are to be looked at, by source."""
 
     def advance(self, source: Source, totals: Totals) -> None:
-        """A batch was committed."""
+        """A batch was committed, of rows of the source that were read or looked at again."""
 
     def end(self) -> None:
         """The run is over."""
@@ -112,7 +113,7 @@ def run_backfill(options: RunOptions, progress: Progress | None = None) -> RunRe
     Everything that happens later is in the report: a run that failed, was stopped or was taken over.
     """
     started = time.monotonic()
-    facts = examine(connection, for_writing=not options.dry_run)
+    facts = examine(connection, for_writing=not options.dry_run, for_updating=options.update)
     watcher = progress or Silence()
     interruption = Interruption()
     tally = _Tally()
@@ -169,6 +170,8 @@ def _work(
                 hands.work_through(source)
             for source in resolutions.among(rows):
                 hands.work_through_decided(source)
+            if options.update:
+                hands.look_again(options.sources)
     except InterruptedRunError:
         return RunStatus.INTERRUPTED, None, before
     except KeyboardInterrupt:
@@ -185,7 +188,7 @@ def _work(
 
 
 def _hands(assignment: Assignment, interruption: Interruption, on_batch: OnBatch) -> Alone | Crew:
-    if assignment.run_id is None and assignment.resolutions.by_id:
+    if assignment.run_id is None and (assignment.resolutions.by_id or assignment.options.update):
         # What a dry run would have made is known to the process alone that would have made it.
         assignment = replace(assignment, options=replace(assignment.options, workers=1))
     hands = Crew if assignment.options.workers > 1 else Alone
@@ -242,6 +245,7 @@ def _close(run: BackfillRun, report: RunReport, before: Census | None) -> RunRep
     if totals.read and report.status == RunStatus.FINISHED:
         after = take_census(connection, report.facts)
     balanced = totals.balances and (after is None or after.balances) and _ledger_agrees(run, totals)
+    balanced = balanced and _record_agrees(run, totals)
     report = replace(report, by_source=by_source, totals=totals, census=after, balanced=balanced)
     if not balanced:
         report = replace(report, status=RunStatus.FAILED, failure="the identity does not hold")
@@ -273,6 +277,15 @@ def _ledger_agrees(run: BackfillRun, totals: Totals) -> bool:
         dict(LedgerEntry.objects.filter(run=run).values_list("outcome").annotate(Count("id"))) if totals.read else {}
     )
     return {outcome.value: lines.get(outcome.value, 0) for outcome in Outcome} == totals.outcomes
+
+
+def _record_agrees(run: BackfillRun, totals: Totals) -> bool:
+    """Whether the record of changes has as many of this run, by column, as the run counted."""
+    columns: Counter[str] = Counter()
+    if totals.revisited:
+        for names in ContactUpdate.objects.filter(run=run).values_list("columns", flat=True).iterator():
+            columns.update(names.split(","))
+    return columns == totals.updated_by_column
 
 
 def _recorded(census: Census) -> dict[str, object]:

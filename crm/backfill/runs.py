@@ -17,7 +17,7 @@ from django.db import DatabaseError, connection, transaction
 from django.db.models.functions import Coalesce, Now
 
 from crm.backfill import errors
-from crm.backfill.outcome import Outcome
+from crm.backfill.outcome import Outcome, UpdateOutcome
 from crm.errors import OperatorError
 from crm.models import BackfillBatch, BackfillRun
 from crm.models.ledger import RunStatus
@@ -117,6 +117,8 @@ def summary(run: BackfillRun) -> dict[str, Any]:
         "read": run.read,
         **{outcome.value: getattr(run, outcome.value) for outcome in Outcome},
         "error_new": run.error_new,
+        "revisited": run.revisited,
+        **{outcome.value: getattr(run, outcome.value) for outcome in UpdateOutcome},
         "balanced": run.balanced,
         "failure": run.failure,
     }

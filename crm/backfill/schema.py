@@ -25,7 +25,7 @@ from crm.backfill.mapping import (
 )
 from crm.backfill.outcome import Refusal, Source
 from crm.errors import OperatorError
-from crm.models import BackfillBatch, BackfillRun, ConflictDecision, CRMContact, LedgerEntry
+from crm.models import BackfillBatch, BackfillRun, ConflictDecision, ContactUpdate, CRMContact, LedgerEntry
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,10 @@ REQUIRED_COLUMNS: Mapping[str, tuple[str, ...]] = {
 }
 OPTIONAL_COLUMNS: Mapping[str, tuple[str, ...]] = {"profiles": ("clerkUserId",), "crm_contacts": ATTRIBUTION_COLUMNS}
 REQUIRED_CONTACT_TYPES = sorted({*CONTACT_TYPE_OF_SOURCE.values(), *CONTACT_TYPE_OF_LEAD_TYPE.values()})
+#: What only --update writes in a contact that is there.
+PROMOTED_COLUMNS = ("email", "contactType", "stage", "stageEnteredAt")
+#: What the ledger consists of for those who read it: what became of every row, and what updates changed later.
+LEDGER_TABLES = (LedgerEntry._meta.db_table, ContactUpdate._meta.db_table)
 #: A column that tells the generations apart, newest first.
 MARKS_OF_GENERATION = (("2025_12", "profiles", "crmEmailAutomation"), ("2025_11", "crm_contacts", "leadScore"))
 
@@ -105,8 +109,10 @@ class DatabaseFacts:
         return [label for label in labels if self.source_of(source.table, label) is source]
 
 
-def examine(connection: BaseDatabaseWrapper, *, for_writing: bool) -> DatabaseFacts:
+def examine(connection: BaseDatabaseWrapper, *, for_writing: bool, for_updating: bool = False) -> DatabaseFacts:
     """Read the facts. Raises OperatorError where this database does not fit, with the names of what is missing.
+
+    `for_updating` asks for what --update needs besides, where it is to write.
 
     For a dry run, the right to SELECT is enough, and our own tables may be missing.
     """
@@ -120,7 +126,7 @@ def examine(connection: BaseDatabaseWrapper, *, for_writing: bool) -> DatabaseFa
     ledger_is_readable = _ledger_is_readable(connection)
     if for_writing:
         _require_migrations(has_attribution=has_attribution, has_ledger=ledger_is_readable is not None)
-        _require_rights(connection, ledger_is_readable=bool(ledger_is_readable))
+        _require_rights(connection, ledger_is_readable=bool(ledger_is_readable), for_updating=for_updating)
         _require_immediate_constraints(connection)
     elif ledger_is_readable is False:
         logger.warning(
@@ -275,11 +281,12 @@ def _ledger_is_readable(connection: BaseDatabaseWrapper) -> bool | None:
     with connection.cursor() as cursor:
         cursor.execute(
             """
-            SELECT has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT')
+            SELECT bool_and(has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT'))
               FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-             WHERE n.nspname = %s AND c.relname = %s
+             WHERE n.nspname = %s AND c.relname = ANY(%s)
+            HAVING count(*) = %s
             """,
-            [settings.BACKFILL_SCHEMA, LedgerEntry._meta.db_table],
+            [settings.BACKFILL_SCHEMA, list(LEDGER_TABLES), len(LEDGER_TABLES)],
         )
         row = cursor.fetchone()
     return None if row is None else bool(row[0])
@@ -316,7 +323,7 @@ def _require_migrations(*, has_attribution: bool, has_ledger: bool) -> None:
         )
 
 
-def _require_rights(connection: BaseDatabaseWrapper, *, ledger_is_readable: bool) -> None:
+def _require_rights(connection: BaseDatabaseWrapper, *, ledger_is_readable: bool, for_updating: bool) -> None:
     if not ledger_is_readable:
         raise OperatorError(
             f"This role may not read the ledger. Let the owner of the schema {settings.BACKFILL_SCHEMA} GRANT USAGE on "
@@ -329,18 +336,26 @@ def _require_rights(connection: BaseDatabaseWrapper, *, ledger_is_readable: bool
         LedgerEntry._meta.db_table: ("SELECT", "INSERT", "UPDATE"),
         ConflictDecision._meta.db_table: ("SELECT",),
     }
+    columns: list[str] = []
+    if for_updating:
+        rights |= {ContactUpdate._meta.db_table: ("INSERT",), "crm_stage_history": ("INSERT",)}
+        columns = [*PROMOTED_COLUMNS]
     wanted = [(table, right) for table, of_table in rights.items() for right in of_table]
     _require_tables_of_ours(connection, rights)
     with connection.cursor() as cursor:
         # The writer tells its own contacts by their xmin, which no grant on columns includes.
         cursor.execute(
             """
-            SELECT t, r FROM unnest(%s::text[], %s::text[]) AS wanted(t, r) WHERE NOT has_any_column_privilege(t, r)
+            SELECT t, r FROM unnest(%s::text[], %s::text[]) AS wanted(t, r)
+             WHERE COALESCE(NOT has_any_column_privilege(to_regclass(t), r), true)
+             UNION ALL
+            SELECT 'crm_contacts.' || name, 'UPDATE' FROM unnest(%s::text[]) AS name
+             WHERE NOT has_column_privilege('crm_contacts', name, 'UPDATE')
              UNION ALL
             SELECT 'the whole of crm_contacts', 'SELECT'
              WHERE NOT has_column_privilege('crm_contacts', 'xmin', 'SELECT')
             """,
-            [[table for table, _ in wanted], [right for _, right in wanted]],
+            [[table for table, _ in wanted], [right for _, right in wanted], columns],
         )
         missing = [f"{right} on {table}" for table, right in cursor.fetchall()]
     if missing:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.utils import CursorWrapper
@@ -31,6 +31,17 @@ _LINE_OF_ROW = """
          SELECT outcome, reason, run_id FROM ledger_entry
           WHERE id = 'c' || left(encode(sha256(convert_to('{table}:' || r.id, 'UTF8')), 'hex'), 24) LIMIT 1
        ) line ON true"""
+
+
+class Choice(NamedTuple):
+    """Which rows a reader looks at: what is joined to a row `r` of `{table}`, and the condition."""
+
+    join: str
+    condition: str
+
+
+#: The rows that have no settled line in the ledger.
+UNSETTLED = Choice(_LINE_OF_ROW, "(line.outcome IS NULL OR line.outcome = 'error')")
 _NO_LINE = " CROSS JOIN (SELECT NULL::text AS outcome, NULL::text AS reason, NULL::bigint AS run_id) line"
 
 # The columns by name and never r.*: the role of the backfill may not read the secret ones.
@@ -111,6 +122,7 @@ class SourceReader:
     partition: Partition = EVERYBODY
     run_id: int | None = None
     apart: Apart | None = None
+    choice: Choice = UNSETTLED
 
     def page(self, after: Key | None, size: int) -> Page:
         """At most `size` rows that are to be looked at, from strictly after a key on.
@@ -118,8 +130,12 @@ class SourceReader:
         An error is tried again by every run, and once by each: a batch may have been committed though nobody heard so.
         """
         table = self.source.table
-        parameters: dict[str, Any] = {"labels": self.facts.labels_of(self.source), "size": size}
-        conditions = ["(line.outcome IS NULL OR line.outcome = 'error')"]
+        parameters: dict[str, Any] = {
+            "labels": self.facts.labels_of(self.source),
+            "size": size,
+            "white_space": WHITE_SPACE,
+        }
+        conditions = [self.choice.condition]
         if self.run_id is not None:
             conditions.append("line.run_id IS DISTINCT FROM %(run_id)s")
             parameters["run_id"] = self.run_id
@@ -134,13 +150,9 @@ class SourceReader:
             parameters["apart"] = list(self.apart.source_ids)
         if self.partition.count > 1:
             conditions.append(_IN_PARTITION.format(person=_PERSON[table]))
-            parameters |= {
-                "white_space": WHITE_SPACE,
-                "partition": self.partition.number,
-                "partitions": self.partition.count,
-            }
+            parameters |= {"partition": self.partition.number, "partitions": self.partition.count}
         query = (_PROFILES if table == "profiles" else _LEADS).format(
-            line=_LINE_OF_ROW.format(table=table) if self.facts.has_ledger else _NO_LINE,
+            line=self.choice.join.format(table=table) if self.facts.has_ledger else _NO_LINE,
             clerk_user_id='r."clerkUserId"' if self.facts.has_clerk_user_id else "NULL",
             conditions="".join(f" AND {condition}" for condition in conditions),
         )

@@ -10,7 +10,7 @@ import logging
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -33,7 +33,11 @@ from crm.backfill.replication import BlindThrottleError, ReplicaLagLimit
 from crm.backfill.resolutions import Resolutions
 from crm.backfill.schema import DatabaseFacts
 from crm.backfill.source import EVERYBODY, Apart, Partition, SourceReader
+from crm.backfill.update.reader import Present, rows_to_revisit
+from crm.backfill.update.rehearsal import UpdateRehearsal
+from crm.backfill.update.writer import UpdateWriter
 from crm.backfill.writer import BatchWriter, Timeouts
+from crm.errors import OperatorError
 
 logger = logging.getLogger(__name__)
 
@@ -54,14 +58,23 @@ class Assignment:
     run_id: int | None
     resolutions: Resolutions
 
-    def pipeline(self, stop: StopRequest, on_batch: OnBatch) -> Pipeline:
-        """The pipeline of one of the workers, on this process' connection."""
+    def writer(self) -> BatchWriter | RehearsalWriter:
+        """What brings rows to an outcome, on this process' connection."""
         lookup = ContactLookup(connection, self.facts)
-        writer: Writer = (
-            RehearsalWriter(connection, lookup)
-            if self.run_id is None
-            else BatchWriter(connection, lookup, self.run_id, Timeouts())
-        )
+        if self.run_id is None:
+            return RehearsalWriter(connection, lookup, with_update=self.options.update)
+        return BatchWriter(connection, lookup, self.run_id, Timeouts())
+
+    def updater(self, before: BatchWriter | RehearsalWriter) -> Writer:
+        """What looks at rows again; a dry run must know what it would have done `before`."""
+        present = Present(connection, self.facts, with_versions=self.run_id is not None)
+        if isinstance(before, RehearsalWriter):
+            return UpdateRehearsal(before.store, before.imagined, present, self.facts.rules())
+        lookup = ContactLookup(connection, self.facts)
+        return UpdateWriter(connection, lookup, present, self.facts.rules(), before.run_id, Timeouts())
+
+    def pipeline(self, writer: Writer, stop: StopRequest, on_batch: OnBatch, limit: int | None = None) -> Pipeline:
+        """A pipeline on this process' connection."""
         sizer, throttles = self._pace()
         return Pipeline(
             connection=connection,
@@ -71,9 +84,23 @@ class Assignment:
             on_batch=on_batch,
             sizer=sizer,
             throttles=throttles,
-            limit=self.options.limit,
+            limit=limit,
             resolutions=self.resolutions,
         )
+
+    def every_resolution(self) -> Resolutions:
+        """What people decided, also what was carried out: a second look holds to it as well."""
+        try:
+            return Resolutions.every(connection)
+        except OperatorError:
+            if self.run_id is not None:
+                raise
+            return self.resolutions
+
+    def second_reader(self, source: Source) -> SourceReader:
+        """The reader of the rows of a source that are to be looked at again."""
+        choice = rows_to_revisit(self.facts, source, with_unsettled=self.options.dry_run)
+        return SourceReader(connection, self.facts, source, self.options.since, choice=choice)
 
     def reader(self, source: Source, partition: Partition) -> SourceReader:
         """The reader of a source's partition, but for the rows that people decided on."""
@@ -115,7 +142,8 @@ class Alone:
 
     def __init__(self, assignment: Assignment, stop: StopRequest, on_batch: OnBatch) -> None:
         self._assignment = assignment
-        self._pipeline = assignment.pipeline(stop, on_batch)
+        self._writer = assignment.writer()
+        self._pipeline = assignment.pipeline(self._writer, stop, on_batch, assignment.options.limit)
 
     def __enter__(self) -> Self:
         return self
@@ -130,6 +158,13 @@ class Alone:
     def work_through_decided(self, source: Source) -> None:
         """The same for the rows of a source that people decided on."""
         self._pipeline.work_through(self._assignment.reader_of_decided(source))
+
+    def look_again(self, sources: Iterable[Source]) -> None:
+        """Look again at the rows of sources, when all are through. Raises what Pipeline.work_through does."""
+        self._pipeline.writer = self._assignment.updater(self._writer)
+        self._pipeline.resolutions = self._assignment.every_resolution()
+        for source in sources:
+            self._pipeline.work_through(self._assignment.second_reader(source))
 
 
 class WorkerError(Exception):
@@ -210,6 +245,10 @@ class Crew:
         if trouble is not None:
             raise trouble
 
+    def look_again(self, sources: Iterable[Source]) -> None:
+        """Let this process look again at the rows of sources: which row fills first must not depend on the workers."""
+        Alone(self._assignment, self._stop, self._on_batch).look_again(sources)
+
     def _hire(self, partition: Partition) -> _Worker:
         ours, theirs = self._context.Pipe()
         process = self._context.Process(
@@ -280,7 +319,7 @@ def _work(assignment: Assignment, partition: Partition, messages: Connection, ev
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     bell = _Bell(event, parent)
-    pipeline = assignment.pipeline(bell, lambda _source, totals: messages.send(totals))
+    pipeline = assignment.pipeline(assignment.writer(), bell, lambda _source, totals: messages.send(totals))
     try:
         while not bell.requested:
             # Asked with a time limit: the other workers hold copies of the parent's end, so it never reads as closed.

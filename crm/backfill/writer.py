@@ -29,7 +29,7 @@ from crm.models import BackfillBatch, CRMContact
 INSERTED_AT_ONCE = 5_000
 
 # Deferred constraints would speak up at the commit, when nobody can tell which row they mean.
-_MANNERS = "SET LOCAL lock_timeout = {lock}; SET LOCAL statement_timeout = {statement}; SET CONSTRAINTS ALL IMMEDIATE"
+MANNERS = "SET LOCAL lock_timeout = {lock}; SET LOCAL statement_timeout = {statement}; SET CONSTRAINTS ALL IMMEDIATE"
 
 _COLUMN = {field.attname: f'"{field.column}"' for field in CRMContact._meta.concrete_fields}
 _FILLED_ALONE = (*PROFILE_FILLS, "last_contacted_at")
@@ -168,8 +168,8 @@ class BatchWriter:
     ) -> None:
         self._connection = connection
         self._store = DatabaseStore(connection, lookup)
-        self._run_id = run_id
-        self._manners = _MANNERS.format(lock=timeouts.lock, statement=timeouts.statement)
+        self.run_id = run_id
+        self._manners = MANNERS.format(lock=timeouts.lock, statement=timeouts.statement)
 
     def write(self, source: Source, rows: Sequence[MappedRow]) -> Totals:
         """Bring the rows of a batch to an outcome; contacts, ledger, counts and heartbeat commit together.
@@ -186,12 +186,12 @@ class BatchWriter:
             self._write_ledger(source, settled.decisions)
             totals = Totals.of(settled.decisions, settled.created_by_type)
             self._write_batch(source, totals, time.monotonic() - started)
-            fence.renew(self._run_id, totals)
+            fence.renew(self.run_id, totals)
         return totals
 
     def keep_alive(self) -> None:
         """Renew the heartbeat without a batch. Raises fence.FenceLostError."""
-        fence.renew(self._run_id, Totals())
+        fence.renew(self.run_id, Totals())
 
     def _settle_apart(self, rows: Sequence[MappedRow], made_before: Collection[str] = ()) -> Settled:
         """Settle the rows; where PostgreSQL refuses one, halve until it stands alone, so that the others land."""
@@ -244,22 +244,12 @@ class BatchWriter:
             return 0
         columns = [list(column) for column in zip(*map(_line, decisions), strict=True)]
         with self._connection.cursor() as cursor:
-            cursor.execute(statement, [source.value, self._run_id, *columns])
+            cursor.execute(statement, [source.value, self.run_id, *columns])
             written: int = cursor.rowcount
         return written
 
     def _write_batch(self, source: Source, totals: Totals, seconds: float) -> None:
-        BackfillBatch.objects.using(self._connection.alias).create(
-            run_id=self._run_id,
-            source=source,
-            read=totals.read,
-            error_new=totals.error_new,
-            errors_by_reason=dict(totals.errors_by_reason),
-            errors_new_by_reason=dict(totals.errors_new_by_reason),
-            created_by_type=dict(totals.created_by_type),
-            seconds=seconds,
-            **totals.outcomes,
-        )
+        BackfillBatch.of(self.run_id, source, totals, seconds).save(using=self._connection.alias, force_insert=True)
 
 
 def _line(decision: Decision) -> tuple[str | None, ...]:

@@ -66,6 +66,12 @@ class BackfillRun(models.Model):
     exists = models.BigIntegerField(default=0)
     error = models.BigIntegerField(default=0)
     error_new = models.BigIntegerField(default=0, help_text="Errors that no earlier run had with the same reason")
+    revisited = models.BigIntegerField(default=0, help_text="Rows that --update looked at again")
+    updated = models.BigIntegerField(default=0)
+    kept = models.BigIntegerField(
+        default=0, help_text="Rows whose contact has another value that is not ours to change"
+    )
+    unchanged = models.BigIntegerField(default=0)
     census = models.JSONField(null=True, help_text="The tables at the end: rows = excluded + in the ledger + pending")
     balanced = models.BooleanField(null=True, help_text="Whether the identity held at the end")
     failure = models.TextField(null=True, help_text="Why it did not finish")
@@ -82,6 +88,10 @@ class BackfillRun(models.Model):
             models.CheckConstraint(
                 condition=Q(read=F("created") + F("merged") + F("exists") + F("error")),
                 name="every_read_row_has_an_outcome",
+            ),
+            models.CheckConstraint(
+                condition=Q(revisited=F("updated") + F("kept") + F("unchanged")),
+                name="every_revisited_row_has_an_outcome",
             ),
         )
 
@@ -103,6 +113,12 @@ class BackfillBatch(models.Model):
     errors_by_reason = models.JSONField(default=dict)
     errors_new_by_reason = models.JSONField(default=dict)
     created_by_type = models.JSONField(default=dict)
+    revisited = models.IntegerField(default=0)
+    updated = models.IntegerField(default=0)
+    kept = models.IntegerField(default=0)
+    unchanged = models.IntegerField(default=0)
+    updated_by_column = models.JSONField(default=dict)
+    kept_by_column = models.JSONField(default=dict)
     seconds = models.FloatField(help_text="From the first statement to just before the commit")
     committed_at = models.DateTimeField(db_default=Now())
 
@@ -113,6 +129,25 @@ class BackfillBatch(models.Model):
 
     def __str__(self) -> str:
         return f"batch {self.pk} of run {self.run_id}"
+
+    @classmethod
+    def of(cls, run_id: int, source: Source, totals: Totals, seconds: float) -> Self:
+        """A batch with these counts."""
+        return cls(
+            run_id=run_id,
+            source=source,
+            read=totals.read,
+            error_new=totals.error_new,
+            errors_by_reason=dict(totals.errors_by_reason),
+            errors_new_by_reason=dict(totals.errors_new_by_reason),
+            created_by_type=dict(totals.created_by_type),
+            revisited=totals.revisited,
+            updated_by_column=dict(totals.updated_by_column),
+            kept_by_column=dict(totals.kept_by_column),
+            seconds=seconds,
+            **totals.outcomes,
+            **totals.update_outcomes,
+        )
 
     def totals(self) -> Totals:
         """The counts, to be added up."""
@@ -126,6 +161,12 @@ class BackfillBatch(models.Model):
             Counter(self.errors_by_reason),
             Counter(self.errors_new_by_reason),
             Counter(self.created_by_type),
+            self.revisited,
+            self.updated,
+            self.kept,
+            self.unchanged,
+            Counter(self.updated_by_column),
+            Counter(self.kept_by_column),
         )
 
 
@@ -148,6 +189,9 @@ class LedgerEntry(models.Model):
     contact_id = models.TextField("contact id", null=True, help_text="The contact it made, met or is in conflict with")
     run = models.ForeignKey(BackfillRun, models.DO_NOTHING, db_index=False, db_constraint=False, related_name="+")
     source_updated_at = TimestampField(help_text="The source row's updatedAt when this was decided")
+    seen_updated_at = TimestampField(
+        null=True, help_text="The source row's updatedAt when --update last looked at it again"
+    )
     filled = models.TextField(null=True, help_text="The contact's columns that a merge filled")
     sqlstate = models.TextField(null=True, help_text="PostgreSQL's code for a row that it refused")
     constraint = models.TextField(null=True, help_text="The constraint that refused the row")

@@ -1,14 +1,14 @@
 """Every contact that we made, column by column, against what its source row maps to now.
 
 A contact's expected value is its creator's draft, then what the ledger says that merged rows filled, then what they
-still would fill: a row that was merged left nothing behind. Where contact and expectation differ, the markers say who
-changed: `updatedAt` of the contact and of the source row are both what the ledger recorded, as long as nobody touched
-them. So `updatedAt` itself is not compared.
+still would fill: a row that was merged left nothing behind. Over that comes what updates changed later. Where contact
+and expectation differ, the markers say who changed: `updatedAt` of the contact and of the source row are both what was
+recorded, as long as nobody touched them. So `updatedAt` itself is not compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -17,12 +17,14 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill.mapping import ContactDraft, MappedRow
 from crm.backfill.outcome import Reason
-from crm.backfill.plan import ASSIGNMENT_UNIT, ATTRIBUTION_UNIT, KnownContact, fill
+from crm.backfill.plan import KnownContact, fill
+from crm.backfill.update.changes import FIELDS_OF_CHANGE
 from crm.backfill.verification.findings import Check, Finding, Kind
 from crm.backfill.verification.rows import (
     CHANGED,
     COLUMN,
     NOT_THERE,
+    UPDATED,
     FoundContact,
     FoundRow,
     Line,
@@ -32,7 +34,6 @@ from crm.backfill.verification.rows import (
 )
 from crm.backfill.verification.snapshot import PAGE
 
-_FIELDS_OF_UNIT = {"assignment": ASSIGNMENT_UNIT, "attribution": ATTRIBUTION_UNIT}
 _MARKER = "updated_at"
 #: The column that speaks of why a row that made a contact could not make it today.
 _COLUMN_OF_REASON = {
@@ -65,7 +66,7 @@ def compare_contacts(
     everybody = lines_of_contacts(connection)
     while page := list(islice(everybody, PAGE)):
         contacts = reader.contacts(lines.creator.contact_id for lines in page)
-        rows = reader.source_rows(line for lines in page for line in (lines.creator, *lines.merged))
+        rows = reader.source_rows(line for lines in page for line in (lines.creator, *lines.later))
         for lines in page:
             contact = contacts.get(lines.creator.contact_id)
             if contact is None:
@@ -110,10 +111,10 @@ def _differing(
 ) -> dict[str, Line]:
     """The fields that are not as expected, each with the line of the row that its value should come from."""
     expected, origin = draft, {}
-    if lines.merged:
-        of_merged = _values_of_merged(contact, lines, rows)
-        expected = draft._replace(**{name: value for name, (value, _) in of_merged.items()})
-        origin = {name: line for name, (_, line) in of_merged.items()}
+    if lines.later:
+        later = _values_of_later(contact, lines, rows)
+        expected = draft._replace(**{name: value for name, (value, _) in later.items()})
+        origin = {name: line for name, (_, line) in later.items()}
     if expected == contact.values:
         return {}
     return {
@@ -123,23 +124,20 @@ def _differing(
     }
 
 
-def _values_of_merged(
+def _values_of_later(
     contact: FoundContact, lines: LinesOfContact, rows: Mapping[str, FoundRow]
 ) -> dict[str, tuple[Any, Line]]:
-    """What merged rows filled, by what the ledger says; and over that, what they would still fill."""
-    filled: dict[str, tuple[Any, Line]] = {}
+    """What other rows wrote, by what the ledger says; and over merges, what merged rows would still fill."""
+    written = _values_written(lines.later, rows)
     left_behind: dict[str, tuple[Any, Line]] = {}
     for line in lines.merged:
-        row = rows.get(line.row)
-        mapped = row.mapped if row else None
-        draft = mapped.draft if mapped else None
-        for name in _filled_fields(line):
-            filled[name] = (_UNKNOWN if draft is None else getattr(draft, name), line)
-        if mapped is not None and draft is not None:
+        mapped = _mapped(line, rows)
+        if mapped is not None and mapped.draft is not None:
             known = KnownContact.of_draft(contact.values)
-            fill(known, _without_left_accounts(mapped, draft, contact))
+            fill(known, _without_left_accounts(mapped, mapped.draft, contact))
             left_behind |= {name: (value, line) for name, value in known.fills.items()}
-    return filled | left_behind
+    by_updates = {name: origin for name, origin in written.items() if origin[1].outcome == UPDATED}
+    return written | left_behind | by_updates
 
 
 def _without_left_accounts(mapped: MappedRow, draft: ContactDraft, contact: FoundContact) -> ContactDraft:
@@ -153,9 +151,24 @@ def _without_left_accounts(mapped: MappedRow, draft: ContactDraft, contact: Foun
     )
 
 
-def _filled_fields(line: Line) -> Iterator[str]:
+def _values_written(lines: Iterable[Line], rows: Mapping[str, FoundRow]) -> dict[str, tuple[Any, Line]]:
+    """What the lines say that they wrote: the last one that did counts."""
+    written: dict[str, tuple[Any, Line]] = {}
+    for line in lines:
+        mapped = _mapped(line, rows)
+        for name in _fields_of(line):
+            written[name] = (getattr(mapped.draft, name) if mapped and mapped.draft else _UNKNOWN, line)
+    return written
+
+
+def _mapped(line: Line, rows: Mapping[str, FoundRow]) -> MappedRow | None:
+    row = rows.get(line.row)
+    return row.mapped if row else None
+
+
+def _fields_of(line: Line) -> Iterator[str]:
     for unit in line.filled.split(",") if line.filled else ():
-        yield from _FIELDS_OF_UNIT.get(unit, (unit,))
+        yield from FIELDS_OF_CHANGE[unit]
 
 
 def _may_differ(line: Line, row: FoundRow | None, contact: FoundContact, name: str) -> bool:

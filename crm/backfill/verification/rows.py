@@ -26,13 +26,20 @@ from crm.models import CRMContact
 #: The contact's columns by the name of the draft's field.
 COLUMN = {field.attname: str(field.column) for field in CRMContact._meta.concrete_fields}
 
+#: Stands for an outcome in a line that tells what an update changed.
+UPDATED = "updated"
+
 _LEAD_SOURCES = ", ".join(f"'{source}'" for source in Source.of_table("leads"))
 _LINES = f"""
 SELECT contact_id, outcome, id, CASE WHEN source IN ({_LEAD_SOURCES}) THEN 'leads' ELSE 'profiles' END, source_id,
        source_updated_at, filled, run_id
-  FROM ledger_entry
- WHERE outcome IN ('created', 'merged') AND contact_id IS NOT NULL
- ORDER BY contact_id COLLATE "C", outcome, run_id, id COLLATE "C"
+  FROM (SELECT contact_id, outcome, id, source, source_id, source_updated_at, filled, run_id, 0 AS turn
+          FROM ledger_entry WHERE outcome IN ('created', 'merged') AND contact_id IS NOT NULL
+         UNION ALL
+        SELECT change.contact_id, '{UPDATED}', line.id, line.source, line.source_id, change.source_updated_at,
+               change.columns, change.run_id, change.id
+          FROM contact_update change JOIN ledger_entry line ON line.id = change.line_id) line
+ ORDER BY contact_id COLLATE "C", outcome <> 'created', run_id, turn, id COLLATE "C"
 """
 # Each LATERAL with its LIMIT is one index probe a row, whatever the planner believes. The columns stand in the order
 # of ProfileRow and LeadRow; the last one tells what became of somebody else's row that the contact takes a value from,
@@ -98,13 +105,18 @@ class Line(NamedTuple):
 
 
 class LinesOfContact(NamedTuple):
-    """The line of the row that made a contact, and those of the rows that were merged into it.
+    """The line of the row that made a contact, and those of the rows that were merged into it or updated it.
 
     Those stand in the order of their runs: what emptied again may have been filled more than once.
     """
 
     creator: Line
-    merged: Sequence[Line]
+    later: Sequence[Line]
+
+    @property
+    def merged(self) -> list[Line]:
+        """The lines of the rows that were merged."""
+        return [line for line in self.later if line.outcome == Outcome.MERGED]
 
 
 class FoundRow(NamedTuple):
@@ -132,7 +144,7 @@ def lines_of_contacts(connection: BaseDatabaseWrapper) -> Iterator[LinesOfContac
         of_contact = list(group)
         creators = [line for line in of_contact if line.outcome == Outcome.CREATED and line.id == contact_id]
         if creators:
-            yield LinesOfContact(creators[0], [line for line in of_contact if line.outcome == Outcome.MERGED])
+            yield LinesOfContact(creators[0], [line for line in of_contact if line.outcome != Outcome.CREATED])
 
 
 def may_read_user_changes(connection: BaseDatabaseWrapper) -> bool:

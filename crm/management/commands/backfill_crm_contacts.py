@@ -35,6 +35,12 @@ class Command(BaseCommand):
         """What may be asked."""
         parser.add_argument("--dry-run", action="store_true", help="tell what a run would do, and write nothing at all")
         parser.add_argument(
+            "--update",
+            action="store_true",
+            help="also look again at rows that changed since, and at contacts that others made: fill blanks, replace "
+            "placeholder emails, promote; one process does this part, whatever --workers says",
+        )
+        parser.add_argument(
             "--batch-size",
             type=_positive,
             metavar="ROWS",
@@ -85,6 +91,7 @@ class Command(BaseCommand):
         self,
         *_args: Any,
         dry_run: bool,
+        update: bool,
         batch_size: int | None,
         only: list[str],
         limit: int | None,
@@ -103,6 +110,7 @@ class Command(BaseCommand):
             raise CommandError("--limit goes with one worker: leave --workers out.", returncode=2)
         options = RunOptions(
             dry_run=dry_run,
+            update=update,
             batch_size=batch_size,
             only=tuple(source for source in Source if source in only),
             limit=limit,

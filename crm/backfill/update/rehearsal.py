@@ -1,0 +1,61 @@
+"""The second look of a dry run: decides as the writer does, and remembers instead of writing."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+from crm.backfill.mapping import MappedRow, Rules
+from crm.backfill.outcome import Outcome, Source, Totals
+from crm.backfill.rehearsal import Imagined, RehearsalStore
+from crm.backfill.update.changes import UNITS, Change, Look, SeenLine, StandingContact, decide, totals_of
+from crm.backfill.update.reader import Present
+
+
+class UpdateRehearsal:
+    """Takes the place of the update's writer in a dry run, after the rehearsal of the ordinary sources."""
+
+    def __init__(self, store: RehearsalStore, imagined: Imagined, present: Present, rules: Rules) -> None:
+        self._store = store
+        self._imagined = imagined
+        self._present = present
+        self._rules = rules
+
+    def write(self, source: Source, rows: Sequence[MappedRow]) -> Totals:
+        """What a second look at a batch would come to."""
+        self._store.notice(rows)
+        lines = self._lines(rows)
+        contacts = self._contacts({line.contact_id for line in lines.values()})
+        rows = [row for row in rows if row.id in lines]
+        changes = list(decide(source, rows, Look(lines, contacts, self._store.contacts_met_by(rows)), self._rules))
+        self._remember(changes, contacts)
+        return totals_of(changes)
+
+    def keep_alive(self) -> None:
+        """Nothing: a dry run claims no fence."""
+
+    def _lines(self, rows: Iterable[MappedRow]) -> dict[str, SeenLine]:
+        lines = self._present.lines(rows)
+        fresh = self._imagined.lines(row.id for row in rows)
+        return lines | {key: SeenLine(key, Outcome(outcome), contact, seen) for key, outcome, contact, seen in fresh}
+
+    def _contacts(self, ids: Collection[str]) -> dict[str, StandingContact]:
+        """The contacts with what would have been written into them by now."""
+        contacts = self._present.contacts(ids)
+        for identifier, fields in self._imagined.written_in(contacts):
+            contact = contacts[identifier]
+            contact.values = contact.values._replace(**fields)
+            contact.given.update(unit for unit, names in UNITS.items() if fields.keys() & set(names))
+        return contacts
+
+    def _remember(self, changes: Iterable[Change], contacts: dict[str, StandingContact]) -> None:
+        written: dict[str, dict[str, Any]] = {}
+        for change in changes:
+            written.setdefault(change.contact_id, {}).update(change.values)
+        self._imagined.write({contact: values for contact, values in written.items() if values})
+        self._imagined.fill(
+            (contact, values.get("user_id"), values.get("clerk_user_id"))
+            for contact, values in written.items()
+            if values.keys() & {"user_id", "clerk_user_id"}
+        )
+        self._imagined.make(contacts[contact].values for contact, values in written.items() if "email" in values)

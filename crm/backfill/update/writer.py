@@ -1,0 +1,246 @@
+"""Writes what a second look changes: a batch is one transaction, and holds no lock before its first write.
+
+rows -> lines, contacts, keys -> decide -> contacts and stage history -> record of changes -> lines -> counts, heartbeat
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from django.db import DatabaseError, transaction
+from django.db.backends.base.base import BaseDatabaseWrapper
+
+from crm.backfill import fence
+from crm.backfill.arrays import use_fast_arrays
+from crm.backfill.errors import row_refusal
+from crm.backfill.known import ContactLookup
+from crm.backfill.mapping import MappedRow, Rules, contact_id
+from crm.backfill.outcome import Source, Totals
+from crm.backfill.settle import MOST_ATTEMPTS, UnsettledError
+from crm.backfill.update.changes import FIELDS_OF_CHANGE, REFUSED, Change, Look, decide, totals_of
+from crm.backfill.update.reader import Present
+from crm.backfill.writer import MANNERS, Timeouts
+from crm.models import BackfillBatch, CRMContact
+
+#: Who moved the contact on, for the people who read its history.
+REASON = "CRM contacts backfill"
+
+_FIELDS = {field.attname: field for field in CRMContact._meta.concrete_fields}
+_WRITTEN = tuple(dict.fromkeys(name for fields in FIELDS_OF_CHANGE.values() for name in fields))
+# Bare: to name the key would take the right to read it.
+_HISTORY = """
+INSERT INTO crm_stage_history (id, "contactId", "fromStage", "toStage", reason, "createdAt")
+SELECT id, contact_id, from_stage::"PipelineStage", to_stage::"PipelineStage", %s, entered_at::timestamp
+  FROM unnest(%s::text[], %s::text[], %s::text[], %s::text[], %s::text[])
+       AS step(id, contact_id, from_stage, to_stage, entered_at)
+ON CONFLICT DO NOTHING
+"""
+_SEEN = """
+UPDATE ledger_entry line SET seen_updated_at = looked.at::timestamp
+  FROM unnest(%s::text[], %s::text[]) AS looked(id, at) WHERE line.id = looked.id
+"""
+
+
+_RECORDED = {
+    **dict.fromkeys(("line_id", "contact_id", "columns"), "text"),
+    **dict.fromkeys(("source_updated_at", "contact_updated_at"), "timestamp"),
+    **dict.fromkeys(("from_type", "to_type", "from_stage", "to_stage"), "text"),
+    "stage_entered_before": "timestamp",
+    "confidence_before": "int",
+    "placeholder": "text",
+}
+_RECORD = f"""
+INSERT INTO contact_update (run_id, {", ".join(_RECORDED)})
+SELECT %s::bigint, change.* FROM unnest({", ".join(f"%s::{kind}[]" for kind in _RECORDED.values())}) AS change
+"""
+
+
+def stage_history_id(contact: str, to_stage: str) -> str:
+    """The id of the row that tells of a contact's step to a stage: the same for ever, as contacts have it."""
+    return contact_id("crm_stage_history", f"{contact}:{to_stage}")
+
+
+@dataclass(slots=True)
+class _Written:
+    """The changes that stand, and the contacts that were another version meanwhile."""
+
+    changes: list[Change] = field(default_factory=list)
+    changed_meanwhile: set[str] = field(default_factory=set)
+
+
+class UpdateWriter:
+    """Looks at the rows of one run's batches again, each batch in a transaction of its own."""
+
+    def __init__(
+        self,
+        connection: BaseDatabaseWrapper,
+        lookup: ContactLookup,
+        present: Present,
+        rules: Rules,
+        run_id: int,
+        timeouts: Timeouts,
+    ) -> None:
+        self._connection = connection
+        self._lookup = lookup
+        self._present = present
+        self._rules = rules
+        self._run_id = run_id
+        self._manners = MANNERS.format(lock=timeouts.lock, statement=timeouts.statement)
+
+    def write(self, source: Source, rows: Sequence[MappedRow]) -> Totals:
+        """Look at a batch again; contacts, history, record, lines, counts and heartbeat commit together.
+
+        Raises fence.FenceLostError when the run is no longer the running one, and django.db.DatabaseError for a bad
+        moment. Nothing of the batch is written then.
+        """
+        started = time.monotonic()
+        use_fast_arrays(self._connection)
+        with transaction.atomic(using=self._connection.alias, durable=True):
+            with self._connection.cursor() as cursor:
+                cursor.execute(self._manners)
+            changes = self._settle(source, rows)
+            self._record(changes)
+            self._mark_seen(changes)
+            totals = totals_of(changes)
+            if totals.revisited:
+                batch = BackfillBatch.of(self._run_id, source, totals, time.monotonic() - started)
+                batch.save(using=self._connection.alias, force_insert=True)
+            fence.renew(self._run_id, totals)
+        return totals
+
+    def keep_alive(self) -> None:
+        """Renew the heartbeat without a batch. Raises fence.FenceLostError."""
+        fence.renew(self._run_id, Totals())
+
+    def _settle(self, source: Source, rows: Sequence[MappedRow]) -> list[Change]:
+        """Decide and write; where a contact changed under our eyes, look at its rows again."""
+        self._lookup.notice_spellings(rows)
+        settled: list[Change] = []
+        waiting = rows
+        for _ in range(MOST_ATTEMPTS):
+            changes = list(decide(source, waiting, self._look_at(waiting), self._rules))
+            written = self._write_apart(changes)
+            settled += written.changes
+            if not written.changed_meanwhile:
+                return settled
+            waiting = [change.row for change in changes if change.contact_id in written.changed_meanwhile]
+        raise UnsettledError(len(waiting))
+
+    def _look_at(self, rows: Sequence[MappedRow]) -> Look:
+        lines = self._present.lines(rows)
+        contacts = self._present.contacts({line.contact_id for line in lines.values()})
+        return Look(lines, contacts, self._lookup.contacts_met_by(rows))
+
+    def _write_apart(self, changes: Iterable[Change]) -> _Written:
+        """Write; where PostgreSQL refuses a contact, halve until it stands alone, so that the others are written."""
+        of_contact: dict[str, list[Change]] = {}
+        for change in changes:
+            of_contact.setdefault(change.contact_id, []).append(change)
+        written = _Written()
+        to_write = []
+        for contact in sorted(of_contact):
+            group = of_contact[contact]
+            if any(change.columns for change in group):
+                to_write.append(group)
+            else:
+                written.changes += group
+        if to_write:
+            self._halve(to_write, written)
+        return written
+
+    def _halve(self, groups: Sequence[list[Change]], written: _Written) -> None:
+        try:
+            with transaction.atomic(using=self._connection.alias):
+                landed = self._write_contacts(groups)
+                self._write_history(change for group in groups for change in group if change.contact_id in landed)
+        except DatabaseError as error:
+            if row_refusal(error) is None:
+                raise
+            if len(groups) == 1:
+                written.changes += [change.refused() if change.columns else change for change in groups[0]]
+                return
+            middle = len(groups) // 2
+            self._halve(groups[:middle], written)
+            self._halve(groups[middle:], written)
+            return
+        for group in groups:
+            if group[0].contact_id in landed:
+                written.changes += group
+            else:
+                written.changed_meanwhile.add(group[0].contact_id)
+
+    def _write_contacts(self, groups: Sequence[list[Change]]) -> set[str]:
+        """Write the contacts that still are what was decided on; their ids."""
+        rows = []
+        for group in groups:
+            after = group[0].before
+            for change in group:
+                after = after._replace(**change.values)
+            rows.append((after.id, group[0].version, *(getattr(after, name) for name in _WRITTEN)))
+        with self._connection.cursor() as cursor:
+            cursor.execute(_update_statement(self._connection), [list(column) for column in zip(*rows, strict=True)])
+            return {identifier for (identifier,) in cursor.fetchall()}
+
+    def _write_history(self, changes: Iterable[Change]) -> None:
+        steps = [
+            (
+                stage_history_id(change.contact_id, change.values["stage"]),
+                change.contact_id,
+                change.before.stage,
+                change.values["stage"],
+                change.values["stage_entered_at"],
+            )
+            for change in changes
+            if "stage" in change.values
+        ]
+        if steps:
+            with self._connection.cursor() as cursor:
+                cursor.execute(_HISTORY, [REASON, *map(list, zip(*steps, strict=True))])
+
+    def _record(self, changes: Iterable[Change]) -> None:
+        lines = [_recorded(change) for change in changes if change.columns]
+        if lines:
+            with self._connection.cursor() as cursor:
+                cursor.execute(_RECORD, [self._run_id, *map(list, zip(*lines, strict=True))])
+
+    def _mark_seen(self, changes: Iterable[Change]) -> None:
+        seen = sorted(
+            (change.line.id, change.row.updated_at)
+            for change in changes
+            if change.row.updated_at != change.line.seen and REFUSED not in change.kept
+        )
+        if seen:
+            with self._connection.cursor() as cursor:
+                cursor.execute(_SEEN, list(map(list, zip(*seen, strict=True))))
+
+
+def _recorded(change: Change) -> tuple[str | int | None, ...]:
+    """A change's values for the columns of _RECORDED."""
+    before, values = change.before, change.values
+    return (
+        change.line.id,
+        change.contact_id,
+        ",".join(change.columns),
+        change.row.updated_at,
+        before.updated_at,
+        before.contact_type if "contact_type" in values else None,
+        values.get("contact_type"),
+        before.stage if "stage" in values else None,
+        values.get("stage"),
+        before.stage_entered_at if "stage" in values else None,
+        before.attribution_confidence if "attribution_confidence" in values else None,
+        before.email if "email" in values else None,
+    )
+
+
+def _update_statement(connection: BaseDatabaseWrapper) -> str:
+    """Write what a contact is to be, where it still is the version that was decided on."""
+    arrays = ", ".join(f"%s::{str(_FIELDS[name].db_type(connection)).split('(')[0]}[]" for name in _WRITTEN)
+    columns = [f'"{_FIELDS[name].column}"' for name in _WRITTEN]
+    return (
+        f"UPDATE crm_contacts c SET {', '.join(f'{column} = v.{column}' for column in columns)} "
+        f"FROM unnest(%s::text[], %s::text[], {arrays}) AS v(id, version, {', '.join(columns)}) "
+        "WHERE c.id = v.id AND c.xmin = v.version::xid RETURNING c.id"
+    )

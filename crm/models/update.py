@@ -1,0 +1,37 @@
+"""What --update changed in contacts. Written in the same transactions as they are."""
+
+from __future__ import annotations
+
+from django.db import models
+
+from crm.fields import TimestampField
+from crm.models.ledger import BackfillRun, LedgerEntry
+
+
+class ContactUpdate(models.Model):
+    """What one source row changed in one contact when a run looked at it again.
+
+    Names and labels, never a value of a person's: the values are those of the source row. The placeholder that was
+    replaced is made of the row's id. Together they are what a rollback needs to take the change back.
+    """
+
+    run = models.ForeignKey(BackfillRun, models.CASCADE, related_name="contact_updates")
+    line = models.ForeignKey(LedgerEntry, models.DO_NOTHING, db_index=False, db_constraint=False, related_name="+")
+    contact_id = models.TextField("contact id", db_index=True)
+    columns = models.TextField(help_text="What was filled, replaced or promoted")
+    source_updated_at = TimestampField(help_text="The source row's updatedAt when it was looked at")
+    contact_updated_at = TimestampField(help_text="The contact's updatedAt, which an update leaves as it is")
+    from_type = models.TextField(null=True)
+    to_type = models.TextField(null=True)
+    from_stage = models.TextField(null=True)
+    to_stage = models.TextField(null=True)
+    stage_entered_before = TimestampField(null=True)
+    confidence_before = models.IntegerField(null=True, help_text="Of the attribution that there was not")
+    placeholder = models.TextField(null=True, help_text="The placeholder email that was replaced")
+
+    class Meta:
+        db_table = "contact_update"
+        verbose_name = "update"
+
+    def __str__(self) -> str:
+        return f"update of {self.contact_id}"

@@ -1,0 +1,874 @@
+"""A second look: what turned up since is filled in, what people wrote stays, and it is told by column."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from django.db import connection
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from crm.backfill.mapping import contact_id
+from crm.backfill.outcome import Source
+from crm.backfill.verification import verify
+from crm.models import BackfillBatch, BackfillRun, ContactUpdate
+from crm.models.ledger import RunStatus
+from tests import reference_update
+from tests.builders import (
+    CREATED_AT,
+    add_contact,
+    add_lead,
+    add_many_leads,
+    add_profile,
+    add_user,
+    contact_with,
+    contacts,
+)
+from tests.circumstances import acting_as, in_batch, reading_role, set_status, without_own_schema
+from tests.commands import backfill, run
+from tests.conftest import Database
+from tests.populations import (
+    GENERATIONS,
+    attributions,
+    insert_population,
+    nullable_moments,
+    nullable_texts,
+    populations,
+    replace_population,
+    source_emails,
+    texts,
+)
+from tests.processes import session
+from tests.reference import Population, Row
+
+LATER = "2025-06-07 08:09:10.111"
+
+against_the_database = settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+def update(**options: Any) -> dict[str, Any]:
+    """A run with --update, which a dry run has foretold to the last count."""
+    foretold = run(update=True, dry_run=True, **options)
+    done = run(update=True, **options)
+    assert told(foretold) == told(done)
+    assert foretold["balanced"] is done["balanced"] is True
+    return done
+
+
+def told(report: dict[str, Any]) -> dict[str, Any]:
+    """What a report counts, but for what a dry run cannot have: the tables at the end."""
+    of_one_run = ("run", "dry_run", "seconds", "balanced", "pending", "already", "rows")
+    return {name: value for name, value in report.items() if name not in of_one_run}
+
+
+def change(table: str, row: str, **columns: Any) -> None:
+    """The application, or a person in it, writes a row: `updatedAt` moves along."""
+    columns = {"updatedAt": LATER} | columns
+    assignments = ", ".join(f'"{column}" = %s' for column in columns)
+    with connection.cursor() as cursor:
+        cursor.execute(f"UPDATE {table} SET {assignments} WHERE id = %s", [*columns.values(), row])
+        assert cursor.rowcount == 1
+
+
+def defects() -> list[Any]:
+    return [finding for finding in verify(connection).findings.kept if finding.kind == "defect"]
+
+
+# Against the judge
+
+_STEP = timedelta(days=1)
+
+
+def _bumped(row: Row) -> Row:
+    return row | {"updatedAt": max(row["updatedAt"], datetime(2025, 1, 1, tzinfo=UTC)) + _STEP}
+
+
+@st.composite
+def changed_sources(draw: st.DrawFn, population: Population) -> Population:
+    """The application went on: leads move on, profiles are completed, accounts get an email."""
+    leads = [
+        _bumped(lead)
+        | {
+            "status": draw(st.sampled_from(["NEW", "CONTACTED", "CONVERTED", "DISQUALIFIED", lead["status"]])),
+            "phone": draw(st.sampled_from([lead["phone"], "555 0101"]) | texts),
+            "lastContactedAt": draw(st.just(lead["lastContactedAt"]) | nullable_moments),
+            "email": draw(st.sampled_from([lead["email"]] * 5) | source_emails),
+            **(draw(attributions()) if draw(st.booleans()) else {}),
+        }
+        if draw(st.booleans())
+        else lead
+        for lead in population.leads
+    ]
+    emails = {user["email"] for user in population.users}
+    users = []
+    for user in population.users:
+        email = draw(st.sampled_from([user["email"]] * 3) | source_emails)
+        # A user's change leaves the profile as it is; `updatedAt` tells of it if the run that wrote it had begun.
+        changed = {"email": email, "updatedAt": datetime(2099, 1, 1, tzinfo=UTC)} if email not in emails else {}
+        emails.add(email)
+        users.append(user | changed)
+    roles = {True: ("CLIENT", "TAX_PREPARER", "AFFILIATE"), False: ("client", "tax_preparer", "affiliate")}
+    is_upper = population.has_clerk_user_id
+    profiles = [
+        _bumped(profile)
+        | {
+            "role": draw(st.sampled_from([profile["role"], *roles[is_upper]])),
+            "phone": draw(nullable_texts),
+            "companyName": draw(nullable_texts),
+        }
+        if draw(st.booleans())
+        else profile
+        for profile in population.profiles
+    ]
+    return dataclasses.replace(population, users=users, profiles=profiles, leads=leads)
+
+
+@st.composite
+def edited_contacts(draw: st.DrawFn, contacts: dict[str, Row], stages: tuple[str, ...]) -> list[Row]:
+    """People worked in the CRM: every write moves `updatedAt`."""
+    edits = {
+        "phone": nullable_texts,
+        "company": nullable_texts,
+        "lastName": texts,
+        "stage": st.sampled_from(stages),
+        "contactType": st.sampled_from(["CLIENT", "LEAD", "PREPARER"]),
+        "assignedPreparerId": st.none() | st.just("somebody"),
+        "lastContactedAt": nullable_moments,
+        "referrerUsername": st.none() | st.just("other"),
+        "clerkUserId": st.none(),
+        "userId": st.none(),
+    }
+    edited = []
+    for contact in contacts.values():
+        what = draw(st.sampled_from(["", "", "", "deleted", *edits]))
+        if what == "deleted":
+            continue
+        edited.append(_bumped(contact) | {what: draw(edits[what])} if what else contact)
+    return edited
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+@against_the_database
+@given(data=st.data(), batch_size=st.sampled_from([1, 3, 1000]), is_first=st.booleans())
+def test_a_second_look_does_what_the_judge_says_and_then_finds_nothing_more(
+    database: Database,
+    generation: str,
+    data: st.DataObject,
+    batch_size: int,
+    is_first: bool,  # noqa: FBT001 - hypothesis
+) -> None:
+    database.use(generation)
+    population = data.draw(populations(generation))
+    with connection.cursor() as cursor:
+        insert_population(cursor, population)
+    world = reference_update.World()
+    reference_update.run(world, population, update=is_first)
+    run(update=is_first)
+    later = data.draw(changed_sources(population))
+    later = dataclasses.replace(later, contacts=data.draw(edited_contacts(world.contacts, later.stages)))
+    with connection.cursor() as cursor:
+        replace_population(cursor, later)
+
+    defects_before = defects()
+    expected = reference_update.run(world, later, update=True)
+    report = update(batch_size=batch_size)
+
+    assert contacts() == world.contacts
+    assert {name: report[name] for name in vars(expected)} == vars(expected)
+    assert set(defects()) <= set(defects_before)
+    history = 'SELECT "contactId", "fromStage"::text, "toStage"::text FROM crm_stage_history'
+    assert set(database.rows(history)) == world.history
+    before = database.dump("crm_contacts", "crm_stage_history", "contact_update")
+    again = run(update=True)
+    assert (again["read"] - again["error"], again["revisited"]) == (0, 0)
+    assert database.dump("crm_contacts", "crm_stage_history", "contact_update") == before
+
+
+# Rule by rule
+
+
+def the_change() -> ContactUpdate:
+    return ContactUpdate.objects.get()
+
+
+STEPS = {
+    "2025_10": [("CONTACTED", "CONTACTED"), ("QUALIFIED", "CONTACTED"), ("CONVERTED", "COMPLETE")],
+    "2025_12": [
+        *(("CONTACTED", "CONTACTED"), ("QUALIFIED", "QUALIFIED")),
+        *(("CONVERTED", "CLOSED"), ("DISQUALIFIED", "LOST")),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("generation", "status", "stage"), [(g, *step) for g, steps in STEPS.items() for step in steps]
+)
+def test_a_lead_that_moves_on_takes_its_contact_along_and_tells_its_history(
+    database: Database, generation: str, status: str, stage: str
+) -> None:
+    database.use(generation)
+    lead = add_lead("ann@example.com")
+    run()
+    before = contact_with("ann@example.com")
+    change("leads", lead, status=status)
+    report = update()
+    converted = {"contact_type": 1} if status == "CONVERTED" else {}
+    assert (report["revisited"], report["updated"]) == (1, 1)
+    assert report["updated_by_column"] == {**converted, "stage": 1}
+    moved = datetime.fromisoformat(LATER).replace(tzinfo=UTC)
+    assert contact_with("ann@example.com") == before | {
+        "stage": stage,
+        "stageEnteredAt": moved,
+        "contactType": "CLIENT" if converted else "LEAD",
+    }
+    ((identifier, *step),) = database.rows(
+        """SELECT id, "contactId", "fromStage"::text, "toStage"::text, "changedBy", reason, "createdAt"
+             FROM crm_stage_history"""
+    )
+    assert (len(identifier), identifier[0], identifier.isalnum()) == (25, "c", True)
+    assert step == [before["id"], "NEW", stage, None, "CRM contacts backfill", moved.replace(tzinfo=None)]
+    assert (the_change().from_stage, the_change().to_stage) == ("NEW", stage)
+    assert defects() == []
+    assert update()["revisited"] == 0
+
+
+@pytest.mark.parametrize(("before", "after"), [("CONVERTED", "NEW"), ("CONTACTED", "NEW"), ("CONVERTED", "CONTACTED")])
+def test_nobody_is_taken_back_along_the_pipeline(database: Database, before: str, after: str) -> None:
+    lead = add_lead("ann@example.com", before)
+    run()
+    written = contacts()
+    change("leads", lead, status=after)
+    report = update()
+    assert (report["revisited"], report["unchanged"]) == (1, 1)
+    assert contacts() == written
+    assert database.rows("SELECT FROM crm_stage_history") == []
+
+
+@pytest.mark.parametrize(
+    ("role", "kind"), [("CLIENT", "CLIENT"), ("TAX_PREPARER", "PREPARER"), ("AFFILIATE", "AFFILIATE")]
+)
+@pytest.mark.parametrize("is_merged_before", [True, False])
+def test_a_profile_that_merged_into_its_leads_contact_promotes_it(
+    database: Database,
+    role: str,
+    kind: str,
+    is_merged_before: bool,  # noqa: FBT001 - parametrized
+) -> None:
+    add_lead("ann@example.com")
+    run()
+    add_profile(role, email="ann@example.com", companyName="Ann & Co")
+    if is_merged_before:
+        run()
+    report = update()
+    assert report["updated_by_column"] == {"contact_type": 1}
+    contact = contact_with("ann@example.com")
+    assert (contact["contactType"], contact["stage"], contact["company"]) == (kind, "NEW", "Ann & Co")
+    assert database.rows("SELECT FROM crm_stage_history") == [], "the stage is the same"
+    assert defects() == []
+    assert update()["revisited"] == 0
+
+
+def test_a_profile_does_not_turn_a_preparer_into_a_client(database: Database) -> None:
+    add_lead("ann@example.com", type="TAX_PREPARER")
+    run()
+    add_profile(email="ann@example.com")
+    assert update()["revisited"] == 0
+    assert contact_with("ann@example.com")["contactType"] == "PREPARER"
+
+
+@pytest.mark.parametrize("in_two_runs", [True, False])
+def test_the_blanks_of_a_contact_that_others_made_are_filled_and_nothing_else(
+    database: Database,
+    in_two_runs: bool,  # noqa: FBT001 - parametrized
+) -> None:
+    contact = add_contact("ann@example.com", firstName="Own", company="Own Ltd")
+    profile = add_profile(email="ann@example.com", phone="555 0101", companyName="Other", clerkUserId="clerk")
+    attribution = {"referrerUsername": "ref", "commissionRate": "12.50", "attributionConfidence": 85}
+    add_lead("ann@example.com", "CONVERTED", assignedPreparerId=profile, lastContactedAt=LATER, **attribution)
+    before = contacts()[contact]
+    if in_two_runs:
+        assert run()["exists"] == 2
+        assert contacts()[contact] == before
+    report = update()
+    assert (report["revisited"], report["updated"], report["kept"]) == (2, 0, 2)
+    assert report["updates_by_source"]["clients"] == {"updated": 0, "kept": 1, "unchanged": 0}
+    filled = {"user_id", "clerk_user_id", "phone", "last_contacted_at", "assignment", "attribution"}
+    assert report["updated_by_column"] == dict.fromkeys(sorted(filled), 1)
+    assert report["kept_by_column"] == {"company": 1, "phone": 1}
+    after = contacts()[contact]
+    assert (after["phone"], after["clerkUserId"], after["attributionConfidence"]) == ("555 0101", "clerk", 85)
+    assert after["assignedPreparerId"] == profile
+    written = [*("userId", "clerkUserId", "phone", "lastContactedAt", "assignedPreparerId", "assignedAt")]
+    written += [*("referrerUsername", "commissionRate", "attributionConfidence")]
+    assert after == before | {column: after[column] for column in written}
+    assert update()["revisited"] == 0
+
+
+def test_a_blank_of_anothers_contact_that_a_person_empties_again_stays_empty(database: Database) -> None:
+    contact = add_contact("ann@example.com")
+    lead = add_lead("ann@example.com")
+    assert update()["updated_by_column"] == {"phone": 1}
+    change("crm_contacts", contact, phone=None)
+    assert update()["revisited"] == 0, "not even looked at every night"
+    change("leads", lead, phone="555 0199")
+    assert update()["kept_by_column"] == {"phone": 1}
+    assert contacts()[contact]["phone"] is None
+
+
+# Placeholders
+
+
+def add_account_without_email(**columns: Any) -> tuple[str, str]:
+    """A user whose email is blank, and its profile."""
+    user = add_user("")
+    return user, add_profile(userId=user, **columns)
+
+
+@pytest.mark.parametrize("kind", ["as it was written", "somebody added a phone number"])
+def test_a_placeholder_is_replaced_by_the_email_that_turned_up(database: Database, kind: str) -> None:
+    user, profile = add_account_without_email()
+    run()
+    own = contact_id("profiles", profile)
+    placeholder = contacts()[own]["email"]
+    assert placeholder == f"client-{profile}@crm-backfill.invalid"
+    if kind != "as it was written":
+        change("crm_contacts", own, phone="555 0199")
+    change("users", user, email=" Ann@Example.com")
+    report = update()
+    assert report["updated_by_column"] == {"email": 1}
+    assert contacts()[own]["email"] == "ann@example.com"
+    assert the_change().placeholder == placeholder
+    assert defects() == []
+    assert update()["revisited"] == 0
+
+
+def test_a_profile_that_gets_an_account_gets_its_key_and_its_email(database: Database) -> None:
+    profile = add_profile(userId=None)
+    run()
+    user = add_user("ann@example.com")
+    change("profiles", profile, userId=user)
+    assert update()["updated_by_column"] == {"email": 1, "user_id": 1}
+    assert contact_with("ann@example.com")["userId"] == user
+
+
+def test_a_placeholder_is_known_under_another_domain_and_another_role(database: Database) -> None:
+    user, profile = add_account_without_email()
+    run()
+    change("crm_contacts", contact_id("profiles", profile), email=f"client-{profile}@elsewhere.invalid")
+    change("profiles", profile, role="AFFILIATE")
+    change("users", user, email="ann@example.com")
+    assert update()["updated_by_column"] == {"email": 1}
+
+
+@pytest.mark.parametrize("spelling", ["ann@example.com", "Ann@Example.com"])
+def test_an_email_that_another_contact_has_is_not_written(database: Database, spelling: str) -> None:
+    user, profile = add_account_without_email()
+    run()
+    add_contact(spelling)
+    before = contacts()
+    change("users", user, email="ann@example.com")
+    change("profiles", profile, phone="555 0101")
+    report = update()
+    assert (report["status"], report["kept"], report["kept_by_column"]) == ("finished", 1, {"identity": 1})
+    assert contacts() == before
+    assert update()["revisited"] == 0
+
+
+def test_two_accounts_whose_email_is_the_same_but_for_its_case_do_not_share_it(database: Database) -> None:
+    (first, _), second = add_account_without_email(), add_profile(userId=None)
+    run()
+    change("users", first, email="ann@example.com")
+    other = add_user("Ann@Example.com")
+    change("profiles", second, userId=other)
+    report = update()
+    assert (report["updated_by_column"], report["kept_by_column"]) == ({"email": 1}, {"identity": 1})
+
+
+# What people wrote
+
+
+#: What a person writes into a contact of a lead, and the name under which it is kept; NULL is what a person takes away.
+EDITS_OF_LEADS: dict[str, tuple[Row, str]] = {
+    "a phone": ({"phone": "555 0199"}, "phone"),
+    "no phone": ({"phone": None}, "phone"),
+    "a type": ({"contactType": "AFFILIATE"}, "contact_type"),
+    "a stage": ({"stage": "CONTACTED"}, "stage"),
+    "a preparer": ({"assignedPreparerId": "somebody"}, "assignment"),
+    "no preparer": ({"assignedPreparerId": None}, "assignment"),
+    "no assignment": ({"assignedPreparerId": None, "assignedAt": None}, "assignment"),
+    "a referrer": ({"referrerUsername": "other"}, "attribution"),
+    "a rate": ({"commissionRate": "99.00"}, "attribution"),
+    "no attribution": ({"referrerUsername": None, "commissionRate": None}, "attribution"),
+    "a last contact": ({"lastContactedAt": "2025-05-05 00:00:00"}, "last_contacted_at"),
+    "no last contact": ({"lastContactedAt": None}, "last_contacted_at"),
+}
+EDITS_OF_PROFILES: dict[str, tuple[Row, str]] = {
+    "a company": ({"company": "Own Ltd"}, "company"),
+    "no company": ({"company": None}, "company"),
+    "an email": ({"email": "own@example.com"}, "email"),
+    "no phone": ({"phone": None}, "phone"),
+    "no account": ({"userId": None}, "user_id"),
+}
+
+
+def assert_kept(written: Row, name: str, contact: str) -> None:
+    """What a person wrote stands, and whatever else the row changes, it is told by this name."""
+    report = update()
+    assert (report["revisited"], report["kept"]) == (1, 1)
+    assert report["kept_by_column"][name] == 1
+    assert name not in report["updated_by_column"]
+    with connection.cursor() as cursor:
+        columns = ", ".join(f'"{column}"::text' for column in written)
+        cursor.execute(f"SELECT {columns} FROM crm_contacts WHERE id = %s", [contact])
+        found = dict(zip(written, cursor.fetchone(), strict=True))
+    assert found == written
+    assert defects() == []
+    assert update()["revisited"] == 0
+
+
+@pytest.mark.parametrize("edit", EDITS_OF_LEADS)
+def test_what_a_person_wrote_into_a_leads_contact_stays(database: Database, edit: str) -> None:
+    written, name = EDITS_OF_LEADS[edit]
+    attribution = {"referrerUsername": "ref", "commissionRate": "12.50"}
+    lead = add_lead("ann@example.com", assignedPreparerId="nobody", lastContactedAt=LATER, **attribution)
+    run()
+    change("crm_contacts", contact_id("leads", lead), **written)
+    change("leads", lead, status="CONVERTED")
+    assert_kept(written, name, contact_id("leads", lead))
+
+
+@pytest.mark.parametrize("edit", EDITS_OF_PROFILES)
+def test_what_a_person_wrote_into_a_profiles_contact_stays(database: Database, edit: str) -> None:
+    written, name = EDITS_OF_PROFILES[edit]
+    user, profile = add_account_without_email(companyName="Ann & Co", phone="555 0101")
+    run()
+    change("crm_contacts", contact_id("profiles", profile), **written)
+    if name == "email":
+        change("users", user, email="ann@example.com", updatedAt="2099-01-01")
+    change("profiles", profile)
+    assert_kept(written, name, contact_id("profiles", profile))
+
+
+def test_a_person_who_changed_a_name_keeps_no_profile_from_filling_what_it_alone_can_bring(database: Database) -> None:
+    lead = add_lead("ann@example.com")
+    run()
+    change("crm_contacts", contact_id("leads", lead), lastName="Own")
+    profile = add_profile(email="ann@example.com")
+    run()
+    change("profiles", profile, companyName="Ann & Co")
+    report = update()
+    assert (report["updated_by_column"], report["kept_by_column"]) == ({"company": 1}, {"contact_type": 1})
+    change("crm_contacts", contact_id("leads", lead), company=None)
+    change("profiles", profile, companyName="Ann & Sons", updatedAt="2025-08-08 00:00:00")
+    assert update()["kept_by_column"] == {"company": 1, "contact_type": 1}
+
+
+def test_what_a_merge_filled_and_a_person_took_away_stays_away(database: Database) -> None:
+    lead = add_lead("ann@example.com")
+    run()
+    profile = add_profile(email="ann@example.com", companyName="Ann & Co")
+    run()
+    change("crm_contacts", contact_id("leads", lead), company=None)
+    change("profiles", profile, companyName="Ann & Sons")
+    assert update()["kept_by_column"] == {"company": 1, "contact_type": 1}
+    assert contact_with("ann@example.com")["company"] is None
+
+
+def test_a_value_of_ours_that_grew_old_is_neither_overwritten_nor_called_a_persons(database: Database) -> None:
+    lead = add_lead("ann@example.com", lastName="Old")
+    run()
+    before = contacts()
+    change("leads", lead, phone="555 0199", lastName="New")
+    report = update()
+    assert (report["revisited"], report["unchanged"]) == (1, 1)
+    assert contacts() == before
+    assert [finding.kind for finding in verify(connection).findings.kept] == ["source_changed"]
+
+
+def test_deleted_stays_deleted(database: Database) -> None:
+    lead, other = add_lead("ann@example.com"), add_contact("bob@example.com")
+    add_lead("bob@example.com")
+    run()
+    database.rows("DELETE FROM crm_contacts RETURNING id")
+    change("leads", lead, status="CONVERTED")
+    assert update()["revisited"] == 0
+    assert contacts() == {}
+    assert other not in contacts()
+
+
+# Identity
+
+
+def test_a_key_that_another_contact_has_is_not_filled(database: Database) -> None:
+    user = add_user("ann@example.com")
+    add_contact("ann@example.com")
+    add_profile(userId=user)
+    assert run()["exists"] == 1
+    add_contact("other@example.com", userId=user)
+    before = contacts()
+    assert update()["revisited"] == 0
+    assert contacts() == before
+
+
+def test_a_lead_whose_email_is_another_persons_by_now_brings_that_person_nothing(database: Database) -> None:
+    lead = add_lead("ann@example.com")
+    add_lead("bob@example.com")
+    run()
+    before = contacts()
+    change("leads", lead, email="bob@example.com", status="CONVERTED", referrerUsername="ref")
+    assert update()["kept_by_column"] == {"identity": 1}
+    assert contacts() == before
+
+
+def test_a_row_that_cannot_be_a_contact_any_more_brings_nothing(database: Database) -> None:
+    lead = add_lead("ann@example.com")
+    run()
+    before = contacts()
+    change("leads", lead, email="nobody", status="CONVERTED")
+    assert update()["unchanged"] == 1
+    assert contacts() == before
+    assert update()["revisited"] == 0
+
+
+# Whatever happens meanwhile
+
+
+@contextmanager
+def meanwhile(
+    happening: Callable[[], object], *, after: str = "FROM crm_contacts c LEFT JOIN ledger_entry made"
+) -> Iterator[None]:
+    """Let something happen once, between the look at a contact and the write."""
+    left = [happening]
+
+    def watch(execute: Any, sql: str, parameters: Any, many: bool, context: dict[str, Any]) -> Any:  # noqa: FBT001 - Django's signature
+        result = execute(sql, parameters, many, context)
+        if left and after in " ".join(str(sql).split()):
+            left.pop()()
+        return result
+
+    with connection.execute_wrapper(watch):
+        yield
+    assert not left, "it never happened"
+
+
+def elsewhere(statement: str, *parameters: Any) -> Callable[[], object]:
+    """Somebody else's statement, committed."""
+
+    def execute() -> None:
+        with session() as other:
+            other.execute(statement.encode(), parameters)
+            other.commit()
+
+    return execute
+
+
+def test_what_a_person_writes_under_our_eyes_stays(database: Database) -> None:
+    lead = add_lead("ann@example.com")
+    run()
+    change("leads", lead, status="CONVERTED")
+    with meanwhile(elsewhere("""UPDATE crm_contacts SET "lastName" = 'Own', "updatedAt" = now()""")):
+        report = run(update=True)
+    assert (report["revisited"], report["kept"], report["balanced"]) == (1, 1, True)
+    contact = contact_with("ann@example.com")
+    assert (contact["lastName"], contact["contactType"], contact["stage"]) == ("Own", "LEAD", "NEW")
+
+
+def test_a_blank_that_somebody_fills_under_our_eyes_is_none(database: Database) -> None:
+    add_contact("ann@example.com")
+    add_lead("ann@example.com")
+    add_contact("bob@example.com")
+    add_lead("bob@example.com")
+    run()
+    theirs = elsewhere("UPDATE crm_contacts SET phone = '555 0199' WHERE email = 'ann@example.com'")
+    with meanwhile(theirs):
+        report = run(update=True)
+    assert report["updated_by_column"] == {"phone": 1}
+    assert contact_with("ann@example.com")["phone"] == "555 0199"
+    assert contact_with("bob@example.com")["phone"] == "555 0100"
+
+
+def test_a_contact_that_is_deleted_under_our_eyes_stays_deleted(database: Database) -> None:
+    lead = add_lead("ann@example.com")
+    run()
+    change("leads", lead, status="CONVERTED")
+    with meanwhile(elsewhere("DELETE FROM crm_contacts")):
+        assert run(update=True)["revisited"] == 0
+    assert contacts() == {}
+
+
+def test_a_key_that_somebody_takes_under_our_eyes_is_refused_alone_and_tried_again(database: Database) -> None:
+    (first, _), (second, _) = (add_account_without_email_of(name) for name in ("ann", "bob"))
+    run()
+    change("users", first, email="ann@example.com")
+    change("users", second, email="bob@example.com")
+    theirs = """INSERT INTO crm_contacts (id, "contactType", "firstName", "lastName", email, "updatedAt")
+                VALUES ('theirs', 'LEAD', 'A', 'B', 'ann@example.com', now())"""
+    with meanwhile(elsewhere(theirs), after="UNION SELECT id FROM crm_contacts WHERE"):
+        report = run(update=True)
+    assert (report["status"], report["updated_by_column"]) == ("finished", {"email": 1})
+    assert report["kept_by_column"] == {"refused": 1}
+    assert contact_with("bob@example.com")["userId"] == second
+    assert contact_with("ann@example.com")["id"] == "theirs"
+
+
+def add_account_without_email_of(name: str) -> tuple[str, str]:
+    user = add_user(" " * len(name) if name == "ann" else "")
+    return user, add_profile(userId=user, firstName=name)
+
+
+def test_what_the_database_refuses_is_tried_again_by_the_next_run(database: Database) -> None:
+    lead = add_lead("ann@example.com")
+    run()
+    change("leads", lead, status="CONVERTED")
+    database.change(
+        """CREATE FUNCTION mishap() RETURNS trigger LANGUAGE plpgsql AS
+             $$ BEGIN RAISE EXCEPTION 'no'; END $$;
+           CREATE TRIGGER mishap BEFORE INSERT ON crm_stage_history FOR EACH ROW EXECUTE FUNCTION mishap()"""
+    )
+    report = run(update=True)
+    assert (report["kept_by_column"], report["balanced"]) == ({"refused": 1}, True)
+    assert contact_with("ann@example.com")["stage"] == "NEW"
+    database.change("DROP FUNCTION mishap() CASCADE")
+    assert update()["updated_by_column"] == {"contact_type": 1, "stage": 1}
+
+
+def populate(people: int = 60) -> None:
+    """People of whom a run made contacts, or met others', and about whom there is news. The same ids every time."""
+    add_many_leads(people)
+    for number in range(0, people, 5):
+        add_contact(f"Person-{number + 1}@example.com", id=f"contact{number}", stageEnteredAt=CREATED_AT)
+    for number in range(1, people, 7):
+        user = add_user(f"person-{number}@example.com", id=f"user{number}")
+        add_profile(id=f"profile{number}", userId=user, companyName="A company")
+    for number in range(5):
+        add_profile(id=f"nobody{number}", userId=add_user(" " * number, id=f"nobody{number}"))
+    run()
+    news = """UPDATE leads SET status = 'CONVERTED', "referrerUsername" = 'ref', "updatedAt" = %s
+               WHERE substring(id, 4)::int %% 3 = 0"""
+    with connection.cursor() as cursor:
+        cursor.execute(news, [LATER])
+        cursor.execute("UPDATE users SET email = id || '@example.com' WHERE email ~ '^ *$'")
+
+
+def everything(database: Database) -> tuple[Any, ...]:
+    """Contacts, their history, and what the ledger remembers, but for when and by which run."""
+    return (
+        contacts(),
+        database.rows("SELECT * FROM crm_stage_history ORDER BY id"),
+        database.rows("SELECT id, outcome, contact_id, seen_updated_at FROM ledger_entry ORDER BY id"),
+        database.rows("SELECT line_id, contact_id, columns FROM contact_update ORDER BY 1, 2, 3"),
+    )
+
+
+@pytest.fixture
+def undisturbed(database: Database) -> tuple[dict[str, Any], tuple[Any, ...]]:
+    """What a run with --update comes to that nobody disturbs; the population is as before it."""
+    populate()
+    before = everything(database)
+    report = update()
+    end = everything(database)
+    assert report["updated"] > 20
+    assert end != before
+    database.empty()
+    populate()
+    assert everything(database) == before
+    return report, end
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4])
+@pytest.mark.parametrize("after", ["UPDATE crm_contacts", "INSERT INTO contact_update", 'UPDATE "backfill_run"'])
+def test_stopped_in_the_middle_and_run_again_it_ends_as_if_nothing_had_happened(
+    database: Database, undisturbed: tuple[dict[str, Any], tuple[Any, ...]], batch: int, after: str
+) -> None:
+    with in_batch(batch, _stop, after=after):
+        stopped = run(update=True, batch_size=6)
+    assert (stopped["status"], stopped["balanced"]) == ("interrupted", True)
+    again = run(update=True, batch_size=6)
+    assert everything(database) == undisturbed[1]
+    for name in ("revisited", "updated", "kept", "unchanged"):
+        assert stopped[name] + again[name] == undisturbed[0][name]
+
+
+def _stop() -> None:
+    """Ctrl-C, and a second one."""
+    for _ in range(2):
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("options", [{"workers": 2}, {"batch_size": 1}, {"max_rate": 1000}])
+def test_it_ends_the_same_whatever_the_pace(
+    database: Database, undisturbed: tuple[dict[str, Any], tuple[Any, ...]], options: dict[str, Any]
+) -> None:
+    assert told(update(**options)) == told(undisturbed[0])
+    assert everything(database) == undisturbed[1]
+
+
+def test_only_the_sources_that_are_asked_for_are_looked_at_again(database: Database) -> None:
+    populate()
+    report = update(only=(Source.CONVERTED_LEADS,))
+    assert list(report["updates_by_source"]) == ["converted_leads"]
+    assert report["updated_by_column"].keys() == {"attribution", "contact_type", "phone", "stage"}
+    assert update(only=(Source.CLIENTS,))["updated_by_column"].keys() == {"company", "email", "user_id"}
+
+
+def test_since_bounds_a_second_look_too(database: Database) -> None:
+    populate()
+    report = update(since=LATER)
+    assert report["updates_by_source"].keys() == {"converted_leads"}
+    assert "email" in update()["updated_by_column"]
+
+
+def test_a_limit_counts_rows_that_are_read_and_rows_that_are_looked_at_again(database: Database) -> None:
+    populate()
+    add_lead("late@example.com")
+    report = update(limit=5)
+    assert (report["read"], report["revisited"]) == (1, 4)
+    assert update(limit=5)["revisited"] == 5
+
+
+def test_a_run_that_was_cancelled_looks_at_nothing_more(database: Database) -> None:
+    populate()
+    with in_batch(2, lambda: set_status(RunStatus.CANCELLED), after="INSERT INTO contact_update"):
+        report = run(update=True, batch_size=4)
+    assert (report["status"], report["revisited"]) == ("cancelled", 4)
+
+
+# What is told
+
+
+def test_the_record_the_batches_and_the_report_agree(database: Database) -> None:
+    populate()
+    report = update(batch_size=7)
+    record = BackfillRun.objects.get(pk=report["run"])
+    batches = list(BackfillBatch.objects.filter(run=record))
+    for name in ("revisited", "updated", "kept", "unchanged"):
+        assert getattr(record, name) == sum(getattr(batch, name) for batch in batches) == report[name]
+    columns = sum((Counter(batch.updated_by_column) for batch in batches), Counter())
+    assert columns == report["updated_by_column"]
+    assert record.options["update"] is True
+    assert report["revisited"] == report["updated"] + report["kept"] + report["unchanged"]
+
+
+def test_a_record_of_changes_that_lacks_one_fails_the_run(database: Database) -> None:
+    lead = add_lead("ann@example.com")
+    run()
+    change("leads", lead, status="CONVERTED")
+    database.change(
+        """CREATE FUNCTION mishap() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$;
+           CREATE TRIGGER mishap BEFORE INSERT ON contact_update FOR EACH ROW EXECUTE FUNCTION mishap()"""
+    )
+    try:
+        report = run(update=True)
+    finally:
+        database.change("DROP FUNCTION mishap() CASCADE")
+    assert (report["status"], report["balanced"]) == ("failed", False)
+
+
+def test_the_summary_tells_by_column_what_was_changed(database: Database) -> None:
+    add_contact("ann@example.com", company="Own")
+    add_profile(email="ann@example.com", phone="555 0101", companyName="Other")
+    would = " ".join(backfill("--update", "--dry-run", "--no-progress").stdout.split())
+    assert "updated 0 would be filled or promoted kept 1" in would
+    assert "company 0 1 kept phone 1" in would
+    said = " ".join(backfill("--update", "--no-progress").stdout.split())
+    assert "Looked at again 1" in said
+    assert "1 looked at again = 0 updated + 1 kept + 0 unchanged (holds)" in said
+    assert "Looked at again" not in backfill("--no-progress").stdout
+
+
+def test_no_value_is_told(database: Database, caplog: pytest.LogCaptureFixture) -> None:
+    user, _ = add_account_without_email()
+    add_contact("lee@example.com")
+    add_lead("lee@example.com", phone="555 0101", referrerUsername="secret-ref")
+    run()
+    change("users", user, email="zelda@example.com")
+    finished = backfill("--update", "--json")
+    told_of = finished.stdout + finished.stderr + caplog.text + repr(database.dump("contact_update", "ledger_entry"))
+    for secret in ("zelda", "lee@", "555 0101", "secret-ref"):
+        assert secret not in told_of
+
+
+# Before there is anything
+
+
+def test_a_dry_run_foretells_the_first_run_with_nothing_but_the_right_to_read(database: Database) -> None:
+    add_contact("ann@example.com")
+    add_profile(email="ann@example.com", phone="555 0101")
+    add_lead("ann@example.com", referrerUsername="ref")
+    with without_own_schema(), reading_role(database) as role, acting_as(role):
+        foretold = run(update=True, dry_run=True)
+    assert foretold["updated_by_column"] == {"attribution": 1, "phone": 1, "user_id": 1}
+    assert told(foretold) == told(run(update=True))
+
+
+# Verification
+
+
+def planted(column: str) -> str:
+    """A value that nobody wrote."""
+    by_type = {
+        "commissionRate": "99.00",
+        "attributionConfidence": "7",
+        "contactType": "AFFILIATE",
+        "stage": "DOCUMENTS",
+    }
+    moments = ("lastContactedAt", "assignedAt", "commissionRateLockedAt", "stageEnteredAt")
+    return by_type.get(column, "2098-01-01" if column in moments else "planted")
+
+
+WRITTEN_FROM_LEADS = (
+    *("phone", "lastContactedAt", "assignedPreparerId", "assignedAt", "referrerUsername", "commissionRate"),
+    *("attributionConfidence", "contactType", "stage", "stageEnteredAt"),
+)
+
+
+@pytest.mark.parametrize("column", WRITTEN_FROM_LEADS)
+def test_a_fault_in_what_an_update_wrote_is_found(database: Database, column: str) -> None:
+    lead, preparer = add_lead("ann@example.com", phone=" "), add_profile("ADMIN")
+    run()
+    attribution = {"referrerUsername": "ref", "commissionRate": "12.50"}
+    news = {"phone": "555 0101", "lastContactedAt": LATER, "assignedPreparerId": preparer, **attribution}
+    change("leads", lead, status="CONVERTED", **news)
+    assert update()["updated"] == 1
+    assert defects() == []
+    database.rows(f'UPDATE crm_contacts SET "{column}" = %s RETURNING id', planted(column))
+    assert [(finding.check, finding.columns) for finding in defects()] == [("fields", (column,))]
+
+
+@pytest.mark.parametrize("column", ["userId", "email", "company", "contactType"])
+def test_a_fault_in_what_an_update_wrote_from_a_profile_is_found(database: Database, column: str) -> None:
+    if column in ("company", "contactType"):
+        add_lead("ann@example.com")
+        run()
+        profile = add_profile(email="ann@example.com")
+        run()
+        change("profiles", profile, companyName="Ann & Co")
+    else:
+        profile = add_profile(userId=None)
+        run()
+        change("profiles", profile, userId=add_user("ann@example.com"))
+    assert update()["updated"] == 1
+    assert defects() == []
+    value = add_user("planted@example.com") if column == "userId" else planted(column)
+    database.rows(f'UPDATE crm_contacts SET "{column}" = %s RETURNING id', value)
+    assert [(finding.check, finding.columns) for finding in defects()] == [("fields", (column,))]
+
+
+def test_a_source_that_moves_on_after_an_update_is_no_defect(database: Database) -> None:
+    lead = add_lead("ann@example.com", phone=" ")
+    run()
+    change("leads", lead, phone="555 0101")
+    update()
+    change("leads", lead, phone="555 0102", updatedAt="2025-08-08 00:00:00")
+    assert defects() == []
