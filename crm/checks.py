@@ -215,11 +215,12 @@ def _writable(rights: _Rights, tables: Sequence[str]) -> list[str]:
     query = """
         SELECT relname FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
          WHERE nspname = %s AND relname = ANY(%s)
-           AND (has_any_column_privilege(c.oid, 'UPDATE') OR has_table_privilege(c.oid, 'DELETE, TRUNCATE')
-                OR (relname <> %s AND has_any_column_privilege(c.oid, 'INSERT')))
+           AND (has_any_column_privilege(c.oid, 'UPDATE') OR has_table_privilege(c.oid, 'TRUNCATE')
+                OR (relname <> %s
+                    AND (has_any_column_privilege(c.oid, 'INSERT') OR has_table_privilege(c.oid, 'DELETE'))))
          ORDER BY 1
     """
-    # An update tells the history of the contacts that it promotes.
+    # An update tells the history of the contacts that it promotes, and a rollback takes that out again.
     return [name for (name,) in rights.ask(query, [settings.LEGACY_SCHEMA, tables, HISTORY])]
 
 

@@ -122,7 +122,11 @@ GRANT SELECT, INSERT, UPDATE ON crm_backfill.conflict_decision TO :"role";
   -- OPTIONAL: taking a run back. A contact goes only where nobody has changed or filled in anything since, in whatever
   -- column, and where no row of any table refers to it; so all of that must be seen.
   GRANT SELECT, DELETE ON :"schema".crm_contacts TO :"role";
-  GRANT DELETE ON crm_backfill.ledger_entry TO :"role";
+  GRANT DELETE ON crm_backfill.ledger_entry, crm_backfill.contact_update TO :"role";
+  \if :update
+    -- With a promotion goes the line of the history that told of it.
+    GRANT SELECT ("id"), DELETE ON :"schema".crm_stage_history TO :"role";
+  \endif
   SELECT format('GRANT SELECT, INSERT, UPDATE ON %s TO %I', found, :'role')
     FROM to_regclass('crm_backfill.rollback') AS found
    WHERE found IS NOT NULL

@@ -152,6 +152,14 @@ def test_an_update_works_under_the_role_that_was_made_for_it_and_the_check_is_cl
         assert json.loads(run.stdout)["updated_by_column"] == columns
         assert json.loads(foretold.stdout)["updated_by_column"] == columns
     assert builders.contact_with("ann@example.com")["contactType"] == "CLIENT"
+    with role_made_by_script(update="on", rollback="on") as url:
+        checked = manage("check", "--database", "default", url=url)
+        assert (checked.returncode, checked.stdout) == (0, "System check identified no issues (0 silenced).\n")
+        number = str(json.loads(run.stdout)["run"])
+        taken = manage("rollback_crm_backfill", number, "--json", "--no-progress", url=url)
+        assert (taken.returncode, taken.stderr) == (0, "")
+        assert json.loads(taken.stdout)["updates"] == {"reversed": 2, "kept": 0, "failed": 0}
+    assert builders.contact_with("ann@example.com")["contactType"] == "LEAD"
 
 
 def test_no_secret_can_be_read_nor_anything_else_be_done(database: Database) -> None:

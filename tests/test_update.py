@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from crm.backfill.mapping import contact_id
 from crm.backfill.outcome import Source
+from crm.backfill.rollback.runner import roll_back
 from crm.backfill.verification import verify
 from crm.models import BackfillBatch, BackfillRun, ContactUpdate
 from crm.models.ledger import RunStatus
@@ -33,7 +34,7 @@ from tests.builders import (
 )
 from tests.circumstances import acting_as, in_batch, reading_role, set_status, without_own_schema
 from tests.commands import backfill, run
-from tests.conftest import Database
+from tests.conftest import LEGACY_TABLES, Database
 from tests.populations import (
     GENERATIONS,
     attributions,
@@ -658,7 +659,9 @@ def populate(people: int = 60) -> None:
                WHERE substring(id, 4)::int %% 3 = 0"""
     with connection.cursor() as cursor:
         cursor.execute(news, [LATER])
-        cursor.execute("UPDATE users SET email = id || '@example.com' WHERE email ~ '^ *$'")
+        cursor.execute(
+            """UPDATE users SET email = id || '@example.com', "updatedAt" = '2099-01-01' WHERE email ~ '^ *$'"""
+        )
 
 
 def everything(database: Database) -> tuple[Any, ...]:
@@ -872,3 +875,103 @@ def test_a_source_that_moves_on_after_an_update_is_no_defect(database: Database)
     update()
     change("leads", lead, phone="555 0102", updatedAt="2025-08-08 00:00:00")
     assert defects() == []
+
+
+# The way back
+
+
+def test_a_run_that_is_taken_back_leaves_what_was_there_before_and_can_be_done_again(database: Database) -> None:
+    populate()
+    before = everything(database)
+    report = update(batch_size=7)
+    end = everything(database)
+    foretold = roll_back(report["run"], dry_run=True)
+    assert everything(database) == end
+    taken = roll_back(report["run"], batch_size=4)
+    assert taken.counts == foretold.counts
+    assert (taken.status, taken.balanced) == (RunStatus.FINISHED, True)
+    assert taken.counts.numbers["updates_reversed"] == ContactUpdate.objects.count() + len(end[3])
+    assert taken.counts.numbers["updates_kept"] == 0
+    assert (contacts(), *everything(database)[1:2]) == before[:2]
+    assert defects() == []
+    again = update()
+    assert again["updated_by_column"] == report["updated_by_column"]
+    assert everything(database)[:2] == end[:2]
+
+
+def test_of_several_steps_each_is_taken_back(database: Database) -> None:
+    add_lead("ann@example.com", phone=" ")
+    second, third = (add_lead("ann@example.com", phone=" ") for _ in range(2))
+    run()
+    before = contacts()
+    change("leads", second, status="CONTACTED", phone="555 0101")
+    change("leads", third, status="CONVERTED", referrerUsername="ref")
+    report = update()
+    assert ContactUpdate.objects.count() == 2
+    assert roll_back(report["run"]).counts.numbers["updates_reversed"] == 2
+    assert contacts() == before
+    assert database.rows("SELECT FROM crm_stage_history") == []
+
+
+def test_what_somebody_touched_after_an_update_is_kept(database: Database) -> None:
+    lead = add_lead("ann@example.com")
+    run()
+    change("leads", lead, status="CONVERTED")
+    report = update()
+    change("crm_contacts", contact_id("leads", lead), lastName="Own")
+    dump = database.dump(*LEGACY_TABLES, "contact_update", "ledger_entry")
+    counts = roll_back(report["run"]).counts
+    assert (counts.numbers["updates_kept"], counts.reasons) == (1, {"edited": 1})
+    assert database.dump(*LEGACY_TABLES, "contact_update", "ledger_entry") == dump
+
+
+def test_what_a_fault_stands_in_for_is_kept(database: Database) -> None:
+    lead = add_lead("ann@example.com", phone=" ")
+    run()
+    change("leads", lead, phone="555 0101")
+    report = update()
+    database.rows("UPDATE crm_contacts SET phone = '555 0199' RETURNING id")
+    assert roll_back(report["run"]).counts.reasons == {"edited": 1}
+    assert contact_with("ann@example.com")["phone"] == "555 0199"
+
+
+def test_what_was_merged_on_top_of_a_value_that_is_taken_out_is_pending_again(database: Database) -> None:
+    lead = add_lead("ann@example.com", phone=" ")
+    run()
+    change("leads", lead, phone="555 0101")
+    report = update()
+    add_lead("ann@example.com", phone="555 0102")
+    run()
+    counts = roll_back(report["run"]).counts
+    assert (counts.numbers["updates_reversed"], counts.numbers["later_merges"]) == (1, 1)
+    assert contact_with("ann@example.com")["phone"] is None
+    assert defects() == []
+    assert run()["merged"] == 1
+    assert contact_with("ann@example.com")["phone"] == "555 0102"
+    assert defects() == []
+
+
+def test_a_contact_that_a_later_run_promoted_stays_until_that_run_is_taken_back(database: Database) -> None:
+    lead = add_lead("ann@example.com")
+    made = run()
+    change("leads", lead, status="CONVERTED")
+    promoted = update()
+    assert roll_back(made["run"]).counts.reasons == {"referenced": 1}
+    assert roll_back(promoted["run"]).counts.numbers["updates_reversed"] == 1
+    assert roll_back(made["run"]).counts.numbers["contacts_reversed"] == 1
+    assert contacts() == {}
+    assert database.rows("SELECT FROM contact_update") == []
+
+
+def test_a_contact_that_a_later_run_filled_goes_with_the_run_that_made_it(database: Database) -> None:
+    lead = add_lead("ann@example.com")
+    made = run()
+    profile = add_profile(email="ann@example.com")
+    run()
+    change("profiles", profile, companyName="Ann & Co")
+    update()
+    assert ContactUpdate.objects.get().columns == "company,contact_type"
+    assert roll_back(made["run"]).counts.numbers["contacts_reversed"] == 1
+    assert (contacts(), database.rows("SELECT FROM contact_update")) == ({}, [])
+    assert run()["created"] == 1
+    assert contact_id("leads", lead) not in contacts()

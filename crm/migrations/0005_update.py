@@ -100,6 +100,21 @@ class Migration(migrations.Migration):
                 help_text="The source row's updatedAt when --update last looked at it again", null=True
             ),
         ),
+        migrations.AddField(
+            model_name="rollback",
+            name="updates_failed",
+            field=models.BigIntegerField(default=0),
+        ),
+        migrations.AddField(
+            model_name="rollback",
+            name="updates_kept",
+            field=models.BigIntegerField(default=0),
+        ),
+        migrations.AddField(
+            model_name="rollback",
+            name="updates_reversed",
+            field=models.BigIntegerField(default=0),
+        ),
         migrations.AddConstraint(
             model_name="backfillrun",
             constraint=models.CheckConstraint(

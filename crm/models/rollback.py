@@ -24,6 +24,9 @@ class Rollback(models.Model):
     merges_reversed = models.BigIntegerField(default=0)
     merges_kept = models.BigIntegerField(default=0)
     merges_failed = models.BigIntegerField(default=0)
+    updates_reversed = models.BigIntegerField(default=0)
+    updates_kept = models.BigIntegerField(default=0)
+    updates_failed = models.BigIntegerField(default=0)
     lines_reversed = models.BigIntegerField(
         default=0, help_text="Rows that had met somebody's contact, or had an error"
     )

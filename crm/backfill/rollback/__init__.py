@@ -18,5 +18,10 @@ backfill brings them all back. So does what other runs merged on top of a value 
 filled it itself, and left it alone because it was there. What was merged by the same run into a contact that stays,
 stays.
 
+What the run changed with --update goes first, where it still stands as it was written: what was filled is blank again,
+the placeholder is back, type and stage are what they were, and our line of the contact's history is gone. The next run
+with --update looks at these rows again. A contact that a later run promoted stays until that run is taken back: its
+history refers to it.
+
 The rows whose lines are gone count as pending. A rollback that was killed is gone on with by running it again.
 """

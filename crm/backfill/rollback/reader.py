@@ -11,8 +11,9 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill.arrays import use_fast_arrays
 from crm.backfill.mapping import ContactDraft, MappedRow, map_rows, trimmed
-from crm.backfill.outcome import Outcome, Source
+from crm.backfill.outcome import Outcome, Source, UpdateOutcome
 from crm.backfill.resolutions import Resolutions
+from crm.backfill.rollback.updates import UpdateRecord
 from crm.backfill.rollback.verdict import Line, SourceRow, StoredContact
 from crm.backfill.schema import DatabaseFacts
 from crm.backfill.source import read_as_text
@@ -30,6 +31,28 @@ SELECT {_LINE} FROM ledger_entry line JOIN unnest(%s::text[]) AS met(id) ON line
  WHERE line.outcome = 'merged'
 """
 _CREATORS = f"SELECT {_LINE} FROM ledger_entry line WHERE line.id = ANY(%s) AND line.outcome = 'created'"
+# A contact's changes come together, the last one first.
+_UPDATED_CONTACTS = """
+SELECT contact_id FROM contact_update WHERE run_id = %s AND contact_id COLLATE "C" > %s
+ GROUP BY contact_id ORDER BY contact_id COLLATE "C" LIMIT %s
+"""
+_UPDATE_COLUMNS = f"""
+SELECT change.id, {
+    _LINE.replace("line.contact_id", "change.contact_id")
+    .replace("line.run_id", "change.run_id")
+    .replace("line.source_updated_at", "change.source_updated_at")
+    .replace("line.filled", "change.columns")
+},
+       change.contact_updated_at, change.from_type, change.from_stage, change.to_stage, change.stage_entered_before,
+       change.confidence_before, change.placeholder
+  FROM contact_update change JOIN ledger_entry line ON line.id = change.line_id
+"""
+_UPDATES = f"{_UPDATE_COLUMNS} WHERE change.run_id = %s AND change.contact_id = ANY(%s) ORDER BY change.id DESC"
+_UPDATES_IN = f"{_UPDATE_COLUMNS} WHERE change.contact_id = ANY(%s) ORDER BY change.id"
+_LABELS = {
+    "profiles": "SELECT id, role::text FROM profiles WHERE id = ANY(%s)",
+    "leads": "SELECT id, status::text FROM leads WHERE id = ANY(%s)",
+}
 
 _COLUMNS = ", ".join(f'c."{field.column}"' for field in CRMContact._meta.concrete_fields)
 _CONTACTS = f"SELECT c.xmin::text, {{set_elsewhere}}, {_COLUMNS} FROM crm_contacts c WHERE c.id = ANY(%s)"
@@ -107,6 +130,51 @@ class Reader:
         """The lines that made these contacts, where the backfill did."""
         return {line.id: line for line in self._lines(_CREATORS, contact_ids)} if contact_ids else {}
 
+    def updates(self, after: str, size: int) -> list[UpdateRecord]:
+        """What the run changed in at most `size` contacts, by id from strictly after one on."""
+        contacts = [contact for (contact,) in self._rows(_UPDATED_CONTACTS, self.run.pk, after, size)]
+        return self._records(_UPDATES, self.run.pk, contacts) if contacts else []
+
+    def updates_in(self, contact_ids: Sequence[str]) -> list[Line]:
+        """What any run changed in these contacts, in its order."""
+        return [record.line for record in self._records(_UPDATES_IN, contact_ids)] if contact_ids else []
+
+    def _records(self, query: str, *parameters: Any) -> list[UpdateRecord]:
+        found = [
+            UpdateRecord(
+                number,
+                Line(
+                    identifier,
+                    source,
+                    source_id,
+                    UpdateOutcome.UPDATED,
+                    contact_id,
+                    run_id,
+                    updated_at,
+                    tuple(columns.split(",")),
+                ),
+                *rest,
+            )
+            for number, identifier, source, source_id, _, contact_id, run_id, updated_at, columns, *rest in self._rows(
+                query, *parameters
+            )
+        ]
+        sources = self._sources_now([record.line for record in found])
+        return [
+            record._replace(line=record.line._replace(source=sources.get(record.line.id, record.line.source)))
+            for record in found
+        ]
+
+    def _sources_now(self, lines: Sequence[Line]) -> dict[str, str]:
+        """The sources that the rows of lines are of by now: a lead that converted is of another one."""
+        found: dict[str, str] = {}
+        for table, query in _LABELS.items():
+            ids = {line.source_id: line.id for line in lines if Source(line.source).table == table}
+            for source_id, label in self._rows(query, list(ids)) if ids else ():
+                if (source := self.facts.source_of(table, label)) is not None:
+                    found[ids[source_id]] = source
+        return found
+
     def contacts(self, contact_ids: Sequence[str]) -> dict[str, StoredContact]:
         """Those of these contacts that are there."""
         rows = self._rows(_CONTACTS.format(set_elsewhere=self.set_elsewhere), contact_ids)
@@ -116,9 +184,9 @@ class Reader:
         return {contact.values.id: contact for contact in contacts}
 
     def source_rows(self, lines: Iterable[Line]) -> dict[str, SourceRow]:
-        """The source rows of these lines as they are now, by the lines' ids."""
+        """The source rows of these lines as they are now, by the lines' ids; of several lines of a row, the last."""
         by_source: dict[Source, list[str]] = {}
-        for line in lines:
+        for line in {line.id: line for line in lines}.values():
             by_source.setdefault(Source(line.source), []).append(line.source_id)
         found: dict[str, SourceRow] = {}
         for source, source_ids in by_source.items():

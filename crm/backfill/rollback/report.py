@@ -27,7 +27,9 @@ LATER_RUN = "merged_by_a_later_run"
 def as_json(report: RollbackReport) -> str:
     """The report as one JSON object on one line."""
     numbers = report.counts.numbers
-    kinds = {kind: {verdict: numbers[f"{kind}_{verdict}"] for verdict in Verdict} for kind in ("merges", "lines")}
+    kinds = {
+        kind: {verdict: numbers[f"{kind}_{verdict}"] for verdict in Verdict} for kind in ("merges", "updates", "lines")
+    }
     answer: dict[str, Any] = {
         "run": report.run_id,
         "rolls_back": report.rolls_back,
@@ -67,6 +69,11 @@ def print_summary(report: RollbackReport, console: Console) -> None:
     row("  reversed", merges[0], "with the contact, or taken out of it")
     row("  kept", merges[1])
     row("  failed", merges[2], style="red" if merges[2] else "")
+    updates = [numbers[f"updates_{verdict}"] for verdict in Verdict]
+    row("Changes of --update", sum(updates), style="bold")
+    row("  reversed", updates[0], "taken out of the contact, with their line of its history")
+    row("  kept", updates[1])
+    row("  failed", updates[2], style="red" if updates[2] else "")
     row("Rows that met others or had errors", numbers["lines_reversed"] + numbers["lines_kept"], style="bold")
     row("  reversed", numbers["lines_reversed"])
     row("  kept", numbers["lines_kept"], "their contact was deleted since")

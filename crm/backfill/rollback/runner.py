@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -21,7 +22,7 @@ from django.db.models import Count
 from crm.backfill import errors, fence, runs
 from crm.backfill.fence import FenceLostError
 from crm.backfill.interruption import Interruption
-from crm.backfill.outcome import Source, Totals
+from crm.backfill.outcome import Outcome, Source, Totals
 from crm.backfill.pipeline import InterruptedRunError, Retries
 from crm.backfill.references import find_references
 from crm.backfill.rollback.reader import Reader
@@ -30,7 +31,7 @@ from crm.backfill.rollback.verdict import Line
 from crm.backfill.runner import Progress, Silence
 from crm.backfill.schema import DatabaseFacts, examine
 from crm.errors import OperatorError
-from crm.models import BackfillRun, LedgerEntry, Rollback
+from crm.models import BackfillRun, ContactUpdate, LedgerEntry, Rollback
 from crm.models.ledger import RunStatus
 
 DEFAULT_BATCH_SIZE = 2_000
@@ -89,7 +90,7 @@ def roll_back(
     find_references(connection)
     reader = Reader.of(connection, facts, run)
     if not dry_run:
-        _require_rights()
+        _require_rights(run)
     rollback = None if dry_run else _begin(run, facts)
     work = _Work(reader, batch_size, progress or Silence(), listener, rollback)
     status, failure = work.through(lines)
@@ -105,6 +106,9 @@ def roll_back(
         seconds=time.monotonic() - started,
         failure=failure,
     )
+
+
+_Batch = Callable[[Undoer, str, int], tuple[list[Line], Undone]]
 
 
 @dataclass(slots=True)
@@ -163,26 +167,32 @@ class _Work:
         return status, failure, balanced
 
     def _batches(self, undoer: Undoer, interruption: Interruption) -> None:
+        """What --update changed goes first: a contact that the run made is as it made it then."""
+        for batch in (self._batch_of_updates, self._batch):
+            self._work_through(batch, undoer, interruption)
+
+    def _work_through(self, batch: _Batch, undoer: Undoer, interruption: Interruption) -> None:
         after = ""
         while True:
             if interruption.requested:
                 raise InterruptedRunError
-            page, undone = self._batch_with_retries(undoer, after)
+            page, undone = self._batch_with_retries(batch, undoer, after)
             if not page:
                 return
-            after = page[-1].id
+            # Changes are read by their contact, and lines by their own id.
+            after = max(str(line.contact_id) for line in page) if batch == self._batch_of_updates else page[-1].id
             self.counts.add(counted(undone))
-            for source in {line.source for line in page}:
+            for source in {line.source for line in page if isinstance(line.outcome, Outcome)}:
                 read = sum(line.source == source for line in page)
                 self.progress.advance(Source(source), Totals(read=read))
             if self.listener:
                 self.listener(undone)
 
-    def _batch_with_retries(self, undoer: Undoer, after: str) -> tuple[list[Line], Undone]:
+    def _batch_with_retries(self, batch: _Batch, undoer: Undoer, after: str) -> tuple[list[Line], Undone]:
         size = self.batch_size
         for attempt in range(self.retries.most):
             try:
-                return self._batch(undoer, after, size)
+                return batch(undoer, after, size)
             except DjangoDatabaseError as error:
                 cause = errors.bad_moment(error)
                 if cause is None:
@@ -190,7 +200,11 @@ class _Work:
                 if errors.is_timeout(error):
                     size = max(1, size // 2)
                 self._give_way(cause, attempt)
-        return self._batch(undoer, after, size)
+        return batch(undoer, after, size)
+
+    def _batch_of_updates(self, undoer: Undoer, after: str, size: int) -> tuple[list[Line], Undone]:
+        records = self.reader.updates(after, size)
+        return [record.line for record in records], undoer.undo_updates(records) if records else Undone()
 
     def _batch(self, undoer: Undoer, after: str, size: int) -> tuple[list[Line], Undone]:
         page = self.reader.page(after, size)
@@ -226,7 +240,7 @@ def _require_lines(run: BackfillRun) -> dict[Source, int]:
     """How many lines the ledger has of the run, by source; none is fine only where a rollback has to be closed."""
     counts = LedgerEntry.objects.filter(run=run).values_list("source").annotate(Count("id"))
     lines = {Source(source): count for source, count in counts}
-    if not lines and not _is_to_be_closed(run):
+    if not lines and not ContactUpdate.objects.filter(run=run).exists() and not _is_to_be_closed(run):
         raise OperatorError(_nothing_left(run))
     return lines
 
@@ -243,11 +257,13 @@ def _nothing_left(run: BackfillRun) -> str:
     return f"The ledger has no line of run {run.pk}: {why}. There is nothing to take back."
 
 
-def _require_rights() -> None:
+def _require_rights(run: BackfillRun) -> None:
     wanted = [
         ("crm_contacts", "DELETE"),
         ("crm_contacts", "UPDATE"),
         (LedgerEntry._meta.db_table, "DELETE"),
+        (ContactUpdate._meta.db_table, "DELETE"),
+        *([("crm_stage_history", "DELETE")] if ContactUpdate.objects.filter(run=run).exists() else []),
         (Rollback._meta.db_table, "INSERT"),
         (Rollback._meta.db_table, "UPDATE"),
     ]

@@ -14,16 +14,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from django.db import DatabaseError, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill import fence
 from crm.backfill.errors import row_refusal
-from crm.backfill.outcome import Outcome, Totals
+from crm.backfill.outcome import Outcome, Totals, UpdateOutcome
 from crm.backfill.references import Reference, find_references, is_unreferenced, referring_tables
 from crm.backfill.rollback.reader import Reader
+from crm.backfill.rollback.updates import JudgedUpdates, UpdateRecord, judge_updates
 from crm.backfill.rollback.verdict import (
     Judgement,
     Line,
@@ -39,8 +40,9 @@ from crm.backfill.rollback.verdict import (
     maps_to_nothing,
     merges_that_miss,
 )
+from crm.backfill.update.writer import stage_history_id, write_contacts
 from crm.backfill.writer import Timeouts
-from crm.models import CRMContact, LedgerEntry, Rollback
+from crm.models import ContactUpdate, CRMContact, CRMStageHistory, LedgerEntry, Rollback
 
 # The first of these has to be the first statement of the transaction. With one snapshot for all of it, the DELETE would
 # not see what was committed while the locks were waited for; PostgreSQL would notice, and refuse the batch. The lock on
@@ -85,6 +87,7 @@ class Judged:
     creators: dict[str, Line] = field(default_factory=dict)
     deletable: Versions = field(default_factory=dict)
     merges: dict[str, list[Line]] = field(default_factory=dict)
+    updates: dict[str, list[Line]] = field(default_factory=dict)
     take_backs: dict[str, TakeBack] = field(default_factory=dict)
 
 
@@ -94,6 +97,11 @@ class Undone:
 
     judgements: list[Judgement] = field(default_factory=list)
     later_merges: list[Line] = field(default_factory=list)
+
+    def reversed_lines(self, outcome: Outcome) -> list[Line]:
+        """The lines of an outcome that are to go."""
+        gone = [judgement.line for judgement in self.judgements if judgement.verdict is Verdict.REVERSED]
+        return [line for line in gone if line.outcome is outcome]
 
     @property
     def reversed_ids(self) -> list[str]:
@@ -107,6 +115,9 @@ class Undoer(Protocol):
 
     def undo(self, lines: Sequence[Line]) -> Undone:
         """Undo a batch."""
+
+    def undo_updates(self, records: Sequence[UpdateRecord]) -> Undone:
+        """Undo what --update changed, a batch."""
 
 
 def judge(lines: Sequence[Line], reader: Reader) -> Judged:
@@ -124,7 +135,9 @@ def judge(lines: Sequence[Line], reader: Reader) -> Judged:
     merges = reader.merges_into([*judged.creators, *{str(line.contact_id) for line in foreign}])
     for merge in merges:
         judged.merges.setdefault(str(merge.contact_id), []).append(merge)
-    rows = reader.source_rows([*created, *merges, *foreign, *their_creators.values()])
+    judged.updates = _by_contact(reader.updates_in(list(judged.creators)))
+    updates = [update for updates in judged.updates.values() for update in updates]
+    rows = reader.source_rows([*created, *merges, *foreign, *their_creators.values(), *updates])
 
     for line in created:
         _judge_created(line, contacts.get(line.id), judged, rows)
@@ -142,8 +155,23 @@ def judge(lines: Sequence[Line], reader: Reader) -> Judged:
     return judged
 
 
+def _by_contact(lines: Iterable[Line]) -> dict[str, list[Line]]:
+    found: dict[str, list[Line]] = {}
+    for line in lines:
+        found.setdefault(str(line.contact_id), []).append(line)
+    return found
+
+
+def judge_changes(records: Sequence[UpdateRecord], reader: Reader) -> JudgedUpdates:
+    """Compare the contacts of a batch of changes with what was written."""
+    contact_ids = sorted({str(record.line.contact_id) for record in records})
+    merges = reader.merges_into(contact_ids)
+    rows = reader.source_rows([*merges, *(record.line for record in records)])
+    return judge_updates(records, reader.contacts(contact_ids), _by_contact(merges), rows)
+
+
 def _judge_created(line: Line, contact: StoredContact | None, judged: Judged, rows: Rows) -> None:
-    merges = [merge for merge in judged.merges.get(line.id, ()) if merge.filled]
+    merges = [merge for merge in judged.merges.get(line.id, ()) if merge.filled] + judged.updates.get(line.id, [])
     if contact is None:
         judged.decided.append(Judgement(line, Verdict.KEPT, Why.DELETED))
     elif any(maps_to_nothing(writer, rows) for writer in (line, *merges)):
@@ -189,6 +217,11 @@ class Rehearsal:
         _conclude_take_backs(judged, set(judged.take_backs), {}, undone)
         return undone
 
+    def undo_updates(self, records: Sequence[UpdateRecord]) -> Undone:
+        """What would become of a batch of changes."""
+        judged = judge_changes(records, self._reader)
+        return _conclude_updates(judged, set(judged.restored), {})
+
 
 class DatabaseUndoer:
     """Undoes lines for good, and counts them with the run that does it."""
@@ -214,9 +247,49 @@ class DatabaseUndoer:
                 cursor.execute(self._manners)
             undone = self._carry_out(judged)
             LedgerEntry.objects.using(self._connection.alias).filter(id__in=undone.reversed_ids).delete()
+            self._forget_updates(contact_id__in=[line.id for line in undone.reversed_lines(Outcome.CREATED)])
             self._count(undone)
             fence.renew(self._rollback_id, Totals())
         return undone
+
+    def undo_updates(self, records: Sequence[UpdateRecord]) -> Undone:
+        """Undo what --update changed; contacts, history, records, counts and heartbeat commit together.
+
+        Raises what `undo` does.
+        """
+        judged = judge_changes(records, self._reader)
+        with transaction.atomic(using=self._connection.alias, durable=True):
+            with self._connection.cursor() as cursor:
+                cursor.execute(self._manners)
+            restored, refused = self._apart(sorted(judged.restored), lambda ids: self._restore(ids, judged))
+            undone = _conclude_updates(judged, restored, refused)
+            gone = [record for contact in sorted(restored) for record in judged.restored[contact].records]
+            self._forget_updates(id__in=[record.number for record in gone])
+            # The rows are to be looked at again, as if they had not been.
+            lines = LedgerEntry.objects.using(self._connection.alias)
+            lines.filter(id__in=[record.line.id for record in gone]).update(seen_updated_at=None)
+            lines.filter(id__in=[line.id for line in undone.later_merges]).delete()
+            self._count(undone)
+            fence.renew(self._rollback_id, Totals())
+        return undone
+
+    def _forget_updates(self, **conditions: Any) -> None:
+        ContactUpdate.objects.using(self._connection.alias).filter(**conditions).delete()
+
+    def _restore(self, contact_ids: list[str], judged: JudgedUpdates) -> set[str]:
+        contacts = {
+            contact: (judged.restored[contact].version, judged.restored[contact].values) for contact in contact_ids
+        }
+        restored = write_contacts(self._connection, contacts)
+        history = [
+            stage_history_id(contact, record.to_stage)
+            for contact in restored
+            for record in judged.restored[contact].records
+            if record.to_stage is not None
+        ]
+        if history:
+            CRMStageHistory.objects.using(self._connection.alias).filter(pk__in=history).delete()
+        return restored
 
     def _carry_out(self, judged: Judged) -> Undone:
         undone = Undone(judged.decided)
@@ -297,15 +370,22 @@ class Counts:
     @property
     def failed(self) -> int:
         """Lines that the database would not undo."""
-        return self.numbers["contacts_failed"] + self.numbers["merges_failed"]
+        return sum(self.numbers[f"{kind}_failed"] for kind in ("contacts", "merges", "updates"))
 
     @property
     def remaining(self) -> int:
         """Lines of the run that are still in the ledger."""
-        return self.failed + sum(self.numbers[f"{kind}_kept"] for kind in ("contacts", "merges", "lines"))
+        failed = self.numbers["contacts_failed"] + self.numbers["merges_failed"]
+        return failed + sum(self.numbers[f"{kind}_kept"] for kind in ("contacts", "merges", "lines"))
 
 
-_KINDS = {Outcome.CREATED: "contacts", Outcome.MERGED: "merges", Outcome.EXISTS: "lines", Outcome.ERROR: "lines"}
+_KINDS: Mapping[Outcome | UpdateOutcome, str] = {
+    UpdateOutcome.UPDATED: "updates",
+    Outcome.CREATED: "contacts",
+    Outcome.MERGED: "merges",
+    Outcome.EXISTS: "lines",
+    Outcome.ERROR: "lines",
+}
 
 
 def counted(undone: Undone) -> Counts:
@@ -363,6 +443,22 @@ def _conclude_take_backs(judged: Judged, taken: set[str], refused: Mapping[str, 
             else:
                 judgement = Judgement(line, Verdict.KEPT, Why.EDITED, "meanwhile")
             undone.judgements.append(judgement)
+
+
+def _conclude_updates(judged: JudgedUpdates, restored: set[str], refused: Mapping[str, str]) -> Undone:
+    undone = Undone(judged.decided)
+    for contact, found in judged.restored.items():
+        if contact in restored:
+            undone.later_merges.extend(found.later_merges)
+        for record in found.records:
+            if contact in restored:
+                judgement = Judgement(record.line, Verdict.REVERSED)
+            elif contact in refused:
+                judgement = Judgement(record.line, Verdict.FAILED, Why.REFUSED, refused[contact])
+            else:
+                judgement = Judgement(record.line, Verdict.KEPT, Why.EDITED, "meanwhile")
+            undone.judgements.append(judgement)
+    return undone
 
 
 def _what_keeps(

@@ -13,10 +13,9 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 from crm.backfill.mapping import FULL_CONFIDENCE, ContactDraft, MappedRow
-from crm.backfill.outcome import Outcome
-from crm.backfill.plan import ACCOUNTS, ASSIGNMENT_UNIT, ATTRIBUTION_UNIT, KnownContact, fill
-
-_UNITS = {"assignment": ASSIGNMENT_UNIT, "attribution": ATTRIBUTION_UNIT}
+from crm.backfill.outcome import Outcome, UpdateOutcome
+from crm.backfill.plan import ACCOUNTS, KnownContact, fill
+from crm.backfill.update.changes import FIELDS_OF_CHANGE
 
 
 class Verdict(StrEnum):
@@ -39,12 +38,12 @@ class Why(StrEnum):
 
 
 class Line(NamedTuple):
-    """A line of the ledger."""
+    """A line of the ledger; or what an update changed, in the form of one that was merged."""
 
     id: str
     source: str
     source_id: str
-    outcome: Outcome
+    outcome: Outcome | UpdateOutcome
     contact_id: str | None
     run_id: int
     updated_at: str
@@ -147,7 +146,7 @@ def _would_fill(contact: StoredContact, emptied: set[str], row: SourceRow) -> bo
 
 
 def _columns_of(filled: Iterable[str]) -> tuple[str, ...]:
-    return tuple(column for name in filled for column in _UNITS.get(name, (name,)))
+    return tuple(column for name in filled for column in FIELDS_OF_CHANGE[name])
 
 
 def confidence_before(creator: Line | None, rows: Rows) -> int:

@@ -6,7 +6,7 @@ rows -> lines, contacts, keys -> decide -> contacts and stage history -> record 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from django.db import DatabaseError, transaction
@@ -16,7 +16,7 @@ from crm.backfill import fence
 from crm.backfill.arrays import use_fast_arrays
 from crm.backfill.errors import row_refusal
 from crm.backfill.known import ContactLookup
-from crm.backfill.mapping import MappedRow, Rules, contact_id
+from crm.backfill.mapping import ContactDraft, MappedRow, Rules, contact_id
 from crm.backfill.outcome import Source, Totals
 from crm.backfill.settle import MOST_ATTEMPTS, UnsettledError
 from crm.backfill.update.changes import FIELDS_OF_CHANGE, REFUSED, Change, Look, decide, totals_of
@@ -68,6 +68,20 @@ class _Written:
 
     changes: list[Change] = field(default_factory=list)
     changed_meanwhile: set[str] = field(default_factory=set)
+
+
+def write_contacts(connection: BaseDatabaseWrapper, contacts: Mapping[str, tuple[str, ContactDraft]]) -> set[str]:
+    """Write what contacts are to be, by id with the version on which that was decided.
+
+    Returns those that were written: the others are another version by now.
+    """
+    rows = [
+        (contact, version, *(getattr(values, name) for name in _WRITTEN))
+        for contact, (version, values) in contacts.items()
+    ]
+    with connection.cursor() as cursor:
+        cursor.execute(_update_statement(connection), [list(column) for column in zip(*rows, strict=True)])
+        return {identifier for (identifier,) in cursor.fetchall()}
 
 
 class UpdateWriter:
@@ -173,15 +187,13 @@ class UpdateWriter:
 
     def _write_contacts(self, groups: Sequence[list[Change]]) -> set[str]:
         """Write the contacts that still are what was decided on; their ids."""
-        rows = []
+        contacts = {}
         for group in groups:
             after = group[0].before
             for change in group:
                 after = after._replace(**change.values)
-            rows.append((after.id, group[0].version, *(getattr(after, name) for name in _WRITTEN)))
-        with self._connection.cursor() as cursor:
-            cursor.execute(_update_statement(self._connection), [list(column) for column in zip(*rows, strict=True)])
-            return {identifier for (identifier,) in cursor.fetchall()}
+            contacts[after.id] = (group[0].version, after)
+        return write_contacts(self._connection, contacts)
 
     def _write_history(self, changes: Iterable[Change]) -> None:
         steps = [
