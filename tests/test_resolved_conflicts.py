@@ -411,3 +411,27 @@ def change(contact: str, **columns: Any) -> None:
     for column, value in columns.items():
         with connection.cursor() as cursor:
             cursor.execute(f'UPDATE crm_contacts SET "{column}" = %s WHERE id = %s', [value, contact])
+
+
+# A second look
+
+
+def test_a_second_look_holds_to_the_decision(database: Database) -> None:
+    user = add_user(ANN)
+    add_contact("u@example.com", userId=user)
+    add_contact("k@example.com", clerkUserId="user_1")
+    profile = add_profile(userId=user, clerkUserId="user_1")
+    run()
+    decided(f"profiles:{profile}", "--separate", ANN.replace("ann", "other.ann"))
+    run()
+    own = contact_id("profiles", profile)
+    before = contacts()[own]
+    with connection.cursor() as cursor:
+        cursor.execute("UPDATE profiles SET phone = '555 0101', \"updatedAt\" = '2026-01-01' WHERE id = %s", [profile])
+    for options in ({"dry_run": True}, {}):
+        answer = run(update=True, **options)
+        assert (answer["revisited"], answer["updated"], answer["kept"]) == (1, 1, 0)
+    assert contacts()[own] == before | {"phone": "555 0101"}
+    assert (before["email"], before["userId"], before["clerkUserId"]) == (OTHER, None, None)
+    assert verify(connection).exit_code == 0
+    assert run(update=True)["revisited"] == 0
