@@ -33,7 +33,7 @@ from tests.builders import (
     contacts,
 )
 from tests.circumstances import acting_as, in_batch, reading_role, set_status, without_own_schema
-from tests.commands import backfill, run
+from tests.commands import backfill, run, statements
 from tests.conftest import LEGACY_TABLES, Database
 from tests.populations import (
     GENERATIONS,
@@ -321,7 +321,9 @@ def test_a_blank_of_anothers_contact_that_a_person_empties_again_stays_empty(dat
     lead = add_lead("ann@example.com")
     assert update()["updated_by_column"] == {"phone": 1}
     change("crm_contacts", contact, phone=None)
-    assert update()["revisited"] == 0, "not even looked at every night"
+    with statements() as sent:
+        assert run(update=True)["revisited"] == 0
+    assert not [statement for statement in sent if "FROM ledger_entry WHERE id = ANY" in statement.sql], "not even read"
     change("leads", lead, phone="555 0199")
     assert update()["kept_by_column"] == {"phone": 1}
     assert contacts()[contact]["phone"] is None
@@ -868,6 +870,17 @@ def test_a_fault_in_what_an_update_wrote_from_a_profile_is_found(database: Datab
     assert [(finding.check, finding.columns) for finding in defects()] == [("fields", (column,))]
 
 
+def test_a_value_that_went_since_an_update_of_a_merged_row_is_found(database: Database) -> None:
+    add_lead("ann@example.com")
+    run()
+    profile = add_profile(email="ann@example.com")
+    run()
+    change("profiles", profile, companyName="Ann & Co")
+    update()
+    database.rows("UPDATE crm_contacts SET company = NULL RETURNING id")
+    assert [(finding.check, finding.columns) for finding in defects()] == [("fields", ("company",))]
+
+
 def test_a_source_that_moves_on_after_an_update_is_no_defect(database: Database) -> None:
     lead = add_lead("ann@example.com", phone=" ")
     run()
@@ -923,6 +936,16 @@ def test_what_somebody_touched_after_an_update_is_kept(database: Database) -> No
     counts = roll_back(report["run"]).counts
     assert (counts.numbers["updates_kept"], counts.reasons) == (1, {"edited": 1})
     assert database.dump(*LEGACY_TABLES, "contact_update", "ledger_entry") == dump
+
+
+def test_what_a_row_does_not_tell_any_more_is_kept(database: Database) -> None:
+    lead = add_lead("ann@example.com", phone=" ")
+    run()
+    change("leads", lead, phone="555 0101")
+    report = update()
+    change("leads", lead, phone="555 0102", updatedAt="2025-08-08 00:00:00")
+    assert roll_back(report["run"]).counts.reasons == {"source_changed": 1}
+    assert contact_with("ann@example.com")["phone"] == "555 0101"
 
 
 def test_what_a_fault_stands_in_for_is_kept(database: Database) -> None:
