@@ -9,12 +9,19 @@ from io import StringIO
 from typing import Any
 
 import pytest
+from django.contrib.admin.utils import quote
+from django.contrib.auth.models import User
+from django.contrib.sessions.models import Session
 from django.core.management import call_command
 from django.db import connection
+from django.db.models import Model
+from django.test import Client
+from django.urls import reverse
 
 from crm.backfill import workers
 from crm.backfill.pipeline import Retries
 from crm.backfill.writer import Timeouts
+from crm.models import BackfillRun, CRMContact, LedgerEntry
 from tests.builders import add_contact, add_lead, add_profile, add_user
 from tests.circumstances import refusing_contacts
 from tests.commands import backfill
@@ -35,7 +42,9 @@ LEAD = PERSON | {
 QUOTING = f"""
     CREATE FUNCTION public.quoting() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
         IF NEW.email LIKE 'trigger%' THEN
-            RAISE EXCEPTION 'no %', NEW.email USING DETAIL = NEW."firstName", HINT = NEW.phone, ERRCODE = '23514';
+            RAISE EXCEPTION 'no %', NEW.email USING ERRCODE = '23514', DETAIL = NEW."firstName", HINT = NEW.phone,
+                CONSTRAINT = NEW.email, COLUMN = NEW."lastName", TABLE = NEW.phone, SCHEMA = NEW.email,
+                DATATYPE = NEW."firstName";
         END IF;
         RAISE WARNING 'seen {MARK} %', NEW.email;
         RETURN NEW;
@@ -97,11 +106,17 @@ class Overheard:
             call_command(*arguments, stdout=shown, stderr=shown)
         self._printed.append(shown.getvalue())
 
+    def page(self, browser: Client, model: type[Model], page: str = "changelist", *key: Any, **query: str) -> int:
+        """A page of the admin; its status."""
+        answer = browser.get(reverse(f"admin:crm_{model._meta.model_name}_{page}", args=map(quote, key)), query)
+        self._printed.append(answer.content.decode())
+        return answer.status_code
+
     def assert_nothing_of_people(self) -> None:
         told = [*self._printed, *self._capfd.readouterr(), self._caplog.text]
         for record in self._caplog.records:
             told += [record.getMessage(), repr(record.args), repr(record.exc_info)]
-        for rows in self._database.dump(*OWN_TABLES).values():
+        for rows in self._database.dump(*OWN_TABLES, "django_admin_log").values():
             told += [str(row) for row in rows]
         assert sum(map(len, told)) > 1000, "a lot was told"
         found = [text for text in told if MARK in text.lower()]
@@ -122,7 +137,9 @@ def overheard(
     return Overheard(database, caplog, capfd)
 
 
-@pytest.mark.parametrize("arguments", [(), ("--json",), ("--batch-size", "3"), ("--max-errors", "1"), ("--strict",)])
+@pytest.mark.parametrize(
+    "arguments", [(), ("--json",), ("--batch-size", "3"), ("--max-errors", "1"), ("--strict",), ("--workers", "2")]
+)
 def test_rows_in_error(database: Database, overheard: Overheard, arguments: tuple[str, ...]) -> None:
     populate()
     put_obstacles(database)
@@ -209,4 +226,74 @@ def test_runs_that_fail(
     if not (name == "lost connection" and "--workers" in arguments):
         assert code == expected
     overheard.look("backfill_runs", "list")
+    overheard.assert_nothing_of_people()
+
+
+@pytest.fixture
+def browser(database: Database) -> Iterator[Client]:
+    """The browser of a superuser, who is shown what everybody is shown when something goes wrong."""
+    operator = User.objects.create_user("operator", is_staff=True, is_superuser=True)
+    client = Client(raise_request_exception=False)
+    client.force_login(operator)
+    yield client
+    operator.delete()
+    Session.objects.all().delete()
+
+
+def test_the_admin_shows_people_on_the_pages_of_contacts_alone(
+    database: Database, overheard: Overheard, browser: Client
+) -> None:
+    populate()
+    put_obstacles(database)
+    assert overheard.command() == 1
+    database.change("DROP TRIGGER quoting ON crm_contacts")
+    with refusing_contacts("55000"):
+        add_lead(f"new@{MARK}.example", **LEAD)
+        assert overheard.command() == 5
+    for model in (BackfillRun, LedgerEntry):
+        assert overheard.page(browser, model) == 200
+        for key in model._default_manager.values_list("pk", flat=True):
+            assert overheard.page(browser, model, "change", key) == 200
+            for page in ("history", "delete"):
+                overheard.page(browser, model, page, key)
+    overheard.page(browser, LedgerEntry, reason="nothing")
+    for contact in CRMContact.objects.values_list("pk", flat=True):
+        overheard.page(browser, CRMContact, "delete", contact)
+    overheard.assert_nothing_of_people()
+
+
+@contextmanager
+def without_the_contacts(database: Database) -> Iterator[None]:
+    database.change("ALTER TABLE crm_contacts RENAME TO aside")
+    yield
+
+
+@contextmanager
+def terminated_at_each_statement_on_contacts(_database: Database) -> Iterator[None]:
+    def watch(execute: Any, sql: str, parameters: Any, many: bool, context: dict[str, Any]) -> Any:  # noqa: FBT001 - Django's signature
+        if "crm_contacts" in str(sql):
+            with session() as administrator:
+                administrator.execute("SELECT pg_terminate_backend(%s, 5000)", [connection.connection.info.backend_pid])
+        return execute(sql, parameters, many, context)
+
+    with connection.execute_wrapper(watch):
+        yield
+    connection.close()
+
+
+@pytest.mark.parametrize("failure", [without_the_contacts, terminated_at_each_statement_on_contacts])
+def test_the_admin_that_fails(
+    database: Database,
+    overheard: Overheard,
+    browser: Client,
+    failure: Callable[[Database], AbstractContextManager[None]],
+) -> None:
+    populate()
+    overheard.command()
+    key = CRMContact.objects.values_list("pk", flat=True)[0]
+    with failure(database):
+        for query in ({}, {"q": "person"}, {"q": f"person-1@{MARK}.example"}, {"q": f"First{MARK}"}):
+            assert overheard.page(browser, CRMContact, **query) == 500
+        assert overheard.page(browser, CRMContact, "change", key) == 500
+        overheard.page(browser, LedgerEntry)
     overheard.assert_nothing_of_people()

@@ -21,13 +21,14 @@ from tests.conftest import Database
 from tests.forks import (
     AT_MOST_SECONDS,
     COMMIT,
-    Death,
+    Mishap,
     ended,
     fork,
     kill_everybody,
     kill_the_command,
     kill_this_process,
     labels,
+    wait_for_orphans,
 )
 from tests.processes import database_url, start
 
@@ -95,6 +96,12 @@ class Undisturbed:
             self._database.rows(f"DELETE FROM {table} RETURNING id")
         assert everything(self._database) == self.beginning
 
+    def batches(self) -> tuple[int, int]:
+        """The numbers, from 1 on, of the first and the last statement of all batches."""
+        commits = [number for number, label in enumerate(self.labels, 1) if label == COMMIT]
+        begin = next(number for number, label in enumerate(self.labels, 1) if label.startswith("SET LOCAL"))
+        return begin, commits[-1]
+
     def busiest_batch(self) -> tuple[int, int]:
         """The first and the last of the labels of the batch that has the most of them."""
         begins = [number for number, label in enumerate(self.labels) if label.startswith("SET LOCAL")]
@@ -127,7 +134,7 @@ def test_a_process_killed_at_whatever_moment_leaves_nothing_that_the_next_run_do
     undisturbed = Undisturbed(database)
     left: list[int] = []
     for statement, delay in moments(MOMENTS, len(undisturbed.labels)):
-        process = fork(*SIZED, prepare=Death(statement=statement, delay=delay).prepare)
+        process = fork(*SIZED, prepare=Mishap(statement=statement, delay=delay).prepare)
         assert ended(process) == KILLED, "it was still at work"
         left.append(lines(database))
         assert run(batch_size=BATCH_SIZE)["balanced"] is True
@@ -148,7 +155,7 @@ def test_a_process_killed_at_each_statement_boundary_of_a_batch(database: Databa
     left: list[int] = []
     for statement in range(first, last + 2):
         # Statements are counted from 1 on.
-        process = fork(*SIZED, prepare=Death(statement=statement + 1).prepare)
+        process = fork(*SIZED, prepare=Mishap(statement=statement + 1).prepare)
         assert ended(process) == KILLED, "it was still at work"
         left.append(lines(database))
         assert run(batch_size=BATCH_SIZE)["balanced"] is True
@@ -167,14 +174,15 @@ def test_workers_that_are_killed_or_orphaned_do_no_harm_to_the_next_run(
     populate()
     undisturbed = Undisturbed(database)
     for statement, delay in moments(MOMENTS_WITH_WORKERS, len(undisturbed.labels)):
-        death = Death(statement=statement, delay=delay, kill=kill)
-        process = fork(*SIZED, "--workers", "2", prepare=death.prepare)
+        mishap = Mishap(statement=statement, delay=delay, happening=kill)
+        process = fork(*SIZED, "--workers", "2", prepare=mishap.prepare)
         # A worker alone is not missed: its partition is taken up again.
         assert ended(process) in ([KILLED, 1] if kill is kill_this_process else [KILLED])
-        assert death.came, "it was still at work"
+        assert mishap.came, "it was still at work"
         # Orphans may still be at their last batch when this one begins.
         answer = run(batch_size=BATCH_SIZE)
         assert (answer["status"], answer["balanced"]) == ("finished", True)
+        wait_for_orphans(process)
         undisturbed.assert_reached()
         undisturbed.reset()
 
@@ -184,7 +192,7 @@ def test_a_run_that_is_killed_again_and_again_gets_to_its_end(database: Database
     populate()
     undisturbed = Undisturbed(database)
     for _ in range(6):
-        process = fork(*SIZED, prepare=Death(statement=len(undisturbed.labels) // 8, delay=0.001).prepare)
+        process = fork(*SIZED, prepare=Mishap(statement=len(undisturbed.labels) // 8, delay=0.001).prepare)
         assert ended(process) == KILLED
     assert ended(fork(*SIZED)) == 1, "the rows in error are new"
     undisturbed.assert_reached()

@@ -356,6 +356,21 @@ def test_the_script_takes_back_what_was_granted_too_much(database: Database) -> 
         assert not may(database, "public.crm_contacts", "DELETE")
 
 
+@pytest.mark.parametrize("schema", ["public", "crm_backfill"])
+def test_the_script_takes_back_the_right_to_make_tables(database: Database, schema: str) -> None:
+    with role_made_by_script(), session(ROLE) as job:
+        job.autocommit = True
+        make = f"CREATE TABLE {schema}.mine (); DROP TABLE {schema}.mine".encode()
+        as_owner(f"GRANT ALL ON SCHEMA {schema} TO {{role}} WITH GRANT OPTION")
+        job.execute(make)
+        assert run_script(role=ROLE).returncode == 0
+        with pytest.raises(psycopg.errors.InsufficientPrivilege, match="permission denied for schema"):
+            job.execute(make)
+        granted = f"SELECT has_schema_privilege(%s, '{schema}', %s)"
+        assert database.rows(granted, ROLE, "USAGE") == [(True,)]
+        assert database.rows(granted, ROLE, "USAGE WITH GRANT OPTION") == [(False,)]
+
+
 def test_the_right_to_take_a_run_back_has_to_be_asked_for(database: Database) -> None:
     with role_made_by_script(rollback="on"):
         assert may(database, "public.crm_contacts", "DELETE")

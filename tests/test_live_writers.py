@@ -5,21 +5,32 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import psycopg
 import pytest
+from django.db import connection
 
 from tests.builders import add_many_contacts, add_many_leads, contacts, ledger
 from tests.commands import backfill, run
 from tests.conftest import Database
+from tests.forks import labels_are_watched
 from tests.processes import session
 
-PEOPLE = 2000
-THERE = 200
-BATCH_SIZE = 25
+PEOPLE = 20_000
+THERE = 2000
+BATCH_SIZE = 250
 WRITERS = 4
+#: How far ahead of the last committed batch a session may write: where it gets into the way of the batch that is open.
+REACH = 2 * BATCH_SIZE
+#: Of whom each batch is looked at closely.
+FEW, SMALL = 100, 10
+INSERTS, FILLS = 'INSERT INTO "crm_contacts"', "UPDATE crm_contacts"
+BLOCKED_BY = "SELECT FROM pg_stat_activity WHERE %s = ANY(pg_blocking_pids(pid))"
+#: How long the test waits for what must come; nothing waits for its end.
+AT_MOST_SECONDS = 20
 #: As Prisma's upsert does it: by the address, in one statement.
 UPSERT = """
 INSERT INTO crm_contacts (id, "contactType", "firstName", "lastName", email, company, "updatedAt")
@@ -58,7 +69,7 @@ class ApplicationSession(threading.Thread):
             self.is_at_work.set()
 
     def _act(self, own: psycopg.Connection) -> None:
-        person = WRITERS * self._chance.randrange(PEOPLE // WRITERS) + self._number + 1
+        person = WRITERS * (self._somebody(own) // WRITERS) + self._number + 1
         email = f"person-{person}@example.com"
         company = f"work {self._chance.random()}"
         action = self._chance.choice((INSERT, UPSERT, UPSERT, UPDATE, DELETE, LOCK))
@@ -72,6 +83,13 @@ class ApplicationSession(threading.Thread):
         elif action != LOCK and found:
             self.written[email] = company
             self.taken_from_the_backfill.discard(email)
+
+    def _somebody(self, own: psycopg.Connection) -> int:
+        """The number of anybody, or of somebody whom the run is just at."""
+        if self._chance.random() < 0.5:
+            return self._chance.randrange(PEOPLE)
+        (read,) = own.execute("SELECT COALESCE(max(read), 0) FROM backfill_run").fetchone() or (0,)
+        return (int(read) + self._chance.randrange(REACH)) % PEOPLE
 
     def _remember_deleted(self, email: str, found: list[str]) -> None:
         self.written.pop(email, None)
@@ -87,7 +105,7 @@ def a_busy_application() -> Iterator[list[ApplicationSession]]:
         one.start()
     try:
         for one in sessions:
-            one.is_at_work.wait(30)
+            one.is_at_work.wait(AT_MOST_SECONDS)
         yield sessions
     finally:
         over.set()
@@ -137,3 +155,94 @@ def test_what_is_deleted_after_a_run_is_not_brought_back_by_the_next_while_all_e
     if not any("person-1@example.com" in one.written for one in sessions):
         taken.add("person-1@example.com")
     assert taken.isdisjoint({contact["email"] for contact in contacts().values()})
+
+
+def values_of(person: int) -> dict[str, str]:
+    return {"id": f"app-{person}", "email": f"person-{person}@example.com", "company": "work"}
+
+
+class Upsert(threading.Thread):
+    """The application's upsert of one contact, over a connection of its own."""
+
+    def __init__(self, person: int) -> None:
+        super().__init__(name=f"upsert {person}")
+        self._person = person
+        self.trouble: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            with session() as own:
+                own.execute(UPSERT, values_of(self._person))
+                own.commit()
+        except Exception as error:  # noqa: BLE001 - whatever it is, the test is to tell
+            self.trouble = error
+
+
+class Onlooker:
+    """Lets somebody upsert a contact that a batch has just written, and holds up the next one until that is done.
+
+    The batch itself goes on as soon as the upsert is seen to wait for it. So the upsert needs the end of this batch and
+    of no other one, or the test fails.
+    """
+
+    def __init__(self, observer: psycopg.Connection) -> None:
+        self._observer = observer
+        self._waiting: Upsert | None = None
+        self._before = 0
+        self.waited = 0
+
+    def watch(self, label: str, send: Callable[[], Any]) -> Any:
+        """Send a statement of the run."""
+        if label.startswith("SET LOCAL"):
+            self.see_it_through()
+        answer = send()
+        batch = self._committed()
+        # The leads that come first make the contacts, the others fill something in.
+        if label.startswith(INSERTS if batch < FEW // SMALL else FILLS):
+            self._let_somebody_upsert(SMALL * (batch % (FEW // SMALL)), batch)
+        return answer
+
+    def see_it_through(self) -> None:
+        """Wait for the upsert."""
+        if self._waiting is None:
+            return
+        self._waiting.join(AT_MOST_SECONDS)
+        assert not self._waiting.is_alive(), "it waits for more than the batch"
+        assert self._waiting.trouble is None
+        assert self._committed() == self._before + 1
+        self._waiting = None
+        self.waited += 1
+
+    def _let_somebody_upsert(self, before: int, committed: int) -> None:
+        # Whoever is in no open batch need not wait at all.
+        for person in (before, before + SMALL + 1):
+            with session() as other:
+                other.execute("SET lock_timeout = '5s'")
+                other.execute(UPSERT, values_of(person))
+        self._before = committed
+        self._waiting = Upsert(before + SMALL)
+        self._waiting.start()
+        backend = connection.connection.info.backend_pid
+        until = time.monotonic() + AT_MOST_SECONDS
+        while self._observer.execute(BLOCKED_BY, [backend]).fetchone() is None:
+            assert time.monotonic() < until, "nobody waits"
+
+    def _committed(self) -> int:
+        (batches,) = self._observer.execute("SELECT count(*) FROM backfill_batch").fetchone() or (0,)
+        return int(batches)
+
+
+def test_an_upsert_waits_for_the_end_of_one_batch_at_most(database: Database) -> None:
+    add_many_leads(FEW, "CONVERTED")
+    add_many_leads(FEW)
+    database.rows("""UPDATE leads SET "referrerUsername" = 'ref' WHERE status = 'NEW' RETURNING id""")
+    with session() as observer:
+        observer.autocommit = True
+        onlooker = Onlooker(observer)
+        with labels_are_watched(onlooker.watch):
+            answer = run(batch_size=SMALL)
+        onlooker.see_it_through()
+    assert (answer["created"], answer["merged"], answer["balanced"]) == (FEW, FEW, True)
+    assert onlooker.waited == 2 * FEW // SMALL
+    worked_on = {contact["email"] for contact in contacts().values() if contact["company"] == "work"}
+    assert worked_on == {f"person-{person}@example.com" for person in range(SMALL, FEW + 1, SMALL)}
