@@ -1,0 +1,207 @@
+"""The server crashes and comes back in the middle of a run: nothing that it had committed is lost, nothing is doubled.
+
+It is a server of these tests' own; nobody else's is stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from django.conf import settings
+from django.core.management import call_command
+from django.db import connections
+
+from config import embedded
+from config.database import parse
+from crm.backfill.pipeline import Retries
+from crm.models import BackfillRun
+from tests.circumstances import CONTACTS, COUNTS
+from tests.commands import backfill, run
+from tests.conftest import Database
+from tests.forks import COMMIT, Mishap, ended, fork, labels_are_watched
+from tests.test_kills import BATCH_SIZE, SEED, SIZED, Undisturbed, populate
+
+pytestmark = pytest.mark.process
+
+MOMENTS = 3
+MOST_TRIES = 5
+LEDGER = "INSERT INTO ledger_entry"
+
+
+class Server:
+    """A server that may crash."""
+
+    def __init__(self, data: Path) -> None:
+        self._data = data
+        self._server = embedded._server(data)
+        self.address = embedded.start(data)
+
+    @property
+    def url(self) -> str:
+        """Its database as an operator would write it."""
+        host = quote(self.address.host, safe="")
+        return f"postgresql://{embedded.USER}@localhost:{self.address.port}/{embedded.DATABASE_NAME}?host={host}"
+
+    def crash(self) -> None:
+        """Stop it in immediate mode: no checkpoint, no word to anybody; it recovers from its log when it starts."""
+        subprocess.run(  # noqa: S603 - the server's own pg_ctl
+            [self._server.bin_path / "pg_ctl", "-w", "-m", "immediate", "-D", self._data, "stop"],
+            user=self._server.system_user,
+            check=True,
+            capture_output=True,
+        )
+
+    def start(self) -> None:
+        """Start it again."""
+        self._server.ensure_postgres_running()
+
+    def restart(self, _command: int = 0) -> None:
+        """Crash, and start again."""
+        self.crash()
+        self.start()
+
+
+@contextmanager
+def as_the_default(url: str) -> Iterator[None]:
+    """Let everything work on another database."""
+    entry = parse(url, backfill_schema=settings.BACKFILL_SCHEMA).django_entry(settings.BACKFILL_SCHEMA)
+    before, its_settings = connections["default"], connections.settings["default"]
+    connections.settings["default"] = connections.configure_settings({"default": entry})["default"]
+    before.close()
+    del connections["default"]
+    try:
+        yield
+    finally:
+        connections["default"].close()
+        connections["default"], connections.settings["default"] = before, its_settings
+
+
+@pytest.fixture(scope="module")
+def own_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with the tables of everybody in its database."""
+    data = tmp_path_factory.mktemp("server") / "data"
+    server = Server(data)
+    yield server
+    server.start()
+    embedded.stop(data)
+
+
+@pytest.fixture
+def crashing(database: Database, own_server: Server) -> Iterator[tuple[Server, Database]]:
+    """The server, and its database in the place of that of the other tests."""
+    own_server.start()
+    with as_the_default(own_server.url):
+        call_command("migrate", verbosity=0)
+        own = Database()
+        own.empty()
+        yield own_server, own
+
+
+@contextmanager
+def starting_at_try(number: int, server: Server) -> Iterator[list[str]]:
+    """Start the server when a batch is about to be tried for the so manieth time; the causes of all tries."""
+    causes: list[str] = []
+
+    def heed(record: logging.LogRecord) -> bool:
+        if "trying the batch again" in record.getMessage():
+            causes.append(record.getMessage().split(":")[0])
+            if len(causes) == number:
+                server.start()
+        return True
+
+    logger = logging.getLogger("crm.backfill.pipeline")
+    logger.addFilter(heed)
+    try:
+        yield causes
+    finally:
+        logger.removeFilter(heed)
+
+
+@contextmanager
+def crashing_at(place: str, server: Server) -> Iterator[None]:
+    """Crash before the third statement, or commit, that begins like this."""
+    count = 0
+
+    def watch(label: str, send: Callable[[], Any]) -> Any:
+        nonlocal count
+        if label.startswith(place):
+            count += 1
+            if count == 3:
+                server.crash()
+        return send()
+
+    with labels_are_watched(watch):
+        yield
+    assert count > 3, "it went on"
+
+
+@pytest.mark.parametrize("tries", [1, MOST_TRIES])
+@pytest.mark.parametrize("place", ["SET LOCAL", CONTACTS, LEDGER, COUNTS, COMMIT])
+def test_a_crash_is_waited_for_as_long_as_there_are_tries(
+    crashing: tuple[Server, Database], monkeypatch: pytest.MonkeyPatch, place: str, tries: int
+) -> None:
+    server, database = crashing
+    monkeypatch.setattr(Retries.__init__, "__defaults__", (MOST_TRIES, 0.001))
+    populate()
+    undisturbed = Undisturbed(database)
+    with crashing_at(place, server), starting_at_try(tries, server) as causes:
+        finished = backfill(*SIZED, "--json")
+    assert (finished.code, finished.answer["status"], finished.answer["balanced"]) == (1, "finished", True)
+    # The reader's connection, which was lost as well, may need a try of its own.
+    assert tries <= len(causes) <= max(2, tries)
+    assert set(causes) <= {"connection lost", "server shut down the connection", "server crashed"}
+    assert BackfillRun.objects.count() == 1
+    undisturbed.assert_reached()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_process_goes_on_after_restarts_with_the_waits_that_it_has(
+    crashing: tuple[Server, Database], workers: int
+) -> None:
+    server, database = crashing
+    populate()
+    undisturbed = Undisturbed(database)
+    first, last = undisturbed.batches()
+    chance = random.Random(SEED)  # noqa: S311 - the same moments in every run of the tests
+    for number in range(MOMENTS):
+        step = (last - first) / MOMENTS
+        statement = first + round(step * (number + chance.random()))
+        mishap = Mishap(statement=statement, happening=server.restart)
+        process = fork(*SIZED, "--workers", str(workers), prepare=mishap.prepare)
+        assert ended(process) == 1, "the rows in error are new"
+        assert mishap.came
+        assert [run.status for run in BackfillRun.objects.all()] == ["finished"]
+        undisturbed.assert_reached()
+        undisturbed.reset()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_server_that_stays_away_ends_the_run_and_the_next_one_goes_on(
+    crashing: tuple[Server, Database], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, workers: int
+) -> None:
+    server, database = crashing
+    monkeypatch.setattr(Retries.__init__, "__defaults__", (2, 0.001))
+    populate()
+    undisturbed = Undisturbed(database)
+    first, last = undisturbed.batches()
+    printed = tmp_path / "printed"
+    mishap = Mishap(statement=(first + last) // 2, happening=lambda _command: server.crash())
+    process = fork(*SIZED, "--workers", str(workers), prepare=mishap.prepare, printed=printed)
+    assert ended(process) == 5
+    assert "The run failed: " in printed.read_text()
+    assert "Traceback" not in printed.read_text()
+    server.start()
+    assert [run.status for run in BackfillRun.objects.all()] == ["running"], "nobody could write down how it ended"
+    answer = run(batch_size=BATCH_SIZE)
+    assert (answer["status"], answer["balanced"]) == ("finished", True)
+    assert 0 < answer["already"] < answer["already"] + answer["read"]
+    assert [run.status for run in BackfillRun.objects.order_by("id")] == ["interrupted", "finished"]
+    undisturbed.assert_reached()
