@@ -18,10 +18,12 @@ from crm.backfill.pipeline import Retries
 from crm.backfill.writer import Timeouts
 from crm.models import BackfillRun
 from tests.builders import CREATED_AT, add_lead, add_many_leads, contacts, ledger
-from tests.commands import backfill, run
+from tests.commands import Finished, backfill, run
 from tests.conftest import Database
+from tests.forks import COMMIT, labels, labels_are_watched
 from tests.processes import session
 from tests.test_interruption import PEOPLE, SIZE, as_an_undisturbed_run_ends
+from tests.test_rollback import rollback
 
 INSERTS_CONTACTS = 'INSERT INTO "crm_contacts"'
 CAUSES = {
@@ -314,6 +316,54 @@ def test_what_does_not_pass_ends_the_run_and_the_next_one_goes_on(
         assert [line[-12:] for line in told] == [f"(try {number} of 5)" for number in range(1, MOST_TRIES + 1)]
         assert backfill("--batch-size", str(SIZE), "--no-progress").code == 1, "the one row in error"
     assert "person-3" not in caplog.text + finished.stderr + finished.stdout
+
+
+@contextmanager
+def terminated_at(number: int) -> Iterator[None]:
+    """The run's backend is terminated just before the statement or commit of this number."""
+    count = 0
+
+    def watch(_label: str, send: Callable[[], Any]) -> Any:
+        nonlocal count
+        count += 1
+        if count == number:
+            connection.ensure_connection()
+            with session() as administrator:
+                administrator.execute("SELECT pg_terminate_backend(%s, 5000)", [connection.connection.info.backend_pid])
+        return send()
+
+    with labels_are_watched(watch):
+        yield
+    assert count >= number, "there was no such statement"
+
+
+@pytest.mark.parametrize("name", ["backfill", "rollback"])
+def test_a_connection_that_is_lost_before_a_run_has_begun(database: Database, name: str) -> None:
+    add_many_leads(3)
+    number = 0
+
+    def start() -> Finished:
+        return rollback(str(number), "--json") if name == "rollback" else backfill("--json", "--no-progress")
+
+    def make_something_to_do() -> None:
+        nonlocal number
+        number = run()["run"]
+        if name == "backfill":
+            database.rows("DELETE FROM ledger_entry RETURNING id")
+
+    make_something_to_do()
+    with labels() as sent:
+        assert start().code == 0
+    make_something_to_do()
+    before = database.dump()
+    for statement in range(1, 2 + sent.index(COMMIT)):
+        with terminated_at(statement):
+            finished = start()
+        assert (finished.code, finished.stdout) == (5, ""), sent[statement - 1]
+        assert finished.stderr.count("\n") == 1
+        assert "The database broke the start off: OperationalError" in finished.stderr
+        assert database.dump() == before
+    assert start().code == 0
 
 
 def test_tries_are_counted_for_each_batch_anew(database: Database, caplog: pytest.LogCaptureFixture) -> None:

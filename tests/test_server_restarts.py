@@ -183,9 +183,14 @@ def test_a_process_goes_on_after_restarts_with_the_waits_that_it_has(
         undisturbed.reset()
 
 
+@pytest.mark.parametrize("is_at_its_end", [False, True])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_server_that_stays_away_ends_the_run_and_the_next_one_goes_on(
-    crashing: tuple[Server, Database], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, workers: int
+    crashing: tuple[Server, Database],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    workers: int,
+    is_at_its_end: bool,  # noqa: FBT001 - a parameter of the test
 ) -> None:
     server, database = crashing
     monkeypatch.setattr(Retries.__init__, "__defaults__", (2, 0.001))
@@ -193,7 +198,8 @@ def test_a_server_that_stays_away_ends_the_run_and_the_next_one_goes_on(
     undisturbed = Undisturbed(database)
     first, last = undisturbed.batches()
     printed = tmp_path / "printed"
-    mishap = Mishap(statement=(first + last) // 2, happening=lambda _command: server.crash())
+    statement = last + 1 if is_at_its_end else (first + last) // 2
+    mishap = Mishap(statement=statement, happening=lambda _command: server.crash())
     process = fork(*SIZED, "--workers", str(workers), prepare=mishap.prepare, printed=printed)
     assert ended(process) == 5
     assert "The run failed: " in printed.read_text()
@@ -202,6 +208,7 @@ def test_a_server_that_stays_away_ends_the_run_and_the_next_one_goes_on(
     assert [run.status for run in BackfillRun.objects.all()] == ["running"], "nobody could write down how it ended"
     answer = run(batch_size=BATCH_SIZE)
     assert (answer["status"], answer["balanced"]) == ("finished", True)
-    assert 0 < answer["already"] < answer["already"] + answer["read"]
+    assert answer["already"] > 0
+    assert answer["read"] > 0, "what was in error, at the least"
     assert [run.status for run in BackfillRun.objects.order_by("id")] == ["interrupted", "finished"]
     undisturbed.assert_reached()

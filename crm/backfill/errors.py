@@ -3,10 +3,15 @@ its DETAIL quotes people's data."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import psycopg
 from django.db import DatabaseError, DataError, InterfaceError, OperationalError
+from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill.outcome import Refusal
+from crm.errors import OperatorError
 
 #: SQLSTATE classes of data exceptions, violated constraints and errors that a trigger raises.
 ROW_CLASSES = ("22", "23", "P0")
@@ -32,6 +37,26 @@ TIMEOUTS = ("55P03", "57014")
 
 class SettledMeanwhileError(DatabaseError):
     """Rows of the batch have a line of this very run: a commit that was given up for lost came through after all."""
+
+
+class BrokenStartError(OperatorError):
+    """The database did not let a run begin."""
+
+    exit_code = 5
+
+
+@contextmanager
+def beginning(connection: BaseDatabaseWrapper) -> Iterator[None]:
+    """Tell in one line what the database had against the beginning of a run. Raises BrokenStartError."""
+    try:
+        yield
+    except (DatabaseError, InterfaceError) as error:
+        if connection.connection is None:
+            # There never was one: libpq knows why, and nobody's data are in it.
+            raise
+        raise BrokenStartError(
+            f"The database broke the start off: {described(error)}. No row was touched; run the command again."
+        ) from None
 
 
 def sqlstate(error: BaseException) -> str | None:

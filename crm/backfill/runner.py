@@ -108,22 +108,29 @@ class _Tally:
 
 
 def run_backfill(options: RunOptions, progress: Progress | None = None) -> RunReport:
-    """Run once. Raises OperatorError before anything is written, AnotherRunError when another run is going.
+    """Run once. Raises OperatorError before anything is written: AnotherRunError when another run is going,
+    BrokenStartError when the database breaks off.
 
     Everything that happens later is in the report: a run that failed, was stopped or was taken over.
     """
     started = time.monotonic()
-    facts = examine(connection, for_writing=not options.dry_run, for_updating=options.update)
+    with errors.beginning(connection):
+        facts = examine(connection, for_writing=not options.dry_run, for_updating=options.update)
     watcher = progress or Silence()
     interruption = Interruption()
     tally = _Tally()
     # From the claim to the close, a signal never leaves a run behind that nobody runs.
     with interruption.heeded(), _no_query_log():
-        run = None if options.dry_run else fence.claim(BackfillRun.Kind.BACKFILL, options.recorded(), facts.generation)
+        with errors.beginning(connection):
+            run = None if options.dry_run else _claim(options, facts)
         with _closing(watcher):
             status, failure, before = _work(options, facts, run, watcher, interruption, tally)
         report = _report(options, facts, run, tally, before, status, failure)
     return replace(report, seconds=time.monotonic() - started)
+
+
+def _claim(options: RunOptions, facts: DatabaseFacts) -> BackfillRun:
+    return fence.claim(BackfillRun.Kind.BACKFILL, options.recorded(), facts.generation)
 
 
 @contextmanager

@@ -84,14 +84,15 @@ def roll_back(
     when another run is going. Everything that happens later is in the report.
     """
     started = time.monotonic()
-    facts = examine(connection, for_writing=not dry_run)
-    run = _require_run(run_id, facts, may_take_over=not dry_run)
-    lines = _require_lines(run)
-    find_references(connection)
-    reader = Reader.of(connection, facts, run)
-    if not dry_run:
-        _require_rights(run)
-    rollback = None if dry_run else _begin(run, facts)
+    with errors.beginning(connection):
+        facts = examine(connection, for_writing=not dry_run)
+        run = _require_run(run_id, facts, may_take_over=not dry_run)
+        lines = _require_lines(run)
+        find_references(connection)
+        reader = Reader.of(connection, facts, run)
+        if not dry_run:
+            _require_rights(run)
+        rollback = None if dry_run else _begin(run, facts)
     work = _Work(reader, batch_size, progress or Silence(), listener, rollback)
     status, failure = work.through(lines)
     status, failure, balanced = work.close(status, failure)
