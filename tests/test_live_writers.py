@@ -20,6 +20,8 @@ from tests.forks import labels_are_watched
 from tests.processes import session
 
 PEOPLE = 20_000
+#: Of them, those who have a lead that makes the contact, and another one that fills in a referrer.
+TWICE = 5000
 THERE = 2000
 BATCH_SIZE = 250
 WRITERS = 4
@@ -39,10 +41,15 @@ ON CONFLICT (email) DO UPDATE SET company = excluded.company, "updatedAt" = excl
 """
 INSERT = UPSERT.split("ON CONFLICT")[0] + "ON CONFLICT DO NOTHING RETURNING id"
 UPDATE = """
-UPDATE crm_contacts SET company = %(company)s, "updatedAt" = now()::timestamp WHERE email = %(email)s RETURNING id
+UPDATE crm_contacts SET company = %(company)s, "referrerUsername" = %(company)s, "updatedAt" = now()::timestamp
+ WHERE email = %(email)s RETURNING id
 """
 DELETE = "DELETE FROM crm_contacts WHERE email = %(email)s RETURNING id"
 LOCK = "SELECT id FROM crm_contacts WHERE email = %(email)s FOR UPDATE"
+
+
+def number_of(email: str) -> int:
+    return int(email.removeprefix("person-").removesuffix("@example.com"))
 
 
 class ApplicationSession(threading.Thread):
@@ -56,7 +63,9 @@ class ApplicationSession(threading.Thread):
         self.is_at_work = threading.Event()
         self.trouble: Exception | None = None
         self.written: dict[str, str] = {}
+        self.referred: dict[str, str] = {}
         self.taken_from_the_backfill: set[str] = set()
+        self.deleted: set[str] = set()
 
     def run(self) -> None:
         try:
@@ -83,17 +92,23 @@ class ApplicationSession(threading.Thread):
         elif action != LOCK and found:
             self.written[email] = company
             self.taken_from_the_backfill.discard(email)
+            if action == UPDATE:
+                self.referred[email] = company
 
     def _somebody(self, own: psycopg.Connection) -> int:
         """The number of anybody, or of somebody whom the run is just at."""
         if self._chance.random() < 0.5:
             return self._chance.randrange(PEOPLE)
         (read,) = own.execute("SELECT COALESCE(max(read), 0) FROM backfill_run").fetchone() or (0,)
-        return (int(read) + self._chance.randrange(REACH)) % PEOPLE
+        at = int(read) if read < TWICE else int(read) - TWICE
+        return (at + self._chance.randrange(REACH)) % PEOPLE
 
     def _remember_deleted(self, email: str, found: list[str]) -> None:
         self.written.pop(email, None)
-        if found and not found[0].startswith(("app-", "contact")):
+        self.referred.pop(email, None)
+        self.deleted.update(found)
+        # Another lead of the same person, which the run has yet to come to, makes a contact of its own.
+        if found and not found[0].startswith(("app-", "contact")) and number_of(email) > TWICE:
             self.taken_from_the_backfill.add(email)
 
 
@@ -115,7 +130,9 @@ def a_busy_application() -> Iterator[list[ApplicationSession]]:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_nobodys_work_is_lost_doubled_overwritten_or_brought_back(database: Database, workers: int) -> None:
+    add_many_leads(TWICE, "CONTACTED")
     add_many_leads(PEOPLE)
+    database.rows("""UPDATE leads SET "referrerUsername" = 'ref' WHERE status = 'NEW' RETURNING id""")
     add_many_contacts(THERE)
     with a_busy_application() as sessions:
         finished = backfill(
@@ -123,18 +140,24 @@ def test_nobodys_work_is_lost_doubled_overwritten_or_brought_back(database: Data
         )
     assert [one.trouble for one in sessions] == [None] * WRITERS
     assert (finished.code, finished.answer["status"], finished.answer["balanced"]) == (0, "finished", True)
-    assert finished.answer["read"] == len(ledger()) == PEOPLE
-    assert finished.answer["created"] + finished.answer["exists"] + finished.answer["merged"] == PEOPLE
+    assert finished.answer["read"] == len(ledger()) == PEOPLE + TWICE
+    counts = [finished.answer[outcome] for outcome in ("created", "exists", "merged")]
+    assert sum(counts) == PEOPLE + TWICE
+    assert min(counts) > 0
 
     stored = contacts()
     addresses = {contact["email"].lower(): contact for contact in stored.values()}
     assert len(addresses) == len(stored), "nobody is there twice"
     written = {email: company for one in sessions for email, company in one.written.items()}
     assert {email: addresses[email]["company"] for email in written} == written
+    referred = {email: company for one in sessions for email, company in one.referred.items()}
+    assert {email: addresses[email]["referrerUsername"] for email in referred} == referred
     of_the_application = [contact for key, contact in stored.items() if key.startswith("app-")]
     assert {(contact["firstName"], contact["phone"]) for contact in of_the_application} <= {("App", None)}
     taken = set().union(*(one.taken_from_the_backfill for one in sessions))
+    assert taken, "somebody was deleted"
     assert taken.isdisjoint(addresses), "who was deleted stays deleted"
+    assert stored.keys().isdisjoint(set().union(*(one.deleted for one in sessions)))
 
     before = database.dump("crm_contacts", "ledger_entry")
     assert run()["read"] == 0
