@@ -108,7 +108,9 @@ class Overheard:
 
     def page(self, browser: Client, model: type[Model], page: str = "changelist", *key: Any, **query: str) -> int:
         """A page of the admin; its status."""
-        answer = browser.get(reverse(f"admin:crm_{model._meta.model_name}_{page}", args=map(quote, key)), query)
+        answer = browser.get(
+            reverse(f"admin:crm_{model._meta.model_name}_{page}", args=[quote(one) for one in key]), query
+        )
         self._printed.append(answer.content.decode())
         return answer.status_code
 
