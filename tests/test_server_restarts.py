@@ -9,6 +9,7 @@ import logging
 import os
 import random
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,8 +61,15 @@ class Server:
         wait_until(lambda: not lock.exists())
 
     def start(self) -> None:
-        """Start it again."""
-        self._server.ensure_postgres_running()
+        """Start it again, as soon as the last process of the one that crashed has let go of its memory."""
+        wait_until(self._starts)
+
+    def _starts(self) -> bool:
+        try:
+            self._server.ensure_postgres_running()
+        except subprocess.CalledProcessError:
+            return False
+        return True
 
     def restart(self, _command: int = 0) -> None:
         """Crash, and start again."""
