@@ -37,7 +37,7 @@ CANDIDATES: dict[str, tuple[str, list[str]]] = {
 }
 #: The ways of the first day, and the largest size at which they are still worth the wait.
 LARGEST = {"bulk_create": 100_000, "row by row": 10_000}
-COMPLETE = ("one worker", "two workers")
+COMPLETE = ("limit", "one worker", "two workers")
 CONTACT_IDS = "SELECT count(*), md5(string_agg(id, ',' ORDER BY id)) FROM crm_contacts"
 CONTACTS = "SELECT md5(string_agg(md5(c::text), ',' ORDER BY id)) FROM crm_contacts c"
 LEDGER = (

@@ -36,7 +36,7 @@ def measure(server: Server, database: str, arguments: list[str]) -> Measurement:
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     wall = time.monotonic() - started
-    if process.returncode not in (0, 1):
+    if process.returncode not in (0, 1) or not printed:
         complaint = process.stderr.read()[-2000:] if process.stderr else ""
         raise RuntimeError(f"{arguments} ended with {process.returncode}: {complaint}")
     answer: dict[str, Any] = json.loads(printed.splitlines()[-1])
