@@ -77,7 +77,7 @@ WITH wanted (table_name, privilege, columns) AS (
       'lastContactedAt', 'createdAt', 'updatedAt', 'referrerUsername', 'referrerType', 'commissionRate',
       'commissionRateLockedAt', 'attributionMethod', 'attributionConfidence'
     ]),
-    -- xmin is PostgreSQL's own: it tells which contacts of a batch landed.
+    -- xmin is PostgreSQL's own: it tells a rollback whether a contact is still as it was when it was judged.
     ('crm_contacts', 'SELECT', ARRAY[
       'xmin', 'id', 'userId', 'clerkUserId', 'contactType', 'firstName', 'lastName', 'email', 'phone', 'company',
       'stage', 'stageEnteredAt', 'source', 'assignedPreparerId', 'assignedAt', 'referrerUsername', 'referrerType',

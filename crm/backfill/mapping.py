@@ -190,7 +190,9 @@ def normalised_email(raw: str) -> str | None:
         return email
     try:
         validate_email(email)
-    except ValidationError:
+    except ValidationError as error:
+        # It refers to itself, and its traceback to the whole batch, which would stay until the collector comes.
+        error.__traceback__ = None
         return None
     return email
 

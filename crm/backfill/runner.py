@@ -23,6 +23,7 @@ from django.db.models import Count
 
 from crm.backfill import errors, fence
 from crm.backfill.fence import FenceLostError
+from crm.backfill.garbage import seldom_collected
 from crm.backfill.interruption import Interruption
 from crm.backfill.options import RunOptions
 from crm.backfill.outcome import Census, Outcome, Source, Totals
@@ -120,7 +121,7 @@ def run_backfill(options: RunOptions, progress: Progress | None = None) -> RunRe
     interruption = Interruption()
     tally = _Tally()
     # From the claim to the close, a signal never leaves a run behind that nobody runs.
-    with interruption.heeded(), _no_query_log():
+    with interruption.heeded(), _no_query_log(), seldom_collected():
         with errors.beginning(connection):
             run = None if options.dry_run else _claim(options, facts)
         with _closing(watcher):

@@ -6,8 +6,7 @@ rows -> settle -> contacts, fills -> ledger lines -> batch counts and heartbeat 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,40 +89,20 @@ class DatabaseStore:
         return row.draft is not None and bool(self._lookup.spellings_of(row.draft.email))
 
     def insert(self, drafts: Sequence[ContactDraft]) -> set[str]:
-        """Insert contacts; the ids of those that landed.
-
-        `bulk_create(ignore_conflicts=True)` reports every object as written, so PostgreSQL is asked: how many by the
-        row count of the insert, which ones only when some did not.
-        """
+        """Insert contacts; the ids of those that landed."""
         landed: set[str] = set()
         for start in range(0, len(drafts), INSERTED_AT_ONCE):
             landed |= self._insert(drafts[start : start + INSERTED_AT_ONCE])
         return landed
 
     def _insert(self, drafts: Sequence[ContactDraft]) -> set[str]:
-        with _counting_rows(self._connection) as counted:
-            CRMContact.bulk.using(self._connection.alias).bulk_create(
-                [CRMContact(*draft) for draft in drafts],  # type: ignore[misc] # the draft's fields are the model's, a test holds it
-                ignore_conflicts=True,
-            )
-        if counted == [len(drafts)]:
-            return {draft.id for draft in drafts}
-        return self._present(drafts)
+        contacts = CRMContact.bulk.using(self._connection.alias)
+        contacts.bulk_create(map(CRMContact.of_draft, drafts), ignore_conflicts=True)
+        return contacts.landed
 
     def insert_aloud(self, draft: ContactDraft) -> None:
         """Insert a contact, and raise for whatever is in its way."""
-        contact = CRMContact(*draft)  # type: ignore[misc] # the draft's fields are the model's, a test holds it
-        CRMContact.bulk.using(self._connection.alias).bulk_create([contact])
-
-    def _present(self, drafts: Sequence[ContactDraft]) -> set[str]:
-        # A row that this transaction inserted is no older than the transaction. Others under a draft's id are contacts
-        # of a run whose ledger was lost, and are met like any other.
-        with self._connection.cursor() as cursor:
-            cursor.execute(
-                "SELECT id FROM crm_contacts WHERE id = ANY(%s) AND age(xmin) <= age(pg_current_xact_id()::xid)",
-                [[draft.id for draft in drafts]],
-            )
-            return {identifier for (identifier,) in cursor.fetchall()}
+        CRMContact.bulk.using(self._connection.alias).bulk_create([CRMContact.of_draft(draft)])
 
     def fill(self, fills: dict[str, dict[str, Any]]) -> None:
         """Fill contacts, in the order of their ids against deadlocks, and only what is NULL at that moment."""
@@ -132,20 +111,6 @@ class DatabaseStore:
         rows = [(identifier, *map(values.get, _FILLED)) for identifier, values in sorted(fills.items())]
         with self._connection.cursor() as cursor:
             cursor.execute(_fill_statement(self._connection), [list(column) for column in zip(*rows, strict=True)])
-
-
-@contextmanager
-def _counting_rows(connection: BaseDatabaseWrapper) -> Iterator[list[int]]:
-    """Collect the row counts of the statements that run inside."""
-    counts: list[int] = []
-
-    def count(execute: Callable[..., Any], sql: str, params: Any, many: bool, context: dict[str, Any]) -> Any:  # noqa: FBT001 - Django's signature
-        result = execute(sql, params, many, context)
-        counts.append(context["cursor"].rowcount)
-        return result
-
-    with connection.execute_wrapper(count):
-        yield counts
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,51 +13,45 @@ from typing import Any
 
 from django.db import connections, models
 from django.db.models.constants import OnConflict
-from django.db.models.sql import InsertQuery
-from django.db.models.sql.compiler import SQLInsertCompiler
-
-
-class _ColumnwiseCompiler(SQLInsertCompiler):
-    def as_sql(self) -> Any:  # type: ignore[override] # Django's own insert compiler overrides it so
-        # django-stubs do not know that the query of this compiler is an insert.
-        query: Any = self.query
-        operations = self.connection.ops
-        fields: Sequence[models.Field[Any, Any]] = query.fields
-        names = ", ".join(operations.quote_name(str(field.column)) for field in fields)
-        arrays = ", ".join(f"%s::{str(field.db_type(self.connection)).split('(')[0]}[]" for field in fields)
-        on_conflict = operations.on_conflict_suffix_sql(
-            fields,
-            query.on_conflict,
-            (field.column for field in query.update_fields),
-            (field.column for field in query.unique_fields),
-        )
-        table = operations.quote_name(query.get_meta().db_table)
-        statement = f"INSERT INTO {table} ({names}) SELECT * FROM UNNEST({arrays}) {on_conflict}"  # noqa: S608 - names from the models
-        return [(statement, tuple(list(map(attrgetter(field.attname), query.objs)) for field in fields))]
-
-
-class _ColumnwiseInsert(InsertQuery):
-    def get_compiler(self, using: str | None = None, connection: Any = None, elide_empty: bool = True) -> Any:  # noqa: FBT001, FBT002 - Django's signature
-        return _ColumnwiseCompiler(self, connection or connections[using or "default"], using, elide_empty)
 
 
 class ColumnwiseQuerySet(models.QuerySet[Any]):
-    """A queryset whose `bulk_create` takes its values column by column, as they are."""
+    """A queryset whose `bulk_create` takes its values column by column, as they are.
+
+    `landed` are the primary keys of the rows that it inserted. Django itself reports every object as written when it
+    ignores conflicts; only PostgreSQL knows.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.landed: set[Any] = set()
 
     def _insert(
         self,
         objs: list[models.Model],
-        fields: Collection[models.Field[Any, Any]],
-        returning_fields: Collection[models.Field[Any, Any]] | None = None,
-        raw: bool = False,  # noqa: FBT001, FBT002 - Django's signature
+        fields: Sequence[models.Field[Any, Any]],
+        returning_fields: Collection[models.Field[Any, Any]] | None = None,  # noqa: ARG002 - Django's signature
+        raw: bool = False,  # noqa: ARG002, FBT001, FBT002 - Django's signature
         using: str | None = None,
         on_conflict: OnConflict | None = None,
         update_fields: Collection[models.Field[Any, Any]] | None = None,
         unique_fields: Collection[models.Field[Any, Any]] | None = None,
-    ) -> Any:
-        alias = using or self.db
-        query = _ColumnwiseInsert(
-            self.model, on_conflict=on_conflict, update_fields=update_fields, unique_fields=unique_fields
+    ) -> list[tuple[Any, ...]]:
+        connection = connections[using or self.db]
+        operations: Any = connection.ops
+        options = self.model._meta
+        names = ", ".join(operations.quote_name(str(field.column)) for field in fields)
+        arrays = ", ".join(f"%s::{str(field.db_type(connection)).split('(')[0]}[]" for field in fields)
+        suffix = operations.on_conflict_suffix_sql(
+            fields,
+            on_conflict,
+            (field.column for field in update_fields or ()),
+            (field.column for field in unique_fields or ()),
         )
-        query.insert_values(fields, objs, raw=raw)
-        return query.get_compiler(using=alias).execute_sql(returning_fields)
+        table, key = operations.quote_name(options.db_table), operations.quote_name(str(options.pk.column))
+        statement = f"INSERT INTO {table} ({names}) SELECT * FROM UNNEST({arrays}) {suffix} RETURNING {key}"  # noqa: S608 - names from the models
+        with connection.cursor() as cursor:
+            cursor.execute(statement, [list(map(attrgetter(field.attname), objs)) for field in fields])
+            rows = cursor.fetchall()
+        self.landed.update(key for (key,) in rows)
+        return rows
