@@ -13,8 +13,17 @@ import psycopg
 CHUNK = 5_000
 _ID = "'c' || left(encode(sha256(convert_to('{table}:' || r.id, 'UTF8')), 'hex'), 24)"
 _SPACE = r"E' \t\n\r\u00a0'"
-_NAME = f"COALESCE(NULLIF(btrim(r.\"{{column}}\", {_SPACE}), ''), 'Unknown')"
 _VALID = r"email ~ '^[!-?A-~]+@([a-z0-9-]+\.)+[a-z]{{2,}}$'"
+
+
+def _trimmed(column: str) -> str:
+    return f'btrim(r."{column}", {_SPACE})'
+
+
+def _name(column: str) -> str:
+    return f"COALESCE(NULLIF({_trimmed(column)}, ''), 'Unknown')"
+
+
 _CONTACT = """
 id, "userId", "clerkUserId", "contactType", "firstName", "lastName", email, phone, company, stage, "stageEnteredAt",
 source, "assignedPreparerId", "assignedAt", "referrerUsername", "referrerType", "commissionRate",
@@ -118,10 +127,11 @@ SELECT line, '{{source}}', source_id, outcome,
 """
 _PROFILE_COLUMNS = f"""
 r.place, r.id AS source_id, r.contact_id AS id, r."userId", r."clerkUserId",
-'{{contact_type}}'::"ContactType" AS "contactType", {_NAME.format(column="firstName")} AS "firstName",
-{_NAME.format(column="lastName")} AS "lastName",
-COALESCE(NULLIF(lower(btrim(r.email, {_SPACE})), ''), lower('{{contact_type}}') || '-' || r.id || '@crm-backfill.invalid') AS email,
-NULLIF(btrim(r.phone, {_SPACE}), '') AS phone, NULLIF(btrim(r."companyName", {_SPACE}), '') AS company, 'NEW'::"PipelineStage" AS stage,
+'{{contact_type}}'::"ContactType" AS "contactType", {_name("firstName")} AS "firstName",
+{_name("lastName")} AS "lastName",
+COALESCE(NULLIF(lower({_trimmed("email")}), ''), lower('{{contact_type}}') || '-' || r.id || '@crm-backfill.invalid')
+AS email, NULLIF({_trimmed("phone")}, '') AS phone, NULLIF({_trimmed("companyName")}, '') AS company,
+'NEW'::"PipelineStage" AS stage,
 r."createdAt" AS "stageEnteredAt", 'backfill' AS source, NULL::text AS "assignedPreparerId",
 NULL::timestamp AS "assignedAt", NULL::text AS "referrerUsername", NULL::text AS "referrerType",
 NULL::numeric AS "commissionRate", NULL::timestamp AS "commissionRateLockedAt", NULL::text AS "attributionMethod",
@@ -129,11 +139,12 @@ NULL::numeric AS "commissionRate", NULL::timestamp AS "commissionRateLockedAt", 
 """
 _LEAD_COLUMNS = f"""
 r.place, r.id AS source_id, r.contact_id AS id, NULL::text AS "userId", NULL::text AS "clerkUserId",
-{{contact_type}} AS "contactType", {_NAME.format(column="firstName")} AS "firstName",
-{_NAME.format(column="lastName")} AS "lastName", lower(btrim(r.email, {_SPACE})) AS email, NULLIF(btrim(r.phone, {_SPACE}), '') AS phone,
-NULL::text AS company, {{stage}} AS stage, {{entered}} AS "stageEnteredAt",
-COALESCE(NULLIF(btrim(r.source, {_SPACE}), ''), 'lead_form') AS source, COALESCE(r.preparer, NULLIF(r."assignedPreparerId", ''))
-AS "assignedPreparerId", CASE WHEN r."assignedPreparerId" <> '' THEN r."updatedAt" END AS "assignedAt",
+{{contact_type}} AS "contactType", {_name("firstName")} AS "firstName",
+{_name("lastName")} AS "lastName", lower({_trimmed("email")}) AS email,
+NULLIF({_trimmed("phone")}, '') AS phone, NULL::text AS company, {{stage}} AS stage, {{entered}} AS "stageEnteredAt",
+COALESCE(NULLIF({_trimmed("source")}, ''), 'lead_form') AS source,
+COALESCE(r.preparer, NULLIF(r."assignedPreparerId", '')) AS "assignedPreparerId",
+CASE WHEN r."assignedPreparerId" <> '' THEN r."updatedAt" END AS "assignedAt",
 r."referrerUsername", r."referrerType", r."commissionRate", r."commissionRateLockedAt", r."attributionMethod",
 r."attributionConfidence", r."createdAt", r."updatedAt", r."lastContactedAt"
 """

@@ -1,6 +1,6 @@
 """One source, batch by batch: read, map, write. Retries what may pass by itself, and goes no faster than it may.
 
-ReadAhead.page (SourceReader.page -> map_rows) -> writer.write -> Totals
+ReadAhead.pages (SourceReader.page -> map_rows) -> writer.write -> Totals
 """
 
 from __future__ import annotations
@@ -8,8 +8,9 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Protocol
 
 from django.db import Error as DjangoDatabaseError
@@ -29,8 +30,8 @@ logger = logging.getLogger(__name__)
 class Writer(Protocol):
     """Brings the rows of a batch to an outcome: for good, or in a dry run's mind."""
 
-    def write(self, source: Source, rows: Sequence[MappedRow]) -> Totals:
-        """Write a batch."""
+    def write(self, source: Source, pages: Iterable[Sequence[MappedRow]]) -> Totals:
+        """Write a batch, page by page."""
 
     def keep_alive(self) -> None:
         """Show that the run is alive while it waits. Raises fence.FenceLostError."""
@@ -104,13 +105,19 @@ class Pipeline:
 
     def _batch(self, ahead: ReadAhead, source: Source, after: Key | None) -> tuple[Totals | None, Key | None]:
         started = time.monotonic()
-        page = ahead.page(after, self._size(self.limit))
-        if not page.rows:
+        pages = ahead.pages(after, self._size())
+        first = next(pages, None)
+        if first is None:
             return None, after
-        limit = None if self.limit is None else self.limit - len(page.rows)
-        if limit is None or limit > 0:
-            ahead.ask(page.key, self._size(limit))
-        totals = self.writer.write(source, self.resolutions.applied(page.rows))
+        reached = first.key
+
+        def rows() -> Iterator[Sequence[MappedRow]]:
+            nonlocal reached
+            for page in chain([first], pages):
+                reached = page.key
+                yield self.resolutions.applied(page.rows)
+
+        totals = self.writer.write(source, rows())
         if self.limit is not None:
             # Not all rows of a page need be such that a second look finds something in them.
             self.limit -= totals.rows
@@ -118,10 +125,10 @@ class Pipeline:
             logger.info(change)
         for throttle in self.throttles:
             throttle.after_batch(totals.rows, started)
-        return totals, page.key
+        return totals, reached
 
-    def _size(self, limit: int | None) -> int:
-        return self.sizer.size if limit is None else min(self.sizer.size, limit)
+    def _size(self) -> int:
+        return self.sizer.size if self.limit is None else min(self.sizer.size, self.limit)
 
     def _keep_pace(self) -> None:
         for throttle in self.throttles:

@@ -1,7 +1,8 @@
-"""While the server works on one batch, the next one is read and mapped, on a thread and a connection of its own."""
+"""While the server works on one page, the next one is read and mapped, on a thread and a connection of its own."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -12,17 +13,20 @@ from django.db import Error as DjangoDatabaseError
 from crm.backfill.mapping import MappedRow, Rules, map_rows
 from crm.backfill.source import Key, SourceReader
 
+#: What is read, inserted and held in memory at once, however many rows commit together. More are no faster.
+PAGE_ROWS = 5_000
+
 
 @dataclass(frozen=True, slots=True)
 class MappedPage:
-    """A batch, mapped, and the key to go on after; no rows when the source is at its end."""
+    """Rows that were read together, mapped, and the key to go on after."""
 
     rows: list[MappedRow]
     key: Key | None
 
 
 class ReadAhead:
-    """Hands out the batches of a source. The batch that was asked for ahead is being read meanwhile."""
+    """Hands out a source page by page. The page that comes next is being read meanwhile."""
 
     def __init__(self, reader: SourceReader, rules: Rules) -> None:
         self._reader = reader
@@ -40,16 +44,31 @@ class ReadAhead:
         self._thread.submit(self._close)
         self._thread.shutdown(wait=True)
 
-    def page(self, after: Key | None, size: int) -> MappedPage:
-        """The batch after a key. Raises what the reading of it raised."""
-        coming, asked = self._coming, self._asked
-        self._coming = None
-        if coming is not None and asked == (after, size):
-            return coming.result()
+    def pages(self, after: Key | None, rows: int) -> Iterator[MappedPage]:
+        """The pages of a batch of at most so many rows, from strictly after a key on.
+
+        None when the source is at its end. Raises what the reading raised.
+        """
+        left = rows
+        while left:
+            page = self._page(after, min(left, PAGE_ROWS))
+            if not page.rows:
+                return
+            left -= len(page.rows)
+            after = page.key
+            self._ask(after, min(left or rows, PAGE_ROWS))
+            yield page
+
+    def _page(self, after: Key | None, size: int) -> MappedPage:
+        coming, self._coming = self._coming, None
+        if coming is not None and self._asked is not None:
+            begins_after, at_most = self._asked
+            # A batch may have become larger since, which is no reason to read its first rows again.
+            if begins_after == after and at_most <= size:
+                return coming.result()
         return self._thread.submit(self._read, after, size).result()
 
-    def ask(self, after: Key | None, size: int) -> None:
-        """Begin to read the batch after a key."""
+    def _ask(self, after: Key | None, size: int) -> None:
         self._asked = (after, size)
         self._coming = self._thread.submit(self._read, after, size)
 

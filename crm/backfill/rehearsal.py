@@ -192,13 +192,16 @@ class RehearsalWriter:
         self.store = RehearsalStore(connection, lookup, self.imagined)
         self._connection = connection
 
-    def write(self, source: Source, rows: Sequence[MappedRow]) -> Totals:
+    def write(self, source: Source, pages: Iterable[Sequence[MappedRow]]) -> Totals:
         """Bring the rows to the outcome that they would have."""
         use_fast_arrays(self._connection)
-        settled = settle(rows, self.store)
-        if self._with_update:
-            self.imagined.note(source, settled.decisions)
-        return Totals.of(settled.decisions, settled.created_by_type)
+        totals = Totals()
+        for rows in pages:
+            settled = settle(rows, self.store)
+            if self._with_update:
+                self.imagined.note(source, settled.decisions)
+            totals.add(Totals.of(settled.decisions, settled.created_by_type))
+        return totals
 
     def keep_alive(self) -> None:
         """Nothing: a dry run claims no fence."""

@@ -6,7 +6,7 @@ rows -> settle -> contacts, fills -> ledger lines -> batch counts and heartbeat 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +23,6 @@ from crm.backfill.plan import ASSIGNMENT_UNIT, ATTRIBUTION_UNIT, PROFILE_FILLS
 from crm.backfill.schema import with_names_of_the_schema
 from crm.backfill.settle import Settled, UnsettledError, settle
 from crm.models import BackfillBatch, CRMContact
-
-#: More rows in one statement are no faster, and take memory on both sides.
-INSERTED_AT_ONCE = 5_000
 
 # Deferred constraints would speak up at the commit, when nobody can tell which row they mean.
 MANNERS = "SET LOCAL lock_timeout = {lock}; SET LOCAL statement_timeout = {statement}; SET CONSTRAINTS ALL IMMEDIATE"
@@ -90,12 +87,6 @@ class DatabaseStore:
 
     def insert(self, drafts: Sequence[ContactDraft]) -> set[str]:
         """Insert contacts; the ids of those that landed."""
-        landed: set[str] = set()
-        for start in range(0, len(drafts), INSERTED_AT_ONCE):
-            landed |= self._insert(drafts[start : start + INSERTED_AT_ONCE])
-        return landed
-
-    def _insert(self, drafts: Sequence[ContactDraft]) -> set[str]:
         contacts = CRMContact.bulk.using(self._connection.alias)
         contacts.bulk_create(map(CRMContact.of_draft, drafts), ignore_conflicts=True)
         return contacts.landed
@@ -136,8 +127,10 @@ class BatchWriter:
         self.run_id = run_id
         self._manners = MANNERS.format(lock=timeouts.lock, statement=timeouts.statement)
 
-    def write(self, source: Source, rows: Sequence[MappedRow]) -> Totals:
+    def write(self, source: Source, pages: Iterable[Sequence[MappedRow]]) -> Totals:
         """Bring the rows of a batch to an outcome; contacts, ledger, counts and heartbeat commit together.
+
+        The rows come page by page, so that a batch of any size takes the memory of a page.
 
         Raises fence.FenceLostError when the run is no longer the running one, and django.db.DatabaseError for a bad
         moment. Nothing of the batch is written then.
@@ -147,9 +140,11 @@ class BatchWriter:
         with transaction.atomic(using=self._connection.alias, durable=True):
             with self._connection.cursor() as cursor:
                 cursor.execute(self._manners)
-            settled = self._settle_apart(rows)
-            self._write_ledger(source, settled.decisions)
-            totals = Totals.of(settled.decisions, settled.created_by_type)
+            totals = Totals()
+            for rows in pages:
+                settled = self._settle_apart(rows)
+                self._write_ledger(source, settled.decisions)
+                totals.add(Totals.of(settled.decisions, settled.created_by_type))
             self._write_batch(source, totals, time.monotonic() - started)
             fence.renew(self.run_id, totals)
         return totals

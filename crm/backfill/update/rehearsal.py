@@ -21,18 +21,24 @@ class UpdateRehearsal:
         self._present = present
         self._rules = rules
 
-    def write(self, source: Source, rows: Sequence[MappedRow]) -> Totals:
+    def write(self, source: Source, pages: Iterable[Sequence[MappedRow]]) -> Totals:
         """What a second look at a batch would come to."""
+        totals = Totals()
+        for rows in pages:
+            totals.add(totals_of(self._look_at(source, rows)))
+        return totals
+
+    def keep_alive(self) -> None:
+        """Nothing: a dry run claims no fence."""
+
+    def _look_at(self, source: Source, rows: Sequence[MappedRow]) -> list[Change]:
         self._store.notice(rows)
         lines = self._lines(rows)
         contacts = self._contacts({line.contact_id for line in lines.values()})
         rows = [row for row in rows if row.id in lines]
         changes = list(decide(source, rows, Look(lines, contacts, self._store.contacts_met_by(rows)), self._rules))
         self._remember(changes, contacts)
-        return totals_of(changes)
-
-    def keep_alive(self) -> None:
-        """Nothing: a dry run claims no fence."""
+        return changes
 
     def _lines(self, rows: Iterable[MappedRow]) -> dict[str, SeenLine]:
         lines = self._present.lines(rows)

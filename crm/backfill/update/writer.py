@@ -103,8 +103,8 @@ class UpdateWriter:
         self._run_id = run_id
         self._manners = MANNERS.format(lock=timeouts.lock, statement=timeouts.statement)
 
-    def write(self, source: Source, rows: Sequence[MappedRow]) -> Totals:
-        """Look at a batch again; contacts, history, record, lines, counts and heartbeat commit together.
+    def write(self, source: Source, pages: Iterable[Sequence[MappedRow]]) -> Totals:
+        """Look at a batch again, page by page; contacts, history, record, lines, counts and heartbeat commit together.
 
         Raises fence.FenceLostError when the run is no longer the running one, and django.db.DatabaseError for a bad
         moment. Nothing of the batch is written then.
@@ -114,10 +114,12 @@ class UpdateWriter:
         with transaction.atomic(using=self._connection.alias, durable=True):
             with self._connection.cursor() as cursor:
                 cursor.execute(self._manners)
-            changes = self._settle(source, rows)
-            self._record(changes)
-            self._mark_seen(changes)
-            totals = totals_of(changes)
+            totals = Totals()
+            for rows in pages:
+                changes = self._settle(source, rows)
+                self._record(changes)
+                self._mark_seen(changes)
+                totals.add(totals_of(changes))
             if totals.revisited:
                 batch = BackfillBatch.of(self._run_id, source, totals, time.monotonic() - started)
                 batch.save(using=self._connection.alias, force_insert=True)
