@@ -9,7 +9,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill.outcome import Outcome, Reason, Source
 from crm.backfill.schema import examine
-from crm.backfill.verification.snapshot import snapshot, stream
+from crm.backfill.snapshot import snapshot, stream
 from crm.errors import OperatorError
 
 #: One sentence a reason. What the row's own application is to do is said in its words.

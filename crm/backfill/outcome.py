@@ -166,6 +166,11 @@ class Totals:
         return {outcome.value: getattr(self, outcome.value) for outcome in UpdateOutcome}
 
     @property
+    def decided(self) -> int:
+        """Rows that were decided anew; the others are in the same error as before."""
+        return self.read - self.error + self.error_new
+
+    @property
     def balances(self) -> bool:
         """Whether every row that was looked at has an outcome."""
         return self.read == sum(self.outcomes.values()) and self.revisited == sum(self.update_outcomes.values())

@@ -22,6 +22,7 @@ from django.db import connection
 from django.db.models import Count
 
 from crm.backfill import errors, fence
+from crm.backfill.census import survey, take_census
 from crm.backfill.fence import FenceLostError
 from crm.backfill.garbage import seldom_collected
 from crm.backfill.interruption import Interruption
@@ -31,7 +32,7 @@ from crm.backfill.pipeline import InterruptedRunError
 from crm.backfill.replication import BlindThrottleError
 from crm.backfill.resolutions import Resolutions
 from crm.backfill.schema import DatabaseFacts, examine
-from crm.backfill.source import take_census
+from crm.backfill.snapshot import snapshot
 from crm.backfill.workers import Alone, Assignment, Crew, OnBatch, WorkerError
 from crm.models import BackfillBatch, BackfillRun, ContactUpdate, LedgerEntry
 from crm.models.ledger import RunStatus
@@ -168,10 +169,11 @@ def _work(
         _heed_ceiling(options, tally.totals)
 
     try:
-        before = take_census(connection, facts)
+        with snapshot(connection):
+            before, left = survey(connection, facts)
         rows = {source: before.to_read(source) for source in options.sources if before.to_read(source)}
         resolutions = Resolutions.to_be_carried_out(connection, facts)
-        assignment = Assignment(options, facts, run.pk if run else None, resolutions)
+        assignment = Assignment(options, facts, run.pk if run else None, resolutions, left)
         with _hands(assignment, interruption, on_batch) as hands:
             watcher.begin(rows)
             for source in rows:
@@ -250,8 +252,10 @@ def _close(run: BackfillRun, report: RunReport, before: Census | None) -> RunRep
     by_source = _counted_batches(run)
     totals = _Tally(by_source).totals
     after = before
-    if totals.read and report.status == RunStatus.FINISHED:
-        after = take_census(connection, report.facts)
+    # Where nothing was decided anew, the ledger is as it was.
+    if totals.decided and report.status == RunStatus.FINISHED:
+        with snapshot(connection):
+            after = take_census(connection, report.facts)
     balanced = totals.balances and (after is None or after.balances) and _ledger_agrees(run, totals)
     balanced = balanced and _record_agrees(run, totals)
     report = replace(report, by_source=by_source, totals=totals, census=after, balanced=balanced)

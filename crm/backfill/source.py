@@ -1,4 +1,4 @@
-"""Batches of source rows by keyset, and the census of all of them. Only reads.
+"""Pages of source rows by keyset. Only reads.
 
 A row whose ledger line says created, merged or exists is not read again. That is an anti-join on the ledger's key and
 no watermark, so no row is ever missed. Every look-up beside the paged table is a LATERAL with a LIMIT: it stays one
@@ -9,7 +9,6 @@ Timestamps and rates are fetched as PostgreSQL's own text: they are carried over
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.utils import CursorWrapper
 from psycopg.types.string import TextLoader
 
-from crm.backfill.outcome import Census, Outcome, Source
+from crm.backfill.outcome import Source
 from crm.backfill.schema import DatabaseFacts
 
 Key = tuple[str, ...]
@@ -102,7 +101,7 @@ class Apart:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """A batch of source rows as they came from the database, and the key to go on after."""
+    """Source rows that were read at once, as they came from the database, and the key to go on after."""
 
     rows: list[tuple[Any, ...]]
     key: Key | None
@@ -113,7 +112,10 @@ class Page:
 
 @dataclass(frozen=True, slots=True)
 class SourceReader:
-    """Reads one source by keyset: profiles by id, leads by creation and id."""
+    """Reads one source by keyset: profiles by id, leads by creation and id.
+
+    `ids` are those of the rows that are to be looked at, where they are known, so that the others are passed over.
+    """
 
     connection: BaseDatabaseWrapper
     facts: DatabaseFacts
@@ -123,6 +125,7 @@ class SourceReader:
     run_id: int | None = None
     apart: Apart | None = None
     choice: Choice = UNSETTLED
+    ids: Sequence[str] | None = None
 
     def page(self, after: Key | None, size: int) -> Page:
         """At most `size` rows that are to be looked at, from strictly after a key on.
@@ -142,6 +145,9 @@ class SourceReader:
         if after is not None:
             conditions.append(_AFTER[table])
             parameters |= dict(zip(("id", "created_at"), reversed(after), strict=False))
+        if self.ids is not None:
+            conditions.append("r.id = ANY(%(ids)s)")
+            parameters["ids"] = self.ids
         if self.since is not None:
             conditions.append('r."updatedAt" >= %(since)s::timestamp')
             parameters["since"] = self.since
@@ -171,35 +177,3 @@ def read_as_text(cursor: CursorWrapper) -> None:
     """Let this cursor return timestamps and numerics as the text that PostgreSQL sends."""
     for type_name in ("timestamp", "timestamptz", "numeric"):
         cursor.adapters.register_loader(type_name, TextLoader)
-
-
-def take_census(connection: BaseDatabaseWrapper, facts: DatabaseFacts) -> Census:
-    """Count the source rows by what they are and by what the ledger says of them."""
-    excluded: Counter[str] = Counter()
-    settled, errors, pending = (dict.fromkeys(Source, 0) for _ in range(3))
-    rows = 0
-    for table, label_column in (("profiles", "role"), ("leads", "status")):
-        for label, outcome, count in _groups(connection, facts, table, label_column):
-            rows += count
-            source = facts.source_of(table, label)
-            if source is None:
-                excluded[facts.exclusion(table, label)] += count
-            else:
-                by_outcome = pending if outcome is None else errors if outcome == Outcome.ERROR else settled
-                by_outcome[source] += count
-    return Census(rows, dict(excluded), settled, errors, pending)
-
-
-def _groups(
-    connection: BaseDatabaseWrapper, facts: DatabaseFacts, table: str, label_column: str
-) -> list[tuple[str, str | None, int]]:
-    sources = [source.value for source in Source.of_table(table)]
-    ledger = "LEFT JOIN ledger_entry line ON line.source_id = r.id AND line.source = ANY(%s)"
-    outcome = "line.outcome" if facts.has_ledger else "NULL"
-    with connection.cursor() as cursor:
-        cursor.execute(
-            f"SELECT r.{label_column}::text, {outcome}, count(*) FROM {table} r "
-            f"{ledger if facts.has_ledger else ''} GROUP BY 1, 2",
-            [sources] if facts.has_ledger else None,
-        )
-        return list(cursor.fetchall())

@@ -10,7 +10,7 @@ import logging
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -51,12 +51,13 @@ OnBatch = Callable[[Source, Totals], None]
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """What a run's hands must know."""
+    """What a run's hands must know. `left` are the ids of the rows to be looked at, where they are few."""
 
     options: RunOptions
     facts: DatabaseFacts
     run_id: int | None
     resolutions: Resolutions
+    left: Mapping[Source, Sequence[str]]
 
     def writer(self) -> BatchWriter | RehearsalWriter:
         """What brings rows to an outcome, on this process' connection."""
@@ -105,13 +106,23 @@ class Assignment:
     def reader(self, source: Source, partition: Partition) -> SourceReader:
         """The reader of a source's partition, but for the rows that people decided on."""
         decided = self.resolutions.source_ids.get(source.table)
-        apart = Apart(decided, alone=False) if decided else None
-        return SourceReader(connection, self.facts, source, self.options.since, partition, self.run_id, apart)
+        return self._reader(source, partition, Apart(decided, alone=False) if decided else None)
 
     def reader_of_decided(self, source: Source) -> SourceReader:
         """The reader of those rows of a source that people decided on, of all partitions."""
-        apart = Apart(self.resolutions.source_ids.get(source.table, ()), alone=True)
-        return SourceReader(connection, self.facts, source, self.options.since, EVERYBODY, self.run_id, apart)
+        return self._reader(source, EVERYBODY, Apart(self.resolutions.source_ids.get(source.table, ()), alone=True))
+
+    def _reader(self, source: Source, partition: Partition, apart: Apart | None) -> SourceReader:
+        return SourceReader(
+            connection=connection,
+            facts=self.facts,
+            source=source,
+            since=self.options.since,
+            partition=partition,
+            run_id=self.run_id,
+            apart=apart,
+            ids=self.left.get(source),
+        )
 
     def _pace(self) -> tuple[BatchSizer, list[Throttle]]:
         throttles: list[Throttle] = []

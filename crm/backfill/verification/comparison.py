@@ -18,6 +18,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from crm.backfill.mapping import ContactDraft, MappedRow
 from crm.backfill.outcome import Reason
 from crm.backfill.plan import KnownContact, fill
+from crm.backfill.snapshot import PAGE
 from crm.backfill.update.changes import FIELDS_OF_CHANGE
 from crm.backfill.verification.findings import Check, Finding, Kind
 from crm.backfill.verification.rows import (
@@ -32,7 +33,6 @@ from crm.backfill.verification.rows import (
     RowReader,
     lines_of_contacts,
 )
-from crm.backfill.verification.snapshot import PAGE
 
 _MARKER = "updated_at"
 #: The column that speaks of why a row that made a contact could not make it today.

@@ -11,9 +11,9 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill.outcome import Source
 from crm.backfill.schema import DatabaseFacts
+from crm.backfill.snapshot import stream
 from crm.backfill.source import WHITE_SPACE
 from crm.backfill.verification.findings import Check, Finding, Kind
-from crm.backfill.verification.snapshot import stream
 
 TABLES = ("profiles", "leads")
 _LABEL = {"profiles": ("role", "UserRole"), "leads": ("status", "LeadStatus")}

@@ -19,8 +19,8 @@ from crm.backfill.mapping import ContactDraft, MappedRow, map_rows
 from crm.backfill.outcome import Outcome, Source
 from crm.backfill.resolutions import Resolutions
 from crm.backfill.schema import DatabaseFacts
+from crm.backfill.snapshot import stream
 from crm.backfill.source import read_as_text
-from crm.backfill.verification.snapshot import stream
 from crm.models import CRMContact
 
 #: The contact's columns by the name of the draft's field.

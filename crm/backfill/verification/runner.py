@@ -8,17 +8,17 @@ from dataclasses import dataclass
 
 from django.db.backends.base.base import BaseDatabaseWrapper
 
+from crm.backfill.census import take_census
 from crm.backfill.outcome import Census
 from crm.backfill.resolutions import Resolutions
 from crm.backfill.schema import ATTRIBUTION_COLUMNS, examine
-from crm.backfill.source import take_census
+from crm.backfill.snapshot import snapshot
 from crm.backfill.verification.comparison import Comparison, compare_contacts
 from crm.backfill.verification.figures import FiguresTable, count_contacts
 from crm.backfill.verification.findings import Finding, Findings, Kind
 from crm.backfill.verification.reconciliation import count_lines, count_rows_gone, reconcile
 from crm.backfill.verification.rows import RowReader, may_read_user_changes
 from crm.backfill.verification.schema import REFERRER, check_schema, present_columns
-from crm.backfill.verification.snapshot import snapshot
 from crm.errors import OperatorError
 
 
