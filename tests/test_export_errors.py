@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 from django.db import connection
 
-from crm.backfill import dead_letters
+from crm.backfill import dead_letters, snapshot
 from crm.backfill.outcome import Reason, Source
 from crm.backfill.spreadsheet import cell
-from crm.backfill.verification import snapshot
 from crm.management.commands.export_backfill_errors import Command
 from tests import builders
 from tests.circumstances import acting_as, reading_role, refusing_contacts, without_own_schema

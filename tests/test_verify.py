@@ -18,9 +18,10 @@ from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
 from crm.attribution import COLUMNS as ATTRIBUTION_DDL
+from crm.backfill import snapshot
 from crm.backfill.mapping import contact_id
 from crm.backfill.outcome import Source
-from crm.backfill.verification import VerificationReport, comparison, runner, snapshot, verify
+from crm.backfill.verification import VerificationReport, comparison, runner, verify
 from crm.backfill.verification.findings import KEPT, Check, Finding, Kind
 from crm.backfill.verification.schema import WANTED
 from crm.management.commands.verify_crm_contacts import Command

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from django.db.backends.base.base import BaseDatabaseWrapper
 
@@ -80,7 +80,7 @@ def _look_at(connection: BaseDatabaseWrapper, facts: DatabaseFacts, table: str) 
     names = _NAMES[table]
     left = (_LEFT if facts.has_ledger else _LEFT_WITHOUT_LEDGER).format(**names)
     sources = Source.of_table(table)
-    parameters = {
+    parameters: dict[str, Any] = {
         "sources": [source.value for source in sources],
         "labels": [label for source in sources for label in facts.labels_of(source)],
         "most": FEW_ROWS + 1,

@@ -52,6 +52,6 @@ class ColumnwiseQuerySet(models.QuerySet[Any]):
         statement = f"INSERT INTO {table} ({names}) SELECT * FROM UNNEST({arrays}) {suffix} RETURNING {key}"  # noqa: S608 - names from the models
         with connection.cursor() as cursor:
             cursor.execute(statement, [list(map(attrgetter(field.attname), objs)) for field in fields])
-            rows = cursor.fetchall()
+            rows: list[tuple[Any, ...]] = cursor.fetchall()
         self.landed.update(key for (key,) in rows)
         return rows
