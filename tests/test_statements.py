@@ -128,6 +128,16 @@ def test_a_run_with_one_new_row_reads_that_row_alone(database: Database) -> None
         assert run()["read"] == 1
     read = [statement for statement in sent if SOURCE_TABLES.search(statement.sql) and "count(*)" not in statement.sql]
     assert sum(statement.rows for statement in read) == 1
+    assert all("r.id = ANY" in statement.sql for statement in read)
+
+
+def test_many_new_rows_are_read_in_passing_over_the_table(database: Database) -> None:
+    add_many_leads(10)
+    with statements() as sent:
+        assert run()["read"] == 10
+    read = [statement for statement in sent if SOURCE_TABLES.search(statement.sql) and "count(*)" not in statement.sql]
+    assert sum(statement.rows for statement in read) == 10
+    assert not any("r.id = ANY" in statement.sql for statement in read)
 
 
 def test_no_statement_touches_the_tables_of_the_sources_but_to_read_them(database: Database) -> None:

@@ -32,7 +32,6 @@ from crm.backfill.pipeline import InterruptedRunError
 from crm.backfill.replication import BlindThrottleError
 from crm.backfill.resolutions import Resolutions
 from crm.backfill.schema import DatabaseFacts, examine
-from crm.backfill.snapshot import snapshot
 from crm.backfill.workers import Alone, Assignment, Crew, OnBatch, WorkerError
 from crm.models import BackfillBatch, BackfillRun, ContactUpdate, LedgerEntry
 from crm.models.ledger import RunStatus
@@ -169,8 +168,7 @@ def _work(
         _heed_ceiling(options, tally.totals)
 
     try:
-        with snapshot(connection):
-            before, left = survey(connection, facts)
+        before, left = survey(connection, facts)
         rows = {source: before.to_read(source) for source in options.sources if before.to_read(source)}
         resolutions = Resolutions.to_be_carried_out(connection, facts)
         assignment = Assignment(options, facts, run.pk if run else None, resolutions, left)
@@ -254,8 +252,7 @@ def _close(run: BackfillRun, report: RunReport, before: Census | None) -> RunRep
     after = before
     # Where nothing was decided anew, the ledger is as it was.
     if totals.decided and report.status == RunStatus.FINISHED:
-        with snapshot(connection):
-            after = take_census(connection, report.facts)
+        after = take_census(connection, report.facts)
     balanced = totals.balances and (after is None or after.balances) and _ledger_agrees(run, totals)
     balanced = balanced and _record_agrees(run, totals)
     report = replace(report, by_source=by_source, totals=totals, census=after, balanced=balanced)
