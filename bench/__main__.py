@@ -14,6 +14,7 @@ import sys
 from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -37,19 +38,23 @@ CANDIDATES: dict[str, tuple[str, list[str]]] = {
 }
 #: The ways of the first day, and the largest size at which they are still worth the wait.
 LARGEST = {"bulk_create": 100_000, "row by row": 10_000}
-COMPLETE = ("limit", "one worker", "two workers")
-CONTACT_IDS = "SELECT count(*), md5(string_agg(id, ',' ORDER BY id)) FROM crm_contacts"
+#: What candidates must end with: the limit's contacts and ledger, row by row; the same contacts by id; at least these;
+#: the others have no end to compare.
+EVERYTHING = ("limit", "one worker", "two workers", "rerun, nothing new")
+SAME_IDS = ("rerun, 1 % new",)
+NO_FEWER_IDS = ("bulk_create", "row by row")
 CONTACTS = "SELECT md5(string_agg(md5(c::text), ',' ORDER BY id)) FROM crm_contacts c"
 LEDGER = (
-    "SELECT md5(string_agg(id || source || outcome || coalesce(contact_id, ''), ',' ORDER BY id)) FROM ledger_entry"
+    "SELECT md5(string_agg(concat_ws(' ', id, source, outcome, reason, contact_id), ',' ORDER BY id)) FROM ledger_entry"
 )
+CONTACT_IDS = "SELECT id FROM crm_contacts"
 
 
 def main() -> None:
     """Measure and print."""
     options = _arguments()
     server = Server.start(Path(os.environ.get("CRM_EMBEDDED_DATA") or ".postgres-bench").resolve())
-    console = Console(stderr=True)
+    console = Console(stderr=True, width=100)
     answer = {}
     for people in options.people:
         _prepare(server, people, console)
@@ -107,7 +112,7 @@ def _measure_all(
     server: Server, people: int, turns: int, chosen: list[str], console: Console
 ) -> dict[str, list[Measurement]]:
     figures: dict[str, list[Measurement]] = defaultdict(list)
-    ends: dict[str, tuple[object, ...]] = {}
+    ends: dict[str, End] = {}
     for turn in range(turns):
         for name in chosen:
             if people > LARGEST.get(name, people):
@@ -117,22 +122,35 @@ def _measure_all(
             with server.copy_of(template, "bench_work") as database:
                 figures[name].append(measure(server, database, arguments))
                 if turn == 0:
-                    ends[name] = _end_of(server, database, name)
+                    ends[name] = _end_of(server, database)
             console.print(f"  turn {turn + 1}: {name} {figures[name][-1].seconds:.2f} s", style="dim")
     _check_ends(ends)
     return figures
 
 
-def _end_of(server: Server, database: str, name: str) -> tuple[object, ...]:
-    queries = [CONTACT_IDS, *([CONTACTS, LEDGER] if name in COMPLETE else [])]
-    return tuple(server.rows(database, query)[0] for query in queries)
+class End(NamedTuple):
+    """What a candidate left: digests of all contacts and of the ledger, and the ids of the contacts."""
+
+    contacts: str
+    ledger: str
+    ids: frozenset[str]
 
 
-def _check_ends(ends: dict[str, tuple[object, ...]]) -> None:
-    """The same number of workers or not: the same contacts and the same ledger, row by row."""
-    complete = {name: end for name, end in ends.items() if name in COMPLETE}
-    if len(set(complete.values())) > 1:
-        raise RuntimeError(f"the candidates end differently: {complete}")
+def _end_of(server: Server, database: str) -> End:
+    ((contacts,),), ((ledger,),) = server.rows(database, CONTACTS), server.rows(database, LEDGER)
+    return End(contacts, ledger, frozenset(identifier for (identifier,) in server.rows(database, CONTACT_IDS)))
+
+
+def _check_ends(ends: dict[str, End]) -> None:
+    """All that do the same thing end with the same. Raises RuntimeError, which names those that do not."""
+    expected = next((ends[name] for name in EVERYTHING if name in ends), None)
+    if expected is None:
+        return
+    wrong = [name for name, end in ends.items() if name in EVERYTHING and end != expected]
+    wrong += [name for name, end in ends.items() if name in SAME_IDS and end.ids != expected.ids]
+    wrong += [name for name, end in ends.items() if name in NO_FEWER_IDS and not end.ids >= expected.ids]
+    if wrong:
+        raise RuntimeError(f"these end otherwise than the others: {', '.join(wrong)}")
 
 
 def _median(measurements: list[Measurement]) -> Measurement:
@@ -142,23 +160,25 @@ def _median(measurements: list[Measurement]) -> Measurement:
 
 def _table(people: int, medians: dict[str, Measurement]) -> Table:
     table = Table(title=f"{people:,} people, medians")
+    table.add_column("candidate")
     for heading in (
-        "candidate",
         "seconds",
         "rows/s",
-        "ratio to the limit",
-        "client CPU s",
-        "server CPU s",
-        "client MB",
+        "ratio to\nthe limit",
+        "share of\none worker",
+        "client\nCPU s",
+        "server\nCPU s",
     ):
-        table.add_column(heading, justify="left" if heading == "candidate" else "right")
-    limit = medians.get("limit")
+        table.add_column(heading, justify="right")
+    table.add_column("client\nMB", justify="right")
+    limit, first_run = medians.get("limit"), medians.get("one worker")
     for name, one in medians.items():
         table.add_row(
             name,
             f"{one.seconds:.2f}",
             f"{one.rows / one.seconds:,.0f}",
             f"{limit.seconds / one.seconds:.2f}" if limit else "",
+            f"{one.seconds / first_run.seconds:.1%}" if first_run else "",
             f"{one.client_cpu:.1f}",
             f"{one.server_cpu:.1f}",
             f"{one.client_memory_mb:.0f}",

@@ -168,8 +168,8 @@ _TYPE = """(CASE r.type WHEN 'TAX_PREPARER' THEN 'PREPARER' WHEN 'AFFILIATE' THE
 ::"ContactType" """
 
 
-def run_limit(connection: psycopg.Connection[Any]) -> None:
-    """Do it, on a connection in autocommit: every chunk is a transaction."""
+def run_limit(connection: psycopg.Connection[Any]) -> int:
+    """Do it, on a connection in autocommit: every chunk is a transaction. The rows that were settled."""
     connection.execute(_PREPARE)
     for source, role, contact_type in (
         ("clients", "CLIENT", "CLIENT"),
@@ -187,6 +187,8 @@ def run_limit(connection: psycopg.Connection[Any]) -> None:
         ("active_leads", "status IN ('NEW', 'CONTACTED', 'QUALIFIED')", active),
     ):
         _in_chunks(connection, source, _LEADS.format(which=which), columns)
+    (rows,) = connection.execute("SELECT count(*) FROM ledger_entry").fetchone() or (0,)
+    return int(rows)
 
 
 def _in_chunks(connection: psycopg.Connection[Any], source: str, page: str, columns: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -15,14 +15,18 @@ from crm.backfill.source import Key, SourceReader
 
 #: What is read, inserted and held in memory at once, however many rows commit together. More are no faster.
 PAGE_ROWS = 5_000
+#: How long a transaction may wait for its next page; seconds. Where connections are scarce, the page may be waiting for
+#: the very connection that the transaction holds.
+LONGEST_WAIT = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class MappedPage:
-    """Rows that were read together, mapped, and the key to go on after."""
+    """Rows that were read together, mapped; the key to go on after; and whether they were fewer than were asked for."""
 
     rows: list[MappedRow]
     key: Key | None
+    is_short: bool
 
 
 class ReadAhead:
@@ -47,30 +51,37 @@ class ReadAhead:
     def pages(self, after: Key | None, rows: int) -> Iterator[MappedPage]:
         """The pages of a batch of at most so many rows, from strictly after a key on.
 
-        None when the source is at its end. Raises what the reading raised.
+        None when the source is at its end. A batch ends early rather than let its transaction wait long for a page.
+        Raises what the reading raised.
         """
         left = rows
+        patience = None
         while left:
-            page = self._page(after, min(left, PAGE_ROWS))
-            if not page.rows:
+            page = self._page(after, min(left, PAGE_ROWS), patience)
+            if page is None or not page.rows:
                 return
             left -= len(page.rows)
-            after = page.key
+            after, patience = page.key, LONGEST_WAIT
             self._ask(after, min(left or rows, PAGE_ROWS))
             yield page
+            if page.is_short:
+                return
 
-    def _page(self, after: Key | None, size: int) -> MappedPage:
-        coming, self._coming = self._coming, None
-        if coming is not None and self._asked is not None:
-            begins_after, at_most = self._asked
-            # A batch may have become larger since, which is no reason to read its first rows again.
-            if begins_after == after and at_most <= size:
-                return coming.result()
-        return self._thread.submit(self._read, after, size).result()
+    def _page(self, after: Key | None, size: int, patience: float | None) -> MappedPage | None:
+        """A page; None when it does not come within so many seconds. It can be asked for again then."""
+        coming, asked = self._coming, self._asked
+        # A batch may have become larger since, which is no reason to read its first rows again.
+        if coming is None or asked is None or asked[0] != after or asked[1] > size:
+            coming = self._ask(after, size)
+        if patience is not None and not wait([coming], patience).done:
+            return None
+        self._coming = None
+        return coming.result()
 
-    def _ask(self, after: Key | None, size: int) -> None:
+    def _ask(self, after: Key | None, size: int) -> Future[MappedPage]:
         self._asked = (after, size)
         self._coming = self._thread.submit(self._read, after, size)
+        return self._coming
 
     def _close(self) -> None:
         # Django gives every thread a connection of its own, which only that thread can close.
@@ -83,4 +94,5 @@ class ReadAhead:
             # Whatever is wrong with it, the next try begins with a fresh one.
             self._close()
             raise
-        return MappedPage(map_rows(self._reader.source, page.rows, self._rules), page.key)
+        rows = map_rows(self._reader.source, page.rows, self._rules)
+        return MappedPage(rows, page.key, is_short=len(rows) < size)
