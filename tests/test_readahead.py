@@ -10,9 +10,10 @@ import pytest
 from django.db import connection
 
 from crm.backfill import readahead
+from crm.backfill.outcome import Source
 from crm.backfill.readahead import ReadAhead
 from crm.backfill.schema import examine
-from crm.backfill.source import Key, Page, Source, SourceReader
+from crm.backfill.source import Key, Page, SourceReader
 from tests.builders import add_many_leads
 from tests.conftest import Database
 
@@ -64,7 +65,7 @@ def test_a_batch_that_has_become_larger_takes_what_was_read_for_it(database: Dat
         first, key = taken(reading, None, 5)
         second, key = taken(reading, key, 15)
     assert (first, second) == ([5], [5, 10])
-    assert reads == [5, 5, 10, 10]
+    assert reads == [5, 5, 10, 15]
 
 
 def test_a_batch_that_has_become_smaller_reads_anew(database: Database) -> None:
