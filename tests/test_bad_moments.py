@@ -13,7 +13,7 @@ import psycopg
 import pytest
 from django.db import OperationalError, connection
 
-from crm.backfill import workers
+from crm.backfill import runner, workers
 from crm.backfill.pipeline import Retries
 from crm.backfill.writer import Timeouts
 from crm.models import BackfillRun
@@ -60,6 +60,7 @@ pytestmark = pytest.mark.usefixtures("impatience")
 @pytest.fixture
 def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no try wait for long."""
+    monkeypatch.setattr(runner, "WAITS_BEFORE_ANOTHER_LOOK", (0.01, 0.01))
     monkeypatch.setattr(Retries.__init__, "__defaults__", (MOST_TRIES, 0.001))
 
 
@@ -404,3 +405,25 @@ def test_a_worker_that_fails_makes_the_run_a_failed_one_though_the_others_are_me
     database.change("DROP FUNCTION public.deadlocked() CASCADE")
     assert backfill("--workers", "2", "--no-progress").code == 0
     assert len(contacts()) == 1000
+
+
+@pytest.mark.parametrize("look", ["survey", "take_census"])
+def test_a_connection_that_is_lost_while_the_rows_are_counted_is_made_anew(
+    database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, look: str
+) -> None:
+    counted = getattr(runner, look)
+    is_lost = False
+
+    def lose_it_once(*arguments: Any) -> Any:
+        nonlocal is_lost
+        if not is_lost:
+            is_lost = True
+            with connection.cursor() as cursor:
+                cursor.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+        return counted(*arguments)
+
+    monkeypatch.setattr(runner, look, lose_it_once)
+    add_many_leads(10)
+    answer = run()
+    assert (answer["status"], answer["created"], answer["balanced"]) == ("finished", 10, True)
+    assert any("looking again in" in record.message for record in caplog.records)

@@ -11,10 +11,10 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from django.conf import settings
 from django.db import Error as DjangoDatabaseError
@@ -37,6 +37,10 @@ from crm.models import BackfillBatch, BackfillRun, ContactUpdate, LedgerEntry
 from crm.models.ledger import RunStatus
 
 logger = logging.getLogger(__name__)
+
+#: How long the beginning and the end of a run wait after a bad moment; seconds.
+WAITS_BEFORE_ANOTHER_LOOK = (0.5, 1.0, 2.0, 4.0)
+Answer = TypeVar("Answer")
 
 
 class Progress(Protocol):
@@ -168,7 +172,7 @@ def _work(
         _heed_ceiling(options, tally.totals)
 
     try:
-        before, left = survey(connection, facts)
+        before, left = _patiently(lambda: survey(connection, facts))
         rows = {source: before.to_read(source) for source in options.sources if before.to_read(source)}
         resolutions = Resolutions.to_be_carried_out(connection, facts)
         assignment = Assignment(options, facts, run.pk if run else None, resolutions, left)
@@ -201,6 +205,21 @@ def _hands(assignment: Assignment, interruption: Interruption, on_batch: OnBatch
         assignment = replace(assignment, options=replace(assignment.options, workers=1))
     hands = Crew if assignment.options.workers > 1 else Alone
     return hands(assignment, interruption, on_batch)
+
+
+def _patiently(look: Callable[[], Answer]) -> Answer:
+    """Look over a fresh connection again when a bad moment came in between; a batch has its own way to try again."""
+    for wait in WAITS_BEFORE_ANOTHER_LOOK:
+        try:
+            return look()
+        except DjangoDatabaseError as error:
+            cause = errors.bad_moment(error)
+            if cause is None:
+                raise
+            logger.warning("%s: looking again in %.1f s", cause, wait)
+            connection.close()
+            time.sleep(wait)
+    return look()
 
 
 class CeilingReachedError(Exception):
@@ -240,7 +259,7 @@ def _report(
     if run is None:
         return replace(report, balanced=report.totals.balances, census=before)
     try:
-        return _close(run, report, before)
+        return _patiently(lambda: _close(run, report, before))
     except DjangoDatabaseError as error:
         return replace(report, status=RunStatus.FAILED, failure=failure or errors.described(error))
 
