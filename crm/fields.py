@@ -31,6 +31,18 @@ class PostgresEnumField(models.TextField):  # type: ignore[type-arg] # django-st
         return f'"{self.enum}"'
 
 
+class KeyField(models.TextField):  # type: ignore[type-arg] # django-stubs' fields are generic, Django's are not
+    """A textual key that is looked up by equality alone.
+
+    Beside the index of a key of type `text` or `varchar`, Django makes a second one for LIKE, which every insert would
+    have to maintain. It goes by the type's name, and this is the same type's other name.
+    """
+
+    def db_type(self, connection: BaseDatabaseWrapper) -> str:  # noqa: ARG002 - Django's signature
+        """The column's type."""
+        return "character varying"
+
+
 class TimestampField(models.DateTimeField):  # type: ignore[type-arg] # django-stubs' fields are generic, Django's are not
     """Prisma's DateTime: `timestamp(3)` without time zone, meaning UTC. Aware in Python.
 

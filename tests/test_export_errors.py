@@ -161,7 +161,9 @@ def test_nothing_is_written_and_the_right_to_select_is_enough(database: Database
     before = database.dump()
     with reading_role(database) as role:
         with connection.cursor() as cursor:
-            cursor.execute(f"GRANT USAGE ON SCHEMA crm_backfill TO {role}; GRANT SELECT ON ledger_entry TO {role}")
+            cursor.execute(
+                f"GRANT USAGE ON SCHEMA crm_backfill TO {role}; GRANT SELECT ON ledger_entry, contact_update TO {role}"
+            )
         with acting_as(role):
             ended = command("--with-email")
     assert ended.code == 0

@@ -157,3 +157,8 @@ def test_a_batch_does_not_wait_for_ever(database: Database) -> None:
     assert "SET LOCAL lock_timeout" in manners
     assert "SET LOCAL statement_timeout" in manners
     assert sent.index(manners) < next(n for n, sql in enumerate(sent) if INSERT_INTO_CONTACTS in sql)
+
+
+def test_a_ledger_line_costs_one_entry_in_one_index(database: Database) -> None:
+    indexes = database.rows("SELECT indexdef FROM pg_indexes WHERE tablename = 'ledger_entry'")
+    assert indexes == [("CREATE UNIQUE INDEX ledger_entry_pkey ON crm_backfill.ledger_entry USING btree (id)",)]

@@ -257,7 +257,7 @@ class Migration(migrations.Migration):
         migrations.CreateModel(
             name="LedgerEntry",
             fields=[
-                ("id", models.TextField(primary_key=True, serialize=False)),
+                ("id", crm.fields.KeyField(primary_key=True, serialize=False)),
                 (
                     "source",
                     models.TextField(

@@ -15,7 +15,7 @@ class Migration(migrations.Migration):
             name="ContactUpdate",
             fields=[
                 ("id", models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID")),
-                ("contact_id", models.TextField(db_index=True, verbose_name="contact id")),
+                ("contact_id", crm.fields.KeyField(db_index=True, verbose_name="contact id")),
                 ("columns", models.TextField(help_text="What was filled, replaced or promoted")),
                 (
                     "source_updated_at",

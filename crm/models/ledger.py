@@ -10,7 +10,7 @@ from django.db.models import F, Q, Value
 from django.db.models.functions import Now
 
 from crm.backfill.outcome import Outcome, Source, Totals
-from crm.fields import TimestampField
+from crm.fields import KeyField, TimestampField
 
 
 class RunStatus(models.TextChoices):
@@ -181,7 +181,7 @@ class LedgerEntry(models.Model):
     rollback look from that side.
     """
 
-    id = models.TextField(primary_key=True)
+    id = KeyField(primary_key=True)
     source = models.TextField(choices=[(source.value, source.value) for source in Source])
     source_id = models.TextField("source id")
     outcome = models.TextField(choices=[(outcome.value, outcome.value) for outcome in Outcome])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from django.db import models
 
-from crm.fields import TimestampField
+from crm.fields import KeyField, TimestampField
 from crm.models.ledger import BackfillRun, LedgerEntry
 
 
@@ -17,7 +17,7 @@ class ContactUpdate(models.Model):
 
     run = models.ForeignKey(BackfillRun, models.CASCADE, related_name="contact_updates")
     line = models.ForeignKey(LedgerEntry, models.DO_NOTHING, db_index=False, db_constraint=False, related_name="+")
-    contact_id = models.TextField("contact id", db_index=True)
+    contact_id = KeyField("contact id", db_index=True)
     columns = models.TextField(help_text="What was filled, replaced or promoted")
     source_updated_at = TimestampField(help_text="The source row's updatedAt when it was looked at")
     contact_updated_at = TimestampField(help_text="The contact's updatedAt, which an update leaves as it is")
