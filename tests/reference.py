@@ -17,6 +17,8 @@ from django.core.validators import validate_email
 
 Row = dict[str, Any]
 Line = dict[str, str | None]
+#: What a person decided about a row in conflict: whose contact it is, or the address of one of its own.
+Decision = tuple[str | None, str | None]
 
 PLACEHOLDER_DOMAIN = "crm-backfill.invalid"
 SOURCES = ("clients", "preparers", "affiliates", "converted_leads", "active_leads")
@@ -107,12 +109,14 @@ def backfill(
     ledger: Mapping[str, Line] | None = None,
     only: Collection[str] | None = None,
     limit: int | None = None,
+    decisions: Mapping[str, Decision] | None = None,
     placeholder_domain: str = PLACEHOLDER_DOMAIN,
 ) -> Result:
     """Run once: `ledger` is what earlier runs left, `only` the sources that are asked for (all, if None).
 
-    No more than `limit` rows are looked at; those that are settled are not.
+    No more than `limit` rows are looked at; those that are settled are not. Rows with a decision come last.
     """
+    decisions = decisions or {}
     result = Result(
         contacts={contact["id"]: dict(contact) for contact in population.contacts},
         ledger={reference: dict(line) for reference, line in (ledger or {}).items()},
@@ -125,14 +129,16 @@ def backfill(
             result.counts.excluded[excluded] += 1
         else:
             sources[source_of(table, row)].append((table, row))
-    for source, rows in sources.items():
-        if only is None or source in only:
-            for table, row in rows:
+    for decided in (False, True):
+        for source, rows in sources.items():
+            for table, row in rows if only is None or source in only else ():
                 reference = f"{table}:{row['id']}"
+                if (reference in decisions) != decided:
+                    continue
                 if _is_settled(result, reference):
                     result.counts.already += 1
                 elif limit is None or result.counts.read < limit:
-                    _one_row(result, population, source, reference, row, placeholder_domain)
+                    _one_row(result, population, source, reference, row, placeholder_domain, decisions.get(reference))
     return result
 
 
@@ -161,14 +167,22 @@ def source_of(table: str, row: Row) -> str:
     return "converted_leads" if label(row["status"]) == "CONVERTED" else "active_leads"
 
 
-def _one_row(result: Result, population: Population, source: str, reference: str, row: Row, domain: str) -> None:
+def _one_row(
+    result: Result,
+    population: Population,
+    source: str,
+    reference: str,
+    row: Row,
+    domain: str,
+    decision: Decision | None,
+) -> None:
     before = result.ledger.get(reference)
     try:
         if source in PROFILE_TYPES:
             draft = contact_of_profile(population, source, row, domain)
         else:
             draft = contact_of_lead(population, source, row)
-        outcome, contact_id = _land(result, draft, is_lead=source not in PROFILE_TYPES)
+        outcome, contact_id = _land(result, draft, decision, is_lead=source not in PROFILE_TYPES)
         line: Line = {"source": source, "outcome": outcome, "reason": None, "contact_id": contact_id}
     except Rejected as error:
         line = {"source": source, "outcome": "error", "reason": error.reason, "contact_id": error.contact_id}
@@ -176,8 +190,14 @@ def _one_row(result: Result, population: Population, source: str, reference: str
     _count(result, before, line)
 
 
-def _land(result: Result, draft: Row, *, is_lead: bool) -> tuple[str, str]:
-    contact = find(draft, result.contacts)
+def _land(result: Result, draft: Row, decision: Decision | None, *, is_lead: bool) -> tuple[str, str]:
+    if decision is None:
+        contact = find(draft, result.contacts)
+    else:
+        contact = find_decided(draft, result.contacts, decision)
+        for key in ("userId", "clerkUserId"):
+            if _holder(result.contacts, key, draft[key]) not in (None, contact):
+                draft[key] = None
     if contact is None:
         result.contacts[draft["id"]] = draft
         return "created", draft["id"]
@@ -290,6 +310,20 @@ def find(draft: Row, contacts: Mapping[str, Row]) -> Row | None:
                 raise Rejected("conflict", candidate["id"])
     # Last, the row's own contact under keys that people changed since: a row never yields two contacts.
     return candidate or contacts.get(draft["id"])
+
+
+def find_decided(draft: Row, contacts: Mapping[str, Row], decision: Decision) -> Row | None:
+    """The contact that a person decided on. Raises Rejected if it is gone, or the address of its own taken."""
+    contact_id, email = decision
+    if contact_id is not None:
+        if contact_id not in contacts:
+            raise Rejected("stale_decision", contact_id)
+        return contacts[contact_id]
+    draft["email"] = email
+    for contact in sorted(contacts.values(), key=lambda row: (row["email"] != email, row["createdAt"], row["id"])):
+        if contact["email"].strip().lower() == email and contact["id"] != draft["id"]:
+            raise Rejected("stale_decision", contact["id"])
+    return contacts.get(draft["id"])
 
 
 def _holder(contacts: Mapping[str, Row], key: str, value: str | None) -> Row | None:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
+from contextlib import suppress
 from decimal import Decimal
 from typing import Any
 
@@ -27,6 +29,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from crm.backfill import decisions
+from crm.backfill.decisions import RowReference
 from crm.backfill.outcome import Source
 from crm.backfill.rollback.report import as_json
 from crm.backfill.rollback.runner import roll_back
@@ -45,8 +49,9 @@ STEPS = int(os.environ.get("MACHINE_STEPS", "25"))
 UNKNOWN_RUN = 10**6
 
 # Few people, so that they meet: an address comes in its plain form mostly, and now and then it is none.
-ADDRESSES = ("ann@example.com", "bob@example.com")
-EMAILS = (*ADDRESSES * 3, *map(str.upper, ADDRESSES), "Ann@Example.com ", NOT_ADDRESSES[0])
+ADDRESSES = ("ann@example.com", "bob@example.com", "cy@example.org")
+EMAILS = (*ADDRESSES * 2, *map(str.upper, ADDRESSES), "Ann@Example.com ", NOT_ADDRESSES[0])
+SEPARATE_EMAILS = ("bob@example.com", "ann.junior@example.com", "bob.junior@example.com")
 emails = st.sampled_from(EMAILS)
 names = st.sampled_from(("Ann", "Lee", " Bo ", ""))
 phones = st.sampled_from(("555 0100", "555 0199", " "))
@@ -76,7 +81,8 @@ profile_changes = st.one_of(
     st.fixed_dictionaries({"phone": st.none() | phones}),
     st.fixed_dictionaries({"companyName": st.none() | st.just("Other Ltd"), "firstName": names}),
 )
-contact_edits = st.one_of(
+contact_edits: st.SearchStrategy[dict[str, Any]] = st.one_of(
+    st.just({}),
     st.fixed_dictionaries({"firstName": names}),
     st.fixed_dictionaries({"phone": st.none() | phones}),
     st.fixed_dictionaries({"company": st.none() | st.just("By hand")}),
@@ -112,18 +118,19 @@ class Machine(RuleBasedStateMachine):
 
     @initialize(data=st.data())
     def the_first_days(self, data: st.DataObject) -> None:
-        self._newcomers(data, 4)
+        self._newcomers(data, 2, 5)
+        self._backfill({}, None, rehearsed=False)
 
     @rule(data=st.data())
     def a_night(self, data: st.DataObject) -> None:
         """Some people come, and then there is a run."""
-        self._newcomers(data, 2)
+        self._newcomers(data, 0, 2)
         self._backfill({}, None, rehearsed=False)
 
     @rule(data=st.data(), options=run_options, limit=st.none() | st.integers(1, 4))
     def a_run_with_options(self, data: st.DataObject, options: dict[str, Any], limit: int | None) -> None:
         """Some people come, and then somebody tries first and runs a part."""
-        self._newcomers(data, 2)
+        self._newcomers(data, 0, 2)
         self._backfill(options, limit, rehearsed=True)
 
     def _backfill(self, options: dict[str, Any], limit: int | None, *, rehearsed: bool) -> None:
@@ -148,15 +155,46 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.world.runs())
     @rule(data=st.data(), batch_size=st.sampled_from([1, 2, 1000]))
     def a_rollback(self, data: st.DataObject, batch_size: int) -> None:
-        runs = [run for run, _ in self.world.runs()]
-        self._roll_back(data.draw(st.sampled_from([*reversed(runs), UNKNOWN_RUN]), label="run"), batch_size)
+        """Of a run that has something left, mostly."""
+        runs = st.sampled_from([*reversed(self.world.runs()), UNKNOWN_RUN])
+        if there := sorted({line.run for line in self.world.state().lines.values()}):
+            runs = st.sampled_from(there) | st.sampled_from(there) | runs
+        self._roll_back(data.draw(runs, label="run"), batch_size)
+
+    @precondition(lambda self: self._undecided())
+    @rule(data=st.data())
+    def a_conflict_is_decided(self, data: st.DataObject) -> None:
+        row = RowReference.parse(data.draw(st.sampled_from(self._undecided()), label="row"))
+        contacts = sorted(self.world.state().contacts)
+        belongs = data.draw(st.booleans(), label="belongs to a contact")
+        if contacts and belongs:
+            decisions.belongs_to(row, data.draw(st.sampled_from(contacts), label="contact"))
+        else:
+            with suppress(OperatorError):  # somebody has that address
+                decisions.is_separate(row, data.draw(st.sampled_from(SEPARATE_EMAILS), label="address"))
+
+    def _undecided(self) -> list[str]:
+        lines = self.world.state().lines.values()
+        return sorted(line.row for line in lines if line.reason in ("conflict", "stale_decision"))
+
+    @precondition(lambda self: self._contacts_of_ours())
+    @rule(data=st.data(), batch_size=st.sampled_from([1, 2, 1000]))
+    def a_contact_turns_out_to_be_wrong(self, data: st.DataObject, batch_size: int) -> None:
+        """So a run that wrote it is taken back: the one that made it, or one that filled it."""
+        contact = data.draw(st.sampled_from(self._contacts_of_ours()), label="contact")
+        runs = {line.run for line in self.world.state().lines.values() if line.contact_id == contact}
+        self._roll_back(data.draw(st.sampled_from(sorted(runs)), label="run"), batch_size)
+
+    def _contacts_of_ours(self) -> list[str]:
+        state = self.world.state()
+        return sorted(state.creators().keys() & state.contacts.keys())
 
     @rule(data=st.data(), options=run_options)
     def a_run_is_taken_back_and_run_again(self, data: st.DataObject, options: dict[str, Any]) -> None:
         """Rollback and backfill equal backfill."""
-        self._newcomers(data, 2)
+        self._newcomers(data, 0, 2)
         first = self._ours(lambda: commands.run(**options))
-        latest = self.world.runs()[-1][0]
+        latest = self.world.runs()[-1]
         self._roll_back(latest, 1000)
         again = self._ours(lambda: commands.run(**options))
         assert again.contacts == first.contacts
@@ -188,7 +226,7 @@ class Machine(RuleBasedStateMachine):
         """Run a command of ours; whatever it is, it takes nothing from anybody."""
         before, others = self.world.state(), self.world.other_tables()
         command()
-        after = self.world.state()
+        after = self.world.look()
         assert self.world.other_tables() == others
         expectations.assert_nothing_of_theirs_is_lost(before, after, self.memory)
         expectations.assert_the_ledger_is_whole(after)
@@ -201,8 +239,8 @@ class Machine(RuleBasedStateMachine):
 
     # The application
 
-    def _newcomers(self, data: st.DataObject, most: int) -> None:
-        for _ in range(data.draw(st.integers(0, most), label="newcomers")):
+    def _newcomers(self, data: st.DataObject, least: int, most: int) -> None:
+        for _ in range(data.draw(st.integers(least, most), label="newcomers")):
             data.draw(st.sampled_from([self._a_form_is_sent, self._somebody_signs_up]), label="newcomer")(data)
 
     def _somebody_signs_up(self, data: st.DataObject) -> None:
@@ -239,9 +277,25 @@ class Machine(RuleBasedStateMachine):
             **data.draw(attributions),
         )
 
-    @precondition(lambda self: self.world.state().leads)
+    @precondition(lambda self: self._possible_changes())
     @rule(data=st.data())
-    def a_lead_changes(self, data: st.DataObject) -> None:
+    def a_source_row_changes(self, data: st.DataObject) -> None:
+        data.draw(st.sampled_from(self._possible_changes()), label="what")(data)
+
+    def _possible_changes(self) -> list[Callable[[st.DataObject], None]]:
+        state = self.world.state()
+        changes: list[Callable[[st.DataObject], None]] = []
+        if state.leads:
+            changes += [self._a_lead_changes]
+        if state.profiles:
+            changes += [self._a_profile_changes, self._a_profile_is_deleted]
+        if state.users:
+            changes += [self._an_account_gets_another_email]
+        if any(row["userId"] is None for row in state.profiles.values()):
+            changes += [self._a_profile_gets_an_email]
+        return changes
+
+    def _a_lead_changes(self, data: st.DataObject) -> None:
         lead = data.draw(st.sampled_from(sorted(self.world.state().leads)), label="lead")
         change = data.draw(lead_changes, label="change")
         if change is None:
@@ -250,17 +304,13 @@ class Machine(RuleBasedStateMachine):
             self.world.change("leads", lead, **change)
         self.memory.row_changed(f"leads:{lead}")
 
-    @precondition(lambda self: self.world.state().profiles)
-    @rule(data=st.data())
-    def a_profile_changes(self, data: st.DataObject) -> None:
+    def _a_profile_changes(self, data: st.DataObject) -> None:
         profile = data.draw(st.sampled_from(sorted(self.world.state().profiles)), label="profile")
         change = data.draw(profile_changes | st.fixed_dictionaries({"role": self.roles}), label="change")
         self.world.change("profiles", profile, **change)
         self.memory.row_changed(f"profiles:{profile}")
 
-    @precondition(lambda self: any(row["userId"] is None for row in self.world.state().profiles.values()))
-    @rule(data=st.data())
-    def a_profile_gets_an_email(self, data: st.DataObject) -> None:
+    def _a_profile_gets_an_email(self, data: st.DataObject) -> None:
         state = self.world.state()
         without = sorted(row["id"] for row in state.profiles.values() if row["userId"] is None)
         if user_id := self._add_user(data):
@@ -269,9 +319,7 @@ class Machine(RuleBasedStateMachine):
             self.memory.row_changed(f"profiles:{profile}")
             self.memory.preparer_came_or_went([user_id], state)
 
-    @precondition(lambda self: self.world.state().users)
-    @rule(data=st.data())
-    def an_account_gets_another_email(self, data: st.DataObject) -> None:
+    def _an_account_gets_another_email(self, data: st.DataObject) -> None:
         state = self.world.state()
         email = self._free_email(data, "users")
         if email is not None:
@@ -279,9 +327,8 @@ class Machine(RuleBasedStateMachine):
             self.world.change("users", user, email=email)
             self.memory.account_changed(user, state)
 
-    @precondition(lambda self: self.world.state().profiles)
-    @rule(data=st.data(), with_account=st.booleans())
-    def a_profile_is_deleted(self, data: st.DataObject, with_account: bool) -> None:  # noqa: FBT001 - hypothesis
+    def _a_profile_is_deleted(self, data: st.DataObject) -> None:
+        with_account = data.draw(st.booleans(), label="with its account")
         state = self.world.state()
         profile = data.draw(st.sampled_from(sorted(state.profiles)), label="profile")
         user_id = state.profiles[profile]["userId"]
@@ -325,36 +372,48 @@ class Machine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.world.state().contacts)
     @rule(data=st.data())
-    def a_contact_is_edited(self, data: st.DataObject) -> None:
-        self._save(self._a_contact(data), **data.draw(contact_edits, label="edit"))
+    def somebody_edits_a_contact(self, data: st.DataObject) -> None:
+        edits = [
+            self._a_contact_is_edited,
+            self._a_tax_year_is_entered,
+            self._a_contact_gets_another_key,
+            self._a_contact_enters_another_stage,
+        ]
+        data.draw(st.sampled_from(edits), label="how")(data)
 
     @precondition(lambda self: self.world.state().contacts)
     @rule(data=st.data())
-    def a_contact_gets_another_key(self, data: st.DataObject) -> None:
+    def somebody_talks_to_a_contact_or_deletes_it(self, data: st.DataObject) -> None:
+        data.draw(st.sampled_from([self._a_note_is_written, self._a_contact_is_deleted]), label="what")(data)
+
+    def _a_contact_is_edited(self, data: st.DataObject) -> None:
+        self._save(self._a_contact(data), **data.draw(contact_edits, label="edit"))
+
+    def _a_tax_year_is_entered(self, data: st.DataObject) -> None:
+        """A column that the backfill does not know, so that `updatedAt` alone tells."""
+        contact = self._a_contact(data)
+        self.world.change("crm_contacts", contact, taxYear=2024)
+        self.memory.contact_saved(contact)
+
+    def _a_contact_gets_another_key(self, data: st.DataObject) -> None:
         state, contact, email = self.world.state(), self._a_contact(data), self._free_email(data, "crm_contacts")
         free = sorted(set(state.users) - {contact["userId"] for contact in state.contacts.values()})
         self._save(contact, **({"email": email} if email else {"userId": free[0]} if free else {}))
 
-    @precondition(lambda self: self.world.state().contacts)
-    @rule(data=st.data())
-    def a_contact_enters_another_stage(self, data: st.DataObject) -> None:
+    def _a_contact_enters_another_stage(self, data: st.DataObject) -> None:
         contact = self._a_contact(data)
         stage = data.draw(st.sampled_from(self.world.stages))
         was = self.world.state().contacts[contact]["stage"]
         self._save(contact, stage=stage, stageEnteredAt=self.world.now())
         self.world.add("crm_stage_history", contactId=contact, fromStage=was, toStage=stage)
 
-    @precondition(lambda self: self.world.state().contacts)
-    @rule(data=st.data(), moves_contact=st.booleans())
-    def a_note_is_written(self, data: st.DataObject, moves_contact: bool) -> None:  # noqa: FBT001 - hypothesis
+    def _a_note_is_written(self, data: st.DataObject) -> None:
         contact = self._a_contact(data)
         self.world.add("crm_interactions", contactId=contact, type="NOTE")
-        if moves_contact:
+        if data.draw(st.booleans(), label="saves the contact"):
             self._save(contact, lastContactedAt=self.world.now())
 
-    @precondition(lambda self: self.world.state().contacts)
-    @rule(data=st.data())
-    def a_contact_is_deleted(self, data: st.DataObject) -> None:
+    def _a_contact_is_deleted(self, data: st.DataObject) -> None:
         contact, state = self._a_contact(data), self.world.state()
         self.world.delete("crm_contacts", contact)
         self.memory.contact_deleted(contact, state)
@@ -370,7 +429,7 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def a_verification_finds_exactly_what_happened(self) -> None:
-        state = self.world.state()
+        state = self.world.look()
         report = verify(connection)
         found = {
             Found(finding.check.value, finding.kind.value, finding.row, finding.contact_id, frozenset(finding.columns))
@@ -388,7 +447,7 @@ class Machine(RuleBasedStateMachine):
 
 
 def _expected(state: State, only: Any = None, limit: int | None = None) -> reference.Result:
-    return reference.backfill(state.population, ledger=state.ledger, only=only, limit=limit)
+    return reference.backfill(state.population, ledger=state.ledger, only=only, limit=limit, decisions=state.decisions)
 
 
 def _counts(answer: dict[str, Any]) -> dict[str, int]:

@@ -110,19 +110,19 @@ def _fields(state: State, memory: Memory) -> Iterator[Found]:
 
 def differing_columns(state: State, contact: Row, creator: LedgerLine) -> frozenset[str]:
     """The columns in which a contact is not what its row, and the rows merged into it, say now."""
-    draft = draft_of(state, creator.row)
+    draft = _draft_for(state, creator.row, contact)
     if draft is None:
         return frozenset({"email"})
     differing = {column for column in CONTACT_COLUMNS if contact[column] != draft[column]} - {"updatedAt"}
     merged = sorted(state.merged_into(contact["id"]), key=lambda line: line.run)
     for line in merged:
-        theirs = draft_of(state, line.row)
+        theirs = _draft_for(state, line.row, contact)
         for column in columns_of(line):
             differing.discard(column)
             if theirs is None or contact[column] != theirs[column]:
                 differing.add(column)
     for line in merged:
-        differing |= _would_fill(contact, line.row, draft_of(state, line.row))
+        differing |= _would_fill(contact, line.row, _draft_for(state, line.row, contact))
     return frozenset(differing)
 
 
@@ -132,6 +132,14 @@ def _would_fill(contact: Row, row: str, draft: Row | None) -> set[str]:
     filled = dict(contact)
     (fill_from_profile if row.startswith("profiles:") else fill_from_lead)(filled, draft)
     return {column for column, value in filled.items() if contact[column] != value}
+
+
+def _draft_for(state: State, reference: str, contact: Row) -> Row | None:
+    """What a row maps to now. One that was decided on may have left its accounts to other contacts."""
+    draft = draft_of(state, reference)
+    if draft is not None and reference in state.decisions:
+        draft |= {key: None for key in ("userId", "clerkUserId") if contact[key] is None}
+    return draft
 
 
 def columns_of(line: LedgerLine) -> tuple[str, ...]:
@@ -147,10 +155,13 @@ def draft_of(state: State, reference: str) -> Row | None:
     source = source_of(reference.partition(":")[0], row)
     try:
         if source in PROFILE_TYPES:
-            return contact_of_profile(state.population, source, row, PLACEHOLDER_DOMAIN)
-        return contact_of_lead(state.population, source, row)
+            draft = contact_of_profile(state.population, source, row, PLACEHOLDER_DOMAIN)
+        else:
+            draft = contact_of_lead(state.population, source, row)
     except Rejected:
         return None
+    _, separate_email = state.decisions.get(reference, (None, None))
+    return draft | ({"email": separate_email} if separate_email else {})
 
 
 def _is_excluded(state: State, reference: str) -> bool:

@@ -15,7 +15,7 @@ from django.db import connection
 
 from tests.conftest import Database
 from tests.populations import HAS_CLERK_USER_ID, STAGE_LABELS, read_contacts
-from tests.reference import ATTRIBUTION, Line, Population, Row
+from tests.reference import ATTRIBUTION, Decision, Line, Population, Row
 
 #: What we only read, and what people add to contacts.
 OTHER_TABLES = ("users", "profiles", "leads", "crm_interactions", "crm_stage_history")
@@ -34,6 +34,7 @@ SELECT CASE WHEN source LIKE '%leads' THEN 'leads:' ELSE 'profiles:' END || sour
        contact_id, run_id, source_updated_at, filled
   FROM ledger_entry
 """
+_DECISIONS = 'SELECT "row", contact_id, separate_email FROM conflict_decision'
 _REFERENCED = 'SELECT "contactId" FROM crm_interactions UNION SELECT "contactId" FROM crm_stage_history'
 
 
@@ -62,7 +63,7 @@ class LedgerLine(NamedTuple):
 
 @dataclass(frozen=True)
 class State:
-    """Everything, at one moment. Lines are by row reference, other rows by id."""
+    """Everything, at one moment. Lines and decisions are by row reference, other rows by id."""
 
     generation: str
     users: Mapping[str, Row]
@@ -70,6 +71,7 @@ class State:
     leads: Mapping[str, Row]
     contacts: Mapping[str, Row]
     lines: Mapping[str, LedgerLine]
+    decisions: Mapping[str, Decision]
     referenced: frozenset[str]
 
     @property
@@ -115,9 +117,18 @@ class World:
         self.has_clerk_user_id = generation in HAS_CLERK_USER_ID
         self.stages = STAGE_LABELS[generation]
         self._numbers = itertools.count(1)
+        self._seen: State | None = None
 
     def state(self) -> State:
-        """Look at everything."""
+        """Everything, as it was when somebody last looked or wrote by this class."""
+        return self._seen or self.look()
+
+    def look(self) -> State:
+        """Look at everything again."""
+        self._seen = self._read_all()
+        return self._seen
+
+    def _read_all(self) -> State:
         profile_columns = _COLUMNS["profiles"] + (("clerkUserId",) if self.has_clerk_user_id else ())
         with connection.cursor() as cursor:
             contacts = read_contacts(cursor)
@@ -128,6 +139,7 @@ class World:
             leads=self._read("leads", _COLUMNS["leads"]),
             contacts=contacts,
             lines={line.row: line for line in map(_line, self._rows(_LINES))},
+            decisions={row: (contact_id, email) for row, contact_id, email in self._rows(_DECISIONS)},
             referenced=frozenset(contact_id for (contact_id,) in self._rows(_REFERENCED)),
         )
 
@@ -139,9 +151,9 @@ class World:
         """Every row of the tables that no command of ours may write."""
         return self._database.dump(*OTHER_TABLES)
 
-    def runs(self) -> list[tuple[int, str]]:
-        """Every run of the history with its kind, the oldest first."""
-        return [(run, kind) for run, kind in self._rows("SELECT id, kind FROM backfill_run ORDER BY id")]
+    def runs(self) -> list[int]:
+        """Every run of the history, rollbacks as well, the oldest first."""
+        return [run for (run,) in self._rows("SELECT id FROM backfill_run ORDER BY id")]
 
     def add(self, table: str, **columns: Any) -> str:
         """A new row; returns its id."""
@@ -187,6 +199,7 @@ class World:
             return list(cursor.fetchall())
 
     def _execute(self, statement: str, *parameters: Any) -> None:
+        self._seen = None
         with connection.cursor() as cursor:
             cursor.execute(statement, [_naive(value) for value in parameters])
 
