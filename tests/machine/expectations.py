@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from tests.machine.memory import Memory
-from tests.machine.world import LedgerLine, State
+from tests.machine.world import LedgerLine, State, Update
 from tests.reference import (
     ATTRIBUTION,
     CONTACT_COLUMNS,
@@ -34,6 +34,9 @@ _FILLED = {
     "last_contacted_at": ("lastContactedAt",),
     "assignment": ("assignedPreparerId", "assignedAt"),
     "attribution": ATTRIBUTION,
+    "email": ("email",),
+    "contact_type": ("contactType",),
+    "stage": ("stage", "stageEnteredAt"),
 }
 #: The one column of a unit that is not empty when the unit is.
 _NEVER_EMPTY = "attributionConfidence"
@@ -55,7 +58,9 @@ class Found(NamedTuple):
 def assert_nothing_of_theirs_is_lost(before: State, after: State, memory: Memory) -> None:
     """Whatever people made, wrote or deleted is as they left it."""
     for contact_id in memory.theirs:
-        assert after.contacts.get(contact_id) == before.contacts[contact_id], "a contact that people made"
+        undone = [update for update in before.updates_of(contact_id) if update not in after.updates]
+        ours = {column for update in undone for column in columns_of(update)}
+        assert _is_only_filled(before.contacts[contact_id], after.contacts.get(contact_id, {}), ours), "one of theirs"
     for contact_id, columns in memory.written.items():
         assert contact_id in after.contacts, "a contact that people saved is gone"
         values = {c: before.contacts[contact_id][c] for c in columns if before.contacts[contact_id][c] is not None}
@@ -63,6 +68,30 @@ def assert_nothing_of_theirs_is_lost(before: State, after: State, memory: Memory
     assert not memory.deleted & after.contacts.keys(), "a contact that people deleted is back"
     for row, line in memory.laid_to_rest.items():
         assert after.lines.get(row) == line, "a row whose contact was deleted is decided anew"
+
+
+def _is_only_filled(before: Row, after: Row, ours: set[str]) -> bool:
+    """Whether a contact is as people left it, but for blanks, which a second look may fill, and what one had filled.
+
+    A confidence alone is no attribution.
+    """
+    blank = {column for column, value in before.items() if value is None} | ours
+    if not (before.keys() & set(ATTRIBUTION)) - blank - {_NEVER_EMPTY}:
+        blank.add(_NEVER_EMPTY)
+    return all(after.get(column) == value for column, value in before.items() if column not in blank)
+
+
+def assert_a_second_look_fills_no_blank_of_theirs(before: State, after: State, memory: Memory) -> None:
+    """What people emptied stays empty, unless a row that is new in the ledger brought it."""
+    for contact_id, columns in memory.emptied.items():
+        brought = {
+            column
+            for line in after.merged_into(contact_id)
+            if before.lines.get(line.row) != line
+            for column in columns_of(line)
+        }
+        still = {column for column in columns - brought if before.contacts[contact_id][column] is None}
+        assert all(after.contacts[contact_id][column] is None for column in still), "a blank that people made"
 
 
 def assert_the_ledger_is_whole(state: State) -> None:
@@ -73,6 +102,8 @@ def assert_the_ledger_is_whole(state: State) -> None:
     creators = Counter(line.contact_id for line in state.lines.values() if line.outcome == "created")
     assert all(count == 1 for count in creators.values())
     assert creators.keys() == state.creators().keys()
+    steps = {(update.contact_id, update.to_stage) for update in state.updates if update.to_stage}
+    assert state.history == {step for step in steps if step[0] in state.contacts}, "a step that nothing tells of"
 
 
 def census(state: State) -> dict[str, int]:
@@ -103,9 +134,14 @@ def _fields(state: State, memory: Memory) -> Iterator[Found]:
         if row is None:
             yield Found("row_gone", kind, line.row, contact_id, frozenset())
         elif not _is_excluded(state, line.row) and (columns := differing_columns(state, contact, line)):
-            rows = {line.row, *(merged.row for merged in state.merged_into(contact_id))}
+            rows = {line.row, *(writer.row for writer in _other_writers(state, contact_id))}
             assert contact_id in memory.written or rows & memory.moved, f"nobody changed {columns} of {line.row}"
             yield Found("fields", kind, line.row, contact_id, columns)
+
+
+def _other_writers(state: State, contact_id: str) -> list[LedgerLine | Update]:
+    """What other rows wrote into a contact after the one that made it, in their order."""
+    return sorted([*state.merged_into(contact_id), *state.updates_of(contact_id)], key=_turn)
 
 
 def differing_columns(state: State, contact: Row, creator: LedgerLine) -> frozenset[str]:
@@ -114,16 +150,22 @@ def differing_columns(state: State, contact: Row, creator: LedgerLine) -> frozen
     if draft is None:
         return frozenset({"email"})
     differing = {column for column in CONTACT_COLUMNS if contact[column] != draft[column]} - {"updatedAt"}
-    merged = sorted(state.merged_into(contact["id"]), key=lambda line: line.run)
+    merged = state.merged_into(contact["id"])
+    by_updates: set[str] = set()
+    for writer in _other_writers(state, contact["id"]):
+        theirs = _draft_for(state, writer.row, contact)
+        columns = set(columns_of(writer))
+        by_updates = by_updates | columns if isinstance(writer, Update) else by_updates - columns
+        differing -= columns
+        differing |= {column for column in columns if theirs is None or contact[column] != theirs[column]}
     for line in merged:
-        theirs = _draft_for(state, line.row, contact)
-        for column in columns_of(line):
-            differing.discard(column)
-            if theirs is None or contact[column] != theirs[column]:
-                differing.add(column)
-    for line in merged:
-        differing |= _would_fill(contact, line.row, _draft_for(state, line.row, contact))
+        differing |= _would_fill(contact, line.row, _draft_for(state, line.row, contact)) - by_updates
     return frozenset(differing)
+
+
+def _turn(writer: LedgerLine | Update) -> tuple[int, int]:
+    """Within a run, the second look comes last."""
+    return writer.run, writer.number if isinstance(writer, Update) else 0
 
 
 def _would_fill(contact: Row, row: str, draft: Row | None) -> set[str]:
@@ -142,9 +184,9 @@ def _draft_for(state: State, reference: str, contact: Row) -> Row | None:
     return draft
 
 
-def columns_of(line: LedgerLine) -> tuple[str, ...]:
-    """The contact's columns that a merged row filled."""
-    return tuple(column for name in line.filled for column in _FILLED[name])
+def columns_of(writer: LedgerLine | Update) -> tuple[str, ...]:
+    """The contact's columns that a merged row filled, or a second look changed."""
+    return tuple(column for name in writer.filled for column in _FILLED[name])
 
 
 def draft_of(state: State, reference: str) -> Row | None:
@@ -197,20 +239,45 @@ def assert_taken_back(before: State, after: State, run: int, memory: Memory) -> 
         creator = before.creators()[contact_id]
         assert (creator.run, contact_id in before.referenced) == (run, False)
     for line in before.lines.values():
-        expected = _is_to_go(before, line, run, gone, memory)
+        expected = _is_to_go(before, after, line, run, memory)
         assert expected is None or (line.row in lines_gone) == expected, f"{line.outcome} {line.row}"
+    _assert_updates_taken_back(before, after, run, memory)
     for contact_id, contact in after.contacts.items():
         taken = [line for line in lines_gone.values() if (line.outcome, line.contact_id) == ("merged", contact_id)]
-        _assert_emptied(before.contacts[contact_id], contact, taken, run)
+        undone = [update for update in before.updates_of(contact_id) if update not in after.updates]
+        _assert_emptied(before.contacts[contact_id], contact, taken, undone, run)
 
 
-def _is_to_go(before: State, line: LedgerLine, run: int, gone: Any, memory: Memory) -> bool | None:
+def _assert_updates_taken_back(before: State, after: State, run: int, memory: Memory) -> None:
+    for update in before.updates:
+        is_gone = update not in after.updates
+        if update.contact_id in before.contacts and update.contact_id not in after.contacts:
+            assert is_gone, "an update outlives its contact"
+        elif update.run != run:
+            assert not is_gone, "an update of another run"
+        else:
+            expected = _is_update_to_go(before, update, memory)
+            assert expected is None or is_gone == expected, f"update by {update.row}"
+
+
+def _is_update_to_go(before: State, update: Update, memory: Memory) -> bool | None:
+    contact = before.contacts.get(update.contact_id)
+    if contact is None or contact["updatedAt"] != update.contact_updated_at:
+        return False
+    later = [other for other in before.updates_of(update.contact_id) if other.number > update.number]
+    if any(set(columns_of(other)) & set(columns_of(update)) for other in later):
+        return None  # what a later one changed does not stand as this one wrote it
+    return _still_tells(before, update, memory)
+
+
+def _is_to_go(before: State, after: State, line: LedgerLine, run: int, memory: Memory) -> bool | None:
     """Whether a line is to go; None where it may stay or go, and must only agree with its contact."""
     is_there = line.contact_id in before.contacts
     creator = before.creators().get(str(line.contact_id))
     if line.outcome == "merged" and creator and (line.run != run or creator.run == run):
         # It goes with its contact; or with what had been filled before it by the run that is taken back.
-        return True if line.contact_id in gone else False if line.run == run else None
+        is_gone = is_there and line.contact_id not in after.contacts
+        return True if is_gone else False if line.run == run else None
     if line.run != run:
         return False
     if line.outcome in ("error", "exists"):
@@ -218,27 +285,38 @@ def _is_to_go(before: State, line: LedgerLine, run: int, gone: Any, memory: Memo
     if not is_there or line.contact_id in memory.written:
         return False
     if line.outcome == "created":
-        if line.contact_id in before.referenced:
-            return False
-        writers = [line, *(merged for merged in before.merged_into(line.id) if merged.filled)]
-        return True if all(_still_tells(before, writer, memory) is not None for writer in writers) else None
+        return _is_contact_to_go(before, after, line, memory)
     return not line.filled or _still_tells(before, line, memory)
 
 
-def _still_tells(state: State, line: LedgerLine, memory: Memory) -> bool | None:
-    """Whether a row says what it said when its line was written; None where it hides that it does not."""
-    row = state.source_row(line.row)
-    if row is None or row["updatedAt"] != line.updated_at:
+def _is_contact_to_go(before: State, after: State, line: LedgerLine, memory: Memory) -> bool | None:
+    if line.id in before.referenced:
         return False
-    return None if line.row in memory.moved_silently else True
+    if any(update.to_stage and update in after.updates for update in before.updates_of(line.id)):
+        return False  # its history refers to it
+    writers = [line, *(writer for writer in _other_writers(before, line.id) if writer.filled)]
+    return True if all(_still_tells(before, writer, memory) is not None for writer in writers) else None
 
 
-def _assert_emptied(before: Row, after: Row, taken: list[LedgerLine], run: int) -> None:
-    """A contact that stays is as it was, but for what the lines that are gone had filled: there is nothing now."""
-    filled = {column for line in taken for column in columns_of(line)}
+def _still_tells(state: State, writer: LedgerLine | Update, memory: Memory) -> bool | None:
+    """Whether a row says what it said when it was written down; None where it hides that it does not."""
+    row = state.source_row(writer.row)
+    if row is None or row["updatedAt"] != writer.updated_at:
+        return False
+    return None if writer.row in memory.moved_silently else True
+
+
+def _assert_emptied(before: Row, after: Row, taken: list[LedgerLine], undone: list[Update], run: int) -> None:
+    """A contact that stays is as it was, but for what is taken out: there is nothing now, or what was before."""
+    writers: list[LedgerLine | Update] = [*taken, *undone]
+    filled = {column for writer in writers for column in columns_of(writer)}
     assert {c: v for c, v in after.items() if c not in filled} == {c: v for c, v in before.items() if c not in filled}
-    assert all(after[column] is None for column in filled - {_NEVER_EMPTY})
-    assert not taken or any(line.run == run for line in taken)
+    expected = dict.fromkeys(filled - {_NEVER_EMPTY, "stageEnteredAt"})
+    for update in reversed(undone):
+        was = {"contactType": update.from_type, "stage": update.from_stage, "email": update.placeholder}
+        expected |= {column: value for column, value in was.items() if column in columns_of(update)}
+    assert {column: after[column] for column in expected} == expected
+    assert not taken or any(writer.run == run for writer in writers)
 
 
 def rollback_counts(before: State, after: State, run: int) -> dict[str, Any]:
@@ -251,6 +329,7 @@ def rollback_counts(before: State, after: State, run: int) -> dict[str, Any]:
 
     (made_gone, made_kept), merges, lines = count("created"), count("merged"), count("exists", "error")
     others = [line for line in before.lines.values() if line.run != run and line.row not in after.lines]
+    updates = [update in after.updates for update in before.updates if update.run == run]
     return {
         "reversed": made_gone,
         "kept": made_kept,
@@ -258,4 +337,5 @@ def rollback_counts(before: State, after: State, run: int) -> dict[str, Any]:
         "merges": {"reversed": merges[0], "kept": merges[1], "failed": 0},
         "lines": {"reversed": lines[0], "kept": lines[1], "failed": 0},
         "later_merges": len(others),
+        "updates": {"reversed": updates.count(False), "kept": updates.count(True), "failed": 0},
     }

@@ -5,8 +5,9 @@ None of it is asked of the tables that the backfill writes, nor of `updatedAt`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from tests.machine.world import LedgerLine, State
 from tests.reference import SETTLED
@@ -18,6 +19,8 @@ class Memory:
 
     #: The columns of contacts that people wrote, by contact; a contact is in it as soon as somebody saved it.
     written: dict[str, set[str]] = field(default_factory=dict)
+    #: The columns that people emptied of what a command of ours had written, by contact.
+    emptied: dict[str, set[str]] = field(default_factory=dict)
     #: Contacts that people made.
     theirs: set[str] = field(default_factory=set)
     deleted: set[str] = field(default_factory=set)
@@ -27,15 +30,21 @@ class Memory:
     moved: set[str] = field(default_factory=set)
     moved_silently: set[str] = field(default_factory=set)
 
-    def contact_saved(self, contact_id: str, columns: Iterable[str] = ()) -> None:
-        """Somebody saved a contact in the application, and changed these columns."""
-        self.written.setdefault(contact_id, set()).update(columns)
+    def contact_saved(self, contact_id: str, columns: Mapping[str, Any], state: State) -> None:
+        """Somebody saved a contact in the application with these values; `state` is from before."""
+        written = self.written.setdefault(contact_id, set())
+        was = state.contacts[contact_id]
+        if contact_id not in self.theirs or state.updates_of(contact_id):
+            ours = {name for name, value in columns.items() if value is None and was.get(name) is not None} - written
+            self.emptied.setdefault(contact_id, set()).update(ours)
+        written.update(columns)
 
     def contact_deleted(self, contact_id: str, state: State) -> None:
         """Somebody deleted a contact; `state` is from before."""
         self.deleted.add(contact_id)
         self.theirs.discard(contact_id)
         self.written.pop(contact_id, None)
+        self.emptied.pop(contact_id, None)
         for line in state.lines.values():
             if line.contact_id == contact_id and line.outcome in SETTLED:
                 self.laid_to_rest[line.row] = line

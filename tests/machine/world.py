@@ -6,7 +6,7 @@ Every write bumps `updatedAt` to this very moment, as Prisma does. Ids count up,
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
@@ -17,8 +17,11 @@ from tests.conftest import Database
 from tests.populations import HAS_CLERK_USER_ID, STAGE_LABELS, read_contacts
 from tests.reference import ATTRIBUTION, Decision, Line, Population, Row
 
-#: What we only read, and what people add to contacts.
-OTHER_TABLES = ("users", "profiles", "leads", "crm_interactions", "crm_stage_history")
+#: What we only read, and what people add to contacts. Of the contacts' history only what is not told by an update.
+OTHER_TABLES = ("users", "profiles", "leads", "crm_interactions")
+_OF_AN_UPDATE = "reason = 'CRM contacts backfill'"
+_OTHERS_HISTORY = f"SELECT h::text FROM crm_stage_history h WHERE ({_OF_AN_UPDATE}) IS NOT TRUE ORDER BY 1"
+_HISTORY = f'SELECT "contactId", "toStage"::text FROM crm_stage_history WHERE {_OF_AN_UPDATE}'
 
 _NOW = "date_trunc('milliseconds', clock_timestamp() AT TIME ZONE 'UTC')"
 _COLUMNS = {
@@ -31,15 +34,24 @@ _COLUMNS = {
 }
 _LINES = """
 SELECT CASE WHEN source LIKE '%leads' THEN 'leads:' ELSE 'profiles:' END || source_id, id, source, outcome, reason,
-       contact_id, run_id, source_updated_at, filled
+       contact_id, run_id, source_updated_at, filled, COALESCE(seen_updated_at, source_updated_at)
   FROM ledger_entry
 """
+_UPDATES = """
+SELECT change.id, CASE WHEN line.source LIKE '%leads' THEN 'leads:' ELSE 'profiles:' END || line.source_id,
+       change.contact_id, change.run_id, change.source_updated_at, change.contact_updated_at, change.columns,
+       change.from_type, change.from_stage, change.to_stage, change.placeholder
+  FROM contact_update change JOIN ledger_entry line ON line.id = change.line_id ORDER BY change.id
+"""
 _DECISIONS = 'SELECT "row", contact_id, separate_email FROM conflict_decision'
-_REFERENCED = 'SELECT "contactId" FROM crm_interactions UNION SELECT "contactId" FROM crm_stage_history'
+_REFERENCED = f"""
+SELECT "contactId" FROM crm_interactions
+ UNION SELECT "contactId" FROM crm_stage_history WHERE ({_OF_AN_UPDATE}) IS NOT TRUE
+"""
 
 
 class LedgerLine(NamedTuple):
-    """A line of the ledger, whole."""
+    """A line of the ledger, but for what a second look remembers."""
 
     row: str
     id: str
@@ -61,6 +73,22 @@ class LedgerLine(NamedTuple):
         }
 
 
+class Update(NamedTuple):
+    """What a second look at a row changed in a contact."""
+
+    number: int
+    row: str
+    contact_id: str
+    run: int
+    updated_at: datetime
+    contact_updated_at: datetime
+    filled: tuple[str, ...]
+    from_type: str | None
+    from_stage: str | None
+    to_stage: str | None
+    placeholder: str | None
+
+
 @dataclass(frozen=True)
 class State:
     """Everything, at one moment. Lines and decisions are by row reference, other rows by id."""
@@ -71,6 +99,9 @@ class State:
     leads: Mapping[str, Row]
     contacts: Mapping[str, Row]
     lines: Mapping[str, LedgerLine]
+    seen: Mapping[str, datetime]
+    updates: Sequence[Update]
+    history: frozenset[tuple[str, str]]
     decisions: Mapping[str, Decision]
     referenced: frozenset[str]
 
@@ -100,6 +131,10 @@ class State:
     def creators(self) -> dict[str, LedgerLine]:
         """The lines that made contacts, by contact."""
         return {line.id: line for line in self.lines.values() if line.outcome == "created"}
+
+    def updates_of(self, contact_id: str) -> list[Update]:
+        """What second looks changed in a contact, in their order."""
+        return [update for update in self.updates if update.contact_id == contact_id]
 
     def merged_into(self, contact_id: str) -> list[LedgerLine]:
         """The lines of the rows that were merged into a contact."""
@@ -132,13 +167,19 @@ class World:
         profile_columns = _COLUMNS["profiles"] + (("clerkUserId",) if self.has_clerk_user_id else ())
         with connection.cursor() as cursor:
             contacts = read_contacts(cursor)
+        lines = [(_line(row[:-1]), _aware(row[-1])) for row in self._rows(_LINES)]
         return State(
             self.generation,
             users=self._read("users", _COLUMNS["users"]),
             profiles=self._read("profiles", profile_columns),
             leads=self._read("leads", _COLUMNS["leads"]),
             contacts=contacts,
-            lines={line.row: line for line in map(_line, self._rows(_LINES))},
+            lines={line.row: line for line, _ in lines},
+            seen={line.row: seen for line, seen in lines},
+            updates=[
+                Update(*map(_aware, row))._replace(filled=tuple(row[6].split(","))) for row in self._rows(_UPDATES)
+            ],
+            history=frozenset((contact_id, stage) for contact_id, stage in self._rows(_HISTORY)),
             decisions={row: (contact_id, email) for row, contact_id, email in self._rows(_DECISIONS)},
             referenced=frozenset(contact_id for (contact_id,) in self._rows(_REFERENCED)),
         )
@@ -148,8 +189,8 @@ class World:
         return self._database.dump()
 
     def other_tables(self) -> dict[str, list[tuple[Any, ...]]]:
-        """Every row of the tables that no command of ours may write."""
-        return self._database.dump(*OTHER_TABLES)
+        """Every row that no command of ours may write."""
+        return self._database.dump(*OTHER_TABLES) | {"crm_stage_history": self._rows(_OTHERS_HISTORY)}
 
     def runs(self) -> list[int]:
         """Every run of the history, rollbacks as well, the oldest first."""
