@@ -533,7 +533,8 @@ class ContactUpdateAdmin(ContactNamingAdmin):
     ordering = ("-id",)
     fields = (
         *("contact", "what_was_changed", "type_change", "stage_change", "stage_entered_before"),
-        *("placeholder", "confidence_before", "line_link", "run_link", "source_updated_at", "contact_updated_at"),
+        *("placeholder", "confidence_before", "line_link", "source", "source_id", "run_link"),
+        *("source_updated_at", "contact_updated_at"),
     )
 
     def get_search_results(
@@ -548,8 +549,8 @@ class ContactUpdateAdmin(ContactNamingAdmin):
 
     @admin.display(description="ledger line")
     def line_link(self, change: ContactUpdate) -> str:
-        """The line of the source row that it came from."""
-        return _link(LedgerEntry, change.line_id, change.line_id)
+        """The line of the source row that it came from; there is none while the row is pending again."""
+        return _link(LedgerEntry, change.line_id, change.row)
 
     @admin.display(description="changed")
     def what_was_changed(self, change: ContactUpdate) -> str:

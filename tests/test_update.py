@@ -974,6 +974,25 @@ def test_what_was_merged_on_top_of_a_value_that_is_taken_out_is_pending_again(da
     assert defects() == []
 
 
+def test_what_a_row_changed_is_known_when_the_row_is_pending_again(database: Database) -> None:
+    add_lead("bob@example.com")
+    run()
+    anothers = add_contact("ann@example.com")
+    add_lead("ann@example.com", phone="555 0101")
+    add_profile(email="bob@example.com")
+    first = run()
+    before = contacts()
+    second = update()
+    assert second["updated_by_column"] == {"contact_type": 1, "phone": 1}
+    roll_back(first["run"])
+    assert contacts()[anothers]["phone"] == "555 0101"
+    assert defects() == []
+    taken = roll_back(second["run"])
+    assert taken.counts.numbers["updates_reversed"] == 2
+    assert {key: row | {"userId": None} for key, row in before.items()} == contacts()
+    assert defects() == []
+
+
 def test_a_contact_that_a_later_run_promoted_stays_until_that_run_is_taken_back(database: Database) -> None:
     lead = add_lead("ann@example.com")
     made = run()

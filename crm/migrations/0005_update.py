@@ -15,6 +15,19 @@ class Migration(migrations.Migration):
             name="ContactUpdate",
             fields=[
                 ("id", models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID")),
+                (
+                    "source",
+                    models.TextField(
+                        choices=[
+                            ("clients", "clients"),
+                            ("preparers", "preparers"),
+                            ("affiliates", "affiliates"),
+                            ("converted_leads", "converted_leads"),
+                            ("active_leads", "active_leads"),
+                        ]
+                    ),
+                ),
+                ("source_id", models.TextField(verbose_name="source id")),
                 ("contact_id", crm.fields.KeyField(db_index=True, verbose_name="contact id")),
                 ("columns", models.TextField(help_text="What was filled, replaced or promoted")),
                 (

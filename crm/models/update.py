@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from django.db import models
 
+from crm.backfill.outcome import Source
 from crm.fields import KeyField, TimestampField
 from crm.models.ledger import BackfillRun, LedgerEntry
 
@@ -12,11 +13,14 @@ class ContactUpdate(models.Model):
     """What one source row changed in one contact when a run looked at it again.
 
     Names and labels, never a value of a person's: the values are those of the source row. The placeholder that was
-    replaced is made of the row's id. Together they are what a rollback needs to take the change back.
+    replaced is made of the row's id. Together they are what a rollback needs to take the change back: also when the run
+    that settled the row was taken back before, so that there is no line of it.
     """
 
     run = models.ForeignKey(BackfillRun, models.CASCADE, related_name="contact_updates")
     line = models.ForeignKey(LedgerEntry, models.DO_NOTHING, db_index=False, db_constraint=False, related_name="+")
+    source = models.TextField(choices=[(source.value, source.value) for source in Source])
+    source_id = models.TextField("source id")
     contact_id = KeyField("contact id", db_index=True)
     columns = models.TextField(help_text="What was filled, replaced or promoted")
     source_updated_at = TimestampField(help_text="The source row's updatedAt when it was looked at")
@@ -35,3 +39,8 @@ class ContactUpdate(models.Model):
 
     def __str__(self) -> str:
         return f"update of {self.contact_id}"
+
+    @property
+    def row(self) -> str:
+        """The row's reference, `<table>:<id>`."""
+        return f"{Source(self.source).table}:{self.source_id}"

@@ -36,16 +36,11 @@ _UPDATED_CONTACTS = """
 SELECT contact_id FROM contact_update WHERE run_id = %s AND contact_id COLLATE "C" > %s
  GROUP BY contact_id ORDER BY contact_id COLLATE "C" LIMIT %s
 """
-_UPDATE_COLUMNS = f"""
-SELECT change.id, {
-    _LINE.replace("line.contact_id", "change.contact_id")
-    .replace("line.run_id", "change.run_id")
-    .replace("line.source_updated_at", "change.source_updated_at")
-    .replace("line.filled", "change.columns")
-},
-       change.contact_updated_at, change.from_type, change.from_stage, change.to_stage, change.stage_entered_before,
-       change.confidence_before, change.placeholder
-  FROM contact_update change JOIN ledger_entry line ON line.id = change.line_id
+_UPDATE_COLUMNS = """
+SELECT change.id, change.line_id, change.source, change.source_id, change.contact_id, change.run_id,
+       change.source_updated_at, change.columns, change.contact_updated_at, change.from_type, change.from_stage,
+       change.to_stage, change.stage_entered_before, change.confidence_before, change.placeholder
+  FROM contact_update change
 """
 _UPDATES = f"{_UPDATE_COLUMNS} WHERE change.run_id = %s AND change.contact_id = ANY(%s) ORDER BY change.id DESC"
 _UPDATES_IN = f"{_UPDATE_COLUMNS} WHERE change.contact_id = ANY(%s) ORDER BY change.id"
@@ -155,7 +150,7 @@ class Reader:
                 ),
                 *rest,
             )
-            for number, identifier, source, source_id, _, contact_id, run_id, updated_at, columns, *rest in self._rows(
+            for number, identifier, source, source_id, contact_id, run_id, updated_at, columns, *rest in self._rows(
                 query, *parameters
             )
         ]

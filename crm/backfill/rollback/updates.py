@@ -27,7 +27,7 @@ from crm.backfill.rollback.verdict import (
 
 
 class UpdateRecord(NamedTuple):
-    """A line of `contact_update`, with the ledger line of its row as `line`: what it filled is what was changed."""
+    """A line of `contact_update`, as a ledger line of its row in `line`: what it filled is what was changed."""
 
     number: int
     line: Line

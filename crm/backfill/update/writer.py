@@ -44,7 +44,7 @@ UPDATE ledger_entry line SET seen_updated_at = looked.at::timestamp
 
 
 _RECORDED = {
-    **dict.fromkeys(("line_id", "contact_id", "columns"), "text"),
+    **dict.fromkeys(("line_id", "source_id", "contact_id", "columns"), "text"),
     **dict.fromkeys(("source_updated_at", "contact_updated_at"), "timestamp"),
     **dict.fromkeys(("from_type", "to_type", "from_stage", "to_stage"), "text"),
     "stage_entered_before": "timestamp",
@@ -52,8 +52,8 @@ _RECORDED = {
     "placeholder": "text",
 }
 _RECORD = f"""
-INSERT INTO contact_update (run_id, {", ".join(_RECORDED)})
-SELECT %s::bigint, change.* FROM unnest({", ".join(f"%s::{kind}[]" for kind in _RECORDED.values())}) AS change
+INSERT INTO contact_update (run_id, source, {", ".join(_RECORDED)})
+SELECT %s::bigint, %s, change.* FROM unnest({", ".join(f"%s::{kind}[]" for kind in _RECORDED.values())}) AS change
 """
 
 
@@ -117,7 +117,7 @@ class UpdateWriter:
             totals = Totals()
             for rows in pages:
                 changes = self._settle(source, rows)
-                self._record(changes)
+                self._record(source, changes)
                 self._mark_seen(changes)
                 totals.add(totals_of(changes))
             if totals.revisited:
@@ -213,11 +213,11 @@ class UpdateWriter:
             with self._connection.cursor() as cursor:
                 cursor.execute(_HISTORY, [REASON, *map(list, zip(*steps, strict=True))])
 
-    def _record(self, changes: Iterable[Change]) -> None:
+    def _record(self, source: Source, changes: Iterable[Change]) -> None:
         lines = [_recorded(change) for change in changes if change.columns]
         if lines:
             with self._connection.cursor() as cursor:
-                cursor.execute(_RECORD, [self._run_id, *map(list, zip(*lines, strict=True))])
+                cursor.execute(_RECORD, [self._run_id, source.value, *map(list, zip(*lines, strict=True))])
 
     def _mark_seen(self, changes: Iterable[Change]) -> None:
         seen = sorted(
@@ -235,6 +235,7 @@ def _recorded(change: Change) -> tuple[str | int | None, ...]:
     before, values = change.before, change.values
     return (
         change.line.id,
+        change.row.source_id,
         change.contact_id,
         ",".join(change.columns),
         change.row.updated_at,

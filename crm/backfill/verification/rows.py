@@ -36,9 +36,8 @@ SELECT contact_id, outcome, id, CASE WHEN source IN ({_LEAD_SOURCES}) THEN 'lead
   FROM (SELECT contact_id, outcome, id, source, source_id, source_updated_at, filled, run_id, 0 AS turn
           FROM ledger_entry WHERE outcome IN ('created', 'merged') AND contact_id IS NOT NULL
          UNION ALL
-        SELECT change.contact_id, '{UPDATED}', line.id, line.source, line.source_id, change.source_updated_at,
-               change.columns, change.run_id, change.id
-          FROM contact_update change JOIN ledger_entry line ON line.id = change.line_id) line
+        SELECT contact_id, '{UPDATED}', line_id, source, source_id, source_updated_at, columns, run_id, id
+          FROM contact_update) line
  ORDER BY contact_id COLLATE "C", outcome <> 'created', run_id, turn, id COLLATE "C"
 """
 # Each LATERAL with its LIMIT is one index probe a row, whatever the planner believes. The columns stand in the order
