@@ -38,10 +38,9 @@ SELECT CASE WHEN source LIKE '%leads' THEN 'leads:' ELSE 'profiles:' END || sour
   FROM ledger_entry
 """
 _UPDATES = """
-SELECT change.id, CASE WHEN line.source LIKE '%leads' THEN 'leads:' ELSE 'profiles:' END || line.source_id,
-       change.contact_id, change.run_id, change.source_updated_at, change.contact_updated_at, change.columns,
-       change.from_type, change.from_stage, change.to_stage, change.placeholder
-  FROM contact_update change JOIN ledger_entry line ON line.id = change.line_id ORDER BY change.id
+SELECT id, CASE WHEN source LIKE '%leads' THEN 'leads:' ELSE 'profiles:' END || source_id, contact_id, run_id,
+       source_updated_at, contact_updated_at, columns, from_type, from_stage, to_stage, placeholder
+  FROM contact_update ORDER BY id
 """
 _DECISIONS = 'SELECT "row", contact_id, separate_email FROM conflict_decision'
 _REFERENCED = f"""
