@@ -32,7 +32,7 @@ class Server:
         server = cls(embedded.start(data))
         with server.connect("postgres") as connection:
             connection.execute("ALTER SYSTEM SET max_wal_size = '4GB'")
-            connection.execute("ALTER SYSTEM SET shared_buffers = '512MB'")
+            connection.execute("ALTER SYSTEM SET shared_buffers = '2GB'")
         return server
 
     def connect(self, database: str) -> psycopg.Connection[tuple[Any, ...]]:
