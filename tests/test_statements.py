@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from django.db import connection
 
+from crm.backfill.outcome import Source
+from crm.backfill.schema import examine
+from crm.backfill.source import EVERYBODY, Partition, SourceReader
 from tests.builders import add_many_contacts, add_many_leads, add_profile, contacts
 from tests.commands import Statement, run, statements
 from tests.conftest import Database
@@ -162,3 +166,26 @@ def test_a_batch_does_not_wait_for_ever(database: Database) -> None:
 def test_a_ledger_line_costs_one_entry_in_one_index(database: Database) -> None:
     indexes = database.rows("SELECT indexdef FROM pg_indexes WHERE tablename = 'ledger_entry'")
     assert indexes == [("CREATE UNIQUE INDEX ledger_entry_pkey ON crm_backfill.ledger_entry USING btree (id)",)]
+
+
+@pytest.mark.parametrize("partition", [EVERYBODY, Partition(0, 2)])
+def test_a_page_is_a_walk_along_an_index_whatever_the_statistics_say(database: Database, partition: Partition) -> None:
+    add_many_leads(20_000)
+    with_all("""UPDATE leads SET "createdAt" = timestamp '2025-01-01' + random() * interval '100 days'""")
+    # As autovacuum does in the middle of a run: every row that it sees has a line, and all of them are of this run.
+    assert run(limit=5_000)["created"] == 5_000
+    with_all("ANALYZE")
+    reader = SourceReader(
+        connection, examine(connection, for_writing=False), Source.ACTIVE_LEADS, partition=partition, run_id=1
+    )
+    plans: list[str] = []
+
+    def explain(execute: Any, sql: str, parameters: Any, many: bool, context: dict[str, Any]) -> Any:  # noqa: FBT001 - Django's signature
+        with connection.connection.cursor() as cursor:
+            plans.extend(line for (line,) in cursor.execute("EXPLAIN " + sql, parameters))
+        return execute(sql, parameters, many, context)
+
+    with connection.execute_wrapper(explain):
+        reader.page(("2020-01-01", ""), 100)
+    plan = "\n".join(plans)
+    assert 'Index Scan using "leads_createdAt_idx" on leads r' in plan, plan
