@@ -2,8 +2,8 @@
 
 A row whose ledger line says created, merged or exists is not read again. That is an anti-join on the ledger's key and
 no watermark, so no row is ever missed. Every look-up beside the paged table is a LATERAL with a LIMIT, and what is
-asked of it is opaque to the planner: a page stays a walk along an index, with one probe a row, whatever the planner believes
-of tables that this very run is filling.
+asked of it is opaque to the planner: a page stays a walk along an index, with one probe a row, whatever the planner
+believes of tables that this very run is filling.
 
 Timestamps and rates are fetched as PostgreSQL's own text: they are carried over, so nothing is gained by parsing them.
 """
