@@ -481,7 +481,7 @@ class LedgerAdmin(ContactNamingAdmin):
 
     @admin.display(description="filled")
     def what_was_filled(self, entry: LedgerEntry) -> str:
-        """What a merge filled in the contact."""
+        """What the row filled in the contact."""
         return _spaced(entry.filled)
 
     @admin.display(description="what a person decided")

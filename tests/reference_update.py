@@ -30,10 +30,10 @@ PLACEHOLDER_KINDS = ("client", "preparer", "affiliate")
 
 @dataclass
 class Made:
-    """Who made a contact of ours."""
+    """The row that made a contact of ours: its `updatedAt`, and what it had to give, by column."""
 
-    table: str
     updated_at: Any
+    gave: set[str]
 
 
 @dataclass
@@ -69,7 +69,9 @@ def run(world: World, population: Population, *, update: bool) -> Looks:
         if line["outcome"] in reference.SETTLED and world.ledger.get(ref, {}).get("outcome") not in reference.SETTLED:
             world.seen[ref] = rows[ref]["updatedAt"]
             if line["outcome"] == "created":
-                world.made[str(line["contact_id"])] = Made(ref.split(":")[0], rows[ref]["updatedAt"])
+                draft = _draft(population, str(reference.source_of(ref.split(":")[0], rows[ref])), rows[ref])
+                gave = {column for column, value in draft.items() if value is not None} - {"attributionConfidence"}
+                world.made[str(line["contact_id"])] = Made(rows[ref]["updatedAt"], gave)
     for contact_id, columns in result.filled.items():
         world.merged_in.setdefault(contact_id, set()).update(columns)
     world.contacts, world.ledger = result.contacts, result.ledger
@@ -110,15 +112,18 @@ def _one_row(world: World, population: Population, source: str, table: str, row:
         world.given.setdefault(contact["id"], set()).add(name)
 
 
+def _draft(population: Population, source: str, row: Row) -> Row:
+    if source in reference.PROFILE_TYPES:
+        return reference.contact_of_profile(population, source, row, reference.PLACEHOLDER_DOMAIN)
+    return reference.contact_of_lead(population, source, row)
+
+
 def _verdict(
     world: World, population: Population, source: str, row: Row, contact: Row
 ) -> tuple[dict[str, Row], list[str]]:
     """What is written, by name, and the names of what is kept."""
     try:
-        if source in reference.PROFILE_TYPES:
-            draft = reference.contact_of_profile(population, source, row, reference.PLACEHOLDER_DOMAIN)
-        else:
-            draft = reference.contact_of_lead(population, source, row)
+        draft = _draft(population, source, row)
     except reference.Rejected:
         return {}, []
     try:
@@ -186,9 +191,7 @@ def _may_fill(world: World, made: Made | None, contact: Row, name: str) -> bool:
         return False
     if made is None or contact["updatedAt"] == made.updated_at:
         return True
-    if name in (PROFILE_BRINGS if made.table == "profiles" else LEAD_BRINGS):
-        return False
-    return not set(UNITS[name]) & world.merged_in.get(contact["id"], set())
+    return not set(UNITS[name]) & (made.gave | world.merged_in.get(contact["id"], set()))
 
 
 def _email(

@@ -492,7 +492,7 @@ def _looks(answer: dict[str, Any]) -> dict[str, Any]:
 def _as_the_judge_of_second_looks_sees_it(state: State) -> reference_update.World:
     world = reference_update.World(contacts=dict(state.contacts), ledger=state.ledger, seen=dict(state.seen))
     for contact_id, line in state.creators().items():
-        world.made[contact_id] = reference_update.Made(line.row.partition(":")[0], line.updated_at)
+        world.made[contact_id] = reference_update.Made(line.updated_at, set(expectations.columns_of(line)))
     for contact_id in state.contacts:
         world.given[contact_id] = {name for update in state.updates_of(contact_id) for name in update.filled}
         merged = state.merged_into(contact_id)

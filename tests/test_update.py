@@ -477,6 +477,57 @@ def test_a_person_who_changed_a_name_keeps_no_profile_from_filling_what_it_alone
     assert update()["kept_by_column"] == {"company": 1, "contact_type": 1}
 
 
+#: What turns up in a lead only later, by the name under which it is told.
+NEWS_OF_LEADS: dict[str, Row] = {
+    "phone": {"phone": "555 0101"},
+    "last_contacted_at": {"lastContactedAt": LATER},
+    "assignment": {"assignedPreparerId": "nobody"},
+    "attribution": {"referrerUsername": "ref", "commissionRate": "12.50"},
+}
+NEWS_OF_PROFILES: dict[str, Row] = {
+    "phone": {"phone": "555 0101"},
+    "company": {"companyName": "Ann & Co"},
+    "clerk_user_id": {"clerkUserId": "clerk"},
+}
+
+
+@pytest.mark.parametrize("name", NEWS_OF_LEADS)
+def test_a_blank_that_never_was_filled_is_one_also_where_a_person_worked_elsewhere(
+    database: Database, name: str
+) -> None:
+    # The lead that made the contact brought everything else.
+    brought = {
+        column: value for other, news in NEWS_OF_LEADS.items() if other != name for column, value in news.items()
+    }
+    lead = add_lead("ann@example.com", **({"phone": " "} | brought))
+    run()
+    contact = contact_id("leads", lead)
+    change("crm_contacts", contact, lastName="Own", stage="CONTACTED")
+    change("leads", lead, **NEWS_OF_LEADS[name])
+    before = contacts()[contact]
+    report = update()
+    assert (report["updated_by_column"], report["kept_by_column"]) == ({name: 1}, {})
+    after = contacts()[contact]
+    written = {*NEWS_OF_LEADS[name], *(["assignedAt"] if name == "assignment" else [])}
+    assert {column for column in after if after[column] != before[column]} == written
+    change("crm_contacts", contact, **dict.fromkeys(written))
+    change("leads", lead, updatedAt="2025-08-08 00:00:00")
+    assert update()["kept_by_column"] == {name: 1}, "now a person made it"
+
+
+@pytest.mark.parametrize("name", NEWS_OF_PROFILES)
+def test_so_it_is_with_what_a_profile_brings(database: Database, name: str) -> None:
+    brought = {
+        column: value for other, news in NEWS_OF_PROFILES.items() if other != name for column, value in news.items()
+    }
+    profile = add_profile(email="ann@example.com", **brought)
+    run()
+    change("crm_contacts", contact_id("profiles", profile), lastName="Own")
+    change("profiles", profile, **NEWS_OF_PROFILES[name])
+    report = update()
+    assert (report["updated_by_column"], report["kept_by_column"]) == ({name: 1}, {})
+
+
 def test_what_a_merge_filled_and_a_person_took_away_stays_away(database: Database) -> None:
     lead = add_lead("ann@example.com")
     run()

@@ -18,6 +18,7 @@ ACCOUNTS = ("user_id", "clerk_user_id")
 PROFILE_FILLS = (*ACCOUNTS, "phone", "company")
 ATTRIBUTION_UNIT = (*ATTRIBUTION, "attribution_confidence")
 ASSIGNMENT_UNIT = ("assigned_preparer_id", "assigned_at")
+_FILLED_ALONE = (*PROFILE_FILLS, "last_contacted_at")
 
 
 @dataclass(slots=True)
@@ -165,7 +166,7 @@ def decide(rows: Iterable[MappedRow], known: KnownContacts) -> Plan:
             made[draft.id] = contact = KnownContact.of_draft(draft)
             known.add(contact)
             plan.creates.append(draft)
-            plan.decisions.append(_decision(row, Outcome.CREATED, contact_id=draft.id))
+            plan.decisions.append(_decision(row, Outcome.CREATED, contact_id=draft.id, filled=_filled_in(contact)))
         elif contact.ours or contact.id == draft.id:
             filled = fill(contact, draft)
             plan.decisions.append(_decision(row, Outcome.MERGED, contact_id=contact.id, filled=filled))
@@ -184,7 +185,7 @@ def fill(contact: KnownContact, draft: ContactDraft) -> tuple[str, ...]:
     """
     filled: dict[str, Any] = {}
     names: list[str] = []
-    for name in (*PROFILE_FILLS, "last_contacted_at"):
+    for name in _FILLED_ALONE:
         if getattr(contact, name) is None and (value := getattr(draft, name)) is not None:
             filled[name] = value
             names.append(name)
@@ -198,6 +199,16 @@ def fill(contact: KnownContact, draft: ContactDraft) -> tuple[str, ...]:
         names.append("attribution")
         contact.has_attribution = True
     contact.fills |= filled
+    return tuple(names)
+
+
+def _filled_in(contact: KnownContact) -> tuple[str, ...]:
+    """What is there in a contact that was just made, by the same names: a blank elsewhere is nobody's decision."""
+    names = [name for name in _FILLED_ALONE if getattr(contact, name) is not None]
+    if contact.has_assignment:
+        names.append("assignment")
+    if contact.has_attribution:
+        names.append("attribution")
     return tuple(names)
 
 

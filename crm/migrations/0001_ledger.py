@@ -290,7 +290,7 @@ class Migration(migrations.Migration):
                     "source_updated_at",
                     crm.fields.TimestampField(help_text="The source row's updatedAt when this was decided"),
                 ),
-                ("filled", models.TextField(help_text="The contact's columns that a merge filled", null=True)),
+                ("filled", models.TextField(help_text="What the row filled in the contact", null=True)),
                 ("sqlstate", models.TextField(help_text="PostgreSQL's code for a row that it refused", null=True)),
                 ("constraint", models.TextField(help_text="The constraint that refused the row", null=True)),
                 ("column", models.TextField(help_text="The column that was refused", null=True)),

@@ -192,7 +192,7 @@ class LedgerEntry(models.Model):
     seen_updated_at = TimestampField(
         null=True, help_text="The source row's updatedAt when --update last looked at it again"
     )
-    filled = models.TextField(null=True, help_text="The contact's columns that a merge filled")
+    filled = models.TextField(null=True, help_text="What the row filled in the contact")
     sqlstate = models.TextField(null=True, help_text="PostgreSQL's code for a row that it refused")
     constraint = models.TextField(null=True, help_text="The constraint that refused the row")
     column = models.TextField(null=True, help_text="The column that was refused")

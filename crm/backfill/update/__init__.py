@@ -13,8 +13,8 @@
    the type of a profile or of a converted lead, and the stage forward in the order of the database's enum, with a row
    of `crm_stage_history`. Every other value stays. Where the contact has another value and is not as we wrote it, the
    row is `kept`; so is one whose keys name another contact by now.
-4. A blank that a person may have made is no blank: one that a merge or an update once filled; and in a contact of ours
-   that somebody touched, one that the row which made it may have filled.
+4. A blank that a person made is no blank: one that the backfill once filled, when it made the contact, by a merge or by
+   an update. The lines say what was filled. Every other blank is filled, also in a contact that somebody touched.
 5. `updatedAt` of the contact and `source_updated_at` of the line stay what they are: together they go on telling
    whether somebody touched the contact, and whether its row is what it was. That a row was looked at again is
    `seen_updated_at`.

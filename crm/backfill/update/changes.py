@@ -34,11 +34,6 @@ FIELDS_OF_CHANGE: Mapping[str, tuple[str, ...]] = {
 _TELLING = {**UNITS, "attribution": ATTRIBUTION}
 # When a lead was assigned moves with every change of its row: the preparer tells whether it is another assignment.
 _COMPARED = {**UNITS, "assignment": ("assigned_preparer_id",)}
-# The units that a row which makes a contact may fill.
-_UNITS_OF_TABLE = {
-    "profiles": frozenset(PROFILE_FILLS),
-    "leads": frozenset({"phone", "last_contacted_at", "assignment", "attribution"}),
-}
 
 
 class SeenLine(NamedTuple):
@@ -54,27 +49,19 @@ class SeenLine(NamedTuple):
 class StandingContact:
     """A contact as it stands.
 
-    `version` is PostgreSQL's own mark of the row's version. `made_at` and `made_by` are the `updatedAt` and the table
-    of the row that made it; None where somebody else did. `given` are the units that merges and updates once filled,
-    as far as it matters.
+    `version` is PostgreSQL's own mark of the row's version. `made_at` is the `updatedAt` of the row that made it; None
+    where somebody else did. `given` are the units that the backfill once filled, as far as it matters.
     """
 
     version: str
     values: ContactDraft
     made_at: str | None = None
-    made_by: str | None = None
     given: set[str] = field(default_factory=set)
 
     @property
     def is_as_written(self) -> bool:
         """Whether it is of our making and nobody touched it: the application moves `updatedAt` with every write."""
         return self.made_at is not None and self.values.updated_at == self.made_at
-
-    def may_be_emptied(self, unit: str) -> bool:
-        """Whether a person may have made the blank."""
-        if unit in self.given:
-            return True
-        return self.made_by is not None and not self.is_as_written and unit in _UNITS_OF_TABLE[self.made_by]
 
 
 class Change(NamedTuple):
@@ -198,7 +185,7 @@ def _of_unit(unit: str, draft: ContactDraft, contact: StandingContact) -> bool |
     if _lacks(draft, unit):
         return None
     if _lacks(contact.values, unit):
-        return not contact.may_be_emptied(unit)
+        return unit not in contact.given
     return _kept_if(any(getattr(draft, name) != getattr(contact.values, name) for name in _COMPARED[unit]), contact)
 
 

@@ -90,9 +90,9 @@ def rows_to_revisit(facts: DatabaseFacts, source: Source, *, with_unsettled: boo
 
 _LINES = f"SELECT id, outcome, contact_id, {_SEEN} FROM ledger_entry WHERE id = ANY(%s) AND outcome <> 'error'"
 _CONTACTS = """
-SELECT {version}, {made_by}, {columns} FROM crm_contacts c {joins} WHERE c.id = ANY(%s)
+SELECT {version}, {made}, {columns} FROM crm_contacts c {joins} WHERE c.id = ANY(%s)
 """
-_MADE_BY = "made.source_updated_at, made.source, given.columns"
+_MADE = "made.source_updated_at, given.columns"
 _JOINS = """
   LEFT JOIN ledger_entry made ON made.id = c.id AND made.outcome = 'created'
   LEFT JOIN LATERAL (
@@ -100,9 +100,7 @@ _JOINS = """
   ) given ON true
 """
 # The ledger has no index on the contact: this reads all of it.
-_MERGED = """
-SELECT contact_id, filled FROM ledger_entry WHERE outcome = 'merged' AND filled IS NOT NULL AND contact_id = ANY(%s)
-"""
+_GIVEN = "SELECT contact_id, filled FROM ledger_entry WHERE filled IS NOT NULL AND contact_id = ANY(%s)"
 
 
 class Present:
@@ -118,7 +116,7 @@ class Present:
         ]
         self._contacts = _CONTACTS.format(
             version="c.xmin::text" if with_versions else "''",
-            made_by=_MADE_BY if facts.has_ledger else "NULL, NULL, NULL",
+            made=_MADE if facts.has_ledger else "NULL, NULL",
             columns=", ".join(columns),
             joins=_JOINS if facts.has_ledger else "",
         )
@@ -133,17 +131,16 @@ class Present:
     def contacts(self, ids: Collection[str]) -> dict[str, StandingContact]:
         """Those of these contacts that are there, by their id."""
         found: dict[str, StandingContact] = {}
-        for version, made_at, source, given, *values in self._rows(self._contacts, list(ids)):
+        for version, made_at, given, *values in self._rows(self._contacts, list(ids)):
             draft = ContactDraft._make(values)
-            table = Source(source).table if source else None
-            found[draft.id] = StandingContact(version, draft, made_at, table, set(given.split(",")) if given else set())
-        self._add_merges(found)
+            found[draft.id] = StandingContact(version, draft, made_at, set(given.split(",")) if given else set())
+        self._add_given(found)
         return found
 
-    def _add_merges(self, found: Mapping[str, StandingContact]) -> None:
-        """What merges filled is asked only where it matters: in contacts of ours that somebody touched."""
+    def _add_given(self, found: Mapping[str, StandingContact]) -> None:
+        """What the first runs filled is asked only where it matters: in contacts of ours that somebody touched."""
         touched = [key for key, contact in found.items() if contact.made_at and not contact.is_as_written]
-        for contact_id, filled in self._rows(_MERGED, touched) if touched else ():
+        for contact_id, filled in self._rows(_GIVEN, touched) if touched else ():
             found[contact_id].given.update(filled.split(","))
 
     def _rows(self, query: str, ids: list[str]) -> list[tuple[Any, ...]]:
