@@ -278,7 +278,7 @@ class ContactAdmin(ReadOnlyAdmin):
     ordering = ("email",)
     fieldsets = (
         (None, {"fields": ("first_name", "last_name", "email", "phone", "company")}),
-        ("The backfill", {"fields": ("made_by_the_backfill", "ledger")}),
+        ("The backfill", {"fields": ("made_by_the_backfill", "ledger", "updates")}),
         ("In the CRM", {"fields": ("contact_type", "stage", "stage_entered_at", "source", "last_contacted_at")}),
         ("Assignment", {"fields": ("assigned_preparer_id", "assigned_at")}),
         ("Attribution", {"fields": (*ATTRIBUTION, "attribution_confidence")}),
@@ -330,6 +330,22 @@ class ContactAdmin(ReadOnlyAdmin):
         ]
         return render_to_string(
             "crm/ledger_lines.html", {"lines": found[:MOST_LINES], "has_more": len(found) > MOST_LINES}
+        )
+
+    @admin.display
+    def updates(self, contact: CRMContact) -> str:
+        """What --update changed in it, the last change first."""
+        changes = ContactUpdate.objects.filter(contact_id=contact.pk).order_by("-pk")[: MOST_LINES + 1]
+        found = [
+            {
+                "address": _address_of(ContactUpdate, change.pk),
+                "change": change,
+                "columns": _spaced(change.columns),
+            }
+            for change in changes
+        ]
+        return render_to_string(
+            "crm/contact_updates.html", {"updates": found[:MOST_LINES], "has_more": len(found) > MOST_LINES}
         )
 
 
@@ -560,12 +576,12 @@ class ContactUpdateAdmin(ContactNamingAdmin):
     @admin.display(description="type")
     def type_change(self, change: ContactUpdate) -> str:
         """From what to what."""
-        return f"{change.from_type} → {change.to_type}" if change.to_type else "-"
+        return change.type_step
 
     @admin.display(description="stage")
     def stage_change(self, change: ContactUpdate) -> str:
         """From what to what."""
-        return f"{change.from_stage} → {change.to_stage}" if change.to_stage else "-"
+        return change.stage_step
 
     @admin.display(description="run")
     def run_link(self, change: ContactUpdate) -> str:

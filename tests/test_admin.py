@@ -248,6 +248,54 @@ def test_an_update_is_shown_with_what_it_changed_and_the_way_to_it(database: Dat
         )
 
 
+def test_a_contact_is_shown_with_what_updates_changed_the_last_first(database: Database, browser: Client) -> None:
+    lead = add_lead("ann@example.com", phone=" ")
+    run()
+    contact = contact_id("leads", lead)
+    assert "Updates: None." in page(browser, CRMContact, contact)
+    runs = []
+    for what in ("phone = '555 0101'", "status = 'CONVERTED'"):
+        database.rows(f"""UPDATE leads SET {what}, "updatedAt" = clock_timestamp() RETURNING id""")
+        runs.append(run(update=True)["run"])
+    shown = page(browser, CRMContact, contact)
+    promoted = f"leads:{lead} contact_type, stage LEAD → CLIENT NEW → COMPLETE {runs[1]}"
+    assert f"{promoted} leads:{lead} phone - - {runs[0]}" in shown
+    html = browser.get(address(CRMContact, "change", contact)).content.decode()
+    for update in ContactUpdate.objects.all():
+        assert f'<a href="{address(ContactUpdate, "change", update.pk)}">leads:{lead}</a>' in html
+
+
+def test_a_contact_with_more_updates_than_fit_says_so(
+    database: Database, browser: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(crm_admin, "MOST_LINES", 1)
+    contact = add_contact("ann@example.com")
+    add_lead("ann@example.com", phone="555 0101")
+    add_lead("ann@example.com", phone=" ", referrerUsername="ref")
+    run(update=True)
+    assert ContactUpdate.objects.count() == 2
+    assert "There are more; search the updates" in page(browser, CRMContact, contact)
+
+
+def test_a_contacts_page_asks_as_much_for_many_facts_as_for_few(database: Database, browser: Client) -> None:
+    contact = add_contact("ann@example.com")
+
+    def queries() -> int:
+        with CaptureQueriesContext(connection) as captured:
+            assert browser.get(address(CRMContact, "change", contact)).status_code == 200
+        return len(captured)
+
+    add_lead("ann@example.com")
+    run(update=True)
+    few = queries()
+    for number in range(5):
+        brought = {"lastContactedAt": UPDATED_AT} if number == 3 else {"referrerUsername": "ref"}
+        add_lead("ann@example.com", **brought)
+    run(update=True)
+    assert ContactUpdate.objects.count() == 3
+    assert queries() == few
+
+
 def test_a_run_that_is_going_is_shown(browser: Client) -> None:
     going = BackfillRun.objects.create(version="1", generation="2025_10", operator="me", host="here", process_id=1)
     assert "Duration: 0:00:00" in page(browser, BackfillRun, going.pk)

@@ -44,3 +44,17 @@ class ContactUpdate(models.Model):
     def row(self) -> str:
         """The row's reference, `<table>:<id>`."""
         return f"{Source(self.source).table}:{self.source_id}"
+
+    @property
+    def type_step(self) -> str:
+        """From what type to what, for people."""
+        return _step(self.from_type, self.to_type)
+
+    @property
+    def stage_step(self) -> str:
+        """From what stage to what, for people."""
+        return _step(self.from_stage, self.to_stage)
+
+
+def _step(before: str | None, after: str | None) -> str:
+    return f"{before} → {after}" if after else "-"
