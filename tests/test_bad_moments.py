@@ -23,7 +23,9 @@ from tests.conftest import Database
 from tests.forks import COMMIT, labels, labels_are_watched
 from tests.processes import session
 from tests.test_interruption import PEOPLE, SIZE, as_an_undisturbed_run_ends
+from tests.test_kills import after_a_second_look
 from tests.test_rollback import rollback
+from tests.test_update import populate as populate_with_news
 
 INSERTS_CONTACTS = 'INSERT INTO "crm_contacts"'
 CAUSES = {
@@ -235,6 +237,61 @@ def test_a_commit_that_was_given_up_for_lost_comes_through_while_the_batch_is_tr
         assert (answer["status"], answer["balanced"]) == ("finished", True)
         assert answer["read"] == len(ledger())
         assert_tried_again_because_it_came_through(caplog)
+
+
+@pytest.fixture
+def news(database: Database) -> tuple[list[int], Any]:
+    """A population with news; the numbers of the commits of a second look's batches, and what it ends with."""
+    populate_with_news()
+    with labels() as sent:
+        run(update=True, batch_size=SIZE)
+    commits = [number for number, label in enumerate(sent) if label == COMMIT]
+    writes = [number for number, label in enumerate(sent) if label.startswith("INSERT INTO contact_update")]
+    of_batches = [commits.index(sent.index(COMMIT, write)) + 1 for write in writes]
+    end = after_a_second_look(database)
+    database.empty()
+    populate_with_news()
+    return of_batches, end
+
+
+@pytest.mark.parametrize("batch", range(3))
+@pytest.mark.parametrize("comes_late", [False, True])
+def test_a_lost_commit_of_a_second_look_is_counted_once(
+    database: Database,
+    caplog: pytest.LogCaptureFixture,
+    news: tuple[list[int], Any],
+    batch: int,
+    comes_late: bool,  # noqa: FBT001 - parametrized
+) -> None:
+    commits, end = news
+    number = commits[batch]
+    lost = (
+        a_commit_that_comes_through_late(number)
+        if comes_late
+        else losing_the_answer_to_commit(number, commit_and_close)
+    )
+    with lost:
+        answer = run(update=True, batch_size=SIZE)
+    assert (answer["status"], answer["balanced"]) == ("finished", True)
+    assert len(retries_told(caplog)) >= 1
+    assert after_a_second_look(database) == end
+    record = BackfillRun.objects.latest("id")
+    for name in ("revisited", "updated", "kept", "unchanged"):
+        assert answer[name] == getattr(record, name) == sum(getattr(found, name) for found in record.batches.all())
+
+
+def test_rows_that_change_nothing_are_counted_once_when_their_commit_comes_through_late(
+    database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    add_many_leads(SIZE)
+    run()
+    database.rows("""UPDATE crm_contacts SET phone = 'own', "updatedAt" = now() RETURNING id""")
+    database.rows("""UPDATE leads SET "updatedAt" = now() RETURNING id""")
+    with a_commit_that_comes_through_late(2):
+        answer = run(update=True, batch_size=SIZE)
+    assert (answer["status"], answer["balanced"]) == ("finished", True)
+    assert (answer["revisited"], answer["kept"]) == (SIZE, SIZE)
+    assert_tried_again_because_it_came_through(caplog)
 
 
 def test_a_late_commit_of_errors_that_are_known_is_not_written_over(

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from django.db import connection
 
-from crm.models import BackfillRun
+from crm.models import BackfillRun, ContactUpdate
 from tests.builders import add_contact, add_lead, add_many_leads, add_profile, contacts
 from tests.commands import run
 from tests.conftest import Database
@@ -31,10 +31,13 @@ from tests.forks import (
     wait_for_orphans,
 )
 from tests.processes import database_url, start
+from tests.test_update import everything as everything_looked_at
+from tests.test_update import populate as populate_with_news
 
 #: How many moments are tried; more of them find more.
 MOMENTS = 60
 MOMENTS_WITH_WORKERS = 10
+MOMENTS_OF_UPDATES = 12
 #: Seconds after the sending of a statement at which the latest kills come: long enough for its answer to be there.
 LATEST = 0.004
 SEED = 20250101
@@ -114,6 +117,32 @@ class Undisturbed:
         assert self._database.rows("SELECT status FROM backfill_run WHERE status = 'running'") == []
 
 
+def after_a_second_look(database: Database) -> tuple[Any, ...]:
+    """Contacts, stage history, ledger, and every change and count of a second look, but for when and in which run."""
+    return (
+        *everything_looked_at(database),
+        everything(database)[1],
+        database.rows("SELECT (to_jsonb(change) - 'id' - 'run_id')::text FROM contact_update change ORDER BY 1"),
+        totals(database),
+        database.rows(
+            "SELECT source, sum(revisited), sum(updated), sum(kept), sum(unchanged) "
+            "FROM backfill_batch GROUP BY 1 ORDER BY 1"
+        ),
+        database.rows(
+            "SELECT name, key, sum(value::int) FROM backfill_batch CROSS JOIN (VALUES ('updated'), ('kept')) n(name) "
+            "CROSS JOIN jsonb_each_text(CASE name WHEN 'kept' THEN kept_by_column ELSE updated_by_column END) "
+            "GROUP BY 1, 2 ORDER BY 1, 2"
+        ),
+    )
+
+
+def second_look(labels: list[str]) -> tuple[int, int]:
+    """The numbers, from 1 on, of the first and the last statement of its batches."""
+    writes = [number for number, label in enumerate(labels) if label.startswith("UPDATE crm_contacts")]
+    begin = max(number for number in range(writes[0]) if labels[number].startswith("SET LOCAL"))
+    return begin + 1, labels.index(COMMIT, writes[-1]) + 1
+
+
 def lines(database: Database) -> int:
     ((count,),) = database.rows("SELECT count(*) FROM ledger_entry")
     return int(count)
@@ -185,6 +214,27 @@ def test_workers_that_are_killed_or_orphaned_do_no_harm_to_the_next_run(
         wait_for_orphans(process)
         undisturbed.assert_reached()
         undisturbed.reset()
+
+
+@pytest.mark.process
+def test_a_process_killed_in_the_middle_of_a_second_look_leaves_nothing_that_the_next_one_does_not_put_right(
+    database: Database,
+) -> None:
+    populate_with_news()
+    with labels() as sent:
+        run(update=True, batch_size=BATCH_SIZE)
+    end = after_a_second_look(database)
+    first, last = second_look(sent)
+    left: set[int] = set()
+    for statement, delay in moments(MOMENTS_OF_UPDATES, last - first + 1):
+        database.empty()
+        populate_with_news()
+        mishap = Mishap(statement=first - 1 + statement, delay=delay)
+        assert ended(fork("--update", *SIZED, prepare=mishap.prepare)) == KILLED, "it was still at work"
+        left.add(ContactUpdate.objects.count())
+        assert run(update=True, batch_size=BATCH_SIZE)["balanced"] is True
+        assert after_a_second_look(database) == end
+    assert len(left) > MOMENTS_OF_UPDATES // 3, "all over the second look"
 
 
 @pytest.mark.process

@@ -36,7 +36,7 @@ TIMEOUTS = ("55P03", "57014")
 
 
 class SettledMeanwhileError(DatabaseError):
-    """Rows of the batch have a line of this very run: a commit that was given up for lost came through after all."""
+    """This run has settled rows of the batch already: a commit that was given up for lost came through after all."""
 
 
 class BrokenStartError(OperatorError):

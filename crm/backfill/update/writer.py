@@ -14,7 +14,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill import fence
 from crm.backfill.arrays import use_fast_arrays
-from crm.backfill.errors import row_refusal
+from crm.backfill.errors import SettledMeanwhileError, row_refusal
 from crm.backfill.known import ContactLookup
 from crm.backfill.mapping import ContactDraft, MappedRow, Rules, contact_id
 from crm.backfill.outcome import Source, Totals
@@ -37,11 +37,12 @@ SELECT id, contact_id, from_stage::"PipelineStage", to_stage::"PipelineStage", %
        AS step(id, contact_id, from_stage, to_stage, entered_at)
 ON CONFLICT DO NOTHING
 """
+# Only from what it was when the row was decided: a commit that was given up for lost may have come through since.
 _SEEN = """
 UPDATE ledger_entry line SET seen_updated_at = looked.at::timestamp
-  FROM unnest(%s::text[], %s::text[]) AS looked(id, at) WHERE line.id = looked.id
+  FROM unnest(%s::text[], %s::text[], %s::text[]) AS looked(id, before, at)
+ WHERE line.id = looked.id AND COALESCE(seen_updated_at, source_updated_at) = looked.before::timestamp
 """
-
 
 _RECORDED = {
     **dict.fromkeys(("line_id", "source_id", "contact_id", "columns"), "text"),
@@ -221,13 +222,15 @@ class UpdateWriter:
 
     def _mark_seen(self, changes: Iterable[Change]) -> None:
         seen = sorted(
-            (change.line.id, change.row.updated_at)
+            (change.line.id, change.line.seen, change.row.updated_at)
             for change in changes
             if change.row.updated_at != change.line.seen and REFUSED not in change.kept
         )
         if seen:
             with self._connection.cursor() as cursor:
                 cursor.execute(_SEEN, list(map(list, zip(*seen, strict=True))))
+                if cursor.rowcount < len(seen):
+                    raise SettledMeanwhileError
 
 
 def _recorded(change: Change) -> tuple[str | int | None, ...]:
