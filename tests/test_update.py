@@ -977,6 +977,79 @@ def test_of_several_steps_each_is_taken_back(database: Database) -> None:
     assert database.rows("SELECT FROM crm_stage_history") == []
 
 
+def made_and_promoted_in_one_run(email: str) -> tuple[str, int]:
+    """A lead that converts while its contact is being made; the contact, and the run that made and promoted it."""
+    lead = add_lead(email)
+    convert = elsewhere("""UPDATE leads SET status = 'CONVERTED', "updatedAt" = now() WHERE id = %s""", lead)
+    with in_batch(1, convert):
+        report = run(update=True)
+    assert (report["created"], report["updated_by_column"]) == (1, {"contact_type": 1, "stage": 1})
+    return contact_id("leads", lead), report["run"]
+
+
+def counts_foretold(run_id: int, **options: Any) -> Any:
+    """What a rollback counts, which a dry run has foretold."""
+    foretold = roll_back(run_id, dry_run=True, **options)
+    taken = roll_back(run_id, **options)
+    assert (foretold.counts.numbers + Counter(), foretold.counts.reasons) == (
+        taken.counts.numbers + Counter(),
+        taken.counts.reasons,
+    )
+    return taken.counts
+
+
+def test_a_dry_run_foretells_that_a_contact_goes_which_the_same_run_made_and_promoted(database: Database) -> None:
+    _, made = made_and_promoted_in_one_run("ann@example.com")
+    counts = counts_foretold(made)
+    assert (counts.numbers["updates_reversed"], counts.numbers["contacts_reversed"]) == (1, 1)
+    assert (contacts(), database.rows("SELECT FROM crm_stage_history")) == ({}, [])
+
+
+@pytest.mark.parametrize("what", ["a step", "an interaction", "a touch"])
+def test_a_dry_run_foretells_that_it_stays_where_somebody_relies_on_it(database: Database, what: str) -> None:
+    contact, made = made_and_promoted_in_one_run("ann@example.com")
+    reasons = {"referenced": 1}
+    if what == "a step":
+        database.rows(
+            """INSERT INTO crm_stage_history (id, "contactId", "toStage") VALUES ('own', %s, 'NEW') RETURNING id""",
+            contact,
+        )
+    elif what == "an interaction":
+        database.rows(
+            """INSERT INTO crm_interactions (id, "contactId", type, "updatedAt")
+               VALUES ('own', %s, 'NOTE', now()) RETURNING id""",
+            contact,
+        )
+    else:
+        change("crm_contacts", contact, lastName="Own")
+        reasons = {"edited": 2}
+    counts = counts_foretold(made)
+    assert (counts.numbers["contacts_kept"], counts.reasons) == (1, reasons)
+    assert list(contacts()) == [contact]
+
+
+def test_a_dry_run_foretells_that_a_contact_goes_which_another_row_filled_in_the_same_run(database: Database) -> None:
+    add_lead("ann@example.com", phone=" ")
+    other = add_lead("ann@example.com", phone=" ")
+    telephone = elsewhere("""UPDATE leads SET phone = '555 0101', "updatedAt" = now() WHERE id = %s""", other)
+    with in_batch(1, telephone):
+        made = run(update=True)
+    assert (made["merged"], made["updated_by_column"]) == (1, {"phone": 1})
+    assert counts_foretold(made["run"]).numbers["contacts_reversed"] == 1
+    assert contacts() == {}
+
+
+def test_a_dry_run_counts_what_later_runs_merged_on_top_once(database: Database) -> None:
+    lead = add_lead("ann@example.com", phone=" ")
+    telephone = elsewhere("""UPDATE leads SET phone = '555 0101', "updatedAt" = now() WHERE id = %s""", lead)
+    with in_batch(1, telephone):
+        made = run(update=True)
+    assert made["updated_by_column"] == {"phone": 1}
+    add_lead("ann@example.com", phone="555 0102")
+    run()
+    assert counts_foretold(made["run"]).numbers["later_merges"] == 1
+
+
 def test_what_somebody_touched_after_an_update_is_kept(database: Database) -> None:
     lead = add_lead("ann@example.com")
     run()

@@ -127,8 +127,11 @@ class Reader:
 
     def updates(self, after: str, size: int) -> list[UpdateRecord]:
         """What the run changed in at most `size` contacts, by id from strictly after one on."""
-        contacts = [contact for (contact,) in self._rows(_UPDATED_CONTACTS, self.run.pk, after, size)]
-        return self._records(_UPDATES, self.run.pk, contacts) if contacts else []
+        return self.updates_of_run([contact for (contact,) in self._rows(_UPDATED_CONTACTS, self.run.pk, after, size)])
+
+    def updates_of_run(self, contact_ids: Sequence[str]) -> list[UpdateRecord]:
+        """What the run changed in these contacts; of each, the last change first."""
+        return self._records(_UPDATES, self.run.pk, contact_ids) if contact_ids else []
 
     def updates_in(self, contact_ids: Sequence[str]) -> list[Line]:
         """What any run changed in these contacts, in its order."""

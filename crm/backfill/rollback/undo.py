@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from django.db import DatabaseError, transaction
@@ -24,7 +24,7 @@ from crm.backfill.errors import row_refusal
 from crm.backfill.outcome import Outcome, Totals, UpdateOutcome
 from crm.backfill.references import Reference, find_references, is_unreferenced, referring_tables
 from crm.backfill.rollback.reader import Reader
-from crm.backfill.rollback.updates import JudgedUpdates, UpdateRecord, judge_updates
+from crm.backfill.rollback.updates import JudgedUpdates, Restored, UpdateRecord, judge_updates
 from crm.backfill.rollback.verdict import (
     Judgement,
     Line,
@@ -120,22 +120,29 @@ class Undoer(Protocol):
         """Undo what --update changed, a batch."""
 
 
-def judge(lines: Sequence[Line], reader: Reader) -> Judged:
+def judge(lines: Sequence[Line], reader: Reader, restored: Mapping[str, Restored] | None = None) -> Judged:
     """Compare the contacts of a batch of lines with what was written.
 
-    Lines that were merged into a contact of the same run are judged with the line that made it, and left out.
+    Lines that were merged into a contact of the same run are judged with the line that made it, and left out. The
+    contacts in `restored` are taken to be as they would be without what the run changed with --update.
     """
+    restored = restored or {}
+    gone = {line for found in restored.values() for line in (*found.later_merges, *_lines_of(found.records))}
     run_id = reader.run.pk
     created = [line for line in lines if line.outcome is Outcome.CREATED]
     contacts = reader.contacts([line.contact_id for line in lines if line.contact_id])
+    contacts |= {
+        contact_id: replace(contacts[contact_id], values=found.values) for contact_id, found in restored.items()
+    }
     judged = Judged(creators={line.id: line for line in created})
     foreign = [line for line in lines if line.outcome is Outcome.MERGED and line.contact_id not in judged.creators]
     their_creators = reader.creators_of([line.contact_id for line in foreign if line.contact_id])
     foreign = [line for line in foreign if not _is_made_by(run_id, their_creators.get(str(line.contact_id)))]
     merges = reader.merges_into([*judged.creators, *{str(line.contact_id) for line in foreign}])
+    merges = [merge for merge in merges if merge not in gone]
     for merge in merges:
         judged.merges.setdefault(str(merge.contact_id), []).append(merge)
-    judged.updates = _by_contact(reader.updates_in(list(judged.creators)))
+    judged.updates = _by_contact(line for line in reader.updates_in(list(judged.creators)) if line not in gone)
     updates = [update for updates in judged.updates.values() for update in updates]
     rows = reader.source_rows([*created, *merges, *foreign, *their_creators.values(), *updates])
 
@@ -162,11 +169,15 @@ def _by_contact(lines: Iterable[Line]) -> dict[str, list[Line]]:
     return found
 
 
+def _lines_of(records: Iterable[UpdateRecord]) -> list[Line]:
+    return [record.line for record in records]
+
+
 def judge_changes(records: Sequence[UpdateRecord], reader: Reader) -> JudgedUpdates:
     """Compare the contacts of a batch of changes with what was written."""
     contact_ids = sorted({str(record.line.contact_id) for record in records})
     merges = reader.merges_into(contact_ids)
-    rows = reader.source_rows([*merges, *(record.line for record in records)])
+    rows = reader.source_rows([*merges, *_lines_of(records)])
     return judge_updates(records, reader.contacts(contact_ids), _by_contact(merges), rows)
 
 
@@ -208,9 +219,15 @@ class Rehearsal:
         self._reader = reader
 
     def undo(self, lines: Sequence[Line]) -> Undone:
-        """What would become of a batch; what the database itself would refuse nobody can tell."""
-        judged = judge(lines, self._reader)
-        kept = _what_keeps(self._connection, find_references(self._connection), judged.deletable)
+        """What would become of a batch; what the database itself would refuse nobody can tell.
+
+        What --update changed in its contacts would be undone by then.
+        """
+        records = self._reader.updates_of_run(sorted({line.contact_id for line in lines if line.contact_id}))
+        restored = judge_changes(records, self._reader).restored if records else {}
+        judged = judge(lines, self._reader, restored)
+        references = _without(find_references(self._connection), _history_of(restored.values()))
+        kept = _what_keeps(self._connection, references, judged.deletable)
         gone = {contact_id for contact_id in judged.deletable if kept.get(contact_id) == ""}
         undone = Undone(judged.decided)
         _conclude_created(judged, gone, {}, kept, undone)
@@ -281,13 +298,7 @@ class DatabaseUndoer:
             contact: (judged.restored[contact].version, judged.restored[contact].values) for contact in contact_ids
         }
         restored = write_contacts(self._connection, contacts)
-        history = [
-            stage_history_id(contact, record.to_stage)
-            for contact in restored
-            for record in judged.restored[contact].records
-            if record.to_stage is not None
-        ]
-        if history:
+        if history := _history_of(judged.restored[contact] for contact in restored):
             CRMStageHistory.objects.using(self._connection.alias).filter(pk__in=history).delete()
         return restored
 
@@ -472,6 +483,29 @@ def _what_keeps(
             _WHAT_KEEPS.format(tables=referring_tables(references)), [list(seen.keys()), list(seen.values())]
         )
         return {contact: ", ".join(tables) if as_seen else None for contact, as_seen, tables in cursor.fetchall()}
+
+
+def _history_of(restored: Iterable[Restored]) -> list[str]:
+    """The lines of the contacts' history that tell of what is undone."""
+    return [
+        stage_history_id(found.values.id, record.to_stage)
+        for found in restored
+        for record in found.records
+        if record.to_stage is not None
+    ]
+
+
+def _without(references: Sequence[Reference], history: Sequence[str]) -> Sequence[Reference]:
+    """The references, as they are when lines of the history are gone. Their ids are of letters and digits."""
+    if not history:
+        return references
+    others = f"r.id <> ALL ('{{{','.join(history)}}}')"
+    return [
+        replace(reference, condition=f"{reference.condition} AND {others}")
+        if reference.table == CRMStageHistory._meta.db_table
+        else reference
+        for reference in references
+    ]
 
 
 def _take_back_statement(columns: Iterable[str]) -> str:
