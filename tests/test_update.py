@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ from crm.backfill.mapping import contact_id
 from crm.backfill.outcome import Source
 from crm.backfill.rollback.runner import roll_back
 from crm.backfill.verification import verify
+from crm.backfill.verification.findings import Check, Finding, Kind
+from crm.backfill.verification.report import as_json
 from crm.models import BackfillBatch, BackfillRun, ContactUpdate
 from crm.models.ledger import RunStatus
 from tests import reference_update
@@ -930,6 +933,39 @@ def test_a_value_that_went_since_an_update_of_a_merged_row_is_found(database: Da
     update()
     database.rows("UPDATE crm_contacts SET company = NULL RETURNING id")
     assert [(finding.check, finding.columns) for finding in defects()] == [("fields", ("company",))]
+
+
+def test_a_line_of_the_history_that_somebody_deleted_is_told_as_the_crms(database: Database) -> None:
+    lead = add_lead("ann@example.com")
+    other = add_lead("bob@example.com")
+    run()
+    change("leads", lead, status="CONVERTED")
+    change("leads", other, referrerUsername="ref")
+    assert update()["updated_by_column"] == {"attribution": 1, "contact_type": 1, "stage": 1}
+    assert verify(connection).findings.kept == []
+    database.rows("DELETE FROM crm_stage_history RETURNING id")
+    report = verify(connection)
+    contact = contact_id("leads", lead)
+    assert report.findings.kept == [Finding(Check.HISTORY_GONE, Kind.CRM_CHANGED, f"leads:{lead}", contact, ("stage",))]
+    assert (report.exit_code, report.history_is_hidden) == (0, False)
+    database.rows("DELETE FROM crm_contacts RETURNING id")
+    assert verify(connection).findings.kept == [], "it went with its contact"
+
+
+def test_a_role_that_may_not_read_the_history_is_told_so_once_there_is_one(database: Database) -> None:
+    lead = add_lead("ann@example.com")
+    run()
+    tables = tuple(table for table in LEGACY_TABLES if table != "crm_stage_history")
+    with reading_role(database, tables=tables) as role:
+        for grant in ("USAGE ON SCHEMA", "SELECT ON ALL TABLES IN SCHEMA"):
+            database.change(f"GRANT {grant} crm_backfill TO {role}")
+        with acting_as(role):
+            assert list(json.loads(as_json(verify(connection)))["notes"]) == []
+        change("leads", lead, status="CONVERTED")
+        update()
+        with acting_as(role):
+            (note,) = json.loads(as_json(verify(connection)))["notes"]
+    assert "crm_stage_history.id" in note
 
 
 def test_a_source_that_moves_on_after_an_update_is_no_defect(database: Database) -> None:

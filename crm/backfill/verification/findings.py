@@ -20,7 +20,7 @@ class Kind(StrEnum):
 
     DEFECT = "defect"  # neither the source nor the CRM changed: it should not be so
     SOURCE_CHANGED = "source_changed"  # the source row changed since it was migrated, or is gone
-    CRM_CHANGED = "crm_changed"  # somebody changed the contact since, or added another
+    CRM_CHANGED = "crm_changed"  # somebody changed the contact or its history since, or added another
 
 
 class Check(StrEnum):
@@ -37,6 +37,7 @@ class Check(StrEnum):
     TWO_CREATORS = "two_creators"
     EXCLUDED_MIGRATED = "excluded_migrated"
     CONTACT_TWICE = "contact_twice"
+    HISTORY_GONE = "history_gone"
     ROW_GONE = "row_gone"
     FIELDS = "fields"
 
@@ -58,6 +59,7 @@ _STATEMENTS = {
     Check.TWO_CREATORS: "the ledger line claims a contact that another row makes",
     Check.EXCLUDED_MIGRATED: "the row is not to be migrated, but has a contact",
     Check.CONTACT_TWICE: "the person has another contact besides",
+    Check.HISTORY_GONE: "the line of the history that told of our promotion is gone",
     Check.ROW_GONE: "the contact's source row is gone",
     Check.FIELDS: "the contact is not what its source row maps to",
 }

@@ -6,7 +6,9 @@ A contact counts as ours when there is a ledger line with its id and the outcome
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
+from django.conf import settings
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill.outcome import Source
@@ -80,6 +82,46 @@ _KEYS_OF_PERSON = {
     "userId": 'c."userId"',
     "clerkUserId": 'c."clerkUserId"',
 }
+# Nothing refers to a line of the history, and deleting it leaves the contact as it is.
+_HISTORY_GONE = f"""
+SELECT {_REFERENCE.replace("line.", "change.")}, change.contact_id
+  FROM contact_update change
+  JOIN crm_contacts c ON c.id = change.contact_id
+ WHERE change.to_stage IS NOT NULL
+   AND NOT EXISTS (SELECT FROM crm_stage_history step WHERE step.id = {{step}})
+"""
+_STEP = _DERIVED.format(reference="'crm_stage_history:' || change.contact_id || ':' || change.to_stage")
+_HISTORY = """
+SELECT EXISTS (SELECT FROM contact_update WHERE to_stage IS NOT NULL),
+       has_column_privilege(to_regclass(quote_ident(%s) || '.crm_stage_history'), 'id', 'SELECT')
+"""
+
+
+class History(NamedTuple):
+    """What the contacts' history tells of our promotions: whether there are any, and whether this role may read it."""
+
+    has_promotions: bool
+    is_readable: bool
+
+    @classmethod
+    def of(cls, connection: BaseDatabaseWrapper) -> History:
+        """Ask."""
+        with connection.cursor() as cursor:
+            cursor.execute(_HISTORY, [settings.LEGACY_SCHEMA])
+            return cls(*map(bool, cursor.fetchone()))
+
+    @property
+    def is_hidden(self) -> bool:
+        """Whether there is something to check, and nobody can."""
+        return self.has_promotions and not self.is_readable
+
+
+def history_gone(connection: BaseDatabaseWrapper, history: History) -> Iterator[Finding]:
+    """The promotions of which the history does not tell any more: somebody deleted the line."""
+    if history.is_hidden or not history.has_promotions:
+        return
+    for reference, contact_id in stream(connection, "history", _HISTORY_GONE.format(step=_STEP)):
+        yield Finding(Check.HISTORY_GONE, Kind.CRM_CHANGED, reference, contact_id, ("stage",))
 
 
 def count_lines(connection: BaseDatabaseWrapper) -> tuple[dict[str, int], dict[str, int]]:

@@ -202,3 +202,8 @@ def _notes(report: VerificationReport) -> Iterator[str]:
             "This role may not read users.updatedAt, so a user's new address cannot be told from a defect. Let the "
             'owner of the table GRANT SELECT ("updatedAt") ON users.'
         )
+    if report.history_is_hidden:
+        yield (
+            "This role may not read crm_stage_history.id, so it was not checked whether the history tells of every "
+            'promotion. Let the owner of the table GRANT SELECT ("id") ON crm_stage_history.'
+        )

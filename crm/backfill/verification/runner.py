@@ -16,7 +16,7 @@ from crm.backfill.snapshot import snapshot
 from crm.backfill.verification.comparison import Comparison, compare_contacts
 from crm.backfill.verification.figures import FiguresTable, count_contacts
 from crm.backfill.verification.findings import Finding, Findings, Kind
-from crm.backfill.verification.reconciliation import count_lines, count_rows_gone, reconcile
+from crm.backfill.verification.reconciliation import History, count_lines, count_rows_gone, history_gone, reconcile
 from crm.backfill.verification.rows import RowReader, may_read_user_changes
 from crm.backfill.verification.schema import REFERRER, check_schema, present_columns
 from crm.errors import OperatorError
@@ -35,6 +35,7 @@ class VerificationReport:
     findings: Findings
     figures: FiguresTable
     sees_user_changes: bool
+    history_is_hidden: bool
     seconds: float
 
     @property
@@ -72,11 +73,13 @@ def verify(
             )
         present = present_columns(connection)
         sees_user_changes = may_read_user_changes(connection)
+        history = History.of(connection)
         missing = [column for column in ATTRIBUTION_COLUMNS if column not in present]
         reader = RowReader(connection, facts, sees_user_changes, missing, Resolutions.every(connection))
         for found in (
             check_schema(connection, present),
             reconcile(connection, facts),
+            history_gone(connection, history),
             compare_contacts(connection, reader, comparison, on_page),
         ):
             for finding in found:
@@ -92,5 +95,6 @@ def verify(
             findings=findings,
             figures=count_contacts(connection, has_referrer=REFERRER in present),
             sees_user_changes=sees_user_changes,
+            history_is_hidden=history.is_hidden,
             seconds=time.monotonic() - started,
         )
