@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from typing import Any, NamedTuple
 
 import pytest
+from django.core.management import load_command_class
 from django.db.backends.utils import CursorWrapper
 
 from crm.backfill.options import RunOptions
 from crm.backfill.report import as_json
 from crm.backfill.runner import run_backfill
-from crm.management.commands.backfill_crm_contacts import Command
 
 
 class Finished(NamedTuple):
@@ -32,16 +32,27 @@ class Finished(NamedTuple):
         return answer
 
 
-def backfill(*arguments: str) -> Finished:
-    """`manage.py backfill_crm_contacts` with these arguments, in this process; log lines go their own way."""
+def ended(run: Callable[[], object]) -> Finished:
+    """How something ends that may exit, with what it printed."""
     stdout, stderr = StringIO(), StringIO()
     code: object = 0
     with redirect_stdout(stdout), redirect_stderr(stderr):
         try:
-            Command().run_from_argv(["manage.py", "backfill_crm_contacts", *arguments])
+            code = run() or 0
         except SystemExit as end:
             code = end.code
     return Finished(code, stdout.getvalue(), stderr.getvalue())
+
+
+def called(name: str, *arguments: str) -> Finished:
+    """`manage.py` with a command of ours and these arguments, in this process; log lines go their own way."""
+    command = load_command_class("crm", name)
+    return ended(lambda: command.run_from_argv(["manage.py", name, *arguments]))
+
+
+def backfill(*arguments: str) -> Finished:
+    """`manage.py backfill_crm_contacts` with these arguments, in this process."""
+    return called("backfill_crm_contacts", *arguments)
 
 
 def run(**options: Any) -> dict[str, Any]:

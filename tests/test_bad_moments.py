@@ -367,6 +367,8 @@ def test_what_does_not_pass_ends_the_run_and_the_next_one_goes_on(
             finished = backfill("--batch-size", str(SIZE), "--no-progress", "--json")
         assert (finished.code, finished.answer["status"]) == (5, "failed")
         assert sqlstate in finished.answer["failure"]
+        assert finished.stderr.count("\n") == 1
+        assert finished.stderr.startswith(f"The run failed: {finished.answer['failure']}.")
         failed = BackfillRun.objects.get()
         assert (failed.status, failed.failure) == ("failed", finished.answer["failure"])
         assert 0 < failed.read == len(ledger()) < PEOPLE

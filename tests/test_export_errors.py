@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import stat
-from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 
@@ -14,10 +13,9 @@ from django.db import connection
 from crm.backfill import dead_letters, snapshot
 from crm.backfill.outcome import Reason, Source
 from crm.backfill.spreadsheet import cell
-from crm.management.commands.export_backfill_errors import Command
 from tests import builders
 from tests.circumstances import acting_as, reading_role, refusing_contacts, without_own_schema
-from tests.commands import Finished, run, statements
+from tests.commands import Finished, called, run, statements
 from tests.conftest import Database
 from tests.processes import database_url, start
 
@@ -26,14 +24,7 @@ COLUMNS = ["source", "row", "id", "reason", "what_to_do", "contact_id", "sqlstat
 
 def command(*arguments: str) -> Finished:
     """`manage.py export_backfill_errors` with these arguments, in this process."""
-    stdout, stderr = StringIO(), StringIO()
-    code: object = 0
-    with redirect_stdout(stdout), redirect_stderr(stderr):
-        try:
-            Command().run_from_argv(["manage.py", "export_backfill_errors", *arguments])
-        except SystemExit as end:
-            code = end.code
-    return Finished(code, stdout.getvalue(), stderr.getvalue())
+    return called("export_backfill_errors", *arguments)
 
 
 def rows_of(text: str) -> list[dict[str, str]]:

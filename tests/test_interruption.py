@@ -113,7 +113,8 @@ def test_json_tells_of_an_interruption(database: Database) -> None:
     populate()
     with in_batch(2, send(signal.SIGINT)):
         finished = backfill("--batch-size", str(SIZE), "--json", "--no-progress")
-    assert (finished.code, finished.stderr) == (4, "")
+    said = "The run was interrupted. What was committed stays; run the command again and it goes on.\n"
+    assert (finished.code, finished.stderr) == (4, said)
     assert (finished.answer["status"], finished.answer["balanced"]) == ("interrupted", True)
     assert finished.answer["read"] == len(ledger())
 

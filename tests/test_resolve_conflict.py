@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import getpass
 import logging
-from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
 from typing import Any
 
 import pytest
@@ -14,12 +12,11 @@ from django.db.models.functions import Now
 
 from crm.backfill import fence
 from crm.backfill.rollback.runner import roll_back
-from crm.management.commands.resolve_crm_conflict import Command
 from crm.models import BackfillRun, ConflictDecision
 from crm.models.ledger import RunStatus
 from tests.builders import add_contact, add_lead, add_profile, add_user, ledger
 from tests.circumstances import acting_as, reading_role
-from tests.commands import Finished, run
+from tests.commands import Finished, called, run
 from tests.conftest import Database
 from tests.processes import database_url, manage
 
@@ -29,14 +26,7 @@ OTHER = "other.ann@example.com"
 
 def resolve(*arguments: str) -> Finished:
     """`manage.py resolve_crm_conflict` with these arguments, in this process."""
-    stdout, stderr = StringIO(), StringIO()
-    code = 0
-    with redirect_stdout(stdout), redirect_stderr(stderr):
-        try:
-            Command().run_from_argv(["manage.py", "resolve_crm_conflict", *arguments])
-        except SystemExit as end:
-            code = int(end.code or 0)
-    return Finished(code, stdout.getvalue(), stderr.getvalue())
+    return called("resolve_crm_conflict", *arguments)
 
 
 def decided(*arguments: str) -> None:

@@ -9,8 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from io import StringIO
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,12 @@ from hypothesis import strategies as st
 
 from crm.backfill.rollback.runner import roll_back
 from crm.backfill.verification import verify
-from crm.management.commands.rollback_crm_backfill import Command
 from crm.models import BackfillRun, LedgerEntry, Rollback
 from crm.models.ledger import RunStatus
 from crm.sample_data.loader import load as load_people
 from tests import processes, reference
 from tests.builders import add_contact, add_lead, add_profile, contact_with, contacts, ledger
-from tests.commands import Finished, run
+from tests.commands import Finished, called, run
 from tests.conftest import LEGACY_TABLES, Database
 from tests.populations import (
     GENERATIONS,
@@ -49,14 +47,7 @@ SOON = 20
 
 def rollback(*arguments: str) -> Finished:
     """`manage.py rollback_crm_backfill` with these arguments, in this process."""
-    stdout, stderr = StringIO(), StringIO()
-    code = 0
-    with redirect_stdout(stdout), redirect_stderr(stderr):
-        try:
-            Command().run_from_argv(["manage.py", "rollback_crm_backfill", *arguments, "--no-progress"])
-        except SystemExit as end:
-            code = int(end.code or 0)
-    return Finished(code, stdout.getvalue(), stderr.getvalue())
+    return called("rollback_crm_backfill", *arguments, "--no-progress")
 
 
 def taken_back(run_id: int, **options: Any) -> dict[str, Any]:
@@ -631,6 +622,15 @@ def test_the_list_says_what_became_of_each_row(database: Database, tmp_path: Pat
     dump = database.dump()
     refused = rollback(str(made), f"--csv={path}")
     assert (refused.code, database.dump()) == (2, dump)
+
+
+def test_a_rollback_that_is_refused_leaves_no_list_in_the_way_of_the_next(database: Database, tmp_path: Path) -> None:
+    add_lead("ann@example.com")
+    made = run()["run"]
+    path = tmp_path / "list.csv"
+    assert rollback(str(made + 1), f"--csv={path}").code == 2
+    assert rollback(str(made), f"--csv={path}").code == 0
+    assert len(path.read_text().splitlines()) == 2
 
 
 def test_no_output_holds_a_word_about_a_person(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
 from itertools import product
 from typing import Any
 
@@ -17,11 +15,10 @@ from crm.backfill.options import RunOptions
 from crm.backfill.outcome import Source, Totals
 from crm.backfill.runner import Silence, run_backfill
 from crm.errors import OperatorError
-from crm.management.commands.backfill_runs import Command
 from crm.models import BackfillRun
 from crm.models.ledger import RunStatus
 from tests import builders
-from tests.commands import Finished, backfill
+from tests.commands import Finished, backfill, called
 from tests.conftest import Database
 from tests.processes import session
 
@@ -37,14 +34,7 @@ PAST = {"pause": "paused", "resume": "resumed", "cancel": "cancelled"}
 
 def backfill_runs(*arguments: str) -> Finished:
     """`manage.py backfill_runs` with these arguments, in this process."""
-    stdout, stderr = StringIO(), StringIO()
-    code = 0
-    with redirect_stdout(stdout), redirect_stderr(stderr):
-        try:
-            Command().run_from_argv(["manage.py", "backfill_runs", *arguments])
-        except SystemExit as end:
-            code = int(end.code or 0)
-    return Finished(code, stdout.getvalue(), stderr.getvalue())
+    return called("backfill_runs", *arguments)
 
 
 def make_run(status: str, **columns: Any) -> BackfillRun:
@@ -249,7 +239,7 @@ def test_before_migrate(database: Database, arguments: tuple[str, ...]) -> None:
         with connection.cursor() as cursor:
             cursor.execute("ALTER TABLE elsewhere RENAME TO backfill_run")
     assert finished.code == 2
-    assert finished.stderr.endswith("This database has no runs: `python manage.py migrate` makes the tables.\n")
+    assert "There are no runs that this role can see: `python manage.py migrate` makes the tables." in finished.stderr
 
 
 def test_without_an_action_the_usage_is_shown() -> None:

@@ -7,8 +7,7 @@ import re
 import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from io import StringIO
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,9 @@ from crm.backfill.outcome import Source
 from crm.backfill.verification import VerificationReport, comparison, runner, verify
 from crm.backfill.verification.findings import KEPT, Check, Finding, Kind
 from crm.backfill.verification.schema import WANTED
-from crm.management.commands.verify_crm_contacts import Command
 from tests import builders, reference
 from tests.circumstances import acting_as, reading_role, without_own_schema
-from tests.commands import Finished, run, statements
+from tests.commands import Finished, called, run, statements
 from tests.conftest import Database
 from tests.populations import GENERATIONS, insert_population, populations
 
@@ -53,14 +51,7 @@ def verified(**watchers: Any) -> VerificationReport:
 
 def command(*arguments: str) -> Finished:
     """`manage.py verify_crm_contacts` with these arguments, in this process."""
-    stdout, stderr = StringIO(), StringIO()
-    code: object = 0
-    with redirect_stdout(stdout), redirect_stderr(stderr):
-        try:
-            Command().run_from_argv(["manage.py", "verify_crm_contacts", *arguments])
-        except SystemExit as end:
-            code = end.code
-    return Finished(code, stdout.getvalue(), stderr.getvalue())
+    return called("verify_crm_contacts", *arguments)
 
 
 def change(statement: str, *parameters: Any) -> None:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from django.conf import settings
-from django.db import DatabaseError, connection, transaction
+from django.db import connection, transaction
 from django.db.models.functions import Now
 
 from crm.backfill import errors, fence
@@ -41,7 +41,6 @@ SELECT 'leads:' || id FROM leads
 SELECT 'the decision on another row' FROM conflict_decision WHERE separate_email = %(email)s AND id <> %(id)s
  LIMIT 1
 """
-_INSUFFICIENT_PRIVILEGE, _NO_SUCH_TABLE = "42501", "42P01"
 
 
 class RowReference(NamedTuple):
@@ -141,19 +140,15 @@ def _between_runs() -> Iterator[None]:
 
     What the database refuses is turned into what can be done about it, without the address that it quotes.
     """
-    try:
-        with transaction.atomic():
-            fence.require_silence()
-            yield
-    except DatabaseError as error:
-        messages = {
-            _NO_SUCH_TABLE: (
-                "There is no table of decisions that this role can see: run `python manage.py migrate`, or let the "
-                f"owner GRANT USAGE on the schema {settings.BACKFILL_SCHEMA}."
-            ),
-            _INSUFFICIENT_PRIVILEGE: "This role may not look for the row or record a decision. Let the owner grant it.",
-        }
-        message = messages.get(errors.sqlstate(error) or "")
-        if message is None:
-            raise OperatorError(f"The decision was not recorded: {errors.described(error)}. Try again.") from None
-        raise OperatorError(message) from None
+    known = {
+        errors.NO_SUCH_TABLE: (
+            "There is no table of decisions that this role can see: run `python manage.py migrate`, or let the "
+            f"owner GRANT USAGE on the schema {settings.BACKFILL_SCHEMA}."
+        ),
+        errors.INSUFFICIENT_PRIVILEGE: (
+            "This role may not look for the row or record a decision: docs/least_privilege.sql gives the rights."
+        ),
+    }
+    with errors.told("The database broke off: {}. Decide again.", known=known), transaction.atomic():
+        fence.require_silence()
+        yield

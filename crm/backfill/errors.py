@@ -3,12 +3,11 @@ its DETAIL quotes people's data."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 
 import psycopg
 from django.db import DatabaseError, DataError, InterfaceError, OperationalError
-from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill.outcome import Refusal
 from crm.errors import OperatorError
@@ -33,6 +32,18 @@ BAD_MOMENTS = {
     "25006": "server is read-only",
 }
 TIMEOUTS = ("55P03", "57014")
+INSUFFICIENT_PRIVILEGE, NO_SUCH_TABLE, LOCK_TIMEOUT = "42501", "42P01", "55P03"
+#: What an operator can put right, whatever the command.
+REMEDIES = {
+    INSUFFICIENT_PRIVILEGE: (
+        "This role has not all the rights that this takes: docs/least_privilege.sql gives them, and "
+        "`python manage.py check --database default` names those that are missing."
+    ),
+    NO_SUCH_TABLE: (
+        "This database has not all the tables that this takes, or this role may not see them: "
+        "`python manage.py migrate` makes those of the backfill."
+    ),
+}
 
 
 class SettledMeanwhileError(DatabaseError):
@@ -46,17 +57,38 @@ class BrokenStartError(OperatorError):
 
 
 @contextmanager
-def beginning(connection: BaseDatabaseWrapper) -> Iterator[None]:
-    """Tell in one line what the database had against the beginning of a run. Raises BrokenStartError."""
+def told(
+    message: str, *, known: Mapping[str, str] | None = None, kind: type[OperatorError] = OperatorError
+) -> Iterator[None]:
+    """Tell the operator in one line what the database had against something.
+
+    Raises OperatorError for what can be put right, in the words that `known` has for its SQLSTATE or else in ours, and
+    `kind` with the message, in which {} is the error, for anything else. Lets an error pass where there never was a
+    connection: libpq knows why, nobody's data are in it, and manage.py tells it.
+    """
     try:
         yield
     except (DatabaseError, InterfaceError) as error:
-        if connection.connection is None:
-            # There never was one: libpq knows why, and nobody's data are in it.
+        if never_connected(error):
             raise
-        raise BrokenStartError(
-            f"The database broke the start off: {described(error)}. No row was touched; run the command again."
-        ) from None
+        if remedy := {**REMEDIES, **(known or {})}.get(sqlstate(error) or ""):
+            raise OperatorError(remedy) from None
+        raise kind(message.format(described(error))) from None
+
+
+def beginning() -> AbstractContextManager[None]:
+    """Tell in one line what the database had against the beginning of a run. Raises BrokenStartError."""
+    return told(
+        "The database broke the start off: {}. No row was touched; run the command again.", kind=BrokenStartError
+    )
+
+
+def never_connected(error: BaseException) -> bool:
+    """Whether it was the connection that could not be made."""
+    cause = error.__cause__
+    return isinstance(cause, psycopg.errors.ConnectionTimeout) or (
+        isinstance(cause, psycopg.OperationalError) and cause.pgconn is not None
+    )
 
 
 def sqlstate(error: BaseException) -> str | None:

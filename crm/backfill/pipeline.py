@@ -52,6 +52,12 @@ class Retries:
     most: int = 5
     first_wait: float = 0.5
 
+    def announced(self, cause: str, attempt: int) -> float:
+        """Tell why a batch is tried again after its attempt of this number, from 1 on; how long to wait before."""
+        wait = self.first_wait * 2 ** (attempt - 1) * random.uniform(0.75, 1.25)  # noqa: S311 - jitter, not a secret
+        logger.warning("%s: trying the batch again in %.1f s (try %d of %d)", cause, wait, attempt, self.most)
+        return wait
+
 
 class InterruptedRunError(Exception):
     """The operator asked to stop; everything up to here is committed."""
@@ -139,8 +145,7 @@ class Pipeline:
                 self.writer.keep_alive()
 
     def _give_way(self, cause: str, attempt: int) -> None:
-        wait = self.retries.first_wait * 2 ** (attempt - 1) * random.uniform(0.75, 1.25)  # noqa: S311 - jitter, not a secret
-        logger.warning("%s: trying the batch again in %.1f s (try %d of %d)", cause, wait, attempt, self.retries.most)
+        wait = self.retries.announced(cause, attempt)
         self.connection.close_if_unusable_or_obsolete()
         self._sleep(wait)
         self._heed_stop()

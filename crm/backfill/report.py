@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import IO, Any, cast
 
+from django.core.management.base import OutputWrapper
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from crm.backfill.outcome import Source, Totals
-from crm.backfill.runner import RunReport
+from crm.backfill.runner import RunReport, Silence
 from crm.models.ledger import RunStatus
 
 #: Without a terminal, a line about this often; seconds.
@@ -102,6 +103,19 @@ class LineProgress:
         """Nothing: the summary follows."""
 
 
+def progress_on_stderr(*, wanted: bool) -> TerminalProgress | LineProgress | Silence:
+    """Bars on a terminal, lines elsewhere; nothing where none is wanted."""
+    console = Console(stderr=True)
+    if not wanted:
+        return Silence()
+    return TerminalProgress(console) if console.is_terminal else LineProgress(console)
+
+
+def console_on(stdout: OutputWrapper, *, width: int = 110) -> Console:
+    """Rich on a command's own stdout; wide enough for every line where there is no terminal to fit into."""
+    return Console(file=cast(IO[str], stdout), width=None if stdout.isatty() else width)
+
+
 def as_json(report: RunReport) -> str:
     """The report as one JSON object on one line."""
     totals = report.totals
@@ -172,8 +186,8 @@ def print_summary(report: RunReport, console: Console) -> None:
             row(f"  {column}", totals.updated_by_column[column], kept)
     console.print(table)
     console.print(identity_lines(report), highlight=False, soft_wrap=True)
-    if advice := _advice(report):
-        console.print(advice, highlight=False, soft_wrap=True)
+    if words := advice(report):
+        console.print(words, highlight=False, soft_wrap=True)
 
 
 def identity_lines(report: RunReport) -> str:
@@ -199,7 +213,8 @@ def _headline(report: RunReport) -> str:
     return f"{what}: {report.status.value} in {report.seconds:,.1f} s on generation {report.facts.generation}"
 
 
-def _advice(report: RunReport) -> str | None:
+def advice(report: RunReport) -> str | None:
+    """Why a run that did not get to its end ended, and how to go on."""
     if report.status == RunStatus.FAILED:
         why = report.failure or "the identity does not hold"
         return f"The run failed: {why}. What was committed stays; run the command again and it goes on from there."

@@ -119,14 +119,14 @@ def run_backfill(options: RunOptions, progress: Progress | None = None) -> RunRe
     Everything that happens later is in the report: a run that failed, was stopped or was taken over.
     """
     started = time.monotonic()
-    with errors.beginning(connection):
+    with errors.beginning():
         facts = examine(connection, for_writing=not options.dry_run, for_updating=options.update)
     watcher = progress or Silence()
     interruption = Interruption()
     tally = _Tally()
     # From the claim to the close, a signal never leaves a run behind that nobody runs.
     with interruption.heeded(), _no_query_log(), seldom_collected():
-        with errors.beginning(connection):
+        with errors.beginning():
             run = None if options.dry_run else _claim(options, facts)
         with _closing(watcher):
             status, failure, before = _work(options, facts, run, watcher, interruption, tally)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
-from django.db import DatabaseError, connection, transaction
+from django.db import connection, transaction
 from django.db.models.functions import Coalesce, Now
 
 from crm.backfill import errors
@@ -42,7 +42,6 @@ ACTIONS: Mapping[str, RunStatus] = {
 PATIENCE = 5.0
 
 _PAST = {"pause": "paused", "resume": "resumed", "cancel": "cancelled"}
-_INSUFFICIENT_PRIVILEGE, _NO_SUCH_TABLE, _LOCK_TIMEOUT = "42501", "42P01", "55P03"
 
 logger = logging.getLogger(__name__)
 
@@ -125,17 +124,21 @@ def summary(run: BackfillRun) -> dict[str, Any]:
 
 
 def details(run: BackfillRun) -> dict[str, Any]:
-    """A run for machines, with who started it and how, and what its batches add up to."""
+    """A run for machines, with who started it and how, and what its batches add up to.
+
+    Raises OperatorError where the batches may not be read.
+    """
     by_source: dict[str, Counter[str]] = {}
     by_reason: Counter[str] = Counter()
     new_by_reason: Counter[str] = Counter()
     batches = 0
-    for batch in BackfillBatch.objects.filter(run=run).order_by("id").iterator():
-        batches += 1
-        totals = batch.totals()
-        by_source.setdefault(batch.source, Counter()).update(totals.outcomes)
-        by_reason.update(totals.errors_by_reason)
-        new_by_reason.update(totals.errors_new_by_reason)
+    with _told_to_the_operator():
+        for batch in BackfillBatch.objects.filter(run=run).order_by("id").iterator():
+            batches += 1
+            totals = batch.totals()
+            by_source.setdefault(batch.source, Counter()).update(totals.outcomes)
+            by_reason.update(totals.errors_by_reason)
+            new_by_reason.update(totals.errors_new_by_reason)
     return {
         **summary(run),
         "options": run.options,
@@ -153,18 +156,10 @@ def details(run: BackfillRun) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def _told_to_the_operator(run_id: int | None = None) -> Iterator[None]:
+def _told_to_the_operator(run_id: int | None = None) -> AbstractContextManager[None]:
     """Turn what the database refuses into what can be done about it."""
-    try:
-        yield
-    except DatabaseError as error:
-        messages = {
-            _LOCK_TIMEOUT: f"Run {run_id} has been committing for {PATIENCE:g} s. Nothing was changed: try again.",
-            _NO_SUCH_TABLE: "This database has no runs: `python manage.py migrate` makes the tables.",
-            _INSUFFICIENT_PRIVILEGE: "This role may not do this with runs: docs/least_privilege.sql names the rights.",
-        }
-        message = messages.get(errors.sqlstate(error) or "")
-        if message is None:
-            raise
-        raise OperatorError(message) from None
+    known = {
+        errors.LOCK_TIMEOUT: f"Run {run_id} has been committing for {PATIENCE:g} s. Nothing was changed: try again.",
+        errors.NO_SUCH_TABLE: "There are no runs that this role can see: `python manage.py migrate` makes the tables.",
+    }
+    return errors.told("The database broke off: {}. Try again.", known=known)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from django.db import DatabaseError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -85,8 +86,8 @@ def print_summary(report: RollbackReport, console: Console) -> None:
     for reason, count in sorted(report.counts.reasons.items()):
         row(f"  {reason}", count, "of all that was kept or failed")
     console.print(table)
-    if advice := _advice(report):
-        console.print(advice, highlight=False, soft_wrap=True)
+    if words := advice(report):
+        console.print(words, highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -116,7 +117,12 @@ def listing(path: Path | None) -> Iterator[Listener | None]:
                 writer.writerow((*_cells(line), Verdict.REVERSED, LATER_RUN, f"run {line.run_id}"))
             file.flush()
 
-        yield write
+        try:
+            yield write
+        except (OperatorError, DatabaseError):
+            # Nothing was done, so there is no list; the same name is free for what the operator calls next.
+            path.unlink()
+            raise
 
 
 def _cells(line: Line) -> tuple[str, str, str]:
@@ -130,7 +136,8 @@ def _headline(report: RollbackReport) -> str:
     return f"{what}: {report.status.value} in {report.seconds:,.1f} s on generation {report.generation}"
 
 
-def _advice(report: RollbackReport) -> str | None:
+def advice(report: RollbackReport) -> str | None:
+    """Why a rollback that did not get to its end ended, and how to go on from here."""
     if report.status == RunStatus.FAILED:
         return (
             f"The rollback failed: {report.failure}. What is reversed stays so; run the command again and it goes on."

@@ -9,7 +9,6 @@ A dry run takes the same way with an undoer that writes nothing, and claims no f
 from __future__ import annotations
 
 import logging
-import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -84,7 +83,7 @@ def roll_back(
     when another run is going. Everything that happens later is in the report.
     """
     started = time.monotonic()
-    with errors.beginning(connection):
+    with errors.beginning():
         facts = examine(connection, for_writing=not dry_run)
         run = _require_run(run_id, facts, may_take_over=not dry_run)
         lines = _require_lines(run)
@@ -191,7 +190,7 @@ class _Work:
 
     def _batch_with_retries(self, batch: _Batch, undoer: Undoer, after: str) -> tuple[list[Line], Undone]:
         size = self.batch_size
-        for attempt in range(self.retries.most):
+        for attempt in range(1, self.retries.most + 1):
             try:
                 return batch(undoer, after, size)
             except DjangoDatabaseError as error:
@@ -200,7 +199,9 @@ class _Work:
                     raise
                 if errors.is_timeout(error):
                     size = max(1, size // 2)
-                self._give_way(cause, attempt)
+                wait = self.retries.announced(cause, attempt)
+                connection.close_if_unusable_or_obsolete()
+                time.sleep(wait)
         return batch(undoer, after, size)
 
     def _batch_of_updates(self, undoer: Undoer, after: str, size: int) -> tuple[list[Line], Undone]:
@@ -211,19 +212,14 @@ class _Work:
         page = self.reader.page(after, size)
         return page, undoer.undo(page) if page else Undone()
 
-    def _give_way(self, cause: str, attempt: int) -> None:
-        wait = self.retries.first_wait * 2**attempt * random.uniform(0.75, 1.25)  # noqa: S311 - jitter, not a secret
-        logger.warning(
-            "%s: trying the batch again in %.1f s (try %d of %d)", cause, wait, attempt + 1, self.retries.most
-        )
-        connection.close_if_unusable_or_obsolete()
-        time.sleep(wait)
-
 
 def _require_run(run_id: int, facts: DatabaseFacts, *, may_take_over: bool) -> BackfillRun:
     """The run, if it is one that can be taken back."""
     if not facts.has_ledger:
-        raise OperatorError(f"This database has no ledger, so there is no run {run_id}. Nothing was written.")
+        raise OperatorError(
+            f"There is no ledger that this role may read, so there is no run {run_id} to be found: `python manage.py "
+            "migrate` makes the ledger. Nothing was written."
+        )
     run = runs.find(run_id)
     if run.kind == BackfillRun.Kind.ROLLBACK:
         raise OperatorError(

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 from datetime import UTC, datetime
-from typing import IO, Any, cast
+from typing import Any
 
-from django.core.management.base import BaseCommand, CommandError, CommandParser, OutputWrapper
+from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.utils.dateparse import parse_date, parse_datetime
-from rich.console import Console
 
+from crm.backfill.errors import beginning
 from crm.backfill.options import RunOptions
 from crm.backfill.outcome import Source
 from crm.backfill.pace import FIRST_ROWS, ErrorCeiling
-from crm.backfill.report import LineProgress, TerminalProgress, as_json, print_summary
-from crm.backfill.runner import Progress, Silence, run_backfill
+from crm.backfill.report import advice, as_json, console_on, print_summary, progress_on_stderr
+from crm.backfill.runner import run_backfill
 from crm.backfill.workers import most_workers
 from crm.errors import OperatorError
 
@@ -27,7 +27,9 @@ class Command(BaseCommand):
 
     help = (
         "Bring users, profiles and leads that the CRM lacks into crm_contacts. Run it again at any time: it goes on "
-        "where it stopped, and looks only at what is new."
+        "where it stopped, and looks only at what is new. Exit code 0: finished; 1: finished, with rows newly in "
+        "error; 2: wrong usage, or a database that cannot be reached or does not fit; 3: another run is going; "
+        "4: stopped; 5: failed."
     )
     requires_system_checks: list[str] = []  # noqa: RUF012 - Django's attribute
 
@@ -54,7 +56,12 @@ class Command(BaseCommand):
             metavar="SOURCE",
             help=f"only these sources: {', '.join(source.value for source in Source)}",
         )
-        parser.add_argument("--limit", type=_positive, metavar="ROWS", help="look at no more than so many rows")
+        parser.add_argument(
+            "--limit",
+            type=_positive,
+            metavar="ROWS",
+            help="look at no more than so many rows; with one worker only",
+        )
         parser.add_argument(
             "--since",
             type=_moment,
@@ -105,42 +112,35 @@ class Command(BaseCommand):
         no_progress: bool,
         **_options: Any,
     ) -> None:
-        """Run the backfill. The exit codes are in the README: 0, 1, 2, 3, 4, 5."""
+        """Run the backfill. The exit codes are in the help."""
         if limit is not None and workers != 1:
             raise CommandError("--limit goes with one worker: leave --workers out.", returncode=2)
-        options = RunOptions(
-            dry_run=dry_run,
-            update=update,
-            batch_size=batch_size,
-            only=tuple(source for source in Source if source in only),
-            limit=limit,
-            since=since,
-            workers=workers or most_workers(),
-            max_rate=max_rate,
-            max_errors=max_errors,
-            max_replica_lag=max_replica_lag,
-        )
         try:
-            report = run_backfill(options, _progress(Console(stderr=True), wanted=not no_progress))
+            with beginning():
+                workers = workers or most_workers()
+            options = RunOptions(
+                dry_run=dry_run,
+                update=update,
+                batch_size=batch_size,
+                only=tuple(source for source in Source if source in only),
+                limit=limit,
+                since=since,
+                workers=workers,
+                max_rate=max_rate,
+                max_errors=max_errors,
+                max_replica_lag=max_replica_lag,
+            )
+            report = run_backfill(options, progress_on_stderr(wanted=not no_progress))
         except OperatorError as error:
             raise CommandError(str(error), returncode=error.exit_code) from None
         if json:
             self.stdout.write(as_json(report))
+            if words := advice(report):
+                self.stderr.write(words)
         else:
-            print_summary(report, _console(self.stdout))
+            print_summary(report, console_on(self.stdout))
         if code := report.exit_code(strict=strict):
             raise SystemExit(code)
-
-
-def _progress(console: Console, *, wanted: bool) -> Progress:
-    if not wanted:
-        return Silence()
-    return TerminalProgress(console) if console.is_terminal else LineProgress(console)
-
-
-def _console(stdout: OutputWrapper) -> Console:
-    """Rich on the command's own stdout; wide enough for every line where there is no terminal to fit into."""
-    return Console(file=cast(IO[str], stdout), width=None if stdout.isatty() else 110)
 
 
 def _positive(text: str) -> int:

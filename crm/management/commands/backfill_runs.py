@@ -26,24 +26,26 @@ _COLUMNS = ("run", "kind", "status", "started (UTC)", "read", *Outcome, "new err
 class Command(BaseCommand):
     """Arguments, one call, print."""
 
-    help = "List and show runs of the backfill; pause, resume or cancel one."
+    help = (
+        "List and show runs of the backfill; pause, resume or cancel one. Exit code 2: it cannot be done, and the line "
+        "on stderr says why; otherwise 0."
+    )
     requires_system_checks: list[str] = []  # noqa: RUF012 - Django's attribute
 
     def add_arguments(self, parser: CommandParser) -> None:
         """What may be asked."""
         actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-        listing = actions.add_parser("list", help="the last runs, the newest first")
+        listing = _parser_of(actions, "list", "the last runs, the newest first")
         listing.add_argument("--last", type=int, default=20, metavar="N", help="how many (default: %(default)s)")
         listing.add_argument("--json", action="store_true", help="print one JSON array of runs")
-        showing = actions.add_parser("show", help="one run, with all that is known of it")
-        showing.add_argument("run", type=int, metavar="RUN")
+        showing = _parser_of(actions, "show", "one run, with all that is known of it")
+        _add_run(showing)
         showing.add_argument("--json", action="store_true", help="print one JSON object")
         for action in runs.ACTIONS:
-            acting = actions.add_parser(action, help=_HELP[action])
-            acting.add_argument("run", type=int, metavar="RUN")
+            _add_run(_parser_of(actions, action, _HELP[action]))
 
     def handle(self, *_args: Any, action: str, **options: Any) -> None:
-        """Do it. Exit code 2 where it cannot be done, with what the run is now."""
+        """Do it. The exit codes are in the help."""
         try:
             answer = self._answer(action, options)
         except OperatorError as error:
@@ -58,6 +60,15 @@ class Command(BaseCommand):
             details = runs.details(runs.find(options["run"]))
             return json.dumps(details) if options["json"] else _lines(details)
         return _what_now(action, runs.act(action, options["run"]))
+
+
+def _parser_of(actions: Any, action: str, what: str) -> CommandParser:
+    parser: CommandParser = actions.add_parser(action, help=what, description=f"{what[0].upper()}{what[1:]}.")
+    return parser
+
+
+def _add_run(parser: CommandParser) -> None:
+    parser.add_argument("run", type=int, metavar="RUN", help="the run's number, as `backfill_runs list` shows it")
 
 
 def _what_now(action: str, run: BackfillRun) -> str:

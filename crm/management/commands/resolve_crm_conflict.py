@@ -15,7 +15,8 @@ class Command(BaseCommand):
 
     help = (
         "Decide about a row in conflict, which export_backfill_errors lists. The decision is recorded with who and "
-        "when, and the next run of the backfill carries it out. Deciding again replaces it."
+        "when, and the next run of the backfill carries it out. Deciding again replaces it. Exit code "
+        "0: recorded; 2: this cannot be decided, or the database cannot be reached; 3: a run is going."
     )
     requires_system_checks: list[str] = []  # noqa: RUF012 - Django's attribute
 
@@ -29,7 +30,7 @@ class Command(BaseCommand):
         )
 
     def handle(self, *_args: Any, row: str, contact: str | None, separate: str | None, **_options: Any) -> None:
-        """Record the decision. Exit code 2 where it cannot be one, with the reason."""
+        """Record the decision. The exit codes are in the help."""
         try:
             reference = decisions.RowReference.parse(row)
             if contact is not None:

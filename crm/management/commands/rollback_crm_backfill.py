@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
-from django.core.management.base import BaseCommand, CommandError, CommandParser, OutputWrapper
-from rich.console import Console
+from django.core.management.base import BaseCommand, CommandError, CommandParser
 
-from crm.backfill.report import LineProgress, TerminalProgress
-from crm.backfill.rollback.report import as_json, listing, print_summary
+from crm.backfill.report import console_on, progress_on_stderr
+from crm.backfill.rollback.report import advice, as_json, listing, print_summary
 from crm.backfill.rollback.runner import DEFAULT_BATCH_SIZE, roll_back
-from crm.backfill.runner import Progress, Silence
 from crm.errors import OperatorError
+from crm.models.ledger import RunStatus
 
 LEAST_BATCH, LARGEST_BATCH = 1, 5_000
 
@@ -23,7 +22,9 @@ class Command(BaseCommand):
 
     help = (
         "Take a run of the backfill back: delete the contacts that it created and nobody touched, take out what it "
-        "merged, and let its rows be pending again. Run it again when it was stopped: it goes on."
+        "filled in others, and let its rows be pending again. Run it again when it was stopped: it goes on. Exit code "
+        "0: all is reversed or kept; 1: some of it failed; 2: it cannot be taken back, or the database cannot be "
+        "reached; 3: another run is going; 4: stopped; 5: failed."
     )
     requires_system_checks: list[str] = []  # noqa: RUF012 - Django's attribute
 
@@ -55,12 +56,8 @@ class Command(BaseCommand):
         no_progress: bool,
         **_options: Any,
     ) -> None:
-        """Take the run back.
-
-        Exit codes: 0 all is reversed or kept, 1 some of it failed, 2 it cannot be taken back, 3 another run is going,
-        4 stopped, 5 failed.
-        """
-        progress = _progress(Console(stderr=True), wanted=not no_progress)
+        """Take the run back. The exit codes are in the help."""
+        progress = progress_on_stderr(wanted=not no_progress)
         try:
             with listing(csv) as listener:
                 report = roll_back(run, dry_run=dry_run, batch_size=batch_size, progress=progress, listener=listener)
@@ -68,21 +65,12 @@ class Command(BaseCommand):
             raise CommandError(str(error), returncode=error.exit_code) from None
         if json:
             self.stdout.write(as_json(report))
+            if report.status != RunStatus.FINISHED and (words := advice(report)):
+                self.stderr.write(words)
         else:
-            print_summary(report, _console(self.stdout))
+            print_summary(report, console_on(self.stdout))
         if report.exit_code:
             raise SystemExit(report.exit_code)
-
-
-def _progress(console: Console, *, wanted: bool) -> Progress:
-    if not wanted:
-        return Silence()
-    return TerminalProgress(console) if console.is_terminal else LineProgress(console)
-
-
-def _console(stdout: OutputWrapper) -> Console:
-    """Rich on the command's own stdout; wide enough for every line where there is no terminal to fit into."""
-    return Console(file=cast(IO[str], stdout), width=None if stdout.isatty() else 110)
 
 
 def _batch_size(text: str) -> int:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
-from django.core.management.base import BaseCommand, CommandError, CommandParser, OutputWrapper
-from django.db import DatabaseError, InterfaceError, connection
+from django.core.management.base import BaseCommand, CommandError, CommandParser
+from django.db import connection
 from rich.console import Console
 
-from crm.backfill.errors import described
+from crm.backfill.errors import told
+from crm.backfill.report import console_on
 from crm.backfill.verification import verify
 from crm.backfill.verification.findings import Finding
 from crm.backfill.verification.report import as_json, findings_writer, print_report
@@ -24,7 +25,7 @@ class Command(BaseCommand):
     help = (
         "Prove that every source row is accounted for and that every contact which the backfill made is what its row "
         "says. Only reads. Exit code 0: no defect (what is pending, or was changed since, is told and is none); "
-        "1: defects; 2: wrong usage, or a database that cannot be verified."
+        "1: defects; 2: wrong usage, or a database that cannot be reached or verified."
     )
     requires_system_checks: list[str] = []  # noqa: RUF012 - Django's attribute
 
@@ -45,27 +46,20 @@ class Command(BaseCommand):
     def handle(self, *_args: Any, json: bool, csv: Path | None, **_options: Any) -> None:
         """Verify. The exit codes are in the help."""
         try:
-            with _written_to(csv) as on_finding, _counted(Console(stderr=True)) as on_page:
+            with (
+                told("The database broke the verification off: {}. Nothing was proven; try again."),
+                _written_to(csv) as on_finding,
+                _counted(Console(stderr=True)) as on_page,
+            ):
                 report = verify(connection, on_finding=on_finding, on_page=on_page)
         except OperatorError as error:
             raise CommandError(str(error), returncode=error.exit_code) from None
-        except (DatabaseError, InterfaceError) as error:
-            # PostgreSQL's own words may quote people's data.
-            raise CommandError(
-                f"The database broke the verification off: {described(error)}. Nothing was proven; try again.",
-                returncode=OperatorError.exit_code,
-            ) from None
         if json:
             self.stdout.write(as_json(report))
         else:
-            print_report(report, _console(self.stdout))
+            print_report(report, console_on(self.stdout, width=130))
         if report.exit_code:
             raise SystemExit(report.exit_code)
-
-
-def _console(stdout: OutputWrapper) -> Console:
-    """Rich on the command's own stdout; wide enough for every line where there is no terminal to fit into."""
-    return Console(file=cast(IO[str], stdout), width=None if stdout.isatty() else 130)
 
 
 @contextmanager
