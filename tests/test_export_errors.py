@@ -131,9 +131,11 @@ def test_wrong_usage_and_databases_that_do_not_fit_exit_with_two(database: Datab
     ended = command("--output", str(tmp_path / "missing" / "errors.csv"))
     assert ended.code == 2
     assert "--output" in ended.stderr
+    yesterdays = tmp_path / "errors.csv"
+    yesterdays.write_text("as it was")
     with without_own_schema():
-        ended = command()
-    assert ended.code == 2
+        ended = command("--output", str(yesterdays))
+    assert (ended.code, yesterdays.read_text()) == (2, "as it was")
     assert ended.stderr.count("\n") == 1
     assert "no ledger" in ended.stderr
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import NamedTuple
 
 from django.db.backends.base.base import BaseDatabaseWrapper
@@ -65,7 +65,7 @@ class DeadLetter(NamedTuple):
     email: str | None
 
 
-def dead_letters(connection: BaseDatabaseWrapper, *, with_email: bool) -> Iterator[DeadLetter]:
+def dead_letters(connection: BaseDatabaseWrapper, *, with_email: bool) -> Generator[DeadLetter, None, None]:
     """Every row in error, source by source, streamed. Raises OperatorError where the database does not fit.
 
     Names nobody but by id, unless `with_email` asks for the address.

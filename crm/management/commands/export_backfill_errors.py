@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -45,14 +46,14 @@ class Command(BaseCommand):
     def handle(self, *_args: Any, output: Path | None, with_email: bool, **_options: Any) -> None:
         """Export. The exit codes are in the help."""
         columns = [name for name in DeadLetter._fields if with_email or name != "email"]
-        count = 0
         try:
-            with told("The database broke the export off: {}. Try again."), self._file(output) as file:
-                writer = csv.writer(file, lineterminator="\n")
-                writer.writerow(columns)
-                for letter in dead_letters(connection, with_email=with_email):
-                    writer.writerow(cell(getattr(letter, name)) for name in columns)
-                    count += 1
+            with (
+                told("The database broke the export off: {}. Try again."),
+                closing(dead_letters(connection, with_email=with_email)) as letters,
+            ):
+                # A database that refuses is no reason to empty the file of the day before.
+                first = list(islice(letters, 1))
+                count = self._write(output, columns, chain(first, letters))
         except BrokenPipeError:
             # Whoever reads has seen enough, as `head` has. Python would complain when it flushes stdout at the end.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -60,6 +61,16 @@ class Command(BaseCommand):
         except OperatorError as error:
             raise CommandError(str(error), returncode=error.exit_code) from None
         self.stderr.write(f"Rows in error: {count:,}", style_func=str)
+
+    def _write(self, output: Path | None, columns: list[str], letters: Iterable[DeadLetter]) -> int:
+        count = 0
+        with self._file(output) as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(columns)
+            for letter in letters:
+                writer.writerow(cell(getattr(letter, name)) for name in columns)
+                count += 1
+        return count
 
     @contextmanager
     def _file(self, path: Path | None) -> Iterator[IO[str]]:
