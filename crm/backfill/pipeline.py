@@ -54,7 +54,7 @@ class Retries:
 
     def announced(self, cause: str, attempt: int) -> float:
         """Tell why a batch is tried again after its attempt of this number, from 1 on; how long to wait before."""
-        wait = self.first_wait * 2 ** (attempt - 1) * random.uniform(0.75, 1.25)  # noqa: S311 - jitter, not a secret
+        wait: float = self.first_wait * 2 ** (attempt - 1) * random.uniform(0.75, 1.25)  # noqa: S311 - jitter, not a secret
         logger.warning("%s: trying the batch again in %.1f s (try %d of %d)", cause, wait, attempt, self.most)
         return wait
 
