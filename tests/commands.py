@@ -46,8 +46,8 @@ def ended(run: Callable[[], object]) -> Finished:
 
 def called(name: str, *arguments: str) -> Finished:
     """`manage.py` with a command of ours and these arguments, in this process; log lines go their own way."""
-    command = load_command_class("crm", name)
-    return ended(lambda: command.run_from_argv(["manage.py", name, *arguments]))
+    # A command takes hold of the streams when it is made.
+    return ended(lambda: load_command_class("crm", name).run_from_argv(["manage.py", name, *arguments]))
 
 
 def backfill(*arguments: str) -> Finished:

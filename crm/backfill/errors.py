@@ -86,8 +86,11 @@ def beginning() -> AbstractContextManager[None]:
 def never_connected(error: BaseException) -> bool:
     """Whether it was the connection that could not be made."""
     cause = error.__cause__
-    return isinstance(cause, psycopg.errors.ConnectionTimeout) or (
-        isinstance(cause, psycopg.OperationalError) and cause.pgconn is not None
+    if isinstance(cause, psycopg.errors.ConnectionTimeout):
+        return True
+    # libpq's own failure brings its connection along; names of hosts are looked up before there is one.
+    return isinstance(cause, psycopg.OperationalError) and (
+        cause.pgconn is not None or str(cause).startswith("failed to resolve host")
     )
 
 
