@@ -53,9 +53,8 @@ def latest(count: int) -> list[BackfillRun]:
 
 
 def find(run_id: int) -> BackfillRun:
-    """A run by its number. Raises OperatorError where there is none."""
-    with _told_to_the_operator():
-        run = BackfillRun.objects.filter(pk=run_id).first()
+    """A run by its number. Raises OperatorError where there is none, and django.db.Error for a bad moment."""
+    run = BackfillRun.objects.filter(pk=run_id).first()
     if run is None:
         raise OperatorError(f"There is no run {run_id}. `python manage.py backfill_runs list` shows those there are.")
     return run
@@ -95,7 +94,8 @@ def act(action: str, run_id: int) -> BackfillRun:
         changed = BackfillRun.objects.filter(pk=run_id, status__in=allowed).update(
             status=target, finished_at=Coalesce("finished_at", Now())
         )
-    run = find(run_id)
+    with _told_to_the_operator():
+        run = find(run_id)
     if not changed:
         raise OperatorError(
             f"Run {run_id} is {run.status}: only one that is {' or '.join(allowed)} can be {_PAST[action]}."
@@ -123,16 +123,17 @@ def summary(run: BackfillRun) -> dict[str, Any]:
     }
 
 
-def details(run: BackfillRun) -> dict[str, Any]:
+def details(run_id: int) -> dict[str, Any]:
     """A run for machines, with who started it and how, and what its batches add up to.
 
-    Raises OperatorError where the batches may not be read.
+    Raises OperatorError where there is none, and where it may not be read.
     """
     by_source: dict[str, Counter[str]] = {}
     by_reason: Counter[str] = Counter()
     new_by_reason: Counter[str] = Counter()
     batches = 0
     with _told_to_the_operator():
+        run = find(run_id)
         for batch in BackfillBatch.objects.filter(run=run).order_by("id").iterator():
             batches += 1
             totals = batch.totals()

@@ -57,7 +57,7 @@ class Command(BaseCommand):
             found = runs.latest(max(0, options["last"]))
             return json.dumps([runs.summary(run) for run in found]) if options["json"] else _table(found)
         if action == "show":
-            details = runs.details(runs.find(options["run"]))
+            details = runs.details(options["run"])
             return json.dumps(details) if options["json"] else _lines(details)
         return _what_now(action, runs.act(action, options["run"]))
 
