@@ -137,13 +137,13 @@ class End(NamedTuple):
     contacts: str
     ledger: str
     ids: str
-    count: int
+    size: int
 
 
 def _end_of(server: Server, database: str) -> End:
     ((contacts,),), ((ledger,),) = server.rows(database, CONTACTS), server.rows(database, LEDGER)
-    ((count, ids),) = server.rows(database, CONTACT_IDS)
-    return End(contacts, ledger, ids, count)
+    ((size, ids),) = server.rows(database, CONTACT_IDS)
+    return End(contacts, ledger, ids, size)
 
 
 def _check_ends(ends: dict[str, End]) -> None:
@@ -153,7 +153,7 @@ def _check_ends(ends: dict[str, End]) -> None:
         return
     wrong = [name for name, end in ends.items() if name in EVERYTHING and end != expected]
     wrong += [name for name, end in ends.items() if name in SAME_IDS and end.ids != expected.ids]
-    wrong += [name for name, end in ends.items() if name in NO_FEWER and end.count < expected.count]
+    wrong += [name for name, end in ends.items() if name in NO_FEWER and end.size < expected.size]
     if wrong:
         raise RuntimeError(f"these end otherwise than the others: {', '.join(wrong)}")
 
