@@ -10,6 +10,8 @@ BIN := $(VENV)/bin
 # The demo, the tests and the checks use the embedded server and never a database that somebody works with.
 EMBEDDED := env -u DATABASE_URL CRM_DOTENV=off
 MANAGE := $(EMBEDDED) $(BIN)/python manage.py
+# Many tests wait for a lock, a kill or a server, so processes pay even where the cores are few.
+PYTEST := $(EMBEDDED) $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 NEXT := $(if $(or $(DATABASE_URL),$(wildcard .env)),$(EMBEDDED) )$(BIN)/python manage.py
 
 PEOPLE ?= 10000
@@ -42,14 +44,14 @@ demo: install ## Sample people in a fresh embedded database, backfilled before y
 		'  $(NEXT) runserver'
 
 test: install ## Run the tests (ARGS="-k mapping" for some of them)
-	$(EMBEDDED) $(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 check: install ## Lint, types, migrations and tests: what has to pass
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(EMBEDDED) $(BIN)/mypy --no-incremental .
 	$(MANAGE) makemigrations --check --dry-run
-	$(EMBEDDED) $(BIN)/python -m pytest
+	$(PYTEST)
 
 bench: install ## Measure the backfill on the embedded server
 	$(EMBEDDED) $(BIN)/python -m bench $(ARGS)
@@ -63,5 +65,5 @@ lock: install ## Compile requirements*.in into pinned and hashed requirements*.t
 
 clean: ## Remove .venv, the embedded database and every cache
 	@if [ -x $(BIN)/python ]; then $(EMBEDDED) $(BIN)/python -m config.embedded stop || true; fi
-	rm -rf $(VENV) .postgres .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .postgres* .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

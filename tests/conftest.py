@@ -6,10 +6,12 @@ rolled back. `database` empties all tables instead, which Django's flush would n
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from django.conf import settings as django_settings
 from django.db import connection
 from django.db.models.signals import pre_migrate
 from django.test.utils import setup_databases, teardown_databases
@@ -23,6 +25,11 @@ from tests.populations import add_labels
 # A machine that has other things to do is no reason to fail.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
+
+# Where several processes share the tests, each has a server of its own: roles and sessions belong to a server.
+if process := os.environ.get("PYTEST_XDIST_WORKER"):
+    django_settings.EMBEDDED_DATA = django_settings.EMBEDDED_DATA.with_name(f".postgres-{process}")
+    django_settings.DATABASES["default"]["EMBEDDED_DATA"] = django_settings.EMBEDDED_DATA
 
 LEGACY_TABLES = ("crm_stage_history", "crm_interactions", "crm_contacts", "leads", "profiles", "users")
 OWN_MODELS = (LedgerEntry, ContactUpdate, BackfillBatch, Rollback, ConflictDecision, BackfillRun)
