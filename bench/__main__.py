@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.measure import Measurement, measure
-from bench.server import GENERATION, SEED, Server
+from bench.server import GENERATION, SEED, SETTINGS, Server
 
 MANAGE = ["manage.py"]
 BACKFILL = [*MANAGE, "backfill_crm_contacts", "--json", "--no-progress"]
@@ -44,9 +44,10 @@ EVERYTHING = ("limit", "one worker", "two workers", "rerun, nothing new")
 SAME_IDS = ("rerun, 1 % new",)
 NO_FEWER = ("bulk_create", "row by row")
 CONTACTS = "SELECT md5(string_agg(md5(c::text), ',' ORDER BY id)) FROM crm_contacts c"
-LEDGER = (
-    "SELECT md5(string_agg(concat_ws(' ', id, source, outcome, reason, contact_id), ',' ORDER BY id)) FROM ledger_entry"
-)
+LEDGER = """
+SELECT md5(string_agg(concat_ws(' ', id, source, outcome, reason, contact_id, filled), ',' ORDER BY id))
+  FROM ledger_entry
+"""
 CONTACT_IDS = "SELECT count(*), md5(string_agg(id, ',' ORDER BY id)) FROM crm_contacts"
 
 
@@ -55,6 +56,8 @@ def main() -> None:
     options = _arguments()
     server = Server.start(Path(os.environ.get("CRM_EMBEDDED_DATA") or ".postgres-bench").resolve())
     console = Console(stderr=True, width=100)
+    settings = server.settings("server_version", *SETTINGS, "huge_pages_status")
+    console.print(", ".join(f"{name} {value}" for name, value in settings.items()), style="dim")
     answer = {}
     for people in options.people:
         _prepare(server, people, console)

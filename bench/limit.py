@@ -29,6 +29,16 @@ id, "userId", "clerkUserId", "contactType", "firstName", "lastName", email, phon
 source, "assignedPreparerId", "assignedAt", "referrerUsername", "referrerType", "commissionRate",
 "commissionRateLockedAt", "attributionMethod", "attributionConfidence", "createdAt", "updatedAt", "lastContactedAt"
 """
+_UNATTRIBUTED = """COALESCE("referrerUsername", "referrerType", "commissionRate"::text, "commissionRateLockedAt"::text,
+"attributionMethod") IS NULL"""
+_BROUGHT = f"""
+NULLIF(concat_ws(',', CASE WHEN "userId" IS NOT NULL THEN 'user_id' END,
+  CASE WHEN "clerkUserId" IS NOT NULL THEN 'clerk_user_id' END, CASE WHEN phone IS NOT NULL THEN 'phone' END,
+  CASE WHEN company IS NOT NULL THEN 'company' END,
+  CASE WHEN "lastContactedAt" IS NOT NULL THEN 'last_contacted_at' END,
+  CASE WHEN "assignedPreparerId" IS NOT NULL THEN 'assignment' END,
+  CASE WHEN NOT ({_UNATTRIBUTED}) THEN 'attribution' END), '')
+"""
 _PREPARE = f"""
 CREATE TEMPORARY TABLE odd_spelling AS
   SELECT id, lower(btrim(email, {_SPACE})) AS address FROM crm_contacts WHERE email <> lower(btrim(email, {_SPACE}));
@@ -40,12 +50,12 @@ WITH page AS MATERIALIZED ({{page}}),
      made AS (
        INSERT INTO crm_contacts ({_CONTACT})
        SELECT {_CONTACT} FROM draft
-        WHERE {_VALID} AND NOT EXISTS (SELECT FROM odd_spelling WHERE address = draft.email) ORDER BY place
+        WHERE {_VALID} AND NOT EXISTS (SELECT FROM odd_spelling WHERE address = draft.email) ORDER BY email, place
        ON CONFLICT DO NOTHING RETURNING id
      ),
      lines AS (
-       INSERT INTO ledger_entry (id, source, source_id, outcome, contact_id, run_id, source_updated_at)
-       SELECT id, '{{source}}', source_id, 'created', id, 1, "updatedAt" FROM draft JOIN made USING (id)
+       INSERT INTO ledger_entry (id, source, source_id, outcome, contact_id, run_id, source_updated_at, filled)
+       SELECT id, '{{source}}', source_id, 'created', id, 1, "updatedAt", {_BROUGHT} FROM draft JOIN made USING (id)
      ),
      left_over AS (
        INSERT INTO waiting SELECT place, source_id, {_CONTACT} FROM draft
@@ -83,8 +93,7 @@ WITH met AS (
               min(place) FILTER (WHERE company IS NOT NULL) AS company,
               min(place) FILTER (WHERE "lastContactedAt" IS NOT NULL) AS last_contact,
               min(place) FILTER (WHERE "assignedPreparerId" IS NOT NULL) AS assignment,
-              min(place) FILTER (WHERE COALESCE("referrerUsername", "referrerType", "commissionRate"::text,
-                "commissionRateLockedAt"::text, "attributionMethod") IS NOT NULL) AS attribution
+              min(place) FILTER (WHERE NOT ({_UNATTRIBUTED})) AS attribution
          FROM verdict JOIN waiting USING (place) WHERE outcome = 'merged' GROUP BY contact
      ),
      filled AS (
@@ -119,11 +128,19 @@ WITH met AS (
            OR (c."lastContactedAt" IS NULL AND last_contact.place IS NOT NULL)
            OR (c."assignedPreparerId" IS NULL AND assignment.place IS NOT NULL))
      )
-INSERT INTO ledger_entry (id, source, source_id, outcome, reason, contact_id, run_id, source_updated_at)
+INSERT INTO ledger_entry (id, source, source_id, outcome, reason, contact_id, run_id, source_updated_at, filled)
 SELECT line, '{{source}}', source_id, outcome,
        CASE WHEN NOT is_valid THEN 'invalid_email' WHEN is_conflict THEN 'conflict' END,
-       CASE WHEN is_valid THEN contact END, 1, "updatedAt"
-  FROM verdict
+       CASE WHEN is_valid THEN verdict.contact END, 1, verdict."updatedAt",
+       CASE WHEN outcome = 'merged' THEN NULLIF(concat_ws(',',
+         CASE WHEN account = place AND c."userId" IS NULL THEN 'user_id' END,
+         CASE WHEN account = place AND c."clerkUserId" IS NULL THEN 'clerk_user_id' END,
+         CASE WHEN first.phone = place AND c.phone IS NULL THEN 'phone' END,
+         CASE WHEN first.company = place AND c.company IS NULL THEN 'company' END,
+         CASE WHEN last_contact = place AND c."lastContactedAt" IS NULL THEN 'last_contacted_at' END,
+         CASE WHEN assignment = place AND c."assignedPreparerId" IS NULL THEN 'assignment' END,
+         CASE WHEN attribution = place AND {_UNATTRIBUTED} THEN 'attribution' END), '') END
+  FROM verdict LEFT JOIN first USING (contact) LEFT JOIN crm_contacts c ON c.id = verdict.contact
 """
 _PROFILE_COLUMNS = f"""
 r.place, r.id AS source_id, r.contact_id AS id, r."userId", r."clerkUserId",

@@ -73,6 +73,15 @@ def stop(data: Path) -> None:
         _server(data).stop()
 
 
+def restart(data: Path) -> Address:
+    """Stop the server and start it again: some settings come into force in no other way."""
+    server = _server(data)
+    server.stop()
+    server.ensure_postgres_running()
+    start.cache_clear()
+    return start(data)
+
+
 def _start_server(data: Path) -> Address:
     info = _server(data).get_postmaster_info()
     return Address(host=str(info.socket_dir), port=str(info.port))

@@ -85,6 +85,24 @@ def test_drop_leaves_an_empty_database(tmp_path: Path) -> None:
     assert run("-c", make.format("SELECT FROM public.marker"), CRM_EMBEDDED_DATA=data).returncode == 1
 
 
+def test_a_restart_brings_into_force_what_waits_for_one(tmp_path: Path) -> None:
+    program = """
+import pathlib, sys, psycopg
+from config import embedded
+data = pathlib.Path(sys.argv[1])
+def ask(query):
+    address = embedded.start(data)
+    with psycopg.connect(host=address.host, port=address.port, user="postgres", autocommit=True) as connection:
+        return connection.execute(query)
+ask("ALTER SYSTEM SET max_connections = 17")
+embedded.restart(data)
+sys.stdout.write(ask("SHOW max_connections").fetchone()[0])
+"""
+    result = run("-c", program, str(tmp_path / "data"))
+    assert (result.returncode, result.stdout) == (0, "17"), result.stderr
+    assert not is_running(tmp_path / "data")
+
+
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("")
     result = run("manage.py", "migrate", CRM_EMBEDDED_DATA=str(tmp_path / "data"))

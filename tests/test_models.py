@@ -260,6 +260,15 @@ def test_contacts_are_inserted_as_arrays(connection: BaseDatabaseWrapper, *, ign
     assert CRMContact.objects.using(connection.alias).get(contact_type="PREPARER").pk == "b"
 
 
+def test_contacts_are_inserted_in_the_order_of_the_queryset(connection: BaseDatabaseWrapper) -> None:
+    contacts = CRMContact.bulk.using(connection.alias).order_by("email")
+    contacts.bulk_create([contact("a", email="zoe@example.com"), contact("b", email="ann@example.com")])
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT id FROM crm_contacts ORDER BY ctid")
+        assert cursor.fetchall() == [("b",), ("a",)]
+    assert contacts.landed == {"a", "b"}
+
+
 def test_an_enum_field_survives_a_migration() -> None:
     _, _, args, kwargs = PostgresEnumField(enum="UserRole", null=True).deconstruct()
     again = PostgresEnumField(*args, **kwargs)

@@ -87,7 +87,8 @@ class DatabaseStore:
 
     def insert(self, drafts: Sequence[ContactDraft]) -> set[str]:
         """Insert contacts; the ids of those that landed."""
-        contacts = CRMContact.bulk.using(self._connection.alias)
+        # Two indexes are of the address: in its order, an insert walks along them instead of jumping about.
+        contacts = CRMContact.bulk.using(self._connection.alias).order_by("email")
         contacts.bulk_create(map(CRMContact.of_draft, drafts), ignore_conflicts=True)
         return contacts.landed
 

@@ -16,7 +16,7 @@ from django.db.models.constants import OnConflict
 
 
 class ColumnwiseQuerySet(models.QuerySet[Any]):
-    """A queryset whose `bulk_create` takes its values column by column, as they are.
+    """A queryset whose `bulk_create` takes its values column by column, as they are, and inserts in its own order.
 
     `landed` are the primary keys of the rows that it inserted. Django itself reports every object as written when it
     ignores conflicts; only PostgreSQL knows.
@@ -49,7 +49,12 @@ class ColumnwiseQuerySet(models.QuerySet[Any]):
             (field.column for field in unique_fields or ()),
         )
         table, key = operations.quote_name(options.db_table), operations.quote_name(str(options.pk.column))
-        statement = f"INSERT INTO {table} ({names}) SELECT * FROM UNNEST({arrays}) {suffix} RETURNING {key}"  # noqa: S608 - names from the models
+        ordered = [operations.quote_name(str(options.get_field(name).column)) for name in self.query.order_by]
+        order = f"ORDER BY {', '.join(ordered)}" if ordered else ""
+        statement = (
+            f"INSERT INTO {table} ({names}) SELECT * FROM UNNEST({arrays}) AS sent ({names}) {order} "  # noqa: S608 - names from the models
+            f"{suffix} RETURNING {key}"
+        )
         with connection.cursor() as cursor:
             cursor.execute(statement, [list(map(attrgetter(field.attname), objs)) for field in fields])
             rows: list[tuple[Any, ...]] = cursor.fetchall()
