@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from datetime import date
 from functools import cache
 from io import StringIO
 from itertools import islice, permutations
@@ -19,6 +20,7 @@ from psycopg import sql
 from pytest_django import Settings
 
 from crm.legacy_schema import GENERATIONS, create_legacy_tables
+from crm.sample_data.chance import DAY, HOUR, Chance
 from crm.sample_data.population import CHUNK, generate
 from crm.sample_data.shapes import SHAPES, TABLES
 
@@ -112,11 +114,19 @@ def test_no_row_was_updated_before_it_was_made_or_after_the_last_day(generation:
             assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}", str(row["createdAt"]))
 
 
-def test_clerk_ids_have_the_form_of_clerk() -> None:
+def test_clerk_ids_have_the_form_of_clerk_and_follow_time() -> None:
     clerk_ids = values(population()["profiles"], "clerkUserId")
     assert clerk_ids
     assert len(set(clerk_ids)) == len(clerk_ids)
     assert all(re.fullmatch("user_[0-9A-Za-z]{27}", clerk_id) for clerk_id in clerk_ids)
+    chance = Chance("any", date(2022, 11, 1), date(2025, 10, 31))
+    # What a KSUID of noon on the second of November 2022 begins with, worked out by hand.
+    noon = ((1_667_390_400 - 1_400_000_000) << 128) // 62**22
+    digits = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+    told = chance.clerk_id(DAY + 12 * HOUR).removeprefix("user_")[:5]
+    assert sum(digits.index(digit) * 62**place for place, digit in enumerate(reversed(told))) == noon
+    moments = [chance.clerk_id(moment) for moment in range(0, 1000 * DAY, DAY)]
+    assert moments == sorted(moments)
 
 
 # People as they really are

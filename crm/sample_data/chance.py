@@ -18,6 +18,8 @@ _BASE_62: Final = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxy
 _PAIRS_36: Final = tuple(a + b for a in _BASE_36 for b in _BASE_36)
 _PAIRS_62: Final = tuple(a + b for a in _BASE_62 for b in _BASE_62)
 _FOUR_DIGITS: Final = 36**4
+# Clerk's ids are KSUIDs: 32 bits of seconds since this one, 128 bits of luck, in base 62. Six digits tell a second.
+_KSUID_BEGINS: Final = 1_400_000_000
 # What a process of the application puts into each id it makes; it has been started more than once.
 _FINGERPRINTS: Final = ("3b6u", "k0qz", "08jw")
 
@@ -87,6 +89,9 @@ class Chance:
         counter = _four(self._serial % _FOUR_DIGITS)
         return f"c{_four(high)}{_four(low)}{counter}{_FINGERPRINTS[self._serial % 3]}{_four(first)}{_four(second)}"
 
-    def clerk_id(self) -> str:
-        """An id as Clerk makes it: `user_`, a 2, and 26 more of 0-9A-Za-z."""
-        return "user_2" + "".join([_PAIRS_62[int(self.random() * 3844)] for _ in range(13)])
+    def clerk_id(self, moment: int) -> str:
+        """An id as Clerk makes it at that moment: `user_`, and 27 of 0-9A-Za-z that begin with the time."""
+        luck = "".join([_PAIRS_62[int(self.random() * 3844)] for _ in range(13)])
+        seconds = (self._first_moment + moment) // SECOND - _KSUID_BEGINS
+        high, low = divmod((seconds << 128) // 62**21, 62**4)
+        return f"user_{_PAIRS_62[high]}{_PAIRS_62[low // 62**2]}{_PAIRS_62[low % 62**2]}{luck[:21]}"

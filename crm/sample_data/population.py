@@ -157,7 +157,7 @@ class _Population:
         if not self._shape.clerk or person.number <= _WITHOUT_EMAIL or not chance.happens(0.08):
             email = self._account_email(person)
             user_id = self._user(person, email)
-        clerk_id = chance.clerk_id() if self._shape.clerk and chance.happens(0.7) else None
+        clerk_id = chance.clerk_id(person.arrived) if self._shape.clerk and chance.happens(0.7) else None
         account = self._profile(person, role, user_id, clerk_id)
         if email and chance.happens(0.004):
             self._second_account(person, email)
@@ -174,7 +174,8 @@ class _Population:
     def _second_account(self, person: Person, email: str) -> None:
         """The same person signed up again, as a client and in another case: only a person can say which one it is."""
         user_id = self._user(person, email.swapcase())
-        self._profile(person, "CLIENT", user_id, self._chance.clerk_id() if self._shape.clerk else None)
+        clerk_id = self._chance.clerk_id(person.arrived) if self._shape.clerk else None
+        self._profile(person, "CLIENT", user_id, clerk_id)
 
     def _user(self, person: Person, email: str) -> str:
         chance = self._chance
