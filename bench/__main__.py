@@ -58,12 +58,12 @@ def main() -> None:
     console = Console(stderr=True, width=100)
     settings = server.settings("server_version", *SETTINGS, "huge_pages_status")
     console.print(", ".join(f"{name} {value}" for name, value in settings.items()), style="dim")
-    answer = {}
     for people in options.people:
         _prepare(server, people, console)
-        figures = _measure_all(server, people, options.turns, options.only, console)
-        answer[people] = {name: _median(measurements) for name, measurements in figures.items()}
-        console.print(_table(people, answer[people]))
+    figures = _measure_all(server, options.people, options.turns, options.only, console)
+    answer = {people: {name: _median(taken) for name, taken in of.items()} for people, of in figures.items()}
+    for smaller, people in zip([None, *options.people], options.people, strict=False):
+        console.print(_table(people, answer[people], smaller, answer.get(smaller, {})))
     sys.stdout.write(
         json.dumps({size: {n: asdict(m) for n, m in rows.items()} for size, rows in answer.items()}) + "\n"
     )
@@ -112,22 +112,25 @@ def _manage(server: Server, database: str, *command: str) -> None:
 
 
 def _measure_all(
-    server: Server, people: int, turns: int, chosen: list[str], console: Console
-) -> dict[str, list[Measurement]]:
-    figures: dict[str, list[Measurement]] = defaultdict(list)
-    ends: dict[str, End] = {}
+    server: Server, sizes: list[int], turns: int, chosen: list[str], console: Console
+) -> dict[int, dict[str, list[Measurement]]]:
+    """Measure in turns, all candidates of all sizes in each: a machine is faster at one time than at another."""
+    figures: dict[int, dict[str, list[Measurement]]] = {people: defaultdict(list) for people in sizes}
     for turn in range(turns):
-        for name in chosen:
-            if people > LARGEST.get(name, people):
-                continue
-            state, arguments = CANDIDATES[name]
-            template = f"bench_{people}_{ {EMPTY: 'empty', FILLED: 'filled', FILLED_AND_NEW: 'new'}[state] }"
-            with server.copy_of(template, "bench_work") as database:
-                figures[name].append(measure(server, database, arguments))
-                if turn == 0:
-                    ends[name] = _end_of(server, database)
-            console.print(f"  turn {turn + 1}: {name} {figures[name][-1].seconds:.2f} s", style="dim")
-    _check_ends(ends)
+        for people in sizes:
+            ends: dict[str, End] = {}
+            for name in chosen:
+                if people > LARGEST.get(name, people):
+                    continue
+                state, arguments = CANDIDATES[name]
+                template = f"bench_{people}_{ {EMPTY: 'empty', FILLED: 'filled', FILLED_AND_NEW: 'new'}[state] }"
+                with server.copy_of(template, "bench_work") as database:
+                    taken = measure(server, database, arguments)
+                    if turn == 0:
+                        ends[name] = _end_of(server, database)
+                figures[people][name].append(taken)
+                console.print(f"  turn {turn + 1}: {people:,} people, {name} {taken.seconds:.2f} s", style="dim")
+            _check_ends(ends)
     return figures
 
 
@@ -166,7 +169,9 @@ def _median(measurements: list[Measurement]) -> Measurement:
     return Measurement(**{name: statistics.median(getattr(one, name) for one in measurements) for name in names})
 
 
-def _table(people: int, medians: dict[str, Measurement]) -> Table:
+def _table(
+    people: int, medians: dict[str, Measurement], smaller: int | None, at_smaller: dict[str, Measurement]
+) -> Table:
     table = Table(title=f"{people:,} people, medians")
     table.add_column("candidate")
     for heading in (
@@ -176,9 +181,10 @@ def _table(people: int, medians: dict[str, Measurement]) -> Table:
         "share of\none worker",
         "client\nCPU s",
         "server\nCPU s",
+        "client\nMB",
+        f"time a row\nagainst\n{smaller or people:,}",
     ):
         table.add_column(heading, justify="right")
-    table.add_column("client\nMB", justify="right")
     limit, first_run = medians.get("limit"), medians.get("one worker")
     for name, one in medians.items():
         table.add_row(
@@ -190,6 +196,7 @@ def _table(people: int, medians: dict[str, Measurement]) -> Table:
             f"{one.client_cpu:.1f}",
             f"{one.server_cpu:.1f}",
             f"{one.client_memory_mb:.0f}",
+            f"{one.seconds_a_row / at_smaller[name].seconds_a_row:.2f}" if name in at_smaller else "",
         )
     return table
 

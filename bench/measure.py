@@ -24,6 +24,11 @@ class Measurement:
     server_cpu: float
     client_memory_mb: float
 
+    @property
+    def seconds_a_row(self) -> float:
+        """What is compared between sizes."""
+        return self.seconds / self.rows
+
 
 def measure(server: Server, database: str, arguments: list[str]) -> Measurement:
     """Run `python ARGUMENTS` against the database. It prints one JSON object with `seconds` and `read`."""
