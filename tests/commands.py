@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
@@ -59,6 +60,17 @@ def run(**options: Any) -> dict[str, Any]:
     """Run with these options, and return what --json prints."""
     answer: dict[str, Any] = json.loads(as_json(run_backfill(RunOptions(**options))))
     return answer
+
+
+@contextmanager
+def files_no_larger_than(size: int) -> Iterator[None]:
+    """To write more fails, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 class Statement(NamedTuple):

@@ -26,7 +26,7 @@ from crm.models.ledger import RunStatus
 from crm.sample_data.loader import load as load_people
 from tests import processes, reference
 from tests.builders import add_contact, add_lead, add_profile, contact_with, contacts, ledger
-from tests.commands import Finished, called, run
+from tests.commands import Finished, called, files_no_larger_than, run
 from tests.conftest import LEGACY_TABLES, Database
 from tests.populations import (
     GENERATIONS,
@@ -631,6 +631,20 @@ def test_a_rollback_that_is_refused_leaves_no_list_in_the_way_of_the_next(databa
     assert rollback(str(made + 1), f"--csv={path}").code == 2
     assert rollback(str(made), f"--csv={path}").code == 0
     assert len(path.read_text().splitlines()) == 2
+
+
+def test_a_disk_that_is_full_before_the_list_is_at_its_end(database: Database, tmp_path: Path) -> None:
+    for number in range(20):
+        add_lead(f"lead{number}@example.com")
+    made, path = run()["run"], tmp_path / "list.csv"
+    with files_no_larger_than(1_000):
+        failed = rollback(str(made), f"--csv={path}", "--batch-size=5")
+    assert failed.code == 5
+    assert "the list of rows cannot be written any more (File too large)" in failed.stdout
+    assert 0 < database.rows("SELECT count(*) FROM crm_contacts")[0][0] < 20
+    assert BackfillRun.objects.latest("pk").status == "failed"
+    assert rollback(str(made)).code == 0
+    assert database.rows("SELECT count(*) FROM crm_contacts") == [(0,)]
 
 
 def test_no_output_holds_a_word_about_a_person(

@@ -25,7 +25,7 @@ from crm.backfill.verification.findings import KEPT, Check, Finding, Kind
 from crm.backfill.verification.schema import WANTED
 from tests import builders, reference
 from tests.circumstances import acting_as, reading_role, without_own_schema
-from tests.commands import Finished, called, run, statements
+from tests.commands import Finished, called, files_no_larger_than, run, statements
 from tests.conftest import Database
 from tests.populations import GENERATIONS, insert_population, populations
 
@@ -774,6 +774,29 @@ def test_wrong_usage_and_databases_that_do_not_fit_exit_with_two(database: Datab
     assert (ended.code, ended.stdout) == (2, "")
     assert ended.stderr.count("\n") == 1
     assert "crm_contacts" in ended.stderr
+
+
+def test_a_verification_that_cannot_begin_leaves_the_file_of_the_day_before(database: Database, tmp_path: Path) -> None:
+    file = tmp_path / "findings.csv"
+    assert command("--csv", str(file)).code == 0
+    head = file.read_text(encoding="utf-8")
+    assert head == "kind,check,row,contact_id,columns\n"
+    file.write_text("of the day before", encoding="utf-8")
+    with without_own_schema():
+        assert command("--csv", str(file)).code == 2
+    assert file.read_text(encoding="utf-8") == "of the day before"
+    assert command("--csv", str(file)).code == 0
+    assert file.read_text(encoding="utf-8") == head
+
+
+def test_a_disk_that_is_full_breaks_the_verification_off(database: Database, tmp_path: Path) -> None:
+    add_attributed_lead("ann@example.com")
+    run()
+    change("UPDATE crm_contacts SET phone = 'planted'")
+    with files_no_larger_than(40):
+        ended = command("--csv", str(tmp_path / "findings.csv"))
+    assert (ended.code, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
+    assert "findings.csv cannot be written: File too large" in ended.stderr
 
 
 def test_a_database_that_breaks_off_quotes_nobody(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:

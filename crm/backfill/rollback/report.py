@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ def listing(path: Path | None) -> Iterator[Listener | None]:
     """Something that lists what becomes of each row in a CSV file, batch by batch; nothing without a path.
 
     Raises OperatorError where the file is there already (it may be the list of a rollback that was killed), or cannot
-    be written.
+    be written. What lists raises OSError when it no longer can.
     """
     if path is None:
         yield None
@@ -106,23 +106,26 @@ def listing(path: Path | None) -> Iterator[Listener | None]:
         raise OperatorError(f"{path} is there already: name a new file. Nothing was written.") from None
     except OSError as error:
         raise OperatorError(f"{path} cannot be written ({error.strerror}). Nothing was written.") from None
-    with file:
-        writer = csv.writer(file)
-        writer.writerow(CSV_COLUMNS)
+    writer = csv.writer(file)
+    writer.writerow(CSV_COLUMNS)
 
-        def write(undone: Undone) -> None:
-            for judgement in undone.judgements:
-                writer.writerow((*_cells(judgement.line), judgement.verdict, judgement.why or "", judgement.detail))
-            for line in undone.later_merges:
-                writer.writerow((*_cells(line), Verdict.REVERSED, LATER_RUN, f"run {line.run_id}"))
-            file.flush()
+    def write(undone: Undone) -> None:
+        for judgement in undone.judgements:
+            writer.writerow((*_cells(judgement.line), judgement.verdict, judgement.why or "", judgement.detail))
+        for line in undone.later_merges:
+            writer.writerow((*_cells(line), Verdict.REVERSED, LATER_RUN, f"run {line.run_id}"))
+        file.flush()
 
-        try:
-            yield write
-        except (OperatorError, DatabaseError):
-            # Nothing was done, so there is no list; the same name is free for what the operator calls next.
-            path.unlink()
-            raise
+    try:
+        yield write
+    except (OperatorError, DatabaseError):
+        # Nothing was done, so there is no list; the same name is free for what the operator calls next.
+        path.unlink()
+        raise
+    finally:
+        # Every batch was flushed: what is left here could not be written then, and that has been told.
+        with suppress(OSError):
+            file.close()
 
 
 def _cells(line: Line) -> tuple[str, str, str]:

@@ -142,6 +142,8 @@ class _Work:
             return RunStatus.INTERRUPTED, "stopped in the middle of a batch, which was rolled back"
         except FenceLostError as lost:
             return lost.status, None
+        except OSError as error:
+            return RunStatus.FAILED, f"the list of rows cannot be written any more ({error.strerror})"
         except DjangoDatabaseError as error:
             logger.error("the rollback failed: %s", errors.described(error))  # noqa: TRY400 - a traceback may quote people's data
             connection.close()

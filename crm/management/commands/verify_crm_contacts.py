@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,16 +66,20 @@ class Command(BaseCommand):
 
 @contextmanager
 def _written_to(path: Path | None) -> Iterator[Callable[[Finding], None] | None]:
+    """What writes a finding to the file. A file that is there stays as it was until the first of them, or the end."""
     if path is None:
         yield None
         return
+    unwritable = "The file {} cannot be written{}. Name another one with --csv."
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise OperatorError(unwritable.format(path, ""))
     try:
-        with path.open("w", newline="", encoding="utf-8") as file:
-            yield findings_writer(file)
+        with ExitStack() as stack:
+            opened = cache(lambda: findings_writer(stack.enter_context(path.open("w", newline="", encoding="utf-8"))))
+            yield lambda finding: opened()(finding)
+            opened()
     except OSError as error:
-        raise OperatorError(
-            f"The file {path} cannot be written: {error.strerror}. Name another one with --csv."
-        ) from None
+        raise OperatorError(unwritable.format(path, f": {error.strerror}")) from None
 
 
 @contextmanager
