@@ -63,7 +63,11 @@ lock: install ## Compile requirements*.in into pinned and hashed requirements*.t
 	$(PIP_COMPILE) $(ARGS) --output-file requirements.txt requirements.in
 	$(PIP_COMPILE) $(ARGS) --output-file requirements-dev.txt requirements-dev.in
 
-clean: ## Remove .venv, the embedded database and every cache
-	@if [ -x $(BIN)/python ]; then $(EMBEDDED) $(BIN)/python -m config.embedded stop || true; fi
+clean: ## Remove .venv, the embedded databases and every cache
+	@for data in .postgres*; do \
+		if [ -x $(BIN)/python ] && [ -f "$$data/postmaster.pid" ]; then \
+			CRM_EMBEDDED_DATA="$$data" $(EMBEDDED) $(BIN)/python -m config.embedded stop || true; \
+		fi; \
+	done
 	rm -rf $(VENV) .postgres* .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

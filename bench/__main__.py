@@ -20,12 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.measure import Measurement, measure
-from bench.server import GENERATION, SEED, SETTINGS, Server
+from bench.server import SETTINGS, Server
+from bench.templates import BACKFILL, EMPTY, FILLED, FILLED_AND_NEW, prepare, template
 
-MANAGE = ["manage.py"]
-BACKFILL = [*MANAGE, "backfill_crm_contacts", "--json", "--no-progress"]
-#: Rows that a copy is to hold before the measurement begins.
-EMPTY, FILLED, FILLED_AND_NEW = "empty", "filled", "filled and 1 % new"
 CANDIDATES: dict[str, tuple[str, list[str]]] = {
     "limit": (EMPTY, ["-m", "bench.candidate", "limit"]),
     "one worker": (EMPTY, BACKFILL),
@@ -45,7 +42,8 @@ SAME_IDS = ("rerun, 1 % new",)
 NO_FEWER = ("bulk_create", "row by row")
 CONTACTS = "SELECT md5(string_agg(md5(c::text), ',' ORDER BY id)) FROM crm_contacts c"
 LEDGER = """
-SELECT md5(string_agg(concat_ws(' ', id, source, outcome, reason, contact_id, filled), ',' ORDER BY id))
+SELECT md5(string_agg(md5(
+         ROW (id, source, source_id, outcome, reason, contact_id, source_updated_at, filled)::text), ',' ORDER BY id))
   FROM ledger_entry
 """
 CONTACT_IDS = "SELECT count(*), md5(string_agg(id, ',' ORDER BY id)) FROM crm_contacts"
@@ -55,60 +53,33 @@ def main() -> None:
     """Measure and print."""
     options = _arguments()
     server = Server.start(Path(os.environ.get("CRM_EMBEDDED_DATA") or ".postgres-bench").resolve())
-    console = Console(stderr=True, width=100)
+    console = Console(stderr=True, width=120)
     settings = server.settings("server_version", *SETTINGS, "huge_pages_status")
     console.print(", ".join(f"{name} {value}" for name, value in settings.items()), style="dim")
-    for people in options.people:
-        _prepare(server, people, console)
-    figures = _measure_all(server, options.people, options.turns, options.only, console)
+    sizes = sorted(set(options.people))
+    for people in sizes:
+        prepare(server, people, console)
+    figures = _measure_all(server, sizes, options.turns, options.only, console)
     answer = {people: {name: _median(taken) for name, taken in of.items()} for people, of in figures.items()}
-    for smaller, people in zip([None, *options.people], options.people, strict=False):
+    for smaller, people in zip([None, *sizes], sizes, strict=False):
         console.print(_table(people, answer[people], smaller, answer.get(smaller, {})))
     sys.stdout.write(
-        json.dumps({size: {n: asdict(m) for n, m in rows.items()} for size, rows in answer.items()}) + "\n"
+        json.dumps({size: {name: asdict(one) for name, one in of.items()} for size, of in answer.items()}) + "\n"
     )
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--people", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], help="sizes")
-    parser.add_argument("--turns", type=int, default=3, help="measurements of each candidate (default 3)")
+    parser.add_argument("--people", type=_positive, nargs="+", default=[10_000, 100_000, 1_000_000], help="sizes")
+    parser.add_argument("--turns", type=_positive, default=3, help="measurements of each candidate (default 3)")
     parser.add_argument("--only", nargs="+", choices=CANDIDATES, default=list(CANDIDATES), help="some candidates only")
     return parser.parse_args()
 
 
-def _prepare(server: Server, people: int, console: Console) -> None:
-    """Make the templates of a size, where an earlier bench has not left them."""
-    empty, filled, with_new = (f"bench_{people}_{kind}" for kind in ("empty", "filled", "new"))
-    there = server.databases()
-    if {empty, filled, with_new} <= there:
-        return
-    console.print(f"{people:,} people: making the databases", style="dim")
-    for name in (empty, filled, with_new):
-        server.execute("postgres", f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
-    server.execute("postgres", f'CREATE DATABASE "{empty}" TEMPLATE template0')
-    _manage(server, empty, "load_sample_data", "--people", str(people), "--generation", GENERATION, "--seed", str(SEED))
-    _manage(server, empty, "migrate", "--verbosity", "0")
-    server.execute(empty, "VACUUM (ANALYZE)")
-    server.execute("postgres", f'CREATE DATABASE "{filled}" TEMPLATE "{empty}" STRATEGY file_copy')
-    measure(server, filled, BACKFILL)
-    server.execute(filled, "VACUUM (ANALYZE)")
-    server.execute("postgres", f'CREATE DATABASE "{with_new}" TEMPLATE "{filled}" STRATEGY file_copy')
-    # One in a hundred is taken back by hand, here and there: its line, and the contact that it made.
-    server.execute(
-        with_new,
-        "CREATE TEMPORARY TABLE chosen AS SELECT id FROM ledger_entry WHERE hashtext(id) % 100 = 0; "
-        "DELETE FROM crm_contacts WHERE id IN (SELECT id FROM chosen); "
-        "DELETE FROM ledger_entry WHERE id IN (SELECT id FROM chosen)",
-        "VACUUM (ANALYZE)",
-    )
-
-
-def _manage(server: Server, database: str, *command: str) -> None:
-    import subprocess
-
-    environment = {**os.environ, "DATABASE_URL": server.url(database), "DEBUG": "on", "CRM_DOTENV": "off"}
-    subprocess.run([sys.executable, "manage.py", *command], env=environment, check=True, stdout=subprocess.DEVNULL)  # noqa: S603 - our own command
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
 
 
 def _measure_all(
@@ -123,8 +94,7 @@ def _measure_all(
                 if people > LARGEST.get(name, people):
                     continue
                 state, arguments = CANDIDATES[name]
-                template = f"bench_{people}_{ {EMPTY: 'empty', FILLED: 'filled', FILLED_AND_NEW: 'new'}[state] }"
-                with server.copy_of(template, "bench_work") as database:
+                with server.copy_of(template(people, state), "bench_work") as database:
                     taken = measure(server, database, arguments)
                     if turn == 0:
                         ends[name] = _end_of(server, database)
@@ -182,7 +152,7 @@ def _table(
         "client\nCPU s",
         "server\nCPU s",
         "client\nMB",
-        f"time a row\nagainst\n{smaller or people:,}",
+        *([f"time a row\nagainst\n{smaller:,}"] if smaller else []),
     ):
         table.add_column(heading, justify="right")
     limit, first_run = medians.get("limit"), medians.get("one worker")
@@ -196,7 +166,7 @@ def _table(
             f"{one.client_cpu:.1f}",
             f"{one.server_cpu:.1f}",
             f"{one.client_memory_mb:.0f}",
-            f"{one.seconds_a_row / at_smaller[name].seconds_a_row:.2f}" if name in at_smaller else "",
+            *([f"{one.seconds_a_row / at_smaller[name].seconds_a_row:.2f}"] if name in at_smaller else []),
         )
     return table
 

@@ -63,15 +63,21 @@ WITH page AS MATERIALIZED ({{page}}),
      )
 SELECT "createdAt", source_id FROM draft ORDER BY place DESC LIMIT 1
 """
-_OF_CONTACT = """
+_OF_CONTACT = f"""
 c.id, c."userId", c."clerkUserId",
-EXISTS (SELECT FROM ledger_entry line WHERE line.id = c.id AND outcome = 'created') AS ours
+EXISTS (SELECT FROM ledger_entry line WHERE line.id = c.id AND outcome = 'created') AS ours,
+concat_ws(',', CASE WHEN c."userId" IS NULL THEN 'user_id' END,
+  CASE WHEN c."clerkUserId" IS NULL THEN 'clerk_user_id' END, CASE WHEN c.phone IS NULL THEN 'phone' END,
+  CASE WHEN c.company IS NULL THEN 'company' END, CASE WHEN c."lastContactedAt" IS NULL THEN 'last_contacted_at' END,
+  CASE WHEN c."assignedPreparerId" IS NULL THEN 'assignment' END,
+  CASE WHEN {_UNATTRIBUTED} THEN 'attribution' END) AS blanks
 """
 _SETTLE = f"""
 WITH met AS (
        SELECT w.place, w.id AS line, w.source_id, w."updatedAt", {_VALID.replace("email", "w.email")} AS is_valid,
               CASE WHEN u.id <> k.id THEN u.id ELSE COALESCE(e.id, u.id, k.id) END AS contact,
               COALESCE(e.ours, u.ours, k.ours) AS ours,
+              string_to_array(COALESCE(e.blanks, u.blanks, k.blanks), ',') AS blanks,
               (u.id <> k.id) IS TRUE OR (u.id <> e.id) IS TRUE OR (k.id <> e.id) IS TRUE
                 OR (e."userId" <> w."userId") IS TRUE OR (e."clerkUserId" <> w."clerkUserId") IS TRUE AS is_conflict
          FROM waiting w
@@ -89,6 +95,7 @@ WITH met AS (
      ),
      first AS (
        SELECT contact, min(place) FILTER (WHERE "userId" IS NOT NULL) AS account,
+              min(place) FILTER (WHERE "clerkUserId" IS NOT NULL) AS clerk_account,
               min(place) FILTER (WHERE phone IS NOT NULL) AS phone,
               min(place) FILTER (WHERE company IS NOT NULL) AS company,
               min(place) FILTER (WHERE "lastContactedAt" IS NOT NULL) AS last_contact,
@@ -99,7 +106,7 @@ WITH met AS (
      filled AS (
        UPDATE crm_contacts c
           SET "userId" = COALESCE(c."userId", account."userId"),
-              "clerkUserId" = COALESCE(c."clerkUserId", account."clerkUserId"),
+              "clerkUserId" = COALESCE(c."clerkUserId", clerk_account."clerkUserId"),
               phone = COALESCE(c.phone, phone.phone), company = COALESCE(c.company, company.company),
               "lastContactedAt" = COALESCE(c."lastContactedAt", last_contact."lastContactedAt"),
               "assignedPreparerId" = COALESCE(c."assignedPreparerId", assignment."assignedPreparerId"),
@@ -117,13 +124,16 @@ WITH met AS (
                           IS NOT NULL) AS attributed(has))
          FROM first
          LEFT JOIN waiting account ON account.place = first.account
+         LEFT JOIN waiting clerk_account ON clerk_account.place = first.clerk_account
          LEFT JOIN waiting phone ON phone.place = first.phone
          LEFT JOIN waiting company ON company.place = first.company
          LEFT JOIN waiting last_contact ON last_contact.place = first.last_contact
          LEFT JOIN waiting assignment ON assignment.place = first.assignment
          LEFT JOIN waiting attribution ON attribution.place = first.attribution
         WHERE c.id = first.contact AND (
-              (c."userId" IS NULL AND account.place IS NOT NULL) OR (c.phone IS NULL AND phone.place IS NOT NULL)
+              (c."userId" IS NULL AND account.place IS NOT NULL)
+           OR (c."clerkUserId" IS NULL AND clerk_account.place IS NOT NULL)
+           OR (c.phone IS NULL AND phone.place IS NOT NULL)
            OR (c.company IS NULL AND company.place IS NOT NULL) OR attribution.place IS NOT NULL
            OR (c."lastContactedAt" IS NULL AND last_contact.place IS NOT NULL)
            OR (c."assignedPreparerId" IS NULL AND assignment.place IS NOT NULL))
@@ -131,16 +141,16 @@ WITH met AS (
 INSERT INTO ledger_entry (id, source, source_id, outcome, reason, contact_id, run_id, source_updated_at, filled)
 SELECT line, '{{source}}', source_id, outcome,
        CASE WHEN NOT is_valid THEN 'invalid_email' WHEN is_conflict THEN 'conflict' END,
-       CASE WHEN is_valid THEN verdict.contact END, 1, verdict."updatedAt",
+       CASE WHEN is_valid THEN contact END, 1, "updatedAt",
        CASE WHEN outcome = 'merged' THEN NULLIF(concat_ws(',',
-         CASE WHEN account = place AND c."userId" IS NULL THEN 'user_id' END,
-         CASE WHEN account = place AND c."clerkUserId" IS NULL THEN 'clerk_user_id' END,
-         CASE WHEN first.phone = place AND c.phone IS NULL THEN 'phone' END,
-         CASE WHEN first.company = place AND c.company IS NULL THEN 'company' END,
-         CASE WHEN last_contact = place AND c."lastContactedAt" IS NULL THEN 'last_contacted_at' END,
-         CASE WHEN assignment = place AND c."assignedPreparerId" IS NULL THEN 'assignment' END,
-         CASE WHEN attribution = place AND {_UNATTRIBUTED} THEN 'attribution' END), '') END
-  FROM verdict LEFT JOIN first USING (contact) LEFT JOIN crm_contacts c ON c.id = verdict.contact
+         CASE WHEN account = place AND 'user_id' = ANY(blanks) THEN 'user_id' END,
+         CASE WHEN clerk_account = place AND 'clerk_user_id' = ANY(blanks) THEN 'clerk_user_id' END,
+         CASE WHEN first.phone = place AND 'phone' = ANY(blanks) THEN 'phone' END,
+         CASE WHEN first.company = place AND 'company' = ANY(blanks) THEN 'company' END,
+         CASE WHEN last_contact = place AND 'last_contacted_at' = ANY(blanks) THEN 'last_contacted_at' END,
+         CASE WHEN assignment = place AND 'assignment' = ANY(blanks) THEN 'assignment' END,
+         CASE WHEN attribution = place AND 'attribution' = ANY(blanks) THEN 'attribution' END), '') END
+  FROM verdict LEFT JOIN first USING (contact)
 """
 _PROFILE_COLUMNS = f"""
 r.place, r.id AS source_id, r.contact_id AS id, r."userId", r."clerkUserId",

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -34,16 +35,19 @@ def measure(server: Server, database: str, arguments: list[str]) -> Measurement:
     """Run `python ARGUMENTS` against the database. It prints one JSON object with `seconds` and `read`."""
     environment = {**os.environ, "DATABASE_URL": server.url(database), "DEBUG": "on", "CRM_DOTENV": "off"}
     server_before, started = server.cpu_seconds(), time.monotonic()
-    process = subprocess.Popen(  # noqa: S603 - our own modules
-        [sys.executable, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    printed = process.stdout.read() if process.stdout else ""
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    wall = time.monotonic() - started
-    if process.returncode not in (0, 1) or not printed:
-        complaint = process.stderr.read()[-2000:] if process.stderr else ""
-        raise RuntimeError(f"{arguments} ended with {process.returncode}: {complaint}")
+    with (
+        tempfile.TemporaryFile("w+") as complaints,
+        subprocess.Popen(  # noqa: S603 - our own modules
+            [sys.executable, *arguments], env=environment, stdout=subprocess.PIPE, stderr=complaints, text=True
+        ) as process,
+    ):
+        printed = process.stdout.read() if process.stdout else ""
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        wall = time.monotonic() - started
+        if process.returncode not in (0, 1) or not printed:
+            complaints.seek(0)
+            raise RuntimeError(f"{arguments} ended with {process.returncode}: {complaints.read()[-2000:]}")
     answer: dict[str, Any] = json.loads(printed.splitlines()[-1])
     return Measurement(
         seconds=answer["seconds"],
@@ -51,5 +55,5 @@ def measure(server: Server, database: str, arguments: list[str]) -> Measurement:
         rows=answer["read"] + (answer.get("already") or 0),
         client_cpu=usage.ru_utime + usage.ru_stime,
         server_cpu=server.cpu_seconds() - server_before,
-        client_memory_mb=(answer.get("memory_mb") or usage.ru_maxrss / 1024),
+        client_memory_mb=usage.ru_maxrss / 1024,
     )

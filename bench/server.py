@@ -15,8 +15,6 @@ from psycopg import sql
 
 from config import embedded
 
-GENERATION = "2025_10"
-SEED = 1
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 #: Room for a bulk load, and WAL files that are used again, as on a server that has been up for a while.
 SETTINGS = {"shared_buffers": "2GB", "max_wal_size": "4GB", "min_wal_size": "4GB"}
@@ -96,11 +94,13 @@ class Server:
     def cpu_seconds(self) -> float:
         """The processor time of all of its processes, living and dead, since it started."""
         with self.connect("postgres") as connection:
-            backend = connection.info.backend_pid
-            postmaster = _parent(backend)
-            children = [pid for pid in _processes() if _parent(pid) == postmaster]
-        ticks = sum(_ticks(postmaster)) + sum(sum(_ticks(child)[:2]) for child in children)
-        return ticks / CLOCK_TICKS
+            postmaster = _parent(connection.info.backend_pid)
+            while True:
+                before = _ticks(postmaster)
+                children = [_ticks(child) for child in _processes() if _parent(child) == postmaster]
+                # A child that ends meanwhile would be in neither: not alive any more, and not yet the postmaster's.
+                if _ticks(postmaster)[2:] == before[2:]:
+                    return (sum(before) + sum(user + system for user, system, *_ in children)) / CLOCK_TICKS
 
 
 def _processes() -> list[int]:

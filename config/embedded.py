@@ -12,6 +12,8 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -74,10 +76,14 @@ def stop(data: Path) -> None:
 
 
 def restart(data: Path) -> Address:
-    """Stop the server and start it again: some settings come into force in no other way."""
+    """Stop the server, whoever uses it, and start it again: some settings come into force in no other way.
+
+    Raises ImproperlyConfigured when it does not come up.
+    """
     server = _server(data)
-    server.stop()
-    server.ensure_postgres_running()
+    with server._lock, _named(data):
+        server._stop()
+        server.ensure_postgres_running()
     start.cache_clear()
     return start(data)
 
@@ -100,16 +106,23 @@ def _server(data: Path) -> Any:
             "DATABASE_URL is not set, and the embedded PostgreSQL for development is not installed: "
             "set DATABASE_URL to your database, or run `make install`."
         ) from error
-    try:
+    with _named(data):
         data.parent.mkdir(parents=True, exist_ok=True)
         server = get_server(data)
         _forget_dead_processes(server)
+    return server
+
+
+@contextmanager
+def _named(data: Path) -> Iterator[None]:
+    """Whatever keeps the server from starting is told in one line."""
+    try:
+        yield
     except Exception as error:
         raise ImproperlyConfigured(
             f"The embedded PostgreSQL in {data} does not start ({type(error).__name__}): read {data / 'log'}, "
             "or remove the folder to begin with an empty one."
         ) from error
-    return server
 
 
 def _forget_dead_processes(server: Any) -> None:

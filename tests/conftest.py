@@ -28,8 +28,9 @@ settings.load_profile("patient")
 
 # Where several processes share the tests, each has a server of its own: roles and sessions belong to a server.
 if process := os.environ.get("PYTEST_XDIST_WORKER"):
-    django_settings.EMBEDDED_DATA = django_settings.EMBEDDED_DATA.with_name(f".postgres-{process}")
-    django_settings.DATABASES["default"]["EMBEDDED_DATA"] = django_settings.EMBEDDED_DATA
+    own_data = django_settings.EMBEDDED_DATA.with_name(f"{django_settings.EMBEDDED_DATA.name}-{process}")
+    django_settings.EMBEDDED_DATA = own_data
+    django_settings.DATABASES["default"]["EMBEDDED_DATA"] = own_data
 
 LEGACY_TABLES = ("crm_stage_history", "crm_interactions", "crm_contacts", "leads", "profiles", "users")
 OWN_MODELS = (LedgerEntry, ContactUpdate, BackfillBatch, Rollback, ConflictDecision, BackfillRun)
