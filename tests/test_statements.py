@@ -144,6 +144,39 @@ def test_many_new_rows_are_read_in_passing_over_the_table(database: Database) ->
     assert not any("r.id = ANY" in statement.sql for statement in read)
 
 
+def asks_the_ledger(sent: list[Statement]) -> set[bool]:
+    """Whether the pages of source rows were read with a look into the ledger."""
+    return {
+        "FROM ledger_entry" in statement.sql
+        for statement in sent
+        if SOURCE_TABLES.search(statement.sql) and "count(*)" not in statement.sql
+    }
+
+
+def test_a_first_run_does_not_ask_the_ledger_for_lines_that_are_not_there(database: Database) -> None:
+    assert asks_the_ledger(sent_for(database, half_there, 100, 100)) == {False}
+    assert asks_the_ledger(sent_for(database, all_in_error_again, 100, 100)) == {True}
+
+
+def test_a_row_that_goes_over_to_another_source_in_the_middle_of_a_first_run_is_settled_once(
+    database: Database,
+) -> None:
+    wanderer = add_profile("CLIENT", email="ann@example.com")
+    add_profile("TAX_PREPARER", email="bob@example.com")
+    database.change(
+        "CREATE FUNCTION promote() RETURNS trigger LANGUAGE plpgsql AS "
+        "$$ BEGIN UPDATE profiles SET role = 'TAX_PREPARER'; RETURN NULL; END $$; "
+        "CREATE TRIGGER promote AFTER INSERT ON crm_contacts EXECUTE FUNCTION promote()"
+    )
+    with statements() as sent:
+        answer = run()
+    assert (answer["status"], answer["read"], answer["created"]) == ("finished", 2, 2)
+    assert asks_the_ledger(sent) == {False, True}
+    sources = dict(database.rows("SELECT source_id, source FROM ledger_entry"))
+    assert sources.pop(wanderer) == "clients"
+    assert list(sources.values()) == ["preparers"]
+
+
 def test_no_statement_touches_the_tables_of_the_sources_but_to_read_them(database: Database) -> None:
     sent = sent_for(database, all_merged, 10, 10)
     writes = [

@@ -15,7 +15,7 @@ from crm.errors import OperatorError
 #: SQLSTATE classes of data exceptions, violated constraints and errors that a trigger raises.
 ROW_CLASSES = ("22", "23", "P0")
 LOST_CONNECTION = "connection lost"
-SETTLED_MEANWHILE = "settled over a connection that seemed lost"
+SETTLED_MEANWHILE = "rows that have an outcome by now"
 _LEDGER_KEY = "ledger_entry_pkey"
 #: What passes when one waits, by SQLSTATE.
 BAD_MOMENTS = {
@@ -47,7 +47,8 @@ REMEDIES = {
 
 
 class SettledMeanwhileError(DatabaseError):
-    """This run has settled rows of the batch already: a commit that was given up for lost came through after all."""
+    """This run has settled rows of the batch already: a commit that was given up for lost came through after all, or a
+    row has gone over to another source since."""
 
 
 class BrokenStartError(OperatorError):

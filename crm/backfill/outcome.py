@@ -196,6 +196,11 @@ class Census:
         """Whether every row is excluded, in the ledger or pending."""
         return self.rows == sum(self.excluded.values()) + self.in_ledger + sum(self.pending.values())
 
+    @property
+    def untouched(self) -> list[Source]:
+        """The sources of which no row has a line."""
+        return [source for source in Source if not self.settled[source] + self.errors[source]]
+
     def to_read(self, source: Source) -> int:
         """How many rows a run has to look at."""
         return self.errors[source] + self.pending[source]

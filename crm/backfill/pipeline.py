@@ -105,6 +105,7 @@ class Pipeline:
                 if cause is None:
                     raise
                 self._give_way(cause, attempt)
+                ahead.look_again()
                 if errors.is_timeout(error):
                     logger.warning(self.sizer.halve())
         return self._batch(ahead, source, after)

@@ -67,6 +67,11 @@ class ReadAhead:
             if page.is_short:
                 return
 
+    def look_again(self) -> None:
+        """Read with a look into the ledger from now on: something of what was read may be settled by now."""
+        self._reader = self._reader.with_a_look()
+        self._asked = self._coming = None
+
     def _page(self, after: Key | None, size: int, patience: float | None) -> MappedPage | None:
         """A page; None when it does not come within so many seconds. It can be asked for again then."""
         coming, asked = self._coming, self._asked

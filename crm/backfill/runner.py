@@ -175,7 +175,7 @@ def _work(
         before, left = _patiently(lambda: survey(connection, facts))
         rows = {source: before.to_read(source) for source in options.sources if before.to_read(source)}
         resolutions = Resolutions.to_be_carried_out(connection, facts)
-        assignment = Assignment(options, facts, run.pk if run else None, resolutions, left)
+        assignment = Assignment(options, facts, run.pk if run else None, resolutions, left, before.untouched)
         with _hands(assignment, interruption, on_batch) as hands:
             watcher.begin(rows)
             for source in rows:

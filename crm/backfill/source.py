@@ -1,9 +1,9 @@
 """Pages of source rows by keyset. Only reads.
 
 A row whose ledger line says created, merged or exists is not read again. That is an anti-join on the ledger's key and
-no watermark, so no row is ever missed. Every look-up beside the paged table is a LATERAL with a LIMIT, and what is
-asked of it is opaque to the planner: a page stays a walk along an index, with one probe a row, whatever the planner
-believes of tables that this very run is filling.
+no watermark, so no row is ever missed; where no row has a line as yet, there is nothing to be asked. Every look-up
+beside the paged table is a LATERAL with a LIMIT, and what is asked of it is opaque to the planner: a page stays a walk
+along an index, with one probe a row, whatever the planner believes of tables that this very run is filling.
 
 Timestamps and rates are fetched as PostgreSQL's own text: they are carried over, so nothing is gained by parsing them.
 """
@@ -11,7 +11,7 @@ Timestamps and rates are fetched as PostgreSQL's own text: they are carried over
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from django.db.backends.base.base import BaseDatabaseWrapper
@@ -43,6 +43,9 @@ class Choice(NamedTuple):
 #: The rows that have no settled line in the ledger.
 UNSETTLED = Choice(_LINE_OF_ROW, "(line.outcome IS NULL OR line.outcome = 'error')")
 _NO_LINE = " CROSS JOIN (SELECT NULL::text AS outcome, NULL::text AS reason, NULL::bigint AS run_id) line"
+#: Every row, without a look into the ledger: for a source of which no row had a line when the run began. Should one
+#: have got a line since, the ledger's key refuses a second, and the batch is read again with a look.
+EVERY_ROW = Choice(_NO_LINE, "true")
 
 # The columns by name and never r.*: the role of the backfill may not read the secret ones.
 _PROFILES = """
@@ -132,6 +135,10 @@ class SourceReader:
     apart: Apart | None = None
     choice: Choice = UNSETTLED
     ids: Sequence[str] | None = None
+
+    def with_a_look(self) -> SourceReader:
+        """The same, with a look into the ledger at each row if it was spared up to now."""
+        return replace(self, choice=UNSETTLED) if self.choice == EVERY_ROW else self
 
     def page(self, after: Key | None, size: int) -> Page:
         """At most `size` rows that are to be looked at, from strictly after a key on.

@@ -10,7 +10,7 @@ import logging
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -32,7 +32,7 @@ from crm.backfill.rehearsal import RehearsalWriter
 from crm.backfill.replication import BlindThrottleError, ReplicaLagLimit
 from crm.backfill.resolutions import Resolutions
 from crm.backfill.schema import DatabaseFacts
-from crm.backfill.source import EVERYBODY, Apart, Partition, SourceReader
+from crm.backfill.source import EVERY_ROW, EVERYBODY, UNSETTLED, Apart, Partition, SourceReader
 from crm.backfill.update.reader import Present, rows_to_revisit
 from crm.backfill.update.rehearsal import UpdateRehearsal
 from crm.backfill.update.writer import UpdateWriter
@@ -51,13 +51,15 @@ OnBatch = Callable[[Source, Totals], None]
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """What a run's hands must know. `left` are the ids of the rows to be looked at, where they are few."""
+    """What a run's hands must know. `left` are the ids of the rows to be looked at, where they are few, and `untouched`
+    the sources of which no row has a line."""
 
     options: RunOptions
     facts: DatabaseFacts
     run_id: int | None
     resolutions: Resolutions
     left: Mapping[Source, Sequence[str]]
+    untouched: Collection[Source]
 
     def writer(self) -> BatchWriter | RehearsalWriter:
         """What brings rows to an outcome, on this process' connection."""
@@ -122,6 +124,7 @@ class Assignment:
             run_id=self.run_id,
             apart=apart,
             ids=self.left.get(source),
+            choice=EVERY_ROW if source in self.untouched else UNSETTLED,
         )
 
     def _pace(self) -> tuple[BatchSizer, list[Throttle]]:
