@@ -633,6 +633,18 @@ def test_a_rollback_that_is_refused_leaves_no_list_in_the_way_of_the_next(databa
     assert len(path.read_text().splitlines()) == 2
 
 
+def test_a_disk_that_is_full_before_the_list_is_begun(database: Database, tmp_path: Path) -> None:
+    add_lead("ann@example.com")
+    made, path = run()["run"], tmp_path / "list.csv"
+    dump = database.dump()
+    with files_no_larger_than(10):
+        refused = rollback(str(made), f"--csv={path}")
+    assert (refused.code, refused.stdout, refused.stderr.count("\n")) == (2, "", 1)
+    assert f"{path} cannot be written (File too large). Nothing was written." in refused.stderr
+    assert database.dump() == dump
+    assert rollback(str(made), f"--csv={path}").code == 0
+
+
 def test_a_disk_that_is_full_before_the_list_is_at_its_end(database: Database, tmp_path: Path) -> None:
     for number in range(20):
         add_lead(f"lead{number}@example.com")

@@ -760,11 +760,18 @@ def test_json_is_one_object_and_csv_has_every_finding(database: Database, tmp_pa
     assert client in told
 
 
-def test_wrong_usage_and_databases_that_do_not_fit_exit_with_two(database: Database, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["missing/findings.csv", ".", "x" * 300])
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_looked_at(
+    database: Database, tmp_path: Path, name: str
+) -> None:
+    with statements() as sent:
+        ended = command("--csv", str(tmp_path / name))
+    assert (ended.code, ended.stdout, ended.stderr.count("\n"), sent) == (2, "", 1, [])
+    assert "Name another one with --csv." in ended.stderr
+
+
+def test_wrong_usage_and_databases_that_do_not_fit_exit_with_two(database: Database) -> None:
     assert command("--no-such-thing").code == 2
-    ended = command("--csv", str(tmp_path / "missing" / "findings.csv"))
-    assert (ended.code, ended.stdout) == (2, "")
-    assert "--csv" in ended.stderr
     with without_own_schema():
         ended = command()
     assert (ended.code, ended.stdout) == (2, "")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from crm.backfill.outcome import Source
-from crm.backfill.rollback.runner import Listener, RollbackReport
+from crm.backfill.rollback.runner import Listener, ListingError, RollbackReport
 from crm.backfill.rollback.undo import Undone
 from crm.backfill.rollback.verdict import Line, Verdict
 from crm.errors import OperatorError
@@ -95,7 +96,7 @@ def listing(path: Path | None) -> Iterator[Listener | None]:
     """Something that lists what becomes of each row in a CSV file, batch by batch; nothing without a path.
 
     Raises OperatorError where the file is there already (it may be the list of a rollback that was killed), or cannot
-    be written. What lists raises OSError when it no longer can.
+    be written. What lists raises ListingError when it no longer can.
     """
     if path is None:
         yield None
@@ -106,26 +107,37 @@ def listing(path: Path | None) -> Iterator[Listener | None]:
         raise OperatorError(f"{path} is there already: name a new file. Nothing was written.") from None
     except OSError as error:
         raise OperatorError(f"{path} cannot be written ({error.strerror}). Nothing was written.") from None
-    writer = csv.writer(file)
-    writer.writerow(CSV_COLUMNS)
 
-    def write(undone: Undone) -> None:
-        for judgement in undone.judgements:
-            writer.writerow((*_cells(judgement.line), judgement.verdict, judgement.why or "", judgement.detail))
-        for line in undone.later_merges:
-            writer.writerow((*_cells(line), Verdict.REVERSED, LATER_RUN, f"run {line.run_id}"))
-        file.flush()
+    def write(rows: Iterable[Iterable[str]]) -> None:
+        try:
+            csv.writer(file).writerows(rows)
+            file.flush()
+            # What a batch took back is on the disk before the next one is begun.
+            os.fsync(file.fileno())
+        except OSError as error:
+            raise ListingError(error.strerror or type(error).__name__) from None
 
     try:
-        yield write
+        write([CSV_COLUMNS])
+        yield lambda undone: write(_rows_of(undone))
+    except ListingError as error:
+        path.unlink()
+        raise OperatorError(f"{path} cannot be written ({error}). Nothing was written.") from None
     except (OperatorError, DatabaseError):
         # Nothing was done, so there is no list; the same name is free for what the operator calls next.
         path.unlink()
         raise
     finally:
-        # Every batch was flushed: what is left here could not be written then, and that has been told.
+        # All was written by then, or it was told that it could not be.
         with suppress(OSError):
             file.close()
+
+
+def _rows_of(undone: Undone) -> Iterator[tuple[str, ...]]:
+    for judgement in undone.judgements:
+        yield (*_cells(judgement.line), judgement.verdict, judgement.why or "", judgement.detail)
+    for line in undone.later_merges:
+        yield (*_cells(line), Verdict.REVERSED, LATER_RUN, f"run {line.run_id}")
 
 
 def _cells(line: Line) -> tuple[str, str, str]:

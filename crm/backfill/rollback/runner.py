@@ -38,8 +38,12 @@ DEFAULT_BATCH_SIZE = 2_000
 logger = logging.getLogger(__name__)
 
 
+class ListingError(Exception):
+    """The list of rows cannot be written, for the system's reason."""
+
+
 class Listener(Protocol):
-    """Is told what became of each batch, once it is committed."""
+    """Is told what became of each batch, once it is committed. Raises ListingError."""
 
     def __call__(self, undone: Undone) -> None: ...
 
@@ -142,8 +146,8 @@ class _Work:
             return RunStatus.INTERRUPTED, "stopped in the middle of a batch, which was rolled back"
         except FenceLostError as lost:
             return lost.status, None
-        except OSError as error:
-            return RunStatus.FAILED, f"the list of rows cannot be written any more ({error.strerror})"
+        except ListingError as error:
+            return RunStatus.FAILED, f"the list of rows cannot be written any more ({error})"
         except DjangoDatabaseError as error:
             logger.error("the rollback failed: %s", errors.described(error))  # noqa: TRY400 - a traceback may quote people's data
             connection.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
@@ -70,16 +69,17 @@ def _written_to(path: Path | None) -> Iterator[Callable[[Finding], None] | None]
     if path is None:
         yield None
         return
-    unwritable = "The file {} cannot be written{}. Name another one with --csv."
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise OperatorError(unwritable.format(path, ""))
     try:
+        # What cannot be written is told at once, and not after half an hour.
+        path.open("a", encoding="utf-8").close()
         with ExitStack() as stack:
             opened = cache(lambda: findings_writer(stack.enter_context(path.open("w", newline="", encoding="utf-8"))))
             yield lambda finding: opened()(finding)
             opened()
     except OSError as error:
-        raise OperatorError(unwritable.format(path, f": {error.strerror}")) from None
+        raise OperatorError(
+            f"The file {path} cannot be written: {error.strerror}. Name another one with --csv."
+        ) from None
 
 
 @contextmanager
