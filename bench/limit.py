@@ -29,16 +29,35 @@ id, "userId", "clerkUserId", "contactType", "firstName", "lastName", email, phon
 source, "assignedPreparerId", "assignedAt", "referrerUsername", "referrerType", "commissionRate",
 "commissionRateLockedAt", "attributionMethod", "attributionConfidence", "createdAt", "updatedAt", "lastContactedAt"
 """
-_UNATTRIBUTED = """COALESCE("referrerUsername", "referrerType", "commissionRate"::text, "commissionRateLockedAt"::text,
-"attributionMethod") IS NULL"""
-_BROUGHT = f"""
-NULLIF(concat_ws(',', CASE WHEN "userId" IS NOT NULL THEN 'user_id' END,
-  CASE WHEN "clerkUserId" IS NOT NULL THEN 'clerk_user_id' END, CASE WHEN phone IS NOT NULL THEN 'phone' END,
-  CASE WHEN company IS NOT NULL THEN 'company' END,
-  CASE WHEN "lastContactedAt" IS NOT NULL THEN 'last_contacted_at' END,
-  CASE WHEN "assignedPreparerId" IS NOT NULL THEN 'assignment' END,
-  CASE WHEN NOT ({_UNATTRIBUTED}) THEN 'attribution' END), '')
-"""
+#: What a row may bring and a contact may lack, by the ledger's name for it: whether it is there, in a row `{of}`.
+_UNITS = {
+    "user_id": '{of}."userId" IS NOT NULL',
+    "clerk_user_id": '{of}."clerkUserId" IS NOT NULL',
+    "phone": "{of}.phone IS NOT NULL",
+    "company": "{of}.company IS NOT NULL",
+    "last_contacted_at": '{of}."lastContactedAt" IS NOT NULL',
+    "assignment": '{of}."assignedPreparerId" IS NOT NULL',
+    "attribution": """COALESCE({of}."referrerUsername", {of}."referrerType", {of}."commissionRate"::text,
+      {of}."commissionRateLockedAt"::text, {of}."attributionMethod") IS NOT NULL""",
+}
+
+
+def _units_where(condition: str, of: str = "") -> str:
+    """The names of the units that are so: SQL for a list with commas; NULL for none."""
+    cases = (
+        f"CASE WHEN {condition.format(unit=unit, there=there.format(of=of))} THEN '{unit}' END"
+        for unit, there in _UNITS.items()
+    )
+    return f"NULLIF(concat_ws(',', {', '.join(cases)}), '')"
+
+
+_FIRST_PLACES = ", ".join(
+    f"min(place) FILTER (WHERE {there.format(of='waiting')}) AS {unit}" for unit, there in _UNITS.items()
+)
+_FIRST_ROWS = " ".join(f"LEFT JOIN waiting {unit} ON {unit}.place = first.{unit}" for unit in _UNITS)
+_ANYTHING_TO_FILL = " OR ".join(
+    f"({unit}.place IS NOT NULL AND NOT ({there.format(of='c')}))" for unit, there in _UNITS.items()
+)
 _PREPARE = f"""
 CREATE TEMPORARY TABLE odd_spelling AS
   SELECT id, lower(btrim(email, {_SPACE})) AS address FROM crm_contacts WHERE email <> lower(btrim(email, {_SPACE}));
@@ -55,7 +74,8 @@ WITH page AS MATERIALIZED ({{page}}),
      ),
      lines AS (
        INSERT INTO ledger_entry (id, source, source_id, outcome, contact_id, run_id, source_updated_at, filled)
-       SELECT id, '{{source}}', source_id, 'created', id, 1, "updatedAt", {_BROUGHT} FROM draft JOIN made USING (id)
+       SELECT id, '{{source}}', source_id, 'created', id, 1, "updatedAt", {_units_where("{there}", "draft")}
+         FROM draft JOIN made USING (id)
      ),
      left_over AS (
        INSERT INTO waiting SELECT place, source_id, {_CONTACT} FROM draft
@@ -66,11 +86,7 @@ SELECT "createdAt", source_id FROM draft ORDER BY place DESC LIMIT 1
 _OF_CONTACT = f"""
 c.id, c."userId", c."clerkUserId",
 EXISTS (SELECT FROM ledger_entry line WHERE line.id = c.id AND outcome = 'created') AS ours,
-concat_ws(',', CASE WHEN c."userId" IS NULL THEN 'user_id' END,
-  CASE WHEN c."clerkUserId" IS NULL THEN 'clerk_user_id' END, CASE WHEN c.phone IS NULL THEN 'phone' END,
-  CASE WHEN c.company IS NULL THEN 'company' END, CASE WHEN c."lastContactedAt" IS NULL THEN 'last_contacted_at' END,
-  CASE WHEN c."assignedPreparerId" IS NULL THEN 'assignment' END,
-  CASE WHEN {_UNATTRIBUTED} THEN 'attribution' END) AS blanks
+{_units_where("NOT ({there})", "c")} AS blanks
 """
 _SETTLE = f"""
 WITH met AS (
@@ -94,21 +110,15 @@ WITH met AS (
          FROM met
      ),
      first AS (
-       SELECT contact, min(place) FILTER (WHERE "userId" IS NOT NULL) AS account,
-              min(place) FILTER (WHERE "clerkUserId" IS NOT NULL) AS clerk_account,
-              min(place) FILTER (WHERE phone IS NOT NULL) AS phone,
-              min(place) FILTER (WHERE company IS NOT NULL) AS company,
-              min(place) FILTER (WHERE "lastContactedAt" IS NOT NULL) AS last_contact,
-              min(place) FILTER (WHERE "assignedPreparerId" IS NOT NULL) AS assignment,
-              min(place) FILTER (WHERE NOT ({_UNATTRIBUTED})) AS attribution
+       SELECT contact, {_FIRST_PLACES}
          FROM verdict JOIN waiting USING (place) WHERE outcome = 'merged' GROUP BY contact
      ),
      filled AS (
        UPDATE crm_contacts c
-          SET "userId" = COALESCE(c."userId", account."userId"),
-              "clerkUserId" = COALESCE(c."clerkUserId", clerk_account."clerkUserId"),
+          SET "userId" = COALESCE(c."userId", user_id."userId"),
+              "clerkUserId" = COALESCE(c."clerkUserId", clerk_user_id."clerkUserId"),
               phone = COALESCE(c.phone, phone.phone), company = COALESCE(c.company, company.company),
-              "lastContactedAt" = COALESCE(c."lastContactedAt", last_contact."lastContactedAt"),
+              "lastContactedAt" = COALESCE(c."lastContactedAt", last_contacted_at."lastContactedAt"),
               "assignedPreparerId" = COALESCE(c."assignedPreparerId", assignment."assignedPreparerId"),
               "assignedAt" = COALESCE(c."assignedAt", assignment."assignedAt"),
               ("referrerUsername", "referrerType", "commissionRate", "commissionRateLockedAt", "attributionMethod",
@@ -119,37 +129,15 @@ WITH met AS (
                        CASE WHEN has THEN c."commissionRateLockedAt" ELSE attribution."commissionRateLockedAt" END,
                        CASE WHEN has THEN c."attributionMethod" ELSE attribution."attributionMethod" END,
                        CASE WHEN has THEN c."attributionConfidence" ELSE attribution."attributionConfidence" END
-                  FROM (SELECT attribution.place IS NULL OR COALESCE(c."referrerUsername", c."referrerType",
-                          c."commissionRate"::text, c."commissionRateLockedAt"::text, c."attributionMethod")
-                          IS NOT NULL) AS attributed(has))
-         FROM first
-         LEFT JOIN waiting account ON account.place = first.account
-         LEFT JOIN waiting clerk_account ON clerk_account.place = first.clerk_account
-         LEFT JOIN waiting phone ON phone.place = first.phone
-         LEFT JOIN waiting company ON company.place = first.company
-         LEFT JOIN waiting last_contact ON last_contact.place = first.last_contact
-         LEFT JOIN waiting assignment ON assignment.place = first.assignment
-         LEFT JOIN waiting attribution ON attribution.place = first.attribution
-        WHERE c.id = first.contact AND (
-              (c."userId" IS NULL AND account.place IS NOT NULL)
-           OR (c."clerkUserId" IS NULL AND clerk_account.place IS NOT NULL)
-           OR (c.phone IS NULL AND phone.place IS NOT NULL)
-           OR (c.company IS NULL AND company.place IS NOT NULL) OR attribution.place IS NOT NULL
-           OR (c."lastContactedAt" IS NULL AND last_contact.place IS NOT NULL)
-           OR (c."assignedPreparerId" IS NULL AND assignment.place IS NOT NULL))
+                  FROM (SELECT attribution.place IS NULL OR {_UNITS["attribution"].format(of="c")}) AS attributed(has))
+         FROM first {_FIRST_ROWS}
+        WHERE c.id = first.contact AND ({_ANYTHING_TO_FILL})
      )
 INSERT INTO ledger_entry (id, source, source_id, outcome, reason, contact_id, run_id, source_updated_at, filled)
 SELECT line, '{{source}}', source_id, outcome,
        CASE WHEN NOT is_valid THEN 'invalid_email' WHEN is_conflict THEN 'conflict' END,
        CASE WHEN is_valid THEN contact END, 1, "updatedAt",
-       CASE WHEN outcome = 'merged' THEN NULLIF(concat_ws(',',
-         CASE WHEN account = place AND 'user_id' = ANY(blanks) THEN 'user_id' END,
-         CASE WHEN clerk_account = place AND 'clerk_user_id' = ANY(blanks) THEN 'clerk_user_id' END,
-         CASE WHEN first.phone = place AND 'phone' = ANY(blanks) THEN 'phone' END,
-         CASE WHEN first.company = place AND 'company' = ANY(blanks) THEN 'company' END,
-         CASE WHEN last_contact = place AND 'last_contacted_at' = ANY(blanks) THEN 'last_contacted_at' END,
-         CASE WHEN assignment = place AND 'assignment' = ANY(blanks) THEN 'assignment' END,
-         CASE WHEN attribution = place AND 'attribution' = ANY(blanks) THEN 'attribution' END), '') END
+       CASE WHEN outcome = 'merged' THEN {_units_where("first.{unit} = place AND '{unit}' = ANY(blanks)")} END
   FROM verdict LEFT JOIN first USING (contact)
 """
 _PROFILE_COLUMNS = f"""

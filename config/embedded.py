@@ -81,7 +81,7 @@ def restart(data: Path) -> Address:
     Raises ImproperlyConfigured when it does not come up.
     """
     server = _server(data)
-    with server._lock, _named(data):
+    with server._lock, _failure_told(data):
         server._stop()
         server.ensure_postgres_running()
     start.cache_clear()
@@ -106,7 +106,7 @@ def _server(data: Path) -> Any:
             "DATABASE_URL is not set, and the embedded PostgreSQL for development is not installed: "
             "set DATABASE_URL to your database, or run `make install`."
         ) from error
-    with _named(data):
+    with _failure_told(data):
         data.parent.mkdir(parents=True, exist_ok=True)
         server = get_server(data)
         _forget_dead_processes(server)
@@ -114,7 +114,7 @@ def _server(data: Path) -> Any:
 
 
 @contextmanager
-def _named(data: Path) -> Iterator[None]:
+def _failure_told(data: Path) -> Iterator[None]:
     """Whatever keeps the server from starting is told in one line."""
     try:
         yield

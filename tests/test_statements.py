@@ -145,7 +145,7 @@ def test_many_new_rows_are_read_in_passing_over_the_table(database: Database) ->
 
 
 def asks_the_ledger(sent: list[Statement]) -> set[bool]:
-    """Whether the pages of source rows were read with a look into the ledger."""
+    """Whether the ledger was asked when pages of source rows were read."""
     return {
         "FROM ledger_entry" in statement.sql
         for statement in sent

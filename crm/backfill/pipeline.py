@@ -105,7 +105,7 @@ class Pipeline:
                 if cause is None:
                     raise
                 self._give_way(cause, attempt)
-                ahead.look_again()
+                ahead.ask_the_ledger()
                 if errors.is_timeout(error):
                     logger.warning(self.sizer.halve())
         return self._batch(ahead, source, after)

@@ -67,9 +67,9 @@ class ReadAhead:
             if page.is_short:
                 return
 
-    def look_again(self) -> None:
-        """Read with a look into the ledger from now on: something of what was read may be settled by now."""
-        self._reader = self._reader.with_a_look()
+    def ask_the_ledger(self) -> None:
+        """Ask the ledger about every row from now on: something of what was read may be settled by now."""
+        self._reader = self._reader.asking_the_ledger()
         self._asked = self._coming = None
 
     def _page(self, after: Key | None, size: int, patience: float | None) -> MappedPage | None:

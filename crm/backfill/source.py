@@ -43,8 +43,8 @@ class Choice(NamedTuple):
 #: The rows that have no settled line in the ledger.
 UNSETTLED = Choice(_LINE_OF_ROW, "(line.outcome IS NULL OR line.outcome = 'error')")
 _NO_LINE = " CROSS JOIN (SELECT NULL::text AS outcome, NULL::text AS reason, NULL::bigint AS run_id) line"
-#: Every row, without a look into the ledger: for a source of which no row had a line when the run began. Should one
-#: have got a line since, the ledger's key refuses a second, and the batch is read again with a look.
+#: Every row, and the ledger is not asked: for a source of which no row had a line when the run began. Should one have
+#: got a line since, the ledger's key refuses a second, and the batch is read again, asking.
 EVERY_ROW = Choice(_NO_LINE, "true")
 
 # The columns by name and never r.*: the role of the backfill may not read the secret ones.
@@ -136,8 +136,8 @@ class SourceReader:
     choice: Choice = UNSETTLED
     ids: Sequence[str] | None = None
 
-    def with_a_look(self) -> SourceReader:
-        """The same, with a look into the ledger at each row if it was spared up to now."""
+    def asking_the_ledger(self) -> SourceReader:
+        """The same reader, which asks the ledger about every row where that was spared up to now."""
         return replace(self, choice=UNSETTLED) if self.choice == EVERY_ROW else self
 
     def page(self, after: Key | None, size: int) -> Page:
