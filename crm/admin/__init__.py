@@ -1,261 +1,54 @@
 """The admin: contacts, runs and the ledger, to look at. Nobody adds, changes or deletes anything here.
 
-The tables may hold millions of rows. So a list counts only so far, comes in the order of an index, and asks nothing a
-row; a filter takes its own values and no other.
+The tables may hold millions of rows. So a list counts only so far (`read_only`), comes in the order of an index, and
+asks nothing a row; a filter takes its own values and no other (`filters`).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 from urllib.parse import urlencode
 
 from django.contrib import admin
-from django.contrib.admin.options import IncorrectLookupParameters
 from django.contrib.admin.utils import quote
-from django.contrib.admin.views.main import ChangeList
-from django.core.paginator import Paginator
-from django.db import connections, models
+from django.db import models
 from django.db.models import Exists, OuterRef, Q, QuerySet
 from django.forms.models import BaseInlineFormSet
 from django.http import HttpRequest
 from django.template.loader import render_to_string
 from django.urls import NoReverseMatch, reverse
-from django.utils.functional import cached_property
 from django.utils.html import format_html
 from django.utils.safestring import SafeString
 
+from crm.admin.filters import (
+    MADE_BY_BACKFILL,
+    OUTCOMES,
+    AttributedFilter,
+    KindFilter,
+    MadeFilter,
+    OutcomeFilter,
+    ReasonFilter,
+    RunFilter,
+    SourceFilter,
+    StageFilter,
+    StatusFilter,
+    TypeFilter,
+)
+from crm.admin.read_only import NothingToChange, ReadOnlyAdmin
 from crm.backfill.mapping import ATTRIBUTION, contact_id
-from crm.backfill.outcome import Outcome, Reason, Source, UpdateOutcome
+from crm.backfill.outcome import Outcome, UpdateOutcome
 from crm.models import BackfillBatch, BackfillRun, ConflictDecision, ContactUpdate, CRMContact, LedgerEntry, Rollback
-from crm.models.ledger import RunStatus
 
 admin.site.site_header = admin.site.site_title = "CRM contacts backfill"
 admin.site.index_title = "What the backfill did"
 
-#: Lists count no further, and lead no further.
-MOST_COUNTED = 10_000
 MOST_LINES = 100
 MOST_BATCHES = 100
-MOST_RUNS_TO_CHOOSE = 25
 
-OUTCOMES = tuple(outcome.value for outcome in Outcome)
 UPDATE_OUTCOMES = tuple(outcome.value for outcome in UpdateOutcome)
-MADE_BY_BACKFILL = Exists(LedgerEntry.objects.filter(pk=OuterRef("pk"), outcome=Outcome.CREATED))
-HAS_ATTRIBUTION = Q(*((f"{name}__isnull", False) for name in ATTRIBUTION), _connector=Q.OR)
 CONTACT_IS_THERE = Exists(CRMContact.objects.filter(pk=OuterRef("contact_id")))
-
-
-class BoundedPaginator(Paginator):  # type: ignore[type-arg] # django-stubs' paginator is generic, Django's is not
-    """Counts up to a bound: nobody leafs through a million rows, and counting them all takes a while."""
-
-    @cached_property
-    def count(self) -> int:
-        """How many rows there are, or the bound."""
-        rows: Any = self.object_list
-        return int(rows.order_by()[:MOST_COUNTED].count())
-
-    @property
-    def is_bounded(self) -> bool:
-        """Whether there may be more rows than were counted."""
-        return self.count == MOST_COUNTED
-
-
-class BoundedChangeList(ChangeList):
-    """A list that does not call the bound a number of results."""
-
-    def get_results(self, request: HttpRequest) -> None:
-        """Fetch the page."""
-        super().get_results(request)
-        if self.result_count == MOST_COUNTED:
-            # The search box tells the number where the two differ.
-            self.full_result_count = self.result_count
-
-
-class ValueFilter(admin.SimpleListFilter):
-    """Rows with one of a few values. Any other value in the address is refused before the database sees it."""
-
-    def values(self) -> Iterable[str]:
-        """What may be chosen."""
-        raise NotImplementedError
-
-    def narrowed(self, queryset: QuerySet[Any], value: str) -> QuerySet[Any]:
-        """The rows that have the value."""
-        return queryset.filter(**{str(self.parameter_name): value})
-
-    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:  # noqa: ARG002 - Django's signature
-        """The values, as they are."""
-        return [(value, value) for value in self.values()]
-
-    def queryset(self, request: HttpRequest, queryset: QuerySet[Any]) -> QuerySet[Any]:  # noqa: ARG002 - Django's signature
-        """The rows that were asked for."""
-        value = self.value()
-        if value is None:
-            return queryset
-        if value not in dict(self.lookup_choices):
-            raise IncorrectLookupParameters
-        return self.narrowed(queryset, value)
-
-
-class LabelFilter(ValueFilter):
-    """Rows with one of the labels that this database's enum has."""
-
-    def values(self) -> list[str]:
-        """The labels, in the enum's order."""
-        connection = connections[CRMContact.objects.db]
-        enum = CRMContact._meta.get_field(str(self.parameter_name)).db_type(connection)
-        with connection.cursor() as cursor:
-            cursor.execute(f"SELECT unnest(enum_range(NULL::{enum}))::text")
-            return [label for (label,) in cursor.fetchall()]
-
-
-class TypeFilter(LabelFilter):
-    """By type."""
-
-    title = "type"
-    parameter_name = "contact_type"
-
-
-class StageFilter(LabelFilter):
-    """By stage."""
-
-    title = "stage"
-    parameter_name = "stage"
-
-
-class ConditionFilter(ValueFilter):
-    """Rows for which something holds, or does not."""
-
-    condition: Q | Exists
-
-    def values(self) -> tuple[str, ...]:
-        """Yes and no."""
-        return ("yes", "no")
-
-    def narrowed(self, queryset: QuerySet[Any], value: str) -> QuerySet[Any]:
-        """The rows for which it holds, or the others."""
-        return queryset.filter(self.condition if value == "yes" else ~self.condition)
-
-
-class MadeFilter(ConditionFilter):
-    """By who made the contact."""
-
-    title = "made by the backfill"
-    parameter_name = "made"
-    condition = MADE_BY_BACKFILL
-
-
-class AttributedFilter(ConditionFilter):
-    """By whether somebody is named to whom a commission may be due."""
-
-    title = "attributed"
-    parameter_name = "attributed"
-    condition = HAS_ATTRIBUTION
-
-
-class SourceFilter(ValueFilter):
-    """By source."""
-
-    title = "source"
-    parameter_name = "source"
-
-    def values(self) -> Iterable[str]:
-        """The sources."""
-        return [source.value for source in Source]
-
-
-class OutcomeFilter(ValueFilter):
-    """By outcome."""
-
-    title = "outcome"
-    parameter_name = "outcome"
-
-    def values(self) -> Iterable[str]:
-        """The outcomes."""
-        return OUTCOMES
-
-
-class ReasonFilter(ValueFilter):
-    """By the reason of an error."""
-
-    title = "reason"
-    parameter_name = "reason"
-
-    def values(self) -> Iterable[str]:
-        """The reasons."""
-        return [reason.value for reason in Reason]
-
-
-class RunFilter(ValueFilter):
-    """By run: the last ones to choose from, and the one in the address."""
-
-    title = "run"
-    parameter_name = "run"
-
-    def values(self) -> Iterable[str]:
-        """The runs, the newest first."""
-        runs = [str(run) for run in BackfillRun.objects.values_list("pk", flat=True)[:MOST_RUNS_TO_CHOOSE]]
-        asked = self.value()
-        is_older = asked is not None and asked.isascii() and asked.isdigit() and len(asked) < 19 and asked not in runs
-        return [*runs, str(asked)] if is_older else runs
-
-
-class KindFilter(ValueFilter):
-    """By what the run does."""
-
-    title = "kind"
-    parameter_name = "kind"
-
-    def values(self) -> Iterable[str]:
-        """The kinds."""
-        return BackfillRun.Kind.values
-
-
-class StatusFilter(ValueFilter):
-    """By status."""
-
-    title = "status"
-    parameter_name = "status"
-
-    def values(self) -> Iterable[str]:
-        """The statuses."""
-        return RunStatus.values
-
-
-class NothingToChange:
-    """No permission but to view, for anybody."""
-
-    def has_add_permission(self, *_request: Any) -> bool:
-        """Nobody adds."""
-        return False
-
-    def has_change_permission(self, *_request: Any) -> bool:
-        """Nobody changes."""
-        return False
-
-    def has_delete_permission(self, *_request: Any) -> bool:
-        """Nobody deletes."""
-        return False
-
-
-class ReadOnlyAdmin(NothingToChange, admin.ModelAdmin):  # type: ignore[type-arg] # django-stubs' admin is generic, Django's is not
-    """A table to look at."""
-
-    actions = None
-    paginator = BoundedPaginator
-    show_full_result_count = False
-    show_facets = admin.ShowFacets.NEVER
-    sortable_by = ()
-
-    def lookup_allowed(self, lookup: str, value: Any, request: HttpRequest | None = None) -> bool:  # noqa: ARG002 - Django's signature
-        """The filters' own parameters: another one would bring any value before the database."""
-        return lookup in {getattr(choice, "parameter_name", None) for choice in self.list_filter}
-
-    def get_changelist(self, request: HttpRequest, **kwargs: Any) -> type[ChangeList]:  # noqa: ARG002 - Django's signature
-        """The list that counts only so far."""
-        return BoundedChangeList
 
 
 @admin.register(CRMContact)

@@ -1,0 +1,173 @@
+"""The filters of the admin: each takes its own values and no other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from django.contrib import admin
+from django.contrib.admin.options import IncorrectLookupParameters
+from django.db import connections
+from django.db.models import Exists, OuterRef, Q, QuerySet
+from django.http import HttpRequest
+
+from crm.backfill.mapping import ATTRIBUTION
+from crm.backfill.outcome import Outcome, Reason, Source
+from crm.models import BackfillRun, CRMContact, LedgerEntry
+from crm.models.ledger import RunStatus
+
+MOST_RUNS_TO_CHOOSE = 25
+
+OUTCOMES = tuple(outcome.value for outcome in Outcome)
+MADE_BY_BACKFILL = Exists(LedgerEntry.objects.filter(pk=OuterRef("pk"), outcome=Outcome.CREATED))
+HAS_ATTRIBUTION = Q(*((f"{name}__isnull", False) for name in ATTRIBUTION), _connector=Q.OR)
+
+
+class ValueFilter(admin.SimpleListFilter):
+    """Rows with one of a few values. Any other value in the address is refused before the database sees it."""
+
+    def values(self) -> Iterable[str]:
+        """What may be chosen."""
+        raise NotImplementedError
+
+    def narrowed(self, queryset: QuerySet[Any], value: str) -> QuerySet[Any]:
+        """The rows that have the value."""
+        return queryset.filter(**{str(self.parameter_name): value})
+
+    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:  # noqa: ARG002 - Django's signature
+        """The values, as they are."""
+        return [(value, value) for value in self.values()]
+
+    def queryset(self, request: HttpRequest, queryset: QuerySet[Any]) -> QuerySet[Any]:  # noqa: ARG002 - Django's signature
+        """The rows that were asked for."""
+        value = self.value()
+        if value is None:
+            return queryset
+        if value not in dict(self.lookup_choices):
+            raise IncorrectLookupParameters
+        return self.narrowed(queryset, value)
+
+
+class LabelFilter(ValueFilter):
+    """Rows with one of the labels that this database's enum has."""
+
+    def values(self) -> list[str]:
+        """The labels, in the enum's order."""
+        connection = connections[CRMContact.objects.db]
+        enum = CRMContact._meta.get_field(str(self.parameter_name)).db_type(connection)
+        with connection.cursor() as cursor:
+            cursor.execute(f"SELECT unnest(enum_range(NULL::{enum}))::text")
+            return [label for (label,) in cursor.fetchall()]
+
+
+class TypeFilter(LabelFilter):
+    """By type."""
+
+    title = "type"
+    parameter_name = "contact_type"
+
+
+class StageFilter(LabelFilter):
+    """By stage."""
+
+    title = "stage"
+    parameter_name = "stage"
+
+
+class ConditionFilter(ValueFilter):
+    """Rows for which something holds, or does not."""
+
+    condition: Q | Exists
+
+    def values(self) -> tuple[str, ...]:
+        """Yes and no."""
+        return ("yes", "no")
+
+    def narrowed(self, queryset: QuerySet[Any], value: str) -> QuerySet[Any]:
+        """The rows for which it holds, or the others."""
+        return queryset.filter(self.condition if value == "yes" else ~self.condition)
+
+
+class MadeFilter(ConditionFilter):
+    """By who made the contact."""
+
+    title = "made by the backfill"
+    parameter_name = "made"
+    condition = MADE_BY_BACKFILL
+
+
+class AttributedFilter(ConditionFilter):
+    """By whether somebody is named to whom a commission may be due."""
+
+    title = "attributed"
+    parameter_name = "attributed"
+    condition = HAS_ATTRIBUTION
+
+
+class SourceFilter(ValueFilter):
+    """By source."""
+
+    title = "source"
+    parameter_name = "source"
+
+    def values(self) -> Iterable[str]:
+        """The sources."""
+        return [source.value for source in Source]
+
+
+class OutcomeFilter(ValueFilter):
+    """By outcome."""
+
+    title = "outcome"
+    parameter_name = "outcome"
+
+    def values(self) -> Iterable[str]:
+        """The outcomes."""
+        return OUTCOMES
+
+
+class ReasonFilter(ValueFilter):
+    """By the reason of an error."""
+
+    title = "reason"
+    parameter_name = "reason"
+
+    def values(self) -> Iterable[str]:
+        """The reasons."""
+        return [reason.value for reason in Reason]
+
+
+class RunFilter(ValueFilter):
+    """By run: the last ones to choose from, and the one in the address."""
+
+    title = "run"
+    parameter_name = "run"
+
+    def values(self) -> Iterable[str]:
+        """The runs, the newest first."""
+        runs = [str(run) for run in BackfillRun.objects.values_list("pk", flat=True)[:MOST_RUNS_TO_CHOOSE]]
+        asked = self.value()
+        is_older = asked is not None and asked.isascii() and asked.isdigit() and len(asked) < 19 and asked not in runs
+        return [*runs, str(asked)] if is_older else runs
+
+
+class KindFilter(ValueFilter):
+    """By what the run does."""
+
+    title = "kind"
+    parameter_name = "kind"
+
+    def values(self) -> Iterable[str]:
+        """The kinds."""
+        return BackfillRun.Kind.values
+
+
+class StatusFilter(ValueFilter):
+    """By status."""
+
+    title = "status"
+    parameter_name = "status"
+
+    def values(self) -> Iterable[str]:
+        """The statuses."""
+        return RunStatus.values
