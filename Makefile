@@ -17,8 +17,9 @@ NEXT := $(if $(or $(DATABASE_URL),$(wildcard .env)),$(EMBEDDED) )$(BIN)/python m
 PEOPLE ?= 10000
 GENERATION ?= 2025_10
 SEED ?= 1
+MINUTES ?= 600
 
-.PHONY: help install demo test check bench lock clean
+.PHONY: help install demo test check soak bench lock clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -52,6 +53,10 @@ check: install ## Lint, types, migrations and tests: what has to pass
 	$(EMBEDDED) $(BIN)/mypy --no-incremental .
 	$(MANAGE) makemigrations --check --dry-run
 	$(PYTEST)
+
+soak: install ## Every property test with thousands of examples, and the longest tests (MINUTES=600)
+	$(EMBEDDED) HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest -p tests.soak --minutes $(MINUTES) \
+		-m "hypothesis or soak" --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 bench: install ## Measure the backfill on the embedded server
 	$(EMBEDDED) $(BIN)/python -m bench $(ARGS)

@@ -15,16 +15,14 @@ from django.conf import settings as django_settings
 from django.db import connection
 from django.db.models.signals import pre_migrate
 from django.test.utils import setup_databases, teardown_databases
-from hypothesis import HealthCheck, settings
 from pytest_django import DjangoDbBlocker
 
 from crm.legacy_schema import create_legacy_tables
 from crm.models import BackfillBatch, BackfillRun, ConflictDecision, ContactUpdate, LedgerEntry, Rollback
 from tests.populations import add_labels
+from tests.profiles import load_profile
 
-# A machine that has other things to do is no reason to fail.
-settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("patient")
+load_profile()
 
 # Where several processes share the tests, each has a server of its own: roles and sessions belong to a server.
 if process := os.environ.get("PYTEST_XDIST_WORKER"):

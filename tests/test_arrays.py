@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from crm.backfill.arrays import render, use_fast_arrays
 from tests.conftest import Database
+from tests.profiles import examples
 
 #: Everything that has a meaning in an array literal, in a string literal or in a placeholder.
 AWKWARD = st.sampled_from(
@@ -24,7 +25,7 @@ AWKWARD = st.sampled_from(
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
 TEXTS = AWKWARD | ANY_TEXT | st.lists(AWKWARD, max_size=5).map("".join)
 against_postgresql = settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=examples(300), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 

@@ -28,10 +28,11 @@ from tests.populations import (
     read_ledger,
     replace_population,
 )
+from tests.profiles import examples
 
 BATCH_SIZES = (1, 2, 7, 1000)
 against_the_database = settings(
-    max_examples=60,
+    max_examples=examples(60),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.target, Phase.shrink],
@@ -111,7 +112,7 @@ def test_every_run_ends_as_the_reference_does(
 
 
 @pytest.mark.parametrize("generation", ["2025_10", "2025_11"])
-@settings(against_the_database, max_examples=25)
+@settings(against_the_database, max_examples=examples(25))
 @given(data=st.data(), workers=st.sampled_from([2, 4]), batch_size=st.sampled_from([1, 2, 7]))
 def test_the_end_is_the_same_for_every_number_of_workers(
     database: Database, generation: str, data: st.DataObject, workers: int, batch_size: int

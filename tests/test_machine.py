@@ -3,14 +3,12 @@
 After every step nothing that a person wrote is overwritten, nobody whom they deleted is back, the books balance, and a
 verification finds exactly what somebody who watched expects, never a defect.
 
-The default is what a CI run has time for. For a longer look: `MACHINE_EXAMPLES=500 MACHINE_STEPS=40 pytest
-tests/test_machine.py --hypothesis-seed=1`.
+The default is what a CI run has time for; `make soak` takes a longer look.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from decimal import Decimal
@@ -43,9 +41,9 @@ from tests.machine.expectations import Found
 from tests.machine.memory import Memory
 from tests.machine.world import LedgerLine, State, Update, World
 from tests.populations import HAS_CLERK_USER_ID, MOMENTS, NOT_ADDRESSES, ROLES
+from tests.profiles import MACHINE_EXAMPLES, MACHINE_STEPS, SOAKING
 
-EXAMPLES = int(os.environ.get("MACHINE_EXAMPLES", "12"))
-STEPS = int(os.environ.get("MACHINE_STEPS", "25"))
+EXAMPLES, STEPS = (MACHINE_EXAMPLES, MACHINE_STEPS) if SOAKING else (12, 25)
 UNKNOWN_RUN = 10**6
 
 # Few people, so that they meet: an address comes in its plain form mostly, and now and then it is none.
@@ -500,6 +498,7 @@ def _as_the_judge_of_second_looks_sees_it(state: State) -> reference_update.Worl
     return world
 
 
+@pytest.mark.hypothesis
 @pytest.mark.parametrize("generation", ["2025_10_mixed", "2025_12"])
 def test_whatever_happens_in_whatever_order_nothing_is_lost_and_nothing_is_hidden(
     database: Database, generation: str

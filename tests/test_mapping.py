@@ -29,6 +29,7 @@ from crm.backfill.outcome import Reason, Source
 from crm.backfill.source import WHITE_SPACE
 from crm.models import CRMContact
 from tests.conftest import Database
+from tests.profiles import examples
 
 OLD_STAGES = ("NEW", "CONTACTED", "DOCUMENTS", "PREPARING", "COMPLETE")
 NEW_STAGES = ("NEW", "CONTACTED", "QUALIFIED", "DOCUMENTS", "FILED", "CLOSED", "LOST")
@@ -381,7 +382,7 @@ EMAIL_LIKE = st.one_of(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(EMAIL_LIKE)
 def test_an_address_is_one_exactly_when_django_says_so_and_its_name_is_ascii(raw: str) -> None:
     candidate = raw.strip().lower()

@@ -35,9 +35,10 @@ from tests.populations import (
     populations,
     replace_population,
 )
+from tests.profiles import examples
 
 against_the_database = settings(
-    max_examples=20,
+    max_examples=examples(20),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

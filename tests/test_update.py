@@ -50,12 +50,13 @@ from tests.populations import (
     texts,
 )
 from tests.processes import session
+from tests.profiles import examples
 from tests.reference import Population, Row
 
 LATER = "2025-06-07 08:09:10.111"
 
 against_the_database = settings(
-    max_examples=60,
+    max_examples=examples(60),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

@@ -28,12 +28,13 @@ from tests.circumstances import acting_as, reading_role, without_own_schema
 from tests.commands import Finished, called, files_no_larger_than, run, statements
 from tests.conftest import Database
 from tests.populations import GENERATIONS, insert_population, populations
+from tests.profiles import examples
 
 LATER = "2099-01-01 00:00:00"
 SECRETS = ("Zelda", "Quimby", "zelda.quimby@example.com", "555 0199", "Quimby & Daughters", "ref-zelda")
 
 against_the_database = settings(
-    max_examples=40,
+    max_examples=examples(40),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.target, Phase.shrink],

@@ -1,0 +1,27 @@
+"""How many examples a property test draws: what a CI run has time for, or what `make soak` asks for.
+
+The profile is chosen by the environment, so that the processes which share the tests agree on it.
+"""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+#: Whether this is `make soak`.
+SOAKING = os.environ.get("HYPOTHESIS_PROFILE") == "soak"
+#: The least that `make soak` asks of a property test; and of the stateful machine, with the steps of each example.
+MIN_EXAMPLES, MACHINE_EXAMPLES, MACHINE_STEPS = 2_000, 1_000, 40
+
+
+def examples(few: int) -> int:
+    """The number of examples of a test that is too slow for Hypothesis's own default."""
+    return max(few, MIN_EXAMPLES) if SOAKING else few
+
+
+def load_profile() -> None:
+    """Load the profile that the environment names. A machine that has other things to do is no reason to fail."""
+    settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.register_profile("soak", settings.get_profile("patient"), max_examples=MIN_EXAMPLES, print_blob=True)
+    settings.load_profile("soak" if SOAKING else "patient")
