@@ -91,7 +91,7 @@ def test_a_fixed_size_stays_whatever_the_speed(size: int, seconds: list[float]) 
 def test_a_fixed_size_comes_back_in_steps_after_timeouts(size: int, timeouts: int) -> None:
     sizer = BatchSizer(fixed=size)
     for _ in range(timeouts):
-        sizer.halve()
+        sizer.halve("a timeout")
     assert sizer.size == max(1, size // 2**timeouts)
     sizes = [sizer.size, *after_batches(sizer, [1.0] * 40)]
     assert sizes[-1] == size
@@ -100,9 +100,9 @@ def test_a_fixed_size_comes_back_in_steps_after_timeouts(size: int, timeouts: in
 
 def test_a_timeout_halves_the_size_below_the_bounds_too() -> None:
     sizer = BatchSizer()
-    assert sizer.halve() == "batch size: 5,000 -> 2,500 rows after a timeout"
+    assert sizer.halve("a timeout") == "batch size: 5,000 -> 2,500 rows after a timeout"
     for _ in range(20):
-        sizer.halve()
+        sizer.halve("a timeout")
     assert sizer.size == 1
     assert after_batches(sizer, [0.1] * 3) == [2, 3, 5]
     assert after_batches(sizer, [0.1] * 20)[-1] > LEAST_ROWS

@@ -32,6 +32,7 @@ BAD_MOMENTS = {
     "25006": "server is read-only",
 }
 TIMEOUTS = ("55P03", "57014")
+DEADLOCK = "40P01"
 INSUFFICIENT_PRIVILEGE, NO_SUCH_TABLE, LOCK_TIMEOUT = "42501", "42P01", "55P03"
 #: What an operator can put right, whatever the command.
 REMEDIES = {
@@ -132,9 +133,14 @@ def _refused_by(error: BaseException) -> str | None:
     return error.__cause__.diag.constraint_name if isinstance(error.__cause__, psycopg.Error) else None
 
 
-def is_timeout(error: BaseException) -> bool:
-    """Whether the server had no time for as many rows."""
-    return sqlstate(error) in TIMEOUTS
+def too_many_rows(error: BaseException) -> str | None:
+    """The cause, in words, why fewer rows at a time may get through: a timeout or a deadlock; None for any other."""
+    return "a timeout" if sqlstate(error) in TIMEOUTS else "a deadlock" if is_deadlock(error) else None
+
+
+def is_deadlock(error: BaseException) -> bool:
+    """Whether the batch and another session waited for each other's locks: one row at a time, it cannot happen."""
+    return sqlstate(error) == DEADLOCK
 
 
 def described(error: BaseException) -> str:

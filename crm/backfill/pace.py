@@ -81,10 +81,10 @@ class BatchSizer:
             self.size = self._bounded(math.floor(max(smallest_step, min(ideal, largest_step))))
         return None
 
-    def halve(self) -> str:
+    def halve(self, cause: str) -> str:
         """Half the size, below the bounds too: a batch that timed out must get through. What was changed, in words."""
         before, self.size = self.size, max(1, self.size // 2)
-        return f"batch size: {before:,} -> {self.size:,} rows after a timeout"
+        return f"batch size: {before:,} -> {self.size:,} rows after {cause}"
 
     def _bounded(self, size: int) -> int:
         """The size within the bounds; one that timeouts brought below them comes back step by step."""

@@ -97,18 +97,20 @@ class Pipeline:
     def _batch_with_retries(
         self, ahead: ReadAhead, source: Source, after: Key | None
     ) -> tuple[Totals | None, Key | None]:
-        for attempt in range(1, self.retries.most + 1):
+        attempt = 1
+        while True:
             try:
                 return self._batch(ahead, source, after)
             except DjangoDatabaseError as error:
                 cause = errors.bad_moment(error)
-                if cause is None:
+                if cause is None or attempt > self.retries.most:
                     raise
                 self._give_way(cause, attempt)
                 ahead.ask_the_ledger()
-                if errors.is_timeout(error):
-                    logger.warning(self.sizer.halve())
-        return self._batch(ahead, source, after)
+                # Sessions that lock in any order go on doing so: what ends their deadlocks is a batch of one row.
+                attempt += not (errors.is_deadlock(error) and self.sizer.size > 1)
+                if reason := errors.too_many_rows(error):
+                    logger.warning(self.sizer.halve(reason))
 
     def _batch(self, ahead: ReadAhead, source: Source, after: Key | None) -> tuple[Totals | None, Key | None]:
         started = time.monotonic()

@@ -32,6 +32,7 @@ _FILLED_ALONE = (*PROFILE_FILLS, "last_contacted_at")
 _FILLED = (*_FILLED_ALONE, *ASSIGNMENT_UNIT, *ATTRIBUTION_UNIT)
 
 
+_LOCK = "SELECT FROM crm_contacts WHERE id = ANY(%s) ORDER BY id FOR UPDATE"
 _NO_REFUSAL = Refusal(None, None, None)
 _LINE = (
     *("id", "source_id", "outcome", "reason", "contact_id", "source_updated_at", "filled"),
@@ -72,6 +73,15 @@ def _fill_statement(connection: BaseDatabaseWrapper) -> str:
     )
 
 
+def lock_contacts(connection: BaseDatabaseWrapper, ids: Iterable[str]) -> None:
+    """Lock contacts that are about to be updated, in the order of their ids.
+
+    An UPDATE locks in the order in which its plan comes by the rows: two of them may wait for each other.
+    """
+    with connection.cursor() as cursor:
+        cursor.execute(_LOCK, [list(ids)])
+
+
 class DatabaseStore:
     """The contacts of the database."""
 
@@ -97,10 +107,11 @@ class DatabaseStore:
         CRMContact.bulk.using(self._connection.alias).bulk_create([CRMContact.of_draft(draft)])
 
     def fill(self, fills: dict[str, dict[str, Any]]) -> None:
-        """Fill contacts, in the order of their ids against deadlocks, and only what is NULL at that moment."""
+        """Fill contacts, and only what is NULL at that moment."""
         if not fills:
             return
         rows = [(identifier, *map(values.get, _FILLED)) for identifier, values in sorted(fills.items())]
+        lock_contacts(self._connection, fills)
         with self._connection.cursor() as cursor:
             cursor.execute(_fill_statement(self._connection), [list(column) for column in zip(*rows, strict=True)])
 

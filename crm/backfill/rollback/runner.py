@@ -196,19 +196,20 @@ class _Work:
 
     def _batch_with_retries(self, batch: _Batch, undoer: Undoer, after: str) -> tuple[list[Line], Undone]:
         size = self.batch_size
-        for attempt in range(1, self.retries.most + 1):
+        attempt = 1
+        while True:
             try:
                 return batch(undoer, after, size)
             except DjangoDatabaseError as error:
                 cause = errors.bad_moment(error)
-                if cause is None:
+                if cause is None or attempt > self.retries.most:
                     raise
-                if errors.is_timeout(error):
-                    size = max(1, size // 2)
                 wait = self.retries.announced(cause, attempt)
+                attempt += not (errors.is_deadlock(error) and size > 1)
+                if errors.too_many_rows(error):
+                    size = max(1, size // 2)
                 connection.close_if_unusable_or_obsolete()
                 time.sleep(wait)
-        return batch(undoer, after, size)
 
     def _batch_of_updates(self, undoer: Undoer, after: str, size: int) -> tuple[list[Line], Undone]:
         records = self.reader.updates(after, size)

@@ -41,7 +41,7 @@ from crm.backfill.rollback.verdict import (
     merges_that_miss,
 )
 from crm.backfill.update.writer import stage_history_id, write_contacts
-from crm.backfill.writer import Timeouts
+from crm.backfill.writer import Timeouts, lock_contacts
 from crm.models import ContactUpdate, CRMContact, CRMStageHistory, LedgerEntry, Rollback
 
 # The first of these has to be the first statement of the transaction. With one snapshot for all of it, the DELETE would
@@ -350,6 +350,7 @@ class DatabaseUndoer:
                 (contact_id, merge.version, merge.confidence)
             )
         taken: set[str] = set()
+        lock_contacts(self._connection, contact_ids)
         with self._connection.cursor() as cursor:
             for columns, contacts in by_columns.items():
                 cursor.execute(_take_back_statement(columns), [list(values) for values in zip(*contacts, strict=True)])

@@ -21,7 +21,7 @@ from crm.backfill.outcome import Source, Totals
 from crm.backfill.settle import MOST_ATTEMPTS, UnsettledError
 from crm.backfill.update.changes import FIELDS_OF_CHANGE, REFUSED, Change, Look, decide, totals_of
 from crm.backfill.update.reader import Present
-from crm.backfill.writer import MANNERS, Timeouts
+from crm.backfill.writer import MANNERS, Timeouts, lock_contacts
 from crm.models import BackfillBatch, CRMContact
 
 #: Who moved the contact on, for the people who read its history.
@@ -80,6 +80,7 @@ def write_contacts(connection: BaseDatabaseWrapper, contacts: Mapping[str, tuple
         (contact, version, *(getattr(values, name) for name in _WRITTEN))
         for contact, (version, values) in contacts.items()
     ]
+    lock_contacts(connection, contacts)
     with connection.cursor() as cursor:
         cursor.execute(_update_statement(connection), [list(column) for column in zip(*rows, strict=True)])
         return {identifier for (identifier,) in cursor.fetchall()}
