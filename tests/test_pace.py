@@ -140,6 +140,33 @@ def test_the_rate_is_held_over_any_stretch_of_batches_and_no_pause_is_longer_tha
         assert now - started >= rows / rows_per_second * (1 - 1e-6)
 
 
+@given(
+    st.integers(1, 10_000),
+    st.integers(1, 8),
+    st.integers(1, 5_000),
+    st.lists(st.integers(1, 8), min_size=1, max_size=3),
+)
+def test_the_rate_is_that_of_all_who_share_it_from_their_first_batch_on(
+    rows_per_second: int, shares: int, size: int, sources: list[int]
+) -> None:
+    limits = [RateLimit(rows_per_second, shares) for _ in range(shares)]
+    rows = min(size, limits[0].most_rows)
+    begin = 1_000.0
+    for batches in sources:
+        begun: list[float] = []
+        for turn, limit in enumerate(limits):
+            now = begin
+            limit.begin(now, rows, turn)
+            for _ in range(batches):
+                if pause := limit.wait_reason(now):
+                    now += pause.seconds
+                begun.append(now)
+                limit.after_batch(rows, now)
+        for number, moment in enumerate(sorted(begun)):
+            assert (moment - begin) * rows_per_second >= number * rows * (1 - 1e-6)
+        begin = max(begun)
+
+
 def test_a_pause_names_its_reason_and_its_figures() -> None:
     limit = RateLimit(1_000)
     assert limit.wait_reason(7.0) is None

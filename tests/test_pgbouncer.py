@@ -222,7 +222,7 @@ def test_a_url_that_does_not_say_so_is_refused_and_not_half_obeyed(bounced: Boun
 
 
 def test_workers_share_the_pools_one_connection(bounced: Bounced) -> None:
-    backfill(bounced.pooled, "--batch-size", "50", "--workers", "2")
+    backfill(bounced.pooled.replace("connection_limit=1", "connection_limit=5"), "--batch-size", "50", "--workers", "2")
     through = bounced.result()
     for table in OURS:
         bounced.rows(f"DELETE FROM {table}")

@@ -35,6 +35,9 @@ class Pause(NamedTuple):
 class Throttle(Protocol):
     """Something that may ask a run to wait."""
 
+    def begin(self, now: float, rows: int, turn: int) -> None:
+        """Take note that a source begins with a batch of so many rows, after those of `turn` other processes."""
+
     def after_batch(self, rows: int, started: float) -> None:
         """Take note of a batch that was committed, and of the moment when it was begun."""
 
@@ -95,33 +98,45 @@ class BatchSizer:
 class RateLimit:
     """Lets no more rows a second through than the operator allows: a batch and the pause after it take their time.
 
-    No batch saves up time for a later one, so the limit holds over any stretch of whole batches.
+    No batch saves up time for a later one, so the limit holds over any stretch of whole batches. Where several
+    processes share the rate, each has an equal share of it, and they begin one after another.
     """
 
     rows_per_second: int
+    shares: int = 1
     _free_at: float = field(default=-math.inf, init=False)
     _rows: int = field(default=0, init=False)
     _started: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
         """Raises ValueError for a limit that lets nothing through."""
-        if self.rows_per_second < 1:
-            raise ValueError("at least one row a second")
+        if self.rows_per_second < 1 or self.shares < 1:
+            raise ValueError("at least one row a second, and one who shares it")
+
+    @property
+    def share(self) -> float:
+        """The rows a second of one process."""
+        return self.rows_per_second / self.shares
 
     @property
     def rows_of_a_target(self) -> int:
         """The size at which a batch takes about the target time at this rate: no need for long pauses."""
-        return max(1, math.floor(self.rows_per_second * TARGET_SECONDS))
+        return max(1, math.floor(self.share * TARGET_SECONDS))
 
     @property
     def most_rows(self) -> int:
         """What a batch may be at most, whatever size was asked for: its pause would be too long."""
-        return max(1, math.floor(self.rows_per_second * LONGEST_PAUSE))
+        return max(1, math.floor(self.share * LONGEST_PAUSE))
+
+    def begin(self, now: float, rows: int, turn: int) -> None:
+        """Wait until the batches of those whose turn is before have taken their time at the whole rate."""
+        self._started, self._rows = now, 0
+        self._free_at = max(self._free_at, now + turn * rows / self.rows_per_second)
 
     def after_batch(self, rows: int, started: float) -> None:
         """Take note of a batch and of the moment when it was begun."""
         self._rows, self._started = rows, started
-        self._free_at = started + rows / self.rows_per_second
+        self._free_at = started + rows / self.share
 
     def wait_reason(self, now: float) -> Pause | None:
         """The rest of the time that the last batch has to take."""
@@ -129,8 +144,11 @@ class RateLimit:
         if seconds <= 0:
             return None
         elapsed = now - self._started
+        if not self._rows:
+            return Pause(f"max-rate: waiting {seconds:.1f} s for those who begin before", seconds)
         speed = f"{self._rows / elapsed:,.0f} rows/s" if elapsed > 0 else f"{self._rows:,} rows in no time"
-        return Pause(f"max-rate: {speed} >= {self.rows_per_second:,}: waiting {seconds:.1f} s", seconds)
+        of_all = f" (its share of {self.rows_per_second:,})" if self.shares > 1 else ""
+        return Pause(f"max-rate: {speed} >= {self.share:,g}{of_all}: waiting {seconds:.1f} s", seconds)
 
 
 @dataclass(frozen=True, slots=True)

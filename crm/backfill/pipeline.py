@@ -19,7 +19,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from crm.backfill import errors
 from crm.backfill.mapping import MappedRow, Rules
 from crm.backfill.outcome import Source, Totals
-from crm.backfill.pace import BatchSizer, Throttle
+from crm.backfill.pace import LONGEST_PAUSE, BatchSizer, Throttle
 from crm.backfill.readahead import ReadAhead
 from crm.backfill.resolutions import Resolutions
 from crm.backfill.source import Key, SourceReader
@@ -60,7 +60,7 @@ class Retries:
 
 
 class InterruptedRunError(Exception):
-    """The operator asked to stop; everything up to here is committed."""
+    """The operator asked to stop; what was committed stays. The message is for the run's record, if there is one."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -78,21 +78,32 @@ class Pipeline:
     limit: int | None = None
     retries: Retries = field(default_factory=Retries)
 
-    def work_through(self, reader: SourceReader) -> None:
-        """Read, map and write every batch of a source.
+    def work_through(self, reader: SourceReader, turn: int = 0) -> None:
+        """Read, map and write every batch of a source, where the rate is limited after `turn` other processes.
 
         Raises InterruptedRunError, fence.FenceLostError, and django.db.Error for what trying again did not cure.
         """
+        for throttle in self.throttles:
+            throttle.begin(time.monotonic(), self._size(), turn)
+        try:
+            self._batches(reader)
+        except DjangoDatabaseError:
+            if self.stop.requested:
+                # Whatever it was that failed: it may well have been cancelled.
+                raise InterruptedRunError("stopped in the middle of a batch, which was rolled back") from None
+            raise
+
+    def _batches(self, reader: SourceReader) -> None:
         after: Key | None = None
         with ReadAhead(reader, self.rules) as ahead:
             while self.limit is None or self.limit > 0:
                 self._heed_stop()
+                self._keep_pace()
                 totals, after = self._batch_with_retries(ahead, reader.source, after)
                 if totals is None:
                     return
                 if totals.rows:
                     self.on_batch(reader.source, totals)
-                self._keep_pace()
 
     def _batch_with_retries(
         self, ahead: ReadAhead, source: Source, after: Key | None
@@ -103,7 +114,7 @@ class Pipeline:
                 return self._batch(ahead, source, after)
             except DjangoDatabaseError as error:
                 cause = errors.bad_moment(error)
-                if cause is None or attempt > self.retries.most:
+                if cause is None or attempt > self.retries.most or self.stop.requested:
                     raise
                 self._give_way(cause, attempt)
                 ahead.ask_the_ledger()
@@ -143,7 +154,7 @@ class Pipeline:
         for throttle in self.throttles:
             while pause := throttle.wait_reason(time.monotonic()):
                 logger.info(pause.reason)
-                self._sleep(pause.seconds)
+                self._sleep(min(pause.seconds, LONGEST_PAUSE))
                 self._heed_stop()
                 self.writer.keep_alive()
 

@@ -65,6 +65,9 @@ class ReplicaLagLimit:
     LEAST_PAUSE: ClassVar[float] = 1.0
     LONGEST_PAUSE: ClassVar[float] = 10.0
 
+    def begin(self, now: float, rows: int, turn: int) -> None:
+        """Nothing: every process sees the same lag."""
+
     def after_batch(self, rows: int, started: float) -> None:
         """Nothing: the lag is asked for when it is needed."""
 

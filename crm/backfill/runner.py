@@ -184,8 +184,9 @@ def _work(
                 hands.work_through_decided(source)
             if options.update:
                 hands.look_again(options.sources)
-    except InterruptedRunError:
-        return RunStatus.INTERRUPTED, None, before
+    except InterruptedRunError as stopped:
+        connection.close()
+        return RunStatus.INTERRUPTED, str(stopped) or None, before
     except KeyboardInterrupt:
         connection.close()
         return RunStatus.INTERRUPTED, "stopped in the middle of a batch, which was rolled back", before

@@ -10,11 +10,12 @@ import logging
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from multiprocessing.synchronize import Event
 from typing import NamedTuple, Self
 
 from django.conf import settings
@@ -23,6 +24,7 @@ from django.db import connection, connections
 
 from crm.backfill import errors
 from crm.backfill.fence import FenceLostError
+from crm.backfill.interruption import Interruption
 from crm.backfill.known import ContactLookup
 from crm.backfill.options import RunOptions
 from crm.backfill.outcome import Source, Totals
@@ -45,6 +47,13 @@ logger = logging.getLogger(__name__)
 MOST_REPLACEMENTS = 3
 #: How often the crew looks up from its messages to see whether it is to stop; seconds.
 LOOK_UP_EVERY = 0.05
+#: What asks a worker to stop. One that has not got so far as to listen for it ends by it.
+STOP = signal.SIGUSR1
+#: How long a worker may take to stop, which includes the grace of what it is at, before it is killed; and how long
+#: where nobody waits for that. Seconds.
+PATIENCE, LONG_PATIENCE = 1.4, 10.0
+#: A worker reads on one and writes on another.
+CONNECTIONS_OF_A_WORKER = 2
 
 OnBatch = Callable[[Source, Totals], None]
 
@@ -76,9 +85,11 @@ class Assignment:
         lookup = ContactLookup(connection, self.facts)
         return UpdateWriter(connection, lookup, present, self.facts.rules(), before.run_id, Timeouts())
 
-    def pipeline(self, writer: Writer, stop: StopRequest, on_batch: OnBatch, limit: int | None = None) -> Pipeline:
-        """A pipeline on this process' connection."""
-        sizer, throttles = self._pace()
+    def pipeline(
+        self, writer: Writer, stop: StopRequest, on_batch: OnBatch, *, limit: int | None = None, shares: int = 1
+    ) -> Pipeline:
+        """A pipeline on this process' connection, which has one of so many shares of a limited rate."""
+        sizer, throttles = self._pace(shares)
         return Pipeline(
             connection=connection,
             rules=self.facts.rules(),
@@ -127,11 +138,11 @@ class Assignment:
             choice=EVERY_ROW if source in self.untouched else UNSETTLED,
         )
 
-    def _pace(self) -> tuple[BatchSizer, list[Throttle]]:
+    def _pace(self, shares: int) -> tuple[BatchSizer, list[Throttle]]:
         throttles: list[Throttle] = []
         most = None
         if self.options.max_rate is not None:
-            rate = RateLimit(max(1, self.options.max_rate // self.options.workers))
+            rate = RateLimit(self.options.max_rate, shares)
             most = rate.most_rows if self.options.batch_size else min(rate.most_rows, rate.rows_of_a_target)
             throttles.append(rate)
         if self.options.max_replica_lag is not None:
@@ -139,16 +150,68 @@ class Assignment:
         return BatchSizer(fixed=self.options.batch_size, most=most), throttles
 
 
+class _Room(NamedTuple):
+    """How many more connections somebody allows, and the name of that limit with its figure."""
+
+    connections: int
+    limit: str
+
+
+def _room() -> _Room:
+    """For how many connections there is room beside those of others; this process' own counts as free."""
+    rooms = []
+    if settings.DATABASE_CONNECTION_LIMIT is not None:
+        limit = settings.DATABASE_CONNECTION_LIMIT
+        rooms.append(_Room(limit, f"connection_limit={limit} in DATABASE_URL"))
+    # PgBouncer lends a connection for a transaction: how many clients there are is of no concern to the server.
+    if not rooms or not _is_behind_pgbouncer():
+        with connection.cursor() as cursor:
+            cursor.execute(_ROOM_OF_THE_SERVER)
+            rooms += [_Room(free, limit) for free, limit in cursor.fetchall()]
+    return min(rooms)
+
+
+# Whose session it is, everybody may see; of what kind it is, not everybody.
+_ROOM_OF_THE_SERVER = """
+WITH others AS (
+  SELECT datid, usesysid FROM pg_stat_activity
+   WHERE usesysid IS NOT NULL AND pid <> pg_backend_pid() AND COALESCE(backend_type, 'client backend') LIKE 'client%'
+), limits(name, most, taken) AS (
+  SELECT 'max_connections of the server, without those it reserves',
+         current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int
+         - COALESCE(current_setting('reserved_connections', true)::int, 0),
+         (SELECT count(*) FROM others)
+   UNION ALL
+  SELECT 'CONNECTION LIMIT of the database', datconnlimit, (SELECT count(*) FROM others WHERE datid = d.oid)
+    FROM pg_database d WHERE datname = current_database() AND datconnlimit >= 0
+   UNION ALL
+  SELECT 'CONNECTION LIMIT of the role', rolconnlimit, (SELECT count(*) FROM others WHERE usesysid = r.oid)
+    FROM pg_roles r WHERE rolname = session_user AND rolconnlimit >= 0
+)
+SELECT most - taken, name || ': ' || most || ', of which others have ' || taken FROM limits
+"""
+
+
+def _is_behind_pgbouncer() -> bool:
+    return bool(connection.settings_dict.get("DISABLE_SERVER_SIDE_CURSORS"))
+
+
 def most_workers() -> int:
-    """One a processor, as far as the server's connections allow: a worker reads on one and writes on another."""
-    with connection.cursor() as cursor:
-        cursor.execute(
-            "SELECT current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int "
-            "- (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend')"
+    """One a processor, as far as there are connections: a worker reads on one and writes on another."""
+    return max(1, min(os.cpu_count() or 1, (_room().connections - 1) // CONNECTIONS_OF_A_WORKER))
+
+
+def require_room_for(workers: int) -> None:
+    """Raise OperatorError where there are not the connections that so many workers take."""
+    if workers == 1 or (_is_behind_pgbouncer() and settings.DATABASE_CONNECTION_LIMIT is None):
+        return
+    room = _room()
+    if room.connections < workers * CONNECTIONS_OF_A_WORKER + 1:
+        raise OperatorError(
+            f"{workers} workers take {workers * CONNECTIONS_OF_A_WORKER + 1} connections, since each reads on one and "
+            f"writes on another, and there are {max(0, room.connections)} ({room.limit}). Give fewer --workers, `auto` "
+            "for as many as there may be, or raise the limit. Nothing was written."
         )
-        (free,) = cursor.fetchone()
-    allowed: int = min(free, settings.DATABASE_CONNECTION_LIMIT or free)
-    return max(1, min(os.cpu_count() or 1, (allowed - 1) // 2))
 
 
 class Alone:
@@ -157,7 +220,7 @@ class Alone:
     def __init__(self, assignment: Assignment, stop: StopRequest, on_batch: OnBatch) -> None:
         self._assignment = assignment
         self._writer = assignment.writer()
-        self._pipeline = assignment.pipeline(self._writer, stop, on_batch, assignment.options.limit)
+        self._pipeline = assignment.pipeline(self._writer, stop, on_batch, limit=assignment.options.limit)
 
     def __enter__(self) -> Self:
         return self
@@ -186,49 +249,68 @@ class WorkerError(Exception):
 
 
 class _Task(NamedTuple):
-    """What a worker is given: its partition of a source, or all rows of a source that people decided on."""
+    """What a worker is given: a partition of a source, or all rows of a source that people decided on.
+
+    `turn` is how many others begin before it where the rate is limited.
+    """
 
     source: Source
+    partition: Partition
     decided: bool = False
+    turn: int = 0
+
+
+class _Heard(NamedTuple):
+    """What a worker says at the end of a task: what ended it early, or None."""
+
+    trouble: Exception | None
 
 
 @dataclass(slots=True)
 class _Worker:
     process: BaseProcess
     messages: Connection
-    partition: Partition
-    is_busy: bool = False
+    task: _Task | None = None
+
+    def ask_to_stop(self) -> None:
+        """Let it end its batch, or end what keeps it from that."""
+        if self.process.pid is not None and self.process.is_alive():
+            os.kill(self.process.pid, STOP)
 
 
 class Crew:
-    """Worker processes, one a partition. One that dies is replaced, and its partition taken up again."""
+    """Worker processes. One that dies is replaced, and its task given to the next one.
+
+    All of them are there before the first begins, those too that replace others: a fork is safe only as long as no
+    thread is running. Nothing is shared but a pipe with each, which reads as closed when the other side is no more: no
+    lock that somebody could take with him when he is killed.
+    """
 
     def __init__(self, assignment: Assignment, stop: StopRequest, on_batch: OnBatch) -> None:
         self._assignment = assignment
         self._stop = stop
         self._on_batch = on_batch
-        # A fork costs nothing where a fresh interpreter costs half a second; no thread is running yet.
+        # A fork costs nothing where a fresh interpreter costs half a second.
         self._context = multiprocessing.get_context("fork")
-        self._everybody_stop = self._context.Event()
-        self._workers: list[_Worker] = []
-        self._replacements = 0
+        self._at_work: list[_Worker] = []
+        self._spare: list[_Worker] = []
+        self._give_up_at: float | None = None
 
     def __enter__(self) -> Self:
         # No connection may be shared with a child.
         connections.close_all()
         count = self._assignment.options.workers
-        self._workers = [self._hire(Partition(number, count)) for number in range(count)]
+        try:
+            for _ in range(count + MOST_REPLACEMENTS):
+                self._hire()
+        except OSError as error:
+            self._dismiss(at_once=True)
+            raise WorkerError(f"no process could be started for a worker: {error.strerror}") from None
+        self._at_work, self._spare = self._spare[:count], self._spare[count:]
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._everybody_stop.set()
-        if kind is KeyboardInterrupt:
-            for worker in self._workers:
-                worker.process.kill()
-        for worker in self._workers:
-            worker.messages.close()
-        for worker in self._workers:
-            worker.process.join()
+        self._dismiss(at_once=kind is KeyboardInterrupt)
 
     def work_through(self, source: Source) -> None:
         """Take every partition of a source through to its end.
@@ -236,128 +318,159 @@ class Crew:
         Raises InterruptedRunError, FenceLostError, BlindThrottleError, and WorkerError for what a worker could not
         cure. The other workers have ended their batch by then.
         """
-        self._share_out(_Task(source), self._workers)
+        count = len(self._at_work)
+        self._share_out([_Task(source, Partition(number, count), turn=number) for number in range(count)])
 
     def work_through_decided(self, source: Source) -> None:
         """Let one worker take the rows of a source that people decided on through to their end. Raises the same."""
-        self._share_out(_Task(source, decided=True), self._workers[:1])
-
-    def _share_out(self, task: _Task, workers: Sequence[_Worker]) -> None:
-        for worker in workers:
-            self._give(worker, task)
-        trouble: Exception | None = None
-        while busy := [worker for worker in self._workers if worker.is_busy]:
-            if self._stop.requested:
-                self._everybody_stop.set()
-            for ready in wait([worker.messages for worker in busy], timeout=LOOK_UP_EVERY):
-                worker = next(worker for worker in busy if worker.messages is ready)
-                heard = self._hear(worker, task)
-                # The first is the cause; the others stop because they were asked to.
-                trouble = trouble or heard
-            if trouble is not None:
-                self._everybody_stop.set()
-        if trouble is not None:
-            raise trouble
+        self._share_out([_Task(source, EVERYBODY, decided=True)])
 
     def look_again(self, sources: Iterable[Source]) -> None:
         """Let this process look again at the rows of sources: which row fills first must not depend on the workers."""
         Alone(self._assignment, self._stop, self._on_batch).look_again(sources)
 
-    def _hire(self, partition: Partition) -> _Worker:
+    def _share_out(self, tasks: Sequence[_Task]) -> None:
+        for worker, task in zip(self._at_work, tasks, strict=False):
+            self._give(worker, task)
+        trouble: Exception | None = None
+        while busy := [worker for worker in self._at_work if worker.task]:
+            if self._stop.requested or trouble:
+                self._ask_to_stop(busy)
+            for ready in wait([worker.messages for worker in busy], timeout=LOOK_UP_EVERY):
+                worker = next(worker for worker in busy if worker.messages is ready)
+                heard = self._hear(worker)
+                # The first is the cause; the others stop because they were asked to.
+                trouble = trouble or heard
+        if trouble is not None:
+            raise trouble
+
+    def _ask_to_stop(self, busy: Sequence[_Worker]) -> None:
+        """Ask them to end their batch, and kill those that do not come to an end by themselves."""
+        now = time.monotonic()
+        if self._give_up_at is None:
+            self._give_up_at = now + (PATIENCE if self._stop.requested else LONG_PATIENCE)
+            for worker in busy:
+                worker.ask_to_stop()
+        elif now > self._give_up_at:
+            for worker in busy:
+                worker.process.kill()
+
+    def _hire(self) -> None:
         ours, theirs = self._context.Pipe()
+        inherited = [worker.messages for worker in self._spare]
         process = self._context.Process(
             target=_work,
-            args=(self._assignment, partition, theirs, self._everybody_stop, os.getpid()),
-            name=f"worker {partition.number + 1}",
+            args=(self._assignment, theirs, [*inherited, ours]),
+            name=f"worker {len(self._spare) + 1}",
             daemon=True,
         )
-        process.start()
-        theirs.close()
-        return _Worker(process, ours, partition)
+        try:
+            process.start()
+        finally:
+            theirs.close()
+        self._spare.append(_Worker(process, ours))
 
     def _give(self, worker: _Worker, task: _Task) -> None:
-        worker.is_busy = True
+        worker.task = task
         try:
             worker.messages.send(task)
         except OSError:
             # It died while it had nothing to do; that is heard when its messages are read.
             return
 
-    def _hear(self, worker: _Worker, task: _Task) -> Exception | None:
+    def _hear(self, worker: _Worker) -> Exception | None:
         """Take one message; the trouble that it tells of."""
         try:
             message = worker.messages.recv()
-        except (EOFError, ConnectionResetError):
-            return self._replace(worker, task)
-        if isinstance(message, Totals):
-            self._on_batch(task.source, message)
-            return None
-        worker.is_busy = False
-        return message if isinstance(message, Exception) else None
+        except (EOFError, OSError):
+            return self._replace(worker)
+        if isinstance(message, _Heard):
+            worker.task = None
+            return message.trouble
+        self._on_batch(*message)
+        return None
 
-    def _replace(self, worker: _Worker, task: _Task) -> Exception | None:
-        worker.process.join()
-        worker.messages.close()
-        worker.is_busy = False
-        if self._everybody_stop.is_set():
-            return None
-        self._replacements += 1
-        if self._replacements > MOST_REPLACEMENTS:
+    def _replace(self, dead: _Worker) -> Exception | None:
+        dead.process.join()
+        dead.messages.close()
+        task, dead.task = dead.task, None
+        if task is None or self._give_up_at is not None:
+            return InterruptedRunError("a worker was stopped in the middle of a batch, which was rolled back")
+        if not self._spare:
             return WorkerError("workers kept dying")
         logger.warning(
-            "%s died (exit code %s): its partition is taken up again", worker.process.name, worker.process.exitcode
+            "%s died (exit code %s): its partition is taken up again", dead.process.name, dead.process.exitcode
         )
-        # The parent's connection, if it has one by now, is not to be shared either.
-        connections.close_all()
-        successor = self._hire(worker.partition)
-        self._workers[self._workers.index(worker)] = successor
-        self._give(successor, task)
+        successor = self._spare.pop(0)
+        self._at_work[self._at_work.index(dead)] = successor
+        # Nobody knows when it began its last batch: the time of a whole one is let pass.
+        self._give(successor, task._replace(turn=len(self._at_work)))
         return None
+
+    def _dismiss(self, *, at_once: bool) -> None:
+        everybody = [*self._at_work, *self._spare]
+        for worker in everybody:
+            if at_once:
+                worker.process.kill()
+            elif worker.task:
+                worker.ask_to_stop()
+            worker.messages.close()
+        until = time.monotonic() + (PATIENCE if self._stop.requested else LONG_PATIENCE)
+        for worker in everybody:
+            worker.process.join(max(0.0, until - time.monotonic()))
+            worker.process.kill()
+            worker.process.join()
 
 
 @dataclass(frozen=True, slots=True)
-class _Bell:
-    """Asks a worker to stop: the parent did, or is no more."""
+class _StopOfWorker:
+    """Whether the parent asked to stop, or is no more: nothing else is to be read from the pipe during a task."""
 
-    event: Event
-    parent: int
+    interruption: Interruption
+    messages: Connection
 
     @property
     def requested(self) -> bool:
-        return self.event.is_set() or os.getppid() != self.parent
+        return self.interruption.requested or self.messages.poll()
 
 
-def _work(assignment: Assignment, partition: Partition, messages: Connection, event: Event, parent: int) -> None:
+def _work(assignment: Assignment, messages: Connection, inherited: Sequence[Connection]) -> None:
     """A worker's life: tasks in, batches out."""
     # Ctrl-C reaches the whole group of processes; the parent decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    bell = _Bell(event, parent)
-    pipeline = assignment.pipeline(assignment.writer(), bell, lambda _source, totals: messages.send(totals))
-    try:
-        while not bell.requested:
-            # Asked with a time limit: the other workers hold copies of the parent's end, so it never reads as closed.
-            if messages.poll(LOOK_UP_EVERY):
-                task = messages.recv()
+    # With a copy of the parent's end the pipe would never read as closed.
+    for end in inherited:
+        end.close()
+    interruption = Interruption()
+    with interruption.heeded([STOP]), suppress(EOFError, OSError):
+        # It ends when the parent has closed the pipe, or is gone.
+        try:
+            stop = _StopOfWorker(interruption, messages)
+            pipeline = assignment.pipeline(
+                assignment.writer(),
+                stop,
+                lambda source, totals: messages.send((source, totals)),
+                shares=assignment.options.workers,
+            )
+            while True:
+                task: _Task = messages.recv()
                 reader = (
                     assignment.reader_of_decided(task.source)
                     if task.decided
-                    else assignment.reader(task.source, partition)
+                    else assignment.reader(task.source, task.partition)
                 )
-                messages.send(_outcome_of(pipeline, reader))
-    except (EOFError, OSError):
-        # The parent has closed the pipe, or is gone.
-        return
-    finally:
-        connections.close_all()
+                messages.send(_outcome_of(pipeline, reader, task.turn))
+        finally:
+            connections.close_all()
 
 
-def _outcome_of(pipeline: Pipeline, reader: SourceReader) -> Exception | None:
+def _outcome_of(pipeline: Pipeline, reader: SourceReader, turn: int) -> _Heard:
     """What ended the work, as something that may be sent to the parent: never a database error, which quotes rows."""
     try:
-        pipeline.work_through(reader)
+        pipeline.work_through(reader, turn)
     except (InterruptedRunError, FenceLostError, BlindThrottleError) as error:
-        return error
+        return _Heard(error)
     except DjangoDatabaseError as error:
-        return WorkerError(errors.described(error))
-    return None
+        return _Heard(WorkerError(errors.described(error)))
+    return _Heard(None)

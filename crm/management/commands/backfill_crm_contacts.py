@@ -15,7 +15,7 @@ from crm.backfill.outcome import Source
 from crm.backfill.pace import FIRST_ROWS, ErrorCeiling
 from crm.backfill.report import advice, as_json, console_on, print_summary, progress_on_stderr
 from crm.backfill.runner import run_backfill
-from crm.backfill.workers import most_workers
+from crm.backfill.workers import most_workers, require_room_for
 from crm.errors import OperatorError
 
 #: What PostgreSQL takes for a number of rows, with room to spare.
@@ -118,6 +118,7 @@ class Command(BaseCommand):
         try:
             with beginning():
                 workers = workers or most_workers()
+                require_room_for(workers)
             options = RunOptions(
                 dry_run=dry_run,
                 update=update,
