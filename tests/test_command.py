@@ -313,16 +313,18 @@ def test_exit_code_5_when_the_identity_does_not_hold(database: Database) -> None
         finished = backfill("--no-progress")
     assert finished.code == 5
     assert "(DOES NOT HOLD)" in finished.stdout
-    assert "The run failed: the identity does not hold." in finished.stdout
+    why = "the identity does not hold: the batches counted 3 rows, the ledger has 0 lines of this run"
+    assert f"The run failed: {why}." in finished.stdout
     (record,) = BackfillRun.objects.all()
-    assert (record.status, record.balanced, record.failure) == (RunStatus.FAILED, False, "the identity does not hold")
+    assert (record.status, record.balanced, record.failure) == (RunStatus.FAILED, False, why)
 
 
 def test_json_tells_that_the_identity_does_not_hold(database: Database) -> None:
     add_many_leads(3)
     with losing_ledger_lines():
         answer = backfill("--json", "--no-progress").answer
-    assert (answer["status"], answer["balanced"], answer["failure"]) == ("failed", False, "the identity does not hold")
+    assert (answer["status"], answer["balanced"]) == ("failed", False)
+    assert answer["failure"].startswith("the identity does not hold: ")
 
 
 # What was asked
@@ -429,6 +431,8 @@ def test_the_census_at_the_end_is_stored_with_the_run(database: Database) -> Non
         "settled": {"clients": 1, "preparers": 0, "affiliates": 0, "converted_leads": 0, "active_leads": 0},
         "errors": {"clients": 1, "preparers": 0, "affiliates": 0, "converted_leads": 0, "active_leads": 0},
         "pending": {"clients": 0, "preparers": 1, "affiliates": 1, "converted_leads": 1, "active_leads": 5},
+        "lines": {"created": 1, "merged": 0, "exists": 0, "error": 1},
+        "faults": {},
     }
 
 

@@ -1,19 +1,19 @@
 """The census of the source rows, and what is left of them to be looked at. Only reads.
 
-After the first run nearly every row has its line. The few that have none, or one that says `error`, are found by one
-join over the whole tables, and then read by their ids: that is twenty times cheaper than asking for every row's line.
+After the first run nearly every row has its line. The few that have none, or one that says `error`, are found by joins
+over the whole tables, and then read by their ids: that is twenty times cheaper than asking for every row's line.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from django.db.backends.base.base import BaseDatabaseWrapper
 
-from crm.backfill.outcome import Census, Outcome, Source
+from crm.backfill.outcome import WITH_CONTACT, Census, Fault, Outcome, Source
 from crm.backfill.schema import DatabaseFacts
 
 #: How many rows of a table, and what share of them, may be left for them to be read by their ids. Where more are left,
@@ -24,21 +24,39 @@ _NAMES = {
     "profiles": {"table": "profiles", "label": "role", "enum": "UserRole"},
     "leads": {"table": "leads", "label": "status", "enum": "LeadStatus"},
 }
-# What is counted and what is left are parts of one statement, so that both are of one moment.
-_LABELS = "SELECT {label}::text AS label, NULL AS outcome, NULL AS id, count(*) FROM {table} GROUP BY 1"
-_LEFT = """
-  FROM {table} r LEFT JOIN ledger_entry line ON line.source_id = r.id AND line.source = ANY(%(sources)s)
- WHERE r.{label} = ANY(%(labels)s::"{enum}"[]) AND (line.outcome IS NULL OR line.outcome = 'error')
+# One statement, so that all of it is of one moment. Each term is counted by itself: the rows of the table without a
+# look at the ledger, the lines that rows have by what they say, and as pending the rows without any line.
+_COUNTS = """
+SELECT {label}::text, NULL AS outcome, NULL AS names_contact, count(*) FROM {table} GROUP BY 1
+ UNION ALL
+SELECT label::text, outcome, names_contact, counted
+  FROM (SELECT r.{label} AS label, line.outcome, line.contact_id IS NOT NULL AS names_contact, count(*) AS counted
+          FROM {table} r LEFT JOIN ledger_entry line ON line.source_id = r.id AND line.source = ANY(%(sources)s)
+         GROUP BY 1, 2, 3) line
 """
-_LEFT_WITHOUT_LEDGER = """
-  FROM {table} r CROSS JOIN (SELECT NULL AS outcome) line WHERE r.{label} = ANY(%(labels)s::"{enum}"[])
+_COUNTS_WITHOUT_LEDGER = """
+SELECT {label}::text, NULL AS outcome, NULL, count(*) FROM {table} GROUP BY 1
+ UNION ALL
+SELECT {label}::text, NULL, false, count(*) FROM {table} GROUP BY 1
 """
-_ROWS = _LABELS + " UNION ALL (SELECT r.{label}::text, COALESCE(line.outcome, ''), r.id, 1 {left} LIMIT %(most)s)"
-_COUNTS = (
-    _LABELS + " UNION ALL (SELECT r.{label}::text, COALESCE(line.outcome, ''), NULL, count(*) {left} GROUP BY 1, 2)"
-)
-#: What stands for the outcome of a row without a line.
-_PENDING = ""
+_ERRORS = """
+SELECT r.{label}::text, r.id
+  FROM ledger_entry line JOIN {table} r ON r.id = line.source_id
+ WHERE line.outcome = 'error' AND line.source = ANY(%(sources)s) AND r.{label} = ANY(%(labels)s::"{enum}"[])
+"""
+_PENDING_ROWS = """
+SELECT r.{label}::text, r.id
+  FROM {table} r
+ WHERE r.{label} = ANY(%(labels)s::"{enum}"[])
+   AND NOT EXISTS (SELECT FROM ledger_entry line WHERE line.source_id = r.id AND line.source = ANY(%(sources)s))
+"""
+# A row that changed since its line was written may have become one that is not to be migrated.
+_EXCLUDED_OF_RUN = """
+SELECT count(*)
+  FROM {table} r JOIN ledger_entry line ON line.source_id = r.id AND line.source = ANY(%(sources)s)
+ WHERE r.{label} <> ALL(%(labels)s::"{enum}"[]) AND line.run_id = %(run)s AND line.outcome <> 'error'
+   AND line.source_updated_at = r."updatedAt"
+"""
 
 
 class Survey(NamedTuple):
@@ -50,66 +68,105 @@ class Survey(NamedTuple):
 
 @dataclass(slots=True)
 class _Table:
-    """Rows of a table by label; those of them that are left, by label and outcome; and their ids by label, if few."""
+    """Rows of a table by label; and by label, what their lines say and whether these name a contact."""
 
     labels: dict[str, int] = field(default_factory=dict)
-    left: Counter[tuple[str, str]] = field(default_factory=Counter)
-    ids: defaultdict[str, list[str]] | None = None
+    lines: Counter[tuple[str, str | None, bool]] = field(default_factory=Counter)
+
+    def count(self, label: str, *outcomes: str | None) -> int:
+        """The rows with this label and one of these outcomes."""
+        return sum(self.lines[label, outcome, named] for outcome in outcomes for named in (True, False))
 
 
-def take_census(connection: BaseDatabaseWrapper, facts: DatabaseFacts) -> Census:
-    """Count the source rows by what they are and by what the ledger says of them."""
-    return survey(connection, facts).census
+def take_census(connection: BaseDatabaseWrapper, facts: DatabaseFacts, run_id: int | None = None) -> Census:
+    """Count the source rows by what they are and by what the ledger says of them; each term by itself.
+
+    With a run, its lines of rows that are not to be migrated are a fault.
+    """
+    settled, errors, pending = (dict.fromkeys(Source, 0) for _ in range(3))
+    census = Census(0, {}, settled, errors, pending)
+    for table in _NAMES:
+        counted = _count(connection, facts, table)
+        _add(census, facts, table, counted)
+        if run_id is not None and _has_excluded_lines(facts, table, counted):
+            count = _excluded_of_run(connection, facts, table, run_id)
+            _add_fault(census, Fault.EXCLUDED_ROW, count)
+    return census
 
 
 def survey(connection: BaseDatabaseWrapper, facts: DatabaseFacts) -> Survey:
-    """Take the census and note what is left to be looked at."""
-    excluded: Counter[str] = Counter()
-    settled, errors, pending = (dict.fromkeys(Source, 0) for _ in range(3))
+    """Take the census and note what is left to be looked at, where that is little."""
+    census = take_census(connection, facts)
     left: dict[Source, list[str]] = {}
-    rows = 0
     for table in _NAMES:
-        looked_at = _look_at(connection, facts, table)
-        rows += sum(looked_at.labels.values())
-        for label, count in looked_at.labels.items():
-            source = facts.source_of(table, label)
-            if source is None:
-                excluded[facts.exclusion(table, label)] += count
-                continue
-            pending[source] += looked_at.left[label, _PENDING]
-            errors[source] += looked_at.left[label, Outcome.ERROR]
-            settled[source] += count - looked_at.left[label, _PENDING] - looked_at.left[label, Outcome.ERROR]
-            if looked_at.ids is not None:
-                left.setdefault(source, []).extend(looked_at.ids.get(label, ()))
-    return Survey(Census(rows, dict(excluded), settled, errors, pending), left)
+        sources = Source.of_table(table)
+        errors, pending = (sum(of[source] for source in sources) for of in (census.errors, census.pending))
+        rows = errors + pending + sum(census.settled[source] for source in sources)
+        if errors + pending > min(FEW_ROWS, FEW_SHARE * rows):
+            continue
+        left |= {source: [] for source in sources}
+        for count, query in ((errors, _ERRORS), (pending, _PENDING_ROWS)):
+            for label, identifier in _rows(connection, facts, table, query) if count else ():
+                source = facts.source_of(table, label)
+                if source is not None:
+                    left[source].append(identifier)
+    return Survey(census, left)
 
 
-def _look_at(connection: BaseDatabaseWrapper, facts: DatabaseFacts, table: str) -> _Table:
-    names = _NAMES[table]
+def _count(connection: BaseDatabaseWrapper, facts: DatabaseFacts, table: str) -> _Table:
+    counted = _Table()
+    query = _COUNTS if facts.has_ledger else _COUNTS_WITHOUT_LEDGER
+    for label, outcome, names_contact, count in _rows(connection, facts, table, query):
+        if names_contact is None:
+            counted.labels[label] = count
+        else:
+            counted.lines[label, outcome, names_contact] += count
+    return counted
+
+
+def _add(census: Census, facts: DatabaseFacts, table: str, counted: _Table) -> None:
+    census.rows += sum(counted.labels.values())
+    for label in counted.labels.keys() | {label for label, _, _ in counted.lines}:
+        source = facts.source_of(table, label)
+        if source is None:
+            reason = facts.exclusion(table, label)
+            census.excluded[reason] = census.excluded.get(reason, 0) + counted.labels.get(label, 0)
+            continue
+        census.settled[source] += counted.count(label, *WITH_CONTACT)
+        census.errors[source] += counted.count(label, Outcome.ERROR)
+        census.pending[source] += counted.count(label, None)
+        for outcome in Outcome:
+            census.lines[outcome] += counted.count(label, outcome)
+        for (of_label, said, names_contact), count in counted.lines.items():
+            if of_label == label and said is not None:
+                if said not in census.lines:
+                    _add_fault(census, Fault.UNKNOWN_OUTCOME, count)
+                elif said in WITH_CONTACT and not names_contact:
+                    _add_fault(census, Fault.NO_CONTACT, count)
+
+
+def _add_fault(census: Census, fault: Fault, count: int) -> None:
+    if count:
+        census.faults[fault] = census.faults.get(fault, 0) + count
+
+
+def _has_excluded_lines(facts: DatabaseFacts, table: str, counted: _Table) -> bool:
+    return any(outcome is not None and facts.source_of(table, label) is None for label, outcome, _ in counted.lines)
+
+
+def _excluded_of_run(connection: BaseDatabaseWrapper, facts: DatabaseFacts, table: str, run_id: int) -> int:
+    ((count,),) = _rows(connection, facts, table, _EXCLUDED_OF_RUN, run=run_id)
+    return int(count)
+
+
+def _rows(
+    connection: BaseDatabaseWrapper, facts: DatabaseFacts, table: str, query: str, **parameters: Any
+) -> list[tuple[Any, ...]]:
     sources = Source.of_table(table)
-    left = (_LEFT if facts.has_ledger else _LEFT_WITHOUT_LEDGER).format(**names)
-    parameters: dict[str, Any] = {
+    parameters |= {
         "sources": [source.value for source in sources],
         "labels": [label for source in sources for label in facts.labels_of(source)],
-        "most": FEW_ROWS + 1,
     }
     with connection.cursor() as cursor:
-        cursor.execute(_ROWS.format(left=left, **names), parameters)
-        found = _sorted_out(cursor.fetchall())
-        if found.left.total() > FEW_ROWS:
-            cursor.execute(_COUNTS.format(left=left, **names), parameters)
-            found = _sorted_out(cursor.fetchall())
-    are_few = found.left.total() <= min(FEW_ROWS, FEW_SHARE * sum(found.labels.values()))
-    return found if are_few else replace(found, ids=None)
-
-
-def _sorted_out(rows: Iterable[tuple[str, str | None, str, int]]) -> _Table:
-    ids: defaultdict[str, list[str]] = defaultdict(list)
-    table = _Table(ids=ids)
-    for label, outcome, identifier, count in rows:
-        if outcome is None:
-            table.labels[label] = count
-        else:
-            table.left[label, outcome] += count
-            ids[label].append(identifier)
-    return table
+        cursor.execute(query.format(**_NAMES[table]), parameters)
+        return list(cursor.fetchall())

@@ -52,6 +52,17 @@ class SettledMeanwhileError(DatabaseError):
     row has gone over to another source since."""
 
 
+class RewrittenError(DatabaseError):
+    """PostgreSQL wrote something else than what was sent, or nothing, and raised no error: a trigger did.
+
+    `trigger` and `column` are names of the schema; None where nobody can tell.
+    """
+
+    def __init__(self, trigger: str | None, column: str | None = None) -> None:
+        super().__init__(f"crm_contacts does not hold what was sent: trigger {trigger}")
+        self.refusal = Refusal(None, trigger, column)
+
+
 class BrokenStartError(OperatorError):
     """The database did not let a run begin."""
 
@@ -104,6 +115,8 @@ def sqlstate(error: BaseException) -> str | None:
 
 def row_refusal(error: DatabaseError) -> Refusal | None:
     """What PostgreSQL said of a row; None when the error does not speak of a row."""
+    if isinstance(error, RewrittenError):
+        return error.refusal
     code = sqlstate(error)
     if code is None:
         # psycopg's own refusal to send a value, such as a text with a NUL.

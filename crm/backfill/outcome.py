@@ -47,6 +47,10 @@ class Outcome(StrEnum):
     ERROR = "error"  # it cannot be a contact: a dead letter, tried again by every run
 
 
+#: The outcomes whose line names a contact.
+WITH_CONTACT = (Outcome.CREATED, Outcome.MERGED, Outcome.EXISTS)
+
+
 class UpdateOutcome(StrEnum):
     """What became of a row that was looked at again."""
 
@@ -176,25 +180,52 @@ class Totals:
         return self.read == sum(self.outcomes.values()) and self.revisited == sum(self.update_outcomes.values())
 
 
-@dataclass(frozen=True, slots=True)
+class Fault(StrEnum):
+    """What no line of the ledger may be, whatever the numbers add up to."""
+
+    UNKNOWN_OUTCOME = "unknown_outcome"
+    NO_CONTACT = "no_contact"
+    EXCLUDED_ROW = "excluded_row"
+
+    @property
+    def statement(self) -> str:
+        """What is said of such lines, for people."""
+        return _STATEMENTS[self]
+
+
+_STATEMENTS = {
+    Fault.UNKNOWN_OUTCOME: "with an outcome that is none",
+    Fault.NO_CONTACT: "that name no contact",
+    Fault.EXCLUDED_ROW: "of this run for rows that are not to be migrated",
+}
+
+
+@dataclass(slots=True)
 class Census:
-    """The source rows as they stand in the tables at one moment."""
+    """The source rows as they stand in the tables at one moment. Each term is counted by itself.
+
+    `lines` are the ledger's lines of rows that are to be migrated, by outcome; `faults` those that may not be.
+    """
 
     rows: int
     excluded: dict[str, int]
     settled: dict[Source, int]
     errors: dict[Source, int]
     pending: dict[Source, int]
+    lines: dict[str, int] = field(default_factory=lambda: dict.fromkeys(Outcome, 0))
+    faults: dict[Fault, int] = field(default_factory=dict)
 
     @property
     def in_ledger(self) -> int:
-        """Rows that have a line."""
+        """Rows that have a line with an outcome."""
         return sum(self.settled.values()) + sum(self.errors.values())
 
     @property
     def balances(self) -> bool:
-        """Whether every row is excluded, in the ledger or pending."""
-        return self.rows == sum(self.excluded.values()) + self.in_ledger + sum(self.pending.values())
+        """Whether every row is excluded, in the ledger or pending, and every line is what it may be."""
+        return not self.faults and self.rows == (
+            sum(self.excluded.values()) + self.in_ledger + sum(self.pending.values())
+        )
 
     @property
     def untouched(self) -> list[Source]:

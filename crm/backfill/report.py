@@ -140,7 +140,10 @@ def as_json(report: RunReport) -> str:
         "kept_by_column": _sorted(totals.kept_by_column),
         "pending": sum(report.census.pending.values()) if report.census else None,
         "rows": report.census.rows if report.census else None,
+        "ledger": report.census.lines if report.census else None,
+        "faults": report.census.faults if report.census else None,
         "balanced": report.balanced,
+        "not_checked": report.not_checked,
         "failure": report.failure,
         "seconds": round(report.seconds, 3),
     }
@@ -205,6 +208,8 @@ def identity_lines(report: RunReport) -> str:
         lines.append(f"          {totals.revisited:,} looked at again = {parts}")
     if report.balanced is not None:
         lines[-1] += "  (holds)" if report.balanced else "  (DOES NOT HOLD)"
+    elif report.not_checked:
+        lines[-1] += f"  (not checked: {report.not_checked})"
     return "\n".join(lines)
 
 

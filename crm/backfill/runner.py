@@ -18,7 +18,7 @@ from typing import Protocol, TypeVar
 
 from django.conf import settings
 from django.db import Error as DjangoDatabaseError
-from django.db import connection
+from django.db import connection, transaction
 from django.db.models import Count
 
 from crm.backfill import errors, fence
@@ -27,7 +27,7 @@ from crm.backfill.fence import FenceLostError
 from crm.backfill.garbage import seldom_collected
 from crm.backfill.interruption import Interruption
 from crm.backfill.options import RunOptions
-from crm.backfill.outcome import Census, Outcome, Source, Totals
+from crm.backfill.outcome import Census, Source, Totals
 from crm.backfill.pipeline import InterruptedRunError
 from crm.backfill.replication import BlindThrottleError
 from crm.backfill.resolutions import Resolutions
@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 #: How long the beginning and the end of a run wait after a bad moment; seconds.
 WAITS_BEFORE_ANOTHER_LOOK = (0.5, 1.0, 2.0, 4.0)
+#: How long a run that was stopped waits for a table that it counts.
+LONGEST_WAIT_OF_A_STOP = "500ms"
 Answer = TypeVar("Answer")
 
 
@@ -71,7 +73,11 @@ class Silence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunReport:
-    """How a run went. `run_id` is None for a dry run; `census` is of its end, and None where it did not get there."""
+    """How a run went. `run_id` is None for a dry run.
+
+    `census` is of its end, and None where nothing could be counted any more. `balanced` is None where the identity was
+    not checked; `not_checked` says why.
+    """
 
     run_id: int | None
     status: RunStatus
@@ -85,6 +91,7 @@ class RunReport:
     balanced: bool | None
     seconds: float
     failure: str | None = None
+    not_checked: str | None = None
 
     def exit_code(self, *, strict: bool) -> int:
         """What cron is told: 0 clean, 1 rows in error, 4 stopped, 5 failed."""
@@ -258,38 +265,57 @@ def _report(
         failure=failure,
     )
     if run is None:
-        return replace(report, balanced=report.totals.balances, census=before)
+        return replace(report, balanced=report.totals.balances and (before is None or before.balances), census=before)
     try:
         return _patiently(lambda: _close(run, report, before))
     except DjangoDatabaseError as error:
-        return replace(report, status=RunStatus.FAILED, failure=failure or errors.described(error))
+        why = errors.described(error)
+        return replace(report, status=RunStatus.FAILED, failure=failure or why, not_checked=why)
 
 
 def _close(run: BackfillRun, report: RunReport, before: Census | None) -> RunReport:
     """Check the identity against the tables and store it with the run."""
     by_source = _counted_batches(run)
     totals = _Tally(by_source).totals
-    after = before
     # Where nothing was decided anew, the ledger is as it was.
-    if totals.decided and report.status == RunStatus.FINISHED:
-        after = take_census(connection, report.facts)
-    balanced = totals.balances and (after is None or after.balances) and _ledger_agrees(run, totals)
-    balanced = balanced and _record_agrees(run, totals)
-    report = replace(report, by_source=by_source, totals=totals, census=after, balanced=balanced)
-    if not balanced:
-        report = replace(report, status=RunStatus.FAILED, failure="the identity does not hold")
-    released = fence.release(
-        run.pk,
-        report.status,
-        failure=report.failure,
-        census=_recorded(after) if after else None,
-        balanced=balanced,
+    after = _census_of_the_end(run, report) if before is None or totals.decided else before
+    faults = list(_faults_of(after)) if after else []
+    not_checked = _why_not_checked(run) or (None if after else "the tables are locked")
+    if not_checked is None:
+        faults += _faults_of_run(run, totals)
+    balanced = False if faults else None if not_checked else True
+    report = replace(
+        report, by_source=by_source, totals=totals, census=after, balanced=balanced, not_checked=not_checked
     )
+    if faults and not_checked is None:
+        failure = f"the identity does not hold: {'; '.join(faults)}"
+        failure = f"{report.failure}; {failure}" if report.failure else failure
+        report = replace(report, status=RunStatus.FAILED, failure=failure)
+    results = {"census": _recorded(after) if after else None, "balanced": balanced}
+    released = fence.release(run.pk, report.status, failure=report.failure, **results)
+    if not released:
+        # Whoever ended it meanwhile did not count.
+        BackfillRun.objects.filter(pk=run.pk).update(**results)
     if not released and report.status == RunStatus.FINISHED:
         # Somebody paused or cancelled it between its last batch and here; what the record says is what happened.
         run.refresh_from_db(fields=["status"])
         return replace(report, status=RunStatus(run.status))
     return report
+
+
+def _census_of_the_end(run: BackfillRun, report: RunReport) -> Census | None:
+    """The census after the run's last batch; None where somebody who stops a run would have to wait for a lock."""
+    if report.status == RunStatus.FINISHED:
+        return take_census(connection, report.facts, run.pk)
+    try:
+        with transaction.atomic():
+            with connection.cursor() as cursor:
+                cursor.execute(f"SET LOCAL lock_timeout = '{LONGEST_WAIT_OF_A_STOP}'")
+            return take_census(connection, report.facts, run.pk)
+    except DjangoDatabaseError as error:
+        if errors.sqlstate(error) not in errors.TIMEOUTS:
+            raise
+        return None
 
 
 def _counted_batches(run: BackfillRun) -> dict[Source, Totals]:
@@ -300,21 +326,35 @@ def _counted_batches(run: BackfillRun) -> dict[Source, Totals]:
     return tally.by_source
 
 
-def _ledger_agrees(run: BackfillRun, totals: Totals) -> bool:
-    """Whether the ledger has as many lines of this run, by outcome, as the run counted."""
-    lines = (
+def _why_not_checked(run: BackfillRun) -> str | None:
+    """Why the run's lines cannot be held against its counts: without the fence, another run may be at work on them."""
+    status = BackfillRun.objects.filter(pk=run.pk).values_list("status", flat=True).first()
+    return None if status == RunStatus.RUNNING else f"the run was {status or 'deleted'} before its end"
+
+
+def _faults_of(census: Census) -> Iterator[str]:
+    """What is wrong with the tables, in words."""
+    for fault, count in census.faults.items():
+        yield f"{count:,} ledger lines {fault.statement}"
+    if not census.faults and not census.balances:
+        yield "the source rows are not those that are excluded, in the ledger or pending"
+
+
+def _faults_of_run(run: BackfillRun, totals: Totals) -> Iterator[str]:
+    """Where the batches of the run, its lines in the ledger and its record of changes disagree, in words."""
+    if not totals.balances:
+        yield "the outcomes of the batches do not add up"
+    lines = Counter(
         dict(LedgerEntry.objects.filter(run=run).values_list("outcome").annotate(Count("id"))) if totals.read else {}
     )
-    return {outcome.value: lines.get(outcome.value, 0) for outcome in Outcome} == totals.outcomes
-
-
-def _record_agrees(run: BackfillRun, totals: Totals) -> bool:
-    """Whether the record of changes has as many of this run, by column, as the run counted."""
+    if lines != Counter(totals.outcomes):
+        yield f"the batches counted {totals.read:,} rows, the ledger has {lines.total():,} lines of this run"
     columns: Counter[str] = Counter()
     if totals.revisited:
         for names in ContactUpdate.objects.filter(run=run).values_list("columns", flat=True).iterator():
             columns.update(names.split(","))
-    return columns == totals.updated_by_column
+    if columns != totals.updated_by_column:
+        yield "the record of changes is not what the batches counted"
 
 
 def _recorded(census: Census) -> dict[str, object]:
@@ -324,4 +364,6 @@ def _recorded(census: Census) -> dict[str, object]:
         "settled": census.settled,
         "errors": census.errors,
         "pending": census.pending,
+        "lines": census.lines,
+        "faults": census.faults,
     }

@@ -304,7 +304,9 @@ def with_names_of_the_schema(connection: BaseDatabaseWrapper, refusal: Refusal) 
             """
             SELECT (SELECT conname FROM pg_constraint WHERE conname = %(constraint)s::text
                      UNION
-                    SELECT relname FROM pg_class WHERE relname = %(constraint)s::text AND relkind IN ('i', 'I')),
+                    SELECT relname FROM pg_class WHERE relname = %(constraint)s::text AND relkind IN ('i', 'I')
+                     UNION
+                    SELECT tgname FROM pg_trigger WHERE tgname = %(constraint)s::text AND NOT tgisinternal),
                    (SELECT attname FROM pg_attribute
                      WHERE attname = %(column)s::text AND attnum > 0 AND NOT attisdropped LIMIT 1)
             """,

@@ -15,7 +15,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill import fence
 from crm.backfill.arrays import use_fast_arrays
-from crm.backfill.errors import SettledMeanwhileError, row_refusal
+from crm.backfill.errors import RewrittenError, SettledMeanwhileError, row_refusal
 from crm.backfill.known import ContactLookup
 from crm.backfill.mapping import ATTRIBUTION, ContactDraft, MappedRow
 from crm.backfill.outcome import Decision, Outcome, Reason, Refusal, Source, Totals
@@ -69,8 +69,17 @@ def _fill_statement(connection: BaseDatabaseWrapper) -> str:
     arrays = ", ".join(f"%s::{str(fields[name].db_type(connection)).split('(')[0]}[]" for name in _FILLED)
     return (
         f"UPDATE crm_contacts c SET {', '.join(alone + units)} "
-        f"FROM unnest(%s::text[], {arrays}) AS v(id, {', '.join(_COLUMN[name] for name in _FILLED)}) WHERE c.id = v.id"
+        f"FROM unnest(%s::text[], {arrays}) AS v(id, {', '.join(_COLUMN[name] for name in _FILLED)}) WHERE c.id = v.id "
+        "RETURNING c.id"
     )
+
+
+def _trigger(connection: BaseDatabaseWrapper, event: str) -> str | None:
+    """The first trigger that may change what is written, in the order in which they fire; None where there is none."""
+    with connection.cursor() as cursor:
+        cursor.execute(_TRIGGERS, [_EVENTS[event]])
+        row = cursor.fetchone()
+    return row[0] if row else None
 
 
 def lock_contacts(connection: BaseDatabaseWrapper, ids: Iterable[str]) -> None:
@@ -80,6 +89,16 @@ def lock_contacts(connection: BaseDatabaseWrapper, ids: Iterable[str]) -> None:
     """
     with connection.cursor() as cursor:
         cursor.execute(_LOCK, [list(ids)])
+
+
+# BEFORE is 2 and INSTEAD OF is 64 in a trigger's type.
+_TRIGGERS = """
+SELECT tgname FROM pg_trigger
+ WHERE tgrelid = 'crm_contacts'::regclass AND NOT tgisinternal AND tgenabled <> 'D'
+   AND tgtype & 66 <> 0 AND tgtype & %s <> 0
+ ORDER BY tgname COLLATE "C" LIMIT 1
+"""
+_EVENTS = {"INSERT": 4, "UPDATE": 16}
 
 
 class DatabaseStore:
@@ -100,6 +119,8 @@ class DatabaseStore:
         # Two indexes are of the address: in its order, an insert walks along them instead of jumping about.
         contacts = CRMContact.bulk.using(self._connection.alias).order_by("email")
         contacts.bulk_create(map(CRMContact.of_draft, drafts), ignore_conflicts=True)
+        if not contacts.landed <= {draft.id for draft in drafts}:
+            raise RewrittenError(_trigger(self._connection, "INSERT"), "id")
         return contacts.landed
 
     def insert_aloud(self, draft: ContactDraft) -> None:
@@ -114,6 +135,12 @@ class DatabaseStore:
         lock_contacts(self._connection, fills)
         with self._connection.cursor() as cursor:
             cursor.execute(_fill_statement(self._connection), [list(column) for column in zip(*rows, strict=True)])
+            filled = {identifier for (identifier,) in cursor.fetchall()}
+            if filled != fills.keys():
+                # Deleted under our eyes, or left as it was by something that says nothing of it.
+                cursor.execute("SELECT FROM crm_contacts WHERE id = ANY(%s) LIMIT 1", [list(fills.keys() - filled)])
+                if filled - fills.keys() or cursor.fetchone() is not None:
+                    raise RewrittenError(_trigger(self._connection, "UPDATE"))
 
 
 @dataclass(frozen=True, slots=True)

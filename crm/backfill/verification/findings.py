@@ -33,6 +33,7 @@ class Check(StrEnum):
     INDEX_INVALID = "index_invalid"
     MISSING_LINE = "missing_line"
     WRONG_ID = "wrong_id"
+    UNKNOWN_OUTCOME = "unknown_outcome"
     NO_CONTACT = "no_contact"
     TWO_CREATORS = "two_creators"
     EXCLUDED_MIGRATED = "excluded_migrated"
@@ -55,6 +56,7 @@ _STATEMENTS = {
     Check.INDEX_INVALID: "the index on the referrers is broken",
     Check.MISSING_LINE: "the row's own contact is there, but no ledger line",
     Check.WRONG_ID: "the ledger line's key is not that of its row",
+    Check.UNKNOWN_OUTCOME: "the ledger line's outcome is none",
     Check.NO_CONTACT: "the ledger line names no contact",
     Check.TWO_CREATORS: "the ledger line claims a contact that another row makes",
     Check.EXCLUDED_MIGRATED: "the row is not to be migrated, but has a contact",

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from django.conf import settings
 from django.db.backends.base.base import BaseDatabaseWrapper
 
-from crm.backfill.outcome import Source
+from crm.backfill.outcome import Outcome, Source
 from crm.backfill.schema import DatabaseFacts
 from crm.backfill.snapshot import stream
 from crm.backfill.source import WHITE_SPACE
@@ -45,6 +45,10 @@ _WRONG_IDS = f"SELECT {_REFERENCE}, line.contact_id FROM ledger_entry line WHERE
 _NO_CONTACTS = f"""
 SELECT {_REFERENCE}, NULL FROM ledger_entry line
  WHERE line.outcome IN ('created', 'merged', 'exists') AND line.contact_id IS NULL
+"""
+_OUTCOMES = ", ".join(f"'{outcome}'" for outcome in Outcome)
+_UNKNOWN_OUTCOMES = f"""
+SELECT {_REFERENCE}, line.contact_id FROM ledger_entry line WHERE line.outcome NOT IN ({_OUTCOMES})
 """
 _TWO_CREATORS = f"""
 SELECT {_REFERENCE}, line.contact_id FROM ledger_entry line
@@ -152,6 +156,7 @@ def reconcile(connection: BaseDatabaseWrapper, facts: DatabaseFacts) -> Iterator
         yield from _excluded_migrated(connection, facts, table, derived)
     for check, query in (
         (Check.WRONG_ID, _WRONG_IDS),
+        (Check.UNKNOWN_OUTCOME, _UNKNOWN_OUTCOMES),
         (Check.NO_CONTACT, _NO_CONTACTS),
         (Check.TWO_CREATORS, _TWO_CREATORS),
     ):

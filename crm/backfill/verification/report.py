@@ -45,7 +45,7 @@ def as_json(report: VerificationReport) -> str:
     """The report as one JSON object on one line. `findings` has the first hundred of each sort, `found` counts all."""
     census, comparison, findings = report.census, report.comparison, report.findings
     answer: dict[str, Any] = {
-        "ok": not report.defects,
+        "ok": not report.exit_code,
         "defects": report.defects,
         "generation": report.generation,
         "rows": census.rows,

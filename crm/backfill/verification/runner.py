@@ -45,8 +45,8 @@ class VerificationReport:
 
     @property
     def exit_code(self) -> int:
-        """0 when there is no defect, else 1. What changed since and what is pending are no defects."""
-        return 1 if self.defects else 0
+        """0 when there is no defect and the census balances, else 1. What changed since and what is pending is fine."""
+        return 1 if self.defects or not self.census.balances else 0
 
 
 def verify(
