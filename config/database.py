@@ -9,6 +9,7 @@ it only tunes Prisma's own engine, and refused where dropping it would be unsafe
     sslaccept=strict      sslmode=verify-full, against the given root certificate or those of the system
     sslcert               to Prisma the certificate of the server's authority: sslrootcert. Beside `sslkey` it is
                           libpq's own parameter: the client's certificate
+    sslrootcert=system    the authorities of the system, with sslmode=verify-full
     sslidentity           refused: libpq does not read PKCS#12
     pgbouncer=true        no start-up options, no server-side cursors
     connection_limit      how many connections a run may use
@@ -65,6 +66,10 @@ _CHOICES: Final = {
     "sslmode": ("disable", "allow", "prefer", "require", "verify-ca", "verify-full"),
 }
 _FILES: Final = ("sslcert", "sslkey", "sslrootcert")
+#: libpq's word for the certificates of the operating system.
+SYSTEM_CERTIFICATES: Final = "system"
+# PostgreSQL's own upper bound of max_connections.
+MAX_CONNECTIONS: Final = 262_143
 
 
 class DatabaseUrlError(ImproperlyConfigured):
@@ -164,9 +169,13 @@ _PERCENT_ENCODE: Final = (
 
 
 def _parameters(query: str) -> dict[str, str]:
-    parameters = dict(parse_qsl(query, keep_blank_values=True))
+    given = parse_qsl(query, keep_blank_values=True)
+    parameters = dict(given)
     for name, value in parameters.items():
         _check_parameter(name, value)
+    if len(parameters) < len(given):
+        twice = next(name for name in parameters if sum(name == other for other, _ in given) > 1)
+        raise DatabaseUrlError(f"the parameter {twice} is given more than once", "Leave one of them.")
     if "sslidentity" in parameters:
         raise DatabaseUrlError(
             "sslidentity is a PKCS#12 file, which libpq does not read",
@@ -186,9 +195,11 @@ def _check_parameter(name: str, value: str) -> None:
         raise DatabaseUrlError(f"the parameter {name} has an unknown value", f"Use one of {', '.join(_CHOICES[name])}.")
     if name in _WHOLE_NUMBERS and not (value.isascii() and value.isdigit()):
         raise DatabaseUrlError(f"the parameter {name} is not a whole number", "Correct it or take it out.")
-    if name == "connection_limit" and int(value) == 0:
-        raise DatabaseUrlError("connection_limit is 0", "Give at least 1, or take it out.")
-    if name in _FILES and not value.startswith("/"):
+    if name == "connection_limit" and not 1 <= int(value[:9]) <= MAX_CONNECTIONS:
+        raise DatabaseUrlError(
+            f"connection_limit is not a number from 1 to {MAX_CONNECTIONS}", "Correct it, or take it out."
+        )
+    if name in _FILES and not value.startswith("/") and (name, value) != ("sslrootcert", SYSTEM_CERTIFICATES):
         # Prisma resolves a relative path against the folder of its own schema file, which is not here.
         raise DatabaseUrlError(f"the parameter {name} is not a full path", "Give the path from / on.")
 
@@ -256,5 +267,9 @@ def _libpq(parameters: dict[str, str]) -> dict[str, str]:
         if libpq.get("sslmode") == "disable":
             raise DatabaseUrlError("sslaccept=strict and sslmode=disable contradict each other", "Take one out.")
         libpq["sslmode"] = "verify-full"
-        libpq.setdefault("sslrootcert", "system")
+        libpq.setdefault("sslrootcert", SYSTEM_CERTIFICATES)
+    if libpq.get("sslrootcert") == SYSTEM_CERTIFICATES and libpq.setdefault("sslmode", "verify-full") != "verify-full":
+        raise DatabaseUrlError(
+            "sslrootcert=system needs sslmode=verify-full", "Say so, or name the file of a root certificate."
+        )
     return libpq

@@ -14,7 +14,7 @@ import environ
 from django.core.exceptions import ImproperlyConfigured, ValidationError
 from django.core.validators import validate_email
 
-from config import database, embedded
+from config import database, dotenv, embedded
 
 BASE_DIR = Path(__file__).resolve().parent.parent
 
@@ -22,17 +22,26 @@ env = environ.Env()
 
 
 def _read_dotenv(path: Path) -> None:
-    """Load the file into the environment, whose own values win. An unreadable file is an error, not an absent one."""
-    if os.environ.get("CRM_DOTENV") == "off" or not path.exists():
+    """Load the file into the environment, whose own values win. An unreadable file is an error, not an absent one.
+
+    Nor is one without DATABASE_URL: whoever has written a file does not mean the embedded database.
+    """
+    if os.environ.get("CRM_DOTENV") == "off" or not os.path.lexists(path):
         return
     try:
-        with path.open(encoding="utf-8") as file:
-            env.read_env(file)
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ImproperlyConfigured(
             f"{path} cannot be read ({type(error).__name__}): give this user the right to read it, as UTF-8 text, "
             "or set CRM_DOTENV=off to go without it."
         ) from None
+    for name, value in dotenv.parse(text).items():
+        os.environ.setdefault(name, value)
+    if "DATABASE_URL" not in os.environ:
+        raise ImproperlyConfigured(
+            f"{path} names no DATABASE_URL: add the line, or set CRM_DOTENV=off in the environment to work on the "
+            "embedded development database."
+        )
 
 
 def _development_key(path: Path) -> str:

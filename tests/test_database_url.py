@@ -129,7 +129,14 @@ class TestTls:
         assert (options["sslmode"], options["sslrootcert"]) == ("verify-full", "system")
         assert entry(f"{PLAIN}?sslaccept=strict&sslcert=/ca.pem")["OPTIONS"]["sslrootcert"] == "/ca.pem"
 
+    def test_the_certificates_of_the_system_are_a_value(self) -> None:
+        options = entry(f"{PLAIN}?sslrootcert=system")["OPTIONS"]
+        assert (options["sslmode"], options["sslrootcert"]) == ("verify-full", "system")
+        assert entry(f"{PLAIN}?sslrootcert=system&sslmode=verify-full")["OPTIONS"]["sslrootcert"] == "system"
+
     def test_what_cannot_be_kept_is_refused(self) -> None:
+        assert "verify-full" in refusal(f"{PLAIN}?sslrootcert=system&sslmode=require")
+        assert "full path" in refusal(f"{PLAIN}?sslcert=system")
         assert "sslidentity" in refusal(f"{PLAIN}?sslidentity=/me.p12&sslpassword=x")
         assert "contradict" in refusal(f"{PLAIN}?sslaccept=strict&sslmode=disable")
         assert "full path" in refusal(f"{PLAIN}?sslcert=../ca.pem")
@@ -162,7 +169,11 @@ class TestRefusal:
             (f"{PLAIN}?pgbouncer=1", "pgbouncer has an unknown value"),
             (f"{PLAIN}?connect_timeout=soon", "connect_timeout is not a whole number"),
             (f"{PLAIN}?pool_timeout=", "pool_timeout is not a whole number"),
-            (f"{PLAIN}?connection_limit=0", "connection_limit is 0"),
+            (f"{PLAIN}?connection_limit=0", "connection_limit is not a number from 1 to 262143"),
+            (f"{PLAIN}?connection_limit=-1", "connection_limit is not a whole number"),
+            (f"{PLAIN}?connection_limit=262144", "connection_limit is not a number from 1 to"),
+            (f"{PLAIN}?connection_limit={'9' * 5000}", "connection_limit is not a number from 1 to"),
+            (f"{PLAIN}?schema=app&schema=public", "the parameter schema is given more than once"),
             (f"{PLAIN}?schema=crm_backfill", "where the tables of the backfill live"),
             (f"{PLAIN}?schema={'a' * 64}", "longer than 63 bytes"),
             (f"{PLAIN}?schema=a%00b", "NUL"),
