@@ -1,9 +1,11 @@
 """The application, and the schema that its tables live in."""
 
 from django.apps import AppConfig
+from django.db.backends.signals import connection_created
 from django.db.models.signals import pre_migrate
 
 from crm.own_schema import prepare
+from crm.session import require_fitting
 
 
 class CrmConfig(AppConfig):
@@ -17,5 +19,6 @@ class CrmConfig(AppConfig):
         # The rights that a role needs are read off the models, so the checks come after them.
         from crm import checks  # noqa: F401 - registers them
 
+        connection_created.connect(require_fitting, dispatch_uid="crm.session")
         # Django sends it once for each application, before it makes its own django_migrations table.
         pre_migrate.connect(prepare, sender=self, dispatch_uid="crm.own_schema")

@@ -66,6 +66,17 @@ class TimestampField(models.DateTimeField):  # type: ignore[type-arg] # django-s
         return moment.astimezone(UTC).replace(tzinfo=None) if isinstance(moment, datetime) and moment.tzinfo else moment
 
 
+class ExactTimestampField(TimestampField):
+    """A timestamp of the application's in a table of ours, as exact as PostgreSQL has it.
+
+    Those of the application differ in that: a copy that is rounded would be another moment.
+    """
+
+    def db_type(self, connection: BaseDatabaseWrapper) -> str:  # noqa: ARG002 - Django's signature
+        """The column's type."""
+        return "timestamp"
+
+
 class RateField(models.DecimalField):  # type: ignore[type-arg] # django-stubs' fields are generic, Django's are not
     """A commission rate in dollars per return, `numeric(5,2)`, never a float. PostgreSQL's text passes as it is."""
 

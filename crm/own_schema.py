@@ -1,10 +1,10 @@
 """Our own PostgreSQL schema: made before the first migration, and nothing of ours ever lands beside it.
 
 Prisma owns every table of the application's schema and drops what it does not know. So our schema comes first in the
-search path, and Django's tables and ours are made there. What would put them elsewhere is refused before it happens.
+search path, which `crm.session` sees to, and Django's tables and ours are made there. What would put them elsewhere is
+refused before it happens.
 """
 
-import re
 from typing import Any
 
 from django.conf import settings
@@ -15,43 +15,33 @@ from psycopg import sql
 from crm.errors import OperatorError
 
 INSUFFICIENT_PRIVILEGE = "42501"
+READ_ONLY = (
+    "Nothing can be written here: the server is a standby, or default_transaction_read_only is on for it, for the "
+    "database or for the role. Give DATABASE_URL the address of the primary, or let the setting be off."
+)
 
 
 def prepare(using: str, **_signal: Any) -> None:
     """Make the schema where it is missing. A receiver of `pre_migrate`; changes nothing when called again.
 
-    Raises OperatorError where the search path is another one, where this role may not make the schema or use it, and
-    where Django's record of migrations lies in another schema.
+    Raises OperatorError where nothing can be written here, where this role may not make the schema or use it, and where
+    Django's record of migrations lies in another schema.
     """
     connection = connections[using]
     if connection.vendor != "postgresql":
         return
     with connection.cursor() as cursor:
-        _check_search_path(cursor)
+        _check_writable(cursor)
         if not _exists(cursor):
             _create(cursor)
         _check_privileges(cursor)
         _check_record_of_migrations(cursor)
 
 
-def names_in(search_path: str) -> list[str]:
-    """The schemas that a search path names, as PostgreSQL reads it: quoted ones as they are, others in lower case."""
-    found = re.findall(r'"((?:[^"]|"")*)"|([^\s,"]+)', search_path)
-    return [quoted.replace('""', '"') or plain.lower() for quoted, plain in found]
-
-
-def _check_search_path(cursor: CursorWrapper) -> None:
-    wanted = [settings.BACKFILL_SCHEMA, settings.LEGACY_SCHEMA]
-    cursor.execute("SELECT current_setting('search_path'), current_user, current_database()")
-    search_path, role, database = cursor.fetchone()
-    if names_in(search_path)[: len(wanted)] == wanted:
-        return
-    raise OperatorError(
-        f"The search path of this connection is {search_path}, so the tables of the backfill would land among the "
-        "application's. A connection through PgBouncer cannot choose it: let the role have it, once, with "
-        f"ALTER ROLE {_quoted(role)} IN DATABASE {_quoted(database)} "
-        f"SET search_path = {', '.join(map(_quoted, wanted))}; and reconnect PgBouncer's server connections."
-    )
+def _check_writable(cursor: CursorWrapper) -> None:
+    cursor.execute("SELECT current_setting('transaction_read_only')::bool")
+    if cursor.fetchone()[0]:
+        raise OperatorError(READ_ONLY)
 
 
 def _exists(cursor: CursorWrapper) -> bool:

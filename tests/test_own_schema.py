@@ -16,7 +16,8 @@ from pytest_django import DjangoDbBlocker
 from config import embedded
 from config.database import parse
 from crm.errors import OperatorError
-from crm.own_schema import names_in, prepare
+from crm.own_schema import prepare
+from crm.session import names_in
 from tests.test_settings import SECRET, run
 
 NUMBERS = itertools.count()

@@ -44,6 +44,7 @@ auth_file = {folder}/users
 pool_mode = transaction
 default_pool_size = 1
 query_wait_timeout = 20
+{more}
 """
 OURS = ("ledger_entry", "backfill_batch", "backfill_run", "crm_contacts")
 
@@ -90,15 +91,15 @@ class Bounced:
 
 
 @contextmanager
-def pgbouncer(server: embedded.Address, role: str) -> Iterator[Path]:
-    """PgBouncer before the server; where its socket lies."""
+def pgbouncer(server: embedded.Address, role: str, more: str = "") -> Iterator[Path]:
+    """PgBouncer before the server, with more of a configuration if need be; where its socket lies."""
     assert PGBOUNCER is not None
     # The path of a socket has to be short.
     folder = Path(tempfile.mkdtemp(prefix="pgb"))
     # It refuses to run as root, and has to be somebody who may enter the folder of the server's socket.
     owner = pwd.getpwuid(Path(server.host, f".s.PGSQL.{server.port}").stat().st_uid)
     (folder / "users").write_text(f'"{role}" ""\n')
-    (folder / "ini").write_text(CONFIGURATION.format(server=server, port=PORT, folder=folder))
+    (folder / "ini").write_text(CONFIGURATION.format(server=server, port=PORT, folder=folder, more=more))
     user = []
     if os.geteuid() == 0:
         user = ["-u", owner.pw_name]

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from typing import Self
 
+from django.conf import settings
 from django.db import models
 from django.db.models import F, Q, Value
 from django.db.models.functions import Now
 
 from crm.backfill.outcome import Outcome, Source, Totals
-from crm.fields import KeyField, TimestampField
+from crm.fields import ExactTimestampField, KeyField
 
 
 class RunStatus(models.TextChoices):
@@ -26,6 +27,11 @@ class RunStatus(models.TextChoices):
 
 #: Who holds the fence: no other run starts meanwhile.
 HOLDING = (RunStatus.RUNNING, RunStatus.PAUSED)
+
+
+def examined_schema() -> str:
+    """The schema of the application's tables, as DATABASE_URL names it."""
+    return str(settings.LEGACY_SCHEMA)
 
 
 class RunQuerySet(models.QuerySet["BackfillRun"]):
@@ -54,6 +60,9 @@ class BackfillRun(models.Model):
     options = models.JSONField(default=dict, help_text="What was asked, as the command understood it")
     version = models.TextField(help_text="The version of this project")
     generation = models.TextField(help_text="The generation of the application's tables")
+    legacy_schema = models.TextField(
+        default=examined_schema, help_text="The schema of the application's tables: the ledger is of no other"
+    )
     operator = models.TextField(help_text="The operating system's user who started it")
     host = models.TextField()
     process_id = models.IntegerField()
@@ -188,8 +197,8 @@ class LedgerEntry(models.Model):
     reason = models.TextField(null=True, help_text="Why it is an error")
     contact_id = models.TextField("contact id", null=True, help_text="The contact it made, met or is in conflict with")
     run = models.ForeignKey(BackfillRun, models.DO_NOTHING, db_index=False, db_constraint=False, related_name="+")
-    source_updated_at = TimestampField(help_text="The source row's updatedAt when this was decided")
-    seen_updated_at = TimestampField(
+    source_updated_at = ExactTimestampField(help_text="The source row's updatedAt when this was decided")
+    seen_updated_at = ExactTimestampField(
         null=True, help_text="The source row's updatedAt when --update last looked at it again"
     )
     filled = models.TextField(null=True, help_text="What the row filled in the contact")

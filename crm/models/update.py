@@ -5,7 +5,7 @@ from __future__ import annotations
 from django.db import models
 
 from crm.backfill.outcome import Source
-from crm.fields import KeyField, TimestampField
+from crm.fields import ExactTimestampField, KeyField
 from crm.models.ledger import BackfillRun, LedgerEntry
 
 
@@ -23,13 +23,13 @@ class ContactUpdate(models.Model):
     source_id = models.TextField("source id")
     contact_id = KeyField("contact id", db_index=True)
     columns = models.TextField(help_text="What was filled, replaced or promoted")
-    source_updated_at = TimestampField(help_text="The source row's updatedAt when it was looked at")
-    contact_updated_at = TimestampField(help_text="The contact's updatedAt, which an update leaves as it is")
+    source_updated_at = ExactTimestampField(help_text="The source row's updatedAt when it was looked at")
+    contact_updated_at = ExactTimestampField(help_text="The contact's updatedAt, which an update leaves as it is")
     from_type = models.TextField(null=True)
     to_type = models.TextField(null=True)
     from_stage = models.TextField(null=True)
     to_stage = models.TextField(null=True)
-    stage_entered_before = TimestampField(null=True)
+    stage_entered_before = ExactTimestampField(null=True)
     confidence_before = models.IntegerField(null=True, help_text="Of the attribution that there was not")
     placeholder = models.TextField(null=True, help_text="The placeholder email that was replaced")
 
