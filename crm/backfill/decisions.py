@@ -16,13 +16,14 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from django.conf import settings
-from django.db import connection, transaction
+from django.db import connection
 from django.db.models.functions import Now
 
 from crm.backfill import errors, fence
 from crm.backfill.mapping import contact_id, normalised_email
 from crm.backfill.outcome import Outcome, Reason
 from crm.backfill.source import WHITE_SPACE
+from crm.backfill.transactions import certain_transaction
 from crm.errors import OperatorError
 from crm.models import ConflictDecision, CRMContact, LedgerEntry
 
@@ -149,6 +150,9 @@ def _between_runs() -> Iterator[None]:
             "This role may not look for the row or record a decision: docs/least_privilege.sql gives the rights."
         ),
     }
-    with errors.told("The database broke off: {}. Decide again.", known=known), transaction.atomic():
+    with (
+        errors.told("The database broke off: {}. Nothing was recorded: decide again.", known=known),
+        certain_transaction(connection),
+    ):
         fence.require_silence()
         yield

@@ -63,6 +63,10 @@ class RewrittenError(DatabaseError):
         self.refusal = Refusal(None, trigger, column)
 
 
+class UnknownEndError(DatabaseError):
+    """The answer to a commit was lost, and the server could not be asked what became of it."""
+
+
 class BrokenStartError(OperatorError):
     """The database did not let a run begin."""
 
@@ -84,6 +88,8 @@ def told(
     except (DatabaseError, InterfaceError) as error:
         if never_connected(error):
             raise
+        if isinstance(error, UnknownEndError):
+            raise kind(f"The database broke off: {described(error)}. Look what is there, then try again.") from None
         if remedy := {**REMEDIES, **(known or {})}.get(sqlstate(error) or ""):
             raise OperatorError(remedy) from None
         raise kind(message.format(described(error))) from None
@@ -158,5 +164,7 @@ def is_deadlock(error: BaseException) -> bool:
 
 def described(error: BaseException) -> str:
     """An error for a log line or a run's record: its kind and SQLSTATE, without a word of its text."""
+    if isinstance(error, UnknownEndError):
+        return "it is not known whether the last transaction was committed"
     code = sqlstate(error)
     return f"{type(error).__name__} ({code})" if code else type(error).__name__

@@ -15,11 +15,12 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
-from django.db import IntegrityError, connection, transaction
+from django.db import IntegrityError, connection
 from django.db.models import F
 from django.db.models.functions import Now
 
 from crm.backfill.outcome import Totals
+from crm.backfill.transactions import certain_transaction
 from crm.errors import OperatorError
 from crm.models import BackfillRun
 from crm.models.ledger import RunStatus
@@ -59,7 +60,7 @@ def claim(kind: BackfillRun.Kind, options: Mapping[str, Any], generation: str) -
         process_id=os.getpid(),
     )
     try:
-        with transaction.atomic():
+        with certain_transaction(connection):
             run.save(force_insert=True)
     except IntegrityError:
         holding = BackfillRun.objects.holding().first()
@@ -97,7 +98,9 @@ def renew(run_id: int, totals: Totals) -> None:
 
 def release(run_id: int, status: RunStatus, **results: Any) -> bool:
     """End the run, if it still is the running one."""
-    return bool(BackfillRun.objects.running().filter(pk=run_id).update(status=status, finished_at=Now(), **results))
+    with certain_transaction(connection):
+        ended = BackfillRun.objects.running().filter(pk=run_id).update(status=status, finished_at=Now(), **results)
+    return bool(ended)
 
 
 def take_over_if_dead(run: BackfillRun) -> bool:

@@ -32,6 +32,7 @@ from crm.backfill.pipeline import InterruptedRunError
 from crm.backfill.replication import BlindThrottleError
 from crm.backfill.resolutions import Resolutions
 from crm.backfill.schema import DatabaseFacts, examine
+from crm.backfill.snapshot import in_pages
 from crm.backfill.workers import Alone, Assignment, Crew, OnBatch, WorkerError
 from crm.models import BackfillBatch, BackfillRun, ContactUpdate, LedgerEntry
 from crm.models.ledger import RunStatus
@@ -321,7 +322,7 @@ def _census_of_the_end(run: BackfillRun, report: RunReport) -> Census | None:
 def _counted_batches(run: BackfillRun) -> dict[Source, Totals]:
     """What the run's committed batches add up to: the truth, also when a commit's answer was lost."""
     tally = _Tally()
-    for batch in BackfillBatch.objects.filter(run=run).order_by("id").iterator():
+    for batch in in_pages(BackfillBatch.objects.filter(run=run)):
         tally.add(Source(batch.source), batch.totals())
     return tally.by_source
 
@@ -351,8 +352,9 @@ def _faults_of_run(run: BackfillRun, totals: Totals) -> Iterator[str]:
         yield f"the batches counted {totals.read:,} rows, the ledger has {lines.total():,} lines of this run"
     columns: Counter[str] = Counter()
     if totals.revisited:
-        for names in ContactUpdate.objects.filter(run=run).values_list("columns", flat=True).iterator():
-            columns.update(names.split(","))
+        changes = ContactUpdate.objects.filter(run=run).values_list("columns").annotate(Count("id"))
+        for names, count in changes:
+            columns.update(dict.fromkeys(names.split(","), count))
     if columns != totals.updated_by_column:
         yield "the record of changes is not what the batches counted"
 

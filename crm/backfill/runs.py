@@ -13,11 +13,13 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
-from django.db import connection, transaction
+from django.db import connection
 from django.db.models.functions import Coalesce, Now
 
 from crm.backfill import errors
 from crm.backfill.outcome import Outcome, UpdateOutcome
+from crm.backfill.snapshot import in_pages
+from crm.backfill.transactions import certain_transaction
 from crm.errors import OperatorError
 from crm.models import BackfillBatch, BackfillRun
 from crm.models.ledger import RunStatus
@@ -88,18 +90,16 @@ def act(action: str, run_id: int) -> BackfillRun:
     """
     target = ACTIONS[action]
     allowed = [status for status, targets in TRANSITIONS.items() if target in targets]
-    with _told_to_the_operator(run_id), transaction.atomic():
-        with connection.cursor() as cursor:
-            cursor.execute(f"SET LOCAL lock_timeout = {PATIENCE * 1000:.0f}")
+    settings = f"SET LOCAL lock_timeout = {PATIENCE * 1000:.0f}"
+    with _told_to_the_operator(run_id), certain_transaction(connection, settings):
         changed = BackfillRun.objects.filter(pk=run_id, status__in=allowed).update(
             status=target, finished_at=Coalesce("finished_at", Now())
         )
-    with _told_to_the_operator():
         run = find(run_id)
-    if not changed:
-        raise OperatorError(
-            f"Run {run_id} is {run.status}: only one that is {' or '.join(allowed)} can be {_PAST[action]}."
-        )
+        if not changed:
+            raise OperatorError(
+                f"Run {run_id} is {run.status}: only one that is {' or '.join(allowed)} can be {_PAST[action]}."
+            )
     logger.info("run %s was %s from outside", run_id, _PAST[action])
     return run
 
@@ -134,7 +134,7 @@ def details(run_id: int) -> dict[str, Any]:
     batches = 0
     with _told_to_the_operator():
         run = find(run_id)
-        for batch in BackfillBatch.objects.filter(run=run).order_by("id").iterator():
+        for batch in in_pages(BackfillBatch.objects.filter(run=run)):
             batches += 1
             totals = batch.totals()
             by_source.setdefault(batch.source, Counter()).update(totals.outcomes)
@@ -163,4 +163,4 @@ def _told_to_the_operator(run_id: int | None = None) -> AbstractContextManager[N
         errors.LOCK_TIMEOUT: f"Run {run_id} has been committing for {PATIENCE:g} s. Nothing was changed: try again.",
         errors.NO_SUCH_TABLE: "There are no runs that this role can see: `python manage.py migrate` makes the tables.",
     }
-    return errors.told("The database broke off: {}. Try again.", known=known)
+    return errors.told("The database broke off: {}. Nothing was changed: try again.", known=known)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from django.db import transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
+from django.db.models import Model, QuerySet
 
 from crm.backfill.source import read_as_text
+
+Found = TypeVar("Found", bound=Model)
 
 #: Rows that are fetched at a time.
 PAGE = 2_000
@@ -61,3 +64,11 @@ def stream(
                 break
             cursor.execute(fetch)
         cursor.execute(f"CLOSE {name}")
+
+
+def in_pages(found: QuerySet[Found]) -> Iterator[Found]:
+    """The objects of a queryset by their key, in constant memory and without a cursor in the server."""
+    after = 0
+    while page := list(found.filter(pk__gt=after).order_by("pk")[:PAGE]):
+        yield from page
+        after = page[-1].pk

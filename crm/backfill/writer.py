@@ -22,6 +22,7 @@ from crm.backfill.outcome import Decision, Outcome, Reason, Refusal, Source, Tot
 from crm.backfill.plan import ASSIGNMENT_UNIT, ATTRIBUTION_UNIT, PROFILE_FILLS
 from crm.backfill.schema import with_names_of_the_schema
 from crm.backfill.settle import Settled, UnsettledError, settle
+from crm.backfill.transactions import certain_transaction
 from crm.models import BackfillBatch, CRMContact
 
 # Deferred constraints would speak up at the commit, when nobody can tell which row they mean.
@@ -176,9 +177,7 @@ class BatchWriter:
         """
         started = time.monotonic()
         use_fast_arrays(self._connection)
-        with transaction.atomic(using=self._connection.alias, durable=True):
-            with self._connection.cursor() as cursor:
-                cursor.execute(self._manners)
+        with certain_transaction(self._connection, self._manners):
             totals = Totals()
             for rows in pages:
                 settled = self._settle_apart(rows)

@@ -40,6 +40,7 @@ from crm.backfill.rollback.verdict import (
     maps_to_nothing,
     merges_that_miss,
 )
+from crm.backfill.transactions import certain_transaction
 from crm.backfill.update.writer import stage_history_id, write_contacts
 from crm.backfill.writer import Timeouts, lock_contacts
 from crm.models import ContactUpdate, CRMContact, CRMStageHistory, LedgerEntry, Rollback
@@ -259,9 +260,7 @@ class DatabaseUndoer:
         bad moment. Nothing of the batch is undone then.
         """
         judged = judge(lines, self._reader)
-        with transaction.atomic(using=self._connection.alias, durable=True):
-            with self._connection.cursor() as cursor:
-                cursor.execute(self._manners)
+        with certain_transaction(self._connection, self._manners):
             undone = self._carry_out(judged)
             LedgerEntry.objects.using(self._connection.alias).filter(id__in=undone.reversed_ids).delete()
             self._forget_updates(contact_id__in=[line.id for line in undone.reversed_lines(Outcome.CREATED)])
@@ -275,9 +274,7 @@ class DatabaseUndoer:
         Raises what `undo` does.
         """
         judged = judge_changes(records, self._reader)
-        with transaction.atomic(using=self._connection.alias, durable=True):
-            with self._connection.cursor() as cursor:
-                cursor.execute(self._manners)
+        with certain_transaction(self._connection, self._manners):
             restored, refused = self._apart(sorted(judged.restored), lambda ids: self._restore(ids, judged))
             undone = _conclude_updates(judged, restored, refused)
             gone = [record for contact in sorted(restored) for record in judged.restored[contact].records]

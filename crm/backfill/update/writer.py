@@ -19,6 +19,7 @@ from crm.backfill.known import ContactLookup
 from crm.backfill.mapping import ContactDraft, MappedRow, Rules, contact_id
 from crm.backfill.outcome import Source, Totals
 from crm.backfill.settle import MOST_ATTEMPTS, UnsettledError
+from crm.backfill.transactions import certain_transaction
 from crm.backfill.update.changes import FIELDS_OF_CHANGE, REFUSED, Change, Look, decide, totals_of
 from crm.backfill.update.reader import Present
 from crm.backfill.writer import MANNERS, Timeouts, lock_contacts
@@ -113,9 +114,7 @@ class UpdateWriter:
         """
         started = time.monotonic()
         use_fast_arrays(self._connection)
-        with transaction.atomic(using=self._connection.alias, durable=True):
-            with self._connection.cursor() as cursor:
-                cursor.execute(self._manners)
+        with certain_transaction(self._connection, self._manners):
             totals = Totals()
             for rows in pages:
                 changes = self._settle(source, rows)

@@ -1,0 +1,76 @@
+"""A transaction whose end is known, also where the answer to its commit is lost.
+
+Whoever loses the connection while a commit is under way does not know whether it came through. To try the work again
+may do it twice or count it twice; not to try it may lose it. PostgreSQL remembers what became of every transaction by
+its number, so whoever wrote the number down asks, over a new connection, and then goes on as if the answer had come.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from django.db import Error as DjangoDatabaseError
+from django.db import transaction
+from django.db.backends.base.base import BaseDatabaseWrapper
+
+from crm.backfill import errors
+from crm.backfill.errors import UnknownEndError
+
+#: How long to wait before the server is asked again; seconds. In all, as long as a batch is tried again.
+WAITS = (0.05, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0)
+
+_COMMITTED, _IN_PROGRESS = "committed", "in progress"
+_NUMBER = "SELECT pg_current_xact_id()::text"
+_STATUS = "SELECT pg_xact_status(%s::xid8)"
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def certain_transaction(connection: BaseDatabaseWrapper, settings: str = "") -> Iterator[None]:
+    """A transaction of its own. It was committed where this is left without an error, and rolled back otherwise.
+
+    `settings` are statements that begin it; they are sent together with ours, in one round trip.
+
+    Raises UnknownEndError where the answer to the commit was lost and the server cannot be asked for longer than WAITS.
+    """
+    number, is_committing = "", False
+    try:
+        with transaction.atomic(using=connection.alias, durable=True):
+            number = _begin(connection, settings)
+            yield
+            is_committing = True
+    except DjangoDatabaseError as error:
+        if not is_committing or not _is_committed(connection, number):
+            raise
+        logger.warning("%s at the commit, which had come through", errors.described(error))
+
+
+def _begin(connection: BaseDatabaseWrapper, settings: str) -> str:
+    with connection.cursor() as cursor:
+        cursor.execute(f"{settings}; {_NUMBER}" if settings else _NUMBER)
+        while cursor.nextset():
+            """The number is what was asked for last."""
+        (number,) = cursor.fetchone()
+    return str(number)
+
+
+def _is_committed(connection: BaseDatabaseWrapper, number: str) -> bool:
+    """Whether a transaction was committed; waits until it has ended."""
+    for wait in WAITS:
+        connection.close()
+        try:
+            with connection.cursor() as cursor:
+                cursor.execute(_STATUS, [number])
+                (status,) = cursor.fetchone()
+        except DjangoDatabaseError as error:
+            if errors.bad_moment(error) is None:
+                raise UnknownEndError from error
+        else:
+            if status != _IN_PROGRESS:
+                return bool(status == _COMMITTED)
+        time.sleep(wait)
+    raise UnknownEndError
