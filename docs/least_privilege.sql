@@ -112,8 +112,10 @@ GRANT SELECT, INSERT ON crm_backfill.backfill_batch, crm_backfill.contact_update
 GRANT SELECT, INSERT, UPDATE ON crm_backfill.conflict_decision TO :"role";
 
 \if :update
-  -- OPTIONAL: looking at rows again. A placeholder email is replaced and a contact promoted, with a line in its history.
-  GRANT UPDATE ("email", "contactType", "stage", "stageEnteredAt") ON :"schema".crm_contacts TO :"role";
+  -- OPTIONAL: looking at rows again. A contact that nobody touched becomes what its rows say: its name, type and origin
+  -- are written anew, a placeholder email is replaced, and its stage moves forward, with a line in its history.
+  GRANT UPDATE ("firstName", "lastName", "email", "contactType", "source", "stage", "stageEnteredAt")
+     ON :"schema".crm_contacts TO :"role";
   GRANT INSERT ("id", "contactId", "fromStage", "toStage", "reason", "createdAt") ON :"schema".crm_stage_history
      TO :"role";
 \endif

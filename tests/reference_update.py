@@ -1,14 +1,16 @@
 """The judge of --update: what a second look must do, one row after another, on plain dicts.
 
 Beside `tests.reference`, and as independent of the project: it shares no code with it. It remembers what the ledger
-remembers: what each row's `updatedAt` was when it was last looked at, who made a contact, and what was filled once.
+remembers: what each row's `updatedAt` was when it was settled and last looked at, who made a contact, what was filled
+once, and what the contact's `updatedAt` was then.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from tests import reference
 from tests.reference import ATTRIBUTION, NULLABLE_ATTRIBUTION, Line, Population, Row
@@ -23,8 +25,16 @@ UNITS: dict[str, tuple[str, ...]] = {
     "assignment": ("assignedPreparerId", "assignedAt"),
     "attribution": ATTRIBUTION,
 }
-LEAD_BRINGS = {"phone", "last_contacted_at", "assignment", "attribution"}
-PROFILE_BRINGS = {"user_id", "clerk_user_id", "phone", "company"}
+#: What the row alone says that counts first.
+FIRST = {
+    "first_name": ("firstName",),
+    "last_name": ("lastName",),
+    "contact_type": ("contactType",),
+    "source": ("source",),
+}
+STAGE = {"stage": ("stage", "stageEnteredAt"), "stage_entered_at": ("stageEnteredAt",)}
+COLUMNS = {**UNITS, **FIRST, **STAGE, "email": ("email",)}
+STAGES_OF_LEADS = ("NEW", "CONTACTED", "QUALIFIED", "COMPLETE", "CLOSED", "LOST")
 PLACEHOLDER_KINDS = ("client", "preparer", "affiliate")
 
 
@@ -50,15 +60,39 @@ class Looks:
 
 @dataclass
 class World:
-    """Everything that runs leave behind: contacts, ledger, and what the ledger remembers of rows and contacts."""
+    """Everything that runs leave behind: contacts, ledger, and what the ledger remembers of rows and contacts.
+
+    `left` are the contacts' `updatedAt` at each update of theirs.
+    """
 
     contacts: dict[str, Row] = field(default_factory=dict)
     ledger: dict[str, Line] = field(default_factory=dict)
     seen: dict[str, Any] = field(default_factory=dict)
+    looked: set[str] = field(default_factory=set)
     made: dict[str, Made] = field(default_factory=dict)
     given: dict[str, set[str]] = field(default_factory=dict)
+    left: dict[str, set[Any]] = field(default_factory=dict)
     merged_in: dict[str, set[str]] = field(default_factory=dict)
     history: set[tuple[str, str, str]] = field(default_factory=set)
+
+    def is_untouched(self, contact: Row) -> bool:
+        """Whether it is of our making, and nobody saved it since."""
+        made = self.made.get(contact["id"])
+        return made is not None and contact["updatedAt"] == made.updated_at
+
+    def is_due(self, ref: str, row: Row) -> bool:
+        """Whether a row is to be looked at: it changed, or came to a contact and never was looked at."""
+        came = self.ledger[ref]["outcome"] != "created"
+        return bool(self.seen[ref] != row["updatedAt"] or (came and ref not in self.looked))
+
+
+class Speaker(NamedTuple):
+    """A row of a contact, and what it would make of its person alone."""
+
+    ref: str
+    source: str
+    row: Row
+    draft: Row
 
 
 def run(world: World, population: Population, *, update: bool) -> Looks:
@@ -77,12 +111,18 @@ def run(world: World, population: Population, *, update: bool) -> Looks:
     world.contacts, world.ledger = result.contacts, result.ledger
     looks = Looks()
     if update:
-        for source in reference.SOURCES:
-            for table, row in reference._rows_in_order(population):
-                is_excluded = reference.exclusion(table, row, population.stages)
-                if not is_excluded and reference.source_of(table, row) == source:
-                    _one_row(world, population, source, table, row, looks)
+        for source, table, row in list(_in_order(population)):
+            _one_row(world, population, source, table, row, looks)
     return looks
+
+
+def _in_order(population: Population) -> Iterator[tuple[str, str, Row]]:
+    """The rows that are to be migrated, in the one order in which they count."""
+    for source in reference.SOURCES:
+        for table, row in reference._rows_in_order(population):
+            is_excluded = reference.exclusion(table, row, population.stages)
+            if not is_excluded and reference.source_of(table, row) == source:
+                yield source, table, row
 
 
 def _one_row(world: World, population: Population, source: str, table: str, row: Row, looks: Looks) -> None:
@@ -91,11 +131,11 @@ def _one_row(world: World, population: Population, source: str, table: str, row:
     if not line or line["outcome"] not in reference.SETTLED or line["contact_id"] not in world.contacts:
         return
     contact = world.contacts[str(line["contact_id"])]
-    wanted, kept = _verdict(world, population, source, row, contact)
-    has_changed = world.seen[ref] != row["updatedAt"]
-    if not has_changed and not (wanted and (line["outcome"] == "exists" or table == "profiles")):
+    wanted, kept = _verdict(world, population, source, ref, row, contact)
+    if not world.is_due(ref, row) and "email" not in wanted:
         return
     world.seen[ref] = row["updatedAt"]
+    world.looked.add(ref)
     looks.revisited += 1
     if kept:
         looks.kept += 1
@@ -110,6 +150,7 @@ def _one_row(world: World, population: Population, source: str, table: str, row:
     for name, values in wanted.items():
         contact.update(values)
         world.given.setdefault(contact["id"], set()).add(name)
+        world.left.setdefault(contact["id"], set()).add(contact["updatedAt"])
 
 
 def _draft(population: Population, source: str, row: Row) -> Row:
@@ -118,77 +159,165 @@ def _draft(population: Population, source: str, row: Row) -> Row:
     return reference.contact_of_lead(population, source, row)
 
 
-def _verdict(
-    world: World, population: Population, source: str, row: Row, contact: Row
-) -> tuple[dict[str, Row], list[str]]:
-    """What is written, by name, and the names of what is kept."""
-    try:
-        draft = _draft(population, source, row)
-    except reference.Rejected:
-        return {}, []
+def _is_of(world: World, population: Population, source: str, row: Row, contact: Row) -> Row | None:
+    """What the row makes; None where its keys name another contact by now. Raises Rejected where it makes nothing."""
+    draft = _draft(population, source, row)
     try:
         found = reference.find(draft, world.contacts)
     except reference.Rejected:
+        return None
+    return draft if found is None or found["id"] == contact["id"] else None
+
+
+def _verdict(
+    world: World, population: Population, source: str, ref: str, row: Row, contact: Row
+) -> tuple[dict[str, Row], list[str]]:
+    """What is written, by name, and the names of what is kept."""
+    try:
+        draft = _is_of(world, population, source, row, contact)
+    except reference.Rejected:
+        return {}, []
+    if draft is None:
         return {}, ["identity"]
-    if found is not None and found["id"] != contact["id"]:
-        return {}, ["identity"]
-    made = world.made.get(contact["id"])
-    untouched = made is not None and contact["updatedAt"] == made.updated_at
     wanted: dict[str, Row] = {}
     kept: list[str] = []
-    is_profile = source in reference.PROFILE_TYPES
-    for name in PROFILE_BRINGS if is_profile else LEAD_BRINGS:
-        _unit(name, draft, contact, wanted, kept, untouched=untouched, may_fill=_may_fill(world, made, contact, name))
-    if is_profile:
+    untouched = world.is_untouched(contact)
+    expected, origins, by_rows, origins_by_rows = _expected(world, population, contact)
+    for name, origin in origins.items():
+        mine = origin.ref == ref
+        if not mine and world.is_due(origin.ref, origin.row):
+            continue
+        told = "stage_entered_at" if name == "stage" and expected["stage"] == contact["stage"] else name
+        verdict = _of(told, expected, contact, world, population)
+        if verdict:
+            wanted[told] = {column: expected[column] for column in COLUMNS[told]}
+        elif verdict is False and mine:
+            kept.append(told)
+    if not untouched:
+        is_ours = contact["id"] in world.made
+        kept += [
+            name
+            for name, origin in origins_by_rows.items()
+            if origin.ref == ref
+            and name not in origins
+            and _would_change(name, source, by_rows, contact, population, is_ours=is_ours)
+        ]
+    if source in reference.PROFILE_TYPES:
         _email(population, row, draft, contact, wanted, kept, untouched=untouched)
-    if made:
-        _promote(population, source, draft, contact, wanted, kept, untouched=untouched)
     return wanted, kept
 
 
-def _unit(
-    name: str, draft: Row, contact: Row, wanted: dict[str, Row], kept: list[str], *, untouched: bool, may_fill: bool
-) -> None:
-    columns = UNITS[name]
-    telling = NULLABLE_ATTRIBUTION if name == "attribution" else columns
-    compared = ("assignedPreparerId",) if name == "assignment" else columns
-    if all(draft[column] is None for column in telling):
-        return
-    if all(contact[column] is None for column in telling):
-        if may_fill:
-            wanted[name] = {column: draft[column] for column in columns}
+def _expected(
+    world: World, population: Population, contact: Row
+) -> tuple[Row, dict[str, Speaker], Row, dict[str, Speaker]]:
+    """What a contact is to be, and what it were by its rows alone; each with the rows that it comes from."""
+    speakers, is_complete = _speakers(world, population, contact)
+    by_rows = _fold(None, speakers, population)
+    if world.is_untouched(contact) and is_complete:
+        return *by_rows, *by_rows
+    expected, origins = _fold(_not_ours(world, contact), speakers, population)
+    if world.is_untouched(contact):
+        _promote_a_lead(contact, speakers, expected, origins)
+    return expected, origins, *by_rows
+
+
+def _speakers(world: World, population: Population, contact: Row) -> tuple[list[Speaker], bool]:
+    """The rows of a contact that still are its person's, in order; and whether these are all that it ever had."""
+    refs = {
+        ref
+        for ref, line in world.ledger.items()
+        if line["outcome"] in reference.SETTLED and line["contact_id"] == contact["id"]
+    }
+    found = []
+    for source, table, row in _in_order(population):
+        ref = f"{table}:{row['id']}"
+        if ref in refs:
+            try:
+                draft = _is_of(world, population, source, row, contact)
+            except reference.Rejected:
+                continue
+            if draft is not None:
+                found.append(Speaker(ref, source, row, draft))
+    return found, len(found) == len(refs)
+
+
+def _fold(base: Row | None, speakers: list[Speaker], population: Population) -> tuple[Row, dict[str, Speaker]]:
+    """What one run over these rows makes, on top of what is there; for each unit and for what is first, the row."""
+    origins: dict[str, Speaker] = {}
+    result = base
+    for speaker in speakers:
+        before = dict.fromkeys(speaker.draft) if result is None else dict(result)
+        if result is None:
+            result = dict(speaker.draft)
+            origins |= dict.fromkeys((*FIRST, "stage"), speaker)
+        elif speaker.source in reference.PROFILE_TYPES:
+            reference.fill_from_profile(result, speaker.draft)
         else:
-            kept.append(name)
-    elif not untouched and any(draft[column] != contact[column] for column in compared):
-        kept.append(name)
+            reference.fill_from_lead(result, speaker.draft)
+        if population.stages.index(speaker.draft["stage"]) > population.stages.index(result["stage"]):
+            result |= {column: speaker.draft[column] for column in STAGE["stage"]}
+            origins["stage"] = speaker
+        for name, columns in UNITS.items():
+            telling = NULLABLE_ATTRIBUTION if name == "attribution" else columns
+            if any(result[column] != before[column] for column in telling):
+                origins[name] = speaker
+    return result or {}, origins
 
 
-def _promote(
-    population: Population,
-    source: str,
-    draft: Row,
-    contact: Row,
-    wanted: dict[str, Row],
-    kept: list[str],
-    *,
-    untouched: bool,
-) -> None:
-    if source != "active_leads" and draft["contactType"] != contact["contactType"]:
-        if not untouched:
-            kept.append("contact_type")
-        elif contact["contactType"] == "LEAD":
-            wanted["contact_type"] = {"contactType": draft["contactType"]}
-    if population.stages.index(draft["stage"]) > population.stages.index(contact["stage"]):
-        if untouched and contact["stage"] in ("NEW", "CONTACTED", "QUALIFIED", "COMPLETE", "CLOSED", "LOST"):
-            wanted["stage"] = {"stage": draft["stage"], "stageEnteredAt": draft["stageEnteredAt"]}
-        else:
-            kept.append("stage")
+def _not_ours(world: World, contact: Row) -> Row:
+    """Somebody else's contact that nobody saved since we filled something, without that."""
+    if contact["id"] in world.made or world.left.get(contact["id"]) != {contact["updatedAt"]}:
+        return dict(contact)
+    ours = world.given[contact["id"]] & UNITS.keys()
+    telling = {column for name in ours for column in UNITS[name]} - {"attributionConfidence"}
+    return contact | dict.fromkeys(telling)
 
 
-def _may_fill(world: World, made: Made | None, contact: Row, name: str) -> bool:
+def _promote_a_lead(contact: Row, speakers: list[Speaker], expected: Row, origins: dict[str, Speaker]) -> None:
+    """A profile or a converted lead makes something of a lead also where not all rows are there to be asked."""
+    promoting = next((speaker for speaker in speakers if speaker.source != "active_leads"), None)
+    if contact["contactType"] == "LEAD" and promoting is not None:
+        expected["contactType"] = promoting.draft["contactType"]
+        origins["contact_type"] = promoting
+
+
+def _of(name: str, expected: Row, contact: Row, world: World, population: Population) -> bool | None:
+    columns = COLUMNS[name]
+    if name in UNITS:
+        telling = NULLABLE_ATTRIBUTION if name == "attribution" else columns
+        if all(contact[column] is None for column in telling):
+            return _may_fill(world, contact, name)
+        return any(expected[column] != contact[column] for column in columns) or None
+    if not world.is_untouched(contact):
+        return None
+    step = population.stages.index(expected["stage"]) - population.stages.index(contact["stage"])
+    if name == "stage":
+        return None if step <= 0 else contact["stage"] in STAGES_OF_LEADS
+    if name == "contact_type" and step < 0:
+        return None
+    return any(expected[column] != contact[column] for column in columns) or None
+
+
+def _would_change(name: str, source: str, by_rows: Row, contact: Row, population: Population, *, is_ours: bool) -> bool:
+    if name in UNITS:
+        telling = NULLABLE_ATTRIBUTION if name == "attribution" else UNITS[name]
+        compared = ("assignedPreparerId",) if name == "assignment" else UNITS[name]
+        is_there = any(contact[column] is not None for column in telling)
+        return is_there and any(by_rows[column] != contact[column] for column in compared)
+    if not is_ours:
+        return False
+    if name == "stage":
+        return population.stages.index(by_rows["stage"]) > population.stages.index(contact["stage"])
+    if name == "contact_type" and source == "active_leads":
+        return False
+    return bool(by_rows[COLUMNS[name][0]] != contact[COLUMNS[name][0]])
+
+
+def _may_fill(world: World, contact: Row, name: str) -> bool:
     """Whether nobody can have emptied it."""
     if name in world.given.get(contact["id"], set()):
         return False
+    made = world.made.get(contact["id"])
     if made is None or contact["updatedAt"] == made.updated_at:
         return True
     return not set(UNITS[name]) & (made.gave | world.merged_in.get(contact["id"], set()))

@@ -73,7 +73,7 @@ def update(**options: Any) -> dict[str, Any]:
 
 def told(report: dict[str, Any]) -> dict[str, Any]:
     """What a report counts, but for what a dry run cannot have: the tables at the end."""
-    of_one_run = ("run", "dry_run", "seconds", "balanced", "pending", "already", "rows")
+    of_one_run = ("run", "dry_run", "seconds", "balanced", "pending", "already", "rows", "ledger")
     return {name: value for name, value in report.items() if name not in of_one_run}
 
 
@@ -203,6 +203,10 @@ def test_a_second_look_does_what_the_judge_says_and_then_finds_nothing_more(
 # Rule by rule
 
 
+#: What a profile that comes to its lead's contact is the first to say.
+OF_A_PROFILE = dict.fromkeys(("contact_type", "first_name", "last_name", "source"), 1)
+
+
 def the_change() -> ContactUpdate:
     return ContactUpdate.objects.get()
 
@@ -276,20 +280,21 @@ def test_a_profile_that_merged_into_its_leads_contact_promotes_it(
     if is_merged_before:
         run()
     report = update()
-    assert report["updated_by_column"] == {"contact_type": 1}
+    assert report["updated_by_column"] == OF_A_PROFILE
     contact = contact_with("ann@example.com")
     assert (contact["contactType"], contact["stage"], contact["company"]) == (kind, "NEW", "Ann & Co")
+    assert (contact["firstName"], contact["source"]) == ("Pat", "backfill")
     assert database.rows("SELECT FROM crm_stage_history") == [], "the stage is the same"
     assert defects() == []
     assert update()["revisited"] == 0
 
 
-def test_a_profile_does_not_turn_a_preparer_into_a_client(database: Database) -> None:
+def test_a_profile_says_what_a_person_is_whatever_its_lead_said(database: Database) -> None:
     add_lead("ann@example.com", type="TAX_PREPARER")
     run()
     add_profile(email="ann@example.com")
-    assert update()["revisited"] == 0
-    assert contact_with("ann@example.com")["contactType"] == "PREPARER"
+    assert update()["updated_by_column"] == OF_A_PROFILE
+    assert contact_with("ann@example.com")["contactType"] == "CLIENT"
 
 
 @pytest.mark.parametrize("in_two_runs", [True, False])
@@ -306,11 +311,11 @@ def test_the_blanks_of_a_contact_that_others_made_are_filled_and_nothing_else(
         assert run()["exists"] == 2
         assert contacts()[contact] == before
     report = update()
-    assert (report["revisited"], report["updated"], report["kept"]) == (2, 0, 2)
+    assert (report["revisited"], report["updated"], report["kept"]) == (2, 1, 1)
     assert report["updates_by_source"]["clients"] == {"updated": 0, "kept": 1, "unchanged": 0}
     filled = {"user_id", "clerk_user_id", "phone", "last_contacted_at", "assignment", "attribution"}
     assert report["updated_by_column"] == dict.fromkeys(sorted(filled), 1)
-    assert report["kept_by_column"] == {"company": 1, "phone": 1}
+    assert report["kept_by_column"] == {"company": 1}
     after = contacts()[contact]
     assert (after["phone"], after["clerkUserId"], after["attributionConfidence"]) == ("555 0101", "clerk", 85)
     assert after["assignedPreparerId"] == profile
@@ -475,10 +480,10 @@ def test_a_person_who_changed_a_name_keeps_no_profile_from_filling_what_it_alone
     run()
     change("profiles", profile, companyName="Ann & Co")
     report = update()
-    assert (report["updated_by_column"], report["kept_by_column"]) == ({"company": 1}, {"contact_type": 1})
+    assert (report["updated_by_column"], report["kept_by_column"]) == ({"company": 1}, OF_A_PROFILE)
     change("crm_contacts", contact_id("leads", lead), company=None)
     change("profiles", profile, companyName="Ann & Sons", updatedAt="2025-08-08 00:00:00")
-    assert update()["kept_by_column"] == {"company": 1, "contact_type": 1}
+    assert update()["kept_by_column"] == {"company": 1, **OF_A_PROFILE}
 
 
 #: What turns up in a lead only later, by the name under which it is told.
@@ -510,13 +515,13 @@ def test_a_blank_that_never_was_filled_is_one_also_where_a_person_worked_elsewhe
     change("leads", lead, **NEWS_OF_LEADS[name])
     before = contacts()[contact]
     report = update()
-    assert (report["updated_by_column"], report["kept_by_column"]) == ({name: 1}, {})
+    assert (report["updated_by_column"], report["kept_by_column"]) == ({name: 1}, {"last_name": 1})
     after = contacts()[contact]
     written = {*NEWS_OF_LEADS[name], *(["assignedAt"] if name == "assignment" else [])}
     assert {column for column in after if after[column] != before[column]} == written
     change("crm_contacts", contact, **dict.fromkeys(written))
     change("leads", lead, updatedAt="2025-08-08 00:00:00")
-    assert update()["kept_by_column"] == {name: 1}, "now a person made it"
+    assert update()["kept_by_column"] == {name: 1, "last_name": 1}, "now a person made it"
 
 
 @pytest.mark.parametrize("name", NEWS_OF_PROFILES)
@@ -529,7 +534,7 @@ def test_so_it_is_with_what_a_profile_brings(database: Database, name: str) -> N
     change("crm_contacts", contact_id("profiles", profile), lastName="Own")
     change("profiles", profile, **NEWS_OF_PROFILES[name])
     report = update()
-    assert (report["updated_by_column"], report["kept_by_column"]) == ({name: 1}, {})
+    assert (report["updated_by_column"], report["kept_by_column"]) == ({name: 1}, {"last_name": 1})
 
 
 def test_what_a_merge_filled_and_a_person_took_away_stays_away(database: Database) -> None:
@@ -539,19 +544,41 @@ def test_what_a_merge_filled_and_a_person_took_away_stays_away(database: Databas
     run()
     change("crm_contacts", contact_id("leads", lead), company=None)
     change("profiles", profile, companyName="Ann & Sons")
-    assert update()["kept_by_column"] == {"company": 1, "contact_type": 1}
+    assert update()["kept_by_column"] == {"company": 1, **OF_A_PROFILE}
     assert contact_with("ann@example.com")["company"] is None
 
 
-def test_a_value_of_ours_that_grew_old_is_neither_overwritten_nor_called_a_persons(database: Database) -> None:
+def test_a_value_of_ours_that_grew_old_becomes_what_its_row_says_now(database: Database) -> None:
     lead = add_lead("ann@example.com", lastName="Old")
     run()
-    before = contacts()
+    before = contact_with("ann@example.com")
     change("leads", lead, phone="555 0199", lastName="New")
     report = update()
-    assert (report["revisited"], report["unchanged"]) == (1, 1)
+    assert (report["revisited"], report["updated_by_column"]) == (1, {"last_name": 1, "phone": 1})
+    assert contact_with("ann@example.com") == before | {"phone": "555 0199", "lastName": "New"}
+    assert verify(connection).findings.kept == []
+
+
+def test_what_a_row_does_not_say_any_more_is_not_taken_away(database: Database) -> None:
+    attribution = {"referrerUsername": "ref", "commissionRate": "12.50"}
+    lead = add_lead("ann@example.com", lastContactedAt=LATER, assignedPreparerId="nobody", **attribution)
+    run()
+    before = contacts()
+    nothing = dict.fromkeys((*attribution, "lastContactedAt", "assignedPreparerId"))
+    change("leads", lead, phone=" ", **nothing)
+    assert update()["unchanged"] == 1
     assert contacts() == before
-    assert [finding.kind for finding in verify(connection).findings.kept] == ["source_changed"]
+
+
+def test_a_contact_of_which_a_row_is_gone_is_filled_and_promoted_but_not_written_anew(database: Database) -> None:
+    lead = add_lead("ann@example.com", phone="555 0101")
+    run()
+    database.rows("DELETE FROM leads RETURNING id")
+    add_lead("ann@example.com", "CONVERTED", firstName="Other", phone="555 0102", referrerUsername="ref")
+    assert update()["updated_by_column"] == {"contact_type": 1, "stage": 1}
+    contact = contact_with("ann@example.com")
+    assert (contact["id"], contact["firstName"], contact["phone"]) == (contact_id("leads", lead), "Lee", "555 0101")
+    assert (contact["referrerUsername"], contact["contactType"]) == ("ref", "CLIENT")
 
 
 def test_deleted_stays_deleted(database: Database) -> None:
@@ -575,8 +602,9 @@ def test_a_key_that_another_contact_has_is_not_filled(database: Database) -> Non
     assert run()["exists"] == 1
     add_contact("other@example.com", userId=user)
     before = contacts()
-    assert update()["revisited"] == 0
+    assert update()["kept_by_column"] == {"identity": 1}
     assert contacts() == before
+    assert update()["revisited"] == 0
 
 
 def test_a_lead_whose_email_is_another_persons_by_now_brings_that_person_nothing(database: Database) -> None:
@@ -604,7 +632,7 @@ def test_a_row_that_cannot_be_a_contact_any_more_brings_nothing(database: Databa
 
 @contextmanager
 def meanwhile(
-    happening: Callable[[], object], *, after: str = "FROM crm_contacts c LEFT JOIN ledger_entry made"
+    happening: Callable[[], object], *, after: str = "FROM crm_contacts c LEFT JOIN LATERAL"
 ) -> Iterator[None]:
     """Let something happen once, between the look at a contact and the write."""
     left = [happening]
@@ -1144,7 +1172,7 @@ def test_what_a_row_changed_is_known_when_the_row_is_pending_again(database: Dat
     first = run()
     before = contacts()
     second = update()
-    assert second["updated_by_column"] == {"contact_type": 1, "phone": 1}
+    assert second["updated_by_column"] == OF_A_PROFILE | {"phone": 1}
     roll_back(first["run"])
     assert contacts()[anothers]["phone"] == "555 0101"
     assert defects() == []
@@ -1173,7 +1201,7 @@ def test_a_contact_that_a_later_run_filled_goes_with_the_run_that_made_it(databa
     run()
     change("profiles", profile, companyName="Ann & Co")
     update()
-    assert ContactUpdate.objects.get().columns == "company,contact_type"
+    assert set(ContactUpdate.objects.get().columns.split(",")) == {"company", *OF_A_PROFILE}
     assert roll_back(made["run"]).counts.numbers["contacts_reversed"] == 1
     assert (contacts(), database.rows("SELECT FROM contact_update")) == ({}, [])
     assert run()["created"] == 1

@@ -5,7 +5,7 @@ Rows are decided one after another, in their order: what an earlier row makes or
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +52,14 @@ class KnownContact:
             last_contacted_at=draft.last_contacted_at,
             has_attribution=_has_attribution(draft),
         )
+
+    def take(self, values: Mapping[str, Any]) -> None:
+        """Have these values where nothing is."""
+        for name in _FILLED_ALONE:
+            if getattr(self, name) is None:
+                setattr(self, name, values.get(name))
+        self.has_assignment = self.has_assignment or any(values.get(name) is not None for name in ASSIGNMENT_UNIT)
+        self.has_attribution = self.has_attribution or any(values.get(name) is not None for name in ATTRIBUTION)
 
 
 class Conflict(Exception):  # noqa: N818 - a verdict on a row, not a failure of the program

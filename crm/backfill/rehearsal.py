@@ -31,7 +31,9 @@ SELECT id, email, "userId", "clerkUserId" FROM crm_contacts WHERE id = ANY(%(ids
 class Imagined:
     """The contacts that a run would have made by now, and the accounts that it would have filled in."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, with_update: bool) -> None:
+        """`with_update` remembers whole contacts, and the lines of their rows."""
+        self._with_update = with_update
         # No name: a temporary file that goes with the connection.
         self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         self._database.executescript(
@@ -39,19 +41,26 @@ class Imagined:
             PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -16384;
             CREATE TABLE made (email TEXT PRIMARY KEY, id TEXT, user_id TEXT, clerk_user_id TEXT) WITHOUT ROWID;
             CREATE TABLE filled (id TEXT PRIMARY KEY, user_id TEXT, clerk_user_id TEXT) WITHOUT ROWID;
-            CREATE TABLE line (id TEXT PRIMARY KEY, outcome TEXT, contact_id TEXT, seen TEXT) WITHOUT ROWID;
+            CREATE TABLE draft (id TEXT PRIMARY KEY, fields TEXT) WITHOUT ROWID;
+            CREATE TABLE line (id TEXT PRIMARY KEY, outcome TEXT, contact_id TEXT, settled_at TEXT, source TEXT,
+                               source_id TEXT, filled TEXT) WITHOUT ROWID;
+            CREATE INDEX line_contact_id ON line (contact_id);
             CREATE TABLE written (id TEXT, fields TEXT);
             CREATE INDEX written_id ON written (id);
             BEGIN;
             """
         )
 
-    def make(self, drafts: Iterable[ContactDraft]) -> None:
+    def make(self, drafts: Sequence[ContactDraft]) -> None:
         """Remember contacts that would be made."""
         self._database.executemany(
             "INSERT INTO made VALUES (?, ?, ?, ?)",
             [(draft.email, draft.id, draft.user_id, draft.clerk_user_id) for draft in drafts],
         )
+        if self._with_update:
+            self._database.executemany(
+                "INSERT OR IGNORE INTO draft VALUES (?, ?)", [(draft.id, json.dumps(draft)) for draft in drafts]
+            )
 
     def fill(self, accounts: Iterable[tuple[str, str | None, str | None]]) -> None:
         """Remember accounts that contacts would get: (contact id, user id, Clerk id)."""
@@ -82,15 +91,23 @@ class Imagined:
         return {identifier: (user_id, clerk_user_id) for identifier, user_id, clerk_user_id in rows}
 
     def note(self, source: Source, decisions: Iterable[Decision]) -> None:
-        """Remember the lines that --update may look at again at once: somebody else's contact may have blanks, and a
-        profile may promote."""
+        """Remember the lines that --update would find."""
+        if not self._with_update:
+            return
         self._database.executemany(
-            "INSERT OR REPLACE INTO line VALUES (?, ?, ?, ?)",
+            "INSERT OR REPLACE INTO line VALUES (?, ?, ?, ?, ?, ?, ?)",
             [
-                (decision.id, decision.outcome, decision.contact_id, decision.updated_at)
+                (
+                    decision.id,
+                    decision.outcome,
+                    decision.contact_id,
+                    decision.updated_at,
+                    source,
+                    decision.source_id,
+                    ",".join(decision.filled),
+                )
                 for decision in decisions
-                if decision.outcome is Outcome.EXISTS
-                or (decision.outcome is Outcome.MERGED and source.table == "profiles")
+                if decision.outcome is not Outcome.ERROR
             ],
         )
 
@@ -102,8 +119,19 @@ class Imagined:
         )
 
     def lines(self, ids: Iterable[str]) -> list[tuple[Any, ...]]:
-        """The lines that were remembered: id, outcome, contact id, `updatedAt` of the row."""
+        """The lines of rows: id, outcome, contact id, `updatedAt` of the row, source, source id, what was filled."""
         return self._rows("SELECT * FROM line WHERE id", ids)
+
+    def lines_of(self, contacts: Iterable[str]) -> list[tuple[Any, ...]]:
+        """The lines of the rows that would have made contacts or come to them."""
+        return self._rows("SELECT * FROM line WHERE contact_id", contacts)
+
+    def drafts(self, contacts: Iterable[str]) -> list[ContactDraft]:
+        """The contacts with these ids that would have been made, as they would have been then."""
+        return [
+            ContactDraft._make(json.loads(fields))
+            for (fields,) in self._rows("SELECT fields FROM draft WHERE id", contacts)
+        ]
 
     def written_in(self, contacts: Iterable[str]) -> list[tuple[str, dict[str, Any]]]:
         """What would have been written into contacts, in its order."""
@@ -167,7 +195,15 @@ class RehearsalStore:
             user_id, clerk_user_id = filled.get(contact.id, (None, None))
             contact.user_id = contact.user_id or user_id
             contact.clerk_user_id = contact.clerk_user_id or clerk_user_id
+        self._add_values(known)
         return known
+
+    def _add_values(self, known: KnownContacts) -> None:
+        """What else the contacts would have by now, as far as it is remembered: --update must know who filled what."""
+        contacts = {contact.id: contact for contact in known}
+        made = [(draft.id, draft._asdict()) for draft in self._imagined.drafts(contacts)]
+        for identifier, fields in (*made, *self._imagined.written_in(contacts)):
+            contacts[identifier].take(fields)
 
     def _keys_taken(self, drafts: Sequence[ContactDraft]) -> set[tuple[str, str | None]]:
         parameters = {
@@ -187,8 +223,7 @@ class RehearsalWriter:
 
     def __init__(self, connection: BaseDatabaseWrapper, lookup: ContactLookup, *, with_update: bool = False) -> None:
         """`with_update`: a rehearsal of an update comes after."""
-        self._with_update = with_update
-        self.imagined = Imagined()
+        self.imagined = Imagined(with_update=with_update)
         self.store = RehearsalStore(connection, lookup, self.imagined)
         self._connection = connection
 
@@ -198,8 +233,7 @@ class RehearsalWriter:
         totals = Totals()
         for rows in pages:
             settled = settle(rows, self.store)
-            if self._with_update:
-                self.imagined.note(source, settled.decisions)
+            self.imagined.note(source, settled.decisions)
             totals.add(Totals.of(settled.decisions, settled.created_by_type))
         return totals
 

@@ -50,7 +50,7 @@ REQUIRED_COLUMNS: Mapping[str, tuple[str, ...]] = {
 OPTIONAL_COLUMNS: Mapping[str, tuple[str, ...]] = {"profiles": ("clerkUserId",), "crm_contacts": ATTRIBUTION_COLUMNS}
 REQUIRED_CONTACT_TYPES = sorted({*CONTACT_TYPE_OF_SOURCE.values(), *CONTACT_TYPE_OF_LEAD_TYPE.values()})
 #: What only --update writes in a contact that is there.
-PROMOTED_COLUMNS = ("email", "contactType", "stage", "stageEnteredAt")
+PROMOTED_COLUMNS = ("firstName", "lastName", "email", "contactType", "source", "stage", "stageEnteredAt")
 #: What the ledger consists of for those who read it: what became of every row, and what updates changed later.
 LEDGER_TABLES = (LedgerEntry._meta.db_table, ContactUpdate._meta.db_table)
 #: A column that tells the generations apart, newest first.

@@ -79,7 +79,7 @@ class Assignment:
 
     def updater(self, before: BatchWriter | RehearsalWriter) -> Writer:
         """What looks at rows again; a dry run must know what it would have done `before`."""
-        present = Present(connection, self.facts, with_versions=self.run_id is not None)
+        present = Present(connection, self.facts, self.every_resolution(), with_versions=self.run_id is not None)
         if isinstance(before, RehearsalWriter):
             return UpdateRehearsal(before.store, before.imagined, present, self.facts.rules())
         lookup = ContactLookup(connection, self.facts)

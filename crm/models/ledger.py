@@ -210,6 +210,12 @@ class LedgerEntry(models.Model):
         db_table = "ledger_entry"
         verbose_name = "ledger entry"
         verbose_name_plural = "ledger"
+        indexes = (
+            # The rows of a contact, but for the one that made it: few, so that a first run hardly pays for it.
+            models.Index(
+                fields=["contact_id"], condition=Q(outcome__in=("merged", "exists")), name="ledger_entry_contact_id"
+            ),
+        )
 
     def __str__(self) -> str:
         return self.row

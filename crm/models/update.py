@@ -32,6 +32,9 @@ class ContactUpdate(models.Model):
     stage_entered_before = ExactTimestampField(null=True)
     confidence_before = models.IntegerField(null=True, help_text="Of the attribution that there was not")
     placeholder = models.TextField(null=True, help_text="The placeholder email that was replaced")
+    former = models.JSONField(
+        null=True, help_text="What was there before, or the row that has it: nothing where it was empty"
+    )
 
     class Meta:
         db_table = "contact_update"

@@ -10,7 +10,7 @@ from django.conf import settings
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill.arrays import use_fast_arrays
-from crm.backfill.mapping import ContactDraft, MappedRow, map_rows, trimmed
+from crm.backfill.mapping import ContactDraft, MappedRow, contact_id, map_rows, trimmed
 from crm.backfill.outcome import Outcome, Source, UpdateOutcome
 from crm.backfill.resolutions import Resolutions
 from crm.backfill.rollback.updates import UpdateRecord
@@ -39,7 +39,8 @@ SELECT contact_id FROM contact_update WHERE run_id = %s AND contact_id COLLATE "
 _UPDATE_COLUMNS = """
 SELECT change.id, change.line_id, change.source, change.source_id, change.contact_id, change.run_id,
        change.source_updated_at, change.columns, change.contact_updated_at, change.from_type, change.from_stage,
-       change.to_stage, change.stage_entered_before, change.confidence_before, change.placeholder
+       change.to_stage, change.stage_entered_before, change.confidence_before, change.placeholder,
+       change.former
   FROM contact_update change
 """
 _UPDATES = f"{_UPDATE_COLUMNS} WHERE change.run_id = %s AND change.contact_id = ANY(%s) ORDER BY change.id DESC"
@@ -157,9 +158,16 @@ class Reader:
                 query, *parameters
             )
         ]
-        sources = self._sources_now([record.line for record in found])
+        found = [record._replace(former_lines=_former_lines(record)) for record in found]
+        sources = self._sources_now([line for record in found for line in record.lines])
+
+        def now(line: Line) -> Line:
+            return line._replace(source=sources.get(line.id, line.source))
+
         return [
-            record._replace(line=record.line._replace(source=sources.get(record.line.id, record.line.source)))
+            record._replace(
+                line=now(record.line), former_lines={unit: now(line) for unit, line in record.former_lines.items()}
+            )
             for record in found
         ]
 
@@ -233,6 +241,22 @@ class Reader:
             read_as_text(cursor)
             cursor.execute(query, parameters)
             return list(cursor.fetchall())
+
+
+def _former_lines(record: UpdateRecord) -> dict[str, Line]:
+    """The rows that have what a change replaced, by its name."""
+    found: dict[str, Line] = {}
+    for unit, what in record.former_values.items():
+        if what is not None and "row" in what:
+            table, _, source_id = what["row"].partition(":")
+            found[unit] = record.line._replace(
+                id=contact_id(table, source_id),
+                source=Source.of_table(table)[0],
+                source_id=source_id,
+                updated_at=what["updated_at"],
+                filled=(unit,),
+            )
+    return found
 
 
 def _set_elsewhere(connection: BaseDatabaseWrapper) -> str:

@@ -178,7 +178,7 @@ def judge_changes(records: Sequence[UpdateRecord], reader: Reader) -> JudgedUpda
     """Compare the contacts of a batch of changes with what was written."""
     contact_ids = sorted({str(record.line.contact_id) for record in records})
     merges = reader.merges_into(contact_ids)
-    rows = reader.source_rows([*merges, *_lines_of(records)])
+    rows = reader.source_rows([*merges, *(line for record in records for line in record.lines)])
     return judge_updates(records, reader.contacts(contact_ids), _by_contact(merges), rows)
 
 
@@ -281,7 +281,8 @@ class DatabaseUndoer:
             self._forget_updates(id__in=[record.number for record in gone])
             # The rows are to be looked at again, as if they had not been.
             lines = LedgerEntry.objects.using(self._connection.alias)
-            lines.filter(id__in=[record.line.id for record in gone]).update(seen_updated_at=None)
+            lines.filter(id__in=restored).update(seen_updated_at=None)
+            lines.filter(contact_id__in=restored, outcome__in=("merged", "exists")).update(seen_updated_at=None)
             lines.filter(id__in=[line.id for line in undone.later_merges]).delete()
             self._count(undone)
             fence.renew(self._rollback_id, Totals())

@@ -7,6 +7,7 @@ is taken back first.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from crm.backfill.rollback.verdict import (
     is_unchanged,
     merges_that_miss,
 )
+from crm.backfill.update.changes import FIELDS_OF_CHANGE
 
 
 class UpdateRecord(NamedTuple):
@@ -38,11 +40,31 @@ class UpdateRecord(NamedTuple):
     stage_entered_before: str | None
     confidence_before: int | None
     placeholder: str | None
+    former: str | None
+    former_lines: Mapping[str, Line] = {}
 
     @property
-    def before(self) -> dict[str, Any]:
-        """What the columns were before it."""
+    def former_values(self) -> dict[str, Any]:
+        """By name of what was replaced: what was there, or the row that has it; None where no row did."""
+        return json.loads(self.former) if self.former else {}
+
+    @property
+    def lines(self) -> list[Line]:
+        """The row that it wrote from, and those that have what was there before."""
+        return [self.line, *self.former_lines.values()]
+
+    def before(self, rows: Rows) -> dict[str, Any] | None:
+        """What the columns were before it; None where a value was a person's and no row has it any more."""
         was: dict[str, Any] = dict.fromkeys(columns_of(self.line))
+        for unit, what in self.former_values.items():
+            fields = FIELDS_OF_CHANGE[unit]
+            line = self.former_lines.get(unit)
+            if line is not None and is_unchanged(line, rows):
+                was |= {name: getattr(rows[line.id].mapped.draft, name) for name in fields}
+            elif what is not None and "values" in what:
+                was |= zip(fields, what["values"], strict=True)
+            else:
+                return None
         known = {
             "contact_type": self.from_type,
             "stage": self.from_stage,
@@ -98,7 +120,7 @@ def judge_updates(
 def _why_it_stays(record: UpdateRecord, contact: StoredContact, rows: Rows) -> Judgement | None:
     if contact.values.updated_at != record.contact_updated_at:
         return Judgement(record.line, Verdict.KEPT, Why.EDITED, "updatedAt")
-    if not is_unchanged(record.line, rows):
+    if not is_unchanged(record.line, rows) or record.before(rows) is None:
         return Judgement(record.line, Verdict.KEPT, Why.SOURCE_CHANGED)
     if differing := differs_from_merge(contact, record.line, rows):
         return Judgement(record.line, Verdict.KEPT, Why.EDITED, ", ".join(differing))
@@ -109,9 +131,10 @@ def _restore(
     restored: Restored, stands: StoredContact, record: UpdateRecord, merges: Iterable[Line], rows: Rows
 ) -> None:
     """Take a change out, with what was merged on top of it: such a row would have filled it itself."""
-    emptied = [name for name, value in record.before.items() if value is None]
+    before = record.before(rows) or {}
+    emptied = [name for name, value in before.items() if value is None]
     others = [merge for merge in merges if merge.run_id != record.line.run_id and merge not in restored.later_merges]
     missing = merges_that_miss(stands, emptied, others, rows)
     nothing: dict[str, Any] = dict.fromkeys(column for merge in missing for column in columns_of(merge))
-    restored.values = restored.values._replace(**(nothing | record.before))
+    restored.values = restored.values._replace(**(nothing | before))
     restored.later_merges += missing

@@ -7,38 +7,31 @@ is done: a second look at the same rows finds nothing.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from django.db.backends.base.base import BaseDatabaseWrapper
 
-from crm.backfill.mapping import ATTRIBUTION, CONTACT_TYPE_OF_SOURCE, ContactDraft, MappedRow
+from crm.backfill.mapping import ATTRIBUTION, CONTACT_TYPE_OF_SOURCE, ContactDraft, MappedRow, map_rows
 from crm.backfill.outcome import Outcome, Source
-from crm.backfill.schema import ATTRIBUTION_COLUMNS, DatabaseFacts
-from crm.backfill.source import UNSETTLED, Choice, read_as_text
-from crm.backfill.update.changes import LEAD, SeenLine, StandingContact
+from crm.backfill.resolutions import Resolutions
+from crm.backfill.schema import DatabaseFacts
+from crm.backfill.source import EVERY_ROW, UNSETTLED, Choice, SourceReader, read_as_text
+from crm.backfill.update.changes import RowOfContact, SeenLine, StandingContact
 from crm.models import CRMContact
 
 _JOIN = UNSETTLED.join.replace("SELECT outcome,", "SELECT outcome, contact_id, {seen},")
-_SEEN = "COALESCE(seen_updated_at, source_updated_at)"
+_SEEN = "COALESCE(seen_updated_at, source_updated_at) AS seen, seen_updated_at"
 _CONTACT = "FROM crm_contacts c WHERE c.id = line.contact_id LIMIT 1"
-# Newer, as a rule. Put back to what it was before, it has changed as well.
-_CHANGED = f"""(r."updatedAt" <> line.seen AND (SELECT true {_CONTACT}))"""
-_FILLS_ANOTHERS = """
-(line.outcome = 'exists' AND (
-  SELECT {blanks} FROM crm_contacts c
-   CROSS JOIN LATERAL (SELECT COALESCE(string_to_array(string_agg(columns, ','), ','), '{{}}') AS columns
-                         FROM contact_update WHERE contact_id = c.id) given
-   WHERE c.id = line.contact_id LIMIT 1))
-"""
-_PROMOTES = f"""
-(line.outcome = 'merged' AND (
-  SELECT c."contactType"::text = '{LEAD}' AND c."updatedAt" = made.source_updated_at
-    FROM crm_contacts c JOIN ledger_entry made ON made.id = c.id AND made.outcome = 'created'
-   WHERE c.id = line.contact_id LIMIT 1))
+# Newer, as a rule. Put back to what it was before, it has changed as well. Or it came to a contact, and no update has
+# looked at it.
+_DUE = f"""
+((r."updatedAt" <> line.seen OR (line.outcome <> 'created' AND line.seen_updated_at IS NULL))
+ AND (SELECT true {_CONTACT}))
 """
 _PLACEHOLDERS = ", ".join(f"'{kind.lower()}-' || lower(r.id)" for kind in CONTACT_TYPE_OF_SOURCE.values())
-_TELLING = [column for column in ATTRIBUTION_COLUMNS if column != "attributionConfidence"]
 _ADDRESS = "lower(btrim(u.email, %(white_space)s))"
 _HAS_EMAIL_NOW = f"""
 (SELECT split_part(c.email, '@', 1) IN ({_PLACEHOLDERS}) AND (
@@ -48,30 +41,6 @@ _HAS_EMAIL_NOW = f"""
 """
 
 
-def _is_there(column: str) -> str:
-    return f"btrim({column}, %(white_space)s) <> ''"
-
-
-def _blanks(facts: DatabaseFacts, table: str) -> str:
-    """The condition that somebody else's contact `c` has a blank which row `r` could fill, and never was filled."""
-    if table == "profiles":
-        brings = {"user_id": 'c."userId" IS NULL AND r."userId" IS NOT NULL'}
-        if facts.has_clerk_user_id:
-            brings["clerk_user_id"] = """c."clerkUserId" IS NULL AND r."clerkUserId" <> ''"""
-        brings["company"] = "c.company IS NULL AND " + _is_there('r."companyName"')
-    else:
-        brings = {
-            "last_contacted_at": 'c."lastContactedAt" IS NULL AND r."lastContactedAt" IS NOT NULL',
-            "assignment": f"""c."assignedPreparerId" IS NULL AND c."assignedAt" IS NULL
-                              AND {_is_there('r."assignedPreparerId"')}""",
-        }
-        if facts.has_attribution:
-            theirs, ours = (", ".join(f'{where}."{column}"' for column in _TELLING) for where in "rc")
-            brings["attribution"] = f"num_nonnulls({ours}) = 0 AND num_nonnulls({theirs}) > 0"
-    brings["phone"] = f"c.phone IS NULL AND {_is_there('r.phone')}"
-    return " OR ".join(f"({brought} AND '{unit}' <> ALL (given.columns))" for unit, brought in brings.items())
-
-
 def rows_to_revisit(facts: DatabaseFacts, source: Source, *, with_unsettled: bool) -> Choice:
     """The rows of a source that are to be looked at again.
 
@@ -79,72 +48,129 @@ def rows_to_revisit(facts: DatabaseFacts, source: Source, *, with_unsettled: boo
     """
     if not facts.has_ledger:
         return UNSETTLED
-    parts = [_CHANGED, _FILLS_ANOTHERS.format(blanks=_blanks(facts, source.table))]
-    if source.table == "profiles":
-        parts += [_PROMOTES, _HAS_EMAIL_NOW]
+    parts = [_DUE, _HAS_EMAIL_NOW] if source.table == "profiles" else [_DUE]
     condition = f"line.outcome <> 'error' AND ({' OR '.join(parts)})"
     if with_unsettled:
         condition = f"{UNSETTLED.condition} OR {condition}"
-    return Choice(_JOIN.replace("{seen}", f"{_SEEN} AS seen"), f"({condition})")
+    return Choice(_JOIN.replace("{seen}", _SEEN), f"({condition})")
 
 
-_LINES = f"SELECT id, outcome, contact_id, {_SEEN} FROM ledger_entry WHERE id = ANY(%s) AND outcome <> 'error'"
-_CONTACTS = """
-SELECT {version}, {made}, {columns} FROM crm_contacts c {joins} WHERE c.id = ANY(%s)
+_LINE = "line.id, line.outcome, line.contact_id, line.source_updated_at, line.seen_updated_at"
+_LINES = f"SELECT {_LINE} FROM ledger_entry line WHERE line.id = ANY(%s) AND line.outcome <> 'error'"
+# Both by index, each of its own: of a contact's rows one made it at most, and most contacts have no other.
+_LINES_OF_CONTACTS = f"""
+SELECT line.source, line.source_id, line.filled, {_LINE} FROM ledger_entry line
+ WHERE line.id = ANY(%(ids)s) AND line.outcome = 'created'
+ UNION ALL
+SELECT line.source, line.source_id, line.filled, {_LINE} FROM ledger_entry line
+ WHERE line.contact_id = ANY(%(ids)s) AND line.outcome IN ('merged', 'exists')
 """
-_MADE = "made.source_updated_at, given.columns"
+_CONTACTS = """
+SELECT {version}, {given}, {columns} FROM crm_contacts c {joins} WHERE c.id = ANY(%s)
+"""
 _JOINS = """
-  LEFT JOIN ledger_entry made ON made.id = c.id AND made.outcome = 'created'
   LEFT JOIN LATERAL (
-    SELECT string_agg(columns, ',') AS columns FROM contact_update WHERE contact_id = c.id
+    SELECT string_agg(columns, ',') AS columns, min(contact_updated_at) AS first, max(contact_updated_at) AS last
+      FROM contact_update WHERE contact_id = c.id
   ) given ON true
 """
-# The ledger has no index on the contact: this reads all of it.
-_GIVEN = "SELECT contact_id, filled FROM ledger_entry WHERE filled IS NOT NULL AND contact_id = ANY(%s)"
+# Had somebody touched it between two updates, nobody could tell who wrote what.
+_GIVEN = "given.columns, CASE WHEN given.first = given.last THEN given.last END"
 
 
+class LineOfContact(NamedTuple):
+    """A settled line of a contact's: where its row is, what it filled, and how it was seen."""
+
+    table: str
+    source_id: str
+    filled: frozenset[str]
+    line: SeenLine
+
+
+@dataclass(frozen=True, slots=True)
 class Present:
-    """Lines and contacts as they are now."""
+    """Lines, rows and contacts as they are now.
 
-    def __init__(self, connection: BaseDatabaseWrapper, facts: DatabaseFacts, *, with_versions: bool) -> None:
-        """`with_versions` needs the right to read `xmin`, which a dry run may not have."""
-        self._connection = connection
-        self._facts = facts
-        missing = () if facts.has_attribution else (*ATTRIBUTION, "attribution_confidence")
-        columns = [
-            "NULL" if field.attname in missing else f'c."{field.column}"' for field in CRMContact._meta.concrete_fields
-        ]
-        self._contacts = _CONTACTS.format(
-            version="c.xmin::text" if with_versions else "''",
-            made=_MADE if facts.has_ledger else "NULL, NULL",
-            columns=", ".join(columns),
-            joins=_JOINS if facts.has_ledger else "",
-        )
+    `with_versions` needs the right to read `xmin`, which a dry run may not have.
+    """
+
+    connection: BaseDatabaseWrapper
+    facts: DatabaseFacts
+    resolutions: Resolutions
+    with_versions: bool
 
     def lines(self, rows: Iterable[MappedRow]) -> dict[str, SeenLine]:
         """The settled lines of rows, by their id."""
-        if not self._facts.has_ledger:
+        if not self.facts.has_ledger:
             return {}
-        found = self._rows(_LINES, [row.id for row in rows])
-        return {key: SeenLine(key, Outcome(outcome), contact, seen) for key, outcome, contact, seen in found}
+        return {line.id: line for line in map(_seen, self._rows(_LINES, [[row.id for row in rows]]))}
+
+    def lines_of(self, contacts: Collection[str]) -> list[LineOfContact]:
+        """The settled lines of contacts."""
+        if not self.facts.has_ledger:
+            return []
+        return [
+            LineOfContact(Source(source).table, source_id, _names(filled), _seen(line))
+            for source, source_id, filled, *line in self._rows(_LINES_OF_CONTACTS, {"ids": list(contacts)})
+        ]
 
     def contacts(self, ids: Collection[str]) -> dict[str, StandingContact]:
-        """Those of these contacts that are there, by their id."""
+        """Those of these contacts that are there, by their id, without their rows."""
+        missing = () if self.facts.has_attribution else (*ATTRIBUTION, "attribution_confidence")
+        columns = [
+            "NULL" if field.attname in missing else f'c."{field.column}"' for field in CRMContact._meta.concrete_fields
+        ]
+        query = _CONTACTS.format(
+            version="c.xmin::text" if self.with_versions else "''",
+            given=_GIVEN if self.facts.has_ledger else "NULL, NULL",
+            columns=", ".join(columns),
+            joins=_JOINS if self.facts.has_ledger else "",
+        )
         found: dict[str, StandingContact] = {}
-        for version, made_at, given, *values in self._rows(self._contacts, list(ids)):
+        for version, given, left_at, *values in self._rows(query, [list(ids)]):
             draft = ContactDraft._make(values)
-            found[draft.id] = StandingContact(version, draft, made_at, set(given.split(",")) if given else set())
-        self._add_given(found)
+            found[draft.id] = StandingContact(version, draft, left_at=left_at, given=set(_names(given)))
         return found
 
-    def _add_given(self, found: Mapping[str, StandingContact]) -> None:
-        """What the first runs filled is asked only where it matters: in contacts of ours that somebody touched."""
-        touched = [key for key, contact in found.items() if contact.made_at and not contact.is_as_written]
-        for contact_id, filled in self._rows(_GIVEN, touched) if touched else ():
-            found[contact_id].given.update(filled.split(","))
+    def add_rows(self, contacts: Mapping[str, StandingContact], lines: Sequence[LineOfContact]) -> None:
+        """Read the rows of contacts by their lines, in canonical order: those that people decided on come last."""
+        by_id = {line.line.id: line for line in lines if line.line.contact_id in contacts}
+        rows: dict[str, list[RowOfContact]] = {}
+        for found in sorted(self._rows_of(by_id), key=lambda found: found.row.resolution is not None):
+            rows.setdefault(found.line.contact_id, []).append(found)
+        lines_left = Counter(line.line.contact_id for line in by_id.values())
+        for contact_id, contact in contacts.items():
+            contact.rows = rows.get(contact_id, ())
+            contact.has_all_rows = len(contact.rows) == lines_left[contact_id]
+        for line in by_id.values():
+            contact = contacts[line.line.contact_id]
+            if line.line.outcome is Outcome.CREATED:
+                contact.made_at = line.line.settled_at
+        for line in by_id.values():
+            contact = contacts[line.line.contact_id]
+            if contact.made_at is not None and not contact.is_as_written:
+                contact.given |= line.filled
 
-    def _rows(self, query: str, ids: list[str]) -> list[tuple[Any, ...]]:
-        with self._connection.cursor() as cursor:
+    def _rows_of(self, lines: Mapping[str, LineOfContact]) -> Iterator[RowOfContact]:
+        for source in Source:
+            ids = [line.source_id for line in lines.values() if line.table == source.table]
+            if not ids:
+                continue
+            page = SourceReader(self.connection, self.facts, source, choice=EVERY_ROW, ids=ids).page(None, len(ids))
+            for row in self.resolutions.applied(map_rows(source, page.rows, self.facts.rules())):
+                yield RowOfContact(lines[row.id].line, source, row)
+
+    def _rows(self, query: str, parameters: Any) -> list[tuple[Any, ...]]:
+        with self.connection.cursor() as cursor:
             read_as_text(cursor)
-            cursor.execute(query, [ids])
+            cursor.execute(query, parameters)
             return list(cursor.fetchall())
+
+
+def _seen(values: Sequence[Any]) -> SeenLine:
+    identifier, outcome, *others = values
+    return SeenLine(identifier, Outcome(outcome), *others)
+
+
+def _names(names: str | None) -> frozenset[str]:
+    return frozenset(names.split(",")) if names else frozenset()

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
+from crm.backfill.fold import FILLED_UNITS
 from crm.backfill.mapping import MappedRow, Rules
 from crm.backfill.outcome import Outcome, Source, Totals
 from crm.backfill.rehearsal import Imagined, RehearsalStore
-from crm.backfill.update.changes import UNITS, Change, Look, SeenLine, StandingContact, decide, totals_of
-from crm.backfill.update.reader import Present
+from crm.backfill.update.changes import Change, Look, SeenLine, StandingContact, decide, rows_of, totals_of
+from crm.backfill.update.reader import LineOfContact, Present
 
 
 class UpdateRehearsal:
@@ -36,22 +37,28 @@ class UpdateRehearsal:
         lines = self._lines(rows)
         contacts = self._contacts({line.contact_id for line in lines.values()})
         rows = [row for row in rows if row.id in lines]
-        changes = list(decide(source, rows, Look(lines, contacts, self._store.contacts_met_by(rows)), self._rules))
+        known = self._store.contacts_met_by(rows_of(contacts, rows))
+        changes = list(decide(source, rows, Look(lines, contacts, known), self._rules))
         self._remember(changes, contacts)
         return changes
 
     def _lines(self, rows: Iterable[MappedRow]) -> dict[str, SeenLine]:
-        lines = self._present.lines(rows)
-        fresh = self._imagined.lines(row.id for row in rows)
-        return lines | {key: SeenLine(key, Outcome(outcome), contact, seen) for key, outcome, contact, seen in fresh}
+        fresh = map(_line, self._imagined.lines(row.id for row in rows))
+        return self._present.lines(rows) | {line.line.id: line.line for line in fresh}
 
     def _contacts(self, ids: Collection[str]) -> dict[str, StandingContact]:
-        """The contacts with what would have been written into them by now."""
-        contacts = self._present.contacts(ids)
+        """The contacts as they would be by now, with the rows that would have come to them."""
+        contacts = {draft.id: StandingContact("", draft) for draft in self._imagined.drafts(ids)}
+        contacts |= self._present.contacts(ids)
         for identifier, fields in self._imagined.written_in(contacts):
             contact = contacts[identifier]
+            if not contact.given:
+                contact.left_at = contact.values.updated_at
             contact.values = contact.values._replace(**fields)
-            contact.given.update(unit for unit, names in UNITS.items() if fields.keys() & set(names))
+            contact.given.update(unit for unit, names in FILLED_UNITS.items() if fields.keys() & set(names))
+        self._present.add_rows(
+            contacts, [*self._present.lines_of(contacts), *map(_line, self._imagined.lines_of(contacts))]
+        )
         return contacts
 
     def _remember(self, changes: Iterable[Change], contacts: dict[str, StandingContact]) -> None:
@@ -64,4 +71,10 @@ class UpdateRehearsal:
             for contact, values in written.items()
             if values.keys() & {"user_id", "clerk_user_id"}
         )
-        self._imagined.make(contacts[contact].values for contact, values in written.items() if "email" in values)
+        self._imagined.make([contacts[contact].values for contact, values in written.items() if "email" in values])
+
+
+def _line(values: Sequence[Any]) -> LineOfContact:
+    identifier, outcome, contact_id, settled_at, source, source_id, filled = values
+    line = SeenLine(identifier, Outcome(outcome), contact_id, settled_at)
+    return LineOfContact(Source(source).table, source_id, frozenset(filled.split(",")) if filled else frozenset(), line)

@@ -5,8 +5,9 @@ rows -> lines, contacts, keys -> decide -> contacts and stage history -> record 
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from django.db import DatabaseError, transaction
@@ -20,7 +21,7 @@ from crm.backfill.mapping import ContactDraft, MappedRow, Rules, contact_id
 from crm.backfill.outcome import Source, Totals
 from crm.backfill.settle import MOST_ATTEMPTS, UnsettledError
 from crm.backfill.transactions import certain_transaction
-from crm.backfill.update.changes import FIELDS_OF_CHANGE, REFUSED, Change, Look, decide, totals_of
+from crm.backfill.update.changes import FIELDS_OF_CHANGE, REFUSED, Change, Look, decide, rows_of, totals_of
 from crm.backfill.update.reader import Present
 from crm.backfill.writer import MANNERS, Timeouts, lock_contacts
 from crm.models import BackfillBatch, CRMContact
@@ -42,20 +43,21 @@ ON CONFLICT DO NOTHING
 _SEEN = """
 UPDATE ledger_entry line SET seen_updated_at = looked.at::timestamp
   FROM unnest(%s::text[], %s::text[], %s::text[]) AS looked(id, before, at)
- WHERE line.id = looked.id AND COALESCE(seen_updated_at, source_updated_at) = looked.before::timestamp
+ WHERE line.id = looked.id AND seen_updated_at IS NOT DISTINCT FROM looked.before::timestamp
 """
 
 _RECORDED = {
-    **dict.fromkeys(("line_id", "source_id", "contact_id", "columns"), "text"),
+    **dict.fromkeys(("line_id", "source", "source_id", "contact_id", "columns"), "text"),
     **dict.fromkeys(("source_updated_at", "contact_updated_at"), "timestamp"),
     **dict.fromkeys(("from_type", "to_type", "from_stage", "to_stage"), "text"),
     "stage_entered_before": "timestamp",
     "confidence_before": "int",
     "placeholder": "text",
+    "former": "jsonb",
 }
 _RECORD = f"""
-INSERT INTO contact_update (run_id, source, {", ".join(_RECORDED)})
-SELECT %s::bigint, %s, change.* FROM unnest({", ".join(f"%s::{kind}[]" for kind in _RECORDED.values())}) AS change
+INSERT INTO contact_update (run_id, {", ".join(_RECORDED)})
+SELECT %s::bigint, change.* FROM unnest({", ".join(f"%s::{kind}[]" for kind in _RECORDED.values())}) AS change
 """
 
 
@@ -118,7 +120,7 @@ class UpdateWriter:
             totals = Totals()
             for rows in pages:
                 changes = self._settle(source, rows)
-                self._record(source, changes)
+                self._record(changes)
                 self._mark_seen(changes)
                 totals.add(totals_of(changes))
             if totals.revisited:
@@ -148,7 +150,8 @@ class UpdateWriter:
     def _look_at(self, rows: Sequence[MappedRow]) -> Look:
         lines = self._present.lines(rows)
         contacts = self._present.contacts({line.contact_id for line in lines.values()})
-        return Look(lines, contacts, self._lookup.contacts_met_by(rows))
+        self._present.add_rows(contacts, self._present.lines_of(contacts))
+        return Look(lines, contacts, self._lookup.contacts_met_by(rows_of(contacts, rows)))
 
     def _write_apart(self, changes: Iterable[Change]) -> _Written:
         """Write; where PostgreSQL refuses a contact, halve until it stands alone, so that the others are written."""
@@ -214,42 +217,54 @@ class UpdateWriter:
             with self._connection.cursor() as cursor:
                 cursor.execute(_HISTORY, [REASON, *map(list, zip(*steps, strict=True))])
 
-    def _record(self, source: Source, changes: Iterable[Change]) -> None:
-        lines = [_recorded(change) for change in changes if change.columns]
+    def _record(self, changes: Iterable[Change]) -> None:
+        lines = [recorded for change in changes for recorded in _recorded(change)]
         if lines:
             with self._connection.cursor() as cursor:
-                cursor.execute(_RECORD, [self._run_id, source.value, *map(list, zip(*lines, strict=True))])
+                cursor.execute(_RECORD, [self._run_id, *map(list, zip(*lines, strict=True))])
 
     def _mark_seen(self, changes: Iterable[Change]) -> None:
-        seen = sorted(
-            (change.line.id, change.line.seen, change.row.updated_at)
-            for change in changes
-            if change.row.updated_at != change.line.seen and REFUSED not in change.kept
-        )
+        due = [change for change in changes if change.line.is_due(change.row.updated_at) and REFUSED not in change.kept]
+        seen = sorted({change.line.id: (change.line.looked_at, change.row.updated_at) for change in due}.items())
         if seen:
             with self._connection.cursor() as cursor:
-                cursor.execute(_SEEN, list(map(list, zip(*seen, strict=True))))
+                rows = [(identifier, before, at) for identifier, (before, at) in seen]
+                cursor.execute(_SEEN, list(map(list, zip(*rows, strict=True))))
                 if cursor.rowcount < len(seen):
                     raise SettledMeanwhileError
 
 
-def _recorded(change: Change) -> tuple[str | int | None, ...]:
-    """A change's values for the columns of _RECORDED."""
-    before, values = change.before, change.values
+def _recorded(change: Change) -> Iterator[tuple[str | int | None, ...]]:
+    """What a change writes, for the columns of _RECORDED: row by row that something comes from, and what cannot be
+    taken back apart from what can."""
+    apart: dict[tuple[str, bool], list[str]] = {}
+    for name, origin in change.origins.items():
+        is_lost = name in change.former and change.former[name] is None
+        apart.setdefault((origin.line.id, is_lost), []).append(name)
+    for names in apart.values():
+        yield _recorded_together(change, names)
+
+
+def _recorded_together(change: Change, names: Sequence[str]) -> tuple[str | int | None, ...]:
+    before, origin = change.before, change.origins[names[0]]
+    written = {each for name in names for each in FIELDS_OF_CHANGE[name]}
+    former = {name: change.former[name] for name in names if name in change.former}
     return (
-        change.line.id,
-        change.row.source_id,
+        origin.line.id,
+        origin.source.value,
+        origin.row.source_id,
         change.contact_id,
-        ",".join(change.columns),
-        change.row.updated_at,
+        ",".join(names),
+        origin.row.updated_at,
         before.updated_at,
-        before.contact_type if "contact_type" in values else None,
-        values.get("contact_type"),
-        before.stage if "stage" in values else None,
-        values.get("stage"),
-        before.stage_entered_at if "stage" in values else None,
-        before.attribution_confidence if "attribution_confidence" in values else None,
-        before.email if "email" in values else None,
+        before.contact_type if "contact_type" in written else None,
+        change.values["contact_type"] if "contact_type" in written else None,
+        before.stage if "stage" in written else None,
+        change.values["stage"] if "stage" in written else None,
+        before.stage_entered_at if "stage_entered_at" in written else None,
+        before.attribution_confidence if "attribution_confidence" in written else None,
+        before.email if "email" in written else None,
+        json.dumps(former) if former else None,
     )
 
 
