@@ -14,7 +14,7 @@ import psycopg
 import pytest
 from django.db import OperationalError, connection
 
-from crm.backfill import runner, workers
+from crm.backfill import lifecycle, runner, workers
 from crm.backfill.pipeline import Retries
 from crm.backfill.writer import Timeouts
 from crm.models import BackfillRun
@@ -63,7 +63,7 @@ pytestmark = pytest.mark.usefixtures("impatience")
 @pytest.fixture
 def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no try wait for long."""
-    monkeypatch.setattr(runner, "WAITS_BEFORE_ANOTHER_LOOK", (0.01, 0.01))
+    monkeypatch.setattr(lifecycle, "WAITS_BEFORE_ANOTHER_LOOK", (0.01, 0.01))
     monkeypatch.setattr(Retries.__init__, "__defaults__", (MOST_TRIES, 0.001))
 
 

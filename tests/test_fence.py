@@ -211,7 +211,7 @@ def test_a_run_that_is_silent_for_five_minutes_is_taken_over(database: Database)
     taker = claim()
     assert statuses() == {silent.pk: "interrupted", taker.pk: "running"}
     silent.refresh_from_db()
-    assert silent.failure == "taken over: no heartbeat for five minutes"
+    assert silent.failure == f"taken over by run {taker.pk}: no heartbeat for five minutes"
     assert silent.finished_at is not None
 
 
@@ -220,7 +220,7 @@ def test_a_dead_process_of_this_machine_is_taken_over_at_once(database: Database
     taker = claim()
     assert statuses() == {dead.pk: "interrupted", taker.pk: "running"}
     dead.refresh_from_db()
-    assert dead.failure == "taken over: its process is gone"
+    assert dead.failure == f"taken over by run {taker.pk}: its process is gone"
 
 
 def test_a_process_of_another_machine_is_not_thought_dead_by_its_number(database: Database) -> None:
@@ -272,7 +272,7 @@ def test_a_run_that_wakes_after_it_was_taken_over_writes_nothing_more(database: 
     taker = BackfillRun.objects.get(pk=sleeper.taker.pk)
     assert statuses() == {report.run_id: "interrupted", taker.pk: "running"}
     assert (taker.read, taker.batches.count()) == (0, 0)
-    assert BackfillRun.objects.get(pk=report.run_id).failure == "taken over: no heartbeat for five minutes"
+    assert BackfillRun.objects.get(pk=report.run_id).failure == f"taken over by run {taker.pk}: no heartbeat for five minutes"
 
 
 @contextmanager

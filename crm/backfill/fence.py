@@ -16,8 +16,8 @@ from datetime import timedelta
 from typing import Any
 
 from django.db import IntegrityError, connection
-from django.db.models import F
-from django.db.models.functions import Now
+from django.db.models import F, Value
+from django.db.models.functions import Now, Replace
 
 from crm.backfill.outcome import Totals
 from crm.backfill.transactions import certain_transaction
@@ -27,6 +27,7 @@ from crm.models.ledger import RunStatus
 from crm.version import VERSION
 
 HEARTBEAT_LASTS = timedelta(minutes=5)
+_TAKEN_OVER = "taken over"
 
 logger = logging.getLogger(__name__)
 
@@ -38,18 +39,11 @@ class AnotherRunError(OperatorError):
 
 
 class FenceLostError(Exception):
-    """The run is no longer the running one: somebody paused it, cancelled it or took it over."""
-
-    def __init__(self, run_id: int, status: str) -> None:
-        super().__init__(run_id, status)
-        self.status = RunStatus(status)
+    """The run is no longer the running one: it was paused, cancelled, taken over, or its record was deleted."""
 
 
 def claim(kind: BackfillRun.Kind, options: Mapping[str, Any], generation: str) -> BackfillRun:
     """Begin a run. Raises AnotherRunError when another one holds the fence; a dead one is taken over."""
-    for holder in BackfillRun.objects.holding():
-        if not take_over_if_dead(holder):
-            raise AnotherRunError(_who_holds(holder))
     run = BackfillRun(
         kind=kind,
         options=dict(options),
@@ -61,13 +55,26 @@ def claim(kind: BackfillRun.Kind, options: Mapping[str, Any], generation: str) -
     )
     try:
         with certain_transaction(connection):
+            dead = []
+            for holder in BackfillRun.objects.holding():
+                if not take_over_if_dead(holder):
+                    raise AnotherRunError(_who_holds(BackfillRun.objects.holding().first() or holder))
+                dead.append(holder.pk)
             run.save(force_insert=True)
+            by = Replace("failure", Value(_TAKEN_OVER), Value(f"{_TAKEN_OVER} by run {run.pk}"))
+            if dead:
+                BackfillRun.objects.filter(pk__in=dead).update(failure=by)
     except IntegrityError:
         holding = BackfillRun.objects.holding().first()
         raise AnotherRunError(
             _who_holds(holding) if holding else "Another run began at the same moment and has just ended: try again."
         ) from None
     return run
+
+
+def claimed_by_this_process() -> BackfillRun | None:
+    """The running run of this process, if there is one."""
+    return BackfillRun.objects.running().filter(host=socket.gethostname(), process_id=os.getpid()).first()
 
 
 def require_silence() -> None:
@@ -93,7 +100,13 @@ def renew(run_id: int, totals: Totals) -> None:
         )
     )
     if not updated:
-        raise FenceLostError(run_id, BackfillRun.objects.values_list("status", flat=True).get(pk=run_id))
+        raise FenceLostError(run_id)
+
+
+def why_not_held(run_id: int) -> str | None:
+    """Why a run is no longer the running one, in words; None while it is."""
+    status = BackfillRun.objects.filter(pk=run_id).values_list("status", flat=True).first()
+    return None if status == RunStatus.RUNNING else f"the run was {status or 'deleted'} before its end"
 
 
 def release(run_id: int, status: RunStatus, **results: Any) -> bool:
@@ -110,7 +123,7 @@ def take_over_if_dead(run: BackfillRun) -> bool:
     if not gone:
         silent = silent.filter(heartbeat_at__lt=Now() - HEARTBEAT_LASTS)
     why = "its process is gone" if gone else "no heartbeat for five minutes"
-    taken = silent.update(status=RunStatus.INTERRUPTED, finished_at=Now(), failure=f"taken over: {why}")
+    taken = silent.update(status=RunStatus.INTERRUPTED, finished_at=Now(), failure=f"{_TAKEN_OVER}: {why}")
     if taken:
         logger.warning("run %s was taken over: %s", run.pk, why)
     return bool(taken)

@@ -1,5 +1,7 @@
 """Ctrl-C and SIGTERM: the first asks a run to end with its batch, the second ends it now.
 
+Neither breaks off what must not be: the claim of a run and the end of its record, see `crm.backfill.lifecycle`.
+
 A batch that does not come to its end by itself, because it waits for a lock or for a server that is silent, is not
 waited for: after a grace its statement is cancelled, whichever thread sent it, and if that does not help, its
 connection is cut. So it ends as any statement ends that fails, and whoever sent it asks then whether to stop.
@@ -13,7 +15,8 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Collection, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
@@ -33,16 +36,48 @@ GRACE = 1.0
 AGAIN_AFTER, MOST_IN_VAIN = 0.15, 3
 #: How long a cancellation may take to reach the server; seconds.
 TO_REACH_THE_SERVER = 0.2
+#: How often whoever waits looks up to see whether the wait is over; seconds.
+_LOOK_UP_EVERY = 0.1
+
+
+class InterruptedRunError(Exception):
+    """The operator asked to stop; what was committed stays. The message is for the run's record, if there is one."""
 
 
 class Interruption:
     """Whether the operator asked to stop. Ask it between batches."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self._signals = 0
+        #: How many signals break off what is being done; None where nothing may.
+        self._most: int | None = None
         self._cancelled = 0
         # By thread: each has a connection of its own.
         self._connections: dict[int, BaseDatabaseWrapper] = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal came."""
+        return self._signals > 0
+
+    def heed(self) -> None:
+        """Raise InterruptedRunError where the operator asked to stop."""
+        if self.requested:
+            raise InterruptedRunError
+
+    def sleep(self, seconds: float) -> None:
+        """Wait, but no longer than until the next signal."""
+        before = self._signals
+        sleep_until(lambda: self._signals > before, seconds)
+
+    @contextmanager
+    def breakable(self, *, at_once: bool = False) -> Iterator[None]:
+        """What is inside may be broken off: by the second signal, or by the next one. Raises KeyboardInterrupt then."""
+        self._most = self._signals + 1 if at_once else 2
+        try:
+            yield
+        finally:
+            self._most = None
 
     @contextmanager
     def heeded(self, signals: Collection[signal.Signals] = SIGNALS) -> Iterator[None]:
@@ -70,12 +105,15 @@ class Interruption:
             signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN_AFTER)
 
     def _request(self, number: int, _frame: FrameType | None) -> None:
-        if self.requested:
+        self._signals += 1
+        if self._most is not None and self._signals >= self._most:
+            # Whoever comes after is not broken off by the next one.
+            self._most = None
             # What another thread is at is not ended by the exception.
             self.grant(AGAIN_AFTER)
             raise KeyboardInterrupt(signal.Signals(number).name)
-        self.requested = True
-        self.grant(GRACE)
+        if self._signals == 1:
+            self.grant(GRACE)
 
     def _note(self, connection: BaseDatabaseWrapper, **_signal: Any) -> None:
         self._connections[threading.get_ident()] = connection
@@ -96,6 +134,13 @@ def _end_statement(connection: psycopg.Connection, *, with_connection: bool) -> 
             line.shutdown(socket.SHUT_RDWR)
     else:
         connection.cancel_safe(timeout=TO_REACH_THE_SERVER)
+
+
+def sleep_until(is_over: Callable[[], bool], seconds: float) -> None:
+    """Wait so many seconds, or until it is over."""
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0 and not is_over():
+        time.sleep(min(left, _LOOK_UP_EVERY))
 
 
 class StoppedError(OperatorError):

@@ -17,6 +17,7 @@ from django.db import Error as DjangoDatabaseError
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill import errors
+from crm.backfill.interruption import InterruptedRunError, sleep_until
 from crm.backfill.mapping import MappedRow, Rules
 from crm.backfill.outcome import Source, Totals
 from crm.backfill.pace import LONGEST_PAUSE, BatchSizer, Throttle
@@ -25,6 +26,8 @@ from crm.backfill.resolutions import Resolutions
 from crm.backfill.source import Key, SourceReader
 
 logger = logging.getLogger(__name__)
+
+STOPPED_IN_A_BATCH = "stopped in the middle of a batch, which was rolled back"
 
 
 class Writer(Protocol):
@@ -59,10 +62,6 @@ class Retries:
         return wait
 
 
-class InterruptedRunError(Exception):
-    """The operator asked to stop; what was committed stays. The message is for the run's record, if there is one."""
-
-
 @dataclass(slots=True, kw_only=True)
 class Pipeline:
     """Takes sources through to their end, a batch at a time."""
@@ -90,7 +89,7 @@ class Pipeline:
         except DjangoDatabaseError:
             if self.stop.requested:
                 # Whatever it was that failed: it may well have been cancelled.
-                raise InterruptedRunError("stopped in the middle of a batch, which was rolled back") from None
+                raise InterruptedRunError(STOPPED_IN_A_BATCH) from None
             raise
 
     def _batches(self, reader: SourceReader) -> None:
@@ -165,9 +164,7 @@ class Pipeline:
         self._heed_stop()
 
     def _sleep(self, seconds: float) -> None:
-        until = time.monotonic() + seconds
-        while (left := until - time.monotonic()) > 0 and not self.stop.requested:
-            time.sleep(min(left, 0.1))
+        sleep_until(lambda: self.stop.requested, seconds)
 
     def _heed_stop(self) -> None:
         if self.stop.requested:

@@ -8,27 +8,23 @@ A dry run takes the same way with a writer that writes nothing, and claims no fe
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeVar
+from typing import Protocol
 
-from django.conf import settings
 from django.db import Error as DjangoDatabaseError
 from django.db import connection, transaction
 from django.db.models import Count
 
 from crm.backfill import errors, fence
 from crm.backfill.census import survey, take_census
-from crm.backfill.fence import FenceLostError
-from crm.backfill.garbage import seldom_collected
 from crm.backfill.interruption import Interruption
+from crm.backfill.lifecycle import Checked, Ending, Lifecycle, lifecycle
 from crm.backfill.options import RunOptions
 from crm.backfill.outcome import Census, Source, Totals
-from crm.backfill.pipeline import InterruptedRunError
 from crm.backfill.replication import BlindThrottleError
 from crm.backfill.resolutions import Resolutions
 from crm.backfill.schema import DatabaseFacts, examine
@@ -37,13 +33,8 @@ from crm.backfill.workers import Alone, Assignment, Crew, OnBatch, WorkerError
 from crm.models import BackfillBatch, BackfillRun, ContactUpdate, LedgerEntry
 from crm.models.ledger import RunStatus
 
-logger = logging.getLogger(__name__)
-
-#: How long the beginning and the end of a run wait after a bad moment; seconds.
-WAITS_BEFORE_ANOTHER_LOOK = (0.5, 1.0, 2.0, 4.0)
 #: How long a run that was stopped waits for a table that it counts.
 LONGEST_WAIT_OF_A_STOP = "500ms"
-Answer = TypeVar("Answer")
 
 
 class Progress(Protocol):
@@ -130,30 +121,19 @@ def run_backfill(options: RunOptions, progress: Progress | None = None) -> RunRe
     with errors.beginning():
         facts = examine(connection, for_writing=not options.dry_run, for_updating=options.update)
     watcher = progress or Silence()
-    interruption = Interruption()
-    tally = _Tally()
-    # From the claim to the close, a signal never leaves a run behind that nobody runs.
-    with interruption.heeded(), _no_query_log(), seldom_collected():
-        with errors.beginning():
-            run = None if options.dry_run else _claim(options, facts)
+    with lifecycle() as life:
+        if not options.dry_run:
+            with errors.beginning():
+                life.claim(lambda: _claim(options, facts))
+        work = _Work(options, facts, life, watcher)
         with _closing(watcher):
-            status, failure, before = _work(options, facts, run, watcher, interruption, tally)
-        report = _report(options, facts, run, tally, before, status, failure)
+            ending = life.carry_through(work.through, WorkerError, CeilingReachedError, BlindThrottleError)
+        report = work.close(ending)
     return replace(report, seconds=time.monotonic() - started)
 
 
 def _claim(options: RunOptions, facts: DatabaseFacts) -> BackfillRun:
     return fence.claim(BackfillRun.Kind.BACKFILL, options.recorded(), facts.generation)
-
-
-@contextmanager
-def _no_query_log() -> Iterator[None]:
-    """With DEBUG on, Django would keep the statement of every batch in memory, with all of its parameters."""
-    debug, settings.DEBUG = settings.DEBUG, False
-    try:
-        yield
-    finally:
-        settings.DEBUG = debug
 
 
 @contextmanager
@@ -164,48 +144,102 @@ def _closing(watcher: Progress) -> Iterator[None]:
         watcher.end()
 
 
-def _work(
-    options: RunOptions,
-    facts: DatabaseFacts,
-    run: BackfillRun | None,
-    watcher: Progress,
-    interruption: Interruption,
-    tally: _Tally,
-) -> tuple[RunStatus, str | None, Census | None]:
+@dataclass(slots=True)
+class _Work:
+    """The way through the sources of a run, and what is found out about it."""
+
+    options: RunOptions
+    facts: DatabaseFacts
+    life: Lifecycle
+    watcher: Progress
+    tally: _Tally = field(default_factory=_Tally)
     before: Census | None = None
+    after: Census | None = None
 
-    def on_batch(source: Source, totals: Totals) -> None:
-        tally.add(source, totals)
-        watcher.advance(source, totals)
-        _heed_ceiling(options, tally.totals)
-
-    try:
-        before, left = _patiently(lambda: survey(connection, facts))
-        rows = {source: before.to_read(source) for source in options.sources if before.to_read(source)}
-        resolutions = Resolutions.to_be_carried_out(connection, facts)
-        assignment = Assignment(options, facts, run.pk if run else None, resolutions, left, before.untouched)
-        with _hands(assignment, interruption, on_batch) as hands:
-            watcher.begin(rows)
+    def through(self) -> None:
+        """Bring every row to an outcome. Raises what ends it before."""
+        before, left = self.life.patiently(lambda: survey(connection, self.facts))
+        self.before = before
+        self.life.interruption.heed()
+        rows = {source: before.to_read(source) for source in self.options.sources if before.to_read(source)}
+        resolutions = Resolutions.to_be_carried_out(connection, self.facts)
+        run_id = self.life.run.pk if self.life.run else None
+        assignment = Assignment(self.options, self.facts, run_id, resolutions, left, before.untouched)
+        with _hands(assignment, self.life.interruption, self._on_batch) as hands:
+            self.watcher.begin(rows)
             for source in rows:
                 hands.work_through(source)
             for source in resolutions.among(rows):
                 hands.work_through_decided(source)
-            if options.update:
-                hands.look_again(options.sources)
-    except InterruptedRunError as stopped:
-        connection.close()
-        return RunStatus.INTERRUPTED, str(stopped) or None, before
-    except KeyboardInterrupt:
-        connection.close()
-        return RunStatus.INTERRUPTED, "stopped in the middle of a batch, which was rolled back", before
-    except FenceLostError as lost:
-        return lost.status, None, before
-    except (WorkerError, CeilingReachedError, BlindThrottleError) as error:
-        return RunStatus.FAILED, str(error), before
-    except DjangoDatabaseError as error:
-        connection.close()
-        return RunStatus.FAILED, errors.described(error), before
-    return RunStatus.FINISHED, None, before
+            if self.options.update:
+                hands.look_again(self.options.sources)
+
+    def _on_batch(self, source: Source, totals: Totals) -> None:
+        self.tally.add(source, totals)
+        self.watcher.advance(source, totals)
+        _heed_ceiling(self.options, self.tally.totals)
+
+    def close(self, ending: Ending) -> RunReport:
+        """Close the run's record and put the report together."""
+        run, before = self.life.run, self.before
+        if run is None:
+            self.after = before
+            ending = ending._replace(balanced=self.tally.totals.balances and (before is None or before.balances))
+        else:
+            ending = self.life.close(ending, lambda: self._count(run), lambda: self._check(run, ending))
+        return RunReport(
+            run_id=run.pk if run else None,
+            status=ending.status,
+            options=self.options,
+            facts=self.facts,
+            totals=self.tally.totals,
+            by_source=self.tally.by_source,
+            already=sum(before.settled[source] for source in self.options.sources) if before else 0,
+            excluded=before.excluded if before else {},
+            census=self.after,
+            balanced=ending.balanced,
+            seconds=0.0,
+            failure=ending.failure,
+            not_checked=ending.not_checked,
+        )
+
+    def _count(self, run: BackfillRun) -> None:
+        """What the run's committed batches add up to: the truth, also when a commit's answer was lost."""
+        counted = _Tally()
+        for batch in in_pages(BackfillBatch.objects.filter(run=run)):
+            counted.add(Source(batch.source), batch.totals())
+        self.tally = counted
+
+    def _check(self, run: BackfillRun, ending: Ending) -> Checked:
+        """Check the identity against the tables."""
+        totals = self.tally.totals
+        # Where nothing was decided anew, the ledger is as it was.
+        take_anew = self.before is None or totals.decided
+        self.after = after = self._census_of_the_end(run, ending) if take_anew else self.before
+        faults = list(_faults_of(after)) if after else []
+        not_checked = fence.why_not_held(run.pk) or (None if after else "the tables are locked")
+        if not_checked is None:
+            faults += _faults_of_run(run, totals)
+        return Checked(
+            balanced=False if faults else None if not_checked else True,
+            failure=f"the identity does not hold: {'; '.join(faults)}" if faults and not_checked is None else None,
+            not_checked=not_checked,
+            recorded={"census": _recorded(after) if after else None},
+        )
+
+    def _census_of_the_end(self, run: BackfillRun, ending: Ending) -> Census | None:
+        """The census after the last batch; None where somebody who stops a run would have to wait for a lock."""
+        if ending.status == RunStatus.FINISHED:
+            return take_census(connection, self.facts, run.pk)
+        try:
+            with transaction.atomic():
+                with connection.cursor() as cursor:
+                    cursor.execute(f"SET LOCAL lock_timeout = '{LONGEST_WAIT_OF_A_STOP}'")
+                return take_census(connection, self.facts, run.pk)
+        except DjangoDatabaseError as error:
+            if errors.sqlstate(error) not in errors.TIMEOUTS:
+                raise
+            return None
 
 
 def _hands(assignment: Assignment, interruption: Interruption, on_batch: OnBatch) -> Alone | Crew:
@@ -216,21 +250,6 @@ def _hands(assignment: Assignment, interruption: Interruption, on_batch: OnBatch
     return hands(assignment, interruption, on_batch)
 
 
-def _patiently(look: Callable[[], Answer]) -> Answer:
-    """Look over a fresh connection again when a bad moment came in between; a batch has its own way to try again."""
-    for wait in WAITS_BEFORE_ANOTHER_LOOK:
-        try:
-            return look()
-        except DjangoDatabaseError as error:
-            cause = errors.bad_moment(error)
-            if cause is None:
-                raise
-            logger.warning("%s: looking again in %.1f s", cause, wait)
-            connection.close()
-            time.sleep(wait)
-    return look()
-
-
 class CeilingReachedError(Exception):
     """The run goes wrong: it has more new errors than it may."""
 
@@ -239,98 +258,6 @@ def _heed_ceiling(options: RunOptions, totals: Totals) -> None:
     reason = options.max_errors and options.max_errors.exceeded(totals.read, totals.error_new)
     if reason:
         raise CeilingReachedError(reason)
-
-
-def _report(
-    options: RunOptions,
-    facts: DatabaseFacts,
-    run: BackfillRun | None,
-    tally: _Tally,
-    before: Census | None,
-    status: RunStatus,
-    failure: str | None,
-) -> RunReport:
-    """Close the run's record and put the report together."""
-    report = RunReport(
-        run_id=run.pk if run else None,
-        status=status,
-        options=options,
-        facts=facts,
-        totals=tally.totals,
-        by_source=tally.by_source,
-        already=sum(before.settled[source] for source in options.sources) if before else 0,
-        excluded=before.excluded if before else {},
-        census=None,
-        balanced=None,
-        seconds=0.0,
-        failure=failure,
-    )
-    if run is None:
-        return replace(report, balanced=report.totals.balances and (before is None or before.balances), census=before)
-    try:
-        return _patiently(lambda: _close(run, report, before))
-    except DjangoDatabaseError as error:
-        why = errors.described(error)
-        return replace(report, status=RunStatus.FAILED, failure=failure or why, not_checked=why)
-
-
-def _close(run: BackfillRun, report: RunReport, before: Census | None) -> RunReport:
-    """Check the identity against the tables and store it with the run."""
-    by_source = _counted_batches(run)
-    totals = _Tally(by_source).totals
-    # Where nothing was decided anew, the ledger is as it was.
-    after = _census_of_the_end(run, report) if before is None or totals.decided else before
-    faults = list(_faults_of(after)) if after else []
-    not_checked = _why_not_checked(run) or (None if after else "the tables are locked")
-    if not_checked is None:
-        faults += _faults_of_run(run, totals)
-    balanced = False if faults else None if not_checked else True
-    report = replace(
-        report, by_source=by_source, totals=totals, census=after, balanced=balanced, not_checked=not_checked
-    )
-    if faults and not_checked is None:
-        failure = f"the identity does not hold: {'; '.join(faults)}"
-        failure = f"{report.failure}; {failure}" if report.failure else failure
-        report = replace(report, status=RunStatus.FAILED, failure=failure)
-    results = {"census": _recorded(after) if after else None, "balanced": balanced}
-    released = fence.release(run.pk, report.status, failure=report.failure, **results)
-    if not released:
-        # Whoever ended it meanwhile did not count.
-        BackfillRun.objects.filter(pk=run.pk).update(**results)
-    if not released and report.status == RunStatus.FINISHED:
-        # Somebody paused or cancelled it between its last batch and here; what the record says is what happened.
-        run.refresh_from_db(fields=["status"])
-        return replace(report, status=RunStatus(run.status))
-    return report
-
-
-def _census_of_the_end(run: BackfillRun, report: RunReport) -> Census | None:
-    """The census after the run's last batch; None where somebody who stops a run would have to wait for a lock."""
-    if report.status == RunStatus.FINISHED:
-        return take_census(connection, report.facts, run.pk)
-    try:
-        with transaction.atomic():
-            with connection.cursor() as cursor:
-                cursor.execute(f"SET LOCAL lock_timeout = '{LONGEST_WAIT_OF_A_STOP}'")
-            return take_census(connection, report.facts, run.pk)
-    except DjangoDatabaseError as error:
-        if errors.sqlstate(error) not in errors.TIMEOUTS:
-            raise
-        return None
-
-
-def _counted_batches(run: BackfillRun) -> dict[Source, Totals]:
-    """What the run's committed batches add up to: the truth, also when a commit's answer was lost."""
-    tally = _Tally()
-    for batch in in_pages(BackfillBatch.objects.filter(run=run)):
-        tally.add(Source(batch.source), batch.totals())
-    return tally.by_source
-
-
-def _why_not_checked(run: BackfillRun) -> str | None:
-    """Why the run's lines cannot be held against its counts: without the fence, another run may be at work on them."""
-    status = BackfillRun.objects.filter(pk=run.pk).values_list("status", flat=True).first()
-    return None if status == RunStatus.RUNNING else f"the run was {status or 'deleted'} before its end"
 
 
 def _faults_of(census: Census) -> Iterator[str]:

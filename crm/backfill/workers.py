@@ -24,12 +24,12 @@ from django.db import connection, connections
 
 from crm.backfill import errors
 from crm.backfill.fence import FenceLostError
-from crm.backfill.interruption import Interruption
+from crm.backfill.interruption import InterruptedRunError, Interruption
 from crm.backfill.known import ContactLookup
 from crm.backfill.options import RunOptions
 from crm.backfill.outcome import Source, Totals
 from crm.backfill.pace import BatchSizer, RateLimit, Throttle
-from crm.backfill.pipeline import InterruptedRunError, Pipeline, StopRequest, Writer
+from crm.backfill.pipeline import Pipeline, StopRequest, Writer
 from crm.backfill.rehearsal import RehearsalWriter
 from crm.backfill.replication import BlindThrottleError, ReplicaLagLimit
 from crm.backfill.resolutions import Resolutions

@@ -122,7 +122,7 @@ def listing(path: Path | None) -> Iterator[Listener | None]:
         yield lambda undone: write(_rows_of(undone))
     except ListingError as error:
         path.unlink()
-        raise OperatorError(f"{path} cannot be written ({error}). Nothing was written.") from None
+        raise OperatorError(f"{path} cannot be written ({error.reason}). Nothing was written.") from None
     except (OperatorError, DatabaseError):
         # Nothing was done, so there is no list; the same name is free for what the operator calls next.
         path.unlink()

@@ -8,21 +8,19 @@ A dry run takes the same way with an undoer that writes nothing, and claims no f
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from django.db import Error as DjangoDatabaseError
-from django.db import connection
+from django.db import connection, transaction
 from django.db.models import Count
 
 from crm.backfill import errors, fence, runs
-from crm.backfill.fence import FenceLostError
-from crm.backfill.interruption import Interruption
+from crm.backfill.lifecycle import Checked, Ending, Lifecycle, lifecycle
 from crm.backfill.outcome import Outcome, Source, Totals
-from crm.backfill.pipeline import InterruptedRunError, Retries
+from crm.backfill.pipeline import Retries
 from crm.backfill.references import find_references
 from crm.backfill.rollback.reader import Reader
 from crm.backfill.rollback.undo import Counts, DatabaseUndoer, Rehearsal, Undoer, Undone, counted
@@ -35,11 +33,13 @@ from crm.models.ledger import RunStatus
 
 DEFAULT_BATCH_SIZE = 2_000
 
-logger = logging.getLogger(__name__)
-
 
 class ListingError(Exception):
     """The list of rows cannot be written, for the system's reason."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the list of rows cannot be written any more ({reason})")
+        self.reason = reason
 
 
 class Listener(Protocol):
@@ -95,20 +95,22 @@ def roll_back(
         reader = Reader.of(connection, facts, run)
         if not dry_run:
             _require_rights(run)
-        rollback = None if dry_run else _begin(run, facts)
-    work = _Work(reader, batch_size, progress or Silence(), listener, rollback)
-    status, failure = work.through(lines)
-    status, failure, balanced = work.close(status, failure)
+    with lifecycle() as life:
+        if not dry_run:
+            with errors.beginning():
+                life.claim(lambda: _claim(run, facts))
+        work = _Work(reader, batch_size, progress or Silence(), listener, life)
+        ending = work.close(life.carry_through(lambda: work.through(lines), ListingError))
     return RollbackReport(
-        run_id=rollback.pk if rollback else None,
+        run_id=life.run.pk if life.run else None,
         rolls_back=run_id,
-        status=status,
+        status=ending.status,
         dry_run=dry_run,
         generation=facts.generation,
         counts=work.counts,
-        balanced=balanced,
+        balanced=ending.balanced,
         seconds=time.monotonic() - started,
-        failure=failure,
+        failure=ending.failure,
     )
 
 
@@ -123,65 +125,47 @@ class _Work:
     batch_size: int
     progress: Progress
     listener: Listener | None
-    rollback: BackfillRun | None
+    life: Lifecycle
     counts: Counts = field(default_factory=Counts)
     retries: Retries = field(default_factory=Retries)
 
-    def through(self, lines: dict[Source, int]) -> tuple[RunStatus, str | None]:
-        """Undo every line; how it ended."""
-        interruption = Interruption()
+    def through(self, lines: dict[Source, int]) -> None:
+        """Undo every line. Raises what ends it before."""
+        rollback = self.life.run
         undoer: Undoer = (
-            DatabaseUndoer(connection, self.reader, self.rollback.pk)
-            if self.rollback
-            else Rehearsal(connection, self.reader)
+            DatabaseUndoer(connection, self.reader, rollback.pk) if rollback else Rehearsal(connection, self.reader)
         )
         try:
-            with interruption.heeded():
-                self.progress.begin(lines)
-                self._batches(undoer, interruption)
-        except InterruptedRunError:
-            return RunStatus.INTERRUPTED, None
-        except KeyboardInterrupt:
-            connection.close()
-            return RunStatus.INTERRUPTED, "stopped in the middle of a batch, which was rolled back"
-        except FenceLostError as lost:
-            return lost.status, None
-        except ListingError as error:
-            return RunStatus.FAILED, f"the list of rows cannot be written any more ({error})"
-        except DjangoDatabaseError as error:
-            logger.error("the rollback failed: %s", errors.described(error))  # noqa: TRY400 - a traceback may quote people's data
-            connection.close()
-            return RunStatus.FAILED, errors.described(error)
+            self.progress.begin(lines)
+            # What --update changed goes first: a contact that the run made is as it made it then.
+            for batch in (self._batch_of_updates, self._batch):
+                self._work_through(batch, undoer)
         finally:
             self.progress.end()
-        return RunStatus.FINISHED, None
 
-    def close(self, status: RunStatus, failure: str | None) -> tuple[RunStatus, str | None, bool | None]:
-        """End the run's record; its status, why it failed, and whether its counts agree with the ledger."""
-        if self.rollback is None:
-            return status, failure, None
-        try:
-            self.counts = _recorded(self.rollback)
-            balanced = None
-            if status == RunStatus.FINISHED:
-                balanced = self.counts.remaining == LedgerEntry.objects.filter(run=self.reader.run).count()
-                if not balanced:
-                    status, failure = RunStatus.FAILED, "the counts do not agree with the ledger"
-            fence.release(self.rollback.pk, status, failure=failure, balanced=balanced)
-        except DjangoDatabaseError as error:
-            return RunStatus.FAILED, failure or errors.described(error), None
-        return status, failure, balanced
+    def close(self, ending: Ending) -> Ending:
+        """End the rollback's record."""
+        rollback = self.life.run
+        if rollback is None:
+            return ending
+        return self.life.close(ending, lambda: self._count(rollback), lambda: self._check(ending))
 
-    def _batches(self, undoer: Undoer, interruption: Interruption) -> None:
-        """What --update changed goes first: a contact that the run made is as it made it then."""
-        for batch in (self._batch_of_updates, self._batch):
-            self._work_through(batch, undoer, interruption)
+    def _count(self, rollback: BackfillRun) -> None:
+        """What the committed batches add up to: the truth, also when a commit's answer was lost."""
+        if (record := Rollback.objects.filter(pk=rollback.pk).first()) is not None:
+            self.counts = _counts_of(record)
 
-    def _work_through(self, batch: _Batch, undoer: Undoer, interruption: Interruption) -> None:
+    def _check(self, ending: Ending) -> Checked:
+        """Whether the counts agree with the ledger, when there is nothing left to do."""
+        if ending.status != RunStatus.FINISHED:
+            return Checked(None)
+        agree = self.counts.remaining == LedgerEntry.objects.filter(run=self.reader.run).count()
+        return Checked(agree, None if agree else "the counts do not agree with the ledger")
+
+    def _work_through(self, batch: _Batch, undoer: Undoer) -> None:
         after = ""
         while True:
-            if interruption.requested:
-                raise InterruptedRunError
+            self.life.interruption.heed()
             page, undone = self._batch_with_retries(batch, undoer, after)
             if not page:
                 return
@@ -202,14 +186,15 @@ class _Work:
                 return batch(undoer, after, size)
             except DjangoDatabaseError as error:
                 cause = errors.bad_moment(error)
-                if cause is None or attempt > self.retries.most:
+                if cause is None or attempt > self.retries.most or self.life.interruption.requested:
                     raise
                 wait = self.retries.announced(cause, attempt)
                 attempt += not (errors.is_deadlock(error) and size > 1)
                 if errors.too_many_rows(error):
                     size = max(1, size // 2)
                 connection.close_if_unusable_or_obsolete()
-                time.sleep(wait)
+                self.life.interruption.sleep(wait)
+                self.life.interruption.heed()
 
     def _batch_of_updates(self, undoer: Undoer, after: str, size: int) -> tuple[list[Line], Undone]:
         records = self.reader.updates(after, size)
@@ -286,15 +271,14 @@ def _require_rights(run: BackfillRun) -> None:
         )
 
 
-def _begin(run: BackfillRun, facts: DatabaseFacts) -> BackfillRun:
-    rollback = fence.claim(BackfillRun.Kind.ROLLBACK, {"rolls_back": run.pk}, facts.generation)
-    Rollback.objects.create(run=rollback, of=run)
+def _claim(run: BackfillRun, facts: DatabaseFacts) -> BackfillRun:
+    with transaction.atomic():
+        rollback = fence.claim(BackfillRun.Kind.ROLLBACK, {"rolls_back": run.pk}, facts.generation)
+        Rollback.objects.create(run=rollback, of=run)
     return rollback
 
 
-def _recorded(rollback: BackfillRun) -> Counts:
-    """What the committed batches add up to: the truth, also when a commit's answer was lost."""
-    record = Rollback.objects.get(pk=rollback.pk)
+def _counts_of(record: Rollback) -> Counts:
     counts = Counts()
     for column in Rollback._meta.concrete_fields:
         if isinstance(value := getattr(record, column.name), int):
