@@ -272,7 +272,9 @@ def test_a_run_that_wakes_after_it_was_taken_over_writes_nothing_more(database: 
     taker = BackfillRun.objects.get(pk=sleeper.taker.pk)
     assert statuses() == {report.run_id: "interrupted", taker.pk: "running"}
     assert (taker.read, taker.batches.count()) == (0, 0)
-    assert BackfillRun.objects.get(pk=report.run_id).failure == f"taken over by run {taker.pk}: no heartbeat for five minutes"
+    failure = f"taken over by run {taker.pk}: no heartbeat for five minutes"
+    assert (report.failure, report.balanced) == (failure, None)
+    assert BackfillRun.objects.get(pk=report.run_id).failure == failure
 
 
 @contextmanager
