@@ -10,14 +10,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import psycopg
 import pytest
 from django.db import connection
 from django.db.backends.postgresql.base import DatabaseWrapper
 
+from crm.backfill import fence
 from crm.models import BackfillRun
 from tests.builders import add_lead, add_many_leads, contacts, ledger
 from tests.commands import Finished, backfill, called, run
 from tests.conftest import Database
+from tests.processes import session
 
 SIZE, PEOPLE = 5, 3
 CLAIM = 'INSERT INTO "backfill_run"'
@@ -85,13 +88,20 @@ def afresh(database: Database) -> None:
     populate()
 
 
+def undisturbed(database: Database, kind: str) -> list[str]:
+    """The steps of a command from its claim on, when nothing happens."""
+    afresh(database)
+    command = COMMANDS[kind]()
+    with at_step(-1, lambda: None) as steps:
+        command()
+    return steps
+
+
 # psycopg warns of a cursor that the signal left open.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("kind", COMMANDS)
 def test_signals_at_any_step_leave_no_run_running_and_the_next_one_goes_on(database: Database, kind: str) -> None:
-    afresh(database)
-    with at_step(-1, signals(0)) as steps:
-        COMMANDS[kind]()()
+    steps = undisturbed(database, kind)
     expected = (contacts(), ledger())
     # Every step of the start and the end, and some in between.
     last = len(steps)
@@ -109,3 +119,59 @@ def test_signals_at_any_step_leave_no_run_running_and_the_next_one_goes_on(datab
             finished = command()
         assert finished.code == 0, (number, finished)
         assert (contacts(), ledger()) == expected, (number, reached[-1])
+
+
+def delete_runs() -> None:
+    """From outside, with all that hangs on them; a batch that is just committing keeps its record."""
+    with session() as other:
+        other.execute("SET lock_timeout = '50ms'")
+        try:
+            for table in ("rollback", "backfill_batch", "contact_update", "backfill_run"):
+                other.execute(f"DELETE FROM {table}")
+            other.commit()
+        except psycopg.errors.LockNotAvailable:
+            other.rollback()
+
+
+@pytest.mark.parametrize("kind", COMMANDS)
+def test_a_record_that_is_deleted_at_any_step_ends_the_run_in_one_line(database: Database, kind: str) -> None:
+    steps = undisturbed(database, kind)
+    deleted = 0
+    for number in range(1, len(steps), 4):
+        afresh(database)
+        command = COMMANDS[kind]()
+        with at_step(number, delete_runs) as reached:
+            finished = command()
+        assert "Traceback" not in finished.stderr + finished.stdout
+        assert finished.stderr.count("\n") <= 1
+        if BackfillRun.objects.filter(kind=kind).exists():
+            assert finished.code in (0, 5), (number, reached[-1], finished)
+            continue
+        deleted += 1
+        assert finished.code in ((0, 5) if number >= len(steps) - 3 else (5,)), (number, reached[-1], finished)
+        if finished.code == 5:
+            assert "was deleted meanwhile" in finished.stdout or "broke the start off" in finished.stderr
+        assert backfill("--no-progress").code == 0
+    assert deleted > 2
+
+
+@pytest.mark.parametrize("kind", COMMANDS)
+def test_a_run_that_was_taken_over_says_so_and_is_not_checked(database: Database, kind: str) -> None:
+    steps = undisturbed(database, kind)
+    afresh(database)
+    command = COMMANDS[kind]()
+    takers: list[int] = []
+
+    def take_over() -> None:
+        with session() as other:
+            other.execute("UPDATE backfill_run SET heartbeat_at = now() - interval '1 hour' WHERE status = 'running'")
+            other.commit()
+        takers.append(fence.claim(BackfillRun.Kind.BACKFILL, {}, "2025_10").pk)
+
+    with at_step(steps.index("COMMIT") + 1, take_over):
+        finished = command()
+    left = BackfillRun.objects.exclude(pk=takers[0]).latest("pk")
+    assert (finished.code, left.status, left.balanced) == (4, "interrupted", None)
+    assert left.failure == f"taken over by run {takers[0]}: no heartbeat for five minutes"
+    assert f"taken over by run {takers[0]}" in finished.stdout
+    assert BackfillRun.objects.get(pk=takers[0]).status == "running"

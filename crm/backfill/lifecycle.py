@@ -153,7 +153,7 @@ class Lifecycle:
         record = BackfillRun.objects.filter(pk=self.run.pk)
         found = record.values_list("status", "failure").first()
         if found is None:
-            return _failed(ending, f"the record of run {self.run.pk} was deleted meanwhile")
+            return _failed(ending._replace(failure=None), f"the record of run {self.run.pk} was deleted meanwhile")
         if found == (ending.status, ending.failure):
             # The answer to the release was lost, or the other process says the same.
             return ending

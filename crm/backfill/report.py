@@ -229,7 +229,10 @@ def advice(report: RunReport) -> str | None:
             "from where this one stopped."
         )
     if report.status != RunStatus.FINISHED:
-        return f"The run was {report.status.value}. What was committed stays; run the command again and it goes on."
+        why = f": {report.failure}" if report.failure else ""
+        return (
+            f"The run was {report.status.value}{why}. What was committed stays; run the command again and it goes on."
+        )
     return None
 
 

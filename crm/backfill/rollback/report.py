@@ -158,8 +158,10 @@ def advice(report: RollbackReport) -> str | None:
             f"The rollback failed: {report.failure}. What is reversed stays so; run the command again and it goes on."
         )
     if report.status != RunStatus.FINISHED:
+        why = f": {report.failure}" if report.failure else ""
         return (
-            f"The rollback was {report.status.value}. What is reversed stays so; run the command again and it goes on."
+            f"The rollback was {report.status.value}{why}. What is reversed stays so; run the command again and it "
+            "goes on."
         )
     if report.dry_run:
         return None

@@ -23,7 +23,7 @@ from crm.backfill.outcome import Outcome, Source, Totals
 from crm.backfill.pipeline import Retries
 from crm.backfill.references import find_references
 from crm.backfill.rollback.reader import Reader
-from crm.backfill.rollback.undo import Counts, DatabaseUndoer, Rehearsal, Undoer, Undone, counted
+from crm.backfill.rollback.undo import Counts, DatabaseUndoer, Rehearsal, RunDeletedError, Undoer, Undone, counted
 from crm.backfill.rollback.verdict import Line
 from crm.backfill.runner import Progress, Silence
 from crm.backfill.schema import DatabaseFacts, examine
@@ -100,7 +100,7 @@ def roll_back(
             with errors.beginning():
                 life.claim(lambda: _claim(run, facts))
         work = _Work(reader, batch_size, progress or Silence(), listener, life)
-        ending = work.close(life.carry_through(lambda: work.through(lines), ListingError))
+        ending = work.close(life.carry_through(lambda: work.through(lines), ListingError, RunDeletedError))
     return RollbackReport(
         run_id=life.run.pk if life.run else None,
         rolls_back=run_id,
@@ -148,16 +148,16 @@ class _Work:
         rollback = self.life.run
         if rollback is None:
             return ending
-        return self.life.close(ending, lambda: self._count(rollback), lambda: self._check(ending))
+        return self.life.close(ending, lambda: self._count(rollback), lambda: self._check(rollback, ending))
 
     def _count(self, rollback: BackfillRun) -> None:
         """What the committed batches add up to: the truth, also when a commit's answer was lost."""
         if (record := Rollback.objects.filter(pk=rollback.pk).first()) is not None:
             self.counts = _counts_of(record)
 
-    def _check(self, ending: Ending) -> Checked:
+    def _check(self, rollback: BackfillRun, ending: Ending) -> Checked:
         """Whether the counts agree with the ledger, when there is nothing left to do."""
-        if ending.status != RunStatus.FINISHED:
+        if ending.status != RunStatus.FINISHED or fence.why_not_held(rollback.pk):
             return Checked(None)
         agree = self.counts.remaining == LedgerEntry.objects.filter(run=self.reader.run).count()
         return Checked(agree, None if agree else "the counts do not agree with the ledger")

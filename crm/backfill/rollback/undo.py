@@ -111,6 +111,13 @@ class Undone:
         return gone + [line.id for line in self.later_merges]
 
 
+class RunDeletedError(Exception):
+    """The record of the run that is taken back was deleted, and with it what counts the rollback."""
+
+    def __init__(self, run_id: int) -> None:
+        super().__init__(f"the record of run {run_id} was deleted meanwhile")
+
+
 class Undoer(Protocol):
     """Undoes lines: for good, or in a dry run's mind."""
 
@@ -264,8 +271,8 @@ class DatabaseUndoer:
             undone = self._carry_out(judged)
             LedgerEntry.objects.using(self._connection.alias).filter(id__in=undone.reversed_ids).delete()
             self._forget_updates(contact_id__in=[line.id for line in undone.reversed_lines(Outcome.CREATED)])
-            self._count(undone)
             fence.renew(self._rollback_id, Totals())
+            self._count(undone)
         return undone
 
     def undo_updates(self, records: Sequence[UpdateRecord]) -> Undone:
@@ -284,8 +291,8 @@ class DatabaseUndoer:
             lines.filter(id__in=restored).update(seen_updated_at=None)
             lines.filter(contact_id__in=restored, outcome__in=("merged", "exists")).update(seen_updated_at=None)
             lines.filter(id__in=[line.id for line in undone.later_merges]).delete()
-            self._count(undone)
             fence.renew(self._rollback_id, Totals())
+            self._count(undone)
         return undone
 
     def _forget_updates(self, **conditions: Any) -> None:
@@ -357,7 +364,9 @@ class DatabaseUndoer:
 
     def _count(self, undone: Undone) -> None:
         counts = counted(undone)
-        rollback = Rollback.objects.using(self._connection.alias).get(pk=self._rollback_id)
+        rollback = Rollback.objects.using(self._connection.alias).filter(pk=self._rollback_id).first()
+        if rollback is None:
+            raise RunDeletedError(self._reader.run.pk)
         for name, count in counts.numbers.items():
             setattr(rollback, name, getattr(rollback, name) + count)
         for reason, count in counts.reasons.items():
