@@ -11,7 +11,7 @@ from django.conf import settings
 from django.db import connection
 
 from config import embedded
-from crm.backfill import census, runner
+from crm.backfill import census, lifecycle, runner
 from crm.backfill.census import survey
 from crm.backfill.outcome import Fault, Outcome, Source
 from crm.backfill.schema import examine
@@ -215,7 +215,7 @@ def test_a_run_that_lost_its_fence_counts_the_tables_and_does_not_judge_its_own_
 
 
 def test_what_could_not_be_counted_is_not_checked(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "WAITS_BEFORE_ANOTHER_LOOK", ())
+    monkeypatch.setattr(lifecycle, "WAITS_BEFORE_ANOTHER_LOOK", ())
     monkeypatch.setattr(runner, "take_census", lambda *_: terminate_this_session())
     add_many_leads(3)
     ended = backfill()

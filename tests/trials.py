@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from django.db import connection
 
-from crm.backfill import runner
+from crm.backfill import lifecycle
 from crm.backfill.pipeline import Retries
 from crm.models import BackfillRun
 from crm.models.ledger import RunStatus
@@ -104,7 +104,7 @@ def bench(database: Database, scenario: Scenario) -> Iterator[Bench]:
 def impatience() -> Iterator[None]:
     """Let no try wait for long."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "WAITS_BEFORE_ANOTHER_LOOK", (0.001, 0.001))
+        patch.setattr(lifecycle, "WAITS_BEFORE_ANOTHER_LOOK", (0.001, 0.001))
         patch.setattr(Retries.__init__, "__defaults__", (5, 0.001))
         yield
 

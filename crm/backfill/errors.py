@@ -32,7 +32,7 @@ BAD_MOMENTS = {
     "25006": "server is read-only",
 }
 TIMEOUTS = ("55P03", "57014")
-DEADLOCK = "40P01"
+DEADLOCK, UNIQUE_VIOLATION = "40P01", "23505"
 INSUFFICIENT_PRIVILEGE, NO_SUCH_TABLE, LOCK_TIMEOUT = "42501", "42P01", "55P03"
 #: What an operator can put right, whatever the command.
 REMEDIES = {

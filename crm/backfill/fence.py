@@ -11,7 +11,7 @@ import getpass
 import logging
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -19,6 +19,7 @@ from django.db import IntegrityError, connection
 from django.db.models import F, Value
 from django.db.models.functions import Now, Replace
 
+from crm.backfill import errors
 from crm.backfill.outcome import Totals
 from crm.backfill.transactions import certain_transaction
 from crm.errors import OperatorError
@@ -42,8 +43,16 @@ class FenceLostError(Exception):
     """The run is no longer the running one: it was paused, cancelled, taken over, or its record was deleted."""
 
 
-def claim(kind: BackfillRun.Kind, options: Mapping[str, Any], generation: str) -> BackfillRun:
-    """Begin a run. Raises AnotherRunError when another one holds the fence; a dead one is taken over."""
+def claim(
+    kind: BackfillRun.Kind,
+    options: Mapping[str, Any],
+    generation: str,
+    also: Callable[[BackfillRun], object] = lambda _run: None,
+) -> BackfillRun:
+    """Begin a run, and do `also` what belongs to its record, in the same transaction.
+
+    Raises AnotherRunError when another one holds the fence; a dead one is taken over.
+    """
     run = BackfillRun(
         kind=kind,
         options=dict(options),
@@ -61,20 +70,18 @@ def claim(kind: BackfillRun.Kind, options: Mapping[str, Any], generation: str) -
                     raise AnotherRunError(_who_holds(BackfillRun.objects.holding().first() or holder))
                 dead.append(holder.pk)
             run.save(force_insert=True)
+            also(run)
             by = Replace("failure", Value(_TAKEN_OVER), Value(f"{_TAKEN_OVER} by run {run.pk}"))
             if dead:
                 BackfillRun.objects.filter(pk__in=dead).update(failure=by)
-    except IntegrityError:
+    except IntegrityError as error:
+        if errors.sqlstate(error) != errors.UNIQUE_VIOLATION:
+            raise
         holding = BackfillRun.objects.holding().first()
         raise AnotherRunError(
             _who_holds(holding) if holding else "Another run began at the same moment and has just ended: try again."
         ) from None
     return run
-
-
-def claimed_by_this_process() -> BackfillRun | None:
-    """The running run of this process, if there is one."""
-    return BackfillRun.objects.running().filter(host=socket.gethostname(), process_id=os.getpid()).first()
 
 
 def require_silence() -> None:

@@ -68,18 +68,14 @@ class Lifecycle:
     run: BackfillRun | None = None
 
     def claim(self, claim: Callable[[], BackfillRun]) -> BackfillRun:
-        """Claim a run; where the answer to its commit was lost, the run is there all the same."""
+        """Claim the run. Raises what `fence.claim` does, and StoppedError where the operator asked to stop before."""
         try:
             self.run = claim()
-        except DjangoDatabaseError as error:
-            if errors.bad_moment(error) is None:
-                raise
-            connection.close()
-            self.run = fence.claimed_by_this_process()
-            if self.run is None and self.interruption.requested:
+        except DjangoDatabaseError:
+            if self.interruption.requested:
+                # Whatever it was that failed: it may well have been cancelled.
                 raise StoppedError("Stopped at the start. No row was touched; run the command again.") from None
-            if self.run is None:
-                raise
+            raise
         return self.run
 
     def carry_through(self, work: Callable[[], None], *failures: type[Exception]) -> Ending:
@@ -154,9 +150,6 @@ class Lifecycle:
         found = record.values_list("status", "failure").first()
         if found is None:
             return _failed(ending._replace(failure=None), f"the record of run {self.run.pk} was deleted meanwhile")
-        if found == (ending.status, ending.failure):
-            # The answer to the release was lost, or the other process says the same.
-            return ending
         # Whoever ended it did not count.
         record.update(**results)
         if ending.status == RunStatus.FAILED:

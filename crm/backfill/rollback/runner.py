@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from django.db import Error as DjangoDatabaseError
-from django.db import connection, transaction
+from django.db import connection
 from django.db.models import Count
 
 from crm.backfill import errors, fence, runs
@@ -272,10 +272,12 @@ def _require_rights(run: BackfillRun) -> None:
 
 
 def _claim(run: BackfillRun, facts: DatabaseFacts) -> BackfillRun:
-    with transaction.atomic():
-        rollback = fence.claim(BackfillRun.Kind.ROLLBACK, {"rolls_back": run.pk}, facts.generation)
-        Rollback.objects.create(run=rollback, of=run)
-    return rollback
+    return fence.claim(
+        BackfillRun.Kind.ROLLBACK,
+        {"rolls_back": run.pk},
+        facts.generation,
+        also=lambda rollback: Rollback.objects.create(run=rollback, of=run),
+    )
 
 
 def _counts_of(record: Rollback) -> Counts:
