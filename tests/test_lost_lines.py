@@ -14,9 +14,7 @@ from tests.conftest import Database
 from tests.trials import SCENARIOS, Bench, Scenario, bench, impatience
 from tests.wire import Cut, Moment
 
-every_scenario = pytest.mark.parametrize(
-    "scenario", [scenario for scenario in SCENARIOS if not scenario.name.startswith("rollback")], ids=str
-)
+every_scenario = pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
 
 
 def what_goes_wrong(ready: Bench, cuts: Iterable[Cut]) -> list[str]:

@@ -76,6 +76,8 @@ class Bench:
         if _is_refusal(finished):
             if _tables(self.database) != self.before:
                 return f"it said that nothing was written, and something was: {finished.stderr}"
+            # What was rolled back may have used up a number.
+            _put_back(self.database)
             finished, listed = _carried_out(self.command)
         return _difference(self.end, _end(self.database, finished, listed))
 

@@ -30,6 +30,7 @@ from crm.backfill.resolutions import Resolutions
 from crm.backfill.schema import DatabaseFacts, examine
 from crm.backfill.snapshot import in_pages
 from crm.backfill.workers import Alone, Assignment, Crew, OnBatch, WorkerError
+from crm.errors import OperatorError
 from crm.models import BackfillBatch, BackfillRun, ContactUpdate, LedgerEntry
 from crm.models.ledger import RunStatus
 
@@ -162,9 +163,9 @@ class _Work:
         self.before = before
         self.life.interruption.heed()
         rows = {source: before.to_read(source) for source in self.options.sources if before.to_read(source)}
-        resolutions = Resolutions.to_be_carried_out(connection, self.facts)
+        resolutions, every = self.life.patiently(self._resolutions)
         run_id = self.life.run.pk if self.life.run else None
-        assignment = Assignment(self.options, self.facts, run_id, resolutions, left, before.untouched)
+        assignment = Assignment(self.options, self.facts, run_id, resolutions, every, left, before.untouched)
         with _hands(assignment, self.life.interruption, self._on_batch) as hands:
             self.watcher.begin(rows)
             for source in rows:
@@ -173,6 +174,18 @@ class _Work:
                 hands.work_through_decided(source)
             if self.options.update:
                 hands.look_again(self.options.sources)
+
+    def _resolutions(self) -> tuple[Resolutions, Resolutions]:
+        """What people decided and is to be carried out, and, where a second look needs it, all that they decided."""
+        due = Resolutions.to_be_carried_out(connection, self.facts)
+        if not self.options.update:
+            return due, due
+        try:
+            return due, Resolutions.every(connection)
+        except OperatorError:
+            if not self.options.dry_run:
+                raise
+            return due, due
 
     def _on_batch(self, source: Source, totals: Totals) -> None:
         self.tally.add(source, totals)

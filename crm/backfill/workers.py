@@ -60,13 +60,18 @@ OnBatch = Callable[[Source, Totals], None]
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """What a run's hands must know. `left` are the ids of the rows to be looked at, where they are few, and `untouched`
-    the sources of which no row has a line."""
+    """What a run's hands must know.
+
+    `resolutions` are those to be carried out, and `every_resolution` also those that were: a second look holds to them
+    as well. `left` are the ids of the rows to be looked at, where they are few, and `untouched` the sources of which no
+    row has a line.
+    """
 
     options: RunOptions
     facts: DatabaseFacts
     run_id: int | None
     resolutions: Resolutions
+    every_resolution: Resolutions
     left: Mapping[Source, Sequence[str]]
     untouched: Collection[Source]
 
@@ -79,7 +84,7 @@ class Assignment:
 
     def updater(self, before: BatchWriter | RehearsalWriter) -> Writer:
         """What looks at rows again; a dry run must know what it would have done `before`."""
-        present = Present(connection, self.facts, self.every_resolution(), with_versions=self.run_id is not None)
+        present = Present(connection, self.facts, self.every_resolution, with_versions=self.run_id is not None)
         if isinstance(before, RehearsalWriter):
             return UpdateRehearsal(before.store, before.imagined, present, self.facts.rules())
         lookup = ContactLookup(connection, self.facts)
@@ -101,15 +106,6 @@ class Assignment:
             limit=limit,
             resolutions=self.resolutions,
         )
-
-    def every_resolution(self) -> Resolutions:
-        """What people decided, also what was carried out: a second look holds to it as well."""
-        try:
-            return Resolutions.every(connection)
-        except OperatorError:
-            if self.run_id is not None:
-                raise
-            return self.resolutions
 
     def second_reader(self, source: Source) -> SourceReader:
         """The reader of the rows of a source that are to be looked at again."""
@@ -239,7 +235,7 @@ class Alone:
     def look_again(self, sources: Iterable[Source]) -> None:
         """Look again at the rows of sources, when all are through. Raises what Pipeline.work_through does."""
         self._pipeline.writer = self._assignment.updater(self._writer)
-        self._pipeline.resolutions = self._assignment.every_resolution()
+        self._pipeline.resolutions = self._assignment.every_resolution
         for source in sources:
             self._pipeline.work_through(self._assignment.second_reader(source))
 
