@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from django.db import connection
 
+from crm.backfill.refusals import MOST_ALIKE
 from crm.models import BackfillRun
 from tests.builders import add_contact, add_lead, add_many_leads, add_profile, contact_with, contacts, ledger
 from tests.commands import backfill, run, statements
@@ -70,6 +72,20 @@ OBSTACLES = {
         "23514",
     ),
     "trigger after the row": Obstacle(raising(IS_BAD, when="AFTER INSERT OR UPDATE"), NO_TRIGGER, "P0001"),
+    **{
+        f"trigger with {sqlstate}": Obstacle(raising(IS_BAD, how=f"USING ERRCODE = '{sqlstate}'"), NO_TRIGGER, sqlstate)
+        for sqlstate in ("PT400", "42501", "42P01", "42804", "0A000", "54000", "XX000", "XX001", "58030", "25000")
+    },
+    "trigger that asks a table that is gone": Obstacle(
+        raising("public.is_bad(NEW.email)")
+        + """; CREATE FUNCTION public.is_bad(email text) RETURNS boolean LANGUAGE plpgsql AS $$ BEGIN
+                 IF email LIKE 'bad%' THEN PERFORM FROM public.gone; END IF; RETURN false; END $$""",
+        f"{NO_TRIGGER}; DROP FUNCTION public.is_bad",
+        "42P01",
+    ),
+    "phone too long for its index": Obstacle(
+        "CREATE INDEX of_phones ON crm_contacts (phone)", "DROP INDEX of_phones", "54000"
+    ),
     "deferred trigger": Obstacle(raising(IS_BAD, "CONSTRAINT TRIGGER", "AFTER INSERT OR UPDATE"), NO_TRIGGER, "P0001"),
     "unique index": Obstacle(
         "CREATE UNIQUE INDEX one_such_phone ON crm_contacts (phone) WHERE phone = '13'",
@@ -113,6 +129,7 @@ OBSTACLES = {
 }
 #: What makes a lead the one that the obstacle is about.
 BADNESS: dict[str, dict[str, Any]] = {
+    "phone too long for its index": {"phone": "".join(hashlib.sha256(bytes([n])).hexdigest() for n in range(200))},
     "number out of range": {"commissionRate": "12.50"},
     "text too long": {"phone": "555 0100 0100"},
     "null": {"referrerUsername": None},
@@ -260,6 +277,71 @@ def test_a_user_who_left_a_profile_behind_is_tried_again_and_lands(database: Dat
         assert run()["error_new"] == 1
     assert [line[3] for line in refusals(database)] == ["23503"]
     assert (run()["created"], refusals(database)) == (1, [])
+
+
+def test_the_line_names_table_constraint_column_and_trigger_where_the_catalogue_has_them(database: Database) -> None:
+    names = 'SELECT "table", "constraint", "column", "trigger" FROM ledger_entry WHERE outcome = \'error\''
+    add_lead(BAD)
+    for obstacle, named in {
+        "check constraint": ("crm_contacts", "no_bad_people", None, None),
+        "trigger with PT400": (None, None, None, "obstacle"),
+        "trigger with names that nothing has": (None, None, None, "obstacle"),
+        "trigger that asks a table that is gone": (None, None, None, "obstacle"),
+        "deferred trigger": (None, None, None, "obstacle"),
+        "null": ("crm_contacts", None, "referrerUsername", None),
+    }.items():
+        database.change(OBSTACLES[obstacle].put)
+        run()
+        assert database.rows(names) == [named], obstacle
+        database.change(OBSTACLES[obstacle].remove)
+
+
+def test_a_function_that_is_named_in_an_error_and_is_none_of_the_database_is_not_written_down(
+    database: Database,
+) -> None:
+    context = "E'\\nPL/pgSQL function ann@example.com() line 1 at RAISE'"
+    database.change(raising(f"{IS_BAD} AND {context} || NEW.email <> ''", how="USING ERRCODE = 'PT400'"))
+    database.change(
+        f"""
+        CREATE OR REPLACE FUNCTION public.obstacle() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+            IF {IS_BAD} THEN EXECUTE 'SELECT raise_it(' || quote_literal({context}) || ')'; END IF;
+            RETURN NEW;
+        END $$
+        """
+    )
+    add_lead(BAD)
+    run()
+    assert database.rows('SELECT sqlstate, "trigger" FROM ledger_entry') == [("42883", "obstacle")]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("batch_size", [30, 1000])
+def test_where_every_row_is_refused_for_one_reason_the_run_fails_and_says_so_once(
+    database: Database, workers: int, batch_size: int
+) -> None:
+    database.change(raising("true", how="USING ERRCODE = 'PT400'"))
+    add_many_leads(1000)
+    with statements() as sent:
+        finished = backfill("--no-progress", "--batch-size", str(batch_size), "--workers", str(workers), "--json")
+    assert (finished.code, finished.answer["status"], finished.answer["balanced"]) == (5, "failed", True)
+    assert finished.answer["failure"] == (
+        "the database refuses every row for one reason (SQLSTATE PT400, trigger obstacle)"
+    )
+    assert finished.stderr.count("\n") == 1
+    assert finished.answer["read"] == len(refusals(database)) <= 2 * MOST_ALIKE * workers
+    assert len(sent) <= 2 * 2 * MOST_ALIKE * (MOST_STATEMENTS_A_TRY + 1)
+    database.change(NO_TRIGGER)
+    assert run()["created"] == 1000
+
+
+def test_many_rows_in_succession_that_are_refused_fail_no_run_in_which_others_land(database: Database) -> None:
+    add_many_leads(1000)
+    database.rows("UPDATE leads SET phone = 'refused' WHERE id < 'new000000000301' RETURNING id")
+    database.change("ALTER TABLE crm_contacts ADD CONSTRAINT nobody_refused CHECK (phone <> 'refused')")
+    answer = run(batch_size=1000)
+    assert (answer["status"], answer["created"], answer["error"]) == ("finished", 700, 300)
+    again = run()
+    assert (again["status"], again["error"], again["error_new"]) == ("finished", 300, 0), "known errors say nothing"
 
 
 def test_a_batch_in_which_every_row_is_refused(database: Database) -> None:

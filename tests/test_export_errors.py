@@ -19,7 +19,10 @@ from tests.commands import Finished, called, run, statements
 from tests.conftest import Database
 from tests.processes import database_url, start
 
-COLUMNS = ["source", "row", "id", "reason", "what_to_do", "contact_id", "sqlstate", "constraint", "column"]
+COLUMNS = [
+    *("source", "row", "id", "reason", "what_to_do", "contact_id"),
+    *("sqlstate", "constraint", "column", "table", "trigger"),
+]
 
 
 def command(*arguments: str) -> Finished:

@@ -31,9 +31,9 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
     page = SourceReader.page
 
-    def noting(self: SourceReader, after: Key | None, size: int) -> Page:
+    def noting(self: SourceReader, after: Key | None, size: int, most_new: int | None = None) -> Page:
         sizes.append(size)
-        return page(self, after, size)
+        return page(self, after, size, most_new)
 
     monkeypatch.setattr(SourceReader, "page", noting)
     return sizes
@@ -85,10 +85,10 @@ def test_a_batch_ends_early_rather_than_wait_for_a_page_that_does_not_come(
     may_go_on = threading.Event()
     page = SourceReader.page
 
-    def held_up(self: SourceReader, after: Key | None, size: int) -> Page:
+    def held_up(self: SourceReader, after: Key | None, size: int, most_new: int | None = None) -> Page:
         if after is not None:
             assert may_go_on.wait(60)
-        return page(self, after, size)
+        return page(self, after, size, most_new)
 
     monkeypatch.setattr(SourceReader, "page", held_up)
     with ahead(database) as reading:

@@ -271,6 +271,8 @@ class LedgerAdmin(ContactNamingAdmin):
         "sqlstate",
         "constraint",
         "column",
+        "table",
+        "trigger",
         "decision",
         "id",
     )

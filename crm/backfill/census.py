@@ -27,27 +27,43 @@ _NAMES = {
 # One statement, so that all of it is of one moment. Each term is counted by itself: the rows of the table without a
 # look at the ledger, the lines that rows have by what they say, and as pending the rows without any line.
 _COUNTS = """
-SELECT {label}::text, NULL AS outcome, NULL AS names_contact, count(*) FROM {table} GROUP BY 1
+SELECT r.{label}::text, NULL AS outcome, NULL AS names_contact, count(*) FROM {table} r WHERE true{only} GROUP BY 1
  UNION ALL
 SELECT label::text, outcome, names_contact, counted
   FROM (SELECT r.{label} AS label, line.outcome, line.contact_id IS NOT NULL AS names_contact, count(*) AS counted
           FROM {table} r LEFT JOIN ledger_entry line ON line.source_id = r.id AND line.source = ANY(%(sources)s)
+         WHERE true{only}
          GROUP BY 1, 2, 3) line
 """
 _COUNTS_WITHOUT_LEDGER = """
-SELECT {label}::text, NULL AS outcome, NULL, count(*) FROM {table} GROUP BY 1
+SELECT r.{label}::text, NULL AS outcome, NULL, count(*) FROM {table} r WHERE true{only} GROUP BY 1
  UNION ALL
-SELECT {label}::text, NULL, false, count(*) FROM {table} GROUP BY 1
+SELECT r.{label}::text, NULL, false, count(*) FROM {table} r WHERE true{only} GROUP BY 1
 """
+# Rows without an id have no line. Of those that share an id, one line stands for all: none can be told from another.
+_ONLY = {"id": " AND r.id IS NOT NULL", "repeated": " AND r.id <> ALL(%(repeated)s)"}
+_WITHOUT_ID = "SELECT count(*) FROM {table} WHERE id IS NULL"
+_REPEATED = """
+SELECT line.outcome, line.contact_id IS NOT NULL, count(*)
+  FROM {table} r LEFT JOIN ledger_entry line ON line.source_id = r.id AND line.source = ANY(%(sources)s)
+ WHERE r.id = ANY(%(repeated)s)
+ GROUP BY r.id, line.outcome, line.contact_id
+"""
+_REPEATED_WITHOUT_LEDGER = """
+SELECT NULL, false, count(*) FROM {table} r WHERE r.id = ANY(%(repeated)s) GROUP BY r.id
+"""
+#: Why rows are excluded that no line can stand for.
+DUPLICATE_ID, MISSING_ID = "duplicate_id", "missing_id"
 _ERRORS = """
 SELECT r.{label}::text, r.id
   FROM ledger_entry line JOIN {table} r ON r.id = line.source_id
- WHERE line.outcome = 'error' AND line.source = ANY(%(sources)s) AND r.{label} = ANY(%(labels)s::"{enum}"[])
+ WHERE line.outcome = 'error' AND line.source = ANY(%(sources)s)
+   AND (r.{label} = ANY(%(labels)s::"{enum}"[]) OR r.{label} IS NULL){only}
 """
 _PENDING_ROWS = """
 SELECT r.{label}::text, r.id
   FROM {table} r
- WHERE r.{label} = ANY(%(labels)s::"{enum}"[])
+ WHERE (r.{label} = ANY(%(labels)s::"{enum}"[]) OR r.{label} IS NULL){only}
    AND NOT EXISTS (SELECT FROM ledger_entry line WHERE line.source_id = r.id AND line.source = ANY(%(sources)s))
 """
 # A row that changed since its line was written may have become one that is not to be migrated.
@@ -68,12 +84,16 @@ class Survey(NamedTuple):
 
 @dataclass(slots=True)
 class _Table:
-    """Rows of a table by label; and by label, what their lines say and whether these name a contact."""
+    """Rows of a table by label; and by label, what their lines say and whether these name a contact.
 
-    labels: dict[str, int] = field(default_factory=dict)
-    lines: Counter[tuple[str, str | None, bool]] = field(default_factory=Counter)
+    `without_line` are rows by the reason why no line can stand for them.
+    """
 
-    def count(self, label: str, *outcomes: str | None) -> int:
+    labels: Counter[str | None] = field(default_factory=Counter)
+    lines: Counter[tuple[str | None, str | None, bool]] = field(default_factory=Counter)
+    without_line: Counter[str] = field(default_factory=Counter)
+
+    def count(self, label: str | None, *outcomes: str | None) -> int:
         """The rows with this label and one of these outcomes."""
         return sum(self.lines[label, outcome, named] for outcome in outcomes for named in (True, False))
 
@@ -121,15 +141,27 @@ def _count(connection: BaseDatabaseWrapper, facts: DatabaseFacts, table: str) ->
             counted.labels[label] = count
         else:
             counted.lines[label, outcome, names_contact] += count
+    if f"{table}.id" in facts.nullable:
+        ((count,),) = _rows(connection, facts, table, _WITHOUT_ID)
+        counted.without_line[MISSING_ID] += count
+    if facts.repeated_ids.get(table):
+        query = _REPEATED if facts.has_ledger else _REPEATED_WITHOUT_LEDGER
+        for outcome, names_contact, count in _rows(connection, facts, table, query):
+            counted.labels[None] += 1
+            counted.lines[None, outcome, names_contact] += 1
+            counted.without_line[DUPLICATE_ID] += count - 1
     return counted
 
 
 def _add(census: Census, facts: DatabaseFacts, table: str, counted: _Table) -> None:
-    census.rows += sum(counted.labels.values())
+    census.rows += counted.labels.total() + counted.without_line.total()
+    for reason, count in counted.without_line.items():
+        if count:
+            census.excluded[reason] = census.excluded.get(reason, 0) + count
     for label in counted.labels.keys() | {label for label, _, _ in counted.lines}:
         source = facts.source_of(table, label)
         if source is None:
-            reason = facts.exclusion(table, label)
+            reason = facts.exclusion(table, str(label))
             census.excluded[reason] = census.excluded.get(reason, 0) + counted.labels.get(label, 0)
             continue
         census.settled[source] += counted.count(label, *WITH_CONTACT)
@@ -166,7 +198,10 @@ def _rows(
     parameters |= {
         "sources": [source.value for source in sources],
         "labels": [label for source in sources for label in facts.labels_of(source)],
+        "repeated": list(facts.repeated_ids.get(table, ())),
     }
+    only = _ONLY["id"] if f"{table}.id" in facts.nullable else ""
+    only += _ONLY["repeated"] if parameters["repeated"] else ""
     with connection.cursor() as cursor:
-        cursor.execute(query.format(**_NAMES[table]), parameters)
+        cursor.execute(query.format(**_NAMES[table], only=only), parameters)
         return list(cursor.fetchall())

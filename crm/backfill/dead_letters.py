@@ -31,13 +31,18 @@ REMEDIES = {
         "Decide again, with resolve_crm_conflict {row}: since it was decided, contact {contact} was deleted or has got "
         "the address."
     ),
+    Reason.MISSING_VALUE: "Give the row a value in the column that is named.",
+    Reason.INVALID_VALUE: "Correct the value in the column that is named: the application cannot read such a one.",
+    Reason.DUPLICATE_ID: "Give each row of the table an id of its own: several have this one.",
+    Reason.UNREADABLE: "Have the row looked at by whoever keeps the database: PostgreSQL cannot read it.",
     Reason.DATA_ERROR: "Correct the row in the application: the database refused it as the other columns say.",
 }
 REMEDY_OF_OTHERS = "Look the row up in the application."
 
 _ORDER = ", ".join(f"'{source}'" for source in Source)
 _DEAD_LETTERS = f"""
-SELECT line.source, line.source_id, line.reason, line.contact_id, line.sqlstate, line.constraint, line.column, {{email}}
+SELECT line.source, line.source_id, line.reason, line.contact_id, line.sqlstate, line.constraint, line.column,
+       line.table, line.trigger, {{email}}
   FROM ledger_entry line {{people}}
  WHERE line.outcome = '{Outcome.ERROR}'
  ORDER BY array_position(ARRAY[{_ORDER}], line.source), line.source_id
@@ -62,6 +67,8 @@ class DeadLetter(NamedTuple):
     sqlstate: str | None
     constraint: str | None
     column: str | None
+    table: str | None
+    trigger: str | None
     email: str | None
 
 
@@ -87,11 +94,9 @@ def _dead_letter(
     reason: str,
     contact_id: str | None,
     sqlstate: str | None,
-    constraint: str | None,
-    column: str | None,
-    email: str | None,
+    *rest: str | None,
 ) -> DeadLetter:
     row = f"{Source(source).table}:{source_id}"
     known = reason in set(Reason)
     remedy = REMEDIES[Reason(reason)].format(row=row, contact=contact_id) if known else REMEDY_OF_OTHERS
-    return DeadLetter(source, row, source_id, reason, remedy, contact_id, sqlstate, constraint, column, email)
+    return DeadLetter(source, row, source_id, reason, remedy, contact_id, sqlstate, *rest)

@@ -1,8 +1,13 @@
-"""Which database errors speak of a row, and which of a bad moment. Names SQLSTATEs, never PostgreSQL's own texts:
-its DETAIL quotes people's data."""
+"""Which database errors are of a bad moment, which the operator's, and which of a row: the only place that says so.
+
+A bad moment passes when one waits. The operator's errors are the same for every row: a right or a table is missing.
+All others are of the row at which they come, whatever SQLSTATE a trigger or a function gave them. Names SQLSTATEs,
+never PostgreSQL's own texts: its DETAIL quotes people's data.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 
@@ -12,13 +17,15 @@ from django.db import DatabaseError, DataError, InterfaceError, OperationalError
 from crm.backfill.outcome import Refusal
 from crm.errors import OperatorError
 
-#: SQLSTATE classes of data exceptions, violated constraints and errors that a trigger raises.
-ROW_CLASSES = ("22", "23", "P0")
 LOST_CONNECTION = "connection lost"
 SETTLED_MEANWHILE = "rows that have an outcome by now"
 _LEDGER_KEY = "ledger_entry_pkey"
-#: What passes when one waits, by SQLSTATE.
+#: What passes when one waits, by SQLSTATE or by its class.
 BAD_MOMENTS = {
+    "08": LOST_CONNECTION,
+    "40": "transaction rolled back by the server",
+    "53": "server short of resources",
+    "57": "server interrupted the statement",
     "40001": "serialization failure",
     "40P01": "deadlock",
     "53300": "too many connections",
@@ -29,9 +36,10 @@ BAD_MOMENTS = {
     "57P03": "server is starting",
     "57P05": "idle session timeout",
     "25P03": "idle in transaction timeout",
+    "25P04": "transaction timeout",
     "25006": "server is read-only",
 }
-TIMEOUTS = ("55P03", "57014")
+TIMEOUTS = ("55P03", "57014", "25P04")
 DEADLOCK, UNIQUE_VIOLATION = "40P01", "23505"
 INSUFFICIENT_PRIVILEGE, NO_SUCH_TABLE, LOCK_TIMEOUT = "42501", "42P01", "55P03"
 #: What an operator can put right, whatever the command.
@@ -45,6 +53,14 @@ REMEDIES = {
         "`python manage.py migrate` makes those of the backfill."
     ),
 }
+
+
+# The lines of an error's context that name a function. The others quote statements, and with them values.
+_FUNCTION = re.compile(r'^(?:PL/\w+|SQL) function (?:(?:.+?\.)?([\w$]+|"(?:[^"]|"")+")\(|"(.+?)" )', re.MULTILINE)
+
+
+class EveryRowRefusedError(Exception):
+    """All rows of a batch are refused for one reason: it is not the rows. The message is for the run's record."""
 
 
 class SettledMeanwhileError(DatabaseError):
@@ -120,18 +136,29 @@ def sqlstate(error: BaseException) -> str | None:
 
 
 def row_refusal(error: DatabaseError) -> Refusal | None:
-    """What PostgreSQL said of a row; None when the error does not speak of a row."""
+    """What PostgreSQL said of a row; None when the error is of a bad moment, or the operator's.
+
+    The names are as the error gives them, and may be anything: see `names_of_the_schema`.
+    """
     if isinstance(error, RewrittenError):
         return error.refusal
     code = sqlstate(error)
     if code is None:
         # psycopg's own refusal to send a value, such as a text with a NUL.
-        return Refusal(None, None, None) if isinstance(error, DataError) else None
-    if not code.startswith(ROW_CLASSES):
+        return Refusal() if isinstance(error, DataError) else None
+    cause = error if isinstance(error, psycopg.Error) else error.__cause__
+    if bad_moment(error) or not isinstance(cause, psycopg.Error):
         return None
-    diagnostic = error.__cause__.diag if isinstance(error.__cause__, psycopg.Error) else None
-    return (
-        Refusal(code, diagnostic.constraint_name, diagnostic.column_name) if diagnostic else Refusal(code, None, None)
+    functions = [name or quoted for name, quoted in _FUNCTION.findall(cause.diag.context or "")]
+    if code in REMEDIES and not functions:
+        return None
+    return Refusal(
+        code,
+        cause.diag.constraint_name,
+        cause.diag.column_name,
+        cause.diag.table_name,
+        # The outermost is the trigger's: what it called stands before it.
+        functions[-1].strip('"').replace('""', '"') if functions else None,
     )
 
 
@@ -142,9 +169,7 @@ def bad_moment(error: BaseException) -> str | None:
     code = sqlstate(error)
     if code is None:
         return LOST_CONNECTION if isinstance(error, OperationalError | InterfaceError) else None
-    if code.startswith("08"):
-        return LOST_CONNECTION
-    return BAD_MOMENTS.get(code)
+    return BAD_MOMENTS.get(code) or BAD_MOMENTS.get(code[:2])
 
 
 def _refused_by(error: BaseException) -> str | None:

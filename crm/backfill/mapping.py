@@ -15,7 +15,7 @@ from typing import NamedTuple
 from django.core.exceptions import ValidationError
 from django.core.validators import validate_email
 
-from crm.backfill.outcome import Reason, Source
+from crm.backfill.outcome import Reason, Refusal, Source
 
 UNKNOWN_NAME = "Unknown"
 PROFILE_ORIGIN = "backfill"
@@ -49,13 +49,16 @@ STAGES_OF_STATUS = {
 
 
 class ProfileRow(NamedTuple):
-    """A profile with its user's email, as `crm.backfill.source` reads it."""
+    """A profile with its user's email, as `crm.backfill.source` reads it.
+
+    Any column but the id may be NULL, whatever the application's own schema says.
+    """
 
     id: str
-    created_at: str
-    updated_at: str
+    created_at: str | None
+    updated_at: str | None
     known_reason: str | None
-    role: str
+    role: str | None
     first_name: str | None
     last_name: str | None
     phone: str | None
@@ -66,18 +69,18 @@ class ProfileRow(NamedTuple):
 
 
 class LeadRow(NamedTuple):
-    """A lead, its preparer resolved to a profile's id, as `crm.backfill.source` reads it."""
+    """A lead, its preparer resolved to a profile's id, as `crm.backfill.source` reads it; NULLs as in a profile."""
 
     id: str
-    created_at: str
-    updated_at: str
+    created_at: str | None
+    updated_at: str | None
     known_reason: str | None
-    status: str
-    type: str
-    email: str
-    first_name: str
-    last_name: str
-    phone: str
+    status: str | None
+    type: str | None
+    email: str | None
+    first_name: str | None
+    last_name: str | None
+    phone: str | None
     source: str | None
     last_contacted_at: str | None
     referrer_username: str | None
@@ -85,7 +88,7 @@ class LeadRow(NamedTuple):
     commission_rate: str | None
     commission_rate_locked_at: str | None
     attribution_method: str | None
-    attribution_confidence: int
+    attribution_confidence: int | None
     raw_assigned_preparer_id: str | None
     assigned_preparer_id: str | None
 
@@ -126,16 +129,20 @@ class Resolution(NamedTuple):
 
 
 class MappedRow(NamedTuple):
-    """A source row with what it maps to: a draft, or the reason why it cannot be a contact."""
+    """A source row with what it maps to: a draft, or the reason why it cannot be a contact.
+
+    `updated_at` is None where the row has none that is a moment.
+    """
 
     id: str
     source_id: str
-    updated_at: str
+    updated_at: str | None
     known_reason: str | None
     raw_email: str | None
     draft: ContactDraft | None
     rejection: Reason | None
     resolution: Resolution | None = None
+    refusal: Refusal | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +204,26 @@ def normalised_email(raw: str) -> str | None:
     return email
 
 
+def _is_no_moment(text: str) -> bool:
+    """Whether PostgreSQL's text of a timestamp is none of the years 1 to 9999: the application could not read it."""
+    return text[4] != "-" or text[-1] == "C"
+
+
+def _fault(required: Mapping[str, str | None], optional: Mapping[str, str | None]) -> tuple[Reason, Refusal]:
+    """What is wrong with the first of these timestamps by column that is no moment; there is one."""
+    for column, text in required.items():
+        if text is None:
+            return Reason.MISSING_VALUE, Refusal(column=column)
+    moments = {column: text for column, text in {**required, **optional}.items() if text is not None}
+    return Reason.INVALID_VALUE, Refusal(column=next(column for column in moments if _is_no_moment(moments[column])))
+
+
+def _rejected(table: str, row: ProfileRow | LeadRow, reason: Reason, refusal: Refusal | None = None) -> MappedRow:
+    updated_at = None if row.updated_at is None or _is_no_moment(row.updated_at) else row.updated_at
+    identifier = contact_id(table, row.id)
+    return MappedRow(identifier, row.id, updated_at, row.known_reason, None, None, reason, None, refusal)
+
+
 def profile_mapper(source: Source, rules: Rules) -> Callable[[ProfileRow], MappedRow]:
     """The mapping of one profile source."""
     contact_type = CONTACT_TYPE_OF_SOURCE[source]
@@ -207,12 +234,16 @@ def profile_mapper(source: Source, rules: Rules) -> Callable[[ProfileRow], Mappe
     def mapped(row: ProfileRow) -> MappedRow:
         raw_email = trimmed(row.email)
         email = normalised_email(raw_email) if raw_email else f"{kind}-{row.id.lower()}@{domain}"
+        if row.role is None:
+            return _rejected("profiles", row, Reason.MISSING_VALUE, Refusal(column="role"))
+        if not label_belongs(row.role):
+            return _rejected("profiles", row, Reason.UNKNOWN_ROLE)
+        if email is None:
+            return _rejected("profiles", row, Reason.INVALID_EMAIL)
+        created_at, updated_at = row.created_at, row.updated_at
+        if created_at is None or updated_at is None or _is_no_moment(created_at) or _is_no_moment(updated_at):
+            return _rejected("profiles", row, *_fault({"createdAt": created_at, "updatedAt": updated_at}, {}))
         identifier = contact_id("profiles", row.id)
-        rejection = (
-            Reason.UNKNOWN_ROLE if not label_belongs(row.role) else Reason.INVALID_EMAIL if email is None else None
-        )
-        if rejection or email is None:
-            return MappedRow(identifier, row.id, row.updated_at, row.known_reason, None, None, rejection)
         draft = ContactDraft(
             identifier,
             row.user_id,
@@ -224,7 +255,7 @@ def profile_mapper(source: Source, rules: Rules) -> Callable[[ProfileRow], Mappe
             trimmed(row.phone),
             trimmed(row.company_name),
             rules.stages["NEW"],
-            row.created_at,
+            created_at,
             PROFILE_ORIGIN,
             None,
             None,
@@ -234,11 +265,11 @@ def profile_mapper(source: Source, rules: Rules) -> Callable[[ProfileRow], Mappe
             None,
             None,
             FULL_CONFIDENCE,
-            row.created_at,
-            row.updated_at,
+            created_at,
+            updated_at,
             None,
         )
-        return MappedRow(identifier, row.id, row.updated_at, row.known_reason, raw_email, draft, None)
+        return MappedRow(identifier, row.id, updated_at, row.known_reason, raw_email, draft, None)
 
     return mapped
 
@@ -248,30 +279,42 @@ def lead_mapper(source: Source, rules: Rules) -> Callable[[LeadRow], MappedRow]:
     converted = source is Source.CONVERTED_LEADS
     stage_of = lru_cache(lambda status: rules.stage_of(normalised(status)))
     contact_type_of = lru_cache(
-        lambda label: CONVERTED_CONTACT_TYPE if converted else CONTACT_TYPE_OF_LEAD_TYPE.get(normalised(label))
+        lambda label: CONVERTED_CONTACT_TYPE if converted else CONTACT_TYPE_OF_LEAD_TYPE.get(normalised(label or ""))
     )
     new, contacted = rules.stages["NEW"], rules.stages["CONTACTED"]
 
     def mapped(row: LeadRow) -> MappedRow:
-        identifier = contact_id("leads", row.id)
+        if row.status is None:
+            return _rejected("leads", row, Reason.MISSING_VALUE, Refusal(column="status"))
         stage = stage_of(row.status)
+        if stage is None:
+            return _rejected("leads", row, Reason.UNKNOWN_STATUS)
         contact_type = contact_type_of(row.type)
-        email = normalised_email(row.email)
-        if stage is None or contact_type is None or email is None:
-            rejection = (
-                Reason.UNKNOWN_STATUS
-                if stage is None
-                else Reason.UNKNOWN_TYPE
-                if contact_type is None
-                else Reason.INVALID_EMAIL
-            )
-            return MappedRow(identifier, row.id, row.updated_at, row.known_reason, None, None, rejection)
+        if contact_type is None:
+            missing = row.type is None
+            reason = Reason.MISSING_VALUE if missing else Reason.UNKNOWN_TYPE
+            return _rejected("leads", row, reason, Refusal(column="type") if missing else None)
+        email = normalised_email(row.email) if row.email is not None else None
+        if email is None or row.email is None:
+            return _rejected("leads", row, Reason.INVALID_EMAIL)
+        created_at, updated_at = row.created_at, row.updated_at
+        contacted_at, locked_at = row.last_contacted_at, row.commission_rate_locked_at
+        if (
+            created_at is None
+            or updated_at is None
+            or _is_no_moment(created_at)
+            or _is_no_moment(updated_at)
+            or (contacted_at is not None and _is_no_moment(contacted_at))
+            or (locked_at is not None and _is_no_moment(locked_at))
+        ):
+            required = {"createdAt": created_at, "updatedAt": updated_at}
+            optional = {"lastContactedAt": contacted_at, "commissionRateLockedAt": locked_at}
+            return _rejected("leads", row, *_fault(required, optional))
+        if row.commission_rate is not None and not row.commission_rate[-1:].isdigit():
+            return _rejected("leads", row, Reason.INVALID_VALUE, Refusal(column="commissionRate"))
+        identifier = contact_id("leads", row.id)
         assigned = row.assigned_preparer_id if row.assigned_preparer_id and row.assigned_preparer_id.strip() else None
-        entered = (
-            row.created_at
-            if stage == new
-            else (row.last_contacted_at if stage == contacted else None) or row.updated_at
-        )
+        entered = created_at if stage == new else (contacted_at if stage == contacted else None) or updated_at
         draft = ContactDraft(
             identifier,
             None,
@@ -286,20 +329,25 @@ def lead_mapper(source: Source, rules: Rules) -> Callable[[LeadRow], MappedRow]:
             entered,
             trimmed(row.source) or LEAD_ORIGIN,
             assigned,
-            row.updated_at if assigned else None,
+            updated_at if assigned else None,
             row.referrer_username,
             row.referrer_type,
             row.commission_rate,
-            row.commission_rate_locked_at,
+            locked_at,
             row.attribution_method,
-            row.attribution_confidence,
-            row.created_at,
-            row.updated_at,
-            row.last_contacted_at,
+            FULL_CONFIDENCE if row.attribution_confidence is None else row.attribution_confidence,
+            created_at,
+            updated_at,
+            contacted_at,
         )
-        return MappedRow(identifier, row.id, row.updated_at, row.known_reason, row.email.strip(), draft, None)
+        return MappedRow(identifier, row.id, updated_at, row.known_reason, row.email.strip(), draft, None)
 
     return mapped
+
+
+def unmapped(table: str, source_id: str, known_reason: str | None, reason: Reason, refusal: Refusal) -> MappedRow:
+    """A row of which nothing but the id can be told, and why."""
+    return MappedRow(contact_id(table, source_id), source_id, None, known_reason, None, None, reason, None, refusal)
 
 
 def map_rows(source: Source, rows: Iterable[tuple[object, ...]], rules: Rules) -> list[MappedRow]:

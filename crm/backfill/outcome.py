@@ -68,15 +68,21 @@ class Reason(StrEnum):
     INVALID_EMAIL = "invalid_email"
     CONFLICT = "conflict"
     STALE_DECISION = "stale_decision"
+    MISSING_VALUE = "missing_value"
+    INVALID_VALUE = "invalid_value"
+    DUPLICATE_ID = "duplicate_id"
+    UNREADABLE = "unreadable"
     DATA_ERROR = "data_error"
 
 
 class Refusal(NamedTuple):
-    """What PostgreSQL said of a row that it refused; never its DETAIL, which quotes people's data."""
+    """What is wrong with a row, by names alone; never PostgreSQL's DETAIL, which quotes people's data."""
 
-    sqlstate: str | None
-    constraint: str | None
-    column: str | None
+    sqlstate: str | None = None
+    constraint: str | None = None
+    column: str | None = None
+    table: str | None = None
+    trigger: str | None = None
 
 
 class Decision(NamedTuple):
@@ -84,7 +90,7 @@ class Decision(NamedTuple):
 
     id: str
     source_id: str
-    updated_at: str
+    updated_at: str | None
     known_reason: str | None
     outcome: Outcome
     reason: Reason | None = None

@@ -83,7 +83,7 @@ class Pipeline:
         Raises InterruptedRunError, fence.FenceLostError, and django.db.Error for what trying again did not cure.
         """
         for throttle in self.throttles:
-            throttle.begin(time.monotonic(), self._size(), turn)
+            throttle.begin(time.monotonic(), min(self.sizer.size, self.limit or self.sizer.size), turn)
         try:
             self._batches(reader)
         except DjangoDatabaseError:
@@ -124,30 +124,28 @@ class Pipeline:
 
     def _batch(self, ahead: ReadAhead, source: Source, after: Key | None) -> tuple[Totals | None, Key | None]:
         started = time.monotonic()
-        pages = ahead.pages(after, self._size())
+        pages = ahead.pages(after, self.sizer.size, self.limit)
         first = next(pages, None)
         if first is None:
             return None, after
-        reached = first.key
+        reached, new_rows = first.key, 0
 
         def rows() -> Iterator[Sequence[MappedRow]]:
-            nonlocal reached
+            nonlocal reached, new_rows
             for page in chain([first], pages):
                 reached = page.key
+                new_rows += page.new_rows
                 yield self.resolutions.applied(page.rows)
 
         totals = self.writer.write(source, rows())
         if self.limit is not None:
             # Not all rows of a page need be such that a second look finds something in them.
-            self.limit -= totals.rows
+            self.limit -= new_rows if totals.read else totals.revisited
         if change := self.sizer.after_batch(totals.rows, time.monotonic() - started):
             logger.info(change)
         for throttle in self.throttles:
             throttle.after_batch(totals.rows, started)
         return totals, reached
-
-    def _size(self) -> int:
-        return self.sizer.size if self.limit is None else min(self.sizer.size, self.limit)
 
     def _keep_pace(self) -> None:
         for throttle in self.throttles:

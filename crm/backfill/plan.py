@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from crm.backfill.mapping import ATTRIBUTION, ContactDraft, MappedRow, Resolution
-from crm.backfill.outcome import Decision, Outcome, Reason
+from crm.backfill.outcome import Decision, Outcome, Reason, Refusal
 
 #: The accounts of a person; at most one contact has each.
 ACCOUNTS = ("user_id", "clerk_user_id")
@@ -90,6 +90,8 @@ class KnownContacts:
             self._by_user[contact.user_id] = contact
         if contact.clerk_user_id is not None:
             self._by_clerk[contact.clerk_user_id] = contact
+        if not contact.email:  # somebody made the column nullable
+            return
         address = contact.email.strip().lower()
         spellings = self._by_email.get(address)
         if spellings is None:
@@ -161,7 +163,7 @@ def decide(rows: Iterable[MappedRow], known: KnownContacts) -> Plan:
     for row in rows:
         draft = row.draft
         if draft is None:
-            plan.decisions.append(_decision(row, Outcome.ERROR, reason=row.rejection))
+            plan.decisions.append(_decision(row, Outcome.ERROR, reason=row.rejection, refusal=row.refusal))
             continue
         try:
             contact = known.find_decided(draft, row.resolution) if row.resolution else known.find(draft)
@@ -241,5 +243,8 @@ def _decision(
     reason: Reason | None = None,
     contact_id: str | None = None,
     filled: tuple[str, ...] = (),
+    refusal: Refusal | None = None,
 ) -> Decision:
-    return Decision(row.id, row.source_id, row.updated_at, row.known_reason, outcome, reason, contact_id, filled)
+    return Decision(
+        row.id, row.source_id, row.updated_at, row.known_reason, outcome, reason, contact_id, filled, refusal
+    )

@@ -10,7 +10,7 @@ from typing import Self
 
 from django.db import Error as DjangoDatabaseError
 
-from crm.backfill.mapping import MappedRow, Rules, map_rows
+from crm.backfill.mapping import MappedRow, Rules, map_rows, unmapped
 from crm.backfill.source import Key, SourceReader
 
 #: What is read, inserted and held in memory at once, however many rows commit together. More are no faster.
@@ -22,11 +22,16 @@ LONGEST_WAIT = 1.0
 
 @dataclass(frozen=True, slots=True)
 class MappedPage:
-    """Rows that were read together, mapped; the key to go on after; and whether they were fewer than were asked for."""
+    """Rows that were read together, mapped; the key to go on after; and whether there are no more."""
 
     rows: list[MappedRow]
     key: Key | None
-    is_short: bool
+    is_last: bool
+
+    @property
+    def new_rows(self) -> int:
+        """Rows that no run has looked at."""
+        return sum(row.known_reason is None for row in self.rows)
 
 
 class ReadAhead:
@@ -36,7 +41,7 @@ class ReadAhead:
         self._reader = reader
         self._rules = rules
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
-        self._asked: tuple[Key | None, int] | None = None
+        self._asked: tuple[Key | None, int, int | None] | None = None
         self._coming: Future[MappedPage] | None = None
 
     def __enter__(self) -> Self:
@@ -48,23 +53,26 @@ class ReadAhead:
         self._thread.submit(self._close)
         self._thread.shutdown(wait=True)
 
-    def pages(self, after: Key | None, rows: int) -> Iterator[MappedPage]:
-        """The pages of a batch of at most so many rows, from strictly after a key on.
+    def pages(self, after: Key | None, rows: int, new_rows: int | None = None) -> Iterator[MappedPage]:
+        """The pages of a batch of at most so many rows, and so many that no run has looked at, from after a key on.
 
         None when the source is at its end. A batch ends early rather than let its transaction wait long for a page.
         Raises what the reading raised.
         """
         left = rows
         patience = None
-        while left:
-            page = self._page(after, min(left, PAGE_ROWS), patience)
+        while left and new_rows != 0:
+            page = self._page(after, min(left, PAGE_ROWS), new_rows, patience)
             if page is None or not page.rows:
                 return
             left -= len(page.rows)
             after, patience = page.key, LONGEST_WAIT
-            self._ask(after, min(left or rows, PAGE_ROWS))
+            if new_rows is not None:
+                new_rows -= page.new_rows
+            if new_rows != 0:
+                self._ask(after, min(left or rows, PAGE_ROWS), new_rows)
             yield page
-            if page.is_short:
+            if page.is_last:
                 return
 
     def ask_the_ledger(self) -> None:
@@ -72,32 +80,34 @@ class ReadAhead:
         self._reader = self._reader.asking_the_ledger()
         self._asked = self._coming = None
 
-    def _page(self, after: Key | None, size: int, patience: float | None) -> MappedPage | None:
+    def _page(self, after: Key | None, size: int, new_rows: int | None, patience: float | None) -> MappedPage | None:
         """A page; None when it does not come within so many seconds. It can be asked for again then."""
         coming, asked = self._coming, self._asked
         # A batch may have become larger since, which is no reason to read its first rows again.
-        if coming is None or asked is None or asked[0] != after or asked[1] > size:
-            coming = self._ask(after, size)
+        if coming is None or asked is None or asked[0] != after or asked[1] > size or asked[2] != new_rows:
+            coming = self._ask(after, size, new_rows)
         if patience is not None and not wait([coming], patience).done:
             return None
         self._coming = None
         return coming.result()
 
-    def _ask(self, after: Key | None, size: int) -> Future[MappedPage]:
-        self._asked = (after, size)
-        self._coming = self._thread.submit(self._read, after, size)
+    def _ask(self, after: Key | None, size: int, new_rows: int | None) -> Future[MappedPage]:
+        self._asked = (after, size, new_rows)
+        self._coming = self._thread.submit(self._read, after, size, new_rows)
         return self._coming
 
     def _close(self) -> None:
         # Django gives every thread a connection of its own, which only that thread can close.
         self._reader.connection.close()
 
-    def _read(self, after: Key | None, size: int) -> MappedPage:
+    def _read(self, after: Key | None, size: int, new_rows: int | None) -> MappedPage:
         try:
-            page = self._reader.page(after, size)
+            page = self._reader.page(after, size, new_rows)
         except DjangoDatabaseError:
             # Whatever is wrong with it, the next try begins with a fresh one.
             self._close()
             raise
-        rows = map_rows(self._reader.source, page.rows, self._rules)
-        return MappedPage(rows, page.key, is_short=len(rows) < size)
+        source = self._reader.source
+        rows = map_rows(source, page.rows, self._rules)
+        rows += [unmapped(source.table, *fault) for fault in page.faults]
+        return MappedPage(rows, page.key, page.is_last)

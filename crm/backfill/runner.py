@@ -128,7 +128,9 @@ def run_backfill(options: RunOptions, progress: Progress | None = None) -> RunRe
                 life.claim(lambda: _claim(options, facts))
         work = _Work(options, facts, life, watcher)
         with _closing(watcher):
-            ending = life.carry_through(work.through, WorkerError, CeilingReachedError, BlindThrottleError)
+            ending = life.carry_through(
+                work.through, WorkerError, CeilingReachedError, BlindThrottleError, errors.EveryRowRefusedError
+            )
         report = work.close(ending)
     return replace(report, seconds=time.monotonic() - started)
 

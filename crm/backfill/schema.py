@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from django.conf import settings
 from django.db.backends.base.base import BaseDatabaseWrapper
@@ -23,7 +23,8 @@ from crm.backfill.mapping import (
     Rules,
     normalised,
 )
-from crm.backfill.outcome import Refusal, Source
+from crm.backfill.outcome import Source
+from crm.backfill.repeated import find_repeated_ids
 from crm.errors import OperatorError
 from crm.models import BackfillBatch, BackfillRun, ConflictDecision, ContactUpdate, CRMContact, LedgerEntry
 
@@ -48,6 +49,8 @@ REQUIRED_COLUMNS: Mapping[str, tuple[str, ...]] = {
     "crm_contacts": tuple(column for column in CONTACT_COLUMNS if column not in ATTRIBUTION_COLUMNS),
 }
 OPTIONAL_COLUMNS: Mapping[str, tuple[str, ...]] = {"profiles": ("clerkUserId",), "crm_contacts": ATTRIBUTION_COLUMNS}
+#: The source that takes rows without a role or status, and ids that several rows have: all of them are errors.
+SOURCE_OF_STRAYS: Mapping[str, Source] = {"profiles": Source.CLIENTS, "leads": Source.ACTIVE_LEADS}
 REQUIRED_CONTACT_TYPES = sorted({*CONTACT_TYPE_OF_SOURCE.values(), *CONTACT_TYPE_OF_LEAD_TYPE.values()})
 #: What only --update writes in a contact that is there.
 PROMOTED_COLUMNS = ("firstName", "lastName", "email", "contactType", "source", "stage", "stageEnteredAt")
@@ -77,6 +80,10 @@ class DatabaseFacts:
     roles: Mapping[str, tuple[str, ...]]
     statuses: Mapping[str, tuple[str, ...]]
     stages: Mapping[str, str]
+    #: The columns that may be NULL, as `table.column`.
+    nullable: frozenset[str] = frozenset()
+    #: By table the ids that several of its rows have.
+    repeated_ids: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def rules(self) -> Rules:
         """The rules of the mapping on this database."""
@@ -98,8 +105,10 @@ class DatabaseFacts:
         """The reason why rows of `table` with this role or status are excluded."""
         return EXCLUDED_ROLES[normalised(label)] if table == "profiles" else DISQUALIFIED
 
-    def source_of(self, table: str, label: str) -> Source | None:
+    def source_of(self, table: str, label: str | None) -> Source | None:
         """The source of a row of `table` with this role or status; None when it is excluded."""
+        if label is None:
+            return SOURCE_OF_STRAYS[table]
         return self.source_of_role(label) if table == "profiles" else self.source_of_status(label)
 
     def labels_of(self, source: Source) -> list[str]:
@@ -145,6 +154,13 @@ def examine(connection: BaseDatabaseWrapper, *, for_writing: bool, for_updating:
         roles=roles,
         statuses=statuses,
         stages={stage: spellings[0] for stage, spellings in stages.items()},
+        nullable=frozenset(
+            f"{table}.{name}"
+            for table, of_table in columns.items()
+            for name, column in of_table.items()
+            if not column.not_null
+        ),
+        repeated_ids={table: find_repeated_ids(connection, table) for table in SOURCE_OF_STRAYS},
     )
 
 
@@ -290,30 +306,6 @@ def _ledger_is_readable(connection: BaseDatabaseWrapper) -> bool | None:
         )
         row = cursor.fetchone()
     return None if row is None else bool(row[0])
-
-
-def with_names_of_the_schema(connection: BaseDatabaseWrapper, refusal: Refusal) -> Refusal:
-    """A refusal with its constraint and column only where the database has one of that name.
-
-    A trigger may RAISE with whatever it likes for their names: the value that it refuses, for one.
-    """
-    if refusal.constraint is None and refusal.column is None:
-        return refusal
-    with connection.cursor() as cursor:
-        cursor.execute(
-            """
-            SELECT (SELECT conname FROM pg_constraint WHERE conname = %(constraint)s::text
-                     UNION
-                    SELECT relname FROM pg_class WHERE relname = %(constraint)s::text AND relkind IN ('i', 'I')
-                     UNION
-                    SELECT tgname FROM pg_trigger WHERE tgname = %(constraint)s::text AND NOT tgisinternal),
-                   (SELECT attname FROM pg_attribute
-                     WHERE attname = %(column)s::text AND attnum > 0 AND NOT attisdropped LIMIT 1)
-            """,
-            {"constraint": refusal.constraint, "column": refusal.column},
-        )
-        constraint, column = cursor.fetchone()
-    return refusal._replace(constraint=constraint, column=column)
 
 
 def _require_migrations(*, has_attribution: bool, has_ledger: bool) -> None:

@@ -465,7 +465,7 @@ def _outcome_of(pipeline: Pipeline, reader: SourceReader, turn: int) -> _Heard:
     """What ended the work, as something that may be sent to the parent: never a database error, which quotes rows."""
     try:
         pipeline.work_through(reader, turn)
-    except (InterruptedRunError, FenceLostError, BlindThrottleError) as error:
+    except (InterruptedRunError, FenceLostError, BlindThrottleError, errors.EveryRowRefusedError) as error:
         return _Heard(error)
     except DjangoDatabaseError as error:
         return _Heard(WorkerError(errors.described(error)))

@@ -5,9 +5,10 @@ rows -> settle -> contacts, fills -> ledger lines -> batch counts and heartbeat 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from django.db import DatabaseError, transaction
@@ -20,7 +21,7 @@ from crm.backfill.known import ContactLookup
 from crm.backfill.mapping import ATTRIBUTION, ContactDraft, MappedRow
 from crm.backfill.outcome import Decision, Outcome, Reason, Refusal, Source, Totals
 from crm.backfill.plan import ASSIGNMENT_UNIT, ATTRIBUTION_UNIT, PROFILE_FILLS
-from crm.backfill.schema import with_names_of_the_schema
+from crm.backfill.refusals import MOST_ALIKE, AlikeRefusals, names_of_the_schema
 from crm.backfill.settle import Settled, UnsettledError, settle
 from crm.backfill.transactions import certain_transaction
 from crm.models import BackfillBatch, CRMContact
@@ -34,10 +35,10 @@ _FILLED = (*_FILLED_ALONE, *ASSIGNMENT_UNIT, *ATTRIBUTION_UNIT)
 
 
 _LOCK = "SELECT FROM crm_contacts WHERE id = ANY(%s) ORDER BY id FOR UPDATE"
-_NO_REFUSAL = Refusal(None, None, None)
+_NO_REFUSAL = Refusal()
 _LINE = (
     *("id", "source_id", "outcome", "reason", "contact_id", "source_updated_at", "filled"),
-    *("sqlstate", '"constraint"', '"column"'),
+    *("sqlstate", '"constraint"', '"column"', '"table"', '"trigger"'),
 )
 # Without a model object a line: the ledger is a third of the rows' way through Python otherwise.
 _LEDGER = f"""
@@ -166,50 +167,88 @@ class BatchWriter:
         self._store = DatabaseStore(connection, lookup)
         self.run_id = run_id
         self._manners = MANNERS.format(lock=timeouts.lock, statement=timeouts.statement)
+        self._alike = AlikeRefusals()
 
     def write(self, source: Source, pages: Iterable[Sequence[MappedRow]]) -> Totals:
         """Bring the rows of a batch to an outcome; contacts, ledger, counts and heartbeat commit together.
 
         The rows come page by page, so that a batch of any size takes the memory of a page.
 
-        Raises fence.FenceLostError when the run is no longer the running one, and django.db.DatabaseError for a bad
-        moment. Nothing of the batch is written then.
+        Raises fence.FenceLostError when the run is no longer the running one, errors.EveryRowRefusedError where it is
+        not the rows that are wrong, and django.db.DatabaseError for a bad moment. Nothing of the batch is written then.
         """
         started = time.monotonic()
         use_fast_arrays(self._connection)
         with certain_transaction(self._connection, self._manners):
             totals = Totals()
+            # A batch that is tried again begins with what the one before it has left.
+            alike = replace(self._alike)
             for rows in pages:
-                settled = self._settle_apart(rows)
+                settled = self._settle_apart(rows, alike)
                 self._write_ledger(source, settled.decisions)
                 totals.add(Totals.of(settled.decisions, settled.created_by_type))
             self._write_batch(source, totals, time.monotonic() - started)
             fence.renew(self.run_id, totals)
+        self._alike = alike
         return totals
 
     def keep_alive(self) -> None:
         """Renew the heartbeat without a batch. Raises fence.FenceLostError."""
         fence.renew(self.run_id, Totals())
 
-    def _settle_apart(self, rows: Sequence[MappedRow], made_before: Collection[str] = ()) -> Settled:
-        """Settle the rows; where PostgreSQL refuses one, halve until it stands alone, so that the others land."""
+    def _settle_apart(self, rows: Sequence[MappedRow], alike: AlikeRefusals) -> Settled:
+        """Settle the rows; where PostgreSQL refuses one, halve until it stands alone, so that the others land.
+
+        Raises EveryRowRefusedError where it seems to refuse all of them for one reason.
+        """
+        settled = Settled()
+        waiting = [rows]
+        while waiting:
+            some = waiting.pop()
+            found = self._settle_or_refusal(some, settled.made)
+            if isinstance(found, Settled):
+                if any(decision.outcome is not Outcome.ERROR for decision in found.decisions):
+                    alike.end()
+                settled.decisions.extend(found.decisions)
+                settled.created_by_type.update(found.created_by_type)
+                settled.made.update(found.made)
+            elif len(some) > 1:
+                middle = len(some) // 2
+                waiting += [some[middle:], some[:middle]]
+            else:
+                refusal = names_of_the_schema(self._connection, found)
+                settled.decisions.append(_refused(some[0], refusal))
+                if _is_new(some[0]) and alike.note(refusal) and self._refuses_all(waiting, alike, settled.made):
+                    alike.fail()
+        return settled
+
+    def _settle_or_refusal(self, rows: Sequence[MappedRow], made_before: Collection[str]) -> Settled | Refusal:
         try:
             with transaction.atomic(using=self._connection.alias):
                 return settle(rows, self._store, made_before)
         except UnsettledError:
-            refusal = self._silent_refusal(rows)
+            return self._silent_refusal(rows)
         except DatabaseError as error:
-            told = row_refusal(error)
-            if told is None:
+            refusal = row_refusal(error)
+            if refusal is None:
                 raise
-            refusal = told
-        if len(rows) == 1:
-            refusal = with_names_of_the_schema(self._connection, refusal)
-            return Settled([_refused(rows[0], refusal)], made=set(made_before))
-        middle = len(rows) // 2
-        first = self._settle_apart(rows[:middle], made_before)
-        second = self._settle_apart(rows[middle:], first.made)
-        return Settled(first.decisions + second.decisions, first.created_by_type + second.created_by_type, second.made)
+            return refusal
+
+    def _refuses_all(
+        self, waiting: Sequence[Sequence[MappedRow]], alike: AlikeRefusals, made_before: Collection[str]
+    ) -> bool:
+        """Whether all of some rows from all over what is left of a page are refused for the same reason."""
+        left = [row for rows in reversed(waiting) for row in rows if row.draft is not None and _is_new(row)]
+        if not left:
+            # The page had no more rows than that: the next one is to say the same.
+            return alike.count > MOST_ALIKE
+        for row in left[:: math.ceil(len(left) / MOST_ALIKE)]:
+            with transaction.atomic(using=self._connection.alias):
+                found = self._settle_or_refusal([row], made_before)
+                transaction.set_rollback(True, using=self._connection.alias)
+            if isinstance(found, Settled) or names_of_the_schema(self._connection, found) != alike.refusal:
+                return False
+        return True
 
     def _silent_refusal(self, rows: Sequence[MappedRow]) -> Refusal:
         """What keeps a row out that meets nobody: an index that we do not know, or a trigger that swallows it.
@@ -263,6 +302,11 @@ def _line(decision: Decision) -> tuple[str | None, ...]:
         ",".join(decision.filled) or None,
         *refusal,
     )
+
+
+def _is_new(row: MappedRow) -> bool:
+    """Whether no earlier run was refused the row."""
+    return row.known_reason != Reason.DATA_ERROR
 
 
 def _refused(row: MappedRow, refusal: Refusal) -> Decision:

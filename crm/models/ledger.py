@@ -197,7 +197,9 @@ class LedgerEntry(models.Model):
     reason = models.TextField(null=True, help_text="Why it is an error")
     contact_id = models.TextField("contact id", null=True, help_text="The contact it made, met or is in conflict with")
     run = models.ForeignKey(BackfillRun, models.DO_NOTHING, db_index=False, db_constraint=False, related_name="+")
-    source_updated_at = ExactTimestampField(help_text="The source row's updatedAt when this was decided")
+    source_updated_at = ExactTimestampField(
+        null=True, help_text="The source row's updatedAt when this was decided; an error's row may have none"
+    )
     seen_updated_at = ExactTimestampField(
         null=True, help_text="The source row's updatedAt when --update last looked at it again"
     )
@@ -205,6 +207,8 @@ class LedgerEntry(models.Model):
     sqlstate = models.TextField(null=True, help_text="PostgreSQL's code for a row that it refused")
     constraint = models.TextField(null=True, help_text="The constraint that refused the row")
     column = models.TextField(null=True, help_text="The column that was refused")
+    table = models.TextField(null=True, help_text="The table that PostgreSQL named")
+    trigger = models.TextField(null=True, help_text="The trigger that refused the row")
 
     class Meta:
         db_table = "ledger_entry"

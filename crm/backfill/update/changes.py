@@ -51,8 +51,10 @@ class SeenLine(NamedTuple):
         """The row's `updatedAt` as it was last seen."""
         return self.looked_at or self.settled_at
 
-    def is_due(self, updated_at: str) -> bool:
+    def is_due(self, updated_at: str | None) -> bool:
         """Whether its row is to be looked at: it has changed since, or came to a contact and never was looked at."""
+        if updated_at is None:
+            return False  # nobody can tell, and the row can be no contact
         return updated_at != self.seen or (self.looked_at is None and self.outcome is not Outcome.CREATED)
 
 
@@ -372,7 +374,7 @@ def _of_email(looked: RowOfContact, draft: ContactDraft, contact: StandingContac
     row = looked.row
     if looked.source.table != "profiles" or row.raw_email is None:
         return None
-    if contact.values.email.rpartition("@")[0] in _placeholders(row):
+    if (contact.values.email or "").rpartition("@")[0] in _placeholders(row):
         return True
     is_its_own = contact.values.id == row.id
     differs = is_its_own and contact.values.email != draft.email

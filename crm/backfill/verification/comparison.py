@@ -42,6 +42,7 @@ _COLUMN_OF_REASON = {
     Reason.UNKNOWN_TYPE: "contact_type",
     Reason.UNKNOWN_STATUS: "stage",
 }
+_FIELD_OF_COLUMN = {"role": "contact_type", "type": "contact_type", "status": "stage"}
 #: Stands for the value of a row that cannot be read any more; equal to nothing.
 _UNKNOWN = object()
 
@@ -98,8 +99,16 @@ def _compare(
     if mapped.draft is not None:
         differing = _differing(contact, _without_left_accounts(mapped, mapped.draft, contact), lines, rows, compared)
     else:
-        differing = {_COLUMN_OF_REASON[mapped.rejection] if mapped.rejection else "id": lines.creator}
+        differing = {_field_of_rejection(mapped): lines.creator}
     return list(_findings(differing, contact, lines, rows)) if differing else []
+
+
+def _field_of_rejection(mapped: MappedRow) -> str:
+    """The contact's field that speaks of why its row could not make it today."""
+    column = mapped.refusal.column if mapped.refusal else None
+    of_column = next((name for name, its_column in COLUMN.items() if its_column == column), None)
+    of_reason = _COLUMN_OF_REASON.get(mapped.rejection, "id") if mapped.rejection else "id"
+    return of_column or _FIELD_OF_COLUMN.get(column or "", of_reason)
 
 
 def _differing(

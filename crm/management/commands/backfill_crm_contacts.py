@@ -60,7 +60,7 @@ class Command(BaseCommand):
             "--limit",
             type=_positive,
             metavar="ROWS",
-            help="look at no more than so many rows; with one worker only",
+            help="look at no more than so many rows that are new, and at known errors; with one worker only",
         )
         parser.add_argument(
             "--since",

@@ -1,0 +1,81 @@
+"""Rows that PostgreSQL refuses: what of their errors may be written down, and when it is not the rows' fault."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from django.conf import settings
+from django.db.backends.base.base import BaseDatabaseWrapper
+
+from crm.backfill.errors import EveryRowRefusedError
+from crm.backfill.outcome import Refusal
+
+#: So many rows in succession that are refused for one reason, and none between them that lands, are no coincidence.
+MOST_ALIKE = 100
+
+_NAMES = """
+SELECT (SELECT conname FROM pg_constraint WHERE conname = %(constraint)s::text
+         UNION
+        SELECT relname FROM pg_class WHERE relname = %(constraint)s::text AND relkind IN ('i', 'I')
+         UNION
+        SELECT tgname FROM pg_trigger WHERE tgname = %(constraint)s::text AND NOT tgisinternal),
+       (SELECT attname FROM pg_attribute WHERE attname = %(column)s::text AND attnum > 0 AND NOT attisdropped LIMIT 1),
+       (SELECT relname FROM pg_class WHERE relname = %(table)s::text AND relkind IN ('r', 'p', 'f', 'v') LIMIT 1),
+       (SELECT min(t.tgname) FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid
+         WHERE p.proname = %(function)s::text AND t.tgrelid = to_regclass(quote_ident(%(schema)s) || '.crm_contacts'))
+"""
+
+
+def names_of_the_schema(connection: BaseDatabaseWrapper, refusal: Refusal) -> Refusal:
+    """A refusal with only those names that the database's catalogue has, and its trigger for the trigger's function.
+
+    A function may RAISE with whatever it likes for the names: the value that it refuses, for one.
+    """
+    if refusal[1:] == Refusal()[1:]:
+        return refusal
+    with connection.cursor() as cursor:
+        cursor.execute(
+            _NAMES,
+            {
+                "constraint": refusal.constraint,
+                "column": refusal.column,
+                "table": refusal.table,
+                "function": refusal.trigger,
+                "schema": settings.LEGACY_SCHEMA,
+            },
+        )
+        return Refusal(refusal.sqlstate, *cursor.fetchone())
+
+
+@dataclass(slots=True)
+class AlikeRefusals:
+    """Counts rows in succession that are refused for one reason, so that a batch is not bisected for ever.
+
+    Rows that were refused by an earlier run as well say nothing: every run tries them again.
+    """
+
+    refusal: Refusal | None = None
+    count: int = 0
+
+    def note(self, refusal: Refusal) -> bool:
+        """Note a refused row; whether there are so many alike that the rows after it are to be asked."""
+        self.count = self.count + 1 if refusal == self.refusal else 1
+        self.refusal = refusal
+        return self.count % MOST_ALIKE == 0
+
+    def end(self) -> None:
+        """A row has landed."""
+        self.refusal, self.count = None, 0
+
+    def fail(self) -> None:
+        """Raise EveryRowRefusedError."""
+        refusal = self.refusal or Refusal()
+        said = {
+            "SQLSTATE": refusal.sqlstate,
+            "constraint": refusal.constraint,
+            "column": refusal.column,
+            "table": refusal.table,
+            "trigger": refusal.trigger,
+        }
+        names = ", ".join(f"{name} {value}" for name, value in said.items() if value) or "no word from PostgreSQL"
+        raise EveryRowRefusedError(f"the database refuses every row for one reason ({names})")
