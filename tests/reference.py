@@ -114,7 +114,8 @@ def backfill(
 ) -> Result:
     """Run once: `ledger` is what earlier runs left, `only` the sources that are asked for (all, if None).
 
-    No more than `limit` rows are looked at; those that are settled are not. Rows with a decision come last.
+    The run ends with the row of number `limit` of those without a line; rows that are settled are not looked at. Rows
+    with a decision come last.
     """
     decisions = decisions or {}
     result = Result(
@@ -129,6 +130,7 @@ def backfill(
             result.counts.excluded[excluded] += 1
         else:
             sources[source_of(table, row)].append((table, row))
+    new = 0
     for decided in (False, True):
         for source, rows in sources.items():
             for table, row in rows if only is None or source in only else ():
@@ -137,7 +139,8 @@ def backfill(
                     continue
                 if _is_settled(result, reference):
                     result.counts.already += 1
-                elif limit is None or result.counts.read < limit:
+                elif limit is None or new < limit:
+                    new += reference not in (ledger or {})
                     _one_row(result, population, source, reference, row, placeholder_domain, decisions.get(reference))
     return result
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -138,44 +140,56 @@ def test_what_became_null_after_it_was_migrated_is_neither_a_defect_nor_in_the_w
     assert rollback(str(number), "--json").answer["status"] == "finished"
 
 
+#: A phone of which one row's cannot be read.
+UNREADABLE = "CASE WHEN id LIKE '%17' THEN ('1' || email)::int::text ELSE phone END"
+
+
+@contextmanager
+def a_view_of_leads(database: Database, phone: str) -> Iterator[None]:
+    """A view in the place of the table, in which the phone is this expression."""
+    database.change(
+        f"""
+        ALTER TABLE leads RENAME TO all_leads;
+        CREATE VIEW public.leads AS SELECT id, type, status, "firstName", "lastName", email, {phone} AS phone, source,
+               "referrerUsername", "referrerType", "commissionRate", "commissionRateLockedAt", "attributionMethod",
+               "attributionConfidence", "assignedPreparerId", "lastContactedAt", "createdAt", "updatedAt"
+          FROM all_leads
+        """
+    )
+    yield
+    database.change("DROP VIEW public.leads; ALTER TABLE all_leads RENAME TO leads")
+
+
 @pytest.mark.parametrize("batch_size", [2, 1000])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_row_that_cannot_be_read_costs_itself_alone(database: Database, batch_size: int, workers: int) -> None:
     add_many_leads(30)
     add_profile(email="ann@example.com")
-    database.change("ALTER TABLE leads RENAME TO all_leads")
-    database.change(
-        """
-        CREATE VIEW public.leads AS SELECT id, type, status, "firstName", "lastName", email, "source",
-               "referrerUsername",
-               CASE WHEN id LIKE '%17' THEN ('1' || email)::int::text ELSE phone END AS phone, "referrerType",
-               "commissionRate", "commissionRateLockedAt", "attributionMethod", "attributionConfidence",
-               "assignedPreparerId", "lastContactedAt", "createdAt", "updatedAt" FROM all_leads
-        """
-    )
-    answer = run(batch_size=batch_size, workers=workers)
-    assert (answer["status"], answer["balanced"], answer["created"], answer["error"]) == ("finished", True, 30, 1)
-    assert database.rows("SELECT source_id, reason, sqlstate FROM ledger_entry WHERE outcome = 'error'") == [
-        ("new000000000017", "unreadable", "22P02")
-    ]
-    assert run(dry_run=True)["by_reason"] == {"unreadable": 1}
-    database.change("DROP VIEW public.leads; ALTER TABLE all_leads RENAME TO leads")
+    with a_view_of_leads(database, UNREADABLE):
+        answer = run(batch_size=batch_size, workers=workers)
+        assert (answer["status"], answer["balanced"], answer["created"], answer["error"]) == ("finished", True, 30, 1)
+        assert database.rows("SELECT source_id, reason, sqlstate FROM ledger_entry WHERE outcome = 'error'") == [
+            ("new000000000017", "unreadable", "22P02")
+        ]
+        assert run(dry_run=True)["by_reason"] == {"unreadable": 1}
     assert run()["created"] == 1
+
+
+def test_a_row_that_cannot_be_read_any_more_is_no_defect_and_in_nobodys_way(database: Database) -> None:
+    add_many_leads(30)
+    number = run()["run"]
+    with a_view_of_leads(database, UNREADABLE):
+        verified = called("verify_crm_contacts")
+        assert verified.code == 0, verified.stdout + verified.stderr
+        assert run(update=True)["status"] == "finished"
+        undone = rollback(str(number), "--json")
+        assert (undone.code, undone.answer["status"]) == (0, "finished")
 
 
 def test_where_no_row_can_be_read_the_run_fails_and_says_so(database: Database) -> None:
     add_many_leads(300)
-    database.change("ALTER TABLE leads RENAME TO all_leads")
-    database.change(
-        """
-        CREATE VIEW public.leads AS SELECT id, type, status, "firstName", "lastName", email, "source",
-               "referrerUsername",
-               ('1' || email)::int::text AS phone, "referrerType",
-               "commissionRate", "commissionRateLockedAt", "attributionMethod", "attributionConfidence",
-               "assignedPreparerId", "lastContactedAt", "createdAt", "updatedAt" FROM all_leads
-        """
-    )
-    finished = backfill("--no-progress", "--json")
+    with a_view_of_leads(database, "('1' || email)::int::text"):
+        finished = backfill("--no-progress", "--json")
     assert (finished.code, finished.answer["failure"], finished.answer["read"]) == (5, "DataError (22P02)", 0)
     assert "person-" not in finished.stderr
 

@@ -346,6 +346,19 @@ def test_an_empty_database_gives_zeros_and_exit_code_0(
     assert set(figures(shown.stdout).values()) == {0}
 
 
+@pytest.mark.parametrize("batch_size", [2, 5, 1000])
+def test_known_errors_leave_a_limit_to_the_rows_that_are_new(database: Database, batch_size: int) -> None:
+    for number in range(7):
+        add_lead(f"no address {number}", createdAt=f"2020-01-0{number + 1}")
+    assert backfill("--json", "--limit", "99").answer["error_new"] == 7
+    add_many_leads(5)
+    options = ("--json", "--limit", "3", "--batch-size", str(batch_size))
+    dry = backfill(*options, "--dry-run").answer
+    first, second = backfill(*options).answer, backfill(*options).answer
+    assert (dry["created"], dry["error_new"]) == (first["created"], first["error_new"]) == (3, 0)
+    assert (second["created"], second["error"]) == (2, 7)
+
+
 @pytest.mark.parametrize(("limit", "batch_size"), [(1, 10), (7, 3), (9, 3), (10, 10), (99, 4)])
 def test_a_limit_is_the_number_of_rows_that_are_looked_at(database: Database, limit: int, batch_size: int) -> None:
     add_many_leads(10, "CONVERTED")

@@ -11,16 +11,17 @@ Timestamps and rates are fetched as PostgreSQL's own text: they are carried over
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from django.db import DatabaseError
+from django.db import DatabaseError, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.utils import CursorWrapper
 from psycopg.types.string import TextLoader
 
-from crm.backfill.errors import row_refusal
+from crm.backfill.apart import MAX_UNREADABLE, refusal_of_reading
 from crm.backfill.mapping import contact_id
 from crm.backfill.outcome import Outcome, Reason, Refusal, Source
 from crm.backfill.schema import SOURCE_OF_STRAYS, DatabaseFacts
@@ -29,8 +30,6 @@ Key = tuple[str | None, ...]
 
 #: What the texts of a page may take together; bytes. One row may take more.
 BYTES_OF_PAGE = 4_000_000
-#: So many rows of a page that cannot be read, and none that can, are no coincidence.
-MOST_UNREADABLE = 100
 #: Begins the key of a page of ids that several rows have. No text of PostgreSQL's has a NUL.
 _REPEATED = "\0repeated"
 
@@ -231,7 +230,7 @@ class SourceReader:
         try:
             return self._read(after, size)
         except (DatabaseError, UnicodeDecodeError) as error:
-            if _refusal(error) is None:
+            if refusal_of_reading(error) is None:
                 raise
         return self._read_apart(after, size)
 
@@ -239,13 +238,20 @@ class SourceReader:
         table = self.source.table
         query, parameters = self._query(_PAGE[table], after, bytes=" + ".join(map(_BYTES.format, _TEXTS[table])))
         bounded = _BOUNDED.format(page=query, order=_ORDER[table].format("page"))
-        with self.connection.cursor() as cursor:
+        with self._guarded(), self.connection.cursor() as cursor:
             read_as_text(cursor)
             cursor.execute(bounded, {**parameters, "size": size, "bytes": BYTES_OF_PAGE})
             found = cursor.fetchall()
         rows = [row[:-2] for row in found]
         is_cut = bool(found) and found[-1][-1] >= BYTES_OF_PAGE
         return Page(rows, self._key(rows[-1]) if rows else None, len(rows) < size and not is_cut)
+
+    def _guarded(self) -> AbstractContextManager[None]:
+        """Keep a statement that fails from being the last one of a transaction."""
+        if not self.connection.in_atomic_block:
+            return nullcontext()
+        guard: AbstractContextManager[None] = transaction.atomic(using=self.connection.alias)
+        return guard
 
     def _read_apart(self, after: Key | None, size: int) -> Page:
         """Read a page of which a row cannot be read: halve until it stands alone, so that the others are read.
@@ -265,8 +271,8 @@ class SourceReader:
             try:
                 found = replace(self, ids=[key[0] for key in some])._read(after, len(some))
             except (DatabaseError, UnicodeDecodeError) as error:
-                refusal = _refusal(error)
-                if refusal is None or (not page.rows and len(page.faults) >= MOST_UNREADABLE):
+                refusal = refusal_of_reading(error)
+                if refusal is None or (not page.rows and len(page.faults) >= MAX_UNREADABLE):
                     raise
                 if len(some) > 1:
                     middle = len(some) // 2
@@ -355,7 +361,7 @@ class SourceReader:
         some = found[:size]
         if most_new is not None:
             news = [number for number, fault in enumerate(some) if fault.known_reason is None]
-            some = some[: news[most_new]] if len(news) > most_new else some
+            some = some[: news[most_new - 1] + 1] if len(news) >= most_new else some
         return Page([], (_REPEATED, some[-1].source_id) if some else None, len(some) == len(found), some)
 
     def _cut_page(self, after: Key | None, size: int, most_new: int | None) -> Page:
@@ -367,22 +373,14 @@ class SourceReader:
             # They stand in no order, so the page cannot be cut.
             return self._page(after, min(size, most_new))
         news = [number for number, row in enumerate(page.rows) if row[3] is None]
-        if len(news) <= most_new:
+        if len(news) < most_new:
             return page
-        rows = page.rows[: news[most_new]]
+        rows = page.rows[: news[most_new - 1] + 1]
         return Page(rows, self._key(rows[-1]), is_last=False)
 
     def _key(self, row: Sequence[Any]) -> Key:
         identifier, created_at = row[0], row[1]
         return (identifier,) if self.source.table == "profiles" else (created_at, identifier)
-
-
-def _refusal(error: Exception) -> Refusal | None:
-    """What is wrong with a row that cannot be read; None when it is not the row. A view may say anything for names."""
-    if isinstance(error, DatabaseError):
-        refusal = row_refusal(error)
-        return refusal and Refusal(refusal.sqlstate)
-    return Refusal()
 
 
 def read_as_text(cursor: CursorWrapper) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from django.conf import settings
 from django.db.backends.base.base import BaseDatabaseWrapper
 
+from crm.backfill.apart import read_apart
 from crm.backfill.arrays import use_fast_arrays
-from crm.backfill.mapping import ContactDraft, MappedRow, contact_id, map_rows, trimmed
-from crm.backfill.outcome import Outcome, Source, UpdateOutcome
+from crm.backfill.mapping import ContactDraft, MappedRow, contact_id, map_rows, trimmed, unmapped
+from crm.backfill.outcome import Outcome, Reason, Refusal, Source, UpdateOutcome
 from crm.backfill.resolutions import Resolutions
 from crm.backfill.rollback.updates import UpdateRecord
 from crm.backfill.rollback.verdict import Line, SourceRow, StoredContact
@@ -196,25 +198,32 @@ class Reader:
             by_source.setdefault(Source(line.source), []).append(line.source_id)
         found: dict[str, SourceRow] = {}
         for source, source_ids in by_source.items():
-            for row in (
-                self._leads(source, source_ids) if source.table == "leads" else self._profiles(source, source_ids)
-            ):
-                found[row.mapped.id] = row
+            repeated = set(self.facts.repeated_ids.get(source.table, ())) & set(source_ids)
+            read = partial(self._leads if source.table == "leads" else self._profiles, source)
+            rows, unreadable = read_apart(self.connection, [key for key in source_ids if key not in repeated], read)
+            faults = {source_id: (Reason.UNREADABLE, refusal) for source_id, refusal in unreadable.items()}
+            faults |= dict.fromkeys(repeated, (Reason.DUPLICATE_ID, Refusal()))
+            rows += [SourceRow(unmapped(source.table, source_id, None, *fault)) for source_id, fault in faults.items()]
+            found |= {row.mapped.id: row for row in rows}
         return found
 
-    def _profiles(self, source: Source, source_ids: list[str]) -> Iterable[SourceRow]:
+    def _profiles(self, source: Source, source_ids: Sequence[str]) -> list[SourceRow]:
         clerk_user_id = 'r."clerkUserId"' if self.facts.has_clerk_user_id else "NULL"
         query = _PROFILES.format(clerk_user_id=clerk_user_id, account_changed=self.account_changed)
-        rows = self._rows(query, self.run.started_at, source_ids)
+        rows = self._rows(query, self.run.started_at, list(source_ids))
         mapped = self._mapped(source, [row[:-1] for row in rows])
+        found = []
         for (*_, account_changed), row in zip(rows, mapped, strict=True):
             other_address = account_changed and not (row.resolution and row.resolution.separate_email)
-            yield SourceRow(row, may_differ=frozenset({"email"} if other_address else ()))
+            found.append(SourceRow(row, may_differ=frozenset({"email"} if other_address else ())))
+        return found
 
-    def _leads(self, source: Source, source_ids: list[str]) -> Iterable[SourceRow]:
-        rows = self._rows(_LEADS, source_ids)
-        for raw, row in zip(rows, self._mapped(source, rows), strict=True):
-            yield SourceRow(row, raw_preparer=raw[_RAW_PREPARER] if trimmed(raw[_RAW_PREPARER]) else None)
+    def _leads(self, source: Source, source_ids: Sequence[str]) -> list[SourceRow]:
+        rows = self._rows(_LEADS, list(source_ids))
+        return [
+            SourceRow(row, raw_preparer=raw[_RAW_PREPARER] if trimmed(raw[_RAW_PREPARER]) else None)
+            for raw, row in zip(rows, self._mapped(source, rows), strict=True)
+        ]
 
     def _mapped(self, source: Source, rows: list[tuple[Any, ...]]) -> list[MappedRow]:
         return self.resolutions.applied(map_rows(source, rows, self.facts.rules()))

@@ -18,7 +18,7 @@ from crm.backfill.mapping import ATTRIBUTION, CONTACT_TYPE_OF_SOURCE, ContactDra
 from crm.backfill.outcome import Outcome, Source
 from crm.backfill.resolutions import Resolutions
 from crm.backfill.schema import DatabaseFacts
-from crm.backfill.source import EVERY_ROW, UNSETTLED, Choice, SourceReader, read_as_text
+from crm.backfill.source import EVERY_ROW, UNSETTLED, Choice, Key, SourceReader, read_as_text
 from crm.backfill.update.changes import RowOfContact, SeenLine, StandingContact
 from crm.models import CRMContact
 
@@ -156,9 +156,14 @@ class Present:
             ids = [line.source_id for line in lines.values() if line.table == source.table]
             if not ids:
                 continue
-            page = SourceReader(self.connection, self.facts, source, choice=EVERY_ROW, ids=ids).page(None, len(ids))
-            for row in self.resolutions.applied(map_rows(source, page.rows, self.facts.rules())):
-                yield RowOfContact(lines[row.id].line, source, row)
+            reader = SourceReader(self.connection, self.facts, source, choice=EVERY_ROW, ids=ids)
+            after: Key | None = None
+            while (page := reader.page(after, len(ids))).rows:
+                after = page.key
+                for row in self.resolutions.applied(map_rows(source, page.rows, self.facts.rules())):
+                    yield RowOfContact(lines[row.id].line, source, row)
+                if page.is_last:
+                    break
 
     def _rows(self, query: str, parameters: Any) -> list[tuple[Any, ...]]:
         with self.connection.cursor() as cursor:

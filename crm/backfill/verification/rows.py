@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -15,8 +16,9 @@ from typing import Any, NamedTuple
 from django.conf import settings
 from django.db.backends.base.base import BaseDatabaseWrapper
 
-from crm.backfill.mapping import ContactDraft, MappedRow, map_rows
-from crm.backfill.outcome import Outcome, Source
+from crm.backfill.apart import read_apart
+from crm.backfill.mapping import ContactDraft, MappedRow, map_rows, unmapped
+from crm.backfill.outcome import Outcome, Reason, Refusal, Source
 from crm.backfill.resolutions import Resolutions
 from crm.backfill.schema import DatabaseFacts
 from crm.backfill.snapshot import stream
@@ -119,12 +121,13 @@ class LinesOfContact(NamedTuple):
 
 
 class FoundRow(NamedTuple):
-    """A source row as it is now. `mapped` is None when it is one that is not to be migrated.
+    """A source row as it is now. `mapped` is None when it is one that is not to be migrated; `updated_at` is None where
+    nobody can tell.
 
     `other` is CHANGED or NOT_THERE, for the user of a profile and for the preparer of a lead.
     """
 
-    updated_at: str
+    updated_at: str | None
     mapped: MappedRow | None
     other: str | None
 
@@ -180,11 +183,19 @@ class RowReader:
             of_table[line.table][line.source_id] = line
         found: dict[str, FoundRow] = {}
         for table, query in (("profiles", profiles), ("leads", _LEADS)):
-            wanted = of_table[table]
-            parameters = {"ids": list(wanted), "runs": [line.run_id for line in wanted.values()]}
-            for source_id, row in self._mapped(table, self._rows(query, parameters)):
-                found[f"{table}:{source_id}"] = row
+            read = partial(self._read, query, of_table[table])
+            rows, unreadable = read_apart(self.connection, list(of_table[table]), read)
+            found |= {f"{table}:{source_id}": row for source_id, row in self._mapped(table, rows)}
+            faults = {source_id: (Reason.UNREADABLE, refusal) for source_id, refusal in unreadable.items()}
+            for source_id in of_table[table].keys() & set(self.facts.repeated_ids.get(table, ())):
+                faults[source_id] = (Reason.DUPLICATE_ID, Refusal())
+            for source_id, fault in faults.items():
+                found[f"{table}:{source_id}"] = FoundRow(None, unmapped(table, source_id, None, *fault), None)
         return found
+
+    def _read(self, query: str, lines: Mapping[str, Line], source_ids: Sequence[str]) -> list[tuple[Any, ...]]:
+        runs = [lines[source_id].run_id for source_id in source_ids]
+        return self._rows(query, {"ids": list(source_ids), "runs": runs})
 
     def _mapped(self, table: str, rows: Iterable[tuple[Any, ...]]) -> Iterator[tuple[str, FoundRow]]:
         rules = self.facts.rules()
