@@ -160,7 +160,7 @@ def examine(connection: BaseDatabaseWrapper, *, for_writing: bool, for_updating:
             for name, column in of_table.items()
             if not column.not_null
         ),
-        repeated_ids={table: find_repeated_ids(connection, table) for table in SOURCE_OF_STRAYS},
+        repeated_ids=find_repeated_ids(connection, SOURCE_OF_STRAYS),
     )
 
 
