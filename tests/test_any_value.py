@@ -241,6 +241,17 @@ def test_a_second_row_with_the_id_of_one_that_was_migrated_changes_nothing(datab
     assert rollback(str(number), "--json").answer["status"] == "finished"
 
 
+def test_a_ledger_that_was_not_migrated_is_told_before_anything_happens(database: Database) -> None:
+    add_many_leads(1)
+    database.change('ALTER TABLE ledger_entry RENAME COLUMN "trigger" TO was')
+    try:
+        finished = backfill("--no-progress")
+    finally:
+        database.change('ALTER TABLE ledger_entry RENAME COLUMN was TO "trigger"')
+    assert (finished.code, contacts()) == (2, {})
+    assert "lacks the column ledger_entry.trigger, which came with this version" in finished.stderr
+
+
 def test_a_page_is_bounded_in_bytes(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(source, "BYTES_OF_PAGE", 100_000)
     add_many_leads(40)

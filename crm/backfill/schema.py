@@ -56,6 +56,11 @@ REQUIRED_CONTACT_TYPES = sorted({*CONTACT_TYPE_OF_SOURCE.values(), *CONTACT_TYPE
 PROMOTED_COLUMNS = ("firstName", "lastName", "email", "contactType", "source", "stage", "stageEnteredAt")
 #: What the ledger consists of for those who read it: what became of every row, and what updates changed later.
 LEDGER_TABLES = (LedgerEntry._meta.db_table, ContactUpdate._meta.db_table)
+_OUR_COLUMNS = [
+    (model._meta.db_table, str(field.column))
+    for model in (BackfillBatch, BackfillRun, ConflictDecision, ContactUpdate, LedgerEntry)
+    for field in model._meta.concrete_fields
+]
 #: A column that tells the generations apart, newest first.
 MARKS_OF_GENERATION = (("2025_12", "profiles", "crmEmailAutomation"), ("2025_11", "crm_contacts", "leadScore"))
 
@@ -357,11 +362,20 @@ def _require_rights(connection: BaseDatabaseWrapper, *, ledger_is_readable: bool
 
 def _require_tables_of_ours(connection: BaseDatabaseWrapper, tables: Iterable[str]) -> None:
     with connection.cursor() as cursor:
-        cursor.execute("SELECT t FROM unnest(%s::text[]) AS t WHERE to_regclass(t) IS NULL", [list(tables)])
-        missing = [table for (table,) in cursor.fetchall()]
+        cursor.execute(
+            """
+            SELECT 'table ' || t FROM unnest(%s::text[]) AS t WHERE to_regclass(t) IS NULL
+             UNION ALL
+            SELECT 'column ' || t || '.' || name FROM unnest(%s::text[], %s::text[]) AS wanted(t, name)
+             WHERE to_regclass(t) IS NOT NULL
+               AND NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = to_regclass(t) AND attname = name)
+            """,
+            [list(tables), *map(list, zip(*_OUR_COLUMNS, strict=True))],
+        )
+        missing = [name for (name,) in cursor.fetchall()]
     if missing:
         raise OperatorError(
-            f"This database lacks the table {', '.join(missing)}, which came with this version: run `python manage.py "
+            f"This database lacks the {', '.join(missing)}, which came with this version: run `python manage.py "
             "migrate` first. Nothing was written."
         )
 

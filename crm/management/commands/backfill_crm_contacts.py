@@ -60,7 +60,7 @@ class Command(BaseCommand):
             "--limit",
             type=_positive,
             metavar="ROWS",
-            help="look at no more than so many rows that are new, and at known errors; with one worker only",
+            help="end with so many rows that are new, which known errors are not; with one worker only",
         )
         parser.add_argument(
             "--since",
