@@ -10,9 +10,10 @@ from collections.abc import Iterable
 
 import pytest
 
+from crm.backfill import transactions
 from tests.conftest import Database
-from tests.trials import SCENARIOS, Bench, Scenario, bench, impatience
-from tests.wire import Cut, Moment
+from tests.trials import BACKFILL, PAUSE, SCENARIOS, Bench, Scenario, bench, carried_out, impatience, is_refusal
+from tests.wire import Commit, Cut, Moment, wired
 
 every_scenario = pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
 
@@ -21,9 +22,7 @@ def what_goes_wrong(ready: Bench, cuts: Iterable[Cut]) -> list[str]:
     """Every cut after which a command does not come to what it comes to undisturbed."""
     with impatience():
         trials = [(cut, ready.trial(cut)) for cut in cuts]
-    return [
-        f"{cut.moment} {tuple(cut.place)} {ready.places[cut.place][:60]}: {wrong}" for cut, wrong in trials if wrong
-    ]
+    return [f"{cut.moment} {cut.place}: {wrong}" for cut, wrong in trials if wrong]
 
 
 @every_scenario
@@ -38,10 +37,38 @@ def _sample(ready: Bench) -> list[Cut]:
     ends = [place for place, text in sorted(ready.places.items()) if text.startswith(_END)]
     cuts = [Cut(place, Moment.AFTER) for place in (*commits[:2], *commits[-1:], *ends[-1:])]
     cuts += [Cut(place, Moment.BEFORE) for place in (*commits[1:2], *ends[-1:])]
-    return list(dict.fromkeys(cuts)) or [Cut(max(ready.places), moment) for moment in Moment]
+    cuts += [Cut(place, Moment.LATE) for place in commits[1:2] or commits[:1]]
+    return list(dict.fromkeys(cuts)) or [Cut(max(ready.places), moment) for moment in (Moment.BEFORE, Moment.AFTER)]
 
 
 _END = 'UPDATE "backfill_run" SET "status"'
+
+
+@pytest.mark.process
+def test_workers_ask_what_became_of_their_commits(database: Database) -> None:
+    with bench(database, BACKFILL) as ready:
+        assert ready.trial_of_processes(Cut(Commit(3), Moment.AFTER), "--workers", "2") is None
+
+
+@pytest.mark.process
+@pytest.mark.soak
+@pytest.mark.parametrize("moment", [Moment.BEFORE, Moment.AFTER])
+@pytest.mark.parametrize("number", range(1, 10))
+def test_workers_end_as_if_no_commit_had_been_lost(database: Database, number: int, moment: Moment) -> None:
+    with bench(database, BACKFILL) as ready:
+        wrong = ready.trial_of_processes(Cut(Commit(number), moment), "--workers", "2")
+        assert wrong is None or (number, moment) == (1, Moment.BEFORE), wrong
+
+
+def test_what_nobody_can_know_is_not_said_to_be_known(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transactions, "WAITS", (0.001, 0.001))
+    with bench(database, PAUSE) as ready:
+        commit = next(place for place, text in ready.places.items() if text == "COMMIT")
+        with wired(Cut(commit, Moment.AFTER, for_good=True)):
+            finished, _ = carried_out(ready.command)
+        assert is_refusal(finished)
+        assert "it is not known whether the last transaction was committed" in finished.stderr
+        assert "Nothing was" not in finished.stderr
 
 
 @pytest.mark.soak
@@ -50,5 +77,10 @@ def test_a_line_that_is_cut_before_or_after_any_statement_changes_nothing(
     database: Database, scenario: Scenario
 ) -> None:
     with bench(database, scenario) as ready:
-        cuts = [Cut(place, moment) for place in sorted(ready.places) for moment in Moment]
+        cuts = [
+            Cut(place, moment)
+            for place in sorted(ready.places)
+            for moment in Moment
+            if moment is not Moment.LATE or ready.places[place] == "COMMIT"
+        ]
         assert what_goes_wrong(ready, cuts) == []

@@ -11,7 +11,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,15 @@ from crm.models.ledger import RunStatus
 from tests.builders import add_contact, add_lead, add_many_leads, add_profile, add_user
 from tests.commands import Finished, called, run
 from tests.conftest import Database
-from tests.wire import Cut, Place, Wire, wired
+from tests.processes import manage
+from tests.wire import Cut, Place, Wire, wait_for_the_server, wire, wired
 
 LATER = "2025-06-07 08:09:10.111"
 #: What differs from one go to the next: moments, processes, and numbers that a transaction which was lost has used up.
 _CHANCE = ("started_at", "heartbeat_at", "finished_at", "committed_at", "decided_at", "seconds", "process_id")
 _NUMBERED = ("backfill_batch", "contact_update")
+#: Tables that tell how the work was divided.
+_DIVIDED = ("backfill_run", "backfill_batch")
 #: A file that a command is to write; where it is differs from one trial to the next.
 LIST = "LIST"
 
@@ -70,16 +73,28 @@ class Bench:
         """Run the command over a line that is cut; what is wrong with what it came to, if anything is."""
         _put_back(self.database)
         with wired(cut) as line:
-            finished, listed = _carried_out(self.command)
+            finished, listed = carried_out(self.command)
         if not line.was_cut:
             return "the command never came there"
-        if _is_refusal(finished):
+        if is_refusal(finished):
             if _tables(self.database) != self.before:
                 return f"it said that nothing was written, and something was: {finished.stderr}"
             # What was rolled back may have used up a number.
             _put_back(self.database)
-            finished, listed = _carried_out(self.command)
+            finished, listed = carried_out(self.command)
         return _difference(self.end, _end(self.database, finished, listed))
+
+    def trial_of_processes(self, cut: Cut, *arguments: str) -> str | None:
+        """The same as a process, with more arguments; how the work is divided into batches may differ then."""
+        _put_back(self.database)
+        with wire(cut) as (line, url):
+            process = manage(*self.command, *arguments, url=url)
+        wait_for_the_server()
+        if not line.was_cut:
+            return "the command never came there"
+        end = _end(self.database, Finished(process.returncode, process.stdout, process.stderr), [])
+        tables = {name: rows for name, rows in self.end.tables.items() if name not in _DIVIDED}
+        return _difference(replace(self.end, tables=tables), end)
 
 
 @contextmanager
@@ -89,16 +104,17 @@ def bench(database: Database, scenario: Scenario) -> Iterator[Bench]:
     before = _tables(database)
     with _put_aside(database):
         with wired() as line:
-            finished, listed = _carried_out(command)
+            finished, listed = carried_out(command)
         end = _end(database, finished, listed)
         # Once more, to be certain that nothing but the cuts makes a difference.
         _put_back(database)
         assert _tables(database) == before
         again: Wire
         with wired() as again:
-            finished, listed = _carried_out(command)
+            finished, listed = carried_out(command)
         assert _difference(end, _end(database, finished, listed)) is None
         assert set(again.sent) == set(line.sent)
+        _put_back(database)
         yield Bench(database, command, end, before, line.sent)
 
 
@@ -111,7 +127,8 @@ def impatience() -> Iterator[None]:
         yield
 
 
-def _carried_out(command: list[str]) -> tuple[Finished, list[list[str]]]:
+def carried_out(command: list[str]) -> tuple[Finished, list[list[str]]]:
+    """Run a command in this process; how it ended, and what it listed."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "list.csv"
         finished = called(*[str(path) if argument == LIST else argument for argument in command])
@@ -122,7 +139,7 @@ def _carried_out(command: list[str]) -> tuple[Finished, list[list[str]]]:
             return finished, sorted(csv.reader(file))
 
 
-def _is_refusal(finished: Finished) -> bool:
+def is_refusal(finished: Finished) -> bool:
     """Whether it told in one line that it has done nothing."""
     return finished.code in (2, 5) and finished.stdout == "" and finished.stderr.count("\n") == 1
 
@@ -341,14 +358,16 @@ def _verified() -> list[str]:
     return ["verify_crm_contacts", "--json", "--csv", LIST]
 
 
+BACKFILL = Scenario("backfill", _backfill)
+PAUSE = Scenario("pause", lambda: _acted_on("pause", RunStatus.RUNNING))
 SCENARIOS = [
-    Scenario("backfill", _backfill),
+    BACKFILL,
     Scenario("update", _update),
     Scenario("rollback", _rollback),
     Scenario("rollback of updates", _rollback_of_updates),
     Scenario("belongs to", _belongs_to),
     Scenario("is separate", _is_separate),
-    Scenario("pause", lambda: _acted_on("pause", RunStatus.RUNNING)),
+    PAUSE,
     Scenario("resume", lambda: _acted_on("resume", RunStatus.PAUSED)),
     Scenario("cancel", lambda: _acted_on("cancel", RunStatus.RUNNING)),
     Scenario("show", lambda: [*_acted_on("show", RunStatus.PAUSED), "--json"]),

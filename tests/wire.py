@@ -32,6 +32,7 @@ from tests.processes import address, session
 
 PORT = 5432
 _HEAD = 5
+_QUESTION = "SELECT pg_xact_status("
 _CHUNK = 1 << 16
 #: Long enough for a machine with much else to do; nothing waits for its end.
 AT_MOST_SECONDS = 60
@@ -42,6 +43,7 @@ class Moment(StrEnum):
 
     BEFORE = "before"  # the server never gets the statement
     AFTER = "after"  # the server has done it, and nobody hears of it
+    LATE = "late"  # the server gets it when it was asked in vain what became of it
 
 
 class Place(NamedTuple):
@@ -51,11 +53,18 @@ class Place(NamedTuple):
     statement: int
 
 
-class Cut(NamedTuple):
-    """Where and when the line is cut, once."""
+class Commit(NamedTuple):
+    """A commit by its number over all connections, where several processes share the work."""
 
-    place: Place
+    number: int
+
+
+class Cut(NamedTuple):
+    """Where and when the line is cut, and whether it stays so: nobody gets through any more then."""
+
+    place: Place | Commit
     moment: Moment
+    for_good: bool = False
 
 
 @dataclass(slots=True)
@@ -65,7 +74,11 @@ class Wire:
     cut: Cut | None = None
     sent: dict[Place, str] = field(default_factory=dict)
     was_cut: bool = False
+    #: Set when the server is asked for the second time what became of a transaction: the first answer was none.
+    was_asked: threading.Event = field(default_factory=threading.Event)
     _opened: int = 0
+    _commits: int = 0
+    _questions: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def opened(self) -> int:
@@ -78,10 +91,22 @@ class Wire:
         """Take note of a statement; when the line is to be cut at it, if at all."""
         with self._lock:
             self.sent[place] = text
-            if self.cut is None or self.was_cut or self.cut.place != place:
+            self._commits += text == "COMMIT"
+            self._questions += text.startswith(_QUESTION)
+            if self._questions > 1:
+                self.was_asked.set()
+            if self.cut is None or self.was_cut:
+                return None
+            here = Commit(self._commits) if isinstance(self.cut.place, Commit) else place
+            if here != self.cut.place or (isinstance(here, Commit) and text != "COMMIT"):
                 return None
             self.was_cut = True
             return self.cut.moment
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether nobody gets through any more."""
+        return self.was_cut and self.cut is not None and self.cut.for_good
 
 
 @contextmanager
@@ -149,6 +174,9 @@ def _accept(listening: socket.socket, line: Wire, far_end: str) -> None:
             near, _ = listening.accept()
         except OSError:
             return
+        if line.is_dead:
+            near.close()
+            continue
         far = socket.socket(socket.AF_UNIX)
         far.connect(far_end)
         threading.Thread(target=_Carrier(line, line.opened(), near, far).carry, daemon=True).start()
@@ -203,8 +231,11 @@ class _Carrier:
         moment = self._moment_at(message)
         if moment is Moment.BEFORE:
             raise _GoneError
+        if moment is Moment.LATE:
+            self._near.shutdown(socket.SHUT_RDWR)
+            self._line.was_asked.wait(AT_MOST_SECONDS)
         self._far.sendall(message)
-        if moment is Moment.AFTER:
+        if moment is not None:
             # The server is ready for the next statement when it is done with this one, its commit included.
             while not _message(self._far).startswith(b"Z"):
                 pass
