@@ -30,6 +30,7 @@ CANDIDATES: dict[str, tuple[str, list[str]]] = {
     "dry run": (EMPTY, [*BACKFILL, "--dry-run"]),
     "rerun, nothing new": (FILLED, BACKFILL),
     "rerun, 1 % new": (FILLED_AND_NEW, BACKFILL),
+    "rollback of the first run": (FILLED, ["manage.py", "rollback_crm_backfill", "1", "--json", "--no-progress"]),
     "bulk_create": (EMPTY, ["-m", "bench.candidate", "bulk_create"]),
     "row by row": (EMPTY, ["-m", "bench.candidate", "row by row"]),
 }

@@ -32,7 +32,7 @@ class Measurement:
 
 
 def measure(server: Server, database: str, arguments: list[str]) -> Measurement:
-    """Run `python ARGUMENTS` against the database. It prints one JSON object with `seconds` and `read`."""
+    """Run `python ARGUMENTS` against the database. It prints a JSON object with `seconds` and its rows."""
     environment = {**os.environ, "DATABASE_URL": server.url(database), "DEBUG": "on", "CRM_DOTENV": "off"}
     server_before, started = server.cpu_seconds(), time.monotonic()
     with (
@@ -52,8 +52,16 @@ def measure(server: Server, database: str, arguments: list[str]) -> Measurement:
     return Measurement(
         seconds=answer["seconds"],
         wall=wall,
-        rows=answer["read"] + (answer.get("already") or 0),
+        rows=_rows_of(answer),
         client_cpu=usage.ru_utime + usage.ru_stime,
         server_cpu=server.cpu_seconds() - server_before,
         client_memory_mb=usage.ru_maxrss / 1024,
     )
+
+
+def _rows_of(answer: dict[str, Any]) -> int:
+    """The rows that a candidate came across: those that it read or passed over, or the lines that it took back."""
+    if "rolls_back" in answer:
+        taken = (answer, answer["merges"], answer["lines"])
+        return sum(of.get(verdict, 0) for of in taken for verdict in ("reversed", "kept", "failed"))
+    return int(answer["read"] + (answer.get("already") or 0))

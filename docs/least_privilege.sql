@@ -142,6 +142,13 @@ GRANT SELECT, INSERT, UPDATE ON crm_backfill.conflict_decision TO :"role";
    WHERE contype = 'f' AND confrelid = format('%I.crm_contacts', :'schema')::regclass
    GROUP BY conrelid, nspname
   \gexec
+  -- The application's own tables that refer to contacts, where Prisma keeps the relations and there are no foreign keys.
+  SELECT format('GRANT SELECT ("contactId") ON %s TO %I', attrelid::regclass, :'role')
+    FROM pg_attribute
+   WHERE attrelid IN (to_regclass(format('%I.crm_interactions', :'schema')),
+                      to_regclass(format('%I.crm_stage_history', :'schema')))
+     AND attname = 'contactId' AND NOT attisdropped
+  \gexec
 \endif
 
 COMMIT;

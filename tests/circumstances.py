@@ -20,6 +20,15 @@ SECRET_COLUMNS = ("ssn", "dateOfBirth", "address", "bankDetails", "hashedPasswor
 #: The first thing that a batch writes, and one of the last.
 CONTACTS, COUNTS = 'INSERT INTO "crm_contacts"', 'INSERT INTO "backfill_batch"'
 
+#: As Prisma leaves a database whose relations it keeps by itself.
+DROP_FOREIGN_KEYS = """
+DO $$ DECLARE k record; BEGIN
+  FOR k IN SELECT conrelid::regclass AS of, conname FROM pg_constraint
+            WHERE contype = 'f' AND connamespace = 'public'::regnamespace
+  LOOP EXECUTE format('ALTER TABLE %s DROP CONSTRAINT %I', k.of, k.conname); END LOOP;
+END $$
+"""
+
 
 @contextmanager
 def reading_role(database: Database, *, tables: tuple[str, ...] = LEGACY_TABLES) -> Iterator[str]:

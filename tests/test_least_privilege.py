@@ -18,6 +18,7 @@ from config import embedded
 from crm import checks
 from crm.legacy_schema import GENERATIONS
 from tests import builders
+from tests.circumstances import DROP_FOREIGN_KEYS
 from tests.conftest import Database
 from tests.processes import BASE_DIR, address, database_url, manage, session
 from tests.scratch import django_connection
@@ -381,7 +382,13 @@ def test_the_right_to_take_a_run_back_has_to_be_asked_for(database: Database) ->
 
 
 @pytest.mark.process
-def test_a_run_is_verified_and_taken_back_under_the_role(database: Database) -> None:
+@pytest.mark.parametrize("has_foreign_keys", [True, False])
+def test_a_run_is_verified_and_taken_back_under_the_role(
+    database: Database,
+    has_foreign_keys: bool,  # noqa: FBT001 - a parameter of the test
+) -> None:
+    if not has_foreign_keys:
+        database.change(DROP_FOREIGN_KEYS)
     builders.add_lead("ann@example.com", "CONVERTED")
     builders.add_lead("ann@example.com", phone="555 0101", referrerUsername="ref")
     met = builders.add_contact("carla@example.com")

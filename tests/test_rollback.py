@@ -19,6 +19,7 @@ from django.db import connection
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from crm.backfill.references import KNOWN, find_references
 from crm.backfill.rollback.runner import roll_back
 from crm.backfill.verification import verify
 from crm.models import BackfillRun, LedgerEntry, Rollback
@@ -26,6 +27,7 @@ from crm.models.ledger import RunStatus
 from crm.sample_data.loader import load as load_people
 from tests import processes, reference
 from tests.builders import add_contact, add_lead, add_profile, contact_with, contacts, ledger
+from tests.circumstances import DROP_FOREIGN_KEYS
 from tests.commands import Finished, called, files_no_larger_than, run
 from tests.conftest import LEGACY_TABLES, Database
 from tests.populations import (
@@ -391,6 +393,105 @@ def test_the_confidence_is_that_of_the_row_that_made_the_contact_again(database:
     assert contact_with("ann@example.com")["attributionConfidence"] == 85
     taken_back(second["run"])
     assert contact_with("ann@example.com")["attributionConfidence"] == 40
+
+
+def edit_by_hand() -> None:
+    change(
+        """UPDATE crm_contacts SET "lastName" = 'Edited', "attributionConfidence" = 55,
+        "updatedAt" = '2025-06-07 08:09:10.123'"""
+    )
+
+
+def test_what_a_run_merged_into_an_edited_contact_is_taken_out_again(database: Database) -> None:
+    add_profile(email="ann@example.com")
+    run()
+    edit_by_hand()
+    before = contacts()
+    add_lead("ann@example.com", commissionRate="7.50", attributionConfidence=85)
+    second = run()
+    assert str(contact_with("ann@example.com")["commissionRate"]) == "7.50"
+    rehearsal = taken_back_dry(second["run"], 1000)
+    report = taken_back(second["run"])
+    assert report["merges"] == rehearsal["merges"] == {"reversed": 1, "kept": 0, "failed": 0}
+    assert contacts() == before
+
+
+@pytest.mark.parametrize("somebody_elses", [False, True])
+def test_what_an_update_filled_in_an_edited_contact_is_taken_out_again(
+    database: Database,
+    somebody_elses: bool,  # noqa: FBT001 - a parameter of the test
+) -> None:
+    if somebody_elses:
+        add_contact("ann@example.com")
+    lead = add_lead("ann@example.com", phone=" ")
+    run()
+    edit_by_hand()
+    before = contacts()
+    change(
+        """UPDATE leads SET phone = '555 0101', "commissionRate" = 7.50, "referrerUsername" = 'ref', "updatedAt" = now()
+        WHERE id = %s""",
+        lead,
+    )
+    second = run(update=True)
+    assert contact_with("ann@example.com")["phone"] == "555 0101"
+    assert taken_back(second["run"])["updates"] == {"reversed": 1, "kept": 0, "failed": 0}
+    assert contacts() == before
+
+
+def test_a_line_without_the_contacts_marker_is_judged_by_the_row_that_made_the_contact(database: Database) -> None:
+    _, second = merged_by_a_second_run()
+    change("UPDATE ledger_entry SET contact_updated_at = NULL, confidence_before = NULL")
+    assert taken_back(second["run"])["merges"]["reversed"] == 1
+    run()
+    change("UPDATE ledger_entry SET contact_updated_at = NULL, confidence_before = NULL")
+    edit_by_hand()
+    assert taken_back(BackfillRun.objects.latest("pk").pk)["merges"]["kept"] == 1
+
+
+# A database without foreign keys
+
+KNOWN_REFERENCES = {
+    "crm_interactions": EDITS["interaction"],
+    "crm_stage_history": EDITS["stage history"],
+}
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("table", KNOWN_REFERENCES)
+def test_a_contact_in_use_stays_where_the_database_has_no_foreign_keys(
+    database: Database, generation: str, table: str
+) -> None:
+    database.use(generation)
+    add_lead("ann@example.com")
+    made = run()
+    database.change(DROP_FOREIGN_KEYS)
+    change(KNOWN_REFERENCES[table])
+    rehearsal = taken_back_dry(made["run"], 1000)
+    report = taken_back(made["run"])
+    assert (report["kept"], report["by_reason"]) == (1, {"referenced": 1})
+    assert outcome_of(rehearsal) == outcome_of(report)
+    change(f"DELETE FROM {table}")
+    assert taken_back(made["run"])["reversed"] == 1
+
+
+def test_every_table_of_the_application_that_refers_to_contacts_is_known_by_name(database: Database) -> None:
+    for generation in GENERATIONS:
+        database.use(generation)
+        found = {(r.table.removeprefix("public."), r.condition) for r in find_references(connection)}
+        known = {(table, f'r."{column}" = c.id') for table, column in KNOWN}
+        assert known <= found
+        catalogue = database.rows(
+            "SELECT conrelid::regclass::text FROM pg_constraint WHERE contype = 'f' "
+            "AND confrelid = 'public.crm_contacts'::regclass"
+        )
+        assert {table.removeprefix("public.") for (table,) in catalogue} == {table for table, _ in KNOWN}
+
+
+def test_a_database_without_one_of_these_tables_is_none_the_worse_for_it(database: Database) -> None:
+    add_lead("ann@example.com")
+    made = run()
+    database.change("DROP TABLE crm_interactions")
+    assert taken_back(made["run"])["reversed"] == 1
 
 
 MERGE_KEPT = {

@@ -30,9 +30,9 @@ _OURS = "EXISTS (SELECT FROM ledger_entry line WHERE line.id = c.id AND line.out
 _ASSIGNMENT = '(c."assignedPreparerId" IS NOT NULL OR c."assignedAt" IS NOT NULL), c."lastContactedAt"'
 _ATTRIBUTION = f"""
 {_ASSIGNMENT}, COALESCE(c."referrerUsername", c."referrerType", c."commissionRate"::text,
-c."commissionRateLockedAt"::text, c."attributionMethod") IS NOT NULL
+c."commissionRateLockedAt"::text, c."attributionMethod") IS NOT NULL, c."updatedAt", c."attributionConfidence"
 """
-_NO_ATTRIBUTION = f"{_ASSIGNMENT}, false"
+_NO_ATTRIBUTION = f'{_ASSIGNMENT}, false, c."updatedAt", NULL'
 
 
 class ContactLookup:

@@ -97,6 +97,8 @@ class Decision(NamedTuple):
     contact_id: str | None = None
     filled: tuple[str, ...] = ()
     refusal: Refusal | None = None
+    contact_updated_at: str | None = None
+    confidence_before: int | None = None
 
     @property
     def is_new_error(self) -> bool:

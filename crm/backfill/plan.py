@@ -35,6 +35,8 @@ class KnownContact:
     has_assignment: bool = False
     last_contacted_at: str | None = None
     has_attribution: bool = False
+    updated_at: str | None = None
+    confidence: int | None = None
     fills: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -51,6 +53,8 @@ class KnownContact:
             has_assignment=draft.assigned_preparer_id is not None or draft.assigned_at is not None,
             last_contacted_at=draft.last_contacted_at,
             has_attribution=_has_attribution(draft),
+            updated_at=draft.updated_at,
+            confidence=draft.attribution_confidence,
         )
 
     def take(self, values: Mapping[str, Any]) -> None:
@@ -179,7 +183,8 @@ def decide(rows: Iterable[MappedRow], known: KnownContacts) -> Plan:
             plan.decisions.append(_decision(row, Outcome.CREATED, contact_id=draft.id, filled=_filled_in(contact)))
         elif contact.ours or contact.id == draft.id:
             filled = fill(contact, draft)
-            plan.decisions.append(_decision(row, Outcome.MERGED, contact_id=contact.id, filled=filled))
+            decision = _decision(row, Outcome.MERGED, contact_id=contact.id, filled=filled)
+            plan.decisions.append(_with_what_was(decision, contact) if filled else decision)
             if contact.fills and contact.id not in made:
                 plan.fills[contact.id] = contact.fills
         else:
@@ -234,6 +239,12 @@ def _has_attribution(draft: ContactDraft) -> bool:
 
 def _is_another(theirs: str | None, ours: str | None) -> bool:
     return theirs is not None and ours is not None and theirs != ours
+
+
+def _with_what_was(decision: Decision, contact: KnownContact) -> Decision:
+    """What a rollback of the fill must know of the contact: whether it changed since, and what was replaced in it."""
+    confidence = contact.confidence if "attribution" in decision.filled else None
+    return decision._replace(contact_updated_at=contact.updated_at, confidence_before=confidence)
 
 
 def _decision(

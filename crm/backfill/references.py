@@ -1,4 +1,5 @@
-"""Who refers to `crm_contacts`: every foreign key that the catalogue knows, whatever its table, schema or columns.
+"""Who refers to `crm_contacts`: every foreign key that the catalogue knows, whatever its table, schema or columns; and
+the application's own tables, which have none where Prisma keeps the relations (`relationMode = "prisma"`).
 
 The application grows tables that this project has never heard of. Whether their rows go with a contact (CASCADE), lose
 it (SET NULL) or keep it (RESTRICT) makes no difference here: a contact that somebody refers to is in use.
@@ -14,6 +15,18 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.errors import OperatorError
 
+#: The tables and columns of the application, in any generation, that refer to a contact's id.
+KNOWN = (("crm_interactions", "contactId"), ("crm_stage_history", "contactId"))
+# As what the catalogue's foreign keys say of theirs. Where there is one, the same condition is found twice.
+_KNOWN_COLUMNS = """
+SELECT c.oid::regclass::text, format('r.%%I = c.id', a.attname),
+       has_schema_privilege(c.relnamespace, 'USAGE') AND has_column_privilege(c.oid, a.attnum, 'SELECT'),
+       row_security_active(c.oid)
+  FROM unnest(%s::text[], %s::text[]) AS known(relname, attname)
+  JOIN pg_class c ON c.relname = known.relname AND c.relkind IN ('r', 'p', 'v', 'm', 'f')
+  JOIN pg_namespace n ON n.oid = c.relnamespace AND n.nspname = %s
+  JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = known.attname AND NOT a.attisdropped
+"""
 # A partition's copy of its parent's constraint has a conparentid: asking the parent asks them all.
 _FOREIGN_KEYS = """
 SELECT k.conrelid::regclass::text,
@@ -35,7 +48,7 @@ SELECT k.conrelid::regclass::text,
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """A foreign key to `crm_contacts`: its table, and when a row `r` of it refers to contact `c`."""
+    """A reference to `crm_contacts`: its table, and when a row `r` of it refers to contact `c`."""
 
     table: str
     condition: str
@@ -52,13 +65,15 @@ class Reference:
 
 
 def find_references(connection: BaseDatabaseWrapper) -> list[Reference]:
-    """Every foreign key to `crm_contacts`.
+    """Every foreign key to `crm_contacts`, and what is known to refer to it without one.
 
     Raises OperatorError where this role could not see all the rows that refer to a contact.
     """
     with connection.cursor() as cursor:
         cursor.execute(_FOREIGN_KEYS, [settings.LEGACY_SCHEMA])
         found = cursor.fetchall()
+        cursor.execute(_KNOWN_COLUMNS, [*map(list, zip(*KNOWN, strict=True)), settings.LEGACY_SCHEMA])
+        found = sorted({*found, *cursor.fetchall()})
     if unseen := sorted({table for table, _, readable, filtered in found if not readable or filtered}):
         raise OperatorError(
             f"This role cannot see every row of {', '.join(unseen)}, which refers to crm_contacts. Let the owner GRANT "

@@ -39,11 +39,13 @@ _NO_REFUSAL = Refusal()
 _LINE = (
     *("id", "source_id", "outcome", "reason", "contact_id", "source_updated_at", "filled"),
     *("sqlstate", '"constraint"', '"column"', '"table"', '"trigger"'),
+    *("contact_updated_at", "confidence_before"),
 )
+_SENT = ", ".join(_LINE).replace("updated_at", "updated_at::timestamp").replace("before", "before::int")
 # Without a model object a line: the ledger is a third of the rows' way through Python otherwise.
 _LEDGER = f"""
 INSERT INTO ledger_entry (source, run_id, {", ".join(_LINE)})
-SELECT %s, %s::bigint, {", ".join(_LINE).replace("source_updated_at", "source_updated_at::timestamp")}
+SELECT %s, %s::bigint, {_SENT}
   FROM unnest({", ".join(["%s::text[]"] * len(_LINE))}) AS line({", ".join(_LINE)})
 """
 _LEDGER_AGAIN = """
@@ -289,7 +291,7 @@ class BatchWriter:
         BackfillBatch.of(self.run_id, source, totals, seconds).save(using=self._connection.alias, force_insert=True)
 
 
-def _line(decision: Decision) -> tuple[str | None, ...]:
+def _line(decision: Decision) -> tuple[str | int | None, ...]:
     """A decision's values for the columns of _LINE."""
     refusal = decision.refusal or _NO_REFUSAL
     return (
@@ -301,6 +303,8 @@ def _line(decision: Decision) -> tuple[str | None, ...]:
         decision.updated_at,
         ",".join(decision.filled) or None,
         *refusal,
+        decision.contact_updated_at,
+        decision.confidence_before,
     )
 
 

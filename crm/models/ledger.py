@@ -204,6 +204,10 @@ class LedgerEntry(models.Model):
         null=True, help_text="The source row's updatedAt when --update last looked at it again"
     )
     filled = models.TextField(null=True, help_text="What the row filled in the contact")
+    contact_updated_at = ExactTimestampField(
+        null=True, help_text="The updatedAt of the contact that it filled, which a fill leaves as it is"
+    )
+    confidence_before = models.IntegerField(null=True, help_text="Of the attribution that there was not")
     sqlstate = models.TextField(null=True, help_text="PostgreSQL's code for a row that it refused")
     constraint = models.TextField(null=True, help_text="The constraint that refused the row")
     column = models.TextField(null=True, help_text="The column that was refused")

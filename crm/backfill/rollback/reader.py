@@ -24,7 +24,8 @@ from crm.errors import OperatorError
 from crm.models import BackfillRun, CRMContact
 
 _LINE = """
-line.id, line.source, line.source_id, line.outcome, line.contact_id, line.run_id, line.source_updated_at, line.filled
+line.id, line.source, line.source_id, line.outcome, line.contact_id, line.run_id, line.source_updated_at, line.filled,
+line.contact_updated_at, line.confidence_before
 """
 _PAGE = f"SELECT {_LINE} FROM ledger_entry line WHERE line.run_id = %s AND line.id > %s ORDER BY line.id LIMIT %s"
 # The ledger has no index on the contact: this reads all of it, once a batch.
@@ -239,8 +240,9 @@ class Reader:
                 run_id,
                 updated_at,
                 tuple(filled.split(",")) if filled else (),
+                *was,
             )
-            for identifier, source, source_id, outcome, contact_id, run_id, updated_at, filled in self._rows(
+            for identifier, source, source_id, outcome, contact_id, run_id, updated_at, filled, *was in self._rows(
                 query, *parameters
             )
         ]

@@ -34,6 +34,7 @@ from crm.backfill.rollback.verdict import (
     Why,
     columns_of,
     confidence_before,
+    confidence_in,
     differs_from_merge,
     edited_columns,
     is_unchanged,
@@ -161,7 +162,9 @@ def judge(lines: Sequence[Line], reader: Reader, restored: Mapping[str, Restored
     for contact_id, take_back in judged.take_backs.items():
         others = [merge for merge in judged.merges[contact_id] if merge.run_id != run_id]
         take_back.later_merges = merges_that_miss(contacts[contact_id], take_back.columns, others, rows)
-        take_back.columns.update(column for merge in take_back.later_merges for column in columns_of(merge))
+        for merge in take_back.later_merges:
+            take_back.columns.update(columns_of(merge))
+            take_back.confidence = confidence_in(merge, take_back.confidence)
     for line in lines:
         if line.outcome is Outcome.ERROR or (line.outcome is Outcome.EXISTS and line.contact_id in contacts):
             judged.decided.append(Judgement(line, Verdict.REVERSED))
@@ -204,7 +207,7 @@ def _judge_created(line: Line, contact: StoredContact | None, judged: Judged, ro
 def _judge_merged(line: Line, contact: StoredContact | None, creator: Line | None, judged: Judged, rows: Rows) -> None:
     if contact is None:
         judged.decided.append(Judgement(line, Verdict.KEPT, Why.DELETED))
-    elif creator and contact.values.updated_at != creator.updated_at:
+    elif (marker := _marker_of(line, creator)) and contact.values.updated_at != marker:
         judged.decided.append(Judgement(line, Verdict.KEPT, Why.EDITED, _named(["updated_at"])))
     elif not line.filled:
         judged.decided.append(Judgement(line, Verdict.REVERSED))
@@ -215,6 +218,7 @@ def _judge_merged(line: Line, contact: StoredContact | None, creator: Line | Non
     else:
         before = TakeBack(contact.version, set(), confidence_before(creator, rows), [])
         take_back = judged.take_backs.setdefault(contact.values.id, before)
+        take_back.confidence = confidence_in(line, take_back.confidence)
         take_back.columns.update(columns_of(line))
         take_back.lines.append(line)
 
@@ -525,6 +529,11 @@ def _take_back_statement(columns: Iterable[str]) -> str:
         "FROM unnest(%s::text[], %s::text[], %s::int[]) AS seen(id, version, confidence) "
         f"WHERE {_AS_SEEN} RETURNING c.id"
     )
+
+
+def _marker_of(line: Line, creator: Line | None) -> str | None:
+    """The contact's `updatedAt` when the row was merged into it; older lines have only that of the row that made it."""
+    return line.contact_updated_at or (creator.updated_at if creator else None)
 
 
 def _is_made_by(run_id: int, line: Line | None) -> bool:

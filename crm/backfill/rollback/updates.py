@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from crm.backfill.mapping import ContactDraft
+from crm.backfill.mapping import FULL_CONFIDENCE, ContactDraft
 from crm.backfill.rollback.verdict import (
     Judgement,
     Line,
@@ -21,6 +21,7 @@ from crm.backfill.rollback.verdict import (
     Verdict,
     Why,
     columns_of,
+    confidence_in,
     differs_from_merge,
     is_unchanged,
     merges_that_miss,
@@ -136,5 +137,8 @@ def _restore(
     others = [merge for merge in merges if merge.run_id != record.line.run_id and merge not in restored.later_merges]
     missing = merges_that_miss(stands, emptied, others, rows)
     nothing: dict[str, Any] = dict.fromkeys(column for merge in missing for column in columns_of(merge))
+    for merge in missing:
+        if "attribution_confidence" in columns_of(merge):
+            nothing["attribution_confidence"] = confidence_in(merge, FULL_CONFIDENCE)
     restored.values = restored.values._replace(**(nothing | before))
     restored.later_merges += missing

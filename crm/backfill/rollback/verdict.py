@@ -48,6 +48,8 @@ class Line(NamedTuple):
     run_id: int
     updated_at: str
     filled: tuple[str, ...]
+    contact_updated_at: str | None = None
+    confidence_before: int | None = None
 
 
 class Judgement(NamedTuple):
@@ -153,6 +155,11 @@ def confidence_before(creator: Line | None, rows: Rows) -> int:
     """The confidence that a contact without attribution had: that of the row that made it, which has none either."""
     row = rows.get(creator.id) if creator else None
     return row.mapped.draft.attribution_confidence if row and row.mapped.draft else FULL_CONFIDENCE
+
+
+def confidence_in(merge: Line, otherwise: int) -> int:
+    """The confidence that stood in a contact before a merge, where it filled the attribution and its line says so."""
+    return otherwise if merge.confidence_before is None else merge.confidence_before
 
 
 def _possible_values(line: Line, columns: Iterable[str], rows: Rows) -> dict[str, tuple[Any, ...] | None]:
