@@ -224,6 +224,8 @@ def test_rows_whose_id_is_not_unique_are_one_error_and_the_others_land(
     assert set(database.rows(OUTCOME)) >= {("twice", "duplicate_id", None), ("same", "duplicate_id", None)}
     again = run(update=True, batch_size=batch_size)
     assert (again["read"], again["error_new"], again["balanced"]) == (2, 0, True)
+    listed = called("export_backfill_errors", "--with-email").stdout
+    assert listed.count("duplicate_id") == 2, "a line for each id"
     assert called("verify_crm_contacts").code == 0
     database.rows("DELETE FROM leads WHERE id = 'twice' AND status = 'CONVERTED' RETURNING id")
     assert run()["created"] == 1

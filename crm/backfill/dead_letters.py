@@ -48,10 +48,15 @@ SELECT line.source, line.source_id, line.reason, line.contact_id, line.sqlstate,
  ORDER BY array_position(ARRAY[{_ORDER}], line.source), line.source_id
 """
 _LEAD_SOURCES = ", ".join(f"'{source}'" for source in Source.of_table("leads"))
+# One each, whatever the number of rows with the id.
 _PEOPLE = f"""
-  LEFT JOIN leads ON line.source IN ({_LEAD_SOURCES}) AND leads.id = line.source_id
-  LEFT JOIN profiles ON line.source NOT IN ({_LEAD_SOURCES}) AND profiles.id = line.source_id
-  LEFT JOIN users ON users.id = profiles."userId"
+  LEFT JOIN LATERAL (
+    SELECT email FROM leads WHERE line.source IN ({_LEAD_SOURCES}) AND leads.id = line.source_id LIMIT 1
+  ) lead ON true
+  LEFT JOIN LATERAL (
+    SELECT users.email FROM profiles JOIN users ON users.id = profiles."userId"
+     WHERE line.source NOT IN ({_LEAD_SOURCES}) AND profiles.id = line.source_id LIMIT 1
+  ) profile ON true
 """
 
 
@@ -77,7 +82,7 @@ def dead_letters(connection: BaseDatabaseWrapper, *, with_email: bool) -> Genera
 
     Names nobody but by id, unless `with_email` asks for the address.
     """
-    email, people = ("COALESCE(leads.email, users.email)", _PEOPLE) if with_email else ("NULL", "")
+    email, people = ("COALESCE(lead.email, profile.email)", _PEOPLE) if with_email else ("NULL", "")
     with snapshot(connection):
         if not examine(connection, for_writing=False).has_ledger:
             raise OperatorError(
