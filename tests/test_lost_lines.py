@@ -6,11 +6,17 @@ a commit.
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
+from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill import transactions
+from tests.builders import add_many_leads, contacts
+from tests.commands import called, run
 from tests.conftest import Database
 from tests.trials import BACKFILL, PAUSE, SCENARIOS, Bench, Scenario, bench, carried_out, impatience, is_refusal
 from tests.wire import Commit, Cut, Moment, wired
@@ -58,6 +64,33 @@ def test_workers_end_as_if_no_commit_had_been_lost(database: Database, number: i
     with bench(database, BACKFILL) as ready:
         wrong = ready.trial_of_processes(Cut(Commit(number), moment), "--workers", "2")
         assert wrong is None or (number, moment) == (1, Moment.BEFORE), wrong
+
+
+def test_signals_at_a_commit_lose_no_row_of_a_list(database: Database, tmp_path: Path) -> None:
+    add_many_leads(9)
+    number = run()["run"]
+    path = tmp_path / "list.csv"
+    commit = BaseDatabaseWrapper._commit  # type: ignore[attr-defined] # Django's own, which its stubs leave out
+    commits = 0
+
+    def commit_and_be_interrupted(wrapper: BaseDatabaseWrapper) -> None:
+        nonlocal commits
+        commits += 1
+        commit(wrapper)
+        # That of a batch: the claim's came before.
+        if commits == 3:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BaseDatabaseWrapper, "_commit", commit_and_be_interrupted)
+        command = ["rollback_crm_backfill", str(number), "--batch-size", "3", "--csv", str(path)]
+        finished = called(*command, "--json", "--no-progress")
+    assert (finished.code, finished.answer["status"], finished.answer["failure"]) == (4, "interrupted", None)
+    gone = finished.answer["reversed"]
+    assert 0 < gone < 9
+    assert len(contacts()) == 9 - gone
+    assert len(path.read_text().splitlines()) == 1 + gone
 
 
 def test_what_nobody_can_know_is_not_said_to_be_known(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:

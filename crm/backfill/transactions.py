@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 def certain_transaction(connection: BaseDatabaseWrapper, settings: str = "") -> Iterator[None]:
     """A transaction of its own. It was committed where this is left without an error, and rolled back otherwise.
 
-    `settings` are statements that begin it; they are sent together with ours, in one round trip.
+    `settings` are statements that begin it; they are sent together with ours, in one round trip. A signal that would
+    break off the commit is passed over where the commit came through: whoever asks whether to stop asks after it.
 
     Raises UnknownEndError where the answer to the commit was lost and the server cannot be asked for longer than WAITS.
     """
@@ -43,7 +44,7 @@ def certain_transaction(connection: BaseDatabaseWrapper, settings: str = "") -> 
             number = _begin(connection, settings)
             yield
             is_committing = True
-    except DjangoDatabaseError as error:
+    except (DjangoDatabaseError, KeyboardInterrupt) as error:
         if not is_committing or not _is_committed(connection, number):
             raise
         logger.warning("%s at the commit, which had come through", errors.described(error))
