@@ -18,6 +18,9 @@ from config import database, dotenv, embedded
 
 BASE_DIR = Path(__file__).resolve().parent.parent
 
+#: What PostgreSQL takes in milliseconds; seconds.
+LONGEST_TIMEOUT = 2_147_483
+
 env = environ.Env()
 
 
@@ -79,6 +82,13 @@ def _seconds(name: str, default: int) -> int:
     return int(value)
 
 
+def _timeout(name: str, default: int) -> int:
+    seconds = _seconds(name, default)
+    if seconds > LONGEST_TIMEOUT:
+        raise ImproperlyConfigured(f"{name} is more than {LONGEST_TIMEOUT}: write 0 for no limit at all.")
+    return seconds
+
+
 def _switch(name: str, *, default: bool) -> bool:
     """On or off. Anything else is refused: django-environ would take a misspelt `on` for off."""
     value = os.environ.get(name, "").strip().lower()
@@ -122,6 +132,8 @@ else:
 # What the operator may choose
 
 CRM_PLACEHOLDER_DOMAIN = _domain("CRM_PLACEHOLDER_DOMAIN", default="crm-backfill.invalid")
+# How long one statement of a command may take; a batch's own allows itself a minute.
+CRM_STATEMENT_TIMEOUT = _timeout("CRM_STATEMENT_TIMEOUT", default=600)
 
 # Security
 

@@ -11,6 +11,7 @@ from django.db import transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models import Model, QuerySet
 
+from crm.backfill.limits import statement_timeout
 from crm.backfill.source import read_as_text
 
 Found = TypeVar("Found", bound=Model)
@@ -18,11 +19,10 @@ Found = TypeVar("Found", bound=Model)
 #: Rows that are fetched at a time.
 PAGE = 2_000
 
-# One statement alone may take long over a million rows, but not for ever. A stream is read to its end, so its plan is
-# to be the best one for all rows and not for the first ones.
+# A stream is read to its end, so its plan is to be the best one for all rows and not for the first ones.
 _MANNERS = """
 SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY;
-SET LOCAL statement_timeout = '10min';
+SET LOCAL statement_timeout = {statement};
 SET LOCAL cursor_tuple_fraction = 1
 """
 
@@ -32,7 +32,7 @@ def snapshot(connection: BaseDatabaseWrapper) -> Iterator[None]:
     """A transaction that sees one moment of all tables, and in which PostgreSQL refuses every write."""
     with _no_query_log(connection), transaction.atomic(using=connection.alias, durable=True):
         with connection.cursor() as cursor:
-            cursor.execute(_MANNERS)
+            cursor.execute(_MANNERS.format(statement=statement_timeout()))
         yield
 
 

@@ -6,7 +6,7 @@ import argparse
 from datetime import UTC, datetime
 from typing import Any
 
-from django.core.management.base import BaseCommand, CommandError, CommandParser
+from django.core.management.base import CommandError, CommandParser
 from django.utils.dateparse import parse_date, parse_datetime
 
 from crm.backfill.errors import beginning
@@ -17,12 +17,13 @@ from crm.backfill.report import advice, as_json, console_on, print_summary, prog
 from crm.backfill.runner import run_backfill
 from crm.backfill.workers import most_workers, require_room_for
 from crm.errors import OperatorError
+from crm.management.operator_command import OperatorCommand
 
 #: What PostgreSQL takes for a number of rows, with room to spare.
 MOST_ROWS = 2**31 - 1
 
 
-class Command(BaseCommand):
+class Command(OperatorCommand):
     """Arguments, one call, print."""
 
     help = (

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from django.core.management.base import BaseCommand, CommandError, CommandParser
+from django.core.management.base import CommandError, CommandParser
 
 from crm.backfill import runs
 from crm.backfill.outcome import Outcome
 from crm.errors import OperatorError
+from crm.management.operator_command import OperatorCommand
 from crm.models import BackfillRun
 from crm.models.ledger import RunStatus
 
@@ -23,7 +24,7 @@ _HELP = {
 _COLUMNS = ("run", "kind", "status", "started (UTC)", "read", *Outcome, "new errors", "last heartbeat")
 
 
-class Command(BaseCommand):
+class Command(OperatorCommand):
     """Arguments, one call, print."""
 
     help = (

@@ -11,16 +11,17 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, cast
 
-from django.core.management.base import BaseCommand, CommandError, CommandParser
+from django.core.management.base import CommandError, CommandParser
 from django.db import connection
 
 from crm.backfill.dead_letters import DeadLetter, dead_letters
 from crm.backfill.errors import told
 from crm.backfill.spreadsheet import cell
 from crm.errors import OperatorError
+from crm.management.operator_command import OperatorCommand
 
 
-class Command(BaseCommand):
+class Command(OperatorCommand):
     """Arguments, one call, print."""
 
     help = (

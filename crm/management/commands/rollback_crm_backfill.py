@@ -6,18 +6,19 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from django.core.management.base import BaseCommand, CommandError, CommandParser
+from django.core.management.base import CommandError, CommandParser
 
 from crm.backfill.report import console_on, progress_on_stderr
 from crm.backfill.rollback.report import advice, as_json, listing, print_summary
 from crm.backfill.rollback.runner import DEFAULT_BATCH_SIZE, roll_back
 from crm.errors import OperatorError
+from crm.management.operator_command import OperatorCommand
 from crm.models.ledger import RunStatus
 
 LEAST_BATCH, LARGEST_BATCH = 1, 5_000
 
 
-class Command(BaseCommand):
+class Command(OperatorCommand):
     """Arguments, one call, print."""
 
     help = (

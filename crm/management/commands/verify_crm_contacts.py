@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from django.core.management.base import BaseCommand, CommandError, CommandParser
+from django.core.management.base import CommandError, CommandParser
 from django.db import connection
 from rich.console import Console
 
@@ -18,9 +18,10 @@ from crm.backfill.verification import verify
 from crm.backfill.verification.findings import Finding
 from crm.backfill.verification.report import as_json, findings_writer, print_report
 from crm.errors import OperatorError
+from crm.management.operator_command import OperatorCommand
 
 
-class Command(BaseCommand):
+class Command(OperatorCommand):
     """Arguments, one call, print."""
 
     help = (

@@ -1,0 +1,22 @@
+"""What every command of ours has in common: it ends when it is told to, and it does not wait for ever."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.core.management.base import BaseCommand, CommandError
+
+from crm.backfill.interruption import StoppedError, stopped_by_signals
+from crm.backfill.limits import limited
+
+
+class OperatorCommand(BaseCommand):
+    """A command that Ctrl-C and SIGTERM end with exit code 4, and whose statements have limits."""
+
+    def execute(self, *arguments: Any, **options: Any) -> str | None:
+        """Run the command."""
+        try:
+            with stopped_by_signals(), limited():
+                return super().execute(*arguments, **options)
+        except StoppedError as stopped:
+            raise CommandError(str(stopped), returncode=stopped.exit_code) from None
