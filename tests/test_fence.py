@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -21,6 +21,7 @@ from pytest_django import DjangoDbBlocker
 from crm.backfill import fence
 from crm.backfill.options import RunOptions
 from crm.backfill.outcome import Source, Totals
+from crm.backfill.process import ProcessIdentity
 from crm.backfill.runner import Silence, run_backfill
 from crm.models import BackfillRun
 from crm.models.ledger import RunStatus
@@ -215,31 +216,152 @@ def test_a_run_that_is_silent_for_five_minutes_is_taken_over(database: Database)
     assert silent.finished_at is not None
 
 
+def columns_of(process: ProcessIdentity) -> dict[str, Any]:
+    """A process as a run's record has it."""
+    names = ("host", "process_id", "boot_id", "pid_namespace", "process_started")
+    return dict(zip(names, process, strict=True))
+
+
+def neighbour(**differing: Any) -> dict[str, Any]:
+    """A process that is no more, as a record has it that was made here, but for what differs."""
+    gone = ProcessIdentity.own()._replace(process_id=a_dead_process(), started=1)
+    return columns_of(gone) | differing
+
+
 def test_a_dead_process_of_this_machine_is_taken_over_at_once(database: Database) -> None:
-    dead = make_run(host=socket.gethostname(), process_id=a_dead_process())
+    dead = make_run(**neighbour())
     taker = claim()
     assert statuses() == {dead.pk: "interrupted", taker.pk: "running"}
     dead.refresh_from_db()
     assert dead.failure == f"taken over by run {taker.pk}: its process is gone"
 
 
-def test_a_process_of_another_machine_is_not_thought_dead_by_its_number(database: Database) -> None:
-    going = make_run(process_id=a_dead_process())
+def test_a_process_that_was_killed_and_is_not_buried_is_taken_over_at_once(database: Database) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        stat = Path(f"/proc/{child.pid}/stat")
+        started = int(stat.read_text().rpartition(")")[2].split()[19])
+        made = make_run(**columns_of(ProcessIdentity.own()._replace(process_id=child.pid, started=started)))
+        with pytest.raises(fence.AnotherRunError):
+            claim()
+        child.kill()
+        while ") Z " not in stat.read_text():
+            time.sleep(0.01)
+        assert statuses() == {made.pk: "running"}
+        assert claim().pk != made.pk
+
+
+@pytest.mark.parametrize(
+    "differing",
+    [
+        {"host": "elsewhere"},
+        {"boot_id": "another boot, or another machine of this name"},
+        {"pid_namespace": "pid:[1]"},
+        # Recorded before there were these columns, or where there is no /proc.
+        {"boot_id": None, "pid_namespace": None, "process_started": None},
+    ],
+)
+def test_a_process_that_cannot_be_seen_from_here_is_not_thought_dead_by_its_number(
+    database: Database, differing: dict[str, Any]
+) -> None:
+    going = make_run(**neighbour(**differing))
+    with pytest.raises(fence.AnotherRunError):
+        claim()
+    assert statuses() == {going.pk: "running"}
+    let_the_heartbeat_be(going.pk, "5 minutes 1 second")
+    assert claim().pk != going.pk
+
+
+def test_a_number_that_another_process_has_by_now_is_not_thought_alive(database: Database) -> None:
+    for process_id in (1, os.getpid()):
+        gone = make_run(**neighbour(process_id=process_id, process_started=1))
+        taker = claim()
+        assert statuses()[gone.pk] == "interrupted"
+        taker.delete()
+
+
+def test_a_living_process_of_this_machine_is_left_alone(database: Database) -> None:
+    going = make_run(**columns_of(ProcessIdentity.own()))
     with pytest.raises(fence.AnotherRunError):
         claim()
     assert statuses() == {going.pk: "running"}
 
 
-def test_a_living_process_of_this_machine_is_left_alone(database: Database) -> None:
-    for process_id in (os.getpid(), 1):
-        going = make_run(host=socket.gethostname(), process_id=process_id)
-        with pytest.raises(fence.AnotherRunError):
-            claim()
-        going.delete()
+def test_without_proc_the_heartbeat_alone_tells(
+    database: Database, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("crm.backfill.process.PROC", tmp_path)
+    going = claim()
+    assert (going.boot_id, going.pid_namespace, going.process_started) == (None, None, None)
+    BackfillRun.objects.filter(pk=going.pk).update(process_id=a_dead_process())
+    with pytest.raises(fence.AnotherRunError):
+        claim()
+
+
+@contextmanager
+def while_the_tables_are_counted(happening: Callable[[], None], *, at: int) -> Iterator[None]:
+    """Let something happen while the statement of this number that counts source rows is at work."""
+    counts = 0
+
+    def watch(execute: Any, sql: str, parameters: Any, many: bool, context: dict[str, Any]) -> Any:  # noqa: FBT001 - Django's signature
+        nonlocal counts
+        result = execute(sql, parameters, many, context)
+        if "count(*) FROM leads GROUP BY" in str(sql):
+            counts += 1
+            if counts == at:
+                happening()
+        return result
+
+    with connection.execute_wrapper(watch):
+        yield
+    assert counts >= at
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_run_keeps_its_lease_as_long_as_it_counts_the_tables(
+    database: Database, django_db_blocker: DjangoDbBlocker, at: int
+) -> None:
+    builders.add_many_leads(9)
+    refused: list[fence.AnotherRunError] = []
+
+    def contend() -> None:
+        with django_db_blocker.unblock():
+            try:
+                claim()
+            except fence.AnotherRunError as error:
+                refused.append(error)
+            finally:
+                connection.close()
+
+    def happening() -> None:
+        ((counting, _),) = statuses().items()
+        let_the_heartbeat_be(counting, "1 hour")
+        other = threading.Thread(target=contend)
+        other.start()
+        other.join()
+
+    with while_the_tables_are_counted(happening, at=at):
+        report = run_backfill(RunOptions())
+    assert len(refused) == 1
+    assert (report.status, report.balanced) == ("finished", True)
+
+
+def test_a_run_that_counts_the_tables_can_be_cancelled(database: Database) -> None:
+    builders.add_many_leads(9)
+
+    def cancel() -> None:
+        with session() as other:
+            other.execute("SET lock_timeout = '1s'")
+            other.execute("UPDATE backfill_run SET status = 'cancelled'")
+            other.commit()
+
+    with while_the_tables_are_counted(cancel, at=1):
+        report = run_backfill(RunOptions())
+    assert (report.status, report.exit_code(strict=False)) == ("cancelled", 4)
+    assert not builders.contacts()
 
 
 def test_a_paused_run_keeps_others_out_however_old_it_is(database: Database) -> None:
-    paused = make_run("paused", host=socket.gethostname(), process_id=a_dead_process())
+    paused = make_run("paused", **neighbour())
     let_the_heartbeat_be(paused.pk, "1 year")
     with pytest.raises(fence.AnotherRunError, match=f"Run {paused.pk} is paused"):
         claim()

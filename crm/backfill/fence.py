@@ -10,8 +10,8 @@ from __future__ import annotations
 import getpass
 import logging
 import os
-import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -21,6 +21,7 @@ from django.db.models.functions import Now, Replace
 
 from crm.backfill import errors
 from crm.backfill.outcome import Totals
+from crm.backfill.process import ProcessIdentity
 from crm.backfill.transactions import certain_transaction
 from crm.errors import OperatorError
 from crm.models import BackfillRun
@@ -53,14 +54,18 @@ def claim(
 
     Raises AnotherRunError when another one holds the fence; a dead one is taken over.
     """
+    process = ProcessIdentity.own()
     run = BackfillRun(
         kind=kind,
         options=dict(options),
         version=VERSION,
         generation=generation,
         operator=operator(),
-        host=socket.gethostname(),
-        process_id=os.getpid(),
+        host=process.host,
+        process_id=process.process_id,
+        boot_id=process.boot_id,
+        pid_namespace=process.pid_namespace,
+        process_started=process.started,
     )
     try:
         with certain_transaction(connection):
@@ -123,30 +128,42 @@ def release(run_id: int, status: RunStatus, **results: Any) -> bool:
     return bool(ended)
 
 
+@contextmanager
+def kept(run_id: int | None) -> Iterator[None]:
+    """Keep the lease of a run as long as what is inside takes, which may be a count of whole tables.
+
+    The connection is busy all the while, and behind a pooler it may be the only one. So the run's record is locked in
+    the transaction of the count, as somebody locks it who refers to it: whoever would take over sees that, and whoever
+    pauses or cancels the run is not kept from it. The heartbeat is renewed at the end.
+    """
+    if run_id is None:
+        yield
+        return
+    with transaction.atomic():
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT FROM backfill_run WHERE id = %s FOR KEY SHARE", [run_id])
+        yield
+    BackfillRun.objects.running().filter(pk=run_id).update(heartbeat_at=Now())
+
+
 def take_over_if_dead(run: BackfillRun) -> bool:
     """End a running run whose process is gone or has not been heard of for five minutes; whether it was ended."""
-    gone = _process_is_gone(run)
-    silent = BackfillRun.objects.running().filter(pk=run.pk)
-    if not gone:
-        silent = silent.filter(heartbeat_at__lt=Now() - HEARTBEAT_LASTS)
+    gone = _process_of(run).is_gone()
+    running = BackfillRun.objects.running().filter(pk=run.pk)
     why = "its process is gone" if gone else "no heartbeat for five minutes"
-    taken = silent.update(status=RunStatus.INTERRUPTED, finished_at=Now(), failure=f"{_TAKEN_OVER}: {why}")
+    with transaction.atomic():
+        if not gone:
+            # A record that is locked is that of a run which counts, see `kept`, or is committing a batch.
+            silent = running.filter(heartbeat_at__lt=Now() - HEARTBEAT_LASTS).select_for_update(skip_locked=True)
+            running = running.filter(pk__in=[found.pk for found in silent])
+        taken = running.update(status=RunStatus.INTERRUPTED, finished_at=Now(), failure=f"{_TAKEN_OVER}: {why}")
     if taken:
         logger.warning("run %s was taken over: %s", run.pk, why)
     return bool(taken)
 
 
-def _process_is_gone(run: BackfillRun) -> bool:
-    """Whether the run was started on this machine by a process that is no more. The fence holds if this errs."""
-    if run.host != socket.gethostname():
-        return False
-    try:
-        os.kill(run.process_id, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False
+def _process_of(run: BackfillRun) -> ProcessIdentity:
+    return ProcessIdentity(run.host, run.process_id, run.boot_id, run.pid_namespace, run.process_started)
 
 
 def _who_holds(run: BackfillRun) -> str:

@@ -22,7 +22,7 @@ from django.db import connection
 from crm.backfill import errors, fence
 from crm.backfill.fence import FenceLostError
 from crm.backfill.garbage import seldom_collected
-from crm.backfill.interruption import GRACE, InterruptedRunError, Interruption, StoppedError
+from crm.backfill.interruption import InterruptedRunError, Interruption, StoppedError
 from crm.backfill.pipeline import STOPPED_IN_A_BATCH
 from crm.models import BackfillRun
 from crm.models.ledger import RunStatus
@@ -31,8 +31,9 @@ logger = logging.getLogger(__name__)
 
 #: How long the beginning and the end of a run wait after a bad moment; seconds.
 WAITS_BEFORE_ANOTHER_LOOK = (0.5, 1.0, 2.0, 4.0)
-#: How long the end of a run's record may take where it is to stop, before it is cancelled and retried; seconds.
-GRACE_OF_THE_END = 3.0
+#: How long the check of its reconciliation and the end of its record may take where a run is to stop; seconds. With
+#: the grace of the batch they are the two seconds that an operator waits.
+GRACE_OF_THE_CHECK, GRACE_OF_THE_END = 0.3, 0.6
 Answer = TypeVar("Answer")
 
 
@@ -111,11 +112,11 @@ class Lifecycle:
         `count` reads what was committed, and `check` the reconciliation.
         """
         recorded: Mapping[str, Any] = {}
-        self.interruption.grant(GRACE)
+        self.interruption.grant(GRACE_OF_THE_CHECK)
         try:
             with self.interruption.breakable(at_once=True):
-                self.patiently(count)
-                checked = self.patiently(check)
+                self.counting(count)
+                checked = self.counting(check)
                 ending, recorded = _with_check(ending, checked), checked.recorded
         except KeyboardInterrupt:
             connection.close()
@@ -129,11 +130,25 @@ class Lifecycle:
         try:
             return self._end_patiently(ending, recorded)
         except DjangoDatabaseError as error:
+            if self._was_cancelled(error):
+                return _stopped_before_the_end(ending)
             return _failed(ending, errors.described(error))
+
+    def _was_cancelled(self, error: DjangoDatabaseError) -> bool:
+        return self.interruption.requested and errors.sqlstate(error) in errors.TIMEOUTS
+
+    def counting(self, look: Callable[[], Answer]) -> Answer:
+        """Do the same as `patiently`, and keep the lease as long as it takes."""
+
+        def counted() -> Answer:
+            with fence.kept(self.run.pk if self.run else None):
+                return look()
+
+        return self.patiently(counted)
 
     def _end_patiently(self, ending: Ending, recorded: Mapping[str, Any]) -> Ending:
         def end() -> Ending:
-            # What is cancelled where it is to stop is not this, as long as the server answers.
+            # Somebody may have locked the record; whoever comes next takes it over then.
             self.interruption.grant(GRACE_OF_THE_END)
             return self._end(ending, recorded)
 
@@ -164,7 +179,7 @@ class Lifecycle:
                 return look()
             except DjangoDatabaseError as error:
                 cause = errors.bad_moment(error)
-                if cause is None or (self.interruption.requested and not even_if_stopped):
+                if cause is None or self._was_cancelled(error) or (self.interruption.requested and not even_if_stopped):
                     raise
                 logger.warning("%s: looking again in %.1f s", cause, wait)
                 connection.close()
@@ -217,6 +232,12 @@ def _stopped_before_the_check(ending: Ending) -> Ending:
     if ending.status == RunStatus.FINISHED:
         return ending._replace(status=RunStatus.INTERRUPTED, failure="stopped before its reconciliation was checked")
     return ending
+
+
+def _stopped_before_the_end(ending: Ending) -> Ending:
+    status = RunStatus.INTERRUPTED if ending.status == RunStatus.FINISHED else ending.status
+    why = "its record is locked and could not be ended; the next run takes it over"
+    return ending._replace(status=status, failure=f"{ending.failure}; {why}" if ending.failure else why)
 
 
 def _failed(ending: Ending, why: str) -> Ending:

@@ -161,7 +161,7 @@ class _Work:
 
     def through(self) -> None:
         """Bring every row to an outcome. Raises what ends it before."""
-        before, left = self.life.patiently(lambda: survey(connection, self.facts))
+        before, left = self.life.counting(lambda: survey(connection, self.facts))
         self.before = before
         self.life.interruption.heed()
         rows = {source: before.to_read(source) for source in self.options.sources if before.to_read(source)}

@@ -66,6 +66,10 @@ class BackfillRun(models.Model):
     operator = models.TextField(help_text="The operating system's user who started it")
     host = models.TextField()
     process_id = models.IntegerField()
+    # Without these three, whether the process is alive is told by the heartbeat alone.
+    boot_id = models.TextField(null=True, help_text="The boot of the host that it runs since")
+    pid_namespace = models.TextField(null=True, help_text="Where the number of the process holds")
+    process_started = models.BigIntegerField(null=True, help_text="When it was started, in ticks since the boot")
     started_at = models.DateTimeField(db_default=Now())
     heartbeat_at = models.DateTimeField(db_default=Now(), help_text="The last batch that committed")
     finished_at = models.DateTimeField(null=True)
