@@ -20,10 +20,10 @@ from crm.models import BackfillRun, LedgerEntry
 from tests.builders import add_lead, add_many_leads, add_profile, ledger
 from tests.commands import backfill, called, run
 from tests.conftest import Database
-from tests.processes import database_url, session, start
+from tests.processes import database_url, manage, session, start
 
-#: A lock is waited for longer than this before it is given up, and a run tries again then.
-AT_MOST_SECONDS = 4.0
+#: What an operator is promised.
+AT_MOST_SECONDS = 2.0
 every_signal = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 LEGACY = ("users", "profiles", "leads", "crm_contacts")
 OWN = ("ledger_entry", "backfill_batch", "backfill_run")
@@ -67,6 +67,14 @@ def wait_until(happened: Callable[[], bool]) -> bool:
     return True
 
 
+@pytest.fixture(scope="module")
+def at_most(django_db_setup: Database) -> float:
+    """The two seconds, and what a machine that is busy takes to start a process: as much may it take to end one."""
+    began = time.monotonic()
+    manage("backfill_runs", "list", url=database_url())
+    return AT_MOST_SECONDS + time.monotonic() - began
+
+
 COMMANDS = {
     "backfill_crm_contacts --no-progress": (*LEGACY[1:], *OWN),
     "backfill_crm_contacts --no-progress --dry-run": LEGACY[1:],
@@ -86,7 +94,9 @@ COMMANDS = {
 @pytest.mark.parametrize(
     ("command", "table"), [(command, table) for command, tables in COMMANDS.items() for table in tables]
 )
-def test_one_signal_ends_every_command_behind_a_lock(database: Database, command: str, table: str) -> None:
+def test_one_signal_ends_every_command_behind_a_lock(
+    database: Database, at_most: float, command: str, table: str
+) -> None:
     populate()
     run()
     number = BackfillRun.objects.get().pk
@@ -103,7 +113,7 @@ def test_one_signal_ends_every_command_behind_a_lock(database: Database, command
         seconds = time.monotonic() - sent
         assert process.returncode == 4, (stdout, stderr)
         assert "Traceback" not in stderr
-        assert seconds < AT_MOST_SECONDS
+        assert seconds < at_most
         assert wait_until(lambda: backends_in_wait() == 0), "the server goes on waiting"
     assert not BackfillRun.objects.running().exists() or table == "backfill_run"
     assert run()["balanced"]
@@ -168,7 +178,7 @@ def empty(database: Database) -> None:
 @every_signal
 @pytest.mark.parametrize("arguments", [(), ("--dry-run",), ("--update",)])
 def test_one_signal_ends_a_run_behind_a_lock_at_whichever_statement(
-    database: Database, number: signal.Signals, arguments: tuple[str, ...]
+    database: Database, at_most: float, number: signal.Signals, arguments: tuple[str, ...]
 ) -> None:
     arguments = ("--batch-size", "4", "--no-progress", *arguments)
     tables = (*LEGACY, "ledger_entry", "backfill_batch", "contact_update")
@@ -190,7 +200,7 @@ def test_one_signal_ends_a_run_behind_a_lock_at_whichever_statement(
             continue
         signals += 1
         assert finished.code == 4, (at, finished)
-        assert ended - happening.signalled < AT_MOST_SECONDS, at
+        assert ended - happening.signalled < at_most, at
         if "--dry-run" not in arguments:
             assert backfill(*arguments).code in (0, 1)
             assert len(ledger()) == 16
@@ -198,7 +208,7 @@ def test_one_signal_ends_a_run_behind_a_lock_at_whichever_statement(
 
 
 @pytest.mark.process
-def test_a_run_that_cannot_close_its_record_ends_all_the_same(database: Database) -> None:
+def test_a_run_that_cannot_close_its_record_ends_all_the_same(database: Database, at_most: float) -> None:
     populate()
     happening = Happening(0, signal.SIGTERM, ("backfill_run",))
     with happening.awaited():
@@ -212,7 +222,7 @@ def test_a_run_that_cannot_close_its_record_ends_all_the_same(database: Database
         ended = time.monotonic()
     assert happening.signalled is not None
     assert finished.code == 4, finished
-    assert ended - happening.signalled < AT_MOST_SECONDS
+    assert ended - happening.signalled < at_most
     BackfillRun.objects.running().update(status="interrupted")
     assert run()["balanced"]
 

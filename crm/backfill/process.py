@@ -31,7 +31,8 @@ class ProcessIdentity(NamedTuple):
     def own(cls) -> Self:
         """This process."""
         stat = _stat(os.getpid())
-        return cls(socket.gethostname(), os.getpid(), _boot_id(), _pid_namespace(), stat and int(stat[_STARTED]))
+        started = None if stat is None else int(stat[_STARTED])
+        return cls(socket.gethostname(), os.getpid(), _boot_id(), _pid_namespace(), started)
 
     def is_gone(self) -> bool:
         """Whether it has ended for certain. Of a process that cannot be seen from here nobody knows."""

@@ -29,7 +29,7 @@ class Command(OperatorCommand):
 
     help = (
         "List and show runs of the backfill; pause, resume or cancel one. Exit code 2: it cannot be done, and the line "
-        "on stderr says why; otherwise 0."
+        "on stderr says why; 4: stopped; otherwise 0."
     )
     requires_system_checks: list[str] = []  # noqa: RUF012 - Django's attribute
 

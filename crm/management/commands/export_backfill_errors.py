@@ -27,7 +27,7 @@ class Command(OperatorCommand):
     help = (
         "Export the rows that could not be contacts, as CSV: one line each, with the reason and what to do about it. "
         "Every run of the backfill tries them again. Names nobody but by id, unless asked to. Only reads. "
-        "Exit code 2: wrong usage, or a database that cannot be reached or does not fit; otherwise 0."
+        "Exit code 2: wrong usage, or a database that cannot be reached or does not fit; 4: stopped; otherwise 0."
     )
     requires_system_checks: list[str] = []  # noqa: RUF012 - Django's attribute
 

@@ -17,7 +17,7 @@ class Command(OperatorCommand):
     help = (
         "Decide about a row in conflict, which export_backfill_errors lists. The decision is recorded with who and "
         "when, and the next run of the backfill carries it out. Deciding again replaces it. Exit code "
-        "0: recorded; 2: this cannot be decided, or the database cannot be reached; 3: a run is going."
+        "0: recorded; 2: this cannot be decided, or the database cannot be reached; 3: a run is going; 4: stopped."
     )
     requires_system_checks: list[str] = []  # noqa: RUF012 - Django's attribute
 

@@ -27,7 +27,7 @@ class Command(OperatorCommand):
     help = (
         "Prove that every source row is accounted for and that every contact which the backfill made is what its row "
         "says. Only reads. Exit code 0: no defect (what is pending, or was changed since, is told and is none); "
-        "1: defects; 2: wrong usage, or a database that cannot be reached or verified."
+        "1: defects; 2: wrong usage, or a database that cannot be reached or verified; 4: stopped."
     )
     requires_system_checks: list[str] = []  # noqa: RUF012 - Django's attribute
 
