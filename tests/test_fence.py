@@ -305,7 +305,7 @@ def while_the_tables_are_counted(happening: Callable[[], None], *, at: int) -> I
     def watch(execute: Any, sql: str, parameters: Any, many: bool, context: dict[str, Any]) -> Any:  # noqa: FBT001 - Django's signature
         nonlocal counts
         result = execute(sql, parameters, many, context)
-        if "count(*) FROM leads GROUP BY" in str(sql):
+        if "count(*) FROM leads r WHERE true" in str(sql):
             counts += 1
             if counts == at:
                 happening()

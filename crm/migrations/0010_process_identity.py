@@ -5,7 +5,7 @@ from django.db import migrations, models
 
 class Migration(migrations.Migration):
     dependencies = [
-        ("crm", "0007_former_values"),
+        ("crm", "0009_merge_markers"),
     ]
 
     operations = [
