@@ -10,8 +10,9 @@ Every contact that the run created ends as one of three:
 - failed: the database refused, with the SQLSTATE.
 
 What the run merged into other contacts is taken out again where it still stands as it was written and nobody touched
-the contact; otherwise it is kept. Lines of rows that met somebody else's contact, or had an error, are removed, except
-where that contact was deleted since: without its line the row would bring the person back.
+the contact since, which the ledger tells by the contact's `updatedAt` at the merge; otherwise it is kept. Lines of rows
+that met somebody else's contact, or had an error, are removed, except where that contact was deleted since: without its
+line the row would bring the person back.
 
 Whatever was merged into a contact goes with it, also by a later run: those rows are pending again, too, and the next
 backfill brings them all back. So does what other runs merged on top of a value that is taken out: such a row would have

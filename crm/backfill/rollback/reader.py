@@ -28,7 +28,7 @@ line.id, line.source, line.source_id, line.outcome, line.contact_id, line.run_id
 line.contact_updated_at, line.confidence_before
 """
 _PAGE = f"SELECT {_LINE} FROM ledger_entry line WHERE line.run_id = %s AND line.id > %s ORDER BY line.id LIMIT %s"
-# The ledger has no index on the contact: this reads all of it, once a batch.
+# By the index of the contact, which holds no line that made one.
 _MERGES = f"""
 SELECT {_LINE} FROM ledger_entry line JOIN unnest(%s::text[]) AS met(id) ON line.contact_id = met.id
  WHERE line.outcome = 'merged'
