@@ -21,7 +21,7 @@ from rich.table import Table
 
 from bench.measure import Measurement, measure
 from bench.server import SETTINGS, Server
-from bench.templates import BACKFILL, EMPTY, FILLED, FILLED_AND_NEW, prepare, template
+from bench.templates import BACKFILL, EMPTY, FILLED, FILLED_AND_NEW, UPDATED, prepare, template
 
 CANDIDATES: dict[str, tuple[str, list[str]]] = {
     "limit": (EMPTY, ["-m", "bench.candidate", "limit"]),
@@ -31,6 +31,8 @@ CANDIDATES: dict[str, tuple[str, list[str]]] = {
     "rerun, nothing new": (FILLED, BACKFILL),
     "rerun, 1 % new": (FILLED_AND_NEW, BACKFILL),
     "rollback of the first run": (FILLED, ["manage.py", "rollback_crm_backfill", "1", "--json", "--no-progress"]),
+    "update, first": (FILLED, [*BACKFILL, "--update"]),
+    "update, nothing changed": (UPDATED, [*BACKFILL, "--update"]),
     "bulk_create": (EMPTY, ["-m", "bench.candidate", "bulk_create"]),
     "row by row": (EMPTY, ["-m", "bench.candidate", "row by row"]),
 }

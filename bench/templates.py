@@ -18,8 +18,9 @@ BASE_DIR = Path(__file__).resolve().parent.parent
 GENERATION = "2025_10"
 SEED = 1
 BACKFILL = ["manage.py", "backfill_crm_contacts", "--json", "--no-progress"]
-#: What a copy is to hold before the measurement begins: people alone; their contacts too; all but one in a hundred.
-EMPTY, FILLED, FILLED_AND_NEW = "empty", "filled", "new"
+#: What a copy is to hold before the measurement begins: people alone; their contacts too, brought up to date by an
+#: update as well; all but one in a hundred.
+EMPTY, FILLED, UPDATED, FILLED_AND_NEW = "empty", "filled", "updated", "new"
 #: What the databases are made by. When it changes, they are made anew.
 _MADE_BY = ("crm/sample_data", "crm/legacy_schema", "crm/migrations")
 
@@ -31,9 +32,9 @@ def template(people: int, state: str) -> str:
 
 def prepare(server: Server, people: int, console: Console) -> None:
     """Make the databases of a size, where an earlier bench has not left them."""
-    empty, filled, with_new = (template(people, state) for state in (EMPTY, FILLED, FILLED_AND_NEW))
+    empty, filled, updated, with_new = (template(people, state) for state in (EMPTY, FILLED, UPDATED, FILLED_AND_NEW))
     there = server.databases()
-    if {empty, filled, with_new} <= there:
+    if {empty, filled, updated, with_new} <= there:
         return
     console.print(f"{people:,} people: making the databases", style="dim")
     making = "bench_making"
@@ -46,6 +47,9 @@ def prepare(server: Server, people: int, console: Console) -> None:
     server.execute("postgres", f'CREATE DATABASE "{filled}" TEMPLATE "{empty}" STRATEGY file_copy')
     measure(server, filled, BACKFILL)
     server.execute(filled, "VACUUM (ANALYZE)")
+    server.execute("postgres", f'CREATE DATABASE "{updated}" TEMPLATE "{filled}" STRATEGY file_copy')
+    measure(server, updated, [*BACKFILL, "--update"])
+    server.execute(updated, "VACUUM (ANALYZE)")
     server.execute("postgres", f'CREATE DATABASE "{making}" TEMPLATE "{filled}" STRATEGY file_copy')
     # One in a hundred is taken back by hand, here and there: its line, and the contact that it made.
     server.execute(

@@ -199,7 +199,7 @@ def _verdict(
             name
             for name, origin in origins_by_rows.items()
             if origin.ref == ref
-            and name not in origins
+            and (name not in origins or name not in UNITS)
             and _would_change(name, source, by_rows, contact, population, is_ours=is_ours)
         ]
     if source in reference.PROFILE_TYPES:

@@ -488,11 +488,12 @@ def _looks(answer: dict[str, Any]) -> dict[str, Any]:
 
 
 def _as_the_judge_of_second_looks_sees_it(state: State) -> reference_update.World:
-    world = reference_update.World(contacts=dict(state.contacts), ledger=state.ledger, seen=dict(state.seen))
+    world = reference_update.World(dict(state.contacts), state.ledger, dict(state.seen), set(state.looked))
     for contact_id, line in state.creators().items():
         world.made[contact_id] = reference_update.Made(line.updated_at, set(expectations.columns_of(line)))
     for contact_id in state.contacts:
         world.given[contact_id] = {name for update in state.updates_of(contact_id) for name in update.filled}
+        world.left[contact_id] = {update.contact_updated_at for update in state.updates_of(contact_id)}
         merged = state.merged_into(contact_id)
         world.merged_in[contact_id] = {column for line in merged for column in expectations.columns_of(line)}
     return world

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from django.db import connection
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from crm.backfill.mapping import contact_id
@@ -59,6 +59,7 @@ against_the_database = settings(
     max_examples=examples(60),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    phases=[Phase.generate],
 )
 
 
@@ -184,6 +185,7 @@ def test_a_second_look_does_what_the_judge_says_and_then_finds_nothing_more(
     later = dataclasses.replace(later, contacts=data.draw(edited_contacts(world.contacts, later.stages)))
     with connection.cursor() as cursor:
         replace_population(cursor, later)
+    world.history.clear()  # it went with the contacts, which are there again
 
     defects_before = defects()
     expected = reference_update.run(world, later, update=True)

@@ -180,7 +180,7 @@ def print_summary(report: RunReport, console: Console) -> None:
         row(f"  {reason}", count)
     if report.options.update:
         would = "would be " if report.options.dry_run else ""
-        row("Looked at again", totals.revisited, "changed since, or met a contact that others made")
+        row("Looked at again", totals.revisited, "changed since, or came to a contact that was there")
         row("  updated", totals.updated, f"{would}filled or promoted")
         row("  kept", totals.kept, "the contact has another value, which stays")
         row("  unchanged", totals.unchanged, "brought nothing")

@@ -35,7 +35,7 @@ from crm.backfill.replication import BlindThrottleError, ReplicaLagLimit
 from crm.backfill.resolutions import Resolutions
 from crm.backfill.schema import DatabaseFacts
 from crm.backfill.source import EVERY_ROW, EVERYBODY, UNSETTLED, Apart, Partition, SourceReader
-from crm.backfill.update.reader import Present, rows_to_revisit
+from crm.backfill.update.reader import DueReader, Present, rows_to_revisit
 from crm.backfill.update.rehearsal import UpdateRehearsal
 from crm.backfill.update.writer import UpdateWriter
 from crm.backfill.writer import BatchWriter, Timeouts
@@ -110,7 +110,9 @@ class Assignment:
     def second_reader(self, source: Source) -> SourceReader:
         """The reader of the rows of a source that are to be looked at again."""
         choice = rows_to_revisit(self.facts, source, with_unsettled=self.options.dry_run)
-        return SourceReader(connection, self.facts, source, self.options.since, choice=choice)
+        # In a dry run, rows without a line are due as well.
+        reader = SourceReader if self.options.dry_run else DueReader
+        return reader(connection, self.facts, source, self.options.since, choice=choice)
 
     def reader(self, source: Source, partition: Partition) -> SourceReader:
         """The reader of a source's partition, but for the rows that people decided on."""

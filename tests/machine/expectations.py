@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from tests.machine.memory import Memory
@@ -35,8 +36,12 @@ _FILLED = {
     "assignment": ("assignedPreparerId", "assignedAt"),
     "attribution": ATTRIBUTION,
     "email": ("email",),
+    "first_name": ("firstName",),
+    "last_name": ("lastName",),
+    "source": ("source",),
     "contact_type": ("contactType",),
     "stage": ("stage", "stageEnteredAt"),
+    "stage_entered_at": ("stageEnteredAt",),
 }
 #: The one column of a unit that is not empty when the unit is.
 _NEVER_EMPTY = "attributionConfidence"
@@ -59,7 +64,7 @@ def assert_nothing_of_theirs_is_lost(before: State, after: State, memory: Memory
     """Whatever people made, wrote or deleted is as they left it."""
     for contact_id in memory.theirs:
         undone = [update for update in before.updates_of(contact_id) if update not in after.updates]
-        ours = {column for update in undone for column in columns_of(update)}
+        ours = {column for update in undone for column in columns_of(update)} | _filled_since_saved(before, contact_id)
         assert _is_only_filled(before.contacts[contact_id], after.contacts.get(contact_id, {}), ours), "one of theirs"
     for contact_id, columns in memory.written.items():
         assert contact_id in after.contacts, "a contact that people saved is gone"
@@ -68,6 +73,14 @@ def assert_nothing_of_theirs_is_lost(before: State, after: State, memory: Memory
     assert not memory.deleted & after.contacts.keys(), "a contact that people deleted is back"
     for row, line in memory.laid_to_rest.items():
         assert after.lines.get(row) == line, "a row whose contact was deleted is decided anew"
+
+
+def _filled_since_saved(state: State, contact_id: str) -> set[str]:
+    """What second looks filled in a contact that nobody saved since the first of them: that is theirs to replace."""
+    updates = state.updates_of(contact_id)
+    saved_at = state.contacts[contact_id]["updatedAt"]
+    is_as_left = all(update.contact_updated_at == saved_at for update in updates)
+    return {column for update in updates for column in columns_of(update)} if is_as_left else set()
 
 
 def _is_only_filled(before: Row, after: Row, ours: set[str]) -> bool:
@@ -267,7 +280,22 @@ def _is_update_to_go(before: State, update: Update, memory: Memory) -> bool | No
     later = [other for other in before.updates_of(update.contact_id) if other.number > update.number]
     if any(set(columns_of(other)) & set(columns_of(update)) for other in later):
         return None  # what a later one changed does not stand as this one wrote it
-    return _still_tells(before, update, memory)
+    tells = [_still_tells(before, update, memory), *(_is_known(before, what, memory) for what in _former(update))]
+    return None if False not in tells and None in tells else all(tells)
+
+
+def _former(update: Update) -> list[Any]:
+    return list(update.former_values.values())
+
+
+def _is_known(state: State, former: Any, memory: Memory) -> bool | None:
+    """Whether what a second look replaced is still to be found; None where its row hides that it is not."""
+    if former is None or "values" in former:
+        return former is not None
+    row = state.source_row(former["row"])
+    if row is None or row["updatedAt"] != datetime.fromisoformat(former["updated_at"]).replace(tzinfo=UTC):
+        return False
+    return None if former["row"] in memory.moved_silently else True
 
 
 def _is_to_go(before: State, after: State, line: LedgerLine, run: int, memory: Memory) -> bool | None:
@@ -315,6 +343,8 @@ def _assert_emptied(before: Row, after: Row, taken: list[LedgerLine], undone: li
     for update in reversed(undone):
         was = {"contactType": update.from_type, "stage": update.from_stage, "email": update.placeholder}
         expected |= {column: value for column, value in was.items() if column in columns_of(update)}
+        for name in update.former_values:
+            expected = {column: value for column, value in expected.items() if column not in _FILLED[name]}
     assert {column: after[column] for column in expected} == expected
     assert not taken or any(writer.run == run for writer in writers)
 

@@ -6,6 +6,7 @@ Every write bumps `updatedAt` to this very moment, as Prisma does. Ids count up,
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -34,12 +35,13 @@ _COLUMNS = {
 }
 _LINES = """
 SELECT CASE WHEN source LIKE '%leads' THEN 'leads:' ELSE 'profiles:' END || source_id, id, source, outcome, reason,
-       contact_id, run_id, source_updated_at, filled, COALESCE(seen_updated_at, source_updated_at)
+       contact_id, run_id, source_updated_at, filled, COALESCE(seen_updated_at, source_updated_at),
+       seen_updated_at IS NOT NULL
   FROM ledger_entry
 """
 _UPDATES = """
 SELECT id, CASE WHEN source LIKE '%leads' THEN 'leads:' ELSE 'profiles:' END || source_id, contact_id, run_id,
-       source_updated_at, contact_updated_at, columns, from_type, from_stage, to_stage, placeholder
+       source_updated_at, contact_updated_at, columns, from_type, from_stage, to_stage, placeholder, former::text
   FROM contact_update ORDER BY id
 """
 _DECISIONS = 'SELECT "row", contact_id, separate_email FROM conflict_decision'
@@ -86,6 +88,12 @@ class Update(NamedTuple):
     from_stage: str | None
     to_stage: str | None
     placeholder: str | None
+    former: str | None
+
+    @property
+    def former_values(self) -> dict[str, Any]:
+        """By name of what was replaced: what was there, or the row that has it; None where no row had."""
+        return json.loads(self.former) if self.former else {}
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,7 @@ class State:
     contacts: Mapping[str, Row]
     lines: Mapping[str, LedgerLine]
     seen: Mapping[str, datetime]
+    looked: frozenset[str]
     updates: Sequence[Update]
     history: frozenset[tuple[str, str]]
     decisions: Mapping[str, Decision]
@@ -166,15 +175,16 @@ class World:
         profile_columns = _COLUMNS["profiles"] + (("clerkUserId",) if self.has_clerk_user_id else ())
         with connection.cursor() as cursor:
             contacts = read_contacts(cursor)
-        lines = [(_line(row[:-1]), _aware(row[-1])) for row in self._rows(_LINES)]
+        lines = [(_line(row[:-2]), _aware(row[-2]), row[-1]) for row in self._rows(_LINES)]
         return State(
             self.generation,
             users=self._read("users", _COLUMNS["users"]),
             profiles=self._read("profiles", profile_columns),
             leads=self._read("leads", _COLUMNS["leads"]),
             contacts=contacts,
-            lines={line.row: line for line, _ in lines},
-            seen={line.row: seen for line, seen in lines},
+            lines={line.row: line for line, *_ in lines},
+            seen={line.row: seen for line, seen, _ in lines},
+            looked=frozenset(line.row for line, _, looked in lines if looked),
             updates=[
                 Update(*map(_aware, row))._replace(filled=tuple(row[6].split(","))) for row in self._rows(_UPDATES)
             ],

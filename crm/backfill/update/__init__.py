@@ -1,25 +1,30 @@
-"""The second look of a run with --update: at rows that changed since, and at contacts that others made.
+"""The second look of a run with --update: contacts become what their rows say now.
 
-    page of rows (the ordinary reader, with another condition) -> map -> lines, contacts and keys as they are now
+    page of rows that are due -> map -> lines, contacts, all of their rows and keys as they are now
         -> decide (pure) -> contacts, stage history, record of changes, lines, counts, heartbeat -> commit
 
 1. Runs after the ordinary sources, source by source, in the same run and through the same pipeline: the same fence,
    batches, retries, throttles and stops. One process does it, whatever --workers says: rows of one contact may be of
    different people by now, and what fills first must not depend on who is faster.
-2. A row is looked at again when its `updatedAt` is not the one that its line saw last; or when it met somebody else's
-   contact and could fill a blank there, is a profile that was merged into a contact that is still a lead, or has an
-   email now where its contact has a placeholder. A row whose contact was deleted is not: deleted stays deleted.
-3. What it may do: fill what is NULL, replace its placeholder email, promote a contact that is as we wrote it: LEAD to
-   the type of a profile or of a converted lead, and the stage forward in the order of the database's enum, with a row
-   of `crm_stage_history`. Every other value stays. Where the contact has another value and is not as we wrote it, the
-   row is `kept`; so is one whose keys name another contact by now.
-4. A blank that a person made is no blank: one that the backfill once filled, when it made the contact, by a merge or by
-   an update. The lines say what was filled. Every other blank is filled, also in a contact that somebody touched.
-5. `updatedAt` of the contact and `source_updated_at` of the line stay what they are: together they go on telling
-   whether somebody touched the contact, and whether its row is what it was. That a row was looked at again is
+2. A row is due when its `updatedAt` is not the one that its line saw last, when it came to a contact and no update has
+   looked at it yet, or when it is a profile that has an email now and its contact a placeholder. A row whose contact
+   was deleted is not: deleted stays deleted.
+3. A contact that is as we wrote it is to be what `crm.backfill.fold` makes of all its rows in canonical order, as they
+   map now. So any order of runs ends where one full run ends. Three things are held to besides: the stage never moves
+   back, nor does the type with it; what no row has any more is not taken away; and where a row of the contact is gone,
+   maps to nothing, or names another contact by now, what is there comes before all rows.
+4. A contact that somebody touched, or made, is filled where it is blank. Every other value stays, and a row that would
+   have changed one is `kept`; so is one whose keys name another contact by now. What updates themselves filled in
+   somebody else's contact is ours to replace for as long as nobody touched it since.
+5. A blank that a person made is no blank: one that the backfill once filled, when it made the contact, by a merge or by
+   an update. The lines say what was filled.
+6. A row writes what comes from itself, and what comes from rows that are not due: they will not be asked.
+7. `updatedAt` of the contact and `source_updated_at` of the line stay what they are: together they go on telling
+   whether somebody touched the contact, and whether its row is what it was. That a row was looked at is
    `seen_updated_at`.
-6. What was changed is a line of `contact_update`, by names and labels: the admin shows it, a rollback takes it back,
-   and a verification knows from it which row a value came from.
-7. A contact is decided without locks, and written only if it still is the version that was decided on; else it is
+8. What was changed is a line of `contact_update` for each row that something came from, by names and labels: the admin
+   shows it, a rollback takes it back, and a verification knows from it which row a value came from. What was replaced
+   is found again in the row that has it; ids and moments are recorded as they were.
+9. A contact is decided without locks, and written only if it still is the version that was decided on; else it is
    looked at again. What PostgreSQL refuses is kept, and tried again by the next run.
 """

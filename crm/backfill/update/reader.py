@@ -2,14 +2,15 @@
 
 The condition is asked of every row that has a settled line, so each part of it costs no more than an index probe a row.
 A scalar subquery with a LIMIT stays one, whatever the planner believes. Each part says no again once what it asks for
-is done: a second look at the same rows finds nothing.
+is done: a second look at the same rows finds nothing. On most nights few rows are due: they are listed first, by one
+pass over rows and lines, and looked up by their ids.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from django.db.backends.base.base import BaseDatabaseWrapper
@@ -18,7 +19,7 @@ from crm.backfill.mapping import ATTRIBUTION, CONTACT_TYPE_OF_SOURCE, ContactDra
 from crm.backfill.outcome import Outcome, Source
 from crm.backfill.resolutions import Resolutions
 from crm.backfill.schema import DatabaseFacts
-from crm.backfill.source import EVERY_ROW, UNSETTLED, Choice, Key, SourceReader, read_as_text
+from crm.backfill.source import EVERY_ROW, UNSETTLED, Choice, Key, Page, SourceReader, read_as_text
 from crm.backfill.update.changes import RowOfContact, SeenLine, StandingContact
 from crm.models import CRMContact
 
@@ -53,6 +54,50 @@ def rows_to_revisit(facts: DatabaseFacts, source: Source, *, with_unsettled: boo
     if with_unsettled:
         condition = f"{UNSETTLED.condition} OR {condition}"
     return Choice(_JOIN.replace("{seen}", _SEEN), f"({condition})")
+
+
+# Not EVERY_ROW, which brings ids that several rows have as well.
+_THESE_ROWS = Choice(EVERY_ROW.join, "r.id IS NOT NULL")
+# Every row that may be due, in one pass over both tables: a probe a row would cost ten times as much.
+_MAY_BE_DUE = """
+SELECT r.id FROM {table} r JOIN ledger_entry line ON line.source_id = r.id AND line.source = ANY(%(sources)s)
+ WHERE line.outcome <> 'error' AND (r."updatedAt" <> COALESCE(line.seen_updated_at, line.source_updated_at)
+                                    OR (line.outcome <> 'created' AND line.seen_updated_at IS NULL))
+"""
+_PLACEHOLDER = f"^({'|'.join(kind.lower() for kind in CONTACT_TYPE_OF_SOURCE.values())})-"
+_MAY_HAVE_EMAIL = f"""
+SELECT line.source_id FROM crm_contacts c
+  JOIN ledger_entry line ON line.contact_id = c.id AND line.source = ANY(%(sources)s) AND line.outcome <> 'error'
+ WHERE c.email ~ '{_PLACEHOLDER}'
+"""
+#: More rows than these are not listed.
+MOST_LISTED = 50_000
+
+
+@dataclass(frozen=True, slots=True)
+class DueReader(SourceReader):
+    """Reads the rows of a source that are due. Where they are few, they are listed first, so that the others are passed
+    over; else it walks along all of them."""
+
+    listed: list[Sequence[str] | None] = field(default_factory=list, compare=False)
+
+    def page(self, after: Key | None, size: int, most_new: int | None = None) -> Page:
+        """At most `size` rows that are due, from strictly after a key on."""
+        if not self.listed:
+            self.listed.append(self._few())
+        # By name: dataclasses with slots know no super() without arguments.
+        return SourceReader.page(replace(self, ids=self.listed[0]), after, size, most_new)
+
+    def _few(self) -> list[str] | None:
+        """The ids of all rows of the table that may be due, where they are few."""
+        table = self.source.table
+        query = _MAY_BE_DUE.format(table=table)
+        if table == "profiles":
+            query += f" UNION {_MAY_HAVE_EMAIL}"
+        with self.connection.cursor() as cursor:
+            cursor.execute(f"{query} LIMIT {MOST_LISTED + 1}", {"sources": list(map(str, Source.of_table(table)))})
+            found = [identifier for (identifier,) in cursor.fetchall()]
+        return found if len(found) <= MOST_LISTED else None
 
 
 _LINE = "line.id, line.outcome, line.contact_id, line.source_updated_at, line.seen_updated_at"
@@ -156,7 +201,7 @@ class Present:
             ids = [line.source_id for line in lines.values() if line.table == source.table]
             if not ids:
                 continue
-            reader = SourceReader(self.connection, self.facts, source, choice=EVERY_ROW, ids=ids)
+            reader = SourceReader(self.connection, self.facts, source, choice=_THESE_ROWS, ids=ids)
             after: Key | None = None
             while (page := reader.page(after, len(ids))).rows:
                 after = page.key

@@ -40,8 +40,9 @@ class Command(OperatorCommand):
         parser.add_argument(
             "--update",
             action="store_true",
-            help="also look again at rows that changed since, and at contacts that others made: fill blanks, replace "
-            "placeholder emails, promote; one process does this part, whatever --workers says",
+            help="also bring contacts up to date with rows that changed since or came later: those that nobody touched "
+            "become what one run would make, in others blanks are filled; one process does this part, whatever "
+            "--workers says",
         )
         parser.add_argument(
             "--batch-size",
