@@ -8,7 +8,7 @@ from typing import Any
 from django.db import connection
 
 from tests.populations import read_contacts, read_ledger
-from tests.reference import Line, Row
+from tests.reference import Line, Row, address_of
 
 CREATED_AT = "2025-01-02 03:04:05.678"
 UPDATED_AT = "2025-02-03 04:05:06.789"
@@ -102,7 +102,7 @@ def contacts() -> dict[str, Row]:
 
 def contact_with(email: str) -> Row:
     """The one contact whose address this is, in whatever spelling."""
-    (found,) = (contact for contact in contacts().values() if contact["email"].strip().lower() == email)
+    (found,) = (contact for contact in contacts().values() if address_of(contact["email"]) == email)
     return found
 
 

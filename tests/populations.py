@@ -24,6 +24,7 @@ from tests.reference import (
     Population,
     Result,
     Row,
+    address_of,
     contact_id_of,
 )
 
@@ -58,7 +59,12 @@ ADDRESSES = (
     "root@localhost",
 )
 SPELLINGS: tuple[Callable[[str], str], ...] = (str, str.upper, str.title, str.swapcase, "  {} ".format)
-ODD_SPELLINGS: tuple[Callable[[str], str], ...] = ("\t{}\n".format, "\N{NO-BREAK SPACE}{}".format)
+ODD_SPELLINGS: tuple[Callable[[str], str], ...] = (
+    "\t{}\n".format,
+    "\N{NO-BREAK SPACE}{}".format,
+    "{}\N{ZERO WIDTH SPACE}".format,
+    "\N{ZERO WIDTH NO-BREAK SPACE}{}\N{INFORMATION SEPARATOR ONE}".format,
+)
 BLANKS = ("", " ", "\t \n", "\N{NO-BREAK SPACE}")
 NOT_ADDRESSES = (
     "not-an-email",
@@ -70,6 +76,7 @@ NOT_ADDRESSES = (
     "@example.com",
     "ann@",
     "ann@-bad-.example",
+    "ann@exam\N{WORD JOINER}ple.com",
     "NULL",
     f"{'a' * 320}@example.com",
 )
@@ -268,9 +275,9 @@ def lead_lists(
 @st.composite
 def contact_keys(draw: st.DrawFn, users: Sequence[Row], profiles: Sequence[Row]) -> list[Row]:
     """The keys of contacts, each key unique: any combination, with a liking for those of one profile's person."""
-    addresses = {user["id"]: user["email"].strip().lower() for user in users}
+    addresses = {user["id"]: address_of(user["email"]) for user in users}
     placeholders = [f"{kind}-{row['id']}@{PLACEHOLDER_DOMAIN}" for row in profiles for kind in ("client", "Preparer")]
-    anyones = _spelled(SPELLINGS) | _spelled(SPELLINGS) | st.sampled_from(("", "not-an-email", *placeholders))
+    anyones = _spelled(SPELLINGS) | _spelled(ODD_SPELLINGS) | st.sampled_from(("", "not-an-email", *placeholders))
     rows: list[Row] = []
     for _ in range(draw(st.integers(0, 5))):
         profile = draw(st.sampled_from([{}, *profiles, *profiles]))

@@ -7,6 +7,7 @@ something. Timestamps are aware (UTC), rates are Decimals, columns carry the nam
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -185,7 +186,7 @@ def _one_row(
             draft = contact_of_profile(population, source, row, domain)
         else:
             draft = contact_of_lead(population, source, row)
-        outcome, contact_id = _land(result, draft, decision, is_lead=source not in PROFILE_TYPES)
+        outcome, contact_id = _land(result, population, draft, decision, is_lead=source not in PROFILE_TYPES)
         line: Line = {"source": source, "outcome": outcome, "reason": None, "contact_id": contact_id}
     except Rejected as error:
         line = {"source": source, "outcome": "error", "reason": error.reason, "contact_id": error.contact_id}
@@ -193,9 +194,12 @@ def _one_row(
     _count(result, before, line)
 
 
-def _land(result: Result, draft: Row, decision: Decision | None, *, is_lead: bool) -> tuple[str, str]:
+def _land(
+    result: Result, population: Population, draft: Row, decision: Decision | None, *, is_lead: bool
+) -> tuple[str, str]:
     if decision is None:
-        contact = find(draft, result.contacts)
+        theirs = contact_of_the_profile(population, result.ledger, result.contacts, draft) if is_lead else None
+        contact = find(draft, result.contacts, theirs)
     else:
         contact = find_decided(draft, result.contacts, decision)
         for key in ("userId", "clerkUserId"):
@@ -235,8 +239,8 @@ def contact_of_profile(population: Population, source: str, row: Row, domain: st
     if label(row["role"]) not in PROFILE_SOURCES:
         raise Rejected("unknown_role")
     raw_email = next((user["email"] for user in population.users if user["id"] == row["userId"]), "")
-    if trimmed(raw_email) is None:
-        email = f"{PROFILE_TYPES[source].lower()}-{row['id'].lower()}@{domain}"
+    if not address_of(raw_email):
+        email = f"{placeholder_name(PROFILE_TYPES[source].lower(), row['id'])}@{domain}"
     else:
         email = valid_email(raw_email)
     return {
@@ -293,14 +297,32 @@ def contact_of_lead(population: Population, source: str, row: Row) -> Row:
     }
 
 
-def find(draft: Row, contacts: Mapping[str, Row]) -> Row | None:
+def contact_of_the_profile(
+    population: Population, ledger: Mapping[str, Line], contacts: Mapping[str, Row], draft: Row
+) -> Row | None:
+    """What a profile met, or made, whose user has the address of a lead: it may stand under another address."""
+    users = [user for user in population.users if address_of(user["email"]) == draft["email"]]
+    theirs = [
+        (user["email"] != draft["email"], profile["id"])
+        for user in users
+        for profile in population.profiles
+        if profile["userId"] == user["id"]
+    ]
+    for _, identifier in sorted(theirs):
+        line = ledger.get(f"profiles:{identifier}")
+        if line and line["outcome"] in SETTLED and line["contact_id"] in contacts:
+            return contacts[str(line["contact_id"])]
+    return None
+
+
+def find(draft: Row, contacts: Mapping[str, Row], of_the_profile: Row | None = None) -> Row | None:
     """The contact that this draft's person already has. Raises Rejected if the keys name two accounts."""
     by_user = _holder(contacts, "userId", draft["userId"])
     by_clerk = _holder(contacts, "clerkUserId", draft["clerkUserId"])
     if by_user and by_clerk and by_user is not by_clerk:
         raise Rejected("conflict", by_user["id"])
     same_email = sorted(
-        (contact for contact in contacts.values() if contact["email"].strip().lower() == draft["email"]),
+        (contact for contact in contacts.values() if address_of(contact["email"]) == draft["email"]),
         key=lambda contact: (contact["email"] != draft["email"], contact["createdAt"], contact["id"]),
     )
     candidate = by_user or by_clerk
@@ -311,8 +333,8 @@ def find(draft: Row, contacts: Mapping[str, Row]) -> Row | None:
         for key in ("userId", "clerkUserId"):
             if None not in (candidate[key], draft[key]) and candidate[key] != draft[key]:
                 raise Rejected("conflict", candidate["id"])
-    # Last, the row's own contact under keys that people changed since: a row never yields two contacts.
-    return candidate or contacts.get(draft["id"])
+    # The row's own contact under keys that people changed since: a row never yields two contacts. Then the profile's.
+    return candidate or contacts.get(draft["id"]) or of_the_profile
 
 
 def find_decided(draft: Row, contacts: Mapping[str, Row], decision: Decision) -> Row | None:
@@ -324,7 +346,7 @@ def find_decided(draft: Row, contacts: Mapping[str, Row], decision: Decision) ->
         return contacts[contact_id]
     draft["email"] = email
     for contact in sorted(contacts.values(), key=lambda row: (row["email"] != email, row["createdAt"], row["id"])):
-        if contact["email"].strip().lower() == email and contact["id"] != draft["id"]:
+        if address_of(contact["email"]) == email and contact["id"] != draft["id"]:
             raise Rejected("stale_decision", contact["id"])
     return contacts.get(draft["id"])
 
@@ -369,9 +391,41 @@ def trimmed(raw: str | None) -> str | None:
     return (raw or "").strip() or None
 
 
+def placeholder_name(kind: str, profile_id: str) -> str:
+    """What stands before the @ where a profile has no address; an id that is not in lower case brings its hash."""
+    hashed = hashlib.sha256(profile_id.encode()).hexdigest()[:12]
+    return f"{kind}-{profile_id}" if profile_id == profile_id.lower() else f"{kind}-{profile_id.lower()}-{hashed}"
+
+
+#: What nobody sees and Unicode does not count among its spaces, controls and format characters.
+_BLANKS = {
+    chr(code)
+    for code in (
+        *(0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x2065, 0x2800, 0x3164, 0xFFA0),
+        *(*range(0x180B, 0x1810), *range(0xFE00, 0xFE10), *range(0xFFF0, 0xFFFE), *range(0xE0000, 0xE1000)),
+        *range(0x13439, 0x13440),  # format characters since Unicode 15
+    )
+}
+
+
+def _is_seen(character: str) -> bool:
+    return character not in _BLANKS and unicodedata.category(character) not in ("Cc", "Cf", "Zs", "Zl", "Zp")
+
+
+def address_of(raw: str) -> str:
+    """The address by which people are told apart: without what nobody sees at its ends, without case."""
+    seen = [number for number, character in enumerate(raw) if _is_seen(character)]
+    folded = ((character, character.lower()) for character in (raw[seen[0] : seen[-1] + 1] if seen else ""))
+    return "".join(
+        low if len(low) == 1 and low.isascii() == character.isascii() else character for character, low in folded
+    )
+
+
 def valid_email(raw: str) -> str:
-    """The address, trimmed and lower-cased. Raises Rejected if it is none."""
-    email = raw.strip().lower()
+    """The address. Raises Rejected if it is none."""
+    email = address_of(raw)
+    if not all(_is_seen(character) or character == " " for character in email):
+        raise Rejected("invalid_email")
     try:
         validate_email(email)
     except ValidationError:

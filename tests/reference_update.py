@@ -163,7 +163,10 @@ def _is_of(world: World, population: Population, source: str, row: Row, contact:
     """What the row makes; None where its keys name another contact by now. Raises Rejected where it makes nothing."""
     draft = _draft(population, source, row)
     try:
-        found = reference.find(draft, world.contacts)
+        theirs = None
+        if source not in reference.PROFILE_TYPES:
+            theirs = reference.contact_of_the_profile(population, world.ledger, world.contacts, draft)
+        found = reference.find(draft, world.contacts, theirs)
     except reference.Rejected:
         return None
     return draft if found is None or found["id"] == contact["id"] else None
@@ -334,9 +337,10 @@ def _email(
     untouched: bool,
 ) -> None:
     raw = next((user["email"] for user in population.users if user["id"] == row["userId"]), "")
-    if reference.trimmed(raw) is None:
+    if not reference.address_of(raw):
         return
-    if contact["email"].rpartition("@")[0] in {f"{kind}-{row['id'].lower()}" for kind in PLACEHOLDER_KINDS}:
+    names = {reference.placeholder_name(kind, row["id"]) for kind in PLACEHOLDER_KINDS}
+    if contact["email"].rpartition("@")[0] in names:
         wanted["email"] = {"email": draft["email"]}
     elif contact["id"] == draft["id"] and not untouched and contact["email"] != draft["email"]:
         kept.append("email")

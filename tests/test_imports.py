@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PURE = ("outcome", "mapping", "plan", "fold", "pace", "options")
+PURE = ("outcome", "addresses", "mapping", "plan", "fold", "pace", "options")
 ALLOWED_OF_DJANGO = {"django.core.validators", "django.core.exceptions"}
 
 #: Whoever is on the left may import nothing that begins with what is on the right.

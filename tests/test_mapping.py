@@ -38,7 +38,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")
 against_postgresql = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 PROFILE = ProfileRow(
-    id="Profile1",
+    id="profile1",
     created_at=CREATED,
     updated_at=UPDATED,
     known_reason=None,
@@ -129,7 +129,7 @@ def test_a_role_that_is_not_the_sources_is_an_error_and_never_a_client(role: str
 
 def test_a_profile_brings_what_it_has_and_nothing_else() -> None:
     assert contact_of_profile() == ContactDraft(
-        id=contact_id("profiles", "Profile1"),
+        id=contact_id("profiles", "profile1"),
         user_id="user1",
         clerk_user_id="user_clerk1",
         contact_type="CLIENT",
@@ -168,6 +168,14 @@ def test_a_profile_without_an_email_gets_a_placeholder(role: str, source: Source
     draft = contact_of_profile(source, role=role, email=email)
     assert draft.email == f"{kind}-profile1@nobody.invalid"
     validate_email(draft.email)
+
+
+def test_profiles_whose_ids_differ_only_in_case_get_a_placeholder_each() -> None:
+    ids = ("profile1", "Profile1", "PROFILE1", "profile1é", "profile1É", "profile 1")
+    emails = [contact_of_profile(id=identifier, email=None).email for identifier in ids]
+    assert emails[0] == "client-profile1@nobody.invalid"
+    assert len(set(emails)) == len(ids)
+    assert [email.lower() for email in emails] == emails
 
 
 def test_a_profile_whose_email_is_none_is_an_error_and_gets_no_placeholder() -> None:

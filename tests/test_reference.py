@@ -294,9 +294,9 @@ def test_an_assigned_preparer_is_a_profile_id_even_if_a_user_id_was_stored(
 @pytest.mark.parametrize("role", ["CLIENT", "TAX_PREPARER", "AFFILIATE"])
 @pytest.mark.parametrize("email", [None, "", " \t"])
 def test_a_profile_without_user_or_email_gets_an_address_that_nobody_can_have(role: str, email: str | None) -> None:
-    rows = [profile("P1", role)] if email is None else [user(email=email), profile("P1", role, userId="u1")]
+    rows = [profile("p1", role)] if email is None else [user(email=email), profile("p1", role, userId="u1")]
     prefix = {"CLIENT": "client", "TAX_PREPARER": "preparer", "AFFILIATE": "affiliate"}[role]
-    assert made_by(run(*rows), "profiles:P1")["email"] == f"{prefix}-p1@crm-backfill.invalid"
+    assert made_by(run(*rows), "profiles:p1")["email"] == f"{prefix}-p1@crm-backfill.invalid"
 
 
 def test_the_placeholder_domain_is_a_setting() -> None:

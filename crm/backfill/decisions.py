@@ -20,24 +20,24 @@ from django.db import connection
 from django.db.models.functions import Now
 
 from crm.backfill import errors, fence
+from crm.backfill.addresses import canonical_address_sql
 from crm.backfill.mapping import contact_id, normalised_email
 from crm.backfill.outcome import Outcome, Reason
-from crm.backfill.source import WHITE_SPACE
 from crm.backfill.transactions import certain_transaction
 from crm.errors import OperatorError
 from crm.models import ConflictDecision, CRMContact, LedgerEntry
 
 _TABLES = ("profiles", "leads")
 # The row itself and its own account are not somebody else.
-_WHOSE = """
-SELECT 'contact ' || id FROM crm_contacts WHERE lower(btrim(email, %(white_space)s)) = %(email)s AND id <> %(id)s
+_WHOSE = f"""
+SELECT 'contact ' || id FROM crm_contacts WHERE {canonical_address_sql("email")} = %(email)s AND id <> %(id)s
  UNION ALL
 SELECT 'user ' || u.id FROM users u
- WHERE lower(btrim(u.email, %(white_space)s)) = %(email)s
+ WHERE {canonical_address_sql("u.email")} = %(email)s
    AND NOT EXISTS (SELECT FROM profiles WHERE id = %(profile)s AND "userId" = u.id)
  UNION ALL
 SELECT 'leads:' || id FROM leads
- WHERE lower(btrim(email, %(white_space)s)) = %(email)s AND id IS DISTINCT FROM %(lead)s
+ WHERE {canonical_address_sql("email")} = %(email)s AND id IS DISTINCT FROM %(lead)s
  UNION ALL
 SELECT 'the decision on another row' FROM conflict_decision WHERE separate_email = %(email)s AND id <> %(id)s
  LIMIT 1
@@ -111,7 +111,6 @@ def _require_conflict(row: RowReference) -> None:
 def _whose(email: str, row: RowReference) -> str | None:
     parameters = {
         "email": email,
-        "white_space": WHITE_SPACE,
         "id": row.line_id,
         "profile": row.source_id if row.table == "profiles" else None,
         "lead": row.source_id if row.table == "leads" else None,

@@ -6,15 +6,13 @@ from collections.abc import Iterable, Sequence
 
 from django.db.backends.base.base import BaseDatabaseWrapper
 
+from crm.backfill.addresses import canonical_address, trimmed_address
 from crm.backfill.mapping import MappedRow
-from crm.backfill.plan import KnownContact, KnownContacts
+from crm.backfill.plan import KnownContact, KnownContacts, ProfileOfAddress
 from crm.backfill.schema import DatabaseFacts
 from crm.backfill.source import read_as_text
+from crm.backfill.spellings import NoncanonicalAddresses
 
-_ODD_SPELLINGS = r"""
-SELECT email FROM crm_contacts
- WHERE email <> lower(email) OR email ~ '\s' OR octet_length(email) <> char_length(email)
-"""
 # A contact is found by index under each key; one OR over all of them would be left to the planner's luck.
 _CONTACTS = """
 SELECT c.id, c.email, c."userId", c."clerkUserId", {ours}, c.phone, c.company, {rest}
@@ -33,65 +31,106 @@ _ATTRIBUTION = f"""
 c."commissionRateLockedAt"::text, c."attributionMethod") IS NOT NULL, c."updatedAt", c."attributionConfidence"
 """
 _NO_ATTRIBUTION = f'{_ASSIGNMENT}, false, c."updatedAt", NULL'
+_SPELLED = "SELECT email, id, NULL AS profile_id FROM crm_contacts WHERE email = ANY(%(spellings)s)"
+# Each LATERAL with its LIMIT is one index probe, whatever the planner believes.
+_AND_PROFILES = """
+ UNION ALL
+SELECT u.email, line.contact_id, p.id
+  FROM (SELECT id, email FROM users WHERE email = ANY(%(emails)s)
+         UNION SELECT id, email FROM users WHERE id = ANY(%(user_ids)s)) u
+ CROSS JOIN LATERAL (SELECT id FROM profiles WHERE "userId" = u.id LIMIT 1) p
+ CROSS JOIN LATERAL (
+   SELECT contact_id FROM ledger_entry
+    WHERE id = 'c' || left(encode(sha256(convert_to('profiles:' || p.id, 'UTF8')), 'hex'), 24)
+      AND outcome <> 'error' LIMIT 1) line
+"""
 
 
 class ContactLookup:
-    """Finds the contacts that rows of a batch may meet, whatever the case of their stored email.
+    """Finds the contacts that rows of a batch may meet, whatever the spelling of their stored email.
 
-    There is no index on lower(email) and none is added to a table that Prisma owns. So the lower-cased and the given
-    form are looked up by the unique index, and the few stored addresses that are not in lower case are kept in memory,
-    read once.
+    There is no index on lower(email) and none is added to a table that Prisma owns. The canonical form is looked up by
+    the unique index. Of the stored addresses that are in another form, those that are there at the beginning are noted
+    down once; every batch asks besides, by the unique index, for the spellings in which the application is most likely
+    to have stored its addresses since. What is stored meanwhile in any other spelling, the end of a run settles.
     """
 
     def __init__(self, connection: BaseDatabaseWrapper, facts: DatabaseFacts) -> None:
         self._connection = connection
         self._facts = facts
-        self._odd_spellings: dict[str, set[str]] | None = None
+        self._contacts = NoncanonicalAddresses(connection, "crm_contacts")
+        self._users = NoncanonicalAddresses(connection, "users")
+        self._spelled: dict[str, set[str]] = {}
+        self._profiles: list[ProfileOfAddress] = []
+        self._with_profile: set[str] = set()
 
-    def spellings_of(self, email: str) -> set[str]:
-        """The stored addresses that are this one in another spelling."""
-        if self._odd_spellings is None:
-            self._odd_spellings = {}
-            with self._connection.cursor() as cursor:
-                cursor.execute(_ODD_SPELLINGS)
-                for (stored,) in cursor.fetchall():
-                    self._remember(stored)
-        return self._odd_spellings.get(email, set())
-
-    def notice_spellings(self, rows: Iterable[MappedRow]) -> None:
-        """Ask for the rows' addresses as given, where that is another form: the application may just have stored it."""
-        given = [row.raw_email for row in rows if row.draft and row.raw_email and row.raw_email != row.draft.email]
-        given = [raw for raw in given if raw not in self.spellings_of(raw.lower())]
-        if not given:
-            return
+    def notice(self, rows: Sequence[MappedRow]) -> None:
+        """Take a first look at a batch: which rows have a contact that no index finds by their canonical address."""
+        addresses = {row.draft.email for row in rows if row.draft}
+        spellings = {spelling for row in rows if row.draft for spelling in likely_spellings(row)}
+        of_profiles = without_account(rows) if self._facts.has_ledger else set()
+        parameters = {"spellings": sorted(spellings - addresses), "emails": sorted(of_profiles), "user_ids": []}
+        if of_profiles:
+            users = self._users.find(of_profiles)
+            parameters["user_ids"] = sorted(identifier for ids in users.values() for identifier in ids)
+        self._spelled, self._profiles = self._contacts.find(addresses), []
         with self._connection.cursor() as cursor:
-            cursor.execute("SELECT email FROM crm_contacts WHERE email = ANY(%s)", [given])
-            for (stored,) in cursor.fetchall():
-                self._remember(stored)
+            cursor.execute(_SPELLED + _AND_PROFILES if of_profiles else _SPELLED, parameters)
+            for email, contact_id, profile_id in cursor.fetchall():
+                if profile_id is None:
+                    self._spelled.setdefault(canonical_address(email), set()).add(contact_id)
+                else:
+                    self._profiles.append(ProfileOfAddress.of(email, profile_id, contact_id))
+        self._with_profile = {profile.address for profile in self._profiles}
+
+    def is_likely_met(self, address: str) -> bool:
+        """Whether a row of the batch with this address is to be looked up before an insert is tried."""
+        return address in self._spelled or address in self._with_profile
 
     def contacts_met_by(self, rows: Sequence[MappedRow]) -> KnownContacts:
-        """The contacts that have a key of one of the rows, as they are now."""
+        """The contacts that have a key of one of the rows, as they are now. Their batch was noticed before."""
+        profiles = self.profiles_of(rows)
+        return KnownContacts(self.contacts(rows, [profile.contact_id for profile in profiles]), profiles)
+
+    def profiles_of(self, rows: Iterable[MappedRow]) -> list[ProfileOfAddress]:
+        """The settled profiles whose users have the address of one of the rows that bring no account."""
+        addresses = without_account(rows)
+        return [profile for profile in self._profiles if profile.address in addresses]
+
+    def contacts(self, rows: Sequence[MappedRow], ids: Iterable[str] = ()) -> list[KnownContact]:
+        """The contacts that have a key of one of the rows, or one of these ids; the oldest first."""
         drafts = [row.draft for row in rows if row.draft]
         emails = {draft.email for draft in drafts}
-        odd = {spelling for email in emails for spelling in self.spellings_of(email)}
+        spelled = [identifier for email in emails for identifier in self._spelled.get(email, ())]
         query = _CONTACTS.format(
             ours=_OURS if self._facts.has_ledger else "false",
             rest=_ATTRIBUTION if self._facts.has_attribution else _NO_ATTRIBUTION,
         )
         parameters = {
-            "emails": sorted(emails | odd),
+            "emails": sorted(emails),
             "user_ids": [draft.user_id for draft in drafts if draft.user_id],
             "clerk_user_ids": [draft.clerk_user_id for draft in drafts if draft.clerk_user_id],
-            "ids": [draft.id for draft in drafts] + decided_contacts(rows),
+            "ids": [*(draft.id for draft in drafts), *decided_contacts(rows), *spelled, *ids],
         }
         with self._connection.cursor() as cursor:
             read_as_text(cursor)
             cursor.execute(query, parameters)
-            return KnownContacts(KnownContact(*row) for row in cursor.fetchall())
+            return [KnownContact(*row) for row in cursor.fetchall()]
 
-    def _remember(self, stored: str) -> None:
-        if self._odd_spellings is not None:
-            self._odd_spellings.setdefault(stored.strip().lower(), set()).add(stored)
+
+def likely_spellings(row: MappedRow) -> Iterable[str]:
+    """The spellings in which the application may have stored the address of a row that has a draft."""
+    email = row.draft.email if row.draft else ""
+    yield email.upper()
+    yield email.capitalize()
+    if row.raw_email:
+        yield row.raw_email
+        yield trimmed_address(row.raw_email)
+
+
+def without_account(rows: Iterable[MappedRow]) -> set[str]:
+    """The addresses of the rows that bring no account: leads, and profiles without a user, whose address is ours."""
+    return {row.draft.email for row in rows if row.draft and row.draft.user_id is None}
 
 
 def decided_contacts(rows: Iterable[MappedRow]) -> list[str]:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from django.core.exceptions import ValidationError
 from django.core.validators import validate_email
 
+from crm.backfill.addresses import canonical_address, hides_something, trimmed_address
 from crm.backfill.outcome import Reason, Refusal, Source
 
 UNKNOWN_NAME = "Unknown"
@@ -131,7 +132,8 @@ class Resolution(NamedTuple):
 class MappedRow(NamedTuple):
     """A source row with what it maps to: a draft, or the reason why it cannot be a contact.
 
-    `updated_at` is None where the row has none that is a moment.
+    `raw_email` is the address as the source has it, None where there is none. `updated_at` is None where the row has
+    none that is a moment.
     """
 
     id: str
@@ -184,17 +186,16 @@ _LONGEST_ORDINARY_EMAIL = 254
 
 
 def normalised_email(raw: str) -> str | None:
-    """The address, trimmed and lower-cased; None when it is not one.
+    """The address in its canonical form; None when it is not one.
 
     The part before the @ must be ASCII. Django's validator lets through a few letters that only become ASCII when
-    their case is folded, which would make one address of two.
+    their case is folded, which would make one address of two; and in a domain, characters that nobody sees.
     """
-    email = raw.strip()
-    if not email.rpartition("@")[0].isascii():
-        return None
-    email = email.lower()
+    email = canonical_address(raw)
     if len(email) <= _LONGEST_ORDINARY_EMAIL and _ORDINARY_EMAIL.fullmatch(email):
         return email
+    if hides_something(email) or not email.rpartition("@")[0].isascii():
+        return None
     try:
         validate_email(email)
     except ValidationError as error:
@@ -224,6 +225,21 @@ def _rejected(table: str, row: ProfileRow | LeadRow, reason: Reason, refusal: Re
     return MappedRow(identifier, row.id, updated_at, row.known_reason, None, None, reason, None, refusal)
 
 
+#: An id that is in lower case, and short of everything that an address may not hold.
+_ORDINARY_ID = re.compile(r"[a-z0-9_-]+")
+
+
+def placeholder_name(kind: str, profile_id: str) -> str:
+    """What stands before the @ in the placeholder of a profile of a kind of contact, such as `client`.
+
+    It is `<kind>-<profile id>`. An id that is not in lower case is followed by a part of its hash, since addresses are
+    compared without case and ids are not: profiles whose ids differ in nothing but case are two people.
+    """
+    if _ORDINARY_ID.fullmatch(profile_id):
+        return f"{kind}-{profile_id}"
+    return f"{kind}-{profile_id.lower()}-{hashlib.sha256(profile_id.encode()).hexdigest()[:12]}"
+
+
 def profile_mapper(source: Source, rules: Rules) -> Callable[[ProfileRow], MappedRow]:
     """The mapping of one profile source."""
     contact_type = CONTACT_TYPE_OF_SOURCE[source]
@@ -232,8 +248,8 @@ def profile_mapper(source: Source, rules: Rules) -> Callable[[ProfileRow], Mappe
     label_belongs = lru_cache(lambda role: SOURCE_OF_ROLE.get(normalised(role)) is source)
 
     def mapped(row: ProfileRow) -> MappedRow:
-        raw_email = trimmed(row.email)
-        email = normalised_email(raw_email) if raw_email else f"{kind}-{row.id.lower()}@{domain}"
+        raw_email = row.email if row.email and trimmed_address(row.email) else None
+        email = normalised_email(raw_email) if raw_email else f"{placeholder_name(kind, row.id)}@{domain}"
         if row.role is None:
             return _rejected("profiles", row, Reason.MISSING_VALUE, Refusal(column="role"))
         if not label_belongs(row.role):
@@ -340,7 +356,7 @@ def lead_mapper(source: Source, rules: Rules) -> Callable[[LeadRow], MappedRow]:
             updated_at,
             contacted_at,
         )
-        return MappedRow(identifier, row.id, updated_at, row.known_reason, row.email.strip(), draft, None)
+        return MappedRow(identifier, row.id, updated_at, row.known_reason, row.email, draft, None)
 
     return mapped
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+from crm.backfill.addresses import canonical_address
 from crm.backfill.mapping import ATTRIBUTION, ContactDraft, MappedRow, Resolution
 from crm.backfill.outcome import Decision, Outcome, Reason, Refusal
 
@@ -75,34 +76,69 @@ class Conflict(Exception):  # noqa: N818 - a verdict on a row, not a failure of 
         self.reason = reason
 
 
+class ProfileOfAddress(NamedTuple):
+    """A settled profile whose user has an address. Sorted, the one comes first whose user has it in canonical form."""
+
+    address: str
+    is_spelled_otherwise: bool
+    profile_id: str
+    contact_id: str
+
+    @classmethod
+    def of(cls, raw_email: str, profile_id: str, contact_id: str) -> ProfileOfAddress:
+        """The profile with this id, whose user's address is stored like this."""
+        address = canonical_address(raw_email)
+        return cls(address, raw_email != address, profile_id, contact_id)
+
+
 class KnownContacts:
     """The contacts that a batch may meet, by each key of identity."""
 
-    def __init__(self, contacts: Iterable[KnownContact] = ()) -> None:
-        """Take contacts ordered by creation: of several spellings of one address, the oldest comes first."""
+    def __init__(self, contacts: Iterable[KnownContact] = (), profiles: Iterable[ProfileOfAddress] = ()) -> None:
+        """Take contacts ordered by creation: of several spellings of one address, the oldest comes first.
+
+        `profiles` are those whose users have an address of the batch's rows.
+        """
         self._by_id: dict[str, KnownContact] = {}
         self._by_user: dict[str, KnownContact] = {}
         self._by_clerk: dict[str, KnownContact] = {}
         self._by_email: dict[str, list[KnownContact]] = {}
+        self._by_profile: dict[str, list[str]] = {}
+        for profile in sorted(profiles):
+            self._by_profile.setdefault(profile.address, []).append(profile.contact_id)
         for contact in contacts:
             self.add(contact)
 
     def add(self, contact: KnownContact) -> None:
-        """Make a contact known."""
+        """Make a contact known, in the place of what was known of it."""
+        if contact.id in self._by_id:
+            self._forget(self._by_id[contact.id])
         self._by_id[contact.id] = contact
-        if contact.user_id is not None:
-            self._by_user[contact.user_id] = contact
-        if contact.clerk_user_id is not None:
-            self._by_clerk[contact.clerk_user_id] = contact
+        self.note_accounts(contact)
         if not contact.email:  # somebody made the column nullable
             return
-        address = contact.email.strip().lower()
+        address = canonical_address(contact.email)
         spellings = self._by_email.get(address)
         if spellings is None:
             self._by_email[address] = [contact]
         else:
             # The spelling that we would write ourselves stands before all others.
             spellings.insert(0 if contact.email == address else len(spellings), contact)
+
+    def note_accounts(self, contact: KnownContact) -> None:
+        """Let a contact that is known be found by its accounts, as they are now."""
+        if contact.user_id is not None:
+            self._by_user[contact.user_id] = contact
+        if contact.clerk_user_id is not None:
+            self._by_clerk[contact.clerk_user_id] = contact
+
+    def _forget(self, contact: KnownContact) -> None:
+        if self._by_user.get(contact.user_id or "") is contact:
+            del self._by_user[contact.user_id or ""]
+        if self._by_clerk.get(contact.clerk_user_id or "") is contact:
+            del self._by_clerk[contact.clerk_user_id or ""]
+        if contact.email:
+            self._by_email[canonical_address(contact.email)].remove(contact)
 
     def __iter__(self) -> Iterator[KnownContact]:
         """The contacts."""
@@ -124,8 +160,16 @@ class KnownContacts:
                 candidate.clerk_user_id, draft.clerk_user_id
             ):
                 raise Conflict(candidate.id)
-        # Last, the row's own contact under keys that people changed since: a row never makes two contacts.
-        return candidate or self._by_id.get(draft.id)
+        # Then the row's own contact under keys that people changed since: a row never makes two contacts. Last, that
+        # of the person's profile, which may have met one under another address.
+        return candidate or self._by_id.get(draft.id) or self._of_profile(draft)
+
+    def _of_profile(self, draft: ContactDraft) -> KnownContact | None:
+        """The contact of the profile whose user has the address of a draft that brings no account of its own."""
+        if draft.user_id is not None:
+            return None
+        theirs = map(self._by_id.get, self._by_profile.get(draft.email, ()))
+        return next((contact for contact in theirs if contact is not None), None)
 
     def find_decided(self, draft: ContactDraft, resolution: Resolution) -> KnownContact | None:
         """The contact that a person decided on; None where the row gets one of its own.
@@ -183,6 +227,7 @@ def decide(rows: Iterable[MappedRow], known: KnownContacts) -> Plan:
             plan.decisions.append(_decision(row, Outcome.CREATED, contact_id=draft.id, filled=_filled_in(contact)))
         elif contact.ours or contact.id == draft.id:
             filled = fill(contact, draft)
+            known.note_accounts(contact)
             decision = _decision(row, Outcome.MERGED, contact_id=contact.id, filled=filled)
             plan.decisions.append(_with_what_was(decision, contact) if filled else decision)
             if contact.fills and contact.id not in made:

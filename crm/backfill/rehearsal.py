@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill.arrays import use_fast_arrays
-from crm.backfill.known import ContactLookup, decided_contacts
+from crm.backfill.known import ContactLookup, decided_contacts, without_account
 from crm.backfill.mapping import ContactDraft, MappedRow
 from crm.backfill.outcome import Decision, Outcome, Source, Totals
-from crm.backfill.plan import KnownContact, KnownContacts
+from crm.backfill.plan import KnownContact, KnownContacts, ProfileOfAddress
 from crm.backfill.settle import settle
 
+_KEYS = ("email", "user_id", "clerk_user_id")
 _KEYS_TAKEN = """
 SELECT id, email, "userId", "clerkUserId" FROM crm_contacts WHERE id = ANY(%(ids)s)
  UNION SELECT id, email, "userId", "clerkUserId" FROM crm_contacts WHERE email = ANY(%(emails)s)
@@ -29,7 +31,10 @@ SELECT id, email, "userId", "clerkUserId" FROM crm_contacts WHERE id = ANY(%(ids
 
 
 class Imagined:
-    """The contacts that a run would have made by now, and the accounts that it would have filled in."""
+    """What a run would have made and changed by now.
+
+    What is remembered inside `batch` is forgotten again when the batch fails.
+    """
 
     def __init__(self, *, with_update: bool) -> None:
         """`with_update` remembers whole contacts, and the lines of their rows."""
@@ -38,18 +43,31 @@ class Imagined:
         self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         self._database.executescript(
             """
-            PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -16384;
+            PRAGMA journal_mode = MEMORY; PRAGMA synchronous = OFF; PRAGMA cache_size = -16384;
             CREATE TABLE made (email TEXT PRIMARY KEY, id TEXT, user_id TEXT, clerk_user_id TEXT) WITHOUT ROWID;
-            CREATE TABLE filled (id TEXT PRIMARY KEY, user_id TEXT, clerk_user_id TEXT) WITHOUT ROWID;
+            CREATE TABLE changed (id TEXT PRIMARY KEY, email TEXT, user_id TEXT, clerk_user_id TEXT) WITHOUT ROWID;
+            CREATE INDEX changed_email ON changed (email);
+            CREATE TABLE profile (email TEXT, otherwise INTEGER, id TEXT, contact_id TEXT, PRIMARY KEY (email, id))
+                   WITHOUT ROWID;
             CREATE TABLE draft (id TEXT PRIMARY KEY, fields TEXT) WITHOUT ROWID;
             CREATE TABLE line (id TEXT PRIMARY KEY, outcome TEXT, contact_id TEXT, settled_at TEXT, source TEXT,
                                source_id TEXT, filled TEXT) WITHOUT ROWID;
             CREATE INDEX line_contact_id ON line (contact_id);
             CREATE TABLE written (id TEXT, fields TEXT);
             CREATE INDEX written_id ON written (id);
-            BEGIN;
             """
         )
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """Remember all of what comes inside, or nothing."""
+        self._database.execute("BEGIN")
+        try:
+            yield
+        except BaseException:
+            self._database.execute("ROLLBACK")
+            raise
+        self._database.execute("COMMIT")
 
     def make(self, drafts: Sequence[ContactDraft]) -> None:
         """Remember contacts that would be made."""
@@ -62,13 +80,17 @@ class Imagined:
                 "INSERT OR IGNORE INTO draft VALUES (?, ?)", [(draft.id, json.dumps(draft)) for draft in drafts]
             )
 
-    def fill(self, accounts: Iterable[tuple[str, str | None, str | None]]) -> None:
-        """Remember accounts that contacts would get: (contact id, user id, Clerk id)."""
+    def change(self, contacts: Mapping[str, dict[str, Any]]) -> None:
+        """Remember the keys that contacts would get, which are there: fields by id."""
         self._database.executemany(
-            "INSERT INTO filled VALUES (?, ?, ?) ON CONFLICT (id) DO UPDATE SET "
-            "user_id = COALESCE(user_id, excluded.user_id), "
+            "INSERT INTO changed VALUES (?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET "
+            "email = COALESCE(excluded.email, email), user_id = COALESCE(user_id, excluded.user_id), "
             "clerk_user_id = COALESCE(clerk_user_id, excluded.clerk_user_id)",
-            accounts,
+            [
+                (identifier, *map(fields.get, _KEYS))
+                for identifier, fields in contacts.items()
+                if not fields.keys().isdisjoint(_KEYS)
+            ],
         )
 
     def made_with(self, emails: Iterable[str]) -> list[KnownContact]:
@@ -85,10 +107,32 @@ class Imagined:
             for email, identifier, user_id, clerk_user_id in self._rows("SELECT * FROM made WHERE id", contacts)
         ]
 
-    def filled_in(self, contacts: Iterable[str]) -> dict[str, tuple[str | None, str | None]]:
-        """The accounts that would have been filled in, by contact id."""
-        rows = self._rows("SELECT * FROM filled WHERE id", contacts)
-        return {identifier: (user_id, clerk_user_id) for identifier, user_id, clerk_user_id in rows}
+    def changed(self, contacts: Iterable[str]) -> dict[str, tuple[str | None, str | None, str | None]]:
+        """The address and the accounts that contacts would have got, by contact id."""
+        return {row[0]: row[1:] for row in self._rows("SELECT * FROM changed WHERE id", contacts)}
+
+    def changed_to(self, emails: Iterable[str]) -> dict[str, str]:
+        """The ids of the contacts that would have got one of the addresses, by address."""
+        return dict(self._rows("SELECT email, id FROM changed WHERE email", emails))
+
+    def profiles_with(self, addresses: Iterable[str]) -> list[ProfileOfAddress]:
+        """The profiles that would have met a contact, and whose user has one of the addresses."""
+        rows = self._rows("SELECT email, otherwise, id, contact_id FROM profile WHERE email", addresses)
+        return [ProfileOfAddress(address, bool(otherwise), *ids) for address, otherwise, *ids in rows]
+
+    def note_profiles(self, rows: Iterable[MappedRow], decisions: Iterable[Decision]) -> None:
+        """Remember the profiles that would have met a contact: it may have another address than they."""
+        by_id = {row.id: row for row in rows}
+        met = [decision for decision in decisions if decision.outcome in (Outcome.MERGED, Outcome.EXISTS)]
+        profiles = ((decision, by_id[decision.id]) for decision in met)
+        self._database.executemany(
+            "INSERT OR REPLACE INTO profile VALUES (?, ?, ?, ?)",
+            [
+                (row.draft.email, row.raw_email != row.draft.email, row.source_id, decision.contact_id)
+                for decision, row in profiles
+                if row.draft and not row.resolution
+            ],
+        )
 
     def note(self, source: Source, decisions: Iterable[Decision]) -> None:
         """Remember the lines that --update would find."""
@@ -155,14 +199,17 @@ class RehearsalStore:
 
     def notice(self, rows: Sequence[MappedRow]) -> None:
         """Look up which addresses of the batch would have a contact by now."""
-        self._lookup.notice_spellings(rows)
-        self._met = {contact.email for contact in self._imagined.made_with(_emails(rows))}
+        self._lookup.notice(rows)
+        emails = _emails(rows)
+        self._met = {contact.email for contact in self._imagined.made_with(emails)}
+        self._met |= self._imagined.changed_to(emails).keys()
+        self._met |= {profile.address for profile in self._imagined.profiles_with(without_account(rows))}
 
     def is_likely_met(self, row: MappedRow) -> bool:
         """Whether a contact has the row's address in another spelling, or would have been made with it."""
         if row.draft is None:
             return False
-        return row.draft.email in self._met or bool(self._lookup.spellings_of(row.draft.email))
+        return row.draft.email in self._met or self._lookup.is_likely_met(row.draft.email)
 
     def insert(self, drafts: Sequence[ContactDraft]) -> set[str]:
         """Remember what would be made; the ids of the drafts that would land."""
@@ -174,33 +221,30 @@ class RehearsalStore:
         return {draft.id for draft in landed}
 
     def fill(self, fills: dict[str, dict[str, Any]]) -> None:
-        """Remember the accounts that contacts would get: the next row with their address may be another account's."""
+        """Remember what contacts would get: the next row with their address may be another account's."""
         self._imagined.write(fills)
-        self._imagined.fill(
-            (identifier, values.get("user_id"), values.get("clerk_user_id"))
-            for identifier, values in fills.items()
-            if values.keys() & {"user_id", "clerk_user_id"}
-        )
+        self._imagined.change(fills)
 
     def contacts_met_by(self, rows: Sequence[MappedRow]) -> KnownContacts:
-        """The contacts that have a key of one of the rows, made or to be made."""
-        known = self._lookup.contacts_met_by(rows)
-        for contact in self._imagined.made_with(_emails(rows)):
-            known.add(contact)
-        if decided := decided_contacts(rows):
-            for contact in self._imagined.made_as(decided):
-                known.add(contact)
-        filled = self._imagined.filled_in(contact.id for contact in known)
-        for contact in known:
-            user_id, clerk_user_id = filled.get(contact.id, (None, None))
+        """The contacts that have a key of one of the rows, made or to be made, with the keys that they would have."""
+        emails = _emails(rows)
+        profiles = self._lookup.profiles_of(rows) + self._imagined.profiles_with(without_account(rows))
+        others = {profile.contact_id for profile in profiles} | set(self._imagined.changed_to(emails).values())
+        contacts = self._lookup.contacts(rows, others) + self._imagined.made_with(emails)
+        if missing := (others | set(decided_contacts(rows))) - {contact.id for contact in contacts}:
+            contacts += self._imagined.made_as(missing)
+        changed = self._imagined.changed(contact.id for contact in contacts)
+        for contact in contacts:
+            email, user_id, clerk_user_id = changed.get(contact.id, (None, None, None))
+            contact.email = email or contact.email
             contact.user_id = contact.user_id or user_id
             contact.clerk_user_id = contact.clerk_user_id or clerk_user_id
-        self._add_values(known)
-        return known
+        self._add_values(contacts)
+        return KnownContacts(contacts, profiles)
 
-    def _add_values(self, known: KnownContacts) -> None:
+    def _add_values(self, found: Iterable[KnownContact]) -> None:
         """What else the contacts would have by now, as far as it is remembered: --update must know who filled what."""
-        contacts = {contact.id: contact for contact in known}
+        contacts = {contact.id: contact for contact in found}
         made = [(draft.id, draft._asdict()) for draft in self._imagined.drafts(contacts)]
         for identifier, fields in (*made, *self._imagined.written_in(contacts)):
             contacts[identifier].take(fields)
@@ -231,10 +275,13 @@ class RehearsalWriter:
         """Bring the rows to the outcome that they would have."""
         use_fast_arrays(self._connection)
         totals = Totals()
-        for rows in pages:
-            settled = settle(rows, self.store)
-            self.imagined.note(source, settled.decisions)
-            totals.add(Totals.of(settled.decisions, settled.created_by_type))
+        with self.imagined.batch():
+            for rows in pages:
+                settled = settle(rows, self.store)
+                if source.table == "profiles":
+                    self.imagined.note_profiles(rows, settled.decisions)
+                self.imagined.note(source, settled.decisions)
+                totals.add(Totals.of(settled.decisions, settled.created_by_type))
         return totals
 
     def keep_alive(self) -> None:

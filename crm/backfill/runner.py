@@ -22,6 +22,7 @@ from django.db.models import Count
 from crm.backfill import errors, fence
 from crm.backfill.census import survey, take_census
 from crm.backfill.interruption import Interruption
+from crm.backfill.latecomers import Latecomers
 from crm.backfill.lifecycle import Checked, Ending, Lifecycle, lifecycle
 from crm.backfill.options import RunOptions
 from crm.backfill.outcome import Census, Source, Totals
@@ -174,6 +175,7 @@ class _Work:
                 hands.work_through(source)
             for source in resolutions.among(rows):
                 hands.work_through_decided(source)
+            self.life.patiently(self._settle_latecomers)
             if self.options.update:
                 hands.look_again(self.options.sources)
 
@@ -188,6 +190,15 @@ class _Work:
             if not self.options.dry_run:
                 raise
             return due, due
+
+    def _settle_latecomers(self) -> None:
+        """Settle what the application stored meanwhile. Its counts are those of its batches, which `_count` adds up."""
+        if self.life.run is None:
+            return
+        latecomers = Latecomers(connection, self.facts, self.life.run.pk)
+        if latecomers.are_possible(self.tally.totals.created):
+            for _ in latecomers.settle():
+                self.life.interruption.heed()
 
     def _on_batch(self, source: Source, totals: Totals) -> None:
         self.tally.add(source, totals)

@@ -21,6 +21,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.utils import CursorWrapper
 from psycopg.types.string import TextLoader
 
+from crm.backfill.addresses import trimmed_address_sql
 from crm.backfill.apart import MAX_UNREADABLE, refusal_of_reading
 from crm.backfill.mapping import contact_id
 from crm.backfill.outcome import Outcome, Reason, Refusal, Source
@@ -33,7 +34,7 @@ BYTES_OF_PAGE = 4_000_000
 #: Begins the key of a page of ids that several rows have. No text of PostgreSQL's has a NUL.
 _REPEATED = "\0repeated"
 
-#: What Python's str.strip() takes away, for PostgreSQL's btrim(): both must see the same address.
+#: What Python's str.strip() takes away, for PostgreSQL's btrim(): both must see the same text.
 WHITE_SPACE = "".join(character for character in map(chr, range(0x3001)) if character.isspace())
 
 _LINE_OF_ROW = """
@@ -113,10 +114,10 @@ _LINES = "SELECT id, outcome, reason, run_id FROM ledger_entry WHERE id = ANY(%s
 # One person's rows are all in one partition, so that who comes first is the same for any number of them. The part of
 # an address before the @ is ASCII, or the row is an error: the "C" collation lower-cases it exactly as Python does.
 _PERSON = {
-    "profiles": """COALESCE(
-        (SELECT NULLIF(btrim(users.email, %(white_space)s), '') FROM users WHERE users.id = r."userId" LIMIT 1),
+    "profiles": f"""COALESCE(
+        (SELECT NULLIF({trimmed_address_sql("users.email")}, '') FROM users WHERE users.id = r."userId" LIMIT 1),
         r.id)""",
-    "leads": "COALESCE(btrim(r.email, %(white_space)s), r.id)",
+    "leads": f"COALESCE({trimmed_address_sql('r.email')}, r.id)",
 }
 _IN_PARTITION = """abs(hashtext(lower(split_part({person}, '@', 1) COLLATE "C")) %% %(partitions)s) = %(partition)s"""
 

@@ -112,11 +112,11 @@ class DatabaseStore:
         self._connection = connection
         self._lookup = lookup
         self.contacts_met_by = lookup.contacts_met_by
-        self.notice = lookup.notice_spellings
+        self.notice = lookup.notice
 
     def is_likely_met(self, row: MappedRow) -> bool:
-        """Whether a contact is known to have the row's address in another spelling."""
-        return row.draft is not None and bool(self._lookup.spellings_of(row.draft.email))
+        """Whether the row probably has a contact that an insert would not run into."""
+        return row.draft is not None and self._lookup.is_likely_met(row.draft.email)
 
     def insert(self, drafts: Sequence[ContactDraft]) -> set[str]:
         """Insert contacts; the ids of those that landed."""
@@ -186,13 +186,17 @@ class BatchWriter:
             # A batch that is tried again begins with what the one before it has left.
             alike = replace(self._alike)
             for rows in pages:
-                settled = self._settle_apart(rows, alike)
-                self._write_ledger(source, settled.decisions)
-                totals.add(Totals.of(settled.decisions, settled.created_by_type))
+                totals.add(self.settle_page(source, rows, alike))
             self._write_batch(source, totals, time.monotonic() - started)
             fence.renew(self.run_id, totals)
         self._alike = alike
         return totals
+
+    def settle_page(self, source: Source, rows: Sequence[MappedRow], alike: AlikeRefusals | None = None) -> Totals:
+        """Bring rows to an outcome and write their lines, inside a transaction of the caller's."""
+        settled = self._settle_apart(rows, alike or AlikeRefusals())
+        self._write_ledger(source, settled.decisions)
+        return Totals.of(settled.decisions, settled.created_by_type)
 
     def keep_alive(self) -> None:
         """Renew the heartbeat without a batch. Raises fence.FenceLostError."""

@@ -19,6 +19,7 @@ from tests.reference import (
     PROFILE_TYPES,
     Rejected,
     Row,
+    address_of,
     contact_of_lead,
     contact_of_profile,
     exclusion,
@@ -233,9 +234,9 @@ def _excluded(state: State) -> Iterator[Found]:
 
 
 def _twice(state: State) -> Iterator[Found]:
-    addresses = Counter(contact["email"].strip().lower() for contact in state.contacts.values())
+    addresses = Counter(address_of(contact["email"]) for contact in state.contacts.values())
     for contact_id, line in state.creators().items():
-        if contact_id in state.contacts and addresses[state.contacts[contact_id]["email"].strip().lower()] > 1:
+        if contact_id in state.contacts and addresses[address_of(state.contacts[contact_id]["email"])] > 1:
             yield Found("contact_twice", "crm_changed", line.row, contact_id, frozenset({"email"}))
 
 

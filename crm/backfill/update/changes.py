@@ -11,7 +11,15 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from crm.backfill.fold import FILLED_UNITS, STAGE, UNITS_OF_FIRST, fold, stage_order
-from crm.backfill.mapping import ATTRIBUTION, CONTACT_TYPE_OF_SOURCE, STAGES_OF_STATUS, ContactDraft, MappedRow, Rules
+from crm.backfill.mapping import (
+    ATTRIBUTION,
+    CONTACT_TYPE_OF_SOURCE,
+    STAGES_OF_STATUS,
+    ContactDraft,
+    MappedRow,
+    Rules,
+    placeholder_name,
+)
 from crm.backfill.outcome import Outcome, Source, Totals, UpdateOutcome
 from crm.backfill.plan import Conflict, KnownContact, KnownContacts
 
@@ -383,7 +391,10 @@ def _of_email(looked: RowOfContact, draft: ContactDraft, contact: StandingContac
 
 def _placeholders(row: MappedRow) -> frozenset[str]:
     """What stands before the @ in a placeholder of this profile, whatever its role and the domain were."""
-    return frozenset(f"{kind.lower()}-{row.source_id.lower()}" for kind in CONTACT_TYPE_OF_SOURCE.values())
+    kinds = [kind.lower() for kind in CONTACT_TYPE_OF_SOURCE.values()]
+    # Earlier versions lower-cased every id and left it at that.
+    of_earlier_versions = {f"{kind}-{row.source_id.lower()}" for kind in kinds}
+    return frozenset(of_earlier_versions | {placeholder_name(kind, row.source_id) for kind in kinds})
 
 
 def _former(unit: str, contact: StandingContact) -> Any:

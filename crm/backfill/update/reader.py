@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from django.db.backends.base.base import BaseDatabaseWrapper
 
+from crm.backfill.addresses import canonical_address_sql
 from crm.backfill.mapping import ATTRIBUTION, CONTACT_TYPE_OF_SOURCE, ContactDraft, MappedRow, map_rows
 from crm.backfill.outcome import Outcome, Source
 from crm.backfill.resolutions import Resolutions
@@ -32,8 +33,13 @@ _DUE = f"""
 ((r."updatedAt" <> line.seen OR (line.outcome <> 'created' AND line.seen_updated_at IS NULL))
  AND (SELECT true {_CONTACT}))
 """
-_PLACEHOLDERS = ", ".join(f"'{kind.lower()}-' || lower(r.id)" for kind in CONTACT_TYPE_OF_SOURCE.values())
-_ADDRESS = "lower(btrim(u.email, %(white_space)s))"
+_PLACEHOLDERS = ", ".join(
+    f"'{kind.lower()}-' || lower(r.id){of_its_own}"
+    for kind in CONTACT_TYPE_OF_SOURCE.values()
+    # An id that is not in lower case: see mapping.placeholder_name, and what earlier versions made of it.
+    for of_its_own in ("", " || '-' || left(encode(sha256(convert_to(r.id, 'UTF8')), 'hex'), 12)")
+)
+_ADDRESS = canonical_address_sql("u.email")
 _HAS_EMAIL_NOW = f"""
 (SELECT split_part(c.email, '@', 1) IN ({_PLACEHOLDERS}) AND (
    SELECT {_ADDRESS} <> '' AND NOT EXISTS (SELECT FROM crm_contacts WHERE email = {_ADDRESS})

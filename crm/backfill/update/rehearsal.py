@@ -25,21 +25,23 @@ class UpdateRehearsal:
     def write(self, source: Source, pages: Iterable[Sequence[MappedRow]]) -> Totals:
         """What a second look at a batch would come to."""
         totals = Totals()
-        for rows in pages:
-            totals.add(totals_of(self._look_at(source, rows)))
+        with self._imagined.batch():
+            for rows in pages:
+                totals.add(totals_of(self._look_at(source, rows)))
         return totals
 
     def keep_alive(self) -> None:
         """Nothing: a dry run claims no fence."""
 
     def _look_at(self, source: Source, rows: Sequence[MappedRow]) -> list[Change]:
-        self._store.notice(rows)
         lines = self._lines(rows)
         contacts = self._contacts({line.contact_id for line in lines.values()})
         rows = [row for row in rows if row.id in lines]
-        known = self._store.contacts_met_by(rows_of(contacts, rows))
+        others = rows_of(contacts, rows)
+        self._store.notice(others)
+        known = self._store.contacts_met_by(others)
         changes = list(decide(source, rows, Look(lines, contacts, known), self._rules))
-        self._remember(changes, contacts)
+        self._remember(changes)
         return changes
 
     def _lines(self, rows: Iterable[MappedRow]) -> dict[str, SeenLine]:
@@ -61,17 +63,13 @@ class UpdateRehearsal:
         )
         return contacts
 
-    def _remember(self, changes: Iterable[Change], contacts: dict[str, StandingContact]) -> None:
+    def _remember(self, changes: Iterable[Change]) -> None:
         written: dict[str, dict[str, Any]] = {}
         for change in changes:
             written.setdefault(change.contact_id, {}).update(change.values)
-        self._imagined.write({contact: values for contact, values in written.items() if values})
-        self._imagined.fill(
-            (contact, values.get("user_id"), values.get("clerk_user_id"))
-            for contact, values in written.items()
-            if values.keys() & {"user_id", "clerk_user_id"}
-        )
-        self._imagined.make([contacts[contact].values for contact, values in written.items() if "email" in values])
+        written = {contact: values for contact, values in written.items() if values}
+        self._imagined.write(written)
+        self._imagined.change(written)
 
 
 def _line(values: Sequence[Any]) -> LineOfContact:

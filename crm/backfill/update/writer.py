@@ -135,7 +135,6 @@ class UpdateWriter:
 
     def _settle(self, source: Source, rows: Sequence[MappedRow]) -> list[Change]:
         """Decide and write; where a contact changed under our eyes, look at its rows again."""
-        self._lookup.notice_spellings(rows)
         settled: list[Change] = []
         waiting = rows
         for _ in range(MOST_ATTEMPTS):
@@ -151,7 +150,9 @@ class UpdateWriter:
         lines = self._present.lines(rows)
         contacts = self._present.contacts({line.contact_id for line in lines.values()})
         self._present.add_rows(contacts, self._present.lines_of(contacts))
-        return Look(lines, contacts, self._lookup.contacts_met_by(rows_of(contacts, rows)))
+        others = rows_of(contacts, rows)
+        self._lookup.notice(others)
+        return Look(lines, contacts, self._lookup.contacts_met_by(others))
 
     def _write_apart(self, changes: Iterable[Change]) -> _Written:
         """Write; where PostgreSQL refuses a contact, halve until it stands alone, so that the others are written."""

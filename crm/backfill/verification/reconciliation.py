@@ -11,10 +11,10 @@ from typing import NamedTuple
 from django.conf import settings
 from django.db.backends.base.base import BaseDatabaseWrapper
 
+from crm.backfill.addresses import canonical_address_sql
 from crm.backfill.outcome import Outcome, Source
 from crm.backfill.schema import DatabaseFacts
 from crm.backfill.snapshot import stream
-from crm.backfill.source import WHITE_SPACE
 from crm.backfill.verification.findings import Check, Finding, Kind
 
 TABLES = ("profiles", "leads")
@@ -82,7 +82,7 @@ SELECT our.reference, our.id,
  GROUP BY our.reference, our.id, our.changed
 """
 _KEYS_OF_PERSON = {
-    "email": "lower(btrim(c.email, %(white_space)s))",
+    "email": canonical_address_sql("c.email"),
     "userId": 'c."userId"',
     "clerkUserId": 'c."clerkUserId"',
 }
@@ -163,7 +163,7 @@ def reconcile(connection: BaseDatabaseWrapper, facts: DatabaseFacts) -> Iterator
         yield from _defects(connection, check, query)
     for column, key in _KEYS_OF_PERSON.items():
         query = _CONTACTS_TWICE.format(key=key)
-        for reference, contact_id, changed in stream(connection, "twice", query, {"white_space": WHITE_SPACE}):
+        for reference, contact_id, changed in stream(connection, "twice", query):
             kind = Kind.CRM_CHANGED if changed else Kind.DEFECT
             yield Finding(Check.CONTACT_TWICE, kind, reference, contact_id, (column,))
 

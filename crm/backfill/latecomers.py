@@ -1,0 +1,243 @@
+"""Contacts that the application stored during a run, in another spelling of an address for which the run made one.
+
+    pass over the contacts -> those of ours that have company -> lock, compare, delete -> settle their rows again
+
+A batch meets what is there by then, in the spellings that are likely. The others are settled when the sources are
+through: what the run made is taken out again, and its rows are settled as if the other contact had been there before.
+They are counted out and in by a batch of their own, so run, batches and ledger go on agreeing. A contact of ours that
+somebody has touched or refers to stays, and the operator is told. What runs made that never came to this is looked at
+as well, back to the last one that finished.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from django.db.backends.base.base import BaseDatabaseWrapper
+from django.db.models import QuerySet
+
+from crm.backfill import fence
+from crm.backfill.known import ContactLookup
+from crm.backfill.mapping import ContactDraft, MappedRow, map_rows
+from crm.backfill.outcome import Outcome, Source, Totals
+from crm.backfill.plan import KnownContact, fill
+from crm.backfill.references import find_references, is_unreferenced
+from crm.backfill.resolutions import Resolutions
+from crm.backfill.schema import DatabaseFacts
+from crm.backfill.source import EVERY_ROW, SourceReader
+from crm.backfill.spellings import noncanonical_addresses
+from crm.backfill.transactions import certain_transaction
+from crm.backfill.update.reader import Present
+from crm.backfill.writer import MANNERS, BatchWriter, Timeouts
+from crm.errors import OperatorError
+from crm.models import BackfillBatch, BackfillRun, ContactUpdate, LedgerEntry
+from crm.models.ledger import RunStatus
+
+logger = logging.getLogger(__name__)
+
+#: How many contacts are settled in one transaction, and how many rows a warning names.
+CONTACTS_AT_ONCE, NAMED = 100, 10
+
+_MAY_DELETE = """
+SELECT has_table_privilege('crm_contacts', 'DELETE') AND has_table_privilege('ledger_entry', 'DELETE')
+"""
+_OURS = """
+SELECT c.id FROM crm_contacts c
+  JOIN ledger_entry line ON line.id = c.id AND line.outcome = 'created' AND line.run_id > %s
+ WHERE c.email = ANY(%s)
+"""
+# Whoever is just referring to one of them is waited for, and seen by the statements that follow.
+_LOCK = "SELECT id FROM crm_contacts WHERE id = ANY(%s) ORDER BY id FOR UPDATE"
+_LINES = """
+SELECT contact_id, source, source_id, outcome, run_id FROM ledger_entry
+ WHERE contact_id = ANY(%s) AND outcome IN ('created', 'merged')
+"""
+
+
+class _Line(NamedTuple):
+    contact_id: str
+    source: str
+    source_id: str
+    outcome: str
+    run_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Latecomers:
+    """Settles what was stored during a run, when its sources are through."""
+
+    connection: BaseDatabaseWrapper
+    facts: DatabaseFacts
+    run_id: int
+
+    def are_possible(self, created: int) -> bool:
+        """Whether this run, or one before it that did not finish, made contacts at all."""
+        unfinished = self._runs().filter(pk__gt=self._last_finished(), pk__lt=self.run_id)
+        return created > 0 or unfinished.filter(created__gt=0).exists()
+
+    def settle(self) -> Iterator[None]:
+        """Settle them, step by step: a caller may stop between two of them. Raises fence.FenceLostError.
+
+        What a step did is committed: after a bad moment, the next call goes on where this one stopped.
+        """
+        twice = sorted(self._with_company())
+        if not twice:
+            return
+        if obstacle := self._obstacle():
+            _tell(twice, obstacle)
+            return
+        writer = BatchWriter(self.connection, ContactLookup(self.connection, self.facts), self.run_id, Timeouts())
+        for first in range(0, len(twice), CONTACTS_AT_ONCE):
+            some = twice[first : first + CONTACTS_AT_ONCE]
+            if left := self._settle(some, writer):
+                _tell(left, "they have been changed or are referred to by now")
+            yield
+
+    def _runs(self) -> QuerySet[BackfillRun]:
+        return BackfillRun.objects.using(self.connection.alias).filter(kind=BackfillRun.Kind.BACKFILL)
+
+    def _last_finished(self) -> int:
+        finished = self._runs().filter(status=RunStatus.FINISHED, pk__lt=self.run_id).order_by("-pk")
+        return finished.values_list("pk", flat=True).first() or 0
+
+    def _with_company(self) -> set[str]:
+        """The contacts that were made since the last run that finished, and whose address another one has."""
+        since = self._last_finished()
+        found: set[str] = set()
+        for page in noncanonical_addresses(self.connection, "crm_contacts"):
+            with self.connection.cursor() as cursor:
+                cursor.execute(_OURS, [since, [address for _, address in page]])
+                found.update(identifier for (identifier,) in cursor.fetchall())
+        return found
+
+    def _obstacle(self) -> str | None:
+        """Why nothing can be taken out at all."""
+        with self.connection.cursor() as cursor:
+            cursor.execute(_MAY_DELETE)
+            if cursor.fetchone() != (True,):
+                return "this role may not delete contacts (docs/least_privilege.sql, rollback=on)"
+        try:
+            find_references(self.connection)
+        except OperatorError:
+            return "this role cannot see everything that may refer to a contact"
+        return None
+
+    def _settle(self, ids: Sequence[str], writer: BatchWriter) -> list[str]:
+        """Settle some of them in one transaction; those that stay."""
+        started = time.monotonic()
+        manners = MANNERS.format(lock=Timeouts().lock, statement=Timeouts().statement)
+        with certain_transaction(self.connection, manners):
+            with self.connection.cursor() as cursor:
+                cursor.execute("LOCK TABLE crm_contacts IN ROW EXCLUSIVE MODE")
+                cursor.execute(_LOCK, [list(ids)])
+                cursor.execute(_LINES, [list(ids)])
+                lines = [_Line._make(line) for line in cursor.fetchall()]
+            rows = self._rows(lines)
+            gone = self._deleted(self._untouched(ids, lines, rows))
+            lines = [line for line in lines if line.contact_id in gone]
+            self._forget(lines, rows)
+            totals = Totals()
+            for source in Source:
+                of_source = self._settle_again(source, lines, rows, gone, writer)
+                if of_source is not None:
+                    batch = BackfillBatch.of(self.run_id, source, of_source, time.monotonic() - started)
+                    batch.save(using=self.connection.alias, force_insert=True)
+                    totals.add(of_source)
+            fence.renew(self.run_id, totals)
+        return [identifier for identifier in ids if identifier not in gone]
+
+    def _rows(self, lines: Iterable[_Line]) -> dict[tuple[str, str], MappedRow]:
+        """The source rows of lines as they are now, by source and id, in the order in which a run takes them."""
+        resolutions, rules = Resolutions.every(self.connection), self.facts.rules()
+        found: dict[tuple[str, str], MappedRow] = {}
+        for source in Source:
+            ids = [line.source_id for line in lines if line.source == source]
+            if ids:
+                reader = SourceReader(self.connection, self.facts, source, ids=ids, choice=EVERY_ROW)
+                rows = resolutions.applied(map_rows(source, reader.page(None, len(ids)).rows, rules))
+                found |= {(source.value, row.source_id): row for row in rows}
+        return found
+
+    def _untouched(
+        self, ids: Iterable[str], lines: Sequence[_Line], rows: dict[tuple[str, str], MappedRow]
+    ) -> list[str]:
+        """The contacts that are what their rows made of them, and that no update has changed."""
+        present = Present(self.connection, self.facts, Resolutions(), with_versions=False)
+        standing = present.contacts(list(ids))
+        updates = ContactUpdate.objects.using(self.connection.alias).filter(contact_id__in=list(standing))
+        updated = set(updates.values_list("contact_id", flat=True))
+        of_contact: dict[str, list[_Line]] = {}
+        for line in lines:
+            of_contact.setdefault(line.contact_id, []).append(line)
+        return [
+            identifier
+            for identifier, contact in standing.items()
+            if identifier not in updated and _written(of_contact.get(identifier, ()), rows) == contact.values
+        ]
+
+    def _deleted(self, ids: list[str]) -> dict[str, str]:
+        """Delete those of the contacts that nobody refers to; their types by id."""
+        unreferenced = is_unreferenced(find_references(self.connection))
+        with self.connection.cursor() as cursor:
+            cursor.execute(
+                f'DELETE FROM crm_contacts c WHERE c.id = ANY(%s) AND {unreferenced} RETURNING c.id, c."contactType"',
+                [ids],
+            )
+            return dict(cursor.fetchall())
+
+    def _forget(self, lines: Iterable[_Line], rows: dict[tuple[str, str], MappedRow]) -> None:
+        keys = [rows[line.source, line.source_id].id for line in lines]
+        LedgerEntry.objects.using(self.connection.alias).filter(pk__in=keys).delete()
+
+    def _settle_again(
+        self,
+        source: Source,
+        lines: Iterable[_Line],
+        rows: dict[tuple[str, str], MappedRow],
+        types: dict[str, str],
+        writer: BatchWriter,
+    ) -> Totals | None:
+        """Settle the rows of a source, and count out what they were before in this run."""
+        theirs = {(line.source, line.source_id): line for line in lines if line.source == source}
+        if not theirs:
+            return None
+        totals = writer.settle_page(source, [row for key, row in rows.items() if key in theirs])
+        before = [line for line in theirs.values() if line.run_id == self.run_id]
+        made = [line for line in before if line.outcome == Outcome.CREATED]
+        totals.read -= len(before)
+        totals.created -= len(made)
+        totals.merged -= len(before) - len(made)
+        totals.created_by_type.subtract(Counter(types[line.contact_id] for line in made))
+        return totals
+
+
+def _written(lines: Iterable[_Line], rows: dict[tuple[str, str], MappedRow]) -> ContactDraft | None:
+    """What the rows of a contact made of it; None where they do not tell any more."""
+    outcomes = {(line.source, line.source_id): line.outcome for line in lines}
+    theirs = [(key, row) for key, row in rows.items() if key in outcomes]
+    makers = [row.draft for key, row in theirs if outcomes[key] == Outcome.CREATED]
+    if len(theirs) < len(outcomes) or len(makers) != 1 or makers[0] is None:
+        return None
+    contact = KnownContact.of_draft(makers[0])
+    for key, row in theirs:
+        if row.draft is None or row.resolution is not None:
+            return None
+        if outcomes[key] == Outcome.MERGED:
+            fill(contact, row.draft)
+    return makers[0]._replace(**contact.fills)
+
+
+def _tell(contacts: Collection[str], obstacle: str) -> None:
+    logger.warning(
+        "%d contacts of this run have company: meanwhile another contact was stored with the same address in another "
+        "spelling. Both stay, since %s: %s%s",
+        len(contacts),
+        obstacle,
+        ", ".join(sorted(contacts)[:NAMED]),
+        ", ..." if len(contacts) > NAMED else "",
+    )
