@@ -19,7 +19,11 @@ GENERATION ?= 2025_10
 SEED ?= 1
 MINUTES ?= 600
 
-.PHONY: help install demo test check soak bench lock clean
+# PostgreSQL as Debian installs it, beside the newer one that is embedded.
+INSTALLED_SERVER ?= $(lastword $(wildcard /usr/lib/postgresql/*/bin))
+MAIN_PATHS := tests/test_backfill.py tests/test_update.py tests/test_rollback.py tests/test_verify.py tests/hostile
+
+.PHONY: help install demo test test-installed check soak bench lock clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -47,12 +51,21 @@ demo: install ## Sample people in a fresh embedded database, backfilled before y
 test: install ## Run the tests (ARGS="-k mapping" for some of them)
 	$(PYTEST) $(ARGS)
 
+test-installed: install ## Run the tests of the main paths on the PostgreSQL of this machine, such as Debian's
+	@if [ -n "$(INSTALLED_SERVER)" ]; then \
+		echo "On $$($(INSTALLED_SERVER)/postgres --version):"; \
+		CRM_TEST_SERVER=$(INSTALLED_SERVER) $(PYTEST) $(MAIN_PATHS) $(ARGS); \
+	else \
+		echo 'No PostgreSQL is installed in /usr/lib/postgresql: its tests are left out.' >&2; \
+	fi
+
 check: install ## Lint, types, migrations and tests: what has to pass
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(EMBEDDED) $(BIN)/mypy --no-incremental .
 	$(MANAGE) makemigrations --check --dry-run
 	$(PYTEST)
+	$(MAKE) test-installed
 
 soak: install ## Every property test with thousands of examples, and the longest tests (MINUTES=600)
 	$(EMBEDDED) HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest -p tests.soak --minutes $(MINUTES) \

@@ -16,7 +16,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 
 from config.database import quoted_name
 from crm.backfill.plan import ASSIGNMENT_UNIT, ATTRIBUTION_UNIT, PROFILE_FILLS
-from crm.backfill.schema import CONTACT_COLUMNS, OPTIONAL_COLUMNS, PROMOTED_COLUMNS, REQUIRED_COLUMNS
+from crm.backfill.schema import CONTACT_COLUMNS, OPTIONAL_COLUMNS, PROMOTED_COLUMNS, REQUIRED_COLUMNS, find_misfits
 from crm.models import BackfillBatch, BackfillRun, ConflictDecision, ContactUpdate, CRMContact, LedgerEntry
 
 #: What no query here ever asks for.
@@ -105,6 +105,17 @@ def _messages(connection: BaseDatabaseWrapper) -> list[CheckMessage]:
     if connection.settings_dict["ENGINE"] != "config.embedded_backend":
         messages += _too_much(rights)
     return messages
+
+
+@register(Tags.database)
+def check_fit(databases: Sequence[str] | None = None, **_options: Any) -> list[CheckMessage]:
+    """What a run would refuse a database for, for each database asked for."""
+    return [
+        Error(misfit.problem, hint=misfit.way_out, id="crm.E004")
+        for alias in databases or ()
+        if connections[alias].vendor == "postgresql"
+        for misfit in find_misfits(connections[alias])
+    ]
 
 
 def _missing_schemas(rights: _Rights) -> list[CheckMessage]:

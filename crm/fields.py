@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from django.db import models
 from django.db.backends.base.base import BaseDatabaseWrapper
@@ -29,6 +30,36 @@ class PostgresEnumField(models.TextField):  # type: ignore[type-arg] # django-st
     def db_type(self, connection: BaseDatabaseWrapper) -> str:  # noqa: ARG002 - Django's signature
         """The quoted name of the enum type."""
         return f'"{self.enum}"'
+
+
+def array_type(field: models.Field[Any, Any], connection: BaseDatabaseWrapper) -> str:
+    """The type of an array of a column's values, by what the column really is: text, maybe, or another schema's enum.
+
+    Without a modifier: an explicit cast to varchar(n) or numeric(p,s) would cut or round without a word.
+    """
+    if not isinstance(field, PostgresEnumField):
+        return f"{str(field.db_type(connection)).split('(')[0]}[]"
+    connection.ensure_connection()
+    of_session = _ENUM_TYPES.setdefault(connection.connection, {})
+    column = (field.model._meta.db_table, str(field.column))
+    if column not in of_session:
+        with connection.cursor() as cursor:
+            cursor.execute(_ENUM_TYPE, column)
+            row = cursor.fetchone()
+        of_session[column] = row[0] if row else "text"
+    return f"{of_session[column]}[]"
+
+
+# By session: another one may see another database.
+_ENUM_TYPES: WeakKeyDictionary[Any, dict[tuple[str, str], str]] = WeakKeyDictionary()
+_ENUM_TYPE = """
+WITH RECURSIVE base(oid) AS (
+  SELECT atttypid FROM pg_attribute WHERE attrelid = to_regclass(quote_ident(%s)) AND attname = %s
+   UNION ALL
+  SELECT typbasetype FROM base JOIN pg_type d USING (oid) WHERE d.typtype = 'd')
+SELECT format('%%I.%%I', nspname, typname)
+  FROM base JOIN pg_type t USING (oid) JOIN pg_namespace n ON n.oid = typnamespace WHERE typtype = 'e'
+"""
 
 
 class KeyField(models.TextField):  # type: ignore[type-arg] # django-stubs' fields are generic, Django's are not

@@ -19,6 +19,7 @@ from pytest_django import DjangoDbBlocker
 
 from crm.legacy_schema import create_legacy_tables
 from crm.models import BackfillBatch, BackfillRun, ConflictDecision, ContactUpdate, LedgerEntry, Rollback
+from tests import installed_server
 from tests.populations import add_labels
 from tests.profiles import load_profile
 
@@ -29,6 +30,8 @@ if process := os.environ.get("PYTEST_XDIST_WORKER"):
     own_data = django_settings.EMBEDDED_DATA.with_name(f"{django_settings.EMBEDDED_DATA.name}-{process}")
     django_settings.EMBEDDED_DATA = own_data
     django_settings.DATABASES["default"]["EMBEDDED_DATA"] = own_data
+
+installed_server.use_where_asked_for()
 
 LEGACY_TABLES = ("crm_stage_history", "crm_interactions", "crm_contacts", "leads", "profiles", "users")
 OWN_MODELS = (LedgerEntry, ContactUpdate, BackfillBatch, Rollback, ConflictDecision, BackfillRun)

@@ -113,12 +113,14 @@ def test_rows_that_a_policy_hides_are_not_taken_for_all_there_are(
     assert contacts() == {}
 
 
+@dry_and_wet
 @pytest.mark.parametrize("constraint", ["UNIQUE (phone)", "EXCLUDE USING btree (phone WITH =)"])
-def test_a_deferrable_constraint_that_no_insert_could_pass_by(database: Database, constraint: str) -> None:
+def test_a_deferrable_constraint_that_no_insert_could_pass_by(
+    database: Database, constraint: str, arguments: tuple[str, ...]
+) -> None:
     add_lead("ann@example.com")
     database.change(f"ALTER TABLE crm_contacts ADD CONSTRAINT one_phone {constraint} DEFERRABLE")
-    assert_refused(refused(database), "one_phone", "crm_contacts", "NOT DEFERRABLE")
-    assert backfill("--dry-run").code == 0
+    assert_refused(refused(database, *arguments), "one_phone", "crm_contacts", "NOT DEFERRABLE")
 
 
 # Labels

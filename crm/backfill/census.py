@@ -21,8 +21,8 @@ from crm.backfill.schema import DatabaseFacts
 FEW_ROWS, FEW_SHARE = 20_000, 0.1
 
 _NAMES = {
-    "profiles": {"table": "profiles", "label": "role", "enum": "UserRole"},
-    "leads": {"table": "leads", "label": "status", "enum": "LeadStatus"},
+    "profiles": {"table": "profiles", "label": "role"},
+    "leads": {"table": "leads", "label": "status"},
 }
 # One statement, so that all of it is of one moment. Each term is counted by itself: the rows of the table without a
 # look at the ledger, the lines that rows have by what they say, and as pending the rows without any line.
@@ -58,19 +58,19 @@ _ERRORS = """
 SELECT r.{label}::text, r.id
   FROM ledger_entry line JOIN {table} r ON r.id = line.source_id
  WHERE line.outcome = 'error' AND line.source = ANY(%(sources)s)
-   AND (r.{label} = ANY(%(labels)s::"{enum}"[]) OR r.{label} IS NULL){only}
+   AND (r.{label} = ANY(%(labels)s::{label_type}[]) OR r.{label} IS NULL){only}
 """
 _PENDING_ROWS = """
 SELECT r.{label}::text, r.id
   FROM {table} r
- WHERE (r.{label} = ANY(%(labels)s::"{enum}"[]) OR r.{label} IS NULL){only}
+ WHERE (r.{label} = ANY(%(labels)s::{label_type}[]) OR r.{label} IS NULL){only}
    AND NOT EXISTS (SELECT FROM ledger_entry line WHERE line.source_id = r.id AND line.source = ANY(%(sources)s))
 """
 # A row that changed since its line was written may have become one that is not to be migrated.
 _EXCLUDED_OF_RUN = """
 SELECT count(*)
   FROM {table} r JOIN ledger_entry line ON line.source_id = r.id AND line.source = ANY(%(sources)s)
- WHERE r.{label} <> ALL(%(labels)s::"{enum}"[]) AND line.run_id = %(run)s AND line.outcome <> 'error'
+ WHERE r.{label} <> ALL(%(labels)s::{label_type}[]) AND line.run_id = %(run)s AND line.outcome <> 'error'
    AND line.source_updated_at = r."updatedAt"
 """
 
@@ -203,5 +203,5 @@ def _rows(
     only = _ONLY["id"] if f"{table}.id" in facts.nullable else ""
     only += _ONLY["repeated"] if parameters["repeated"] else ""
     with connection.cursor() as cursor:
-        cursor.execute(query.format(**_NAMES[table], only=only), parameters)
+        cursor.execute(query.format(**_NAMES[table], only=only, label_type=facts.label_types[table]), parameters)
         return list(cursor.fetchall())

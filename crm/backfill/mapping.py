@@ -9,8 +9,9 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from django.core.exceptions import ValidationError
 from django.core.validators import validate_email
@@ -31,6 +32,13 @@ ATTRIBUTION = (
     "commission_rate_locked_at",
     "attribution_method",
 )
+
+#: The timestamps of a contact, and as many digits of a second as PostgreSQL has.
+MOMENTS = (
+    *("stage_entered_at", "assigned_at", "commission_rate_locked_at", "created_at", "updated_at"),
+    "last_contacted_at",
+)
+MOST_SECOND_DIGITS = 6
 
 SOURCE_OF_ROLE = {"CLIENT": Source.CLIENTS, "TAX_PREPARER": Source.PREPARERS, "AFFILIATE": Source.AFFILIATES}
 EXCLUDED_ROLES = {"SUPER_ADMIN": "super_admin", "ADMIN": "admin", "LEAD": "lead"}
@@ -153,11 +161,42 @@ class Rules:
 
     stages: Mapping[str, str]
     placeholder_domain: str
+    second_digits: int = 6
+    rate_decimals: int | None = None
 
     def stage_of(self, status: str) -> str | None:
         """The label of the stage that a lead's normalised status comes to, if the database has one."""
         wanted = STAGES_OF_STATUS.get(status, ())
         return next((self.stages[stage] for stage in wanted if stage in self.stages), None)
+
+    def as_stored(self, moment: str) -> str:
+        """A timestamp as a contact keeps it: rounded to as many digits of a second as its columns have."""
+        return rounded(moment, self.second_digits)
+
+    def keeps(self, rate: str | None) -> bool:
+        """Whether a contact keeps a rate as it is: money is not rounded."""
+        if rate is None or self.rate_decimals is None:
+            return True
+        return len(rate.partition(".")[2].rstrip("0")) <= self.rate_decimals
+
+
+def rounded(moment: str, digits: int) -> str:
+    """PostgreSQL's text of a timestamp, with no more than so many digits of a second; halves go up.
+
+    A year that Python does not have is cut off instead.
+    """
+    whole, _, fraction = moment.partition(".")
+    if len(fraction) <= digits:
+        return moment
+    half = timedelta(microseconds=10 ** (6 - digits) // 2)
+    try:
+        whole, _, fraction = (datetime.fromisoformat(moment) + half).isoformat(" ", "microseconds").partition(".")
+        era = ""
+    except (ValueError, OverflowError):
+        fraction, blank, era = fraction.partition(" ")
+        era = blank + era
+    kept = fraction[:digits].rstrip("0")
+    return f"{whole}.{kept}{era}" if kept else f"{whole}{era}"
 
 
 def contact_id(table: str, source_id: str) -> str:
@@ -170,7 +209,7 @@ def contact_id(table: str, source_id: str) -> str:
 
 def normalised(label: str) -> str:
     """A role, status or type without its spelling: the generations write it in upper or lower case."""
-    return label.upper().replace("-", "_").replace(" ", "_")
+    return label.strip().upper().replace("-", "_").replace(" ", "_")
 
 
 def trimmed(text: str | None) -> str | None:
@@ -326,7 +365,8 @@ def lead_mapper(source: Source, rules: Rules) -> Callable[[LeadRow], MappedRow]:
             required = {"createdAt": created_at, "updatedAt": updated_at}
             optional = {"lastContactedAt": contacted_at, "commissionRateLockedAt": locked_at}
             return _rejected("leads", row, *_fault(required, optional))
-        if row.commission_rate is not None and not row.commission_rate[-1:].isdigit():
+        rate = row.commission_rate
+        if rate is not None and not (rate[-1:].isdigit() and rules.keeps(rate)):
             return _rejected("leads", row, Reason.INVALID_VALUE, Refusal(column="commissionRate"))
         identifier = contact_id("leads", row.id)
         assigned = row.assigned_preparer_id if row.assigned_preparer_id and row.assigned_preparer_id.strip() else None
@@ -368,6 +408,23 @@ def unmapped(table: str, source_id: str, known_reason: str | None, reason: Reaso
 
 def map_rows(source: Source, rows: Iterable[tuple[object, ...]], rules: Rules) -> list[MappedRow]:
     """Map a batch of rows as they came from the database."""
-    if source.table == "leads":
-        return list(map(lead_mapper(source, rules), map(LeadRow._make, rows)))
-    return list(map(profile_mapper(source, rules), map(ProfileRow._make, rows)))
+    mapped = (
+        list(map(lead_mapper(source, rules), map(LeadRow._make, rows)))
+        if source.table == "leads"
+        else list(map(profile_mapper(source, rules), map(ProfileRow._make, rows)))
+    )
+    # The row's own `updated_at` stays as exact as it is: it tells whether the row changed.
+    return [_as_stored(row, rules) for row in mapped] if rules.second_digits < MOST_SECOND_DIGITS else mapped
+
+
+def _as_stored(row: MappedRow, rules: Rules) -> MappedRow:
+    draft = row.draft
+    if draft is None:
+        return row
+    longest = len("YYYY-MM-DD HH:MM:SS.") + rules.second_digits
+    found: dict[str, Any] = {
+        name: rules.as_stored(moment)
+        for name in MOMENTS
+        if (moment := getattr(draft, name)) is not None and len(moment) > longest
+    }
+    return row._replace(draft=draft._replace(**found)) if found else row

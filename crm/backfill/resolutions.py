@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Self
 
+from django.conf import settings
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill.mapping import MappedRow, Resolution
@@ -24,7 +25,7 @@ _ALL = 'SELECT id, "row", contact_id, separate_email FROM conflict_decision deci
 _TO_BE_CARRIED_OUT = f"""
 {_ALL} WHERE NOT EXISTS (SELECT FROM ledger_entry line WHERE line.id = decision.id AND line.outcome <> 'error')
 """
-_IS_READABLE = "SELECT has_table_privilege(to_regclass('conflict_decision'), 'SELECT')"
+_IS_READABLE = "SELECT has_table_privilege(to_regclass(quote_ident(%s) || '.conflict_decision'), 'SELECT')"
 
 
 class _Decided(NamedTuple):
@@ -88,7 +89,7 @@ class Resolutions:
 def _is_readable(database: BaseDatabaseWrapper) -> bool | None:
     """Whether the decisions may be read; None where there is no table of them as yet."""
     with database.cursor() as cursor:
-        cursor.execute(_IS_READABLE)
+        cursor.execute(_IS_READABLE, [settings.BACKFILL_SCHEMA])
         (readable,) = cursor.fetchone()
     return None if readable is None else bool(readable)
 

@@ -121,7 +121,7 @@ def run_backfill(options: RunOptions, progress: Progress | None = None) -> RunRe
     """
     started = time.monotonic()
     with errors.beginning():
-        facts = examine(connection, for_writing=not options.dry_run, for_updating=options.update)
+        facts = examine(connection, for_writing=not options.dry_run, for_inserting=True, for_updating=options.update)
     watcher = progress or Silence()
     with lifecycle() as life:
         if not options.dry_run:

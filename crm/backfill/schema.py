@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from django.conf import settings
 from django.db.backends.base.base import BaseDatabaseWrapper
 
+from crm.backfill.catalog import Column, read_tables
 from crm.backfill.mapping import (
     CONTACT_TYPE_OF_LEAD_TYPE,
     CONTACT_TYPE_OF_SOURCE,
@@ -25,6 +26,7 @@ from crm.backfill.mapping import (
 )
 from crm.backfill.outcome import Source
 from crm.backfill.repeated import find_repeated_ids
+from crm.backfill.requirements import HISTORY, MOMENTS, RATE, Unfit, misfits
 from crm.errors import OperatorError
 from crm.models import BackfillBatch, BackfillRun, ConflictDecision, ContactUpdate, CRMContact, LedgerEntry
 
@@ -52,6 +54,13 @@ OPTIONAL_COLUMNS: Mapping[str, tuple[str, ...]] = {"profiles": ("clerkUserId",),
 #: The source that takes rows without a role or status, and ids that several rows have: all of them are errors.
 SOURCE_OF_STRAYS: Mapping[str, Source] = {"profiles": Source.CLIENTS, "leads": Source.ACTIVE_LEADS}
 REQUIRED_CONTACT_TYPES = sorted({*CONTACT_TYPE_OF_SOURCE.values(), *CONTACT_TYPE_OF_LEAD_TYPE.values()})
+#: What decides about a row of a table.
+LABEL_OF_TABLE = {"profiles": "role", "leads": "status"}
+#: The pipelines where a contact's stage is no enum that would say so.
+STAGES_OF_2025_10 = ("NEW", "CONTACTED", "DOCUMENTS", "PREPARING", "COMPLETE")
+STAGES_SINCE = ("NEW", "CONTACTED", "QUALIFIED", "DOCUMENTS", "FILED", "CLOSED", "LOST")
+#: Of the rate that `migrate` adds where there is none.
+DECIMALS_OF_OURS = 2
 #: What only --update writes in a contact that is there.
 PROMOTED_COLUMNS = ("firstName", "lastName", "email", "contactType", "source", "stage", "stageEnteredAt")
 #: What the ledger consists of for those who read it: what became of every row, and what updates changed later.
@@ -66,15 +75,6 @@ MARKS_OF_GENERATION = (("2025_12", "profiles", "crmEmailAutomation"), ("2025_11"
 
 
 @dataclass(frozen=True, slots=True)
-class Column:
-    """A column of one of the application's tables."""
-
-    type: str
-    not_null: bool
-    readable: bool
-
-
-@dataclass(frozen=True, slots=True)
 class DatabaseFacts:
     """What the backfill must know of the database it works on."""
 
@@ -85,6 +85,11 @@ class DatabaseFacts:
     roles: Mapping[str, tuple[str, ...]]
     statuses: Mapping[str, tuple[str, ...]]
     stages: Mapping[str, str]
+    #: To what labels are cast before they meet the roles of profiles and the statuses of leads.
+    label_types: Mapping[str, str]
+    #: How many digits of a second every timestamp of a contact keeps, and how many decimals its rate; None for all.
+    second_digits: int
+    rate_decimals: int | None
     #: The columns that may be NULL, as `table.column`.
     nullable: frozenset[str] = frozenset()
     #: By table the ids that several of its rows have.
@@ -92,7 +97,12 @@ class DatabaseFacts:
 
     def rules(self) -> Rules:
         """The rules of the mapping on this database."""
-        return Rules(stages=self.stages, placeholder_domain=settings.CRM_PLACEHOLDER_DOMAIN)
+        return Rules(
+            stages=self.stages,
+            placeholder_domain=settings.CRM_PLACEHOLDER_DOMAIN,
+            second_digits=self.second_digits,
+            rate_decimals=self.rate_decimals,
+        )
 
     def source_of_role(self, label: str) -> Source | None:
         """The source of a profile with this role; None when it is excluded. What nobody knows goes with the clients."""
@@ -123,42 +133,51 @@ class DatabaseFacts:
         return [label for label in labels if self.source_of(source.table, label) is source]
 
 
-def examine(connection: BaseDatabaseWrapper, *, for_writing: bool, for_updating: bool = False) -> DatabaseFacts:
+def examine(
+    connection: BaseDatabaseWrapper, *, for_writing: bool, for_inserting: bool = False, for_updating: bool = False
+) -> DatabaseFacts:
     """Read the facts. Raises OperatorError where this database does not fit, with the names of what is missing.
 
-    `for_updating` asks for what --update needs besides, where it is to write.
+    `for_inserting` asks for what the backfill itself needs, `for_updating` for what --update needs besides.
 
     For a dry run, the right to SELECT is enough, and our own tables may be missing.
     """
     _require_schema(connection)
-    columns = _columns(connection)
+    tables = read_tables(connection, (*REQUIRED_COLUMNS, HISTORY))
+    columns = {name: table.columns for name, table in tables.items()}
     _require_tables(columns)
     _require_columns(columns)
     _require_all_rows(connection)
-    labels = _labels(connection)
+    for misfit in misfits(connection, tables, for_inserting=for_inserting, for_updating=for_updating):
+        raise OperatorError(str(misfit))
     has_attribution = all(column in columns["crm_contacts"] for column in ATTRIBUTION_COLUMNS)
     ledger_is_readable = _ledger_is_readable(connection)
     if for_writing:
+        _require_writable(connection)
         _require_migrations(has_attribution=has_attribution, has_ledger=ledger_is_readable is not None)
         _require_rights(connection, ledger_is_readable=bool(ledger_is_readable), for_updating=for_updating)
-        _require_immediate_constraints(connection)
     elif ledger_is_readable is False:
         logger.warning(
             "this role may not read the ledger: the dry run takes every row for new, also those of earlier runs"
         )
-    roles = _spellings(labels.get(columns["profiles"]["role"].type, []))
-    statuses = _spellings(labels.get(columns["leads"]["status"].type, []))
-    contact_types = _spellings(labels.get(columns["crm_contacts"]["contactType"].type, []))
-    stages = _spellings(labels.get(columns["crm_contacts"]["stage"].type, []))
+    roles = _labels(connection, columns, "profiles", "role")
+    statuses = _labels(connection, columns, "leads", "status")
+    generation = _generation(columns, roles)
+    contact_types = _labels_of_contacts(connection, columns, generation, "contactType")
+    stages = _labels_of_contacts(connection, columns, generation, "stage")
     _require_labels(contact_types, stages)
+    contact = columns["crm_contacts"]
     return DatabaseFacts(
-        generation=_generation(columns, roles),
+        generation=generation,
         has_clerk_user_id="clerkUserId" in columns["profiles"],
         has_attribution=has_attribution,
         has_ledger=bool(ledger_is_readable),
         roles=roles,
         statuses=statuses,
         stages={stage: spellings[0] for stage, spellings in stages.items()},
+        label_types={table: columns[table][name].cast for table, name in LABEL_OF_TABLE.items()},
+        second_digits=min(contact[name].second_digits for name in MOMENTS if name in contact),
+        rate_decimals=contact[RATE].scale if RATE in contact else DECIMALS_OF_OURS,
         nullable=frozenset(
             f"{table}.{name}"
             for table, of_table in columns.items()
@@ -167,6 +186,14 @@ def examine(connection: BaseDatabaseWrapper, *, for_writing: bool, for_updating:
         ),
         repeated_ids=find_repeated_ids(connection, SOURCE_OF_STRAYS),
     )
+
+
+def find_misfits(connection: BaseDatabaseWrapper) -> list[Unfit]:
+    """Everything that `examine` would refuse this database for but rights and what `migrate` makes."""
+    tables = read_tables(connection, (*REQUIRED_COLUMNS, HISTORY))
+    if not tables.keys() >= REQUIRED_COLUMNS.keys():
+        return []
+    return list(misfits(connection, tables, for_inserting=True, for_updating=HISTORY in tables))
 
 
 def _require_schema(connection: BaseDatabaseWrapper) -> None:
@@ -183,24 +210,6 @@ def _require_schema(connection: BaseDatabaseWrapper) -> None:
             f"This role may not look into the schema {settings.LEGACY_SCHEMA}. Let its owner GRANT USAGE ON SCHEMA "
             f"{connection.ops.quote_name(settings.LEGACY_SCHEMA)} TO {row[0]}. Nothing was written."
         )
-
-
-def _columns(connection: BaseDatabaseWrapper) -> dict[str, dict[str, Column]]:
-    with connection.cursor() as cursor:
-        cursor.execute(
-            """
-            SELECT c.relname, a.attname, t.typname, a.attnotnull, has_column_privilege(c.oid, a.attnum, 'SELECT')
-              FROM pg_class c
-              JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
-              JOIN pg_type t ON t.oid = a.atttypid
-             WHERE c.oid IN (SELECT to_regclass(quote_ident(%s) || '.' || name) FROM unnest(%s::text[]) AS name)
-            """,
-            [settings.LEGACY_SCHEMA, list(REQUIRED_COLUMNS)],
-        )
-        found: dict[str, dict[str, Column]] = {}
-        for table, name, type_name, not_null, readable in cursor.fetchall():
-            found.setdefault(table, {})[name] = Column(type_name, not_null, readable)
-    return found
 
 
 def _require_tables(columns: Mapping[str, Mapping[str, Column]]) -> None:
@@ -246,35 +255,40 @@ def _require_all_rows(connection: BaseDatabaseWrapper) -> None:
         )
 
 
-def _require_immediate_constraints(connection: BaseDatabaseWrapper) -> None:
-    """PostgreSQL takes no deferrable constraint for ON CONFLICT, so every insert would fail."""
+def _require_writable(connection: BaseDatabaseWrapper) -> None:
     with connection.cursor() as cursor:
-        cursor.execute(
-            "SELECT conname FROM pg_constraint WHERE conrelid = to_regclass(quote_ident(%s) || '.crm_contacts') "
-            "AND contype IN ('p', 'u', 'x') AND condeferrable",
-            [settings.LEGACY_SCHEMA],
-        )
-        deferrable = [name for (name,) in cursor.fetchall()]
-    if deferrable:
+        cursor.execute("SELECT current_setting('transaction_read_only')::bool")
+        (read_only,) = cursor.fetchone()
+    if read_only:
         raise OperatorError(
-            f"The constraint {', '.join(deferrable)} of crm_contacts is deferrable, and PostgreSQL inserts nothing "
-            "past such a one on conflict. Let the table's owner make it NOT DEFERRABLE. Nothing was written."
+            "Nothing can be written here: the server is a standby, or default_transaction_read_only is on for it, for "
+            "the database or for the role. Give DATABASE_URL the address of the primary, let the setting be off, or "
+            "look first with --dry-run. Nothing was written."
         )
 
 
-def _labels(connection: BaseDatabaseWrapper) -> dict[str, list[str]]:
+def _labels(
+    connection: BaseDatabaseWrapper, columns: Mapping[str, Mapping[str, Column]], table: str, name: str
+) -> dict[str, tuple[str, ...]]:
+    """The labels of a column and their spellings: those of its enum, in its order, or those that are there."""
+    column = columns[table][name]
+    query, parameters = "SELECT enumlabel FROM pg_enum WHERE enumtypid = %s ORDER BY enumsortorder", [column.type_oid]
+    if not column.is_enum:
+        query, parameters = f'SELECT DISTINCT "{name}"::text FROM {table} WHERE "{name}" IS NOT NULL ORDER BY 1', []
     with connection.cursor() as cursor:
-        cursor.execute(
-            """
-            SELECT t.typname, e.enumlabel FROM pg_enum e JOIN pg_type t ON t.oid = e.enumtypid
-             WHERE t.typnamespace = to_regnamespace(quote_ident(%s)) ORDER BY t.oid, e.enumsortorder
-            """,
-            [settings.LEGACY_SCHEMA],
-        )
-        found: dict[str, list[str]] = {}
-        for type_name, label in cursor.fetchall():
-            found.setdefault(type_name, []).append(label)
-    return found
+        cursor.execute(query, parameters)
+        return _spellings(label for (label,) in cursor.fetchall())
+
+
+def _labels_of_contacts(
+    connection: BaseDatabaseWrapper, columns: Mapping[str, Mapping[str, Column]], generation: str, name: str
+) -> dict[str, tuple[str, ...]]:
+    """What a contact's column may say. Text may say anything: then what its generation has an enum for."""
+    if columns["crm_contacts"][name].is_enum:
+        return _labels(connection, columns, "crm_contacts", name)
+    if name == "contactType":
+        return _spellings(REQUIRED_CONTACT_TYPES)
+    return _spellings(STAGES_OF_2025_10 if generation.startswith("2025_10") else STAGES_SINCE)
 
 
 def _spellings(labels: Iterable[str]) -> dict[str, tuple[str, ...]]:
@@ -362,15 +376,29 @@ def _require_rights(connection: BaseDatabaseWrapper, *, ledger_is_readable: bool
 
 def _require_tables_of_ours(connection: BaseDatabaseWrapper, tables: Iterable[str]) -> None:
     with connection.cursor() as cursor:
+        # A table of the application's schema that has the name of one of ours is none of ours.
         cursor.execute(
             """
-            SELECT 'table ' || t FROM unnest(%s::text[]) AS t WHERE to_regclass(t) IS NULL
+            WITH wanted(t, name) AS (
+              SELECT t, NULL FROM unnest(%(tables)s::text[]) AS t
+               UNION ALL
+              SELECT * FROM unnest(%(of)s::text[], %(columns)s::text[])
+            ), meant AS (
+              SELECT t, name, COALESCE(to_regclass(quote_ident(%(ours)s) || '.' || t),
+                                       to_regclass(quote_ident(%(theirs)s) || '.' || t)) AS oid FROM wanted
+            )
+            SELECT 'table ' || t FROM meant WHERE oid IS NULL AND name IS NULL
              UNION ALL
-            SELECT 'column ' || t || '.' || name FROM unnest(%s::text[], %s::text[]) AS wanted(t, name)
-             WHERE to_regclass(t) IS NOT NULL
-               AND NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = to_regclass(t) AND attname = name)
+            SELECT 'column ' || t || '.' || name FROM meant
+             WHERE oid IS NOT NULL AND name IS NOT NULL
+               AND NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = oid AND attname = name)
             """,
-            [list(tables), *map(list, zip(*_OUR_COLUMNS, strict=True))],
+            {
+                **dict(zip(("of", "columns"), map(list, zip(*_OUR_COLUMNS, strict=True)), strict=True)),
+                "tables": list(tables),
+                "ours": settings.BACKFILL_SCHEMA,
+                "theirs": settings.LEGACY_SCHEMA,
+            },
         )
         missing = [name for (name,) in cursor.fetchall()]
     if missing:

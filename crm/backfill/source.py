@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 from django.db import DatabaseError, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.utils import CursorWrapper
+from psycopg.abc import Buffer
+from psycopg.adapt import Loader
 from psycopg.types.string import TextLoader
 
 from crm.backfill.addresses import trimmed_address_sql
@@ -95,8 +97,8 @@ _KEYS = {
     "leads": 'SELECT r.id, r."createdAt", line.reason FROM leads r {line} WHERE {labels} {conditions}',
 }
 _LABELS = {
-    "profiles": ("role", 'r.role = ANY(%(labels)s::"UserRole"[])'),
-    "leads": ("status", 'r.status = ANY(%(labels)s::"LeadStatus"[])'),
+    "profiles": ("role", "r.role = ANY(%(labels)s::{label_type}[])"),
+    "leads": ("status", "r.status = ANY(%(labels)s::{label_type}[])"),
 }
 # The texts whose length nobody bounds. Their length is known without reading them.
 _TEXTS = {
@@ -323,7 +325,8 @@ class SourceReader:
     def _labels(self) -> str:
         """The condition of the rows whose role or status is the source's; NULL is nobody's, and is read by one."""
         table = self.source.table
-        label, condition = _LABELS[table]
+        label, form = _LABELS[table]
+        condition = form.format(label_type=self.facts.label_types[table])
         takes_null = self.source is SOURCE_OF_STRAYS[table] and f"{table}.{label}" in self.facts.nullable
         return f"({condition} OR r.{label} IS NULL)" if takes_null else condition
 
@@ -384,7 +387,28 @@ class SourceReader:
         return (identifier,) if self.source.table == "profiles" else (created_at, identifier)
 
 
+class _RateLoader(Loader):
+    """A numeric as text, with two decimals or as many as it needs: 5, 5.00 and 5.000000 are one rate."""
+
+    def load(self, data: Buffer) -> str:
+        """PostgreSQL's text without the zeros at its end."""
+        text = bytes(data).decode()
+        whole, point, decimals = text.partition(".")
+        if not point:
+            return f"{text}.00" if text.lstrip("-").isdigit() else text
+        return f"{whole}.{decimals.rstrip('0').ljust(2, '0')}"
+
+
+class _MomentLoader(Loader):
+    """A timestamp with time zone as text, in UTC as the session has it: as one without."""
+
+    def load(self, data: Buffer) -> str:
+        """PostgreSQL's text without the zone."""
+        return bytes(data).decode().replace("+00", "", 1)
+
+
 def read_as_text(cursor: CursorWrapper) -> None:
-    """Let this cursor return timestamps and numerics as the text that PostgreSQL sends."""
-    for type_name in ("timestamp", "timestamptz", "numeric"):
-        cursor.adapters.register_loader(type_name, TextLoader)
+    """Let this cursor return timestamps and numerics as text, one text for one value."""
+    cursor.adapters.register_loader("timestamp", TextLoader)
+    cursor.adapters.register_loader("timestamptz", _MomentLoader)
+    cursor.adapters.register_loader("numeric", _RateLoader)

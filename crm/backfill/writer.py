@@ -24,6 +24,7 @@ from crm.backfill.plan import ASSIGNMENT_UNIT, ATTRIBUTION_UNIT, PROFILE_FILLS
 from crm.backfill.refusals import MOST_ALIKE, AlikeRefusals, names_of_the_schema
 from crm.backfill.settle import Settled, UnsettledError, settle
 from crm.backfill.transactions import certain_transaction
+from crm.fields import array_type
 from crm.models import BackfillBatch, CRMContact
 
 # Deferred constraints would speak up at the commit, when nobody can tell which row they mean.
@@ -70,7 +71,7 @@ def _fill_statement(connection: BaseDatabaseWrapper) -> str:
         for name in unit
     ]
     fields = {field.attname: field for field in CRMContact._meta.concrete_fields}
-    arrays = ", ".join(f"%s::{str(fields[name].db_type(connection)).split('(')[0]}[]" for name in _FILLED)
+    arrays = ", ".join(f"%s::{array_type(fields[name], connection)}" for name in _FILLED)
     return (
         f"UPDATE crm_contacts c SET {', '.join(alone + units)} "
         f"FROM unnest(%s::text[], {arrays}) AS v(id, {', '.join(_COLUMN[name] for name in _FILLED)}) WHERE c.id = v.id "

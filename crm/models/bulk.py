@@ -14,6 +14,8 @@ from typing import Any
 from django.db import connections, models
 from django.db.models.constants import OnConflict
 
+from crm.fields import array_type
+
 
 class ColumnwiseQuerySet(models.QuerySet[Any]):
     """A queryset whose `bulk_create` takes its values column by column, as they are, and inserts in its own order.
@@ -41,7 +43,7 @@ class ColumnwiseQuerySet(models.QuerySet[Any]):
         operations: Any = connection.ops
         options = self.model._meta
         names = ", ".join(operations.quote_name(str(field.column)) for field in fields)
-        arrays = ", ".join(f"%s::{str(field.db_type(connection)).split('(')[0]}[]" for field in fields)
+        arrays = ", ".join(f"%s::{array_type(field, connection)}" for field in fields)
         suffix = operations.on_conflict_suffix_sql(
             fields,
             on_conflict,

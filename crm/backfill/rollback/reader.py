@@ -12,7 +12,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill.apart import read_apart
 from crm.backfill.arrays import use_fast_arrays
-from crm.backfill.mapping import ContactDraft, MappedRow, contact_id, map_rows, trimmed, unmapped
+from crm.backfill.mapping import ContactDraft, MappedRow, contact_id, map_rows, rounded, trimmed, unmapped
 from crm.backfill.outcome import Outcome, Reason, Refusal, Source, UpdateOutcome
 from crm.backfill.resolutions import Resolutions
 from crm.backfill.rollback.updates import UpdateRecord
@@ -154,6 +154,7 @@ class Reader:
                     run_id,
                     updated_at,
                     tuple(columns.split(",")),
+                    rounded(updated_at, self.facts.second_digits),
                 ),
                 *rest,
             )
@@ -240,6 +241,7 @@ class Reader:
                 run_id,
                 updated_at,
                 tuple(filled.split(",")) if filled else (),
+                rounded(updated_at, self.facts.second_digits),
                 *was,
             )
             for identifier, source, source_id, outcome, contact_id, run_id, updated_at, filled, *was in self._rows(

@@ -533,7 +533,7 @@ def _take_back_statement(columns: Iterable[str]) -> str:
 
 def _marker_of(line: Line, creator: Line | None) -> str | None:
     """The contact's `updatedAt` when the row was merged into it; older lines have only that of the row that made it."""
-    return line.contact_updated_at or (creator.updated_at if creator else None)
+    return line.contact_updated_at or (creator.written_at if creator else None)
 
 
 def _is_made_by(run_id: int, line: Line | None) -> bool:

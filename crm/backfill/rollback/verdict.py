@@ -48,6 +48,8 @@ class Line(NamedTuple):
     run_id: int
     updated_at: str
     filled: tuple[str, ...]
+    #: `updated_at` as the contact keeps it.
+    written_at: str
     contact_updated_at: str | None = None
     confidence_before: int | None = None
 
@@ -94,7 +96,7 @@ Rows = Mapping[str, SourceRow]
 
 def edited_columns(contact: StoredContact, creator: Line, merges: Iterable[Line], rows: Rows) -> list[str]:
     """The columns in which the contact is not what the line that made it, and those merged into it, have written."""
-    if contact.values.updated_at != creator.updated_at:
+    if contact.values.updated_at != creator.written_at:
         return ["updated_at"]
     written = _possible_values(creator, ContactDraft._fields, rows)
     for merge in merges:

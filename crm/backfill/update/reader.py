@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill.addresses import canonical_address_sql
-from crm.backfill.mapping import ATTRIBUTION, CONTACT_TYPE_OF_SOURCE, ContactDraft, MappedRow, map_rows
+from crm.backfill.mapping import ATTRIBUTION, CONTACT_TYPE_OF_SOURCE, ContactDraft, MappedRow, map_rows, rounded
 from crm.backfill.outcome import Outcome, Source
 from crm.backfill.resolutions import Resolutions
 from crm.backfill.schema import DatabaseFacts
@@ -196,7 +196,7 @@ class Present:
         for line in by_id.values():
             contact = contacts[line.line.contact_id]
             if line.line.outcome is Outcome.CREATED:
-                contact.made_at = line.line.settled_at
+                contact.made_at = rounded(line.line.settled_at, self.facts.second_digits)
         for line in by_id.values():
             contact = contacts[line.line.contact_id]
             if contact.made_at is not None and not contact.is_as_written:

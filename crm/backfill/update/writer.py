@@ -24,18 +24,20 @@ from crm.backfill.transactions import certain_transaction
 from crm.backfill.update.changes import FIELDS_OF_CHANGE, REFUSED, Change, Look, decide, rows_of, totals_of
 from crm.backfill.update.reader import Present
 from crm.backfill.writer import MANNERS, Timeouts, lock_contacts
-from crm.models import BackfillBatch, CRMContact
+from crm.fields import array_type
+from crm.models import BackfillBatch, CRMContact, CRMStageHistory
 
 #: Who moved the contact on, for the people who read its history.
 REASON = "CRM contacts backfill"
 
 _FIELDS = {field.attname: field for field in CRMContact._meta.concrete_fields}
+_STEP_FIELDS = {field.attname: field for field in CRMStageHistory._meta.concrete_fields}
 _WRITTEN = tuple(dict.fromkeys(name for fields in FIELDS_OF_CHANGE.values() for name in fields))
 # Bare: to name the key would take the right to read it.
 _HISTORY = """
 INSERT INTO crm_stage_history (id, "contactId", "fromStage", "toStage", reason, "createdAt")
-SELECT id, contact_id, from_stage::"PipelineStage", to_stage::"PipelineStage", %s, entered_at::timestamp
-  FROM unnest(%s::text[], %s::text[], %s::text[], %s::text[], %s::text[])
+SELECT id, contact_id, from_stage, to_stage, %s, entered_at
+  FROM unnest(%s::text[], %s::text[], %s::{from_stage}, %s::{to_stage}, %s::timestamp[])
        AS step(id, contact_id, from_stage, to_stage, entered_at)
 ON CONFLICT DO NOTHING
 """
@@ -216,7 +218,10 @@ class UpdateWriter:
         ]
         if steps:
             with self._connection.cursor() as cursor:
-                cursor.execute(_HISTORY, [REASON, *map(list, zip(*steps, strict=True))])
+                statement = _HISTORY.format(
+                    **{name: array_type(_STEP_FIELDS[name], self._connection) for name in ("from_stage", "to_stage")}
+                )
+                cursor.execute(statement, [REASON, *map(list, zip(*steps, strict=True))])
 
     def _record(self, changes: Iterable[Change]) -> None:
         lines = [recorded for change in changes for recorded in _recorded(change)]
@@ -271,7 +276,7 @@ def _recorded_together(change: Change, names: Sequence[str]) -> tuple[str | int 
 
 def _update_statement(connection: BaseDatabaseWrapper) -> str:
     """Write what a contact is to be, where it still is the version that was decided on."""
-    arrays = ", ".join(f"%s::{str(_FIELDS[name].db_type(connection)).split('(')[0]}[]" for name in _WRITTEN)
+    arrays = ", ".join(f"%s::{array_type(_FIELDS[name], connection)}" for name in _WRITTEN)
     columns = [f'"{_FIELDS[name].column}"' for name in _WRITTEN]
     return (
         f"UPDATE crm_contacts c SET {', '.join(f'{column} = v.{column}' for column in columns)} "

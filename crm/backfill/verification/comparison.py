@@ -64,7 +64,7 @@ def compare_contacts(
 ) -> Iterator[Finding]:
     """Compare every contact of ours. Counts on the way, and calls `on_page` with the contacts of each page."""
     compared = [name for name, column in COLUMN.items() if column not in reader.missing_columns and name != _MARKER]
-    everybody = lines_of_contacts(connection)
+    everybody = lines_of_contacts(connection, reader.facts)
     while page := list(islice(everybody, PAGE)):
         contacts = reader.contacts(lines.creator.contact_id for lines in page)
         rows = reader.source_rows(line for lines in page for line in (lines.creator, *lines.later))
@@ -208,4 +208,4 @@ def _findings(
 
 
 def _is_touched(contact: FoundContact, lines: LinesOfContact) -> bool:
-    return contact.values.updated_at != lines.creator.source_updated_at
+    return contact.values.updated_at != lines.creator.written_at

@@ -18,7 +18,7 @@ from crm.backfill.snapshot import stream
 from crm.backfill.verification.findings import Check, Finding, Kind
 
 TABLES = ("profiles", "leads")
-_LABEL = {"profiles": ("role", "UserRole"), "leads": ("status", "LeadStatus")}
+_LABEL = {"profiles": "role", "leads": "status"}
 
 _LEAD_SOURCES = ", ".join(f"'{source}'" for source in Source.of_table("leads"))
 _REFERENCE = f"CASE WHEN line.source IN ({_LEAD_SOURCES}) THEN 'leads:' ELSE 'profiles:' END || line.source_id"
@@ -60,14 +60,14 @@ SELECT '{table}:' || r.id, c.id, r."updatedAt" IS DISTINCT FROM line.source_upda
   FROM {table} r
   JOIN ledger_entry line ON line.id = {derived} AND line.outcome <> 'error'
   JOIN crm_contacts c ON c.id = line.contact_id
- WHERE r.{label} = ANY(%(labels)s::"{enum}"[])
+ WHERE r.{label} = ANY(%(labels)s::{label_type}[])
 """
 # Somebody else's contact is no fault of ours when it came, or was changed, after the run that made ours had begun.
 _CONTACTS_TWICE = f"""
 WITH twice AS (SELECT {{key}} AS key FROM crm_contacts c WHERE {{key}} <> '' GROUP BY 1 HAVING count(*) > 1),
      theirs AS (
        SELECT twice.key, c.id, c."createdAt", c."updatedAt", line.id IS NOT NULL AS ours, {_REFERENCE} AS reference,
-              c."updatedAt" IS DISTINCT FROM line.source_updated_at AS changed,
+              c."updatedAt" IS DISTINCT FROM line.source_updated_at::timestamp({{second_digits}}) AS changed,
               run.started_at AT TIME ZONE 'UTC' AS begun
          FROM twice JOIN crm_contacts c ON {{key}} = twice.key
               LEFT JOIN ledger_entry line ON line.id = c.id AND line.outcome = 'created'
@@ -162,7 +162,7 @@ def reconcile(connection: BaseDatabaseWrapper, facts: DatabaseFacts) -> Iterator
     ):
         yield from _defects(connection, check, query)
     for column, key in _KEYS_OF_PERSON.items():
-        query = _CONTACTS_TWICE.format(key=key)
+        query = _CONTACTS_TWICE.format(key=key, second_digits=facts.second_digits)
         for reference, contact_id, changed in stream(connection, "twice", query):
             kind = Kind.CRM_CHANGED if changed else Kind.DEFECT
             yield Finding(Check.CONTACT_TWICE, kind, reference, contact_id, (column,))
@@ -176,11 +176,11 @@ def _defects(connection: BaseDatabaseWrapper, check: Check, query: str) -> Itera
 def _excluded_migrated(
     connection: BaseDatabaseWrapper, facts: DatabaseFacts, table: str, derived: str
 ) -> Iterator[Finding]:
-    label, enum = _LABEL[table]
+    label = _LABEL[table]
     by_name = facts.roles if table == "profiles" else facts.statuses
     labels = [spelling for spellings in by_name.values() for spelling in spellings]
     excluded = [spelling for spelling in labels if facts.source_of(table, spelling) is None]
-    query = _EXCLUDED_MIGRATED.format(table=table, derived=derived, label=label, enum=enum)
+    query = _EXCLUDED_MIGRATED.format(table=table, derived=derived, label=label, label_type=facts.label_types[table])
     for reference, contact_id, changed in stream(connection, "excluded", query, {"labels": excluded}):
         kind = Kind.SOURCE_CHANGED if changed else Kind.DEFECT
         yield Finding(Check.EXCLUDED_MIGRATED, kind, reference, contact_id, (label,))

@@ -34,7 +34,7 @@ UPDATED = "updated"
 _LEAD_SOURCES = ", ".join(f"'{source}'" for source in Source.of_table("leads"))
 _LINES = f"""
 SELECT contact_id, outcome, id, CASE WHEN source IN ({_LEAD_SOURCES}) THEN 'leads' ELSE 'profiles' END, source_id,
-       source_updated_at, filled, run_id
+       source_updated_at, filled, run_id, source_updated_at::timestamp({{second_digits}})
   FROM (SELECT contact_id, outcome, id, source, source_id, source_updated_at, filled, run_id, 0 AS turn
           FROM ledger_entry WHERE outcome IN ('created', 'merged') AND contact_id IS NOT NULL
          UNION ALL
@@ -98,6 +98,8 @@ class Line(NamedTuple):
     source_updated_at: str
     filled: str | None
     run_id: int
+    #: `source_updated_at` as the contact keeps it.
+    written_at: str
 
     @property
     def row(self) -> str:
@@ -139,9 +141,9 @@ class FoundContact(NamedTuple):
     preparer_is_there: bool
 
 
-def lines_of_contacts(connection: BaseDatabaseWrapper) -> Iterator[LinesOfContact]:
+def lines_of_contacts(connection: BaseDatabaseWrapper, facts: DatabaseFacts) -> Iterator[LinesOfContact]:
     """The lines of every contact of ours, contact by contact."""
-    lines = map(Line._make, stream(connection, "lines", _LINES))
+    lines = map(Line._make, stream(connection, "lines", _LINES.format(second_digits=facts.second_digits)))
     for contact_id, group in groupby(lines, key=attrgetter("contact_id")):
         of_contact = list(group)
         creators = [line for line in of_contact if line.outcome == Outcome.CREATED and line.id == contact_id]

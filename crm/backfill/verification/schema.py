@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from django.conf import settings
 from django.db.backends.base.base import BaseDatabaseWrapper
 
+from crm.backfill.catalog import Column, read_tables
+from crm.backfill.requirements import CONFIDENCE, CONTACTS, RATE, types_of
 from crm.backfill.schema import ATTRIBUTION_COLUMNS
 from crm.backfill.verification.findings import Check, Finding, Kind
 
 REFERRER = "referrerUsername"
-#: The type as the catalogue prints it, and whether the column must be NOT NULL.
-WANTED: dict[str, tuple[str, bool]] = {
-    REFERRER: ("text", False),
-    "referrerType": ("text", False),
-    "commissionRate": ("numeric(5,2)", False),
-    "commissionRateLockedAt": ("timestamp(3) without time zone", False),
-    "attributionMethod": ("text", False),
-    "attributionConfidence": ("integer", True),
-}
+#: Whether the column must be NOT NULL. The types are those that a run takes; a rate has to keep cents.
+WANTED: dict[str, bool] = {column: column == CONFIDENCE for column in ATTRIBUTION_COLUMNS}
+CENTS = 2
 
-_COLUMNS = """
-SELECT attname, format_type(atttypid, atttypmod), attnotnull
-  FROM pg_attribute
- WHERE attrelid = to_regclass(quote_ident(%s) || '.crm_contacts') AND attname = ANY(%s) AND NOT attisdropped
-"""
 # Whatever its name: an index serves when it is whole, holds every row, and the referrer stands first in it.
 _INDEXES = """
 SELECT i.indisvalid AND i.indisready
@@ -34,22 +25,23 @@ SELECT i.indisvalid AND i.indisready
 """
 
 
-def present_columns(connection: BaseDatabaseWrapper) -> dict[str, tuple[str, bool]]:
-    """The attribution columns that are there, with type and whether they are NOT NULL."""
-    with connection.cursor() as cursor:
-        cursor.execute(_COLUMNS, [settings.LEGACY_SCHEMA, list(ATTRIBUTION_COLUMNS)])
-        return {name: (type_name, not_null) for name, type_name, not_null in cursor.fetchall()}
+def present_columns(connection: BaseDatabaseWrapper) -> dict[str, Column]:
+    """The attribution columns that are there."""
+    columns = read_tables(connection, [CONTACTS])[CONTACTS].columns
+    return {name: columns[name] for name in WANTED if name in columns}
 
 
-def check_schema(connection: BaseDatabaseWrapper, present: dict[str, tuple[str, bool]]) -> Iterator[Finding]:
+def check_schema(connection: BaseDatabaseWrapper, present: Mapping[str, Column]) -> Iterator[Finding]:
     """What is wrong with the columns and the index."""
-    for name, (type_name, not_null) in WANTED.items():
+    for name, not_null in WANTED.items():
         if name not in present:
             yield Finding(Check.COLUMN_MISSING, Kind.DEFECT, columns=(name,))
             continue
-        if present[name][0] != type_name:
+        column = present[name]
+        keeps_cents = name != RATE or column.scale is None or column.scale >= CENTS
+        if column.type not in types_of(CONTACTS, name)[1] or not keeps_cents:
             yield Finding(Check.COLUMN_TYPE, Kind.DEFECT, columns=(name,))
-        if present[name][1] != not_null:
+        if column.not_null != not_null:
             yield Finding(Check.COLUMN_NULLABILITY, Kind.DEFECT, columns=(name,))
     with connection.cursor() as cursor:
         cursor.execute(_INDEXES, [settings.LEGACY_SCHEMA, REFERRER])

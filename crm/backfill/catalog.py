@@ -1,0 +1,97 @@
+"""What PostgreSQL's catalogue says of the application's tables: their kind, and their columns as they really are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from django.conf import settings
+from django.db.backends.base.base import BaseDatabaseWrapper
+
+#: Text as PostgreSQL has it; char(n) is none, since it pads what it is given.
+TEXT_TYPES = ("text", "varchar", "citext")
+MOMENT_TYPES = ("timestamp", "timestamptz")
+WHOLE_TYPES = ("int2", "int4", "int8")
+#: As many digits of a second as PostgreSQL has.
+ALL_DIGITS = 6
+
+# A domain is what it stands for; the modifier and what is refused or filled in may be said at each step.
+_COLUMNS = """
+SELECT c.relname, c.oid, c.relkind::text, a.attname, t.oid, t.typname, format('%%I.%%I', tn.nspname, t.typname),
+       t.typtype = 'e', base.modifier, a.attnotnull OR base.not_null, a.atthasdef OR base.has_default,
+       a.attgenerated <> '' OR a.attidentity = 'a', a.attidentity <> '', COALESCE(l.collisdeterministic, true),
+       has_column_privilege(c.oid, a.attnum, 'SELECT')
+  FROM pg_class c
+  JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+ CROSS JOIN LATERAL (
+   WITH RECURSIVE base(oid, modifier, not_null, has_default) AS (
+     SELECT a.atttypid, a.atttypmod, false, false
+      UNION ALL
+     SELECT d.typbasetype, d.typtypmod, not_null OR d.typnotnull, has_default OR d.typdefault IS NOT NULL
+       FROM base JOIN pg_type d ON d.oid = base.oid AND d.typtype = 'd')
+   SELECT base.* FROM base JOIN pg_type b ON b.oid = base.oid AND b.typtype <> 'd') base
+  JOIN pg_type t ON t.oid = base.oid
+  JOIN pg_namespace tn ON tn.oid = t.typnamespace
+  LEFT JOIN pg_collation l ON l.oid = a.attcollation
+ WHERE c.oid IN (SELECT to_regclass(quote_ident(%s) || '.' || quote_ident(name)) FROM unnest(%s::text[]) AS name)
+ ORDER BY c.relname, a.attnum
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of one of the application's tables. `type` is the plain name, of a domain that of what it stands for."""
+
+    name: str
+    type_oid: int
+    type: str
+    qualified_type: str
+    is_enum: bool
+    modifier: int
+    not_null: bool
+    has_default: bool
+    is_generated: bool
+    is_identity: bool
+    is_deterministic: bool
+    readable: bool
+
+    @property
+    def cast(self) -> str:
+        """The type to which text is cast before it meets the column."""
+        return self.qualified_type if self.is_enum else "text"
+
+    @property
+    def second_digits(self) -> int:
+        """How many digits of a second a timestamp has."""
+        return ALL_DIGITS if self.modifier < 0 else self.modifier
+
+    @property
+    def scale(self) -> int | None:
+        """How many decimals a numeric keeps; None for all of them."""
+        if self.modifier < 0:
+            return None
+        # As numeric_typmod_scale() in PostgreSQL: eleven bits with a sign.
+        return (((self.modifier - 4) & 0x7FF) ^ 1024) - 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """One of the application's tables, or what has its name."""
+
+    oid: int
+    kind: str
+    columns: Mapping[str, Column]
+
+
+def read_tables(connection: BaseDatabaseWrapper, names: Iterable[str]) -> dict[str, Table]:
+    """Those of the tables that the examined schema has."""
+    with connection.cursor() as cursor:
+        cursor.execute(_COLUMNS, [settings.LEGACY_SCHEMA, list(names)])
+        rows = cursor.fetchall()
+    found: dict[str, Table] = {}
+    columns: dict[str, dict[str, Column]] = {}
+    for table, oid, kind, *column in rows:
+        of_table = columns.setdefault(table, {})
+        of_table[column[0]] = Column(*column)
+        found[table] = Table(oid, kind, of_table)
+    return found
