@@ -6,7 +6,7 @@ import sys
 
 from django.core.exceptions import ImproperlyConfigured
 from django.core.management import execute_from_command_line
-from django.db import OperationalError
+from django.db import NotSupportedError, OperationalError
 
 from crm.errors import OperatorError
 
@@ -18,6 +18,11 @@ def main(arguments: list[str]) -> int:
         execute_from_command_line(arguments)
     except (ImproperlyConfigured, OperatorError) as error:
         return _refuse(str(error))
+    except NotSupportedError as error:
+        # Django's own, of a server that is older than it takes; PostgreSQL's have a cause.
+        if error.__cause__ is not None:
+            raise
+        return _refuse(f"{error}. Nothing was written.")
     except OperationalError as error:
         if not _is_connection_failure(error):
             raise

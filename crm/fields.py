@@ -47,7 +47,8 @@ def array_type(field: models.Field[Any, Any], connection: BaseDatabaseWrapper) -
             cursor.execute(_ENUM_TYPE, column)
             row = cursor.fetchone()
         of_session[column] = row[0] if row else "text"
-    return f"{of_session[column]}[]"
+    # For a statement with parameters.
+    return f"{of_session[column].replace('%', '%%')}[]"
 
 
 # By session: another one may see another database.

@@ -17,9 +17,10 @@ ALL_DIGITS = 6
 
 # A domain is what it stands for; the modifier and what is refused or filled in may be said at each step.
 _COLUMNS = """
-SELECT c.relname, c.oid, c.relkind::text, a.attname, t.oid, t.typname, format('%%I.%%I', tn.nspname, t.typname),
-       t.typtype = 'e', base.modifier, a.attnotnull OR base.not_null, a.atthasdef OR base.has_default,
-       a.attgenerated <> '' OR a.attidentity = 'a', a.attidentity <> '', COALESCE(l.collisdeterministic, true),
+SELECT c.relname, c.oid, c.relkind::text, a.attname, a.atttypid::regtype::text, t.oid, t.typname,
+       format('%%I.%%I', tn.nspname, t.typname), t.typtype = 'e' AND t.oid = a.atttypid, base.modifier,
+       a.attnotnull OR base.not_null, a.atthasdef OR base.has_default, a.attgenerated <> '' OR a.attidentity = 'a',
+       a.attidentity <> '', COALESCE(l.collisdeterministic, true), COALESCE(NULLIF(l.collname, 'default'), ''),
        has_column_privilege(c.oid, a.attnum, 'SELECT')
   FROM pg_class c
   JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
@@ -43,6 +44,7 @@ class Column:
     """A column of one of the application's tables. `type` is the plain name, of a domain that of what it stands for."""
 
     name: str
+    declared_type: str
     type_oid: int
     type: str
     qualified_type: str
@@ -53,12 +55,14 @@ class Column:
     is_generated: bool
     is_identity: bool
     is_deterministic: bool
+    #: Empty for the one of the database.
+    collation: str
     readable: bool
 
     @property
     def cast(self) -> str:
-        """The type to which text is cast before it meets the column."""
-        return self.qualified_type if self.is_enum else "text"
+        """The type to which text is cast before it meets the column, for a statement with parameters."""
+        return self.qualified_type.replace("%", "%%") if self.is_enum else "text"
 
     @property
     def second_digits(self) -> int:

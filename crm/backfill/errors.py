@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 
 import psycopg
-from django.db import DatabaseError, DataError, InterfaceError, OperationalError
+from django.db import DatabaseError, DataError, InterfaceError, NotSupportedError, OperationalError
 
 from crm.backfill.outcome import Refusal
 from crm.errors import OperatorError
@@ -97,12 +97,13 @@ def told(
 
     Raises OperatorError for what can be put right, in the words that `known` has for its SQLSTATE or else in ours, and
     `kind` with the message, in which {} is the error, for anything else. Lets an error pass where there never was a
-    connection: libpq knows why, nobody's data are in it, and manage.py tells it.
+    connection, and where Django does not take the server: libpq and Django know why, nobody's data are in it, and
+    manage.py tells it.
     """
     try:
         yield
     except (DatabaseError, InterfaceError) as error:
-        if never_connected(error):
+        if never_connected(error) or is_too_old(error):
             raise
         if isinstance(error, UnknownEndError):
             raise kind(f"The database broke off: {described(error)}. Look what is there, then try again.") from None
@@ -127,6 +128,11 @@ def never_connected(error: BaseException) -> bool:
     return isinstance(cause, psycopg.OperationalError) and (
         cause.pgconn is not None or str(cause).startswith("failed to resolve host")
     )
+
+
+def is_too_old(error: BaseException) -> bool:
+    """Whether Django does not take this version of the server: PostgreSQL's own refusals have a cause."""
+    return isinstance(error, NotSupportedError) and error.__cause__ is None
 
 
 def sqlstate(error: BaseException) -> str | None:

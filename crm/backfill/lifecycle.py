@@ -24,6 +24,7 @@ from crm.backfill.fence import FenceLostError
 from crm.backfill.garbage import seldom_collected
 from crm.backfill.interruption import InterruptedRunError, Interruption, StoppedError
 from crm.backfill.pipeline import STOPPED_IN_A_BATCH
+from crm.errors import OperatorError
 from crm.models import BackfillRun
 from crm.models.ledger import RunStatus
 
@@ -94,7 +95,8 @@ class Lifecycle:
         except FenceLostError:
             # What the record says is what happened.
             return Ending(RunStatus.INTERRUPTED)
-        except failures as error:
+        except (*failures, OperatorError) as error:
+            # A new connection may be refused in the middle of a run, too.
             return Ending(RunStatus.FAILED, str(error))
         except DjangoDatabaseError as error:
             if self.interruption.requested:

@@ -57,7 +57,10 @@ _FILLING_TRIGGERS = """
 SELECT tgname FROM pg_trigger
  WHERE tgrelid = %s AND NOT tgisinternal AND tgenabled IN ('O', 'A') AND tgtype & 7 = 7
 """
-_MEANT = "SELECT to_regclass(quote_ident(%s)), to_regclass(quote_ident(%s))::text"
+_MEANT = """
+SELECT c.oid::bigint, format('%%I.%%I', nspname, relname)
+  FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace WHERE c.oid = to_regclass(quote_ident(%s))
+"""
 _SEQUENCES = """
 SELECT c.relname, pg_get_serial_sequence(c.oid::regclass::text, 'id')
   FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
@@ -92,6 +95,7 @@ def misfits(
     yield from _of_names(connection, tables)
     yield from _of_types(tables, for_updating=for_updating)
     yield from _of_collations(tables)
+    yield from _of_mixed_collations(tables)
     yield from _of_sequences(connection)
     if not for_inserting:
         return
@@ -120,10 +124,10 @@ def _of_encoding(connection: BaseDatabaseWrapper) -> Iterator[Unfit]:
 def _of_names(connection: BaseDatabaseWrapper, tables: Mapping[str, Table]) -> Iterator[Unfit]:
     """A table of the same name that comes first, or a temporary one, would be taken for the application's."""
     for name, table in tables.items():
-        ((meant, text),) = _rows(connection, _MEANT, name, name)
-        if meant is not None and int(_rows(connection, "SELECT %s::regclass::oid", meant)[0][0]) != table.oid:
+        meant = _rows(connection, _MEANT, name)
+        if meant and meant[0][0] != table.oid:
             yield Unfit(
-                f"The name {name} means {text} in this session, and not the table of the schema "
+                f"The name {name} means {meant[0][1]} in this session, and not the table of the schema "
                 f"{settings.LEGACY_SCHEMA}.",
                 "Rename or drop the other one.",
             )
@@ -152,8 +156,8 @@ def _of_types(tables: Mapping[str, Table], *, for_updating: bool) -> Iterator[Un
             is_label = column.is_enum and name in LABELS.get(table, ())
             if column.type not in types and not is_label:
                 yield Unfit(
-                    f"The column {table}.{name} is of the type {column.type}, where the backfill reads or writes "
-                    f"{words}.",
+                    f"The column {table}.{name} is of the type {column.declared_type}, where the backfill reads or "
+                    f"writes {words}.",
                     f"It is of a generation of the application that this version does not know; let the table's owner "
                     f"change the type of {table}.{name}, or leave this database alone.",
                 )
@@ -178,6 +182,22 @@ def _of_collations(tables: Mapping[str, Table]) -> Iterator[Unfit]:
             f"The collation of {', '.join(names)} is not deterministic, so that different keys would be taken for one.",
             "Let the owner give the column a deterministic collation (ALTER TABLE ... ALTER COLUMN ... TYPE text "
             'COLLATE "default").',
+        )
+
+
+def _of_mixed_collations(tables: Mapping[str, Table]) -> Iterator[Unfit]:
+    """PostgreSQL compares no two columns of which each has another collation of its own."""
+    found = {
+        f"{table}.{name}": column.collation
+        for table, keys in KEYS.items()
+        for name in keys
+        if (column := tables[table].columns.get(name)) is not None and column.collation
+    }
+    if len(set(found.values())) > 1:
+        yield Unfit(
+            f"The collations of {', '.join(f'{name} ({collation})' for name, collation in found.items())} are not one, "
+            "and PostgreSQL does not compare columns of different collations.",
+            "Let the owner give them the same one (ALTER TABLE ... ALTER COLUMN ... TYPE text COLLATE ...).",
         )
 
 

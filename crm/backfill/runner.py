@@ -26,7 +26,6 @@ from crm.backfill.latecomers import Latecomers
 from crm.backfill.lifecycle import Checked, Ending, Lifecycle, lifecycle
 from crm.backfill.options import RunOptions
 from crm.backfill.outcome import Census, Source, Totals
-from crm.backfill.replication import BlindThrottleError
 from crm.backfill.resolutions import Resolutions
 from crm.backfill.schema import DatabaseFacts, examine
 from crm.backfill.snapshot import in_pages
@@ -129,9 +128,7 @@ def run_backfill(options: RunOptions, progress: Progress | None = None) -> RunRe
                 life.claim(lambda: _claim(options, facts))
         work = _Work(options, facts, life, watcher)
         with _closing(watcher):
-            ending = life.carry_through(
-                work.through, WorkerError, CeilingReachedError, BlindThrottleError, errors.EveryRowRefusedError
-            )
+            ending = life.carry_through(work.through, WorkerError, CeilingReachedError, errors.EveryRowRefusedError)
         report = work.close(ending)
     return replace(report, seconds=time.monotonic() - started)
 

@@ -31,7 +31,7 @@ from crm.backfill.outcome import Source, Totals
 from crm.backfill.pace import BatchSizer, RateLimit, Throttle
 from crm.backfill.pipeline import Pipeline, StopRequest, Writer
 from crm.backfill.rehearsal import RehearsalWriter
-from crm.backfill.replication import BlindThrottleError, ReplicaLagLimit
+from crm.backfill.replication import ReplicaLagLimit
 from crm.backfill.resolutions import Resolutions
 from crm.backfill.schema import DatabaseFacts
 from crm.backfill.source import EVERY_ROW, EVERYBODY, UNSETTLED, Apart, Partition, SourceReader
@@ -313,7 +313,7 @@ class Crew:
     def work_through(self, source: Source) -> None:
         """Take every partition of a source through to its end.
 
-        Raises InterruptedRunError, FenceLostError, BlindThrottleError, and WorkerError for what a worker could not
+        Raises InterruptedRunError, FenceLostError, OperatorError, and WorkerError for what a worker could not
         cure. The other workers have ended their batch by then.
         """
         count = len(self._at_work)
@@ -467,7 +467,7 @@ def _outcome_of(pipeline: Pipeline, reader: SourceReader, turn: int) -> _Heard:
     """What ended the work, as something that may be sent to the parent: never a database error, which quotes rows."""
     try:
         pipeline.work_through(reader, turn)
-    except (InterruptedRunError, FenceLostError, BlindThrottleError, errors.EveryRowRefusedError) as error:
+    except (InterruptedRunError, FenceLostError, OperatorError, errors.EveryRowRefusedError) as error:
         return _Heard(error)
     except DjangoDatabaseError as error:
         return _Heard(WorkerError(errors.described(error)))

@@ -90,6 +90,7 @@ def hostile(database: Database, case: Case) -> Iterator[None]:
         connection.close()
         with session() as owner:
             owner.autocommit = True
+            owner.execute("SET default_transaction_read_only = off")
             owner.execute(f'ALTER DATABASE "{name}" RESET ALL'.encode())
             owner.execute(f'ALTER DATABASE "{name}" SET synchronous_commit = off'.encode())
         with session() as owner:
@@ -128,7 +129,9 @@ def assert_right_books(database: Database) -> None:
     assert done["balanced"] is True
     assert done["pending"] == 0
     assert done["read"] == 9
-    assert {name: rehearsed[name] for name in COUNTS} == {name: done[name] for name in COUNTS}
+    # What PostgreSQL refuses is seen by writing alone.
+    foreseeable = ("read",) if "data_error" in done["by_reason"] else COUNTS
+    assert {name: rehearsed[name] for name in foreseeable} == {name: done[name] for name in foreseeable}
     repeated = answer(again, 0)
     assert (repeated["created"], repeated["merged"], repeated["error_new"]) == (0, 0, 0)
     assert answer(update, 0)["balanced"] is True
