@@ -82,6 +82,7 @@ class Lifecycle:
 
     def carry_through(self, work: Callable[[], None], *failures: type[Exception]) -> Ending:
         """Do the work of a run; how it ended. `failures` are errors whose text is for the run's record."""
+        expected: tuple[type[Exception], ...] = (*failures, OperatorError)
         try:
             with self.interruption.breakable():
                 self.interruption.heed()
@@ -95,7 +96,7 @@ class Lifecycle:
         except FenceLostError:
             # What the record says is what happened.
             return Ending(RunStatus.INTERRUPTED)
-        except (*failures, OperatorError) as error:
+        except expected as error:
             # A new connection may be refused in the middle of a run, too.
             return Ending(RunStatus.FAILED, str(error))
         except DjangoDatabaseError as error:
