@@ -25,7 +25,10 @@ _ALL = 'SELECT id, "row", contact_id, separate_email FROM conflict_decision deci
 _TO_BE_CARRIED_OUT = f"""
 {_ALL} WHERE NOT EXISTS (SELECT FROM ledger_entry line WHERE line.id = decision.id AND line.outcome <> 'error')
 """
-_IS_READABLE = "SELECT has_table_privilege(to_regclass(quote_ident(%s) || '.conflict_decision'), 'SELECT')"
+_IS_READABLE = """
+SELECT has_table_privilege(c.oid, 'SELECT') FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
+ WHERE nspname = %s AND relname = 'conflict_decision' AND has_schema_privilege(n.oid, 'USAGE')
+"""
 
 
 class _Decided(NamedTuple):
@@ -90,8 +93,8 @@ def _is_readable(database: BaseDatabaseWrapper) -> bool | None:
     """Whether the decisions may be read; None where there is no table of them as yet."""
     with database.cursor() as cursor:
         cursor.execute(_IS_READABLE, [settings.BACKFILL_SCHEMA])
-        (readable,) = cursor.fetchone()
-    return None if readable is None else bool(readable)
+        row = cursor.fetchone()
+    return None if row is None else bool(row[0])
 
 
 def _fetched(database: BaseDatabaseWrapper, query: str) -> list[_Decided]:
