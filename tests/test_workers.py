@@ -18,6 +18,7 @@ from pytest_django import Settings
 from crm.backfill.mapping import MappedRow
 from crm.backfill.options import RunOptions
 from crm.backfill.outcome import Source, Totals
+from crm.backfill.rehearsal import RehearsalWriter
 from crm.backfill.runner import Silence, run_backfill
 from crm.backfill.workers import MOST_REPLACEMENTS, most_workers, require_room_for
 from crm.backfill.writer import BatchWriter
@@ -82,6 +83,27 @@ def test_the_partition_of_a_worker_that_dies_is_taken_up_again_by_the_same_run(
     assert (answer["status"], answer["read"], answer["created"], answer["balanced"]) == ("finished", 41, 41, True)
     assert len(ledger()) == 41
     assert caplog.text.count("its partition is taken up again") == 1
+
+
+@pytest.mark.process
+def test_a_dry_run_whose_worker_dies_fails_rather_than_count_its_rows_twice(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_many_leads(40)
+    write = RehearsalWriter.write
+    batches = 0
+
+    def write_or_die(self: RehearsalWriter, source: Source, pages: Iterable[Sequence[MappedRow]]) -> Totals:
+        nonlocal batches
+        batches += 1
+        if batches > 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(self, source, pages)
+
+    monkeypatch.setattr(RehearsalWriter, "write", write_or_die)
+    answer = run(workers=2, batch_size=5, dry_run=True)
+    assert (answer["status"], answer["read"] <= 10) == ("failed", True)
+    assert "a worker died" in answer["failure"]
 
 
 @pytest.mark.process

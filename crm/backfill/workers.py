@@ -394,6 +394,9 @@ class Crew:
         task, dead.task = dead.task, None
         if task is None or self._give_up_at is not None:
             return InterruptedRunError("a worker was stopped in the middle of a batch, which was rolled back")
+        if self._assignment.run_id is None:
+            # What it would have made is forgotten, and what it has counted would be counted again.
+            return WorkerError("a worker died, and what it knew of this dry run with it: run the command again")
         if not self._spare:
             return WorkerError("workers kept dying")
         logger.warning(
