@@ -6,7 +6,7 @@ refused: text where an enum was, any precision of timestamps, any scale of rates
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,15 +85,21 @@ class Unfit:
 
 
 def misfits(
-    connection: BaseDatabaseWrapper, tables: Mapping[str, Table], *, for_inserting: bool, for_updating: bool
+    connection: BaseDatabaseWrapper,
+    tables: Mapping[str, Table],
+    columns: Mapping[str, Sequence[str]],
+    *,
+    for_inserting: bool,
+    for_updating: bool,
 ) -> Iterator[Unfit]:
     """What does not fit, thing by thing; asks no more of the database than the caller takes.
 
+    `columns` are those that are read or written, by table; some may be missing.
     `for_inserting` is for runs of the backfill: whoever verifies one or takes it back makes no contact.
     """
     yield from _of_encoding(connection)
     yield from _of_names(connection, tables)
-    yield from _of_types(tables, for_updating=for_updating)
+    yield from _of_types(tables, {**columns, HISTORY: _WRITTEN[HISTORY]} if for_updating else columns)
     yield from _of_collations(tables)
     yield from _of_mixed_collations(tables)
     yield from _of_sequences(connection)
@@ -146,8 +152,8 @@ def types_of(table: str, column: str) -> tuple[str, tuple[str, ...]]:
     return "text", TEXT_TYPES
 
 
-def _of_types(tables: Mapping[str, Table], *, for_updating: bool) -> Iterator[Unfit]:
-    for table, names in _columns_in_use(for_updating=for_updating).items():
+def _of_types(tables: Mapping[str, Table], columns: Mapping[str, Sequence[str]]) -> Iterator[Unfit]:
+    for table, names in columns.items():
         for name in names:
             column = tables[table].columns.get(name) if table in tables else None
             if column is None:
@@ -161,13 +167,6 @@ def _of_types(tables: Mapping[str, Table], *, for_updating: bool) -> Iterator[Un
                     f"It is of a generation of the application that this version does not know; let the table's owner "
                     f"change the type of {table}.{name}, or leave this database alone.",
                 )
-
-
-def _columns_in_use(*, for_updating: bool) -> dict[str, tuple[str, ...]]:
-    from crm.backfill.schema import OPTIONAL_COLUMNS, REQUIRED_COLUMNS  # the other way round it is imported first
-
-    found = {table: (*names, *OPTIONAL_COLUMNS.get(table, ())) for table, names in REQUIRED_COLUMNS.items()}
-    return {**found, HISTORY: _WRITTEN[HISTORY]} if for_updating else found
 
 
 def _of_collations(tables: Mapping[str, Table]) -> Iterator[Unfit]:

@@ -51,6 +51,9 @@ REQUIRED_COLUMNS: Mapping[str, tuple[str, ...]] = {
     "crm_contacts": tuple(column for column in CONTACT_COLUMNS if column not in ATTRIBUTION_COLUMNS),
 }
 OPTIONAL_COLUMNS: Mapping[str, tuple[str, ...]] = {"profiles": ("clerkUserId",), "crm_contacts": ATTRIBUTION_COLUMNS}
+COLUMNS_IN_USE: Mapping[str, tuple[str, ...]] = {
+    table: (*names, *OPTIONAL_COLUMNS.get(table, ())) for table, names in REQUIRED_COLUMNS.items()
+}
 #: The source that takes rows without a role or status, and ids that several rows have: all of them are errors.
 SOURCE_OF_STRAYS: Mapping[str, Source] = {"profiles": Source.CLIENTS, "leads": Source.ACTIVE_LEADS}
 REQUIRED_CONTACT_TYPES = sorted({*CONTACT_TYPE_OF_SOURCE.values(), *CONTACT_TYPE_OF_LEAD_TYPE.values()})
@@ -148,7 +151,7 @@ def examine(
     _require_tables(columns)
     _require_columns(columns)
     _require_all_rows(connection)
-    for misfit in misfits(connection, tables, for_inserting=for_inserting, for_updating=for_updating):
+    for misfit in misfits(connection, tables, COLUMNS_IN_USE, for_inserting=for_inserting, for_updating=for_updating):
         raise OperatorError(str(misfit))
     has_attribution = all(column in columns["crm_contacts"] for column in ATTRIBUTION_COLUMNS)
     ledger_is_readable = _ledger_is_readable(connection)
@@ -193,7 +196,7 @@ def find_misfits(connection: BaseDatabaseWrapper) -> list[Unfit]:
     tables = read_tables(connection, (*REQUIRED_COLUMNS, HISTORY))
     if not tables.keys() >= REQUIRED_COLUMNS.keys():
         return []
-    return list(misfits(connection, tables, for_inserting=True, for_updating=HISTORY in tables))
+    return list(misfits(connection, tables, COLUMNS_IN_USE, for_inserting=True, for_updating=HISTORY in tables))
 
 
 def _require_schema(connection: BaseDatabaseWrapper) -> None:
