@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from crm.backfill.outcome import Source
+from crm.backfill.update.reader import LINES_OF_CONTACTS
 from crm.backfill.verification import verify
-from tests.builders import add_contact, add_lead, add_profile, contact_with, contacts, ledger
+from tests.builders import add_contact, add_lead, add_profile, add_user, contact_with, contacts, ledger
 from tests.commands import run
 from tests.conftest import Database
 from tests.populations import (
@@ -28,7 +29,7 @@ from tests.populations import (
 )
 from tests.profiles import examples
 from tests.reference import Population, Row
-from tests.test_update import told, update
+from tests.test_update import change, told, update
 
 against_the_database = settings(
     max_examples=examples(20),
@@ -210,3 +211,34 @@ def test_what_was_filled_in_anothers_contact_becomes_what_one_run_fills(database
     assert contacts()[theirs]["phone"] == "555 0101"
     update()
     assert (contacts()[theirs]["phone"], contacts()[theirs]["company"]) == ("555 0102", "Own")
+
+
+# What is looked for
+
+
+def test_the_rows_of_contacts_are_found_by_an_index(database: Database) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute("SET enable_seqscan = off")
+        try:
+            cursor.execute(f"EXPLAIN {LINES_OF_CONTACTS}", {"ids": ["c1", "c2"]})
+            plan = "\n".join(line for (line,) in cursor.fetchall())
+        finally:
+            cursor.execute("RESET enable_seqscan")
+    assert "ledger_entry_contact_id" in plan
+    assert "Seq Scan" not in plan
+
+
+@pytest.mark.parametrize("most", [0, 50_000])
+def test_what_is_due_is_found_whether_it_is_listed_or_not(
+    database: Database, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    monkeypatch.setattr("crm.backfill.update.reader.MOST_LISTED", most)
+    first, _ = (add_lead(f"{name}@example.com", phone=" ") for name in ("ann", "bob"))
+    user = add_user("")
+    add_profile(userId=user)
+    run(update=True)
+    assert run(update=True)["revisited"] == 0
+    change("leads", first, phone="555 0101")
+    change("users", user, email="cy@example.com")
+    assert update()["updated_by_column"] == {"email": 1, "phone": 1}
+    assert run(update=True)["revisited"] == 0

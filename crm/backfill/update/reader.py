@@ -109,7 +109,7 @@ class DueReader(SourceReader):
 _LINE = "line.id, line.outcome, line.contact_id, line.source_updated_at, line.seen_updated_at"
 _LINES = f"SELECT {_LINE} FROM ledger_entry line WHERE line.id = ANY(%s) AND line.outcome <> 'error'"
 # Both by index, each of its own: of a contact's rows one made it at most, and most contacts have no other.
-_LINES_OF_CONTACTS = f"""
+LINES_OF_CONTACTS = f"""
 SELECT line.source, line.source_id, line.filled, {_LINE} FROM ledger_entry line
  WHERE line.id = ANY(%(ids)s) AND line.outcome = 'created'
  UNION ALL
@@ -162,7 +162,7 @@ class Present:
             return []
         return [
             LineOfContact(Source(source).table, source_id, _names(filled), _seen(line))
-            for source, source_id, filled, *line in self._rows(_LINES_OF_CONTACTS, {"ids": list(contacts)})
+            for source, source_id, filled, *line in self._rows(LINES_OF_CONTACTS, {"ids": list(contacts)})
         ]
 
     def contacts(self, ids: Collection[str]) -> dict[str, StandingContact]:
