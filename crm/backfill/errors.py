@@ -64,7 +64,7 @@ class EveryRowRefusedError(Exception):
 
 
 class SettledMeanwhileError(DatabaseError):
-    """This run has settled rows of the batch already: a commit that was given up for lost came through after all, or a
+    """This run has settled rows of the batch already: the last commit of a killed worker came through after all, or a
     row has gone over to another source since."""
 
 

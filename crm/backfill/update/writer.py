@@ -41,7 +41,7 @@ SELECT id, contact_id, from_stage, to_stage, %s, entered_at
        AS step(id, contact_id, from_stage, to_stage, entered_at)
 ON CONFLICT DO NOTHING
 """
-# Only from what it was when the row was decided: a commit that was given up for lost may have come through since.
+# Only from what it was when the row was decided: the row may have been settled since.
 _SEEN = """
 UPDATE ledger_entry line SET seen_updated_at = looked.at::timestamp
   FROM unnest(%s::text[], %s::text[], %s::text[]) AS looked(id, before, at)
