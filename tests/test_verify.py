@@ -258,6 +258,32 @@ def test_an_attribution_that_a_merge_left_behind_is_found(database: Database) ->
     assert found() == [lost]
 
 
+@pytest.mark.parametrize("runs", [1, 2])
+def test_an_attribution_is_held_against_one_row_whole(database: Database, runs: int) -> None:
+    first = add_attributed_lead(referrerType=None, commissionRate=None, createdAt="2024-01-01")
+    if runs == 2:
+        run()
+    builders.add_lead("lee@example.com", attributionMethod="cookie", attributionConfidence=85)
+    run()
+    # Without its referrer, the contact has no attribution: the second lead might fill it, but never was to.
+    change('UPDATE crm_contacts SET "referrerUsername" = NULL')
+    assert found() == [defect(Check.FIELDS, first, own_contact(first), "referrerUsername")]
+    change('UPDATE crm_contacts SET "attributionConfidence" = 77')
+    both = ("referrerUsername", "attributionConfidence")
+    assert found() == [defect(Check.FIELDS, first, own_contact(first), *both)]
+
+
+def test_a_confidence_is_held_against_the_row_that_brought_the_attribution(database: Database) -> None:
+    client = add_client()
+    builders.add_lead("pat@example.com", attributionMethod="cookie", attributionConfidence=0, createdAt="2024-01-01")
+    add_attributed_lead("pat@example.com", attributionConfidence=85)
+    run()
+    assert found() == []
+    change('UPDATE crm_contacts SET "attributionMethod" = NULL, "attributionConfidence" = 85')
+    both = ("attributionMethod", "attributionConfidence")
+    assert found() == [defect(Check.FIELDS, client, own_contact(client), *both)]
+
+
 def test_a_value_that_the_ledger_says_a_merge_filled_is_held_against_the_merged_row(database: Database) -> None:
     client = add_client()
     lead = add_attributed_lead("pat@example.com")
@@ -559,6 +585,24 @@ def test_a_preparer_who_came_or_went_since_is_the_sources(database: Database) ->
     assert found() == []
     change("DELETE FROM profiles WHERE id = %s", came)
     assert found() == expected
+
+
+@pytest.mark.parametrize("moved", ["2020-01-01", LATER])
+def test_a_preparer_whose_profile_is_linked_to_another_user_since_is_the_sources(
+    database: Database, moved: str
+) -> None:
+    user = builders.add_user("preparer@example.com")
+    preparer = builders.add_profile("TAX_PREPARER", userId=user)
+    lead = add_attributed_lead(assignedPreparerId=user)
+    run()
+    assert builders.contact_with("lee@example.com")["assignedPreparerId"] == preparer
+    other = builders.add_user("preparer2@example.com")
+    change('UPDATE profiles SET "userId" = %s, "updatedAt" = %s', other, moved)
+    assert Finding(Check.FIELDS, Kind.SOURCE_CHANGED, lead, own_contact(lead), ("assignedPreparerId",)) in found()
+    assert [finding.kind for finding in found() if finding.row == lead] == [Kind.SOURCE_CHANGED]
+    # That there is no preparer any more is another matter.
+    change('UPDATE crm_contacts SET "assignedPreparerId" = NULL WHERE id = %s', own_contact(lead))
+    assert defect(Check.FIELDS, lead, own_contact(lead), "assignedPreparerId") in found()
 
 
 def test_a_preparer_is_looked_for_by_profile_before_by_user(database: Database) -> None:

@@ -46,6 +46,8 @@ _FILLED = {
 }
 #: The one column of a unit that is not empty when the unit is.
 _NEVER_EMPTY = "attributionConfidence"
+#: What a row that cannot be read any more says; equal to nothing.
+_UNKNOWN = object()
 
 
 class Found(NamedTuple):
@@ -159,35 +161,28 @@ def _other_writers(state: State, contact_id: str) -> list[LedgerLine | Update]:
 
 
 def differing_columns(state: State, contact: Row, creator: LedgerLine) -> frozenset[str]:
-    """The columns in which a contact is not what its row, and the rows merged into it, say now."""
+    """The columns in which a contact is not what its row, and the rows merged into it, say now.
+
+    Each unit is that of the row that wrote it last; one that none wrote is the first row's that has it.
+    """
     draft = _draft_for(state, creator.row, contact)
     if draft is None:
         return frozenset({"email"})
-    differing = {column for column in CONTACT_COLUMNS if contact[column] != draft[column]} - {"updatedAt"}
-    merged = state.merged_into(contact["id"])
-    by_updates: set[str] = set()
-    for writer in _other_writers(state, contact["id"]):
+    expected: dict[str, Any] = dict(draft)
+    others = _other_writers(state, contact["id"])
+    for line in others:
+        theirs = _draft_for(state, line.row, contact)
+        if theirs is not None and isinstance(line, LedgerLine):
+            (fill_from_profile if line.row.startswith("profiles:") else fill_from_lead)(expected, theirs)
+    for writer in (creator, *others):
         theirs = _draft_for(state, writer.row, contact)
-        columns = set(columns_of(writer))
-        by_updates = by_updates | columns if isinstance(writer, Update) else by_updates - columns
-        differing -= columns
-        differing |= {column for column in columns if theirs is None or contact[column] != theirs[column]}
-    for line in merged:
-        differing |= _would_fill(contact, line.row, _draft_for(state, line.row, contact)) - by_updates
-    return frozenset(differing)
+        expected |= {column: theirs[column] if theirs else _UNKNOWN for column in columns_of(writer)}
+    return frozenset(column for column in CONTACT_COLUMNS if contact[column] != expected[column]) - {"updatedAt"}
 
 
-def _turn(writer: LedgerLine | Update) -> tuple[int, int]:
+def _turn(writer: LedgerLine | Update) -> tuple[int, int, str]:
     """Within a run, the second look comes last."""
-    return writer.run, writer.number if isinstance(writer, Update) else 0
-
-
-def _would_fill(contact: Row, row: str, draft: Row | None) -> set[str]:
-    if draft is None:
-        return set()
-    filled = dict(contact)
-    (fill_from_profile if row.startswith("profiles:") else fill_from_lead)(filled, draft)
-    return {column for column, value in filled.items() if contact[column] != value}
+    return (writer.run, writer.number, "") if isinstance(writer, Update) else (writer.run, 0, writer.id)
 
 
 def _draft_for(state: State, reference: str, contact: Row) -> Row | None:

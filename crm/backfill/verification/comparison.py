@@ -1,14 +1,16 @@
 """Every contact that we made, column by column, against what its source row maps to now.
 
-A contact's expected value is its creator's draft, then what the ledger says that merged rows filled, then what they
-still would fill: a row that was merged left nothing behind. Over that comes what updates changed later. Where contact
-and expectation differ, the markers say who changed: `updatedAt` of the contact and of the source row are both what was
-recorded, as long as nobody touched them. So `updatedAt` itself is not compared.
+What a contact is to be comes from its rows, unit by unit: from the row whose line says last that it wrote the unit, be
+it the one that made the contact, a merged one or one that updated it; where no line says so, from the first that has
+it, since a row that was merged left nothing behind. Attribution is one unit: its columns are never of two rows.
+
+Where contact and expectation differ, the markers say who changed: `updatedAt` of the contact and of the source row are
+both what was recorded, as long as nobody touched them. So `updatedAt` itself is not compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill.mapping import ContactDraft, MappedRow
-from crm.backfill.outcome import Reason
+from crm.backfill.outcome import Outcome, Reason
 from crm.backfill.plan import KnownContact, fill
 from crm.backfill.snapshot import PAGE
 from crm.backfill.update.changes import FIELDS_OF_CHANGE
@@ -24,8 +26,8 @@ from crm.backfill.verification.findings import Check, Finding, Kind
 from crm.backfill.verification.rows import (
     CHANGED,
     COLUMN,
+    NOT_LINKED,
     NOT_THERE,
-    UPDATED,
     FoundContact,
     FoundRow,
     Line,
@@ -119,11 +121,11 @@ def _differing(
     compared: Collection[str],
 ) -> dict[str, Line]:
     """The fields that are not as expected, each with the line of the row that its value should come from."""
-    expected, origin = draft, {}
+    origin: dict[str, Line] = {}
+    expected = draft
     if lines.later:
-        later = _values_of_later(contact, lines, rows)
-        expected = draft._replace(**{name: value for name, (value, _) in later.items()})
-        origin = {name: line for name, (_, line) in later.items()}
+        values, origin = _brought_by_rows(contact, draft, lines, rows)
+        expected = draft._replace(**values)
     if expected == contact.values:
         return {}
     return {
@@ -133,20 +135,31 @@ def _differing(
     }
 
 
-def _values_of_later(
-    contact: FoundContact, lines: LinesOfContact, rows: Mapping[str, FoundRow]
-) -> dict[str, tuple[Any, Line]]:
-    """What other rows wrote, by what the ledger says; and over merges, what merged rows would still fill."""
-    written = _values_written(lines.later, rows)
-    left_behind: dict[str, tuple[Any, Line]] = {}
-    for line in lines.merged:
+def _brought_by_rows(
+    contact: FoundContact, draft: ContactDraft, lines: LinesOfContact, rows: Mapping[str, FoundRow]
+) -> tuple[dict[str, Any], dict[str, Line]]:
+    """What rows bring to a contact, and the line of the row that each value comes from, unit by unit.
+
+    A unit comes from the row of the last line that says that it wrote it. Where no line says so, from the first row
+    that has it: a row that was merged leaves nothing behind.
+    """
+    origin: dict[str, Line] = {}
+    known = KnownContact.of_draft(draft)
+    drafts = {lines.creator: draft}
+    for line in lines.later:
         mapped = _mapped(line, rows)
         if mapped is not None and mapped.draft is not None:
-            known = KnownContact.of_draft(contact.values)
-            fill(known, _without_left_accounts(mapped, mapped.draft, contact))
-            left_behind |= {name: (value, line) for name, value in known.fills.items()}
-    by_updates = {name: origin for name, origin in written.items() if origin[1].outcome == UPDATED}
-    return written | left_behind | by_updates
+            drafts[line] = _without_left_accounts(mapped, mapped.draft, contact)
+            if line.outcome == Outcome.MERGED:
+                origin |= {name: line for unit in fill(known, drafts[line]) for name in FIELDS_OF_CHANGE[unit]}
+    values = dict(known.fills)
+    for line in (lines.creator, *lines.later):
+        theirs = drafts.get(line)
+        for unit in line.filled.split(",") if line.filled else ():
+            for name in FIELDS_OF_CHANGE[unit]:
+                values[name] = getattr(theirs, name) if theirs else _UNKNOWN
+                origin[name] = line
+    return values, origin
 
 
 def _without_left_accounts(mapped: MappedRow, draft: ContactDraft, contact: FoundContact) -> ContactDraft:
@@ -160,24 +173,9 @@ def _without_left_accounts(mapped: MappedRow, draft: ContactDraft, contact: Foun
     )
 
 
-def _values_written(lines: Iterable[Line], rows: Mapping[str, FoundRow]) -> dict[str, tuple[Any, Line]]:
-    """What the lines say that they wrote: the last one that did counts."""
-    written: dict[str, tuple[Any, Line]] = {}
-    for line in lines:
-        mapped = _mapped(line, rows)
-        for name in _fields_of(line):
-            written[name] = (getattr(mapped.draft, name) if mapped and mapped.draft else _UNKNOWN, line)
-    return written
-
-
 def _mapped(line: Line, rows: Mapping[str, FoundRow]) -> MappedRow | None:
     row = rows.get(line.row)
     return row.mapped if row else None
-
-
-def _fields_of(line: Line) -> Iterator[str]:
-    for unit in line.filled.split(",") if line.filled else ():
-        yield from FIELDS_OF_CHANGE[unit]
 
 
 def _may_differ(line: Line, row: FoundRow | None, contact: FoundContact, name: str) -> bool:
@@ -191,7 +189,9 @@ def _may_differ(line: Line, row: FoundRow | None, contact: FoundContact, name: s
         return row.other == CHANGED and of_address
     # A lead may name its preparer by user: without the profile, nobody can tell any more who that was.
     is_lost = row.other == NOT_THERE and not contact.preparer_is_there
-    return name == "assigned_preparer_id" and (row.other == CHANGED or is_lost)
+    # The profile may be there, and be linked to another user by now.
+    is_linked_otherwise = row.other == NOT_LINKED and contact.values.assigned_preparer_id is not None
+    return name == "assigned_preparer_id" and (row.other == CHANGED or is_lost or is_linked_otherwise)
 
 
 def _findings(

@@ -64,7 +64,10 @@ _LEADS = f"""
          l."commissionRateLockedAt", l."attributionMethod", l."attributionConfidence", l."assignedPreparerId",
          COALESCE(p.id, l."assignedPreparerId"),
          CASE WHEN greatest(p."createdAt", p."updatedAt") >= {_BEGUN} THEN 'changed'
-              WHEN p.id IS NULL AND l."assignedPreparerId" IS NOT NULL THEN 'not there' END
+              WHEN p.id IS NULL AND l."assignedPreparerId" IS NOT NULL
+              THEN CASE WHEN EXISTS (SELECT FROM users WHERE users.id = l."assignedPreparerId")
+                        THEN 'not linked' ELSE 'not there' END
+         END
     FROM leads l
          LEFT JOIN LATERAL (
            SELECT id, "createdAt", "updatedAt" FROM profiles
@@ -85,6 +88,7 @@ SELECT has_column_privilege(attrelid, attnum, 'SELECT') FROM pg_attribute
 
 CHANGED = "changed"
 NOT_THERE = "not there"
+NOT_LINKED = "not linked"
 
 
 class Line(NamedTuple):
@@ -126,7 +130,8 @@ class FoundRow(NamedTuple):
     """A source row as it is now. `mapped` is None when it is one that is not to be migrated; `updated_at` is None where
     nobody can tell.
 
-    `other` is CHANGED or NOT_THERE, for the user of a profile and for the preparer of a lead.
+    `other` is CHANGED, for the user of a profile and for the preparer of a lead; for the preparer alone also NOT_THERE,
+    or NOT_LINKED where the lead names a user who has no profile.
     """
 
     updated_at: str | None
