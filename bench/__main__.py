@@ -33,6 +33,7 @@ CANDIDATES: dict[str, tuple[str, list[str]]] = {
     "rollback of the first run": (FILLED, ["manage.py", "rollback_crm_backfill", "1", "--json", "--no-progress"]),
     "update, first": (FILLED, [*BACKFILL, "--update"]),
     "update, nothing changed": (UPDATED, [*BACKFILL, "--update"]),
+    "verification": (FILLED, ["manage.py", "verify_crm_contacts", "--json"]),
     "bulk_create": (EMPTY, ["-m", "bench.candidate", "bulk_create"]),
     "row by row": (EMPTY, ["-m", "bench.candidate", "row by row"]),
 }

@@ -60,8 +60,10 @@ def measure(server: Server, database: str, arguments: list[str]) -> Measurement:
 
 
 def _rows_of(answer: dict[str, Any]) -> int:
-    """The rows that a candidate came across: those that it read or passed over, or the lines that it took back."""
+    """The rows that a candidate came across: those that it read or passed over, verified or took back."""
     if "rolls_back" in answer:
         taken = (answer, answer["merges"], answer["lines"])
         return sum(of.get(verdict, 0) for of in taken for verdict in ("reversed", "kept", "failed"))
+    if "compared" in answer:
+        return int(answer["rows"])
     return int(answer["read"] + (answer.get("already") or 0))

@@ -23,9 +23,11 @@ from crm.backfill.plan import KnownContact, fill
 from crm.backfill.snapshot import PAGE
 from crm.backfill.update.changes import FIELDS_OF_CHANGE
 from crm.backfill.verification.findings import Check, Finding, Kind
+from crm.backfill.verification.proof import proven_contacts
 from crm.backfill.verification.rows import (
     CHANGED,
     COLUMN,
+    NONE_PROVEN,
     NOT_LINKED,
     NOT_THERE,
     FoundContact,
@@ -64,10 +66,18 @@ class Comparison:
 def compare_contacts(
     connection: BaseDatabaseWrapper, reader: RowReader, counts: Comparison, on_page: Callable[[int], None]
 ) -> Iterator[Finding]:
-    """Compare every contact of ours. Counts on the way, and calls `on_page` with the contacts of each page."""
+    """Compare every contact of ours: on the server where that is enough, by the rules of the mapping otherwise.
+
+    Counts on the way, and calls `on_page` with the contacts of each page.
+    """
     compared = [name for name, column in COLUMN.items() if column not in reader.missing_columns and name != _MARKER]
-    everybody = lines_of_contacts(connection, reader.facts)
-    while page := list(islice(everybody, PAGE)):
+    query = (NONE_PROVEN, {}) if reader.missing_columns else proven_contacts(reader.facts, reader.resolutions.by_id)
+    proven, others = lines_of_contacts(connection, reader.facts, query)
+    counts.compared += proven.contacts
+    counts.alike += proven.contacts
+    counts.touched += proven.touched
+    on_page(proven.contacts)
+    while page := list(islice(others, PAGE)):
         contacts = reader.contacts(lines.creator.contact_id for lines in page)
         rows = reader.source_rows(line for lines in page for line in (lines.creator, *lines.later))
         for lines in page:

@@ -6,6 +6,7 @@ read all of it each time. Rows and contacts are index probes, one statement a pa
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,8 +15,10 @@ from operator import attrgetter
 from typing import Any, NamedTuple
 
 from django.conf import settings
+from django.db import DatabaseError, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
 
+from crm.backfill import errors
 from crm.backfill.apart import read_apart
 from crm.backfill.mapping import ContactDraft, MappedRow, map_rows, unmapped
 from crm.backfill.outcome import Outcome, Reason, Refusal, Source
@@ -25,6 +28,8 @@ from crm.backfill.snapshot import stream
 from crm.backfill.source import read_as_text
 from crm.models import CRMContact
 
+logger = logging.getLogger(__name__)
+
 #: The contact's columns by the name of the draft's field.
 COLUMN = {field.attname: str(field.column) for field in CRMContact._meta.concrete_fields}
 
@@ -32,16 +37,34 @@ COLUMN = {field.attname: str(field.column) for field in CRMContact._meta.concret
 UPDATED = "updated"
 
 _LEAD_SOURCES = ", ".join(f"'{source}'" for source in Source.of_table("leads"))
+_PROVEN = "proven"
 _LINES = f"""
+WITH proven AS MATERIALIZED ({{proven}})
+SELECT NULL AS contact_id, '{_PROVEN}' AS outcome, count(*)::text AS id, NULL,
+       (count(*) FILTER (WHERE touched))::text, NULL, NULL, NULL::bigint AS run_id, NULL::timestamp AS written_at,
+       NULL::bigint AS turn
+  FROM proven
+ UNION ALL
 SELECT contact_id, outcome, id, CASE WHEN source IN ({_LEAD_SOURCES}) THEN 'leads' ELSE 'profiles' END, source_id,
-       source_updated_at, filled, run_id, source_updated_at::timestamp({{second_digits}})
+       source_updated_at, filled, run_id, source_updated_at::timestamp({{second_digits}}), turn
   FROM (SELECT contact_id, outcome, id, source, source_id, source_updated_at, filled, run_id, 0 AS turn
           FROM ledger_entry WHERE outcome IN ('created', 'merged') AND contact_id IS NOT NULL
          UNION ALL
         SELECT contact_id, '{UPDATED}', line_id, source, source_id, source_updated_at, columns, run_id, id
           FROM contact_update) line
- ORDER BY contact_id COLLATE "C", outcome <> 'created', run_id, turn, id COLLATE "C"
+ WHERE NOT EXISTS (SELECT FROM proven WHERE proven.id = line.contact_id)
 """
+_LINES = f"""
+SELECT contact_id, outcome, id, table_name, source_id, source_updated_at, filled, run_id, written_at
+  FROM ({_LINES}) AS line(
+         contact_id, outcome, id, table_name, source_id, source_updated_at, filled, run_id, written_at, turn)
+ ORDER BY contact_id COLLATE "C" NULLS FIRST, outcome <> 'created', run_id, turn, id COLLATE "C"
+"""
+#: A query that proves no contact.
+NONE_PROVEN = "SELECT NULL::text AS id, false AS touched WHERE false"
+# Whatever the planner believes of tables that a run has just filled: a join of whole tables is no nested loop.
+_FOR_WHOLE_TABLES = "SET LOCAL enable_nestloop = off; SET LOCAL work_mem = '64MB'"
+_FOR_PAGES = "SET LOCAL enable_nestloop = on"
 # Each LATERAL with its LIMIT is one index probe a row, whatever the planner believes. The columns stand in the order
 # of ProfileRow and LeadRow; the last one tells what became of somebody else's row that the contact takes a value from,
 # the user's address or who the preparer is: changed after the run that migrated the row had begun, or not there.
@@ -146,9 +169,47 @@ class FoundContact(NamedTuple):
     preparer_is_there: bool
 
 
-def lines_of_contacts(connection: BaseDatabaseWrapper, facts: DatabaseFacts) -> Iterator[LinesOfContact]:
-    """The lines of every contact of ours, contact by contact."""
-    lines = map(Line._make, stream(connection, "lines", _LINES.format(second_digits=facts.second_digits)))
+class Proven(NamedTuple):
+    """How many contacts the server proved to be as they should be, and how many of them somebody touched."""
+
+    contacts: int
+    touched: int
+
+
+def lines_of_contacts(
+    connection: BaseDatabaseWrapper, facts: DatabaseFacts, proven: tuple[str, Mapping[str, Any]]
+) -> tuple[Proven, Iterator[LinesOfContact]]:
+    """How many contacts are proven by a query that names them, and the lines of every other contact of ours.
+
+    Such a query has the columns `id` and `touched`; it comes with its parameters.
+    """
+    try:
+        # Inside a transaction, a statement that fails would be the last one.
+        with transaction.atomic(using=connection.alias):
+            summary, lines = _proven_and_others(connection, facts, *proven)
+    except DatabaseError as error:
+        if errors.bad_moment(error) is not None:
+            raise
+        logger.warning("%s: every contact is compared by itself", errors.described(error))
+        summary, lines = _proven_and_others(connection, facts, NONE_PROVEN, {})
+    return Proven(int(summary.id), int(summary.source_id)), _contact_by_contact(lines)
+
+
+def _proven_and_others(
+    connection: BaseDatabaseWrapper, facts: DatabaseFacts, query: str, parameters: Mapping[str, Any]
+) -> tuple[Line, Iterator[Line]]:
+    """The line with the counts, and all others."""
+    with connection.cursor() as cursor:
+        cursor.execute(_FOR_WHOLE_TABLES)
+    query = _LINES.format(proven=query, second_digits=facts.second_digits)
+    lines = map(Line._make, stream(connection, "lines", query, parameters))
+    summary = next(lines)
+    with connection.cursor() as cursor:
+        cursor.execute(_FOR_PAGES)
+    return summary, lines
+
+
+def _contact_by_contact(lines: Iterable[Line]) -> Iterator[LinesOfContact]:
     for contact_id, group in groupby(lines, key=attrgetter("contact_id")):
         of_contact = list(group)
         creators = [line for line in of_contact if line.outcome == Outcome.CREATED and line.id == contact_id]
