@@ -32,6 +32,8 @@ from tests.processes import address, session
 
 PORT = 5432
 _HEAD = 5
+#: How long a late commit waits for a question; seconds.
+_TO_ASK = 2.0
 _QUESTION = "SELECT pg_xact_status("
 _CHUNK = 1 << 16
 #: Long enough for a machine with much else to do; nothing waits for its end.
@@ -233,7 +235,8 @@ class _Carrier:
             raise _GoneError
         if moment is Moment.LATE:
             self._near.shutdown(socket.SHUT_RDWR)
-            self._line.was_asked.wait(AT_MOST_SECONDS)
+            # Whoever has only read does not ask.
+            self._line.was_asked.wait(_TO_ASK)
         self._far.sendall(message)
         if moment is not None:
             # The server is ready for the next statement when it is done with this one, its commit included.
