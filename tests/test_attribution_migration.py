@@ -445,6 +445,8 @@ def statements_in(error: OperatorError) -> list[str]:
 
 
 def test_behind_pgbouncer_the_index_is_not_touched(table: Table, django_db_blocker: DjangoDbBlocker) -> None:
+    # A connection through a pooler cannot choose its search path: the role has it.
+    table.database.execute(f"ALTER ROLE postgres IN DATABASE {{name}} SET search_path = crm_backfill, {table.schema}")
     with django_connection(table.database, django_db_blocker, parameters="&pgbouncer=true") as connection:
         with pytest.raises(OperatorError, match="direct address"):
             attribution.add(connection, NONE)

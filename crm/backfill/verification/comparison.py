@@ -155,16 +155,16 @@ def _brought_by_rows(
     """
     origin: dict[str, Line] = {}
     known = KnownContact.of_draft(draft)
-    drafts = {lines.creator: draft}
-    for line in lines.later:
+    for line in lines.merged:
         mapped = _mapped(line, rows)
         if mapped is not None and mapped.draft is not None:
-            drafts[line] = _without_left_accounts(mapped, mapped.draft, contact)
-            if line.outcome == Outcome.MERGED:
-                origin |= {name: line for unit in fill(known, drafts[line]) for name in FIELDS_OF_CHANGE[unit]}
+            filled = fill(known, _without_left_accounts(mapped, mapped.draft, contact))
+            origin |= {name: line for unit in filled for name in FIELDS_OF_CHANGE[unit]}
     values = dict(known.fills)
     for line in (lines.creator, *lines.later):
-        theirs = drafts.get(line)
+        mapped = _mapped(line, rows)
+        # Whole: what a line says that it wrote was not left to another contact.
+        theirs = mapped.draft if mapped else None
         for unit in line.filled.split(",") if line.filled else ():
             for name in FIELDS_OF_CHANGE[unit]:
                 values[name] = getattr(theirs, name) if theirs else _UNKNOWN

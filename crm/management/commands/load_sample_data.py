@@ -2,15 +2,14 @@
 
 from typing import Any
 
-from django.core.management.base import CommandError, CommandParser
+from django.core.management.base import BaseCommand, CommandError, CommandParser
 
 from crm.errors import OperatorError
 from crm.legacy_schema import GENERATIONS
-from crm.management.operator_command import OperatorCommand
 from crm.sample_data.loader import load
 
 
-class Command(OperatorCommand):
+class Command(BaseCommand):
     help = (
         "Make the application's tables where they are missing, and fill them with made-up people as they really are. "
         "A database whose tables hold rows is never touched."
