@@ -23,11 +23,11 @@ LOCK_TIMEOUT = 5_000
 @contextmanager
 def limited() -> Iterator[None]:
     """Let every statement inside have the two limits, whichever connection and thread it comes from."""
-    connection_created.connect(_limit, weak=False)
     wrapper = connections[DEFAULT_DB_ALIAS]
+    # A session from before has none. Whoever needs the next one asks for it, and answers for what goes wrong then.
+    wrapper.close()
+    connection_created.connect(_limit, weak=False)
     try:
-        if wrapper.connection is not None:
-            _limit(wrapper)
         yield
     finally:
         connection_created.disconnect(_limit)
