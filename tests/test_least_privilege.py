@@ -286,9 +286,9 @@ def test_the_check_tells_what_is_missing_with_the_grant(
             "may write tables that are only read: crm_interactions, users.",
         ),
         (
-            "GRANT UPDATE (source) ON public.crm_contacts TO {role}",
+            'GRANT UPDATE ("createdAt") ON public.crm_contacts TO {role}',
             "W003",
-            "may write columns that the backfill leaves alone: crm_contacts.source (UPDATE).",
+            "may write columns that the backfill leaves alone: crm_contacts.createdAt (UPDATE).",
         ),
         ("GRANT CREATE ON SCHEMA public TO {role}", "W004", "may make tables in the application's schema: public."),
         ("ALTER ROLE {role} CREATEROLE", "W005", "is more than an ordinary role: CREATEROLE."),

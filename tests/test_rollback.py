@@ -19,6 +19,7 @@ from django.db import connection
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from crm.backfill.pipeline import Retries
 from crm.backfill.references import KNOWN, find_references
 from crm.backfill.rollback.runner import roll_back
 from crm.backfill.verification import verify
@@ -942,15 +943,16 @@ def test_one_that_died_after_its_last_batch_is_closed_by_the_next(database: Data
     assert rollback(str(made)).code == 2
 
 
-def test_a_database_that_fails_ends_it_as_failed(database: Database) -> None:
+def test_a_database_that_fails_ends_it_as_failed(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Retries.__init__, "__defaults__", (2, 0.001))
     add_lead("ann@example.com")
     made = run()["run"]
-    with trigger_on_delete("RAISE 'no' USING ERRCODE = '58030'; RETURN OLD;"):
+    with trigger_on_delete("RAISE 'no' USING ERRCODE = '53100'; RETURN OLD;"):
         finished = rollback(str(made), "--json")
     assert (finished.code, finished.answer["status"], finished.answer["failure"]) == (
         5,
         "failed",
-        "OperationalError (58030)",
+        "OperationalError (53100)",
     )
     assert taken_back(made)["reversed"] == 1
 

@@ -491,10 +491,10 @@ def test_a_person_twice_under_somebody_elses_contact_is_ours_unless_it_came_late
 
 @pytest.mark.parametrize("column", ["userId", "clerkUserId"])
 def test_two_contacts_of_one_account_are_found(database: Database, column: str) -> None:
-    database.change(f'DROP INDEX "crm_contacts_{column}_key"')
     user = builders.add_user("some@example.com")
     rows = [add_attributed_lead("one@example.com"), add_attributed_lead("two@example.com")]
     run()
+    database.change(f'DROP INDEX "crm_contacts_{column}_key"')
     for row in rows:
         change(f'UPDATE crm_contacts SET "{column}" = %s WHERE id = %s', user, own_contact(row))
     assert {finding for finding in found() if finding.check is Check.CONTACT_TWICE} == {

@@ -190,7 +190,8 @@ class RunAdmin(ReadOnlyAdmin):
         ("Rows", {"fields": ("read", *OUTCOMES, "error_new", "balanced", "tables", "taken_back")}),
         ("Looked at again", {"fields": ("revisited", *UPDATE_OUTCOMES, "changed")}),
         ("When", {"fields": ("started_at", "heartbeat_at", "finished_at", "duration")}),
-        ("Who and what", {"fields": ("operator", "host", "process_id", "version", "generation", "asked")}),
+        ("Who and what", {"fields": ("operator", "version", "legacy_schema", "generation", "asked")}),
+        ("Process", {"fields": ("host", "boot_id", "pid_namespace", "process_id", "process_started")}),
     )
 
     @admin.display
@@ -265,9 +266,11 @@ class LedgerAdmin(ContactNamingAdmin):
         "reason",
         "contact",
         "what_was_filled",
+        "confidence_before",
         "run_link",
         "source_updated_at",
         "seen_updated_at",
+        "contact_updated_at",
         "sqlstate",
         "constraint",
         "column",
@@ -344,7 +347,7 @@ class ContactUpdateAdmin(ContactNamingAdmin):
     ordering = ("-id",)
     fields = (
         *("contact", "what_was_changed", "type_change", "stage_change", "stage_entered_before"),
-        *("placeholder", "confidence_before", "line_link", "source", "source_id", "run_link"),
+        *("former_values", "placeholder", "confidence_before", "line_link", "source", "source_id", "run_link"),
         *("source_updated_at", "contact_updated_at"),
     )
 
@@ -367,6 +370,11 @@ class ContactUpdateAdmin(ContactNamingAdmin):
     def what_was_changed(self, change: ContactUpdate) -> str:
         """The columns."""
         return _spaced(change.columns)
+
+    @admin.display(description="what was there before")
+    def former_values(self, change: ContactUpdate) -> str:
+        """By column: a value, or the row that has it."""
+        return _indented(change.former) if change.former else "-"
 
     @admin.display(description="type")
     def type_change(self, change: ContactUpdate) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill.mapping import ContactDraft, MappedRow
-from crm.backfill.outcome import Outcome, Reason
+from crm.backfill.outcome import Reason
 from crm.backfill.plan import KnownContact, fill
 from crm.backfill.snapshot import PAGE
 from crm.backfill.update.changes import FIELDS_OF_CHANGE
