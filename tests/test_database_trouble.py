@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import psycopg
 import pytest
-from django.db import DatabaseError, OperationalError, connection
+from django.db import DatabaseError, InternalError, OperationalError, connection
 
 import manage
 from crm.backfill import errors
@@ -182,6 +182,14 @@ def test_a_connection_that_was_never_made_is_none_that_was_lost() -> None:
     assert errors.never_connected(error(psycopg.errors.ConnectionTimeout()))
     assert not errors.never_connected(error(psycopg.OperationalError("server closed the connection unexpectedly")))
     assert not errors.never_connected(error(psycopg.errors.AdminShutdown()))
+
+
+def test_an_answer_that_makes_no_sense_is_a_connection_that_was_lost() -> None:
+    error = InternalError()
+    error.__cause__ = psycopg.InternalError("received 0 results from command 'COMMIT'")
+    assert errors.bad_moment(error) == errors.LOST_CONNECTION
+    error.__cause__ = psycopg.errors.InFailedSqlTransaction()
+    assert errors.bad_moment(error) is None
 
 
 def test_what_the_operator_can_put_right_is_never_a_failure_of_the_run() -> None:

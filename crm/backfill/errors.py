@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 
 import psycopg
-from django.db import DatabaseError, DataError, InterfaceError, NotSupportedError, OperationalError
+from django.db import DatabaseError, DataError, InterfaceError, InternalError, NotSupportedError, OperationalError
 
 from crm.backfill.outcome import Refusal
 from crm.errors import OperatorError
@@ -174,7 +174,8 @@ def bad_moment(error: BaseException) -> str | None:
         return SETTLED_MEANWHILE
     code = sqlstate(error)
     if code is None:
-        return LOST_CONNECTION if isinstance(error, OperationalError | InterfaceError) else None
+        # An InternalError of psycopg's own is an answer that makes no sense, such as none: the line broke in it.
+        return LOST_CONNECTION if isinstance(error, OperationalError | InterfaceError | InternalError) else None
     return BAD_MOMENTS.get(code) or BAD_MOMENTS.get(code[:2])
 
 
