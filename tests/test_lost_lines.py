@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -102,6 +104,31 @@ def test_what_nobody_can_know_is_not_said_to_be_known(database: Database, monkey
         assert is_refusal(finished)
         assert "it is not known whether the last transaction was committed" in finished.stderr
         assert "Nothing was" not in finished.stderr
+
+
+@pytest.mark.parametrize("scenario", [BACKFILL, PAUSE], ids=str)
+def test_a_signal_ends_the_wait_for_what_became_of_a_commit(
+    database: Database, scenario: Scenario, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transactions, "WAITS", (600.0, 600.0))
+    sleep = time.sleep
+
+    def be_interrupted_once(seconds: float) -> None:
+        if threading.current_thread() is threading.main_thread():
+            monkeypatch.setattr(time, "sleep", sleep)
+            signal.raise_signal(signal.SIGINT)
+        else:
+            sleep(seconds)
+
+    with bench(database, scenario) as ready, impatience():
+        # The first batch's, after those of the claim and the count; of a command that has none the only one.
+        commit = [place for place, text in sorted(ready.places.items()) if text == "COMMIT"][:3][-1]
+        with wired(Cut(commit, Moment.AFTER, for_good=True)):
+            monkeypatch.setattr(time, "sleep", be_interrupted_once)
+            finished, _ = carried_out(ready.command)
+        assert finished.code in (2, 5)
+        assert "it is not known whether the last transaction was committed" in finished.stderr + finished.stdout
+        assert "rolled back" not in finished.stderr + finished.stdout
 
 
 @pytest.mark.soak

@@ -40,6 +40,10 @@ TO_REACH_THE_SERVER = 0.2
 _LOOK_UP_EVERY = 0.1
 
 
+#: Who takes the signals, which are the process': the last one does.
+_heeding: list[Interruption] = []
+
+
 class InterruptedRunError(Exception):
     """The operator asked to stop; what was committed stays. The message is for the run's record, if there is one."""
 
@@ -89,9 +93,11 @@ class Interruption:
         connection_created.connect(self._note, weak=False)
         before = {number: signal.signal(number, self._request) for number in signals}
         before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._cancel)
+        _heeding.append(self)
         try:
             yield
         finally:
+            _heeding.remove(self)
             signal.setitimer(signal.ITIMER_REAL, 0)
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -141,6 +147,19 @@ def sleep_until(is_over: Callable[[], bool], seconds: float) -> None:
     until = time.monotonic() + seconds
     while (left := until - time.monotonic()) > 0 and not is_over():
         time.sleep(min(left, _LOOK_UP_EVERY))
+
+
+def stop_is_requested() -> bool:
+    """Whether the operator asked a run to stop, for whoever does not know which run it is part of."""
+    return bool(_heeding) and _heeding[-1].requested
+
+
+def sleep_until_signal(seconds: float) -> None:
+    """Wait, but no longer than until the next signal, also where no run takes it."""
+    if _heeding:
+        _heeding[-1].sleep(seconds)
+    else:
+        time.sleep(seconds)
 
 
 class StoppedError(OperatorError):

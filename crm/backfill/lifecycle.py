@@ -20,6 +20,7 @@ from django.db import Error as DjangoDatabaseError
 from django.db import connection
 
 from crm.backfill import errors, fence
+from crm.backfill.errors import UnknownEndError
 from crm.backfill.fence import FenceLostError
 from crm.backfill.garbage import seldom_collected
 from crm.backfill.interruption import InterruptedRunError, Interruption, StoppedError
@@ -99,6 +100,10 @@ class Lifecycle:
         except expected as error:
             # A new connection may be refused in the middle of a run, too.
             return Ending(RunStatus.FAILED, str(error))
+        except UnknownEndError as error:
+            connection.close()
+            status = RunStatus.INTERRUPTED if self.interruption.requested else RunStatus.FAILED
+            return Ending(status, errors.described(error))
         except DjangoDatabaseError as error:
             if self.interruption.requested:
                 # Whatever it was that failed: it may well have been cancelled.

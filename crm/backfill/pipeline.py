@@ -86,6 +86,9 @@ class Pipeline:
             throttle.begin(time.monotonic(), min(self.sizer.size, self.limit or self.sizer.size), turn)
         try:
             self._batches(reader)
+        except errors.UnknownEndError:
+            # Whether the batch was rolled back is what nobody knows.
+            raise
         except DjangoDatabaseError:
             if self.stop.requested:
                 # Whatever it was that failed: it may well have been cancelled.

@@ -8,7 +8,6 @@ its number, so whoever wrote the number down asks, over a new connection, and th
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,9 +17,12 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill import errors
 from crm.backfill.errors import UnknownEndError
+from crm.backfill.interruption import sleep_until_signal, stop_is_requested
 
 #: How long to wait before the server is asked again; seconds. In all, as long as a batch is tried again.
 WAITS = (0.05, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0)
+#: The longest of these waits once the operator asked to stop; seconds.
+LONGEST_WAIT_OF_A_STOP = 0.2
 
 _COMMITTED, _IN_PROGRESS = "committed", "in progress"
 _NUMBER = "SELECT pg_current_xact_id()::text"
@@ -36,7 +38,8 @@ def certain_transaction(connection: BaseDatabaseWrapper, settings: str = "") -> 
     `settings` are statements that begin it; they are sent together with ours, in one round trip. A signal that would
     break off the commit is passed over where the commit came through: whoever asks whether to stop asks after it.
 
-    Raises UnknownEndError where the answer to the commit was lost and the server cannot be asked for longer than WAITS.
+    Raises UnknownEndError where the answer to the commit was lost and the server cannot be asked for longer than WAITS,
+    or until a signal ends the waiting.
     """
     number, is_committing = "", False
     try:
@@ -45,7 +48,7 @@ def certain_transaction(connection: BaseDatabaseWrapper, settings: str = "") -> 
             yield
             is_committing = True
     except (DjangoDatabaseError, KeyboardInterrupt) as error:
-        if not is_committing or not _is_committed(connection, number):
+        if not is_committing or not _is_committed_after_all(connection, number):
             raise
         logger.warning("%s at the commit, which had come through", errors.described(error))
 
@@ -57,6 +60,13 @@ def _begin(connection: BaseDatabaseWrapper, settings: str) -> str:
             """The number is what was asked for last."""
         (number,) = cursor.fetchone()
     return str(number)
+
+
+def _is_committed_after_all(connection: BaseDatabaseWrapper, number: str) -> bool:
+    try:
+        return _is_committed(connection, number)
+    except KeyboardInterrupt as stop:
+        raise UnknownEndError from stop
 
 
 def _is_committed(connection: BaseDatabaseWrapper, number: str) -> bool:
@@ -73,5 +83,7 @@ def _is_committed(connection: BaseDatabaseWrapper, number: str) -> bool:
         else:
             if status != _IN_PROGRESS:
                 return bool(status == _COMMITTED)
-        time.sleep(wait)
+        if stop_is_requested() and wait > LONGEST_WAIT_OF_A_STOP:
+            break
+        sleep_until_signal(wait)
     raise UnknownEndError
