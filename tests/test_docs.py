@@ -132,3 +132,11 @@ def test_the_version_is_the_same_everywhere() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["version"] == VERSION
     assert f"\n## [{VERSION}] - " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_every_setting_of_the_environment_is_explained() -> None:
+    read = (ROOT / "config" / "settings.py").read_text(encoding="utf-8")
+    names = set(re.findall(r'(?:_switch|_seconds|_timeout|_domain|env\.list|os\.environ\.get)\("([A-Z_]+)"', read))
+    assert {"CRM_STATEMENT_TIMEOUT", "CRM_PLACEHOLDER_DOMAIN", "SECRET_KEY", "ALLOWED_HOSTS"} <= names
+    explained = (ROOT / ".env.example").read_text(encoding="utf-8")
+    assert [name for name in sorted(names) if f"#{name}=" not in explained] == []
