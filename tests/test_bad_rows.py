@@ -119,20 +119,12 @@ OBSTACLES = {
         "ALTER TABLE crm_contacts ALTER phone TYPE text",
         "22001",
     ),
-    "null": Obstacle(
-        'ALTER TABLE crm_contacts ALTER "referrerUsername" SET NOT NULL',
-        'ALTER TABLE crm_contacts ALTER "referrerUsername" DROP NOT NULL',
-        "23502",
-        None,
-        "referrerUsername",
-    ),
 }
 #: What makes a lead the one that the obstacle is about.
 BADNESS: dict[str, dict[str, Any]] = {
     "phone too long for its index": {"phone": "".join(hashlib.sha256(bytes([n])).hexdigest() for n in range(200))},
     "number out of range": {"commissionRate": "12.50"},
     "text too long": {"phone": "555 0100 0100"},
-    "null": {"referrerUsername": None},
     "unique index": {"phone": "13"},
     "exclusion": {"phone": "13"},
 }
@@ -288,7 +280,6 @@ def test_the_line_names_table_constraint_column_and_trigger_where_the_catalogue_
         "trigger with names that nothing has": (None, None, None, "obstacle"),
         "trigger that asks a table that is gone": (None, None, None, "obstacle"),
         "deferred trigger": (None, None, None, "obstacle"),
-        "null": ("crm_contacts", None, "referrerUsername", None),
     }.items():
         database.change(OBSTACLES[obstacle].put)
         run()

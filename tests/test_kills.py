@@ -16,7 +16,7 @@ from django.db import connection
 
 from crm.models import BackfillRun, ContactUpdate
 from tests.builders import add_contact, add_lead, add_many_leads, add_profile, contacts
-from tests.commands import run
+from tests.commands import backfill, run
 from tests.conftest import Database
 from tests.forks import (
     AT_MOST_SECONDS,
@@ -86,8 +86,10 @@ class Undisturbed:
         self._database = database
         self._before = [identifier for (identifier,) in database.rows("SELECT id FROM crm_contacts")]
         self.beginning = everything(database)
+        # In a session of its own, by the command itself: that is what is killed.
+        connection.close()
         with labels() as sent:
-            run(batch_size=BATCH_SIZE)
+            backfill(*SIZED)
         self.labels = list(sent)
         self.end = everything(database)
         self.totals = totals(database)

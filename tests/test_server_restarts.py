@@ -28,7 +28,7 @@ from crm.models import BackfillRun
 from tests.circumstances import CONTACTS, COUNTS
 from tests.commands import backfill, run
 from tests.conftest import Database
-from tests.forks import COMMIT, Mishap, ended, fork, labels_are_watched
+from tests.forks import Mishap, ended, fork, labels_are_watched
 from tests.test_interruption import wait_until
 from tests.test_kills import BATCH_SIZE, SEED, SIZED, Undisturbed, populate
 
@@ -135,7 +135,7 @@ def starting_at_try(number: int, server: Server) -> Iterator[list[str]]:
 
 @contextmanager
 def crashing_at(place: str, server: Server) -> Iterator[None]:
-    """Crash before the third statement, or commit, that begins like this."""
+    """Crash before the third statement that begins like this."""
     count = 0
 
     def watch(label: str, send: Callable[[], Any]) -> Any:
@@ -152,7 +152,7 @@ def crashing_at(place: str, server: Server) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("tries", [1, MOST_TRIES])
-@pytest.mark.parametrize("place", ["SET LOCAL", CONTACTS, LEDGER, COUNTS, COMMIT])
+@pytest.mark.parametrize("place", ["SET LOCAL", CONTACTS, LEDGER, COUNTS])
 def test_a_crash_is_waited_for_as_long_as_there_are_tries(
     crashing: tuple[Server, Database], monkeypatch: pytest.MonkeyPatch, place: str, tries: int
 ) -> None:
