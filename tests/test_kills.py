@@ -103,9 +103,9 @@ class Undisturbed:
 
     def batches(self) -> tuple[int, int]:
         """The numbers, from 1 on, of the first and the last statement of all batches."""
-        commits = [number for number, label in enumerate(self.labels, 1) if label == COMMIT]
-        begin = next(number for number, label in enumerate(self.labels, 1) if label.startswith("SET LOCAL"))
-        return begin, commits[-1]
+        begins = [number for number, label in enumerate(self.labels) if label.startswith("SET LOCAL")]
+        # The commits after that are those of the run's own record.
+        return begins[0] + 1, self.labels.index(COMMIT, begins[-1]) + 1
 
     def busiest_batch(self) -> tuple[int, int]:
         """The first and the last of the labels of the batch that has the most of them."""

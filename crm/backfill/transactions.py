@@ -25,6 +25,8 @@ WAITS = (0.05, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0)
 LONGEST_WAIT_OF_A_STOP = 0.2
 
 _COMMITTED, _IN_PROGRESS = "committed", "in progress"
+#: The server crashed before anything of the transaction was on its disk, and does not know its number any more.
+_IN_THE_FUTURE = "22023"
 _NUMBER = "SELECT pg_current_xact_id()::text"
 _STATUS = "SELECT pg_xact_status(%s::xid8)"
 
@@ -78,6 +80,8 @@ def _is_committed(connection: BaseDatabaseWrapper, number: str) -> bool:
                 cursor.execute(_STATUS, [number])
                 (status,) = cursor.fetchone()
         except DjangoDatabaseError as error:
+            if errors.sqlstate(error) == _IN_THE_FUTURE:
+                return False
             if errors.bad_moment(error) is None:
                 raise UnknownEndError from error
         else:
