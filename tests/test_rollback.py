@@ -417,6 +417,19 @@ def test_what_a_run_merged_into_an_edited_contact_is_taken_out_again(database: D
     assert contacts() == before
 
 
+def test_a_row_that_found_nothing_to_fill_in_an_edited_contact_is_pending_again(database: Database) -> None:
+    add_profile(email="ann@example.com", phone="555 0100")
+    run()
+    edit_by_hand()
+    before = contacts()
+    add_lead("ann@example.com", phone="555 0101")
+    second = run()
+    rehearsal = taken_back_dry(second["run"], 1000)
+    report = taken_back(second["run"])
+    assert report["merges"] == rehearsal["merges"] == {"reversed": 1, "kept": 0, "failed": 0}
+    assert contacts() == before
+
+
 @pytest.mark.parametrize("somebody_elses", [False, True])
 def test_what_an_update_filled_in_an_edited_contact_is_taken_out_again(
     database: Database,

@@ -229,7 +229,7 @@ def decide(rows: Iterable[MappedRow], known: KnownContacts) -> Plan:
             filled = fill(contact, draft)
             known.note_accounts(contact)
             decision = _decision(row, Outcome.MERGED, contact_id=contact.id, filled=filled)
-            plan.decisions.append(_with_what_was(decision, contact) if filled else decision)
+            plan.decisions.append(_with_what_was(decision, contact))
             if contact.fills and contact.id not in made:
                 plan.fills[contact.id] = contact.fills
         else:

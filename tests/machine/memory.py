@@ -17,12 +17,14 @@ from tests.reference import SETTLED
 class Memory:
     """What happened so far, but for what the backfill did."""
 
-    #: The columns of contacts that people wrote, by contact; a contact is in it as soon as somebody saved it.
+    #: The columns of contacts that have what people wrote, by contact; in it as soon as somebody saved it.
     written: dict[str, set[str]] = field(default_factory=dict)
     #: The columns that people emptied of what a command of ours had written, by contact.
     emptied: dict[str, set[str]] = field(default_factory=dict)
     #: Contacts that people made.
     theirs: set[str] = field(default_factory=set)
+    #: Rows whose contact somebody saved since their line was written.
+    saved_since: set[str] = field(default_factory=set)
     deleted: set[str] = field(default_factory=set)
     #: Lines of rows whose contact was deleted: as they were then, they stay.
     laid_to_rest: dict[str, LedgerLine] = field(default_factory=dict)
@@ -38,6 +40,8 @@ class Memory:
             ours = {name for name, value in columns.items() if value is None and was.get(name) is not None} - written
             self.emptied.setdefault(contact_id, set()).update(ours)
         written.update(columns)
+        written.difference_update(name for name, value in columns.items() if value is None)
+        self.saved_since.update(line.row for line in state.lines.values() if line.contact_id == contact_id)
 
     def contact_deleted(self, contact_id: str, state: State) -> None:
         """Somebody deleted a contact; `state` is from before."""
@@ -72,3 +76,4 @@ class Memory:
             if before.lines.get(row) != after.lines.get(row):
                 self.moved.discard(row)
                 self.moved_silently.discard(row)
+                self.saved_since.discard(row)
