@@ -28,7 +28,7 @@ from tests.populations import (
     populations,
 )
 from tests.profiles import examples
-from tests.reference import Population, Row
+from tests.reference import NULLABLE_ATTRIBUTION, Population, Row
 from tests.test_update import change, told, update
 
 against_the_database = settings(
@@ -93,9 +93,15 @@ def _theirs(draw: st.DrawFn, identifier: str, address: str) -> Row:
 def persons() -> dict[str, Row]:
     """The contacts by their address, but for what belongs to the rows that made them."""
     return {
-        contact["email"]: {column: value for column, value in contact.items() if column not in OF_THE_MAKER}
+        contact["email"]: {column: value for column, value in contact.items() if column not in _of_the_maker(contact)}
         for contact in contacts().values()
     }
+
+
+def _of_the_maker(contact: Row) -> tuple[str, ...]:
+    """A confidence alone is no attribution."""
+    has_attribution = any(contact[column] is not None for column in NULLABLE_ATTRIBUTION)
+    return OF_THE_MAKER if has_attribution else (*OF_THE_MAKER, "attributionConfidence")
 
 
 def outcomes() -> Mapping[str, str | None]:
@@ -170,6 +176,14 @@ def test_of_two_leads_of_a_person_the_converted_one_counts_whenever_it_comes(dat
     assert (contact["firstName"], contact["phone"], contact["referrerUsername"]) == ("New", "555 0101", "second")
     assert database.rows('SELECT "fromStage"::text, "toStage"::text FROM crm_stage_history') == [("NEW", "COMPLETE")]
     assert update()["revisited"] == 0
+
+
+def test_a_confidence_without_an_attribution_stays_that_of_the_row_that_made_the_contact(database: Database) -> None:
+    add_profile(email="ann@example.com")
+    add_lead("ann@example.com", "CONVERTED", attributionConfidence=85)
+    run(only=(Source.CONVERTED_LEADS,))
+    assert update()["updated_by_column"]["source"] == 1
+    assert contact_with("ann@example.com")["attributionConfidence"] == 85
 
 
 def test_a_part_that_came_first_does_not_tell_in_the_end(database: Database) -> None:

@@ -209,7 +209,7 @@ class LedgerEntry(models.Model):
     )
     filled = models.TextField(null=True, help_text="What the row filled in the contact")
     contact_updated_at = ExactTimestampField(
-        null=True, help_text="The updatedAt of the contact that it filled, which a fill leaves as it is"
+        null=True, help_text="The updatedAt of the contact that it was merged into, which a fill leaves as it is"
     )
     confidence_before = models.IntegerField(null=True, help_text="Of the attribution that there was not")
     sqlstate = models.TextField(null=True, help_text="PostgreSQL's code for a row that it refused")

@@ -12,7 +12,8 @@
 3. A contact that is as we wrote it is to be what `crm.backfill.fold` makes of all its rows in canonical order, as they
    map now. So any order of runs ends where one full run ends. Three things are held to besides: the stage never moves
    back, nor does the type with it; what no row has any more is not taken away; and where a row of the contact is gone,
-   maps to nothing, or names another contact by now, what is there comes before all rows.
+   maps to nothing, or names another contact by now, what is there comes before all rows. A confidence without an
+   attribution says nothing: it stays that of the row that made the contact.
 4. A contact that somebody touched, or made, is filled where it is blank. Every other value stays, and a row that would
    have changed one is `kept`; so is one whose keys name another contact by now. What updates themselves filled in
    somebody else's contact is ours to replace for as long as nobody touched it since.
