@@ -19,7 +19,8 @@ class Migration(migrations.Migration):
             model_name="ledgerentry",
             name="contact_updated_at",
             field=crm.fields.ExactTimestampField(
-                help_text="The updatedAt of the contact that it was merged into, which a fill leaves as it is", null=True
+                help_text="The updatedAt of the contact that it was merged into, which a fill leaves as it is",
+                null=True,
             ),
         ),
     ]
