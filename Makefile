@@ -21,7 +21,7 @@ MINUTES ?= 600
 
 # PostgreSQL as Debian installs it, beside the newer one that is embedded.
 INSTALLED_SERVER ?= $(lastword $(wildcard /usr/lib/postgresql/*/bin))
-MAIN_PATHS := tests/test_backfill.py tests/test_update.py tests/test_rollback.py tests/test_verify.py tests/hostile
+MAIN_PATHS := tests/test_backfill.py tests/test_orders.py tests/hostile
 
 .PHONY: help install demo test test-installed check soak bench lock clean
 

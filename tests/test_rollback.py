@@ -28,7 +28,7 @@ from crm.models.ledger import RunStatus
 from crm.sample_data.loader import load as load_people
 from tests import processes, reference
 from tests.builders import add_contact, add_lead, add_profile, contact_with, contacts, ledger
-from tests.circumstances import DROP_FOREIGN_KEYS
+from tests.circumstances import DROP_FOREIGN_KEYS, acting_as
 from tests.commands import Finished, called, files_no_larger_than, run
 from tests.conftest import LEGACY_TABLES, Database
 from tests.populations import (
@@ -679,22 +679,21 @@ def test_a_role_that_does_not_see_every_reference_is_refused(database: Database)
     database.change("CREATE TABLE public.secret_notes (who text REFERENCES crm_contacts)")
     change("ALTER TABLE public.secret_notes ENABLE ROW LEVEL SECURITY")
     change("DROP ROLE IF EXISTS half_blind")
-    change("CREATE ROLE half_blind")
+    change("CREATE ROLE half_blind LOGIN")
     change("GRANT ALL ON ALL TABLES IN SCHEMA public, crm_backfill TO half_blind")
     change("GRANT ALL ON ALL SEQUENCES IN SCHEMA crm_backfill TO half_blind")
     change("GRANT USAGE ON SCHEMA public, crm_backfill TO half_blind")
     try:
-        change("SET SESSION AUTHORIZATION half_blind")
-        finished = rollback(str(made))
+        with acting_as("half_blind"):
+            finished = rollback(str(made))
         assert finished.code == 2
         assert "secret_notes" in finished.stderr
-        change("RESET SESSION AUTHORIZATION")
         change("ALTER TABLE public.secret_notes DISABLE ROW LEVEL SECURITY")
         change("REVOKE SELECT ON crm_contacts FROM half_blind")
         change('GRANT SELECT (id, "userId") ON crm_contacts TO half_blind')
         change("REVOKE SELECT ON secret_notes FROM half_blind")
-        change("SET SESSION AUTHORIZATION half_blind")
-        assert rollback(str(made)).code == 2
+        with acting_as("half_blind"):
+            assert rollback(str(made)).code == 2
     finally:
         connection.close()
         change("DROP OWNED BY half_blind")
