@@ -50,6 +50,21 @@ def django_connection(
 
 
 @contextmanager
+def as_the_default(url: str) -> Iterator[None]:
+    """Let everything work on another database."""
+    entry = parse(url, backfill_schema=settings.BACKFILL_SCHEMA).django_entry(settings.BACKFILL_SCHEMA)
+    before, its_settings = connections["default"], connections.settings["default"]
+    connections.settings["default"] = connections.configure_settings({"default": entry})["default"]
+    before.close()
+    del connections["default"]
+    try:
+        yield
+    finally:
+        connections["default"].close()
+        connections["default"], connections.settings["default"] = before, its_settings
+
+
+@contextmanager
 def session(database: EmptyDatabase) -> Iterator[psycopg.Connection]:
     """Somebody else's session, whose transaction stays open until it is ended."""
     connection = _connect(database, database.name)

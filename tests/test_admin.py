@@ -278,7 +278,7 @@ def test_a_contact_with_more_updates_than_fit_says_so(
     assert "There are more; search the updates" in page(browser, CRMContact, contact)
 
 
-def test_a_contacts_page_asks_no_more_for_many_facts_than_for_few(database: Database, browser: Client) -> None:
+def test_a_contacts_page_asks_as_much_for_many_facts_as_for_few(database: Database, browser: Client) -> None:
     contact = add_contact("ann@example.com")
 
     def queries() -> int:
@@ -288,13 +288,15 @@ def test_a_contacts_page_asks_no_more_for_many_facts_than_for_few(database: Data
 
     add_lead("ann@example.com")
     run(update=True)
+    # Django asks for content types once a process.
+    queries()
     few = queries()
     for number in range(5):
         brought = {"lastContactedAt": UPDATED_AT} if number == 3 else {"referrerUsername": "ref"}
         add_lead("ann@example.com", **brought)
     run(update=True)
     assert ContactUpdate.objects.count() == 3
-    assert queries() <= few
+    assert queries() == few
 
 
 def test_a_run_that_is_going_is_shown(browser: Client) -> None:

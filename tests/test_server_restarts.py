@@ -17,18 +17,16 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from django.conf import settings
 from django.core.management import call_command
-from django.db import connections
 
 from config import embedded
-from config.database import parse
 from crm.backfill.pipeline import Retries
 from crm.models import BackfillRun
 from tests.circumstances import CONTACTS, COUNTS
 from tests.commands import backfill, run
 from tests.conftest import Database
 from tests.forks import Mishap, ended, fork, labels_are_watched
+from tests.scratch import as_the_default
 from tests.test_interruption import wait_until
 from tests.test_kills import BATCH_SIZE, SEED, SIZED, Undisturbed, populate
 
@@ -75,21 +73,6 @@ class Server:
         """Crash, and start again."""
         self.crash()
         self.start()
-
-
-@contextmanager
-def as_the_default(url: str) -> Iterator[None]:
-    """Let everything work on another database."""
-    entry = parse(url, backfill_schema=settings.BACKFILL_SCHEMA).django_entry(settings.BACKFILL_SCHEMA)
-    before, its_settings = connections["default"], connections.settings["default"]
-    connections.settings["default"] = connections.configure_settings({"default": entry})["default"]
-    before.close()
-    del connections["default"]
-    try:
-        yield
-    finally:
-        connections["default"].close()
-        connections["default"], connections.settings["default"] = before, its_settings
 
 
 @pytest.fixture(scope="module")

@@ -23,12 +23,11 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
 
-from django.conf import settings
-from django.db import connection, connections
+from django.db import connection
 
 from config import embedded
-from config.database import parse
 from tests.processes import address, session
+from tests.scratch import as_the_default
 
 PORT = 5432
 _HEAD = 5
@@ -114,7 +113,7 @@ class Wire:
 @contextmanager
 def wired(cut: Cut | None = None) -> Iterator[Wire]:
     """Let every connection of this process go over a wire; `url` of it is for other processes."""
-    with wire(cut) as (line, url), _as_the_default(url):
+    with wire(cut) as (line, url), as_the_default(url):
         yield line
     wait_for_the_server()
 
@@ -154,20 +153,6 @@ def wait_for_the_server() -> None:
         while observer.execute(others).fetchone() != (0,):
             assert time.monotonic() < until, "somebody is still at work"
             time.sleep(0.002)
-
-
-@contextmanager
-def _as_the_default(url: str) -> Iterator[None]:
-    entry = parse(url, backfill_schema=settings.BACKFILL_SCHEMA).django_entry(settings.BACKFILL_SCHEMA)
-    before, its_settings = connections["default"], connections.settings["default"]
-    connections.settings["default"] = connections.configure_settings({"default": entry})["default"]
-    before.close()
-    del connections["default"]
-    try:
-        yield
-    finally:
-        connections["default"].close()
-        connections["default"], connections.settings["default"] = before, its_settings
 
 
 def _accept(listening: socket.socket, line: Wire, far_end: str) -> None:
