@@ -44,18 +44,18 @@ class Database:
 
     def __init__(self) -> None:
         self.generation = DEFAULT_GENERATION
+        self._has_added_labels = False
         self._is_changed = False
 
     def use(self, generation: str, *, added_labels: bool = False) -> None:
         """Empty tables of a generation; with labels in its enums that somebody added by hand, if asked for."""
-        if generation != self.generation or added_labels or self._is_changed:
+        if (generation, added_labels) != (self.generation, self._has_added_labels) or self._is_changed:
             self.drop_legacy_tables()
             with connection.cursor() as cursor:
                 create_legacy_tables(cursor, generation)
                 if added_labels:
                     add_labels(cursor)
-            self.generation = generation
-            self._is_changed = added_labels
+            self.generation, self._has_added_labels, self._is_changed = generation, added_labels, False
         self.empty()
 
     def change(self, statement: str) -> None:

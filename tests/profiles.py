@@ -7,17 +7,28 @@ from __future__ import annotations
 
 import os
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 #: Whether this is `make soak`.
 SOAKING = os.environ.get("HYPOTHESIS_PROFILE") == "soak"
-#: The least that `make soak` asks of a property test; and of the stateful machine, with the steps of each example.
+#: The least that `make soak` asks of a property test, over all of its cases; and of the stateful machine, with the
+#: steps of each example.
 MIN_EXAMPLES, MACHINE_EXAMPLES, MACHINE_STEPS = 2_000, 1_000, 40
 
 
 def examples(few: int) -> int:
     """The number of examples of a test that is too slow for Hypothesis's own default."""
     return max(few, MIN_EXAMPLES) if SOAKING else few
+
+
+def against_the_database(few: int) -> settings:
+    """The settings of a property test that writes to the database. To explain a failure would take hours there."""
+    return settings(
+        max_examples=examples(few),
+        deadline=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+        phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink],
+    )
 
 
 def load_profile() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from django.db import connection
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from crm.backfill.mapping import contact_id
@@ -28,15 +28,9 @@ from tests.populations import (
     read_ledger,
     replace_population,
 )
-from tests.profiles import examples
+from tests.profiles import against_the_database
 
 BATCH_SIZES = (1, 2, 7, 1000)
-against_the_database = settings(
-    max_examples=examples(60),
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-    phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.target, Phase.shrink],
-)
 
 
 def run(**options: Any) -> dict[str, Any]:
@@ -86,7 +80,7 @@ def assert_as_the_reference(answer: dict[str, Any], result: reference.Result, *,
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
-@against_the_database
+@against_the_database(60)
 @given(data=st.data(), batch_size=st.sampled_from(BATCH_SIZES))
 def test_every_run_ends_as_the_reference_does(
     database: Database, generation: str, data: st.DataObject, batch_size: int
@@ -112,7 +106,7 @@ def test_every_run_ends_as_the_reference_does(
 
 
 @pytest.mark.parametrize("generation", ["2025_10", "2025_11"])
-@settings(against_the_database, max_examples=examples(25))
+@against_the_database(25)
 @given(data=st.data(), workers=st.sampled_from([2, 4]), batch_size=st.sampled_from([1, 2, 7]))
 def test_the_end_is_the_same_for_every_number_of_workers(
     database: Database, generation: str, data: st.DataObject, workers: int, batch_size: int
@@ -139,7 +133,7 @@ def with_contacts(population: reference.Population, result: reference.Result) ->
 
 
 @pytest.mark.parametrize("generation", ["2025_10_mixed", "2025_12"])
-@against_the_database
+@against_the_database(60)
 @given(data=st.data(), batch_size=st.sampled_from(BATCH_SIZES))
 def test_a_rerun_after_the_world_has_moved_on_ends_as_the_reference_does(
     database: Database, generation: str, data: st.DataObject, batch_size: int
@@ -157,7 +151,7 @@ def test_a_rerun_after_the_world_has_moved_on_ends_as_the_reference_does(
     assert_as_the_reference(run(batch_size=batch_size), expected)
 
 
-@against_the_database
+@against_the_database(60)
 @given(
     data=st.data(),
     only=st.sets(st.sampled_from([source.value for source in Source]), min_size=1, max_size=4),
@@ -175,20 +169,17 @@ def test_a_run_of_some_sources_and_then_of_all_ends_as_the_reference_does(
 
 
 @pytest.mark.parametrize("generation", ["2025_10", "2025_11"])
-def test_labels_that_nobody_knows_are_errors_and_never_a_guess(database: Database, generation: str) -> None:
+@against_the_database(60)
+@given(data=st.data(), batch_size=st.sampled_from(BATCH_SIZES))
+def test_labels_that_nobody_knows_are_errors_and_never_a_guess(
+    database: Database, generation: str, data: st.DataObject, batch_size: int
+) -> None:
     database.use(generation, added_labels=True)
-
-    @against_the_database
-    @given(data=st.data(), batch_size=st.sampled_from(BATCH_SIZES))
-    def holds(data: st.DataObject, batch_size: int) -> None:
-        database.empty()
-        population = data.draw(populations(generation, added_labels=True))
-        load(population)
-        expected = reference.backfill(population)
-        assert counts_of(run(dry_run=True, batch_size=batch_size)) == expected_counts(expected.counts)
-        assert_as_the_reference(run(batch_size=batch_size), expected)
-
-    holds()
+    population = data.draw(populations(generation, added_labels=True))
+    load(population)
+    expected = reference.backfill(population)
+    assert counts_of(run(dry_run=True, batch_size=batch_size)) == expected_counts(expected.counts)
+    assert_as_the_reference(run(batch_size=batch_size), expected)
 
 
 def test_when_a_contact_was_assigned_is_never_overwritten(database: Database) -> None:

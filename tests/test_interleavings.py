@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import pytest
 from django.db import connection
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from crm.backfill import runner
@@ -24,8 +24,8 @@ from crm.backfill.workers import Alone, Assignment, OnBatch
 from tests import reference
 from tests.conftest import Database
 from tests.populations import aftermaths, populations, replace_population
-from tests.profiles import examples
-from tests.test_backfill import against_the_database, assert_as_the_reference, load, run
+from tests.profiles import against_the_database
+from tests.test_backfill import assert_as_the_reference, load, run
 
 
 class ByTurns:
@@ -83,7 +83,7 @@ def run_by_turns(chance: Random, **options: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("workers", [2, 4])
 @pytest.mark.parametrize("generation", ["2025_10", "2025_11"])
-@settings(against_the_database, max_examples=examples(25))
+@against_the_database(25)
 @given(data=st.data(), chance=st.randoms(), batch_size=st.sampled_from([1, 2, 7]))
 def test_the_end_is_the_same_in_whatever_order_the_batches_of_workers_commit(
     database: Database, generation: str, workers: int, data: st.DataObject, chance: Random, batch_size: int

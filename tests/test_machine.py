@@ -43,7 +43,8 @@ from tests.machine.world import LedgerLine, State, Update, World
 from tests.populations import HAS_CLERK_USER_ID, MOMENTS, NOT_ADDRESSES, ROLES
 from tests.profiles import MACHINE_EXAMPLES, MACHINE_STEPS, SOAKING
 
-EXAMPLES, STEPS = (MACHINE_EXAMPLES, MACHINE_STEPS) if SOAKING else (12, 25)
+GENERATIONS = ("2025_10_mixed", "2025_12")
+EXAMPLES, STEPS = (MACHINE_EXAMPLES // len(GENERATIONS), MACHINE_STEPS) if SOAKING else (12, 25)
 UNKNOWN_RUN = 10**6
 
 # Few people, so that they meet: an address comes in its plain form mostly, and now and then it is none.
@@ -500,7 +501,7 @@ def _as_the_judge_of_second_looks_sees_it(state: State) -> reference_update.Worl
 
 
 @pytest.mark.hypothesis
-@pytest.mark.parametrize("generation", ["2025_10_mixed", "2025_12"])
+@pytest.mark.parametrize("generation", GENERATIONS)
 def test_whatever_happens_in_whatever_order_nothing_is_lost_and_nothing_is_hidden(
     database: Database, generation: str
 ) -> None:

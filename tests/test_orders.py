@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from django.db import connection
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from crm.backfill.outcome import Source
@@ -27,15 +27,10 @@ from tests.populations import (
     nullable_texts,
     populations,
 )
-from tests.profiles import examples
+from tests.profiles import against_the_database
 from tests.reference import NULLABLE_ATTRIBUTION, Population, Row
 from tests.test_update import change, told, update
 
-against_the_database = settings(
-    max_examples=examples(20),
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
 #: What belongs to the row that made a contact.
 OF_THE_MAKER = ("id", "createdAt", "updatedAt")
 
@@ -114,7 +109,7 @@ def outcomes() -> Mapping[str, str | None]:
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
-@against_the_database
+@against_the_database(20)
 @given(data=st.data(), split=st.lists(parts, min_size=1, max_size=5))
 def test_any_order_of_runs_and_any_split_ends_where_one_full_run_ends(
     database: Database, generation: str, data: st.DataObject, split: list[dict[str, Any]]

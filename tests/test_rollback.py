@@ -16,7 +16,7 @@ from typing import Any
 import psycopg
 import pytest
 from django.db import connection
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from crm.backfill.pipeline import Retries
@@ -38,13 +38,8 @@ from tests.populations import (
     populations,
     replace_population,
 )
-from tests.profiles import examples
+from tests.profiles import against_the_database
 
-against_the_database = settings(
-    max_examples=examples(20),
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
 UNTOUCHED_TABLES = tuple(table for table in LEGACY_TABLES if table != "crm_contacts")
 SOON = 20
 
@@ -83,7 +78,7 @@ def add_interaction(contact_id: str) -> None:
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
-@against_the_database
+@against_the_database(20)
 @given(data=st.data(), batch_size=st.sampled_from([1, 3, 1000]))
 def test_rollback_leaves_what_was_there_before_and_then_backfill_equals_backfill(
     database: Database, generation: str, data: st.DataObject, batch_size: int
@@ -134,7 +129,7 @@ def without_what_is_lost(found: dict[str, reference.Row], lines: dict[str, refer
 
 
 @pytest.mark.parametrize("generation", ["2025_10_mixed", "2025_12"])
-@against_the_database
+@against_the_database(20)
 @given(data=st.data(), first_is_taken_back=st.booleans())
 def test_nothing_that_a_person_wrote_is_lost_whichever_run_is_taken_back(
     database: Database,

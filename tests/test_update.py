@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from django.db import connection
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from crm.backfill.mapping import contact_id
@@ -50,17 +50,10 @@ from tests.populations import (
     texts,
 )
 from tests.processes import session
-from tests.profiles import examples
+from tests.profiles import against_the_database
 from tests.reference import Population, Row
 
 LATER = "2025-06-07 08:09:10.111"
-
-against_the_database = settings(
-    max_examples=examples(60),
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-    phases=[Phase.generate],
-)
 
 
 def update(**options: Any) -> dict[str, Any]:
@@ -165,7 +158,7 @@ def edited_contacts(draw: st.DrawFn, contacts: dict[str, Row], stages: tuple[str
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
-@against_the_database
+@against_the_database(60)
 @given(data=st.data(), batch_size=st.sampled_from([1, 3, 1000]), is_first=st.booleans())
 def test_a_second_look_does_what_the_judge_says_and_then_finds_nothing_more(
     database: Database,

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from django.db import IntegrityError, connection
-from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from crm.attribution import COLUMNS as ATTRIBUTION_DDL
@@ -29,17 +29,10 @@ from tests.circumstances import acting_as, reading_role, without_own_schema
 from tests.commands import Finished, called, files_no_larger_than, run, statements
 from tests.conftest import Database
 from tests.populations import GENERATIONS, insert_population, populations
-from tests.profiles import examples
+from tests.profiles import against_the_database
 
 LATER = "2099-01-01 00:00:00"
 SECRETS = ("Zelda", "Quimby", "zelda.quimby@example.com", "555 0199", "Quimby & Daughters", "ref-zelda")
-
-against_the_database = settings(
-    max_examples=examples(40),
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-    phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.target, Phase.shrink],
-)
 
 
 def found() -> list[Finding]:
@@ -85,7 +78,7 @@ def add_attributed_lead(email: str = "lee@example.com", **columns: Any) -> str:
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
-@against_the_database
+@against_the_database(40)
 @given(data=st.data())
 def test_nothing_is_found_after_a_run_and_nothing_is_written(
     database: Database, generation: str, data: st.DataObject
@@ -203,7 +196,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize("generation", ["2025_10_mixed", "2025_12"])
-@against_the_database
+@against_the_database(40)
 @given(data=st.data(), column=st.sampled_from(sorted(PLANTED)), touched=st.sampled_from(sorted(PLACES)))
 def test_one_wrong_value_in_any_contact_is_found_and_blamed_on_who_changed(
     database: Database, generation: str, data: st.DataObject, column: str, touched: tuple[str, ...]
@@ -250,7 +243,7 @@ ODD_VALUES: dict[str, dict[str, tuple[Any, ...]]] = {
 
 
 @pytest.mark.parametrize("generation", ["2025_10_mixed", "2025_12"])
-@against_the_database
+@against_the_database(40)
 @given(data=st.data())
 def test_what_the_server_proves_is_what_the_rules_find_alike(
     database: Database, generation: str, data: st.DataObject

@@ -1,6 +1,8 @@
-"""What an existing installation becomes: its ledger remembers the schema, and keeps timestamps as exact as they are."""
+"""What an existing installation becomes: its ledger remembers the schema, keeps what is in it, and serves on."""
 
 from __future__ import annotations
+
+import json
 
 import pytest
 
@@ -22,7 +24,7 @@ SELECT id, 'c1', 'clients', '1', 'c1', 'phone', '2025-01-02 03:04:05.678', '-inf
   FROM crm_backfill.backfill_run
 """
 LEDGER = """
-SELECT concat_ws(' | ', line.source_updated_at, seen_updated_at, change.source_updated_at, contact_updated_at,
+SELECT concat_ws(' | ', line.source_updated_at, seen_updated_at, change.source_updated_at, change.contact_updated_at,
                  stage_entered_before)
   FROM crm_backfill.ledger_entry line JOIN crm_backfill.contact_update change ON line_id = line.id
 """
@@ -56,6 +58,13 @@ def test_an_existing_installation_keeps_its_data_and_remembers_its_schema(django
         assert "678901" in database.execute(LEDGER)[0]
         refused = manage("backfill_runs", "list", url=database.url())
         assert (refused.returncode, "schema app" in refused.stderr) == (2, True)
+
+        newest = manage("migrate", "--verbosity", "0", url=url)
+        assert newest.returncode == 0, newest.stderr
+        assert "678901" in database.execute(LEDGER)[0]
+        undone = manage("rollback_crm_backfill", "1", "--dry-run", "--json", url=url)
+        assert undone.returncode == 0, undone.stderr
+        assert json.loads(undone.stdout)["failure"] is None
 
         back = manage("migrate", "crm", BEFORE, "--verbosity", "0", url=url)
         assert back.returncode == 0, back.stderr
