@@ -8,11 +8,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 # The demo, the tests and the checks use the embedded server and never a database that somebody works with.
-EMBEDDED := env -u DATABASE_URL CRM_DOTENV=off
+EMBEDDED := env -u DATABASE_URL CRM_DOTENV=off CRM_EMBEDDED_DATA=.postgres
 MANAGE := $(EMBEDDED) $(BIN)/python manage.py
 # Many tests wait for a lock, a kill or a server, so processes pay even where the cores are few.
 PYTEST := $(EMBEDDED) $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
-NEXT := $(if $(or $(DATABASE_URL),$(wildcard .env)),$(EMBEDDED) )$(BIN)/python manage.py
+NEXT := $(if $(or $(DATABASE_URL),$(wildcard .env)),$(EMBEDDED),CRM_EMBEDDED_DATA=.postgres) $(BIN)/python manage.py
 
 PEOPLE ?= 10000
 GENERATION ?= 2025_10
@@ -21,7 +21,7 @@ MINUTES ?= 600
 
 # PostgreSQL as Debian installs it, beside the newer one that is embedded.
 INSTALLED_SERVER ?= $(lastword $(wildcard /usr/lib/postgresql/*/bin))
-MAIN_PATHS := tests/test_backfill.py tests/test_orders.py tests/hostile
+MAIN_PATHS := tests/test_backfill.py tests/test_orders.py tests/hostile tests/test_runbook.py
 
 .PHONY: help install demo test test-installed check soak bench lock clean
 
@@ -46,7 +46,7 @@ demo: install ## Sample people in a fresh embedded database, backfilled before y
 		'  $(NEXT) backfill_crm_contacts' \
 		'  # an account for the admin, and then a look at http://127.0.0.1:8000/admin/' \
 		'  $(NEXT) createsuperuser' \
-		'  $(NEXT) runserver'
+		'  DEBUG=on $(NEXT) runserver'
 
 test: install ## Run the tests (ARGS="-k mapping" for some of them)
 	$(PYTEST) $(ARGS)
@@ -72,7 +72,7 @@ soak: install ## Every property test with thousands of examples, and the longest
 		-m "hypothesis or soak" --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 bench: install ## Measure the backfill on the embedded server
-	$(EMBEDDED) $(BIN)/python -m bench $(ARGS)
+	env -u DATABASE_URL CRM_DOTENV=off $(BIN)/python -m bench $(ARGS)
 
 PIP_COMPILE := CUSTOM_COMPILE_COMMAND='make lock' $(BIN)/pip-compile --quiet --generate-hashes --strip-extras \
 	--allow-unsafe --no-emit-index-url --no-emit-find-links
@@ -84,7 +84,7 @@ lock: install ## Compile requirements*.in into pinned and hashed requirements*.t
 clean: ## Remove .venv, the embedded databases and every cache
 	@for data in .postgres*; do \
 		if [ -x $(BIN)/python ] && [ -f "$$data/postmaster.pid" ]; then \
-			CRM_EMBEDDED_DATA="$$data" $(EMBEDDED) $(BIN)/python -m config.embedded stop || true; \
+			$(EMBEDDED) CRM_EMBEDDED_DATA="$$data" $(BIN)/python -m config.embedded stop || true; \
 		fi; \
 	done
 	rm -rf $(VENV) .postgres* .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -6,7 +6,8 @@ import sys
 
 from django.core.exceptions import ImproperlyConfigured
 from django.core.management import execute_from_command_line
-from django.db import NotSupportedError, OperationalError
+from django.db import NotSupportedError, OperationalError, ProgrammingError
+from psycopg.errors import InsufficientPrivilege
 
 from crm.errors import OperatorError
 
@@ -27,6 +28,15 @@ def main(arguments: list[str]) -> int:
         if not _is_connection_failure(error):
             raise
         return _refuse(f"The database cannot be reached: {error} Check DATABASE_URL and that the server runs.")
+    except ProgrammingError as error:
+        if not isinstance(error.__cause__, InsufficientPrivilege):
+            raise
+        return _refuse(
+            f"The role of DATABASE_URL may not do this: {error.__cause__.diag.message_primary}. `migrate`, "
+            "`createsuperuser`, `runserver` and whatever else the admin needs are not for the role of "
+            "docs/least_privilege.sql: give DATABASE_URL the address of the role that owns the schema crm_backfill, "
+            "under which `migrate` was run. Nothing was written."
+        )
     return 0
 
 

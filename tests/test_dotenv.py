@@ -96,7 +96,7 @@ def show(checkout: Path, **environment: str) -> subprocess.CompletedProcess[str]
         "sys.exit(manage.main(['manage.py', 'shell', '--no-imports', '-c', 'from django.conf import settings; "
         'print(settings.DATABASES["default"]["HOST"], settings.LEGACY_SCHEMA)\']))',
         str(checkout),
-        **({"CRM_DOTENV": "", "CRM_EMBEDDED_DATA": str(checkout / "data")} | environment),
+        **({"CRM_DOTENV": ""} | environment),
     )
 
 
@@ -119,17 +119,16 @@ def test_a_file_as_windows_writes_it_is_read(checkout: Path) -> None:
         "DATABASE_URL=hunter2\n",
     ],
 )
-def test_a_file_without_a_usable_address_never_means_the_embedded_database(checkout: Path, text: str) -> None:
+def test_a_file_without_a_usable_address_is_refused(checkout: Path, text: str) -> None:
     (checkout / ".env").write_text(text)
     shown = show(checkout)
     assert (shown.returncode, shown.stdout) == (2, "")
     assert shown.stderr.count("\n") == 1
     assert "hunter2" not in shown.stderr
-    assert not (checkout / "data").exists()
 
 
 @pytest.mark.parametrize("kind", ["folder", "dangling", "utf-16"])
-def test_a_file_that_cannot_be_read_never_means_the_embedded_database(checkout: Path, kind: str) -> None:
+def test_a_file_that_cannot_be_read_is_refused(checkout: Path, kind: str) -> None:
     path = checkout / ".env"
     if kind == "folder":
         path.mkdir()

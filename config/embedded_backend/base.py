@@ -1,8 +1,10 @@
-"""Starts the embedded server when the first connection is wanted.
+"""Starts the embedded server when the first connection is wanted, and says that it is the one that is worked on.
 
 So importing the settings (for `--help`, a type checker, `check`) starts nothing.
 """
 
+import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,13 @@ class DatabaseWrapper(base.DatabaseWrapper):
     """PostgreSQL as Django has it; `EMBEDDED_DATA` in the settings of the database names the data folder."""
 
     def get_connection_params(self) -> dict[str, Any]:
-        address = embedded.start(Path(self.settings_dict["EMBEDDED_DATA"]))
+        data = self.settings_dict["EMBEDDED_DATA"]
+        address = embedded.start(data)
+        _announce(data)
         self.settings_dict.update(HOST=address.host, PORT=address.port)
         return super().get_connection_params()
+
+
+@cache
+def _announce(data: Path) -> None:
+    sys.stderr.write(f"This is the embedded development database in {data}.\n")

@@ -17,7 +17,8 @@ from crm.sample_data.population import generate
 from crm.sample_data.shapes import SHAPES, TABLES
 
 _ELSEWHERE = (
-    "Sample data goes into empty tables only: use another database, or unset DATABASE_URL for the embedded one."
+    "Sample data goes into empty tables only: use another database, or set CRM_EMBEDDED_DATA in the place of "
+    "DATABASE_URL for the embedded one."
 )
 
 
