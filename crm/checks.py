@@ -37,6 +37,13 @@ OWN_RIGHTS: Mapping[str, Sequence[str]] = {
     ConflictDecision._meta.db_table: ("SELECT", "INSERT", "UPDATE"),
     ContactUpdate._meta.db_table: ("SELECT", "INSERT"),
 }
+#: What makes a role more than an ordinary one, in the order of the queries.
+ATTRIBUTES = ("SUPERUSER", "CREATEROLE", "CREATEDB", "REPLICATION", "BYPASSRLS")
+#: Predefined roles that may only look at the server's statistics, for --max-replica-lag; and the one that the owner of
+#: a database is a member of by itself.
+HARMLESS_ROLES = (
+    "pg_database_owner", "pg_monitor", "pg_read_all_settings", "pg_read_all_stats", "pg_stat_scan_tables",
+)  # fmt: skip
 SCRIPT = "docs/least_privilege.sql makes a role that may do what is needed and nothing else."
 
 
@@ -213,13 +220,21 @@ def _too_much(rights: _Rights) -> list[CheckMessage]:
             sorted({f"{right.table}.{right.column} ({right.privilege})" for right in changed}),
         ),
         ("W004", "may make tables in the application's schema", _schemas_to_make_tables_in(rights)),
-        ("W005", "is more than an ordinary role", _powers(rights)),
     )
-    return [
+    messages: list[CheckMessage] = [
         Warning(f"The role {rights.role} {what}: {', '.join(names)}.", hint=SCRIPT, id=f"crm.{number}")
         for number, what, names in found
         if names
     ]
+    if powers := [*_attributes(rights), *_memberships(rights)]:
+        messages.append(
+            Warning(
+                f"The role {rights.role} is more than an ordinary role: {', '.join(power.name for power in powers)}.",
+                hint=" ".join(dict.fromkeys(power.way_out for power in powers)),
+                id="crm.W005",
+            )
+        )
+    return messages
 
 
 def _writable(rights: _Rights, tables: Sequence[str]) -> list[str]:
@@ -240,7 +255,55 @@ def _schemas_to_make_tables_in(rights: _Rights) -> list[str]:
     return [name for (name,) in rights.ask(query, [settings.LEGACY_SCHEMA])]
 
 
-def _powers(rights: _Rights) -> list[str]:
-    query = "SELECT rolsuper, rolcreaterole, rolcreatedb, rolreplication FROM pg_roles WHERE rolname = current_user"
-    names = ("SUPERUSER", "CREATEROLE", "CREATEDB", "REPLICATION")
-    return [name for name, has in zip(names, rights.ask(query)[0], strict=True) if has]
+class _Power(NamedTuple):
+    """What makes a role more than an ordinary one, and the statement that ends it."""
+
+    name: str
+    way_out: str
+
+
+def _attributes(rights: _Rights) -> list[_Power]:
+    query = """
+        SELECT ARRAY[rolsuper, rolcreaterole, rolcreatedb, rolreplication, rolbypassrls], EXISTS (
+                 SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
+                  WHERE nspname = %s AND relname = ANY(%s) AND relrowsecurity)
+          FROM pg_roles WHERE rolname = current_user
+    """
+    ((has, is_row_security_on),) = rights.ask(query, [settings.LEGACY_SCHEMA, list(REQUIRED_COLUMNS)])
+    return [
+        _Power(name, f"ALTER ROLE {quoted_name(rights.role)} NO{name};")
+        for name in _named(has)
+        # Policies would hide rows of the application's tables from any other role: E003 asks for it.
+        if not (name == "BYPASSRLS" and is_row_security_on)
+    ]
+
+
+def _memberships(rights: _Rights) -> list[_Power]:
+    """The roles that it is a member of, or may become, and that may do more than the backfill does."""
+    query = """
+        SELECT r.rolname, r.rolname LIKE 'pg\\_%%',
+               ARRAY[r.rolsuper, r.rolcreaterole, r.rolcreatedb, r.rolreplication, r.rolbypassrls], EXISTS (
+                 SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
+                  WHERE relowner = r.oid AND nspname = ANY(%s) AND relkind IN ('r', 'p')),
+               ARRAY(SELECT direct.rolname::text
+                       FROM pg_auth_members m JOIN pg_roles direct ON direct.oid = m.roleid
+                      WHERE m.member = me.oid AND pg_has_role(direct.oid, r.oid, 'MEMBER') ORDER BY 1)
+          FROM pg_roles r JOIN pg_roles me ON me.rolname = current_user
+         WHERE pg_has_role(r.oid, 'MEMBER') AND r.oid <> me.oid AND r.rolname <> ALL(%s)
+           -- A superuser is taken for a member of every role.
+           AND NOT me.rolsuper
+         ORDER BY 1
+    """
+    powers = []
+    schemas = [settings.LEGACY_SCHEMA, settings.BACKFILL_SCHEMA]
+    for name, is_predefined, has, is_owner, through in rights.ask(query, [schemas, list(HARMLESS_ROLES)]):
+        why = [*_named(has), *(["owner of tables"] if is_owner else [])]
+        if is_predefined or why:
+            what = f"member of {name}" + (f" ({', '.join(why)})" if why else "")
+            groups = ", ".join(map(quoted_name, through))
+            powers.append(_Power(what, f"REVOKE {groups} FROM {quoted_name(rights.role)};"))
+    return powers
+
+
+def _named(has: Sequence[bool]) -> list[str]:
+    return [name for name, granted in zip(ATTRIBUTES, has, strict=True) if granted]

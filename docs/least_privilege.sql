@@ -8,9 +8,11 @@
 --   rollback  on: the role may also take a run back (rollback_crm_backfill)             default: off
 --
 -- It works on the database that psql is connected to, as a superuser, or as the owner of the application's tables and
--- of the schema crm_backfill who has CREATEROLE. Run it after every `python manage.py migrate`, and again at any time:
--- what the role may do on these tables is taken away and granted anew, in one transaction. Then give it a password
--- (\password crm_backfill_job), put it into DATABASE_URL, and let
+-- of the schema crm_backfill. To make the role takes CREATEROLE besides; whoever has not is told the two statements
+-- that an administrator has to run before, and nothing is changed. Run it after every `python manage.py migrate`, and
+-- again at any time: whatever the role was granted in this database is taken away, in every schema (also by default
+-- privileges), and what it needs is granted anew, in one transaction. What the role owns, and what roles it is a member
+-- of, stays as it is. Then give it a password (\password crm_backfill_job), put it into DATABASE_URL, and let
 --
 --   python manage.py check --database default
 --
@@ -42,27 +44,134 @@
 
 BEGIN;
 
+-- A block of PL/pgSQL cannot see the variables of psql.
+SET LOCAL least_privilege.role = :'role';
+SET LOCAL least_privilege.schema = :'schema';
+SET LOCAL least_privilege.update = :'update';
+SET LOCAL least_privilege.rollback = :'rollback';
+
+-- Everything that would stop the script half-way is looked for first.
 DO $$
+DECLARE
+  job text := current_setting('least_privilege.role');
+  app text := current_setting('least_privilege.schema');
+  contacts oid := to_regclass(format('%I.crm_contacts', app));
+  job_oid oid := (SELECT oid FROM pg_roles WHERE rolname = job);
+  making text := format('ALTER ROLE %I IN DATABASE %I SET search_path = crm_backfill, %I;',
+                        job, current_database(), app);
+  others text;
 BEGIN
   IF to_regclass('crm_backfill.ledger_entry') IS NULL THEN
     RAISE EXCEPTION 'There is no ledger in this database: run `python manage.py migrate` first.';
   END IF;
+
+  IF contacts IS NULL THEN
+    RAISE EXCEPTION 'There is no table crm_contacts in the schema %: name another one with --set schema=...', app;
+  END IF;
+
+  SELECT string_agg(format('%I.%I (owner %s)', nspname, relname, pg_get_userbyid(relowner)), ', '
+                    ORDER BY nspname, relname)
+    INTO others
+    FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
+   WHERE relkind IN ('r', 'p') AND NOT pg_has_role(relowner, 'USAGE')
+     AND (nspname = 'crm_backfill'
+          OR nspname = app AND (relname IN ('users', 'profiles', 'leads', 'crm_contacts')
+                                OR relname IN ('crm_interactions', 'crm_stage_history')
+                                   AND current_setting('least_privilege.rollback')::bool
+                                OR relname = 'crm_stage_history' AND current_setting('least_privilege.update')::bool)
+          OR current_setting('least_privilege.rollback')::bool
+             AND EXISTS (SELECT FROM pg_constraint WHERE contype = 'f' AND confrelid = contacts AND conrelid = c.oid));
+  IF others IS NOT NULL THEN
+    RAISE EXCEPTION 'The role % may grant nothing on %: run this as the owner, or as a superuser. Nothing was changed.',
+      current_user, others;
+  END IF;
+
+  IF EXISTS (SELECT FROM pg_db_role_setting JOIN pg_database d ON d.oid = setdatabase
+              WHERE setrole = job_oid AND datname = current_database()
+                AND format('search_path=crm_backfill, %I', app) = ANY (setconfig)) THEN
+    RETURN;
+  END IF;
+  IF job_oid IS NULL THEN
+    making := format('CREATE ROLE %I LOGIN; ', job) || making;
+  END IF;
+  IF NOT EXISTS (SELECT FROM pg_roles
+                  WHERE rolname = current_user
+                    AND (rolsuper
+                         OR rolcreaterole AND (job_oid IS NULL OR current_setting('server_version_num')::int < 160000
+                                               OR pg_has_role(job_oid, 'USAGE WITH ADMIN OPTION')))) THEN
+    RAISE EXCEPTION 'The role % may not make or change the role %. Let an administrator run once: % '
+      'Then run this again. Nothing was changed.', current_user, job, making;
+  END IF;
+  EXECUTE making;
 END
 $$;
 
-SELECT format('CREATE ROLE %I LOGIN', :'role')
- WHERE NOT EXISTS (SELECT FROM pg_roles WHERE rolname = :'role')
-\gexec
+-- What the role was granted in this database, by an earlier run of this script or otherwise, in whatever schema.
+DO $$
+DECLARE
+  job text := current_setting('least_privilege.role');
+  job_oid oid := (SELECT oid FROM pg_roles WHERE rolname = job);
+  granted record;
+  left_over text[] := '{}';
+BEGIN
+  FOR granted IN
+    SELECT format('REVOKE ALL ON %s %s FROM %I CASCADE', CASE relkind WHEN 'S' THEN 'SEQUENCE' ELSE 'TABLE' END,
+                  c.oid::regclass, job) AS statement,
+           relowner AS owner, c.oid::regclass::text AS name, false AS is_needed
+      FROM pg_class c
+     WHERE EXISTS (SELECT FROM aclexplode(relacl) WHERE grantee = job_oid)
+        OR EXISTS (SELECT FROM pg_attribute, aclexplode(attacl) WHERE attrelid = c.oid AND grantee = job_oid)
+    UNION ALL
+    SELECT format('REVOKE ALL ON ROUTINE %s FROM %I CASCADE', oid::regprocedure, job), proowner,
+           oid::regprocedure::text, false
+      FROM pg_proc WHERE EXISTS (SELECT FROM aclexplode(proacl) WHERE grantee = job_oid)
+    UNION ALL
+    SELECT format('REVOKE ALL ON SCHEMA %I FROM %I CASCADE', nspname, job), nspowner, format('schema %I', nspname),
+           nspname IN ('crm_backfill', current_setting('least_privilege.schema')) AND NOT EXISTS (
+             SELECT FROM aclexplode(nspacl) WHERE grantee = job_oid AND (privilege_type <> 'USAGE' OR is_grantable))
+      FROM pg_namespace WHERE EXISTS (SELECT FROM aclexplode(nspacl) WHERE grantee = job_oid)
+    UNION ALL
+    SELECT format('REVOKE ALL ON DATABASE %I FROM %I CASCADE', datname, job), datdba, format('database %I', datname),
+           NOT EXISTS (
+             SELECT FROM aclexplode(datacl) WHERE grantee = job_oid AND (privilege_type <> 'CONNECT' OR is_grantable))
+      FROM pg_database
+     WHERE datname = current_database() AND EXISTS (SELECT FROM aclexplode(datacl) WHERE grantee = job_oid)
+    UNION ALL
+    SELECT format('ALTER DEFAULT PRIVILEGES FOR ROLE %I%s REVOKE ALL ON %s FROM %I CASCADE',
+                  pg_get_userbyid(defaclrole), ' IN SCHEMA ' || quote_ident(nspname),
+                  CASE defaclobjtype WHEN 'r' THEN 'TABLES' WHEN 'S' THEN 'SEQUENCES' WHEN 'f' THEN 'ROUTINES'
+                                     WHEN 'T' THEN 'TYPES' WHEN 'n' THEN 'SCHEMAS' WHEN 'L' THEN 'LARGE OBJECTS' END,
+                  job),
+           defaclrole, format('default privileges of %I', pg_get_userbyid(defaclrole)), false
+      FROM pg_default_acl LEFT JOIN pg_namespace n ON n.oid = defaclnamespace
+     WHERE EXISTS (SELECT FROM aclexplode(defaclacl) WHERE grantee = job_oid)
+  LOOP
+    IF granted.owner = job_oid THEN
+      CONTINUE;
+    ELSIF pg_has_role(granted.owner, 'USAGE') THEN
+      EXECUTE granted.statement;
+    ELSIF NOT granted.is_needed THEN
+      left_over := left_over || format('%s (owner %s)', granted.name, pg_get_userbyid(granted.owner));
+    END IF;
+  END LOOP;
+  IF left_over <> '{}' THEN
+    RAISE EXCEPTION 'What the role % may do on % can only be taken away by the owner, or by a superuser: let one of '
+      'them run this. Nothing was changed.', job, array_to_string(left_over, ', ');
+  END IF;
+END
+$$;
 
--- A connection through PgBouncer cannot choose its search path, so the role brings it along.
-SELECT format('GRANT CONNECT ON DATABASE %I TO %I', current_database(), :'role'),
-       format('ALTER ROLE %I IN DATABASE %I SET search_path = crm_backfill, %I',
-              :'role', current_database(), :'schema')
+-- What it has already, others may be the only ones to grant: there is nothing to do then.
+SELECT format('GRANT CONNECT ON DATABASE %I TO %I', datname, :'role')
+  FROM pg_database
+ WHERE datname = current_database()
+   AND (pg_has_role(datdba, 'USAGE') OR NOT has_database_privilege(:'role', oid, 'CONNECT'))
+ UNION ALL
+SELECT format('GRANT USAGE ON SCHEMA %I TO %I', nspname, :'role')
+  FROM pg_namespace
+ WHERE nspname IN (:'schema', 'crm_backfill')
+   AND (pg_has_role(nspowner, 'USAGE') OR NOT has_schema_privilege(:'role', oid, 'USAGE'))
 \gexec
-
-REVOKE ALL ON ALL TABLES IN SCHEMA :"schema", crm_backfill FROM :"role";
-REVOKE ALL ON SCHEMA :"schema", crm_backfill FROM :"role";
-GRANT USAGE ON SCHEMA :"schema", crm_backfill TO :"role";
 
 -- The application's tables, column by column: what is not named here can be neither read nor written. Columns that a
 -- generation of the application does not have are passed over.
@@ -133,7 +242,8 @@ GRANT SELECT, INSERT, UPDATE ON crm_backfill.conflict_decision TO :"role";
     FROM to_regclass('crm_backfill.rollback') AS found
    WHERE found IS NOT NULL
   \gexec
-  SELECT format('GRANT USAGE ON SCHEMA %I TO %I', nspname, :'role'),
+  SELECT CASE WHEN NOT has_schema_privilege(:'role', nspname, 'USAGE')
+              THEN format('GRANT USAGE ON SCHEMA %I TO %I', nspname, :'role') END,
          format('GRANT SELECT (%s) ON %s TO %I', string_agg(quote_ident(attname), ', '), conrelid::regclass, :'role')
     FROM pg_constraint
     JOIN pg_class ON pg_class.oid = conrelid

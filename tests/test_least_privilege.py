@@ -26,6 +26,8 @@ from tests.test_own_schema import EmptyDatabase
 
 ROLE = 'Back"fill job'
 URL_ROLE = "Back%22fill%20job"
+#: A role that the backfill has nothing to do with, and an owner of the application's tables who is no superuser.
+OTHERS, OWNER = "more rights", "an owner"
 SCRIPT = BASE_DIR / "docs" / "least_privilege.sql"
 SECRETS = (
     ("users", "hashedPassword"),
@@ -44,7 +46,8 @@ def as_owner(*statements: str) -> None:
     with session() as owner:
         owner.autocommit = True
         for statement in statements:
-            owner.execute(statement.format(role=quoted(ROLE)).encode())
+            named = statement.format(role=quoted(ROLE), other=quoted(OTHERS), owner=quoted(OWNER))
+            owner.execute(named.encode())
 
 
 def psql() -> Path:
@@ -55,11 +58,11 @@ def psql() -> Path:
     return max(Path(package.origin).parent.glob("pginstall*/bin/psql"))
 
 
-def run_script(**variables: str) -> subprocess.CompletedProcess[str]:
+def run_script(*, user: str = embedded.USER, **variables: str) -> subprocess.CompletedProcess[str]:
     """The script as an operator runs it, with psql."""
     listens = address()
     given = [argument for name, value in variables.items() for argument in ("--set", f"{name}={value}")]
-    where = ["--host", listens.host, "--port", listens.port, "--username", embedded.USER]
+    where = ["--host", listens.host, "--port", listens.port, "--username", user]
     return subprocess.run(  # noqa: S603 - the server's own psql with arguments from this file
         [str(psql()), *where, "--no-psqlrc", "--file", str(SCRIPT), *given, str(connection.settings_dict["NAME"])],
         capture_output=True,
@@ -291,7 +294,6 @@ def test_the_check_tells_what_is_missing_with_the_grant(
             "may write columns that the backfill leaves alone: crm_contacts.createdAt (UPDATE).",
         ),
         ("GRANT CREATE ON SCHEMA public TO {role}", "W004", "may make tables in the application's schema: public."),
-        ("ALTER ROLE {role} CREATEROLE", "W005", "is more than an ordinary role: CREATEROLE."),
     ],
 )
 def test_the_check_warns_of_what_is_too_much(
@@ -300,6 +302,76 @@ def test_the_check_warns_of_what_is_too_much(
     with role_made_by_script():
         as_owner(grant)
         assert check(django_db_blocker) == [f"crm.{number} The role {ROLE} {message} {checks.SCRIPT}"]
+
+
+@pytest.mark.parametrize(
+    ("grants", "powers", "ways_out"),
+    [
+        (["ALTER ROLE {role} CREATEROLE"], "CREATEROLE", "ALTER ROLE {role} NOCREATEROLE;"),
+        (
+            ["ALTER ROLE {role} SUPERUSER REPLICATION BYPASSRLS"],
+            "SUPERUSER, REPLICATION, BYPASSRLS",
+            "ALTER ROLE {role} NOSUPERUSER; ALTER ROLE {role} NOREPLICATION; ALTER ROLE {role} NOBYPASSRLS;",
+        ),
+        (
+            ["GRANT pg_execute_server_program, pg_write_server_files TO {role}"],
+            "member of pg_execute_server_program, member of pg_write_server_files",
+            'REVOKE "pg_execute_server_program" FROM {role}; REVOKE "pg_write_server_files" FROM {role};',
+        ),
+        # With NOINHERIT no right is there until the role says SET ROLE.
+        (
+            ["ALTER ROLE {role} NOINHERIT", "GRANT pg_read_all_data, pg_write_all_data TO {role}"],
+            "member of pg_read_all_data, member of pg_write_all_data",
+            'REVOKE "pg_read_all_data" FROM {role}; REVOKE "pg_write_all_data" FROM {role};',
+        ),
+        (
+            ["GRANT pg_read_server_files TO {other}", "GRANT {other} TO {role}"],
+            "member of pg_read_server_files",
+            "REVOKE {other} FROM {role};",
+        ),
+        (
+            ["ALTER ROLE {other} CREATEROLE", "GRANT {other} TO {role}"],
+            "member of more rights (CREATEROLE)",
+            "REVOKE {other} FROM {role};",
+        ),
+        (
+            [
+                "ALTER ROLE {role} NOINHERIT",
+                "GRANT {other} TO {role}",
+                "ALTER TABLE public.crm_interactions OWNER TO {other}",
+            ],
+            "member of more rights (owner of tables)",
+            "REVOKE {other} FROM {role};",
+        ),
+    ],
+)
+def test_the_check_names_what_makes_a_role_more_than_an_ordinary_one(
+    database: Database, django_db_blocker: DjangoDbBlocker, grants: list[str], powers: str, ways_out: str
+) -> None:
+    with role_made_by_script(), role_of_others():
+        as_owner(*grants)
+        expected = f"crm.W005 The role {ROLE} is more than an ordinary role: {powers}. "
+        expected += ways_out.format(role=quoted(ROLE), other=quoted(OTHERS))
+        assert [said for said in check(django_db_blocker) if said.startswith("crm.W005")] == [expected]
+        as_owner(ways_out)
+        assert check(django_db_blocker) == []
+
+
+def test_what_a_role_needs_is_no_power(database: Database, django_db_blocker: DjangoDbBlocker) -> None:
+    with role_made_by_script(), role_of_others():
+        # For --max-replica-lag, in a group of people, and past policies that would hide rows.
+        as_owner("GRANT pg_monitor, {other} TO {role}", "ALTER ROLE {role} BYPASSRLS")
+        database.change("ALTER TABLE public.leads ENABLE ROW LEVEL SECURITY")
+        assert check(django_db_blocker) == []
+
+
+@contextmanager
+def role_of_others() -> Iterator[None]:
+    as_owner("CREATE ROLE {other}")
+    try:
+        yield
+    finally:
+        as_owner(f"REASSIGN OWNED BY {{other}} TO {embedded.USER}", "DROP OWNED BY {other}", "DROP ROLE {other}")
 
 
 @pytest.mark.process
@@ -372,13 +444,146 @@ def test_the_script_takes_back_the_right_to_make_tables(database: Database, sche
         assert database.rows(granted, ROLE, "USAGE WITH GRANT OPTION") == [(False,)]
 
 
+def test_the_script_takes_back_what_was_granted_in_whatever_schema(database: Database) -> None:
+    name = quoted(str(connection.settings_dict["NAME"]))
+    as_owner(
+        "CREATE SCHEMA elsewhere",
+        "CREATE TABLE elsewhere.notes (contact text REFERENCES public.crm_contacts, body text)",
+        "CREATE SEQUENCE elsewhere.numbers",
+        "CREATE FUNCTION elsewhere.act() RETURNS void LANGUAGE sql AS ''",
+    )
+    try:
+        with role_made_by_script(rollback="on"):
+            assert readable_columns(database, "elsewhere.notes") == ["contact"]
+            as_owner(
+                "GRANT INSERT, SELECT (body) ON elsewhere.notes TO {role}",
+                "GRANT USAGE ON SEQUENCE elsewhere.numbers TO {role}",
+                "GRANT EXECUTE ON FUNCTION elsewhere.act, pg_ls_logdir() TO {role}",
+                "ALTER DEFAULT PRIVILEGES IN SCHEMA elsewhere GRANT SELECT ON TABLES TO {role}",
+                "ALTER DEFAULT PRIVILEGES GRANT EXECUTE ON FUNCTIONS TO {role}",
+                f"GRANT CREATE ON DATABASE {name} TO {{role}}",
+            )
+            result = run_script(role=ROLE)
+            assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+            assert readable_columns(database, "elsewhere.notes") == []
+            assert granted(database) == {"database CONNECT", "schema crm_backfill USAGE", "schema public USAGE"}
+    finally:
+        as_owner("DROP SCHEMA elsewhere CASCADE")
+
+
+def granted(database: Database) -> set[str]:
+    """All that the role was granted in this database, but for the tables that the script names."""
+    query = """
+        SELECT what || ' ' || privilege_type
+          FROM (SELECT 'database', datacl FROM pg_database WHERE datname = current_database()
+                 UNION ALL SELECT 'schema ' || nspname, nspacl FROM pg_namespace
+                 UNION ALL SELECT proname, proacl FROM pg_proc
+                 UNION ALL SELECT 'default', defaclacl FROM pg_default_acl
+                 UNION ALL SELECT nspname || '.' || relname, relacl
+                             FROM pg_class JOIN pg_namespace n ON n.oid = relnamespace
+                            WHERE nspname NOT IN ('public', 'crm_backfill')) AS object(what, acl),
+               aclexplode(acl)
+         WHERE grantee = (SELECT oid FROM pg_roles WHERE rolname = %s)
+    """
+    return {what for (what,) in database.rows(query, ROLE)}
+
+
+# Who may run the script
+
+
+@pytest.fixture
+def plain_owner(database: Database) -> Iterator[None]:
+    """The owner of the application's tables and of ours, who is no superuser and may make no role."""
+    drop_role()
+    own = """
+        DO $$ DECLARE name regclass; BEGIN
+          FOR name IN SELECT oid FROM pg_class WHERE relkind IN ('r', 'p')
+                         AND relnamespace IN ('public'::regnamespace, 'crm_backfill'::regnamespace) LOOP
+            EXECUTE format('ALTER TABLE %s OWNER TO OWNER', name);
+          END LOOP;
+        END $$;
+        ALTER SCHEMA public OWNER TO OWNER; ALTER SCHEMA crm_backfill OWNER TO OWNER
+    """
+    with session() as superuser:
+        superuser.autocommit = True
+        superuser.execute(f"CREATE ROLE {quoted(OWNER)} LOGIN".encode())
+        superuser.execute(own.replace("TO OWNER", f"TO {quoted(OWNER)}").encode())
+        try:
+            yield
+        finally:
+            drop_role()
+            superuser.execute(own.replace("TO OWNER", f"TO {embedded.USER}").encode())
+            superuser.execute(f"DROP OWNED BY {quoted(OWNER)}; DROP ROLE {quoted(OWNER)}".encode())
+
+
+def test_an_owner_who_may_make_no_role_is_told_what_an_administrator_has_to_do_first(
+    database: Database, plain_owner: None, django_db_blocker: DjangoDbBlocker
+) -> None:
+    refused = run_script(user=OWNER, role=ROLE)
+    assert (refused.returncode, refused.stdout) == (3, "")
+    make = f"CREATE ROLE {quoted(ROLE)} LOGIN;"
+    settle = f"ALTER ROLE {quoted(ROLE)} IN DATABASE {connection.settings_dict['NAME']} SET search_path ="
+    statements = [make, f"{settle} crm_backfill, public;"]
+    advice = f"may not make or change the role {ROLE}. Let an administrator run once: {' '.join(statements)} "
+    assert f"The role {OWNER} {advice}" in refused.stderr
+    as_owner(*statements)
+    for _ in range(2):
+        done = run_script(user=OWNER, role=ROLE)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        assert check(django_db_blocker) == []
+
+
+def test_an_owner_who_may_make_roles_needs_no_administrator(
+    database: Database, plain_owner: None, django_db_blocker: DjangoDbBlocker
+) -> None:
+    as_owner("ALTER ROLE {owner} CREATEROLE")
+    done = run_script(user=OWNER, role=ROLE)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert check(django_db_blocker) == []
+
+
+def test_who_owns_only_some_of_the_tables_is_told_so_before_anything_is_done(
+    database: Database, plain_owner: None
+) -> None:
+    as_owner("ALTER ROLE {owner} CREATEROLE", f"ALTER TABLE public.leads OWNER TO {embedded.USER}")
+    refused = run_script(user=OWNER, role=ROLE)
+    assert (refused.returncode, refused.stdout) == (3, "")
+    assert f"The role {OWNER} may grant nothing on public.leads (owner {embedded.USER})" in refused.stderr
+    assert database.rows("SELECT FROM pg_roles WHERE rolname = %s", ROLE) == []
+
+
+def test_what_only_others_can_take_away_is_told_and_nothing_is_done(database: Database, plain_owner: None) -> None:
+    as_owner("ALTER ROLE {owner} CREATEROLE")
+    assert run_script(user=OWNER, role=ROLE, rollback="on").returncode == 0
+    as_owner("GRANT EXECUTE ON FUNCTION pg_ls_logdir() TO {role}")
+    refused = run_script(user=OWNER, role=ROLE)
+    assert (refused.returncode, refused.stdout) == (3, "")
+    assert f"pg_ls_logdir() (owner {embedded.USER}) can only be taken away by the owner" in refused.stderr
+    assert may(database, "public.crm_contacts", "DELETE")
+
+
+# What is not for the role
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("command", [("migrate",), ("createsuperuser", "--noinput"), ("runserver",)])
+def test_what_is_not_for_the_role_is_one_line_that_says_which_address_to_use(
+    database: Database, command: tuple[str, ...]
+) -> None:
+    with role_made_by_script() as url:
+        refused = manage(*command, url=url)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "give DATABASE_URL the address of the role that owns the schema crm_backfill" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+
+
 def test_the_right_to_take_a_run_back_has_to_be_asked_for(database: Database) -> None:
     with role_made_by_script(rollback="on"):
         assert may(database, "public.crm_contacts", "DELETE")
         assert may(database, "public.crm_contacts", "SELECT")
         assert may(database, "crm_backfill.ledger_entry", "DELETE")
         for table in ("crm_interactions", "crm_stage_history"):
-            assert readable_columns(database, table) == ["contactId"]
+            assert readable_columns(database, f"public.{table}") == ["contactId"]
 
 
 @pytest.mark.process
@@ -417,7 +622,7 @@ def readable_columns(database: Database, table: str) -> list[str]:
     found = database.rows(
         "SELECT attname::text FROM pg_attribute WHERE attrelid = %s::regclass AND attnum > 0 "
         "AND has_column_privilege(%s, attrelid, attnum, 'SELECT')",
-        f"public.{table}",
+        table,
         ROLE,
     )
     return [name for (name,) in found]
