@@ -10,8 +10,10 @@ from contextlib import nullcontext
 from typing import Any
 
 import pytest
+from django.db import connection
 from django.utils import timezone
 
+from config import embedded
 from crm.backfill.fence import HEARTBEAT_LASTS
 from crm.legacy_schema import ddl
 from crm.models import BackfillBatch, BackfillRun, LedgerEntry
@@ -28,10 +30,11 @@ from tests.circumstances import (
     set_status,
     without_own_schema,
 )
-from tests.commands import Finished, backfill, statements
+from tests.commands import Finished, backfill, called, statements
 from tests.conftest import Database
 from tests.populations import GENERATIONS
-from tests.scratch import scratch_database, session
+from tests.processes import address, database_url
+from tests.scratch import as_the_default, scratch_database, session
 from tests.test_settings import SECRET
 from tests.test_settings import run as process
 
@@ -82,6 +85,7 @@ def test_the_summary_has_the_labels_that_people_know_and_what_is_new(database: D
     assert (finished.code, finished.stderr) == (1, "")
     assert figures(finished.stdout) == {
         "Total Processed": 10,
+        "Contacts by type": 6,
         "Clients": 2,
         "Tax Preparers": 2,
         "Affiliates": 1,
@@ -125,8 +129,25 @@ def test_the_summary_of_a_dry_run_says_that_nothing_was_written(database: Databa
 def test_without_a_terminal_progress_is_lines_on_stderr(database: Database) -> None:
     add_some_of_everything()
     finished = backfill()
-    assert finished.stderr == "10 rows to look at\n"
+    assert finished.stderr == "10 source rows to look at\n"
     assert "rows to look at" not in finished.stdout
+
+
+def test_summaries_and_json_name_the_database_and_never_the_password(database: Database) -> None:
+    add_some_of_everything()
+    listens, name = address(), connection.settings_dict["NAME"]
+    where = {"host": listens.host, "port": listens.port, "name": name, "schema": "public"}
+    with as_the_default(database_url(role=f"{embedded.USER}:hunter2")):
+        number = backfill("--json", "--no-progress").answer["run"]
+        for command in (
+            ("backfill_crm_contacts", "--no-progress"),
+            ("verify_crm_contacts",),
+            ("rollback_crm_backfill", str(number), "--dry-run", "--no-progress"),
+        ):
+            told, shown = called(*command, "--json"), called(*command)
+            assert told.answer["database"] == where
+            assert f"Database: {name} on {listens.host}:{listens.port}, schema public\n" in shown.stdout
+            assert "hunter2" not in "".join((told.stdout, told.stderr, shown.stdout, shown.stderr))
 
 
 # --json

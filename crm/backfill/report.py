@@ -15,6 +15,7 @@ from rich.text import Text
 
 from crm.backfill.outcome import Source, Totals
 from crm.backfill.runner import RunReport, Silence
+from crm.backfill.target import target, target_line
 from crm.models.ledger import RunStatus
 
 #: Without a terminal, a line about this often; seconds.
@@ -41,6 +42,7 @@ class TerminalProgress:
 
     def begin(self, rows: dict[Source, int]) -> None:
         """Show an empty bar for each source."""
+        self._progress.console.print("Source rows by source", highlight=False)
         self._progress.start()
         self._last_batch = self._progress.get_time()
         for source, count in rows.items():
@@ -85,7 +87,7 @@ class LineProgress:
     def begin(self, rows: dict[Source, int]) -> None:
         """Say how much there is to do."""
         self._to_do = sum(rows.values())
-        self._console.print(f"{self._to_do:,} rows to look at", highlight=False)
+        self._console.print(f"{self._to_do:,} source rows to look at", highlight=False)
 
     def advance(self, source: Source, totals: Totals) -> None:
         """Say how far the run is, when it has not been said for a while."""
@@ -95,7 +97,7 @@ class LineProgress:
             self._told = now
             rate = self._done / (now - self._started)
             self._console.print(
-                f"{source.title}: {self._done:,} of {max(self._to_do, self._done):,} rows, {rate:,.0f} rows/s",
+                f"{source.title}: {self._done:,} of {max(self._to_do, self._done):,} source rows, {rate:,.0f} rows/s",
                 highlight=False,
             )
 
@@ -123,6 +125,7 @@ def as_json(report: RunReport) -> str:
         "run": report.run_id,
         "status": report.status.value,
         "dry_run": report.options.dry_run,
+        "database": target(),
         "generation": report.facts.generation,
         "read": totals.read,
         **totals.outcomes,
@@ -157,15 +160,16 @@ def print_summary(report: RunReport, console: Console) -> None:
     table.add_column(min_width=26)
     table.add_column(justify="right")
     table.add_column(style="dim")
-    made = "would be made" if report.options.dry_run else "made"
 
     def row(label: str, count: int | str, remark: str = "", style: str = "") -> None:
         shown = f"{count:,}" if isinstance(count, int) else count
         table.add_row(Text(label, style), Text(shown, style), remark)
 
-    row("Total Processed", totals.read, f"{totals.read / report.seconds:,.0f} rows/s" if report.seconds else "", "bold")
+    rate = f", {totals.read / report.seconds:,.0f} rows/s" if report.seconds else ""
+    row("Total Processed", totals.read, f"source rows{rate}", "bold")
+    row("Contacts by type", totals.created, "would be made" if report.options.dry_run else "made", "bold")
     for label, contact_type in _LABELS_OF_TYPE:
-        row(f"  {label}", totals.created_by_type[contact_type], f"contacts {made}")
+        row(f"  {label}", totals.created_by_type[contact_type])
     row("Skipped (exists)", report.already + totals.exists + totals.merged, "already + exists + merged")
     row("  already", report.already, "in the ledger from earlier runs")
     left = "" if report.options.update else "; untouched"
@@ -189,6 +193,7 @@ def print_summary(report: RunReport, console: Console) -> None:
             row(f"  {column}", totals.updated_by_column[column], kept)
     console.print(table)
     console.print(identity_lines(report), highlight=False, soft_wrap=True)
+    console.print(target_line(), highlight=False, soft_wrap=True, markup=False)
     if words := advice(report):
         console.print(words, highlight=False, soft_wrap=True)
 

@@ -19,6 +19,7 @@ from crm.backfill.outcome import Source
 from crm.backfill.rollback.runner import Listener, ListingError, RollbackReport
 from crm.backfill.rollback.undo import Undone
 from crm.backfill.rollback.verdict import Line, Verdict
+from crm.backfill.target import target, target_line
 from crm.errors import OperatorError
 from crm.models.ledger import RunStatus
 
@@ -37,6 +38,7 @@ def as_json(report: RollbackReport) -> str:
         "rolls_back": report.rolls_back,
         "status": report.status.value,
         "dry_run": report.dry_run,
+        "database": target(),
         "generation": report.generation,
         **{verdict.value: numbers[f"contacts_{verdict}"] for verdict in Verdict},
         **kinds,
@@ -87,6 +89,7 @@ def print_summary(report: RollbackReport, console: Console) -> None:
     for reason, count in sorted(report.counts.reasons.items()):
         row(f"  {reason}", count, "of all that was kept or failed")
     console.print(table)
+    console.print(target_line(), highlight=False, soft_wrap=True, markup=False)
     if words := advice(report):
         console.print(words, highlight=False, soft_wrap=True)
 

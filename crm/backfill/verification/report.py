@@ -13,6 +13,7 @@ from rich.text import Text
 
 from crm.backfill.outcome import Outcome, Source
 from crm.backfill.spreadsheet import cell
+from crm.backfill.target import target, target_line
 from crm.backfill.verification.figures import OTHERS, Figures
 from crm.backfill.verification.findings import Check, Finding, Kind
 from crm.backfill.verification.runner import VerificationReport
@@ -47,6 +48,7 @@ def as_json(report: VerificationReport) -> str:
     answer: dict[str, Any] = {
         "ok": not report.exit_code,
         "defects": report.defects,
+        "database": target(),
         "generation": report.generation,
         "rows": census.rows,
         "excluded": census.excluded,
@@ -110,7 +112,7 @@ def _proof(report: VerificationReport) -> Group:
         f"Identity: {census.rows:,} rows = {sum(census.excluded.values()):,} excluded + {census.in_ledger:,} in the "
         f"ledger + {sum(census.pending.values()):,} pending  {'(holds)' if census.balances else '(DOES NOT HOLD)'}"
     )
-    return Group(table, Text(identity), "")
+    return Group(table, Text(identity), Text(target_line()), "")
 
 
 def _proof_rows(report: VerificationReport) -> Iterator[tuple[str, int, str]]:
