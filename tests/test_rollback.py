@@ -21,15 +21,16 @@ from hypothesis import strategies as st
 
 from crm.backfill.pipeline import Retries
 from crm.backfill.references import KNOWN, find_references
+from crm.backfill.refusals import MOST_ALIKE
 from crm.backfill.rollback.runner import roll_back
 from crm.backfill.verification import verify
 from crm.models import BackfillRun, LedgerEntry, Rollback
 from crm.models.ledger import RunStatus
 from crm.sample_data.loader import load as load_people
 from tests import processes, reference
-from tests.builders import add_contact, add_lead, add_profile, contact_with, contacts, ledger
+from tests.builders import add_contact, add_lead, add_many_leads, add_profile, contact_with, contacts, ledger
 from tests.circumstances import DROP_FOREIGN_KEYS, acting_as
-from tests.commands import Finished, called, files_no_larger_than, run
+from tests.commands import Finished, called, files_no_larger_than, run, statements
 from tests.conftest import LEGACY_TABLES, Database
 from tests.populations import (
     GENERATIONS,
@@ -78,7 +79,7 @@ def add_interaction(contact_id: str) -> None:
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
-@against_the_database(20)
+@against_the_database(40)
 @given(data=st.data(), batch_size=st.sampled_from([1, 3, 1000]))
 def test_rollback_leaves_what_was_there_before_and_then_backfill_equals_backfill(
     database: Database, generation: str, data: st.DataObject, batch_size: int
@@ -129,7 +130,7 @@ def without_what_is_lost(found: dict[str, reference.Row], lines: dict[str, refer
 
 
 @pytest.mark.parametrize("generation", ["2025_10_mixed", "2025_12"])
-@against_the_database(20)
+@against_the_database(40)
 @given(data=st.data(), first_is_taken_back=st.booleans())
 def test_nothing_that_a_person_wrote_is_lost_whichever_run_is_taken_back(
     database: Database,
@@ -612,6 +613,26 @@ def test_a_contact_that_the_database_will_not_give_up_fails_alone(database: Data
     assert [contact["email"] for contact in contacts().values()] == ["n3@example.com"]
     assert taken_back(made["run"])["reversed"] == 1
     assert rollback(str(made["run"])).code == 2
+
+
+def test_a_table_that_gives_up_no_contact_is_not_asked_contact_by_contact(database: Database) -> None:
+    add_many_leads(600)
+    made = run()["run"]
+    with trigger_on_delete("RAISE 'no';"), statements() as sent:
+        finished = rollback(str(made), "--json")
+    assert (finished.code, finished.answer["reversed"], finished.answer["failed"]) == (1, 0, 600)
+    assert finished.answer["by_reason"] == {"refused P0001": 600}
+    assert sum(statement.sql.startswith("DELETE FROM crm_contacts") for statement in sent) < 4 * MOST_ALIKE
+    assert len(contacts()) == 600
+
+
+def test_many_contacts_in_succession_that_are_not_given_up_keep_no_other(database: Database) -> None:
+    add_many_leads(600)
+    made = run()["run"]
+    ((last,),) = database.rows("SELECT max(id) FROM (SELECT id FROM crm_contacts ORDER BY id LIMIT 250) first")
+    with trigger_on_delete(f"IF OLD.id <= '{last}' THEN RAISE 'no'; END IF; RETURN OLD;"):
+        finished = rollback(str(made), "--json")
+    assert (finished.answer["reversed"], finished.answer["failed"], len(contacts())) == (350, 250, 250)
 
 
 # Refusals

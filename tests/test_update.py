@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from crm.backfill.mapping import contact_id
 from crm.backfill.outcome import Source
+from crm.backfill.refusals import MOST_ALIKE
 from crm.backfill.rollback.runner import roll_back
 from crm.backfill.verification import verify
 from crm.backfill.verification.findings import Check, Finding, Kind
@@ -158,7 +159,7 @@ def edited_contacts(draw: st.DrawFn, contacts: dict[str, Row], stages: tuple[str
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
-@against_the_database(60)
+@against_the_database(80)
 @given(data=st.data(), batch_size=st.sampled_from([1, 3, 1000]), is_first=st.booleans())
 def test_a_second_look_does_what_the_judge_says_and_then_finds_nothing_more(
     database: Database,
@@ -722,6 +723,19 @@ def test_what_the_database_refuses_is_tried_again_by_the_next_run(database: Data
     assert contact_with("ann@example.com")["stage"] == "NEW"
     database.change("DROP FUNCTION mishap() CASCADE")
     assert update()["updated_by_column"] == {"contact_type": 1, "stage": 1}
+
+
+def test_a_table_that_takes_no_change_is_not_asked_contact_by_contact(database: Database) -> None:
+    add_many_leads(600)
+    run()
+    database.rows('UPDATE leads SET "lastContactedAt" = %s, "updatedAt" = %s RETURNING id', LATER, LATER)
+    database.change('ALTER TABLE crm_contacts ADD CONSTRAINT nobody CHECK ("lastContactedAt" IS NULL)')
+    with statements() as sent:
+        report = run(update=True)
+    assert (report["status"], report["updated"], report["kept_by_column"]) == ("finished", 0, {"refused": 600})
+    assert sum(statement.sql.startswith("UPDATE crm_contacts") for statement in sent) < 4 * MOST_ALIKE
+    database.change("ALTER TABLE crm_contacts DROP CONSTRAINT nobody")
+    assert run(update=True)["updated_by_column"] == {"last_contacted_at": 600}
 
 
 def populate(people: int = 60) -> None:

@@ -14,13 +14,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Protocol
 
-from django.db import DatabaseError, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill import fence
-from crm.backfill.errors import row_refusal
+from crm.backfill.apart import write_apart
 from crm.backfill.outcome import Outcome, Totals, UpdateOutcome
 from crm.backfill.references import Reference, find_references, is_unreferenced, referring_tables
 from crm.backfill.rollback.reader import Reader
@@ -44,7 +43,7 @@ from crm.backfill.rollback.verdict import (
 from crm.backfill.transactions import certain_transaction
 from crm.backfill.update.writer import stage_history_id, write_contacts
 from crm.backfill.writer import Timeouts, lock_contacts
-from crm.models import ContactUpdate, CRMContact, CRMStageHistory, LedgerEntry, Rollback
+from crm.models import CRMContact, CRMStageHistory, Rollback
 
 # The first of these has to be the first statement of the transaction. With one snapshot for all of it, the DELETE would
 # not see what was committed while the locks were waited for; PostgreSQL would notice, and refuse the batch. The lock on
@@ -62,6 +61,14 @@ _LOCK = f"SELECT c.id FROM crm_contacts c JOIN {_SEEN} ON {_AS_SEEN} ORDER BY c.
 _DELETE = f"DELETE FROM crm_contacts c USING {_SEEN} WHERE {_AS_SEEN} AND {{unreferenced}} RETURNING c.id"
 _WHAT_KEEPS = f"""
 SELECT c.id, c.xmin::text = seen.version, {{tables}} FROM crm_contacts c JOIN {_SEEN} ON c.id = seen.id
+"""
+_FORGET_LINES = "DELETE FROM ledger_entry WHERE id = ANY(%s::text[])"
+_FORGET_UPDATES_OF = "DELETE FROM contact_update WHERE contact_id = ANY(%s::text[])"
+_FORGET_UPDATES = "DELETE FROM contact_update WHERE id = ANY(%s::bigint[])"
+_LOOK_AGAIN_AT = "UPDATE ledger_entry SET seen_updated_at = NULL WHERE id = ANY(%s::text[])"
+_LOOK_AGAIN_AT_OTHERS = """
+UPDATE ledger_entry SET seen_updated_at = NULL
+ WHERE contact_id = ANY(%s::text[]) AND outcome IN ('merged', 'exists')
 """
 
 _COLUMN = {column.attname: f'"{column.column}"' for column in CRMContact._meta.concrete_fields}
@@ -273,8 +280,8 @@ class DatabaseUndoer:
         judged = judge(lines, self._reader)
         with certain_transaction(self._connection, self._manners):
             undone = self._carry_out(judged)
-            LedgerEntry.objects.using(self._connection.alias).filter(id__in=undone.reversed_ids).delete()
-            self._forget_updates(contact_id__in=[line.id for line in undone.reversed_lines(Outcome.CREATED)])
+            self._execute(_FORGET_LINES, undone.reversed_ids)
+            self._execute(_FORGET_UPDATES_OF, [line.id for line in undone.reversed_lines(Outcome.CREATED)])
             fence.renew(self._rollback_id, Totals())
             self._count(undone)
         return undone
@@ -289,20 +296,21 @@ class DatabaseUndoer:
             restored, refused = self._apart(sorted(judged.restored), lambda ids: self._restore(ids, judged))
             undone = _conclude_updates(judged, restored, refused)
             gone = [record for contact in sorted(restored) for record in judged.restored[contact].records]
-            self._forget_updates(id__in=[record.number for record in gone])
-            # The rows are to be looked at again, as if they had not been.
-            lines = LedgerEntry.objects.using(self._connection.alias)
-            lines.filter(id__in=restored).update(seen_updated_at=None)
-            lines.filter(contact_id__in=restored, outcome__in=("merged", "exists")).update(seen_updated_at=None)
-            lines.filter(id__in=[line.id for line in undone.later_merges]).delete()
+            self._execute(_FORGET_UPDATES, [record.number for record in gone])
+            # As if they had not been looked at.
+            self._execute(_LOOK_AGAIN_AT, list(restored))
+            self._execute(_LOOK_AGAIN_AT_OTHERS, list(restored))
+            self._execute(_FORGET_LINES, [line.id for line in undone.later_merges])
             fence.renew(self._rollback_id, Totals())
             self._count(undone)
         return undone
 
-    def _forget_updates(self, **conditions: Any) -> None:
-        ContactUpdate.objects.using(self._connection.alias).filter(**conditions).delete()
+    def _execute(self, statement: str, keys: list[str] | list[int]) -> None:
+        # The ORM would send each of some thousand keys as a parameter of its own.
+        with self._connection.cursor() as cursor:
+            cursor.execute(statement, [keys])
 
-    def _restore(self, contact_ids: list[str], judged: JudgedUpdates) -> set[str]:
+    def _restore(self, contact_ids: Sequence[str], judged: JudgedUpdates) -> set[str]:
         contacts = {
             contact: (judged.restored[contact].version, judged.restored[contact].values) for contact in contact_ids
         }
@@ -322,36 +330,21 @@ class DatabaseUndoer:
         return undone
 
     def _apart(
-        self, contact_ids: list[str], action: Callable[[list[str]], set[str]]
+        self, contact_ids: Sequence[str], action: Callable[[Sequence[str]], set[str]]
     ) -> tuple[set[str], dict[str, str]]:
-        """Do it to the contacts; where PostgreSQL refuses one, halve until it stands alone, so that the others go.
+        """Do it to the contacts; return those to which it was done, and the SQLSTATE of those that were refused."""
+        written = write_apart(self._connection, contact_ids, action)
+        done = {contact_id for _, some in written.done for contact_id in some}
+        return done, {contact_id: refusal.sqlstate or "" for contact_id, refusal in written.refused}
 
-        Returns the contacts to which it was done, and the SQLSTATE of those that were refused.
-        """
-        if not contact_ids:
-            return set(), {}
-        try:
-            with transaction.atomic(using=self._connection.alias):
-                return action(contact_ids), {}
-        except DatabaseError as error:
-            refusal = row_refusal(error)
-            if refusal is None:
-                raise
-        if len(contact_ids) == 1:
-            return set(), {contact_ids[0]: refusal.sqlstate or ""}
-        middle = len(contact_ids) // 2
-        done, refused = self._apart(contact_ids[:middle], action)
-        done_too, refused_too = self._apart(contact_ids[middle:], action)
-        return done | done_too, refused | refused_too
-
-    def _delete(self, contact_ids: list[str], judged: Judged, references: Sequence[Reference]) -> set[str]:
-        seen = [contact_ids, [judged.deletable[contact_id] for contact_id in contact_ids]]
+    def _delete(self, contact_ids: Sequence[str], judged: Judged, references: Sequence[Reference]) -> set[str]:
+        seen = [list(contact_ids), [judged.deletable[contact_id] for contact_id in contact_ids]]
         with self._connection.cursor() as cursor:
             cursor.execute(_LOCK, seen)
             cursor.execute(_DELETE.format(unreferenced=is_unreferenced(references)), seen)
             return {contact_id for (contact_id,) in cursor.fetchall()}
 
-    def _take_back(self, contact_ids: list[str], judged: Judged) -> set[str]:
+    def _take_back(self, contact_ids: Sequence[str], judged: Judged) -> set[str]:
         by_columns: dict[tuple[str, ...], list[tuple[str, str, int]]] = {}
         for contact_id in contact_ids:
             merge = judged.take_backs[contact_id]

@@ -10,12 +10,12 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from django.db import DatabaseError, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill import fence
+from crm.backfill.apart import write_apart
 from crm.backfill.arrays import use_fast_arrays
-from crm.backfill.errors import SettledMeanwhileError, row_refusal
+from crm.backfill.errors import SettledMeanwhileError
 from crm.backfill.known import ContactLookup
 from crm.backfill.mapping import ContactDraft, MappedRow, Rules, contact_id
 from crm.backfill.outcome import Source, Totals
@@ -169,30 +169,20 @@ class UpdateWriter:
                 to_write.append(group)
             else:
                 written.changes += group
-        if to_write:
-            self._halve(to_write, written)
+        for groups, landed in (apart := write_apart(self._connection, to_write, self._write_groups)).done:
+            for group in groups:
+                if group[0].contact_id in landed:
+                    written.changes += group
+                else:
+                    written.changed_meanwhile.add(group[0].contact_id)
+        for group, _ in apart.refused:
+            written.changes += [change.refused() if change.columns else change for change in group]
         return written
 
-    def _halve(self, groups: Sequence[list[Change]], written: _Written) -> None:
-        try:
-            with transaction.atomic(using=self._connection.alias):
-                landed = self._write_contacts(groups)
-                self._write_history(change for group in groups for change in group if change.contact_id in landed)
-        except DatabaseError as error:
-            if row_refusal(error) is None:
-                raise
-            if len(groups) == 1:
-                written.changes += [change.refused() if change.columns else change for change in groups[0]]
-                return
-            middle = len(groups) // 2
-            self._halve(groups[:middle], written)
-            self._halve(groups[middle:], written)
-            return
-        for group in groups:
-            if group[0].contact_id in landed:
-                written.changes += group
-            else:
-                written.changed_meanwhile.add(group[0].contact_id)
+    def _write_groups(self, groups: Sequence[list[Change]]) -> set[str]:
+        landed = self._write_contacts(groups)
+        self._write_history(change for group in groups for change in group if change.contact_id in landed)
+        return landed
 
     def _write_contacts(self, groups: Sequence[list[Change]]) -> set[str]:
         """Write the contacts that still are what was decided on; their ids."""
