@@ -69,7 +69,7 @@ check: install ## Lint, types, migrations and tests: what has to pass
 
 soak: install ## Every property test with thousands of examples, and the longest tests (MINUTES=600)
 	$(EMBEDDED) HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest -p tests.soak --minutes $(MINUTES) \
-		-m "hypothesis or soak" --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
+		-m "hypothesis or soak or sampled" --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 bench: install ## Measure the backfill on the embedded server
 	env -u DATABASE_URL CRM_DOTENV=off $(BIN)/python -m bench $(ARGS)

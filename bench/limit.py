@@ -59,9 +59,19 @@ _ANYTHING_TO_FILL = " OR ".join(
     f"({unit}.place IS NOT NULL AND NOT ({there.format(of='c')}))" for unit, there in _UNITS.items()
 )
 _PREPARE = f"""
-CREATE TEMPORARY TABLE odd_spelling AS
+CREATE TEMPORARY TABLE other_address AS
   SELECT id, lower(btrim(email, {_SPACE})) AS address FROM crm_contacts WHERE email <> lower(btrim(email, {_SPACE}));
 CREATE TEMPORARY TABLE waiting AS SELECT 1::bigint AS place, ''::text AS source_id, {_CONTACT} FROM crm_contacts LIMIT 0
+"""
+# A lead meets the contact that its user's profile met under another address.
+_ADDRESSES_OF_USERS = f"""
+INSERT INTO other_address
+SELECT line.contact_id, lower(btrim(u.email, {_SPACE}))
+  FROM ledger_entry line
+  JOIN profiles p ON p.id = line.source_id
+  JOIN users u ON u.id = p."userId"
+  JOIN crm_contacts c ON c.id = line.contact_id AND c.email <> lower(btrim(u.email, {_SPACE}))
+ WHERE outcome IN ('merged', 'exists')
 """
 _INSERT = f"""
 WITH page AS MATERIALIZED ({{page}}),
@@ -69,7 +79,7 @@ WITH page AS MATERIALIZED ({{page}}),
      made AS (
        INSERT INTO crm_contacts ({_CONTACT})
        SELECT {_CONTACT} FROM draft
-        WHERE {_VALID} AND NOT EXISTS (SELECT FROM odd_spelling WHERE address = draft.email) ORDER BY email, place
+        WHERE {_VALID} AND NOT EXISTS (SELECT FROM other_address WHERE address = draft.email) ORDER BY email, place
        ON CONFLICT DO NOTHING RETURNING id
      ),
      lines AS (
@@ -99,7 +109,7 @@ WITH met AS (
          FROM waiting w
          LEFT JOIN LATERAL (
            SELECT {_OF_CONTACT} FROM crm_contacts c WHERE c.email = w.email
-            UNION ALL SELECT {_OF_CONTACT} FROM odd_spelling JOIN crm_contacts c USING (id) WHERE address = w.email
+            UNION ALL SELECT {_OF_CONTACT} FROM other_address JOIN crm_contacts c USING (id) WHERE address = w.email
             LIMIT 1
          ) e ON true
          LEFT JOIN LATERAL (SELECT {_OF_CONTACT} FROM crm_contacts c WHERE c."userId" = w."userId") u ON true
@@ -193,6 +203,7 @@ def run_limit(connection: psycopg.Connection[Any]) -> int:
     ):
         columns = _PROFILE_COLUMNS.format(contact_type=contact_type)
         _in_chunks(connection, source, _PROFILES.format(role=role), columns)
+    connection.execute(_ADDRESSES_OF_USERS)
     converted = _LEAD_COLUMNS.format(
         contact_type="'CLIENT'::\"ContactType\"", stage="'COMPLETE'::\"PipelineStage\"", entered='r."updatedAt"'
     )

@@ -21,7 +21,7 @@ from crm.legacy_schema import create_legacy_tables
 from crm.models import BackfillBatch, BackfillRun, ConflictDecision, ContactUpdate, LedgerEntry, Rollback
 from tests import installed_server
 from tests.populations import add_labels
-from tests.profiles import load_profile
+from tests.profiles import load_profile, share_examples
 
 load_profile()
 
@@ -39,6 +39,11 @@ LEGACY_TABLES = ("crm_stage_history", "crm_interactions", "crm_contacts", "leads
 OWN_MODELS = (LedgerEntry, ContactUpdate, BackfillBatch, Rollback, ConflictDecision, BackfillRun)
 OWN_TABLES = tuple(model._meta.db_table for model in OWN_MODELS)
 DEFAULT_GENERATION = "2025_10"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Share the examples of a property test among its cases."""
+    share_examples(items)
 
 
 class Database:

@@ -6,7 +6,12 @@ The profile is chosen by the environment, so that the processes which share the 
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Iterable
+from math import ceil
+from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, Phase, settings
 
 #: Whether this is `make soak`.
@@ -16,8 +21,12 @@ SOAKING = os.environ.get("HYPOTHESIS_PROFILE") == "soak"
 MIN_EXAMPLES, MACHINE_EXAMPLES, MACHINE_STEPS = 2_000, 1_000, 40
 
 
+#: Where Hypothesis keeps the settings of a property test; it has no public name for them.
+_SETTINGS = "_hypothesis_internal_use_settings"
+
+
 def examples(few: int) -> int:
-    """The number of examples of a test that is too slow for Hypothesis's own default."""
+    """The number of examples of a test, over all of its cases, that is too slow for Hypothesis's own default."""
     return max(few, MIN_EXAMPLES) if SOAKING else few
 
 
@@ -31,8 +40,31 @@ def against_the_database(few: int) -> settings:
     )
 
 
+def every(step: int) -> int:
+    """The step through the cases that a test counts off: one in a soak, which takes all of them."""
+    return 1 if SOAKING else step
+
+
+def share_examples(items: Iterable[pytest.Item]) -> None:
+    """Share the examples of each property test among its cases: for every generation, say, a part of them."""
+    for function, cases in Counter(map(_function, items)).items():
+        if (chosen := getattr(function, _SETTINGS, None)) is not None:
+            setattr(function, _SETTINGS, settings(chosen, max_examples=ceil(chosen.max_examples / cases)))
+
+
+def settings_of(item: pytest.Item) -> settings | None:
+    """The settings of a property test; None for another one."""
+    chosen: settings | None = getattr(_function(item), _SETTINGS, None)
+    return chosen
+
+
 def load_profile() -> None:
     """Load the profile that the environment names. A machine that has other things to do is no reason to fail."""
     settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.register_profile("soak", settings.get_profile("patient"), max_examples=MIN_EXAMPLES, print_blob=True)
     settings.load_profile("soak" if SOAKING else "patient")
+
+
+def _function(item: pytest.Item) -> Any:
+    function = getattr(item, "obj", None)
+    return getattr(function, "__func__", function)

@@ -1,7 +1,5 @@
 """`make soak`: every property test with thousands of examples, the stateful machine, and the tests marked `soak`.
 
-A property test that is repeated for several generations, say, shares its examples among them.
-
 A pytest plugin. It prints the seed, another one each time, and how long the tests took. When the time is up, tests that
 have begun go on to their end, and no other begins. A soak that did not get through all tests does not pass: it names
 those that are left.
@@ -11,13 +9,10 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections import Counter
-from math import ceil
 
 import pytest
-from hypothesis import settings
 
-from tests.profiles import MIN_EXAMPLES
+from tests.profiles import MIN_EXAMPLES, settings_of
 
 #: The exit code when tests are left and none has failed; pytest's own end with 5.
 TESTS_ARE_LEFT = 6
@@ -25,8 +20,6 @@ TESTS_ARE_LEFT = 6
 _UNTIL = pytest.StashKey[float]()
 _STARTED = pytest.StashKey[float]()
 _TIME_IS_UP = "the time is up"
-#: Where Hypothesis keeps the settings of a property test; it has no public name for them.
-_SETTINGS = "_hypothesis_internal_use_settings"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -48,17 +41,13 @@ def pytest_report_header(config: pytest.Config) -> str:
     return f"soak: seed {config.option.hypothesis_seed}, no test begins after {config.option.minutes:g} minutes"
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Share the examples of a property test among its cases; refuse one that asks for fewer by itself."""
-    cases = Counter(_function(item) for item in items)
+    """Refuse a property test that asks for fewer examples by itself."""
     for item in items:
-        chosen = getattr(_function(item), _SETTINGS, None)
+        chosen = settings_of(item)
         if chosen is not None and chosen.max_examples < MIN_EXAMPLES:
             raise pytest.UsageError(f"{item.nodeid} sets max_examples itself: take tests.profiles.examples")
-    for function, number in cases.items():
-        chosen = getattr(function, _SETTINGS, None)
-        if chosen is not None:
-            setattr(function, _SETTINGS, settings(chosen, max_examples=ceil(chosen.max_examples / number)))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -86,11 +75,6 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if reporter is not None and exitstatus == pytest.ExitCode.OK and _left(reporter):
         session.exitstatus = TESTS_ARE_LEFT
-
-
-def _function(item: pytest.Item) -> object:
-    function = getattr(item, "obj", None)
-    return getattr(function, "__func__", function)
 
 
 def _left(reporter: pytest.TerminalReporter) -> list[str]:

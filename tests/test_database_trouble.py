@@ -19,6 +19,7 @@ from tests.circumstances import acting_as, reading_role
 from tests.commands import Finished, ended, run
 from tests.conftest import Database
 from tests.forks import labels
+from tests.profiles import every
 from tests.test_bad_moments import terminated_at
 from tests.test_settings import SECRET
 from tests.test_settings import run as process
@@ -87,6 +88,7 @@ def without_table(table: str) -> Iterator[None]:
             cursor.execute(f"ALTER TABLE aside RENAME TO {table}")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("command", SHORT_COMMANDS)
 def test_a_connection_that_is_lost_at_any_statement(database: Database, command: str) -> None:
     def somebody_at_work() -> list[str]:
@@ -100,7 +102,7 @@ def test_a_connection_that_is_lost_at_any_statement(database: Database, command:
     with labels() as sent:
         finished = managed(*arguments)
     assert finished.code == 0, finished.stderr
-    for statement in range(1, 1 + len(sent)):
+    for statement in range(1, 1 + len(sent), every(4)):
         arguments = somebody_at_work()
         with terminated_at(statement):
             finished = managed(*arguments)

@@ -29,8 +29,9 @@ from tests import builders
 from tests.commands import run
 from tests.conftest import Database
 from tests.processes import database_url, manage, session, start
+from tests.profiles import SOAKING
 
-TIMES = 20
+TIMES = 20 if SOAKING else 5
 
 
 def make_run(status: str = "running", **columns: Any) -> BackfillRun:
@@ -96,6 +97,7 @@ def test_a_run_that_began_and_was_paused_after_another_one_looked_keeps_it_out(
     assert statuses() == {begun[0]: status}
 
 
+@pytest.mark.sampled
 def test_two_that_see_nobody_at_the_same_instant(
     database: Database, django_db_blocker: DjangoDbBlocker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,6 +165,7 @@ def contacts_locked() -> Iterator[Callable[[], None]]:
 
 
 @pytest.mark.process
+@pytest.mark.sampled
 def test_two_processes_that_are_started_at_the_same_instant(database: Database) -> None:
     url = database_url()
     began = time.monotonic()

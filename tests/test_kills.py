@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import signal
 import subprocess
@@ -31,13 +32,12 @@ from tests.forks import (
     wait_for_orphans,
 )
 from tests.processes import database_url, start
+from tests.profiles import SOAKING, every
 from tests.test_update import everything as everything_looked_at
 from tests.test_update import populate as populate_with_news
 
 #: How many moments are tried; more of them find more.
-MOMENTS = 60
-MOMENTS_WITH_WORKERS = 10
-MOMENTS_OF_UPDATES = 12
+MOMENTS, MOMENTS_WITH_WORKERS, MOMENTS_OF_UPDATES = (60, 10, 12) if SOAKING else (20, 4, 6)
 #: Seconds after the sending of a statement at which the latest kills come: long enough for its answer to be there.
 LATEST = 0.004
 SEED = 20250101
@@ -158,6 +158,7 @@ def moments(count: int, most: int) -> list[tuple[int, float]]:
 
 
 @pytest.mark.process
+@pytest.mark.sampled
 def test_a_process_killed_at_whatever_moment_leaves_nothing_that_the_next_run_does_not_put_right(
     database: Database,
 ) -> None:
@@ -198,6 +199,7 @@ def test_a_process_killed_at_each_statement_boundary_of_a_batch(database: Databa
 
 
 @pytest.mark.process
+@pytest.mark.sampled
 @pytest.mark.parametrize("kill", [kill_the_command, kill_everybody, kill_this_process])
 def test_workers_that_are_killed_or_orphaned_do_no_harm_to_the_next_run(
     database: Database, kill: Callable[[int], None]
@@ -219,6 +221,7 @@ def test_workers_that_are_killed_or_orphaned_do_no_harm_to_the_next_run(
 
 
 @pytest.mark.process
+@pytest.mark.sampled
 def test_a_process_killed_in_the_middle_of_a_second_look_leaves_nothing_that_the_next_one_does_not_put_right(
     database: Database,
 ) -> None:
@@ -297,15 +300,15 @@ def a_dead_process() -> int:
 
 # Whoever is killed closes no cursor.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.sampled
 @pytest.mark.parametrize("is_done", [False, True])
 def test_killed_at_each_statement_of_a_run(database: Database, is_done: bool) -> None:  # noqa: FBT001 - a parameter of the test
     """Each statement of every batch, and those before the first and after the last as well."""
     populate(people=25, profiles=9)
     undisturbed = Undisturbed(database)
     gone = a_dead_process()
-    statement = killed = 0
-    while True:
-        statement += 1
+    killed = 0
+    for statement in itertools.count(1 + is_done, every(6)):
         try:
             with killed_at(statement, is_done=is_done):
                 run(batch_size=BATCH_SIZE)
@@ -319,4 +322,4 @@ def test_killed_at_each_statement_of_a_run(database: Database, is_done: bool) ->
         run(batch_size=BATCH_SIZE)
         undisturbed.assert_reached()
         undisturbed.reset()
-    assert killed > 40, "several batches, and what is around them"
+    assert killed > 40 // every(6), "several batches, and what is around them"

@@ -21,6 +21,7 @@ from tests.builders import add_lead, add_many_leads, contacts, ledger
 from tests.commands import Finished, backfill, called, run
 from tests.conftest import Database
 from tests.processes import session
+from tests.profiles import every
 
 SIZE, PEOPLE = 5, 3
 CLAIM = 'INSERT INTO "backfill_run"'
@@ -99,13 +100,14 @@ def undisturbed(database: Database, kind: str) -> list[str]:
 
 # psycopg warns of a cursor that the signal left open.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", COMMANDS)
 def test_signals_at_any_step_leave_no_run_running_and_the_next_one_goes_on(database: Database, kind: str) -> None:
     steps = undisturbed(database, kind)
     expected = (contacts(), ledger())
     # Every step of the start and the end, and some in between.
     last = len(steps)
-    for number in (*range(6), *range(6, last - 8, 5), *range(last - 8, last)):
+    for number in (*range(6), *range(6, last - 8, every(12)), *range(last - 8, last)):
         afresh(database)
         command = COMMANDS[kind]()
         with at_step(number, signals(1 + number % 3)) as reached:

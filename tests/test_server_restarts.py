@@ -134,7 +134,7 @@ def crashing_at(place: str, server: Server) -> Iterator[None]:
     assert count > 3, "it went on"
 
 
-@pytest.mark.parametrize("tries", [1, MOST_TRIES])
+@pytest.mark.parametrize("tries", [1, pytest.param(MOST_TRIES, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("place", ["SET LOCAL", CONTACTS, LEDGER, COUNTS])
 def test_a_crash_is_waited_for_as_long_as_there_are_tries(
     crashing: tuple[Server, Database], monkeypatch: pytest.MonkeyPatch, place: str, tries: int

@@ -19,7 +19,17 @@ pytestmark = pytest.mark.process
 
 def soak(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "HYPOTHESIS_PROFILE": "soak"}
-    command = [sys.executable, "-m", "pytest", "-p", "tests.soak", "-p", "no:cacheprovider", "-m", "hypothesis or soak"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "tests.soak",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "hypothesis or soak or sampled",
+    ]
     return subprocess.run(  # noqa: S603 - our own tests
         [*command, "-n", "0", *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
     )
