@@ -2,8 +2,9 @@
 
 from django.apps import AppConfig
 from django.db.backends.signals import connection_created
-from django.db.models.signals import pre_migrate
+from django.db.models.signals import post_migrate, pre_migrate
 
+from crm.attribution import restore
 from crm.own_schema import prepare
 from crm.session import require_fitting
 
@@ -17,8 +18,9 @@ class CrmConfig(AppConfig):
 
     def ready(self) -> None:
         # The rights that a role needs are read off the models, so the checks come after them.
-        from crm import checks  # noqa: F401 - registers them
+        from crm import checks, file_checks  # noqa: F401 - registers them
 
         connection_created.connect(require_fitting, dispatch_uid="crm.session")
         # Django sends it once for each application, before it makes its own django_migrations table.
         pre_migrate.connect(prepare, sender=self, dispatch_uid="crm.own_schema")
+        post_migrate.connect(restore, sender=self, dispatch_uid="crm.attribution")

@@ -9,6 +9,9 @@ The table belongs to the application, which writes to it while this runs. So:
 - The index is built CONCURRENTLY, which lets the application read and write throughout. A build that is broken off
   leaves an invalid index behind; the next attempt drops it, concurrently too, and builds anew.
 
+`migrate` looks at the table each time, and not at its own record: Prisma drops the columns again where its schema does
+not name them.
+
 What was added says so in a comment of its own, and only that is ever removed. A column and its comment commit together.
 An index gets its comment after the build: one that was broken off by force in between stays when this is taken back,
 unless it goes with its column. So does one that was there before, broken, and was only repaired.
@@ -21,11 +24,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from django.conf import settings
-from django.db import DatabaseError, transaction
+from django.db import DatabaseError, connections, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.utils import CursorWrapper
+from django.db.migrations.recorder import MigrationRecorder
 from psycopg import sql
 
 from crm.backfill.errors import sqlstate
@@ -69,6 +74,8 @@ class Patience:
 
 
 DEFAULT_PATIENCE = Patience()
+#: The migration that adds the columns for the first time, and takes them away when it is reversed.
+MIGRATION = ("crm", "0002_attribution")
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +129,17 @@ def add(connection: BaseDatabaseWrapper, patience: Patience = DEFAULT_PATIENCE) 
         if sqlstate(error) != INSUFFICIENT_PRIVILEGE:
             raise
         raise _owner_needed(connection, _statements_to_add(_require_table(connection))) from error
+
+
+def restore(using: str, **_signal: Any) -> None:
+    """Add what is missing, whatever the record of migrations says. A receiver of `post_migrate`.
+
+    Prisma drops columns that its schema does not name, and Django would not run a migration twice. Does nothing where
+    the migration is not applied: then they are not to be there, or it adds them itself. Raises what `add` does.
+    """
+    connection = connections[using]
+    if connection.vendor == "postgresql" and MIGRATION in MigrationRecorder(connection).applied_migrations():
+        add(connection)
 
 
 def remove(connection: BaseDatabaseWrapper, patience: Patience = DEFAULT_PATIENCE) -> None:

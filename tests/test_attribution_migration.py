@@ -485,6 +485,10 @@ def test_migrate_adds_and_takes_back(table: Table) -> None:
     result = run(*migrate, **environment)
     assert result.returncode == 0, result.stderr
     assert table.columns() == TYPES
+    table.execute("ALTER TABLE {schema}.crm_contacts " + ", ".join(f'DROP COLUMN "{column}"' for column in COLUMNS))
+    result = run(*migrate, **environment)
+    assert (result.returncode, table.columns()) == (0, TYPES), "what Prisma dropped is added again"
+    assert table.index() is not None
     result = run(*migrate, "crm", "0001", **environment)
     assert result.returncode == 0, result.stderr
     assert (table.columns(), table.index()) == ({}, None)

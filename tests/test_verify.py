@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+import stat
 import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
@@ -894,6 +895,14 @@ def test_a_verification_that_cannot_begin_leaves_the_file_of_the_day_before(data
     assert file.read_text(encoding="utf-8") == "of the day before"
     assert command("--csv", str(file)).code == 0
     assert file.read_text(encoding="utf-8") == head
+
+
+def test_the_file_is_for_this_user_alone_and_replaces_a_link(database: Database, tmp_path: Path) -> None:
+    file, theirs = tmp_path / "findings.csv", tmp_path / "theirs"
+    theirs.write_text("theirs")
+    file.symlink_to(theirs)
+    assert command("--csv", str(file)).code == 0
+    assert (theirs.read_text(), file.is_symlink(), stat.S_IMODE(file.stat().st_mode)) == ("theirs", False, 0o600)
 
 
 def test_a_disk_that_is_full_breaks_the_verification_off(database: Database, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from django.db.backends.base.base import BaseDatabaseWrapper
 
@@ -38,16 +38,23 @@ REMEDIES = {
     Reason.DATA_ERROR: "Correct the row in the application: the database refused it as the other columns say.",
 }
 REMEDY_OF_OTHERS = "Look the row up in the application."
+REMEDY_OF_GONE = "Nothing: the row is gone from the application, and no run tries it again."
+#: What the export says of a row that is gone; of any other it says nothing.
+GONE = "gone"
 
 _ORDER = ", ".join(f"'{source}'" for source in Source)
 _DEAD_LETTERS = f"""
 SELECT line.source, line.source_id, line.reason, line.contact_id, line.sqlstate, line.constraint, line.column,
-       line.table, line.trigger, {{email}}
+       line.table, line.trigger, {{is_gone}}, {{email}}
   FROM ledger_entry line {{people}}
  WHERE line.outcome = '{Outcome.ERROR}'
  ORDER BY array_position(ARRAY[{_ORDER}], line.source), line.source_id
 """
 _LEAD_SOURCES = ", ".join(f"'{source}'" for source in Source.of_table("leads"))
+_IS_GONE = f"""
+       CASE WHEN line.source IN ({_LEAD_SOURCES}) THEN NOT EXISTS (SELECT FROM leads WHERE id = line.source_id)
+            ELSE NOT EXISTS (SELECT FROM profiles WHERE id = line.source_id) END
+"""
 # One each, whatever the number of rows with the id.
 _PEOPLE = f"""
   LEFT JOIN LATERAL (
@@ -61,7 +68,8 @@ _PEOPLE = f"""
 
 
 class DeadLetter(NamedTuple):
-    """A row in error. `email` is as it is stored, and None unless it was asked for."""
+    """A row in error. `row_gone` says so of a row that is no longer there. `email` is as it is stored, and None unless
+    it was asked for."""
 
     source: str
     row: str
@@ -74,6 +82,7 @@ class DeadLetter(NamedTuple):
     column: str | None
     table: str | None
     trigger: str | None
+    row_gone: str | None
     email: str | None
 
 
@@ -83,13 +92,14 @@ def dead_letters(connection: BaseDatabaseWrapper, *, with_email: bool) -> Genera
     Names nobody but by id, unless `with_email` asks for the address.
     """
     email, people = ("COALESCE(lead.email, profile.email)", _PEOPLE) if with_email else ("NULL", "")
+    query = _DEAD_LETTERS.format(email=email, people=people, is_gone=_IS_GONE)
     with snapshot(connection):
         if not examine(connection, for_writing=False).has_ledger:
             raise OperatorError(
                 "There is no ledger that this role may read, so no row is in error: run `python manage.py migrate` "
                 "and `backfill_crm_contacts` first, or GRANT SELECT on its tables."
             )
-        for row in stream(connection, "dead_letters", _DEAD_LETTERS.format(email=email, people=people)):
+        for row in stream(connection, "dead_letters", query):
             yield _dead_letter(*row)
 
 
@@ -98,10 +108,13 @@ def _dead_letter(
     source_id: str,
     reason: str,
     contact_id: str | None,
-    sqlstate: str | None,
-    *rest: str | None,
+    *rest: Any,
 ) -> DeadLetter:
+    *refusal, is_gone, email = rest
     row = f"{Source(source).table}:{source_id}"
     known = reason in set(Reason)
     remedy = REMEDIES[Reason(reason)].format(row=row, contact=contact_id) if known else REMEDY_OF_OTHERS
-    return DeadLetter(source, row, source_id, reason, remedy, contact_id, sqlstate, *rest)
+    if is_gone:
+        remedy = REMEDY_OF_GONE
+    gone = GONE if is_gone else None
+    return DeadLetter._make((source, row, source_id, reason, remedy, contact_id, *refusal, gone, email))

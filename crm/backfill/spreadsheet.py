@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+import csv
+from collections.abc import Callable, Iterable
+from typing import IO
+
 #: What makes a formula of a cell. Spreadsheets look past white space before it.
 _STARTS_OF_FORMULA = ("=", "+", "-", "@")
+
+
+def row_writer(file: IO[str]) -> Callable[[Iterable[object]], None]:
+    """Return what writes one row to the file, cell by cell. Every CSV of the project is written by it."""
+    writer = csv.writer(file, lineterminator="\n")
+
+    def write(values: Iterable[object]) -> None:
+        writer.writerow(map(cell, values))
+
+    return write
 
 
 def cell(value: object) -> str:

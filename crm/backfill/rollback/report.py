@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -19,8 +18,10 @@ from crm.backfill.outcome import Source
 from crm.backfill.rollback.runner import Listener, ListingError, RollbackReport
 from crm.backfill.rollback.undo import Undone
 from crm.backfill.rollback.verdict import Line, Verdict
+from crm.backfill.spreadsheet import row_writer
 from crm.backfill.target import target, target_line
 from crm.errors import OperatorError
+from crm.files import new_file
 from crm.models.ledger import RunStatus
 
 CSV_COLUMNS = ("row", "was", "contact_id", "outcome", "why", "detail")
@@ -105,15 +106,19 @@ def listing(path: Path | None) -> Iterator[Listener | None]:
         yield None
         return
     try:
-        file = path.open("x", newline="", encoding="utf-8")
+        # Not renamed at the end: what was taken back is to be read in it should the rollback be killed.
+        file = new_file(path)
     except FileExistsError:
         raise OperatorError(f"{path} is there already: name a new file. Nothing was written.") from None
     except OSError as error:
         raise OperatorError(f"{path} cannot be written ({error.strerror}). Nothing was written.") from None
 
+    write_row = row_writer(file)
+
     def write(rows: Iterable[Iterable[str]]) -> None:
         try:
-            csv.writer(file).writerows(rows)
+            for row in rows:
+                write_row(row)
             file.flush()
             # What a batch took back is on the disk before the next one is begun.
             os.fsync(file.fileno())
@@ -168,4 +173,5 @@ def advice(report: RollbackReport) -> str | None:
         )
     if report.dry_run:
         return None
-    return "What was reversed is pending again: `python manage.py backfill_crm_contacts` would bring it back."
+    but = ", but for the contacts that it had made again: those are deleted as before" if report.of_recreation else ""
+    return f"What was reversed is pending again: `python manage.py backfill_crm_contacts` would bring it back{but}."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
@@ -12,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from crm.backfill.outcome import Outcome, Source
-from crm.backfill.spreadsheet import cell
+from crm.backfill.spreadsheet import row_writer
 from crm.backfill.target import target, target_line
 from crm.backfill.verification.figures import OTHERS, Figures
 from crm.backfill.verification.findings import Check, Finding, Kind
@@ -32,14 +31,11 @@ _CSV_COLUMNS = ("kind", "check", "row", "contact_id", "columns")
 
 def findings_writer(file: TextIO) -> Callable[[Finding], None]:
     """Write the head of the CSV; the answer writes a finding, one line each."""
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(_CSV_COLUMNS)
-
-    def write(finding: Finding) -> None:
-        cells = (finding.kind.value, finding.check.value, finding.row, finding.contact_id, " ".join(finding.columns))
-        writer.writerow(map(cell, cells))
-
-    return write
+    write = row_writer(file)
+    write(_CSV_COLUMNS)
+    return lambda finding: write(
+        (finding.kind.value, finding.check.value, finding.row, finding.contact_id, " ".join(finding.columns))
+    )
 
 
 def as_json(report: VerificationReport) -> str:

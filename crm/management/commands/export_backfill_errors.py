@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import os
-import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from itertools import chain, islice
@@ -16,8 +14,9 @@ from django.db import connection
 
 from crm.backfill.dead_letters import DeadLetter, dead_letters
 from crm.backfill.errors import told
-from crm.backfill.spreadsheet import cell
+from crm.backfill.spreadsheet import row_writer
 from crm.errors import OperatorError
+from crm.files import replaced_file
 from crm.management.operator_command import OperatorCommand
 
 
@@ -54,24 +53,22 @@ class Command(OperatorCommand):
             ):
                 # A database that refuses is no reason to empty the file of the day before.
                 first = list(islice(letters, 1))
-                count = self._write(output, columns, chain(first, letters))
-        except BrokenPipeError:
-            # Whoever reads has seen enough, as `head` has. Python would complain when it flushes stdout at the end.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return
+                counts = self._write(output, columns, chain(first, letters))
         except OperatorError as error:
             raise CommandError(str(error), returncode=error.exit_code) from None
-        self.stderr.write(f"Rows in error: {count:,}", style_func=str)
+        gone = f", of which {counts[True]:,} are gone from the application" if counts[True] else ""
+        self.stderr.write(f"Rows in error: {counts.total():,}{gone}", style_func=str)
 
-    def _write(self, output: Path | None, columns: list[str], letters: Iterable[DeadLetter]) -> int:
-        count = 0
+    def _write(self, output: Path | None, columns: list[str], letters: Iterable[DeadLetter]) -> Counter[bool]:
+        """Write the rows; how many of them are gone from the application, and how many are not."""
+        counts: Counter[bool] = Counter()
         with self._file(output) as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(columns)
+            write = row_writer(file)
+            write(columns)
             for letter in letters:
-                writer.writerow(cell(getattr(letter, name)) for name in columns)
-                count += 1
-        return count
+                write(getattr(letter, name) for name in columns)
+                counts[bool(letter.row_gone)] += 1
+        return counts
 
     @contextmanager
     def _file(self, path: Path | None) -> Iterator[IO[str]]:
@@ -79,16 +76,9 @@ class Command(OperatorCommand):
             yield cast(IO[str], self.stdout)
             return
         try:
-            with open(path, "w", newline="", encoding="utf-8", opener=_private) as file:
+            with replaced_file(path) as file:
                 yield file
         except OSError as error:
             raise OperatorError(
                 f"The file {path} cannot be written: {error.strerror}. Name another one with --output."
             ) from None
-
-
-def _private(path: str, flags: int) -> int:
-    """Open for this user alone, also what was there before."""
-    descriptor = os.open(path, flags, 0o600)
-    os.fchmod(descriptor, 0o600)
-    return descriptor

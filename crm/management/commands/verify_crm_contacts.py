@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
-from functools import cache
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from crm.backfill.verification import verify
 from crm.backfill.verification.findings import Finding
 from crm.backfill.verification.report import as_json, findings_writer, print_report
 from crm.errors import OperatorError
+from crm.files import replaced_file
 from crm.management.operator_command import OperatorCommand
 
 
@@ -66,17 +66,13 @@ class Command(OperatorCommand):
 
 @contextmanager
 def _written_to(path: Path | None) -> Iterator[Callable[[Finding], None] | None]:
-    """What writes a finding to the file. A file that is there stays as it was until the first of them, or the end."""
+    """What writes a finding to the file. A file that is there stays as it was until the last one is written."""
     if path is None:
         yield None
         return
     try:
-        # What cannot be written is told at once, and not after half an hour.
-        path.open("a", encoding="utf-8").close()
-        with ExitStack() as stack:
-            opened = cache(lambda: findings_writer(stack.enter_context(path.open("w", newline="", encoding="utf-8"))))
-            yield lambda finding: opened()(finding)
-            opened()
+        with replaced_file(path) as file:
+            yield findings_writer(file)
     except OSError as error:
         raise OperatorError(
             f"The file {path} cannot be written: {error.strerror}. Name another one with --csv."

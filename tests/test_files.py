@@ -1,0 +1,130 @@
+"""Files that commands write: for their owner alone, complete or not there, and never through a link."""
+
+from __future__ import annotations
+
+import ast
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from django.core.checks import CheckMessage
+from pytest_django import Settings
+
+from crm.file_checks import check_dotenv
+from crm.files import new_file, replaced_file
+from tests.test_imports import imports_of, modules
+
+
+@pytest.fixture(params=[0o000, 0o022, 0o277], ids=oct)
+def umask(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = os.umask(request.param)
+    yield
+    os.umask(before)
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_a_file_is_for_its_owner_alone_whatever_the_umask(umask: None, tmp_path: Path) -> None:
+    with new_file(tmp_path / "new.csv") as file, replaced_file(tmp_path / "replaced.csv"):
+        assert {mode(path) for path in tmp_path.iterdir()} == {0o600}
+        file.write("a")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new.csv", "replaced.csv"]
+    assert {mode(path) for path in tmp_path.iterdir()} == {0o600}
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "dangling"])
+def test_a_new_file_is_made_in_the_place_of_nothing(tmp_path: Path, kind: str) -> None:
+    path, theirs = tmp_path / "list.csv", tmp_path / "theirs"
+    if kind != "dangling":
+        theirs.write_text("theirs")
+    if kind == "file":
+        path.write_text("theirs")
+    else:
+        path.symlink_to(theirs)
+    with pytest.raises(FileExistsError):
+        new_file(path)
+    assert kind == "dangling" or path.read_text() == "theirs"
+    assert theirs.exists() == (kind != "dangling")
+
+
+@pytest.mark.parametrize("kind", ["nothing", "file", "link", "dangling"])
+def test_a_replaced_file_takes_the_place_of_what_was_there(tmp_path: Path, kind: str) -> None:
+    path, theirs = tmp_path / "list.csv", tmp_path / "theirs"
+    if kind in ("link", "dangling"):
+        path.symlink_to(theirs)
+    if kind == "link":
+        theirs.write_text("theirs")
+    if kind == "file":
+        path.write_text("old")
+        path.chmod(0o644)
+    with replaced_file(path) as file:
+        file.write("new")
+        file.flush()
+        assert not path.exists() or path.read_text() in ("old", "theirs")
+    assert (path.read_text(), path.is_symlink(), mode(path)) == ("new", False, 0o600)
+    assert not theirs.exists() or theirs.read_text() == "theirs"
+    assert len(list(tmp_path.iterdir())) == (2 if kind == "link" else 1)
+
+
+def test_a_file_that_is_not_completed_leaves_the_old_one_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "list.csv"
+    path.write_text("old")
+
+    def write_to_a_full_disk() -> None:
+        with replaced_file(path) as file, open("/dev/full", "wb") as full:  # noqa: PTH123 - a device
+            file.write("new")
+            os.dup2(full.fileno(), file.fileno())
+
+    with pytest.raises(OSError, match="No space"):
+        write_to_a_full_disk()
+    assert [(found.name, found.read_text()) for found in tmp_path.iterdir()] == [("list.csv", "old")]
+
+
+def test_what_is_no_file_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", tmp_path / ("x" * 300), tmp_path / "missing" / "list.csv"):
+        with pytest.raises(OSError, match=str(tmp_path.name) + "|ordinary"), replaced_file(path):
+            pytest.fail("nothing is to be written")
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+def calls_in_crm(*names: str) -> set[str]:
+    """The modules of the application that call a function or a method of one of these names."""
+    return {
+        module
+        for module, tree in modules().items()
+        for node in ast.walk(tree)
+        if module.startswith("crm.") and isinstance(node, ast.Call)
+        if getattr(node.func, "attr", getattr(node.func, "id", None)) in names
+    }
+
+
+def test_every_file_and_every_csv_of_the_application_is_written_by_one_module() -> None:
+    assert calls_in_crm("open", "write_text", "write_bytes", "touch") <= {"crm.files", "crm.output"}
+    assert {module for module in modules() if "csv" in imports_of(module)} == {"crm.backfill.spreadsheet"}
+
+
+# The file .env
+
+
+def warnings_of(settings: Settings, monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[CheckMessage]:
+    settings.BASE_DIR = folder
+    monkeypatch.delenv("CRM_DOTENV", raising=False)
+    return check_dotenv()
+
+
+@pytest.mark.parametrize("readable", [0o640, 0o604, 0o602, 0o644])
+def test_a_dotenv_that_others_can_read_is_a_warning_with_what_mends_it(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, readable: int
+) -> None:
+    assert warnings_of(settings, monkeypatch, tmp_path) == []
+    (tmp_path / ".env").touch()
+    (tmp_path / ".env").chmod(readable)
+    (warning,) = warnings_of(settings, monkeypatch, tmp_path)
+    assert (warning.id, warning.hint) == ("crm.W010", f"chmod 600 {tmp_path / '.env'}")
+    (tmp_path / ".env").chmod(0o600)
+    assert warnings_of(settings, monkeypatch, tmp_path) == []
