@@ -5,6 +5,7 @@ from django.db.backends.signals import connection_created
 from django.db.models.signals import post_migrate, pre_migrate
 
 from crm.attribution import restore
+from crm.loaders import read_every_timestamp
 from crm.own_schema import prepare
 from crm.session import require_fitting
 
@@ -21,6 +22,7 @@ class CrmConfig(AppConfig):
         from crm import checks, file_checks  # noqa: F401 - registers them
 
         connection_created.connect(require_fitting, dispatch_uid="crm.session")
+        connection_created.connect(read_every_timestamp, dispatch_uid="crm.loaders")
         # Django sends it once for each application, before it makes its own django_migrations table.
         pre_migrate.connect(prepare, sender=self, dispatch_uid="crm.own_schema")
         post_migrate.connect(restore, sender=self, dispatch_uid="crm.attribution")

@@ -78,17 +78,20 @@ class KeyField(models.TextField):  # type: ignore[type-arg] # django-stubs' fiel
 class TimestampField(models.DateTimeField):  # type: ignore[type-arg] # django-stubs' fields are generic, Django's are not
     """Prisma's DateTime: `timestamp(3)` without time zone, meaning UTC. Aware in Python.
 
-    Text is taken for what PostgreSQL itself printed and is passed on untouched: the backfill carries timestamps from
-    one table to the other without ever parsing them.
+    What a datetime cannot hold is PostgreSQL's text (`crm.loaders`). In the other direction, text is taken for what
+    PostgreSQL itself printed and is passed on untouched: the backfill carries timestamps from one table to the other
+    without ever parsing them.
     """
 
     def db_type(self, connection: BaseDatabaseWrapper) -> str:  # noqa: ARG002 - Django's signature
         """The column's type."""
         return "timestamp(3)"
 
-    def from_db_value(self, value: datetime | None, *_: Expression | BaseDatabaseWrapper) -> datetime | None:
+    def from_db_value(
+        self, value: datetime | str | None, *_: Expression | BaseDatabaseWrapper
+    ) -> datetime | str | None:
         """What was stored, marked as the UTC that it is."""
-        return value if value is None or value.tzinfo else value.replace(tzinfo=UTC)
+        return value.replace(tzinfo=UTC) if isinstance(value, datetime) and not value.tzinfo else value
 
     def get_db_prep_value(self, value: Any, connection: BaseDatabaseWrapper, prepared: bool = False) -> Any:  # noqa: FBT001, FBT002 - Django's signature
         """A naive UTC timestamp for an aware one; text as it is."""

@@ -425,6 +425,7 @@ def test_a_list_counts_only_so_far(browser: Client, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("model", MODELS)
 def test_every_column_is_shown(model: type[models.Model]) -> None:
     shown_otherwise = {"options": "asked", "census": "tables", "run": "run_link", "contact_id": "contact"}
+    shown_otherwise |= {"commission_rate": "rate"}
     shown_otherwise |= {"filled": "what_was_filled", "line": "line_link", "columns": "what_was_changed"}
     shown_otherwise |= {"former": "former_values"}
     shown_otherwise |= {f"{end}_{what}": f"{what}_change" for end in ("from", "to") for what in ("type", "stage")}

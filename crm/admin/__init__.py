@@ -49,6 +49,7 @@ MOST_BATCHES = 100
 
 UPDATE_OUTCOMES = tuple(outcome.value for outcome in UpdateOutcome)
 CONTACT_IS_THERE = Exists(CRMContact.objects.filter(pk=OuterRef("contact_id")))
+_ATTRIBUTION = tuple("rate" if name == "commission_rate" else name for name in ATTRIBUTION)
 
 
 @admin.register(CRMContact)
@@ -74,7 +75,7 @@ class ContactAdmin(ReadOnlyAdmin):
         ("The backfill", {"fields": ("made_by_the_backfill", "ledger", "updates")}),
         ("In the CRM", {"fields": ("contact_type", "stage", "stage_entered_at", "source", "last_contacted_at")}),
         ("Assignment", {"fields": ("assigned_preparer_id", "assigned_at")}),
-        ("Attribution", {"fields": (*ATTRIBUTION, "attribution_confidence")}),
+        ("Attribution", {"fields": (*_ATTRIBUTION, "attribution_confidence")}),
         ("Keys", {"fields": ("id", "user_id", "clerk_user_id", "created_at", "updated_at")}),
     )
 
@@ -112,6 +113,11 @@ class ContactAdmin(ReadOnlyAdmin):
     def made_by_the_backfill(self, contact: Any) -> bool:
         """Whether the backfill made it."""
         return bool(contact.made)
+
+    @admin.display(description="commission rate")
+    def rate(self, contact: CRMContact) -> str:
+        """As it is stored, which may be NaN: Django would round it."""
+        return "-" if contact.commission_rate is None else f"{contact.commission_rate:f}"
 
     @admin.display(description="ledger lines")
     def ledger(self, contact: CRMContact) -> str:
