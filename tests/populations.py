@@ -7,6 +7,7 @@ Ids are one letter and digits of one length (or hexadecimal), which every collat
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -452,7 +453,7 @@ def read_ledger(cursor: Cursor) -> dict[str, Line]:
     """The ledger lines by row reference, in the shape of the reference; an empty text means none."""
     cursor.execute(
         f"SELECT CASE WHEN source LIKE '%%leads' THEN 'leads' ELSE 'profiles' END, "
-        f"source_id, source, outcome, reason, contact_id FROM {LEDGER_TABLE}",
+        f"source_id, source, outcome, reason, contact_id, identity_keys::text FROM {LEDGER_TABLE}",
         (),
     )
     return {
@@ -461,6 +462,7 @@ def read_ledger(cursor: Cursor) -> dict[str, Line]:
             "outcome": outcome,
             "reason": reason or None,
             "contact_id": contact_id or None,
+            "keys": json.loads(keys) if keys else None,
         }
-        for table, identifier, source, outcome, reason, contact_id in cursor.fetchall()
+        for table, identifier, source, outcome, reason, contact_id, keys in cursor.fetchall()
     }

@@ -17,7 +17,7 @@ from django.core.exceptions import ValidationError
 from django.core.validators import validate_email
 
 Row = dict[str, Any]
-Line = dict[str, str | None]
+Line = dict[str, Any]
 #: What a person decided about a row in conflict: whose contact it is, or the address of one of its own.
 Decision = tuple[str | None, str | None]
 
@@ -98,10 +98,11 @@ class Result:
 class Rejected(Exception):  # noqa: N818 - a verdict on a row, not a failure of the program
     """The row ends in the ledger as an error."""
 
-    def __init__(self, reason: str, contact_id: str | None = None) -> None:
+    def __init__(self, reason: str, contact_id: str | None = None, keys: dict[str, str | None] | None = None) -> None:
         super().__init__(reason)
         self.reason = reason
         self.contact_id = contact_id
+        self.keys = keys
 
 
 def backfill(
@@ -187,9 +188,10 @@ def _one_row(
         else:
             draft = contact_of_lead(population, source, row)
         outcome, contact_id = _land(result, population, draft, decision, is_lead=source not in PROFILE_TYPES)
-        line: Line = {"source": source, "outcome": outcome, "reason": None, "contact_id": contact_id}
+        line: Line = {"source": source, "outcome": outcome, "reason": None, "contact_id": contact_id, "keys": None}
     except Rejected as error:
         line = {"source": source, "outcome": "error", "reason": error.reason, "contact_id": error.contact_id}
+        line["keys"] = error.keys
     result.ledger[reference] = line
     _count(result, before, line)
 
@@ -319,22 +321,40 @@ def find(draft: Row, contacts: Mapping[str, Row], of_the_profile: Row | None = N
     """The contact that this draft's person already has. Raises Rejected if the keys name two accounts."""
     by_user = _holder(contacts, "userId", draft["userId"])
     by_clerk = _holder(contacts, "clerkUserId", draft["clerkUserId"])
+    keys = keys_of(draft, contacts)
     if by_user and by_clerk and by_user is not by_clerk:
-        raise Rejected("conflict", by_user["id"])
-    same_email = sorted(
-        (contact for contact in contacts.values() if address_of(contact["email"]) == draft["email"]),
-        key=lambda contact: (contact["email"] != draft["email"], contact["createdAt"], contact["id"]),
-    )
+        raise Rejected("conflict", by_user["id"], keys)
+    same_email = _with_the_address(draft["email"], contacts)
     candidate = by_user or by_clerk
     if candidate and same_email and candidate not in same_email:
-        raise Rejected("conflict", same_email[0]["id"])
+        raise Rejected("conflict", same_email[0]["id"], keys)
     if same_email:
         candidate = candidate or same_email[0]
         for key in ("userId", "clerkUserId"):
             if None not in (candidate[key], draft[key]) and candidate[key] != draft[key]:
-                raise Rejected("conflict", candidate["id"])
+                raise Rejected("conflict", candidate["id"], keys)
     # The row's own contact under keys that people changed since: a row never yields two contacts. Then the profile's.
     return candidate or contacts.get(draft["id"]) or of_the_profile
+
+
+def keys_of(draft: Row, contacts: Mapping[str, Row]) -> dict[str, str | None]:
+    """By key of this draft's person: the contact that has it, None where there is none. The own id only if there is."""
+    keys: dict[str, str | None] = {}
+    for key in ("userId", "clerkUserId"):
+        if draft[key]:
+            holder = _holder(contacts, key, draft[key])
+            keys[key] = holder["id"] if holder else None
+    same_email = [contact["id"] for contact in _with_the_address(draft["email"], contacts)]
+    # Another key may tell which of several spellings is meant.
+    keys["email"] = next((found for found in same_email if found in keys.values()), (*same_email, None)[0])
+    return keys | ({"id": draft["id"]} if draft["id"] in contacts else {})
+
+
+def _with_the_address(email: str, contacts: Mapping[str, Row]) -> list[Row]:
+    return sorted(
+        (contact for contact in contacts.values() if address_of(contact["email"]) == email),
+        key=lambda contact: (contact["email"] != email, contact["createdAt"], contact["id"]),
+    )
 
 
 def find_decided(draft: Row, contacts: Mapping[str, Row], decision: Decision) -> Row | None:
@@ -342,12 +362,12 @@ def find_decided(draft: Row, contacts: Mapping[str, Row], decision: Decision) ->
     contact_id, email = decision
     if contact_id is not None:
         if contact_id not in contacts:
-            raise Rejected("stale_decision", contact_id)
+            raise Rejected("stale_decision", contact_id, keys_of(draft, contacts))
         return contacts[contact_id]
     draft["email"] = email
-    for contact in sorted(contacts.values(), key=lambda row: (row["email"] != email, row["createdAt"], row["id"])):
-        if address_of(contact["email"]) == email and contact["id"] != draft["id"]:
-            raise Rejected("stale_decision", contact["id"])
+    for contact in _with_the_address(str(email), contacts):
+        if contact["id"] != draft["id"]:
+            raise Rejected("stale_decision", contact["id"], keys_of(draft, contacts))
     return contacts.get(draft["id"])
 
 

@@ -20,7 +20,7 @@ from tests.conftest import Database
 from tests.processes import database_url, start
 
 COLUMNS = [
-    *("source", "row", "id", "reason", "what_to_do", "contact_id"),
+    *("source", "row", "id", "reason", "what_to_do", "contact_id", "contacts"),
     *("sqlstate", "constraint", "column", "table", "trigger", "row_gone"),
 ]
 
@@ -40,8 +40,15 @@ def add_a_conflict(email: str = "zelda.quimby@example.com") -> tuple[str, str]:
     return builders.add_profile(email=email, firstName="Zelda"), contact
 
 
+def user_of(profile: str) -> str:
+    with connection.cursor() as cursor:
+        cursor.execute('SELECT "userId" FROM profiles WHERE id = %s', [profile])
+        return str(cursor.fetchone()[0])
+
+
 def test_every_row_in_error_has_one_line_and_others_have_none(database: Database) -> None:
     profile, contact = add_a_conflict()
+    by_user = builders.add_contact("zelda@elsewhere.example", userId=user_of(profile))
     first, second = builders.add_lead("zelda"), builders.add_lead("quimby", "CONVERTED")
     builders.add_lead("good@example.com")
     builders.add_lead("GOOD@example.com")
@@ -56,9 +63,10 @@ def test_every_row_in_error_has_one_line_and_others_have_none(database: Database
         ("converted_leads", f"leads:{second}", second, "invalid_email", ""),
         ("active_leads", f"leads:{first}", first, "invalid_email", ""),
     ]
+    assert rows[0]["contacts"] == f"{contact} (email), {by_user} (userId)"
     assert rows[0]["what_to_do"] == (
-        f"Decide whose contact it is, with resolve_crm_conflict profiles:{profile}: --contact {contact} when it is "
-        "this person's, --separate and another address when it is somebody else's."
+        f"Decide whose contact it is, with resolve_crm_conflict profiles:{profile}: --contact {contact} or {by_user} "
+        "when that is this person's, --separate and another address when it is somebody else's."
     )
     assert command("--csv").stdout == ended.stdout
 
@@ -75,7 +83,7 @@ def test_what_the_database_said_of_a_row_is_told(database: Database) -> None:
 
 @pytest.mark.parametrize("reason", Reason)
 def test_each_reason_has_one_sentence_that_says_what_to_do(reason: Reason) -> None:
-    sentence = dead_letters.REMEDIES[reason].format(row="leads:1", contact="c1")
+    sentence = dead_letters.remedy("leads:1", reason, "c1", {"email": "c1", "userId": None})
     assert sentence.count(". ") == 0
     assert sentence.endswith(".")
 
@@ -225,3 +233,33 @@ def test_the_order_is_that_of_a_run(database: Database) -> None:
                 [source, source],
             )
     assert [row["source"] for row in rows_of(command().stdout)] == list(Source)
+
+
+def test_a_conflict_of_an_earlier_version_names_the_contact_that_it_has(database: Database) -> None:
+    _, contact = add_a_conflict()
+    run()
+    database.rows("UPDATE ledger_entry SET identity_keys = NULL RETURNING id")
+    (row,) = rows_of(command().stdout)
+    assert (row["contact_id"], row["contacts"]) == (contact, contact)
+    assert f"--contact {contact} when" in row["what_to_do"]
+    run()
+    (row,) = rows_of(command().stdout)
+    assert row["contacts"] == f"{contact} (email), no contact (userId)", "the next run tries the row again"
+
+
+@pytest.mark.parametrize(
+    ("contact", "keys", "named"),
+    [
+        (None, None, ""),
+        ("c1", None, "c1"),
+        ("c1", {"email": "c1", "userId": "c2", "clerkUserId": "c3"}, "c1 (email), c2 (userId), c3 (clerkUserId)"),
+        ("c1", {"clerkUserId": "c1", "userId": "c1", "email": "c2"}, "c2 (email), c1 (userId, clerkUserId)"),
+        ("c1", {"email": "c1", "userId": None, "clerkUserId": None}, "c1 (email), no contact (userId, clerkUserId)"),
+        ("gone", {"email": "c1", "id": "c2"}, "c1 (email), c2 (id), gone"),
+        ("", {"email": "", "userId": None}, " (email), no contact (userId)"),
+    ],
+)
+def test_each_contact_of_a_conflict_is_named_once_with_the_keys_that_lead_to_it(
+    contact: str | None, keys: dict[str, str | None] | None, named: str
+) -> None:
+    assert dead_letters.named_contacts(contact, keys) == named

@@ -18,6 +18,8 @@ VALUES ('backfill', 'finished', '{{}}', '1', '2025_12', 'o', 'h', 1, 1, 1, 0, 0,
 INSERT INTO crm_backfill.ledger_entry (id, source, source_id, outcome, run_id, source_updated_at, seen_updated_at)
 SELECT 'c1', 'clients', '1', 'created', id, '2025-01-02 03:04:05.678', '2025-01-02 03:04:05.679'
   FROM crm_backfill.backfill_run;
+INSERT INTO crm_backfill.ledger_entry (id, source, source_id, outcome, reason, contact_id, run_id, source_updated_at)
+SELECT 'c2', 'clients', '2', 'error', 'conflict', 'k1', id, 'infinity' FROM crm_backfill.backfill_run;
 INSERT INTO crm_backfill.contact_update (run_id, line_id, source, source_id, contact_id, columns, source_updated_at,
   contact_updated_at, stage_entered_before)
 SELECT id, 'c1', 'clients', '1', 'c1', 'phone', '2025-01-02 03:04:05.678', '-infinity', '0044-03-15 BC'
@@ -62,6 +64,9 @@ def test_an_existing_installation_keeps_its_data_and_remembers_its_schema(django
         newest = manage("migrate", "--verbosity", "0", url=url)
         assert newest.returncode == 0, newest.stderr
         assert "678901" in database.execute(LEDGER)[0]
+        exported = manage("export_backfill_errors", url=url)
+        assert (exported.returncode, "profiles:2,2,conflict," in exported.stdout) == (0, True), exported.stderr
+        assert "--contact k1 when" in exported.stdout, "of the other contact of an older conflict nothing is known"
         undone = manage("rollback_crm_backfill", "1", "--dry-run", "--json", url=url)
         assert undone.returncode == 0, undone.stderr
         assert json.loads(undone.stdout)["failure"] is None

@@ -105,20 +105,50 @@ def test_any_key_alone_or_all_of_them_together_find_the_contact(known: KnownCont
 
 
 @pytest.mark.parametrize(
-    ("known", "named"),
+    ("known", "named", "keys"),
     [
-        ([contact("a", user_id="u"), contact("b", clerk_user_id="k")], "a"),
-        ([contact("a", user_id="u"), contact("b", "ann@example.com")], "b"),
-        ([contact("a", clerk_user_id="k"), contact("b", "ANN@example.com")], "b"),
-        ([contact("a", user_id="u", clerk_user_id="k"), contact("b", "ann@example.com")], "b"),
-        ([contact("a", user_id="u"), contact("b", clerk_user_id="k"), contact("c", "ann@example.com")], "a"),
-        ([contact("a", "ann@example.com", user_id="x")], "a"),
-        ([contact("a", "ann@example.com", clerk_user_id="x")], "a"),
-        ([contact("a", "Ann@example.com", user_id="u", clerk_user_id="x")], "a"),
+        ([contact("a", user_id="u"), contact("b", clerk_user_id="k")], "a", (None, "a", "b")),
+        ([contact("a", user_id="u"), contact("b", "ann@example.com")], "b", ("b", "a", None)),
+        ([contact("a", clerk_user_id="k"), contact("b", "ANN@example.com")], "b", ("b", None, "a")),
+        ([contact("a", user_id="u", clerk_user_id="k"), contact("b", "ann@example.com")], "b", ("b", "a", "a")),
+        (
+            [contact("a", user_id="u"), contact("b", clerk_user_id="k"), contact("c", "ann@example.com")],
+            "a",
+            ("c", "a", "b"),
+        ),
+        ([contact("a", "ann@example.com", user_id="x")], "a", ("a", None, None)),
+        ([contact("a", "ann@example.com", clerk_user_id="x")], "a", ("a", None, None)),
+        ([contact("a", "Ann@example.com", user_id="u", clerk_user_id="x")], "a", ("a", "a", None)),
     ],
 )
-def test_keys_that_disagree_are_a_conflict_that_names_the_contact(known: list[KnownContact], named: str) -> None:
-    assert told(only(row(user_id="u", clerk_user_id="k"), *known)) == (Outcome.ERROR, Reason.CONFLICT, named)
+def test_keys_that_disagree_are_a_conflict_that_says_where_each_key_leads(
+    known: list[KnownContact], named: str, keys: tuple[str | None, ...]
+) -> None:
+    decision = only(row(user_id="u", clerk_user_id="k"), *known)
+    assert told(decision) == (Outcome.ERROR, Reason.CONFLICT, named)
+    assert decision.identity_keys == dict(zip(("email", "userId", "clerkUserId"), keys, strict=True))
+
+
+def test_of_several_spellings_a_conflict_names_the_one_to_which_another_key_leads() -> None:
+    known = [contact("a", "ann@example.com"), contact("b", "Ann@example.com", user_id="u", clerk_user_id="x")]
+    assert only(row(user_id="u", clerk_user_id="k"), *known).identity_keys == {
+        "email": "b",
+        "userId": "b",
+        "clerkUserId": None,
+    }
+
+
+def test_a_conflict_names_the_row_s_own_contact_where_there_is_one() -> None:
+    mapped = row(user_id="u")
+    known = [contact(mapped.id, "moved@example.com"), contact("a", "ann@example.com", user_id="x")]
+    decision = only(mapped, *known)
+    assert decision.contact_id == "a"
+    assert decision.identity_keys == {"email": "a", "userId": None, "id": mapped.id}
+
+
+def test_only_a_row_that_a_person_must_decide_on_says_where_its_keys_lead() -> None:
+    plan = decided([row(), row("2", email="b@example.com"), rejected("3", Reason.INVALID_EMAIL)], contact("a"))
+    assert [decision.identity_keys for decision in plan.decisions] == [None, None, None]
 
 
 def test_two_contacts_without_any_key_are_not_one_another() -> None:

@@ -131,6 +131,7 @@ def test_admins_and_pending_profiles_are_excluded_by_reason() -> None:
 def test_an_unknown_role_is_an_error_of_the_first_source_whatever_its_email() -> None:
     result = run(user(email="nonsense"), profile(role="PARTNER", userId="u1"))
     expected = {"source": "clients", "outcome": "error", "reason": "unknown_role", "contact_id": None}
+    expected["keys"] = None
     assert result.ledger == {"profiles:p1": expected}
 
 
@@ -152,6 +153,7 @@ def test_the_first_fault_of_a_lead_is_the_one_named(columns: Row, reason: str) -
         "outcome": "error",
         "reason": reason,
         "contact_id": None,
+        "keys": None,
     }
     assert result.counts.by_reason == {reason: 1}
 
@@ -336,28 +338,45 @@ def test_any_key_of_a_profile_finds_a_contact_that_others_made_and_leaves_it_alo
         "outcome": "exists",
         "reason": None,
         "contact_id": "k1",
+        "keys": None,
     }
 
 
 @pytest.mark.parametrize(
-    ("contacts", "named"),
+    ("contacts", "named", "keys"),
     [
-        ([{"userId": "u1", "email": "a@a.io"}, {"clerkUserId": "user_1", "email": "b@b.io"}], "k1"),
-        ([{"clerkUserId": "user_1", "email": "b@b.io"}, {"userId": "u1", "email": "a@a.io"}], "k2"),
-        ([{"userId": "u1", "email": "a@a.io"}, {}], "k2"),
-        ([{"clerkUserId": "user_1", "email": "a@a.io"}, {"email": "Ann@example.com"}], "k2"),
-        ([{"userId": "u9"}], "k1"),
-        ([{"clerkUserId": "user_9"}], "k1"),
-        ([{"clerkUserId": "user_9", "userId": "u1"}], "k1"),
+        ([{"userId": "u1", "email": "a@a.io"}, {"clerkUserId": "user_1", "email": "b@b.io"}], "k1", ("k1", "k2", None)),
+        ([{"clerkUserId": "user_1", "email": "b@b.io"}, {"userId": "u1", "email": "a@a.io"}], "k2", ("k2", "k1", None)),
+        ([{"userId": "u1", "email": "a@a.io"}, {}], "k2", ("k1", None, "k2")),
+        ([{"clerkUserId": "user_1", "email": "a@a.io"}, {"email": "Ann@example.com"}], "k2", (None, "k1", "k2")),
+        ([{"userId": "u9"}], "k1", (None, None, "k1")),
+        ([{"clerkUserId": "user_9"}], "k1", (None, None, "k1")),
+        ([{"clerkUserId": "user_9", "userId": "u1"}], "k1", ("k1", None, "k1")),
     ],
     ids=["user-vs-clerk", "clerk-vs-user", "user-vs-email", "clerk-vs-email", "other-user", "other-clerk", "own-email"],
 )
-def test_keys_that_name_two_accounts_are_a_conflict_that_names_a_contact(contacts: list[Row], named: str) -> None:
+def test_keys_that_name_two_accounts_are_a_conflict_that_says_where_each_key_leads(
+    contacts: list[Row], named: str, keys: tuple[str | None, str | None, str | None]
+) -> None:
     before = [contact(f"k{number}") | columns for number, columns in enumerate(contacts, start=1)]
     result = run(user(), profile(userId="u1", clerkUserId="user_1"), *before)
     assert list(result.contacts.values()) == before
     expected = {"source": "clients", "outcome": "error", "reason": "conflict", "contact_id": named}
-    assert result.ledger == {"profiles:p1": expected}
+    by_key = dict(zip(("userId", "clerkUserId", "email"), keys, strict=True))
+    assert result.ledger == {"profiles:p1": {**expected, "keys": by_key}}
+
+
+def test_of_several_spellings_a_conflict_names_the_one_to_which_another_key_leads_and_the_row_s_own_contact() -> None:
+    own = contact(contact_id_of("profiles:p1"), "moved@example.com")
+    spellings = [contact("k1"), contact("k2", "Ann@example.com", userId="u1", clerkUserId="user_9")]
+    result = run(user(), profile(userId="u1", clerkUserId="user_1"), *spellings, own)
+    assert result.ledger["profiles:p1"]["contact_id"] == "k2"
+    assert result.ledger["profiles:p1"]["keys"] == {
+        "userId": "k2",
+        "clerkUserId": None,
+        "email": "k2",
+        "id": own["id"],
+    }
 
 
 def test_an_account_on_the_contact_alone_is_no_conflict() -> None:

@@ -123,9 +123,35 @@ def test_an_address_of_another_lead_or_decision_is_somebodys(database: Database)
     assert (finished.code, "another row" in finished.stderr) == (2, True)
 
 
-@pytest.mark.parametrize("arguments", [[], ["--contact", "c", "--separate", OTHER]])
-def test_one_decision_is_asked_for(database: Database, arguments: list[str]) -> None:
-    assert resolve("profiles:1", *arguments).code == 2
+def test_a_decision_is_one_of_the_two(database: Database) -> None:
+    assert resolve("profiles:1", "--contact", "c", "--separate", OTHER).code == 2
+
+
+def test_without_a_decision_the_conflict_is_shown_and_nothing_is_written(database: Database) -> None:
+    row, user, contact = somebody_elses_account()
+    by_user = add_contact("ann@elsewhere.example", userId=user)
+    run()
+    before = database.dump()
+    shown = resolve(row)
+    assert (shown.code, shown.stderr) == (0, "")
+    assert shown.stdout.startswith(f"{row}: {contact} (email), {by_user} (userId)\n")
+    assert f"--contact {contact} or {by_user} when" in shown.stdout
+    assert "--separate" in shown.stdout
+    refused = resolve("profiles:nobody")
+    assert (refused.code, "has no row profiles:nobody" in refused.stderr) == (2, True)
+    assert database.dump() == before
+    decided(row, "--contact", contact)
+    database.rows("DELETE FROM ledger_entry RETURNING id")
+    assert "the next run carries the decision out" in resolve(row).stdout
+
+
+def test_what_a_decision_that_holds_no_more_is_about_is_shown(database: Database) -> None:
+    row, _, contact = somebody_elses_account()
+    other = add_contact("other@example.com")
+    decided(row, "--contact", other)
+    database.rows("DELETE FROM crm_contacts WHERE id = %s RETURNING id", other)
+    run()
+    assert resolve(row).stdout.startswith(f"{row}: {contact} (email), no contact (userId), {other}\nDecide again")
 
 
 def test_nothing_is_decided_while_a_run_is_going(database: Database) -> None:

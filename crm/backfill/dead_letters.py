@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import json
+from collections.abc import Generator, Mapping
 from typing import Any, NamedTuple
 
 from django.db.backends.base.base import BaseDatabaseWrapper
@@ -24,7 +25,7 @@ REMEDIES = {
     Reason.UNKNOWN_TYPE: "Give the lead a type that is known here (CUSTOMER, TAX_PREPARER, AFFILIATE).",
     Reason.INVALID_EMAIL: "Correct the email address in the application.",
     Reason.CONFLICT: (
-        "Decide whose contact it is, with resolve_crm_conflict {row}: --contact {contact} when it is this person's, "
+        "Decide whose contact it is, with resolve_crm_conflict {row}: --contact {contacts} when that is this person's, "
         "--separate and another address when it is somebody else's."
     ),
     Reason.STALE_DECISION: (
@@ -41,11 +42,13 @@ REMEDY_OF_OTHERS = "Look the row up in the application."
 REMEDY_OF_GONE = "Nothing: the row is gone from the application, and no run tries it again."
 #: What the export says of a row that is gone; of any other it says nothing.
 GONE = "gone"
+#: The keys by which a row finds its contact: columns of `crm_contacts`. The id is the one that the row itself makes.
+IDENTITY_KEYS = ("email", "userId", "clerkUserId", "id")
 
 _ORDER = ", ".join(f"'{source}'" for source in Source)
 _DEAD_LETTERS = f"""
 SELECT line.source, line.source_id, line.reason, line.contact_id, line.sqlstate, line.constraint, line.column,
-       line.table, line.trigger, {{is_gone}}, {{email}}
+       line.table, line.trigger, {{is_gone}}, {{email}}, line.identity_keys
   FROM ledger_entry line {{people}}
  WHERE line.outcome = '{Outcome.ERROR}'
  ORDER BY array_position(ARRAY[{_ORDER}], line.source), line.source_id
@@ -77,6 +80,7 @@ class DeadLetter(NamedTuple):
     reason: str
     what_to_do: str
     contact_id: str | None
+    contacts: str
     sqlstate: str | None
     constraint: str | None
     column: str | None
@@ -103,18 +107,46 @@ def dead_letters(connection: BaseDatabaseWrapper, *, with_email: bool) -> Genera
             yield _dead_letter(*row)
 
 
-def _dead_letter(
-    source: str,
-    source_id: str,
-    reason: str,
-    contact_id: str | None,
-    *rest: Any,
-) -> DeadLetter:
-    *refusal, is_gone, email = rest
+def keys_by_contact(
+    contact_id: str | None, identity_keys: Mapping[str, str | None] | None
+) -> dict[str | None, list[str]]:
+    """The contacts that a ledger line in error names, each with the keys of the row that lead to it.
+
+    `identity_keys` are those of the line; earlier versions wrote none. The contact of a decision that holds no more may
+    have no key. Keys that no contact has are under None.
+    """
+    keys = identity_keys or {}
+    found: dict[str | None, list[str]] = {}
+    for key in IDENTITY_KEYS:
+        if key in keys:
+            found.setdefault(keys[key], []).append(key)
+    if contact_id is not None:
+        found.setdefault(contact_id, [])
+    return found
+
+
+def named_contacts(contact_id: str | None, identity_keys: Mapping[str, str | None] | None) -> str:
+    """The contacts that a ledger line in error names, each with its keys, for people: `c1 (email), c2 (userId)`."""
+    return ", ".join(
+        ("no contact" if contact is None else contact) + (f" ({', '.join(keys)})" if keys else "")
+        for contact, keys in keys_by_contact(contact_id, identity_keys).items()
+    )
+
+
+def remedy(row: str, reason: str | None, contact_id: str | None, identity_keys: Mapping[str, str | None] | None) -> str:
+    """What a person can do about a row in error."""
+    if reason not in set(Reason):
+        return REMEDY_OF_OTHERS
+    by_contact = keys_by_contact(contact_id, identity_keys)
+    contacts = " or ".join(contact for contact in by_contact if contact is not None)
+    return REMEDIES[Reason(reason)].format(row=row, contact=contact_id, contacts=contacts)
+
+
+def _dead_letter(source: str, source_id: str, reason: str, contact_id: str | None, *rest: Any) -> DeadLetter:
+    *refusal, is_gone, email, keys = rest
     row = f"{Source(source).table}:{source_id}"
-    known = reason in set(Reason)
-    remedy = REMEDIES[Reason(reason)].format(row=row, contact=contact_id) if known else REMEDY_OF_OTHERS
-    if is_gone:
-        remedy = REMEDY_OF_GONE
+    identity_keys = json.loads(keys) if keys else None
+    what_to_do = REMEDY_OF_GONE if is_gone else remedy(row, reason, contact_id, identity_keys)
+    contacts = named_contacts(contact_id, identity_keys)
     gone = GONE if is_gone else None
-    return DeadLetter._make((source, row, source_id, reason, remedy, contact_id, *refusal, gone, email))
+    return DeadLetter._make((source, row, source_id, reason, what_to_do, contact_id, contacts, *refusal, gone, email))

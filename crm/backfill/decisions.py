@@ -12,7 +12,7 @@ without any, and whoever compares rows with contacts afterwards can rely on that
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
 from django.conf import settings
@@ -21,6 +21,7 @@ from django.db.models.functions import Now
 
 from crm.backfill import errors, fence
 from crm.backfill.addresses import canonical_address_sql
+from crm.backfill.dead_letters import named_contacts, remedy
 from crm.backfill.mapping import contact_id, normalised_email
 from crm.backfill.outcome import Outcome, Reason
 from crm.backfill.transactions import certain_transaction
@@ -96,16 +97,31 @@ def is_separate(row: RowReference, address: str) -> None:
         _record(row, None, email)
 
 
-def _require_conflict(row: RowReference) -> None:
+def conflict_of(row: RowReference) -> str:
+    """A row in conflict for people: the contacts to which its keys lead, and what can be decided.
+
+    Raises OperatorError where the row is not in conflict.
+    """
+    with _told_to_the_operator():
+        line = _require_conflict(row)
+    if line is None:
+        return f"{row} is pending, and decided on: the next run carries the decision out."
+    named = named_contacts(line.contact_id, line.identity_keys)
+    return f"{row}: {named}\n{remedy(str(row), line.reason, line.contact_id, line.identity_keys)}"
+
+
+def _require_conflict(row: RowReference) -> LedgerEntry | None:
+    """The line of a row in conflict; None where a decision is there and the line is gone."""
     line = LedgerEntry.objects.filter(pk=row.line_id).first()
     if line is not None and line.outcome == Outcome.ERROR and line.reason in (Reason.CONFLICT, Reason.STALE_DECISION):
-        return
+        return line
     if line is not None:
         what = line.outcome if line.outcome != Outcome.ERROR else f"an error ({line.reason})"
         raise OperatorError(f"The row {row} is not in conflict, it is {what}. Nothing was recorded.")
     # Without a line, but decided on: the run that carried the decision out was taken back, perhaps because of it.
     if not ConflictDecision.objects.filter(pk=row.line_id).exists():
         raise OperatorError(f"The ledger has no row {row}: it is pending, excluded or not there. Nothing was recorded.")
+    return None
 
 
 def _whose(email: str, row: RowReference) -> str | None:
@@ -136,10 +152,14 @@ def _record(row: RowReference, contact: str | None, email: str | None) -> None:
 
 @contextmanager
 def _between_runs() -> Iterator[None]:
-    """A transaction in which no run is going or begins.
+    """A transaction in which no run is going or begins."""
+    with _told_to_the_operator(), certain_transaction(connection):
+        fence.require_silence()
+        yield
 
-    What the database refuses is turned into what can be done about it, without the address that it quotes.
-    """
+
+def _told_to_the_operator() -> AbstractContextManager[None]:
+    """Turn what the database refuses into what can be done about it, without the address that it quotes."""
     known = {
         errors.NO_SUCH_TABLE: (
             "There is no table of decisions that this role can see: run `python manage.py migrate`, or let the "
@@ -149,9 +169,4 @@ def _between_runs() -> Iterator[None]:
             "This role may not look for the row or record a decision: docs/least_privilege.sql gives the rights."
         ),
     }
-    with (
-        errors.told("The database broke off: {}. Nothing was recorded: decide again.", known=known),
-        certain_transaction(connection),
-    ):
-        fence.require_silence()
-        yield
+    return errors.told("The database broke off: {}. Nothing was recorded: try again.", known=known)

@@ -8,6 +8,7 @@ The identity of a run is `read = created + merged + exists + error`; over the ta
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple, Self
@@ -99,6 +100,7 @@ class Decision(NamedTuple):
     refusal: Refusal | None = None
     contact_updated_at: str | None = None
     confidence_before: int | None = None
+    identity_keys: Mapping[str, str | None] | None = None
 
     @property
     def is_new_error(self) -> bool:

@@ -70,9 +70,12 @@ class KnownContact:
 class Conflict(Exception):  # noqa: N818 - a verdict on a row, not a failure of the program
     """The row's keys name two accounts, or what was decided about that holds no more: a person must decide."""
 
-    def __init__(self, contact_id: str, reason: Reason = Reason.CONFLICT) -> None:
+    def __init__(
+        self, contact_id: str, identity_keys: Mapping[str, str | None], reason: Reason = Reason.CONFLICT
+    ) -> None:
         super().__init__(reason)
         self.contact_id = contact_id
+        self.identity_keys = identity_keys
         self.reason = reason
 
 
@@ -150,19 +153,31 @@ class KnownContacts:
         by_clerk = self._by_clerk.get(draft.clerk_user_id) if draft.clerk_user_id else None
         by_email = self._by_email.get(draft.email)
         if by_user and by_clerk and by_user is not by_clerk:
-            raise Conflict(by_user.id)
+            raise Conflict(by_user.id, self._identity_keys(draft))
         candidate = by_user or by_clerk
         if by_email:
             if candidate and candidate not in by_email:
-                raise Conflict(by_email[0].id)
+                raise Conflict(by_email[0].id, self._identity_keys(draft))
             candidate = candidate or by_email[0]
             if _is_another(candidate.user_id, draft.user_id) or _is_another(
                 candidate.clerk_user_id, draft.clerk_user_id
             ):
-                raise Conflict(candidate.id)
+                raise Conflict(candidate.id, self._identity_keys(draft))
         # Then the row's own contact under keys that people changed since: a row never makes two contacts. Last, that
         # of the person's profile, which may have met one under another address.
         return candidate or self._by_id.get(draft.id) or self._of_profile(draft)
+
+    def _identity_keys(self, draft: ContactDraft) -> dict[str, str | None]:
+        """The contact to which each key of the draft leads, by the key's column; None where no contact has the key."""
+        accounts = {"userId": (draft.user_id, self._by_user), "clerkUserId": (draft.clerk_user_id, self._by_clerk)}
+        found = {column: known.get(value) for column, (value, known) in accounts.items() if value}
+        by_email = self._by_email.get(draft.email, [])
+        # Of several spellings the one to which another key leads as well.
+        first = min(by_email, key=lambda contact: contact not in found.values(), default=None)
+        by_key = {"email": first, **found}
+        if draft.id in self._by_id:
+            by_key["id"] = self._by_id[draft.id]
+        return {column: contact.id if contact else None for column, contact in by_key.items()}
 
     def _of_profile(self, draft: ContactDraft) -> KnownContact | None:
         """The contact of the profile whose user has the address of a draft that brings no account of its own."""
@@ -179,10 +194,10 @@ class KnownContacts:
         if resolution.contact_id is None:
             for contact in self._by_email.get(draft.email, ()):
                 if contact.id != draft.id:
-                    raise Conflict(contact.id, Reason.STALE_DECISION)
+                    raise Conflict(contact.id, self._identity_keys(draft), Reason.STALE_DECISION)
             return self._by_id.get(draft.id)
         if resolution.contact_id not in self._by_id:
-            raise Conflict(resolution.contact_id, Reason.STALE_DECISION)
+            raise Conflict(resolution.contact_id, self._identity_keys(draft), Reason.STALE_DECISION)
         return self._by_id[resolution.contact_id]
 
     def without_others_accounts(self, draft: ContactDraft, contact: KnownContact | None) -> ContactDraft:
@@ -216,7 +231,8 @@ def decide(rows: Iterable[MappedRow], known: KnownContacts) -> Plan:
         try:
             contact = known.find_decided(draft, row.resolution) if row.resolution else known.find(draft)
         except Conflict as conflict:
-            plan.decisions.append(_decision(row, Outcome.ERROR, reason=conflict.reason, contact_id=conflict.contact_id))
+            decision = _decision(row, Outcome.ERROR, reason=conflict.reason, contact_id=conflict.contact_id)
+            plan.decisions.append(decision._replace(identity_keys=conflict.identity_keys))
             continue
         if row.resolution:
             draft = known.without_others_accounts(draft, contact)

@@ -5,6 +5,7 @@ rows -> settle -> contacts, fills -> ledger lines -> batch counts and heartbeat 
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Collection, Iterable, Sequence
@@ -40,9 +41,11 @@ _NO_REFUSAL = Refusal()
 _LINE = (
     *("id", "source_id", "outcome", "reason", "contact_id", "source_updated_at", "filled"),
     *("sqlstate", '"constraint"', '"column"', '"table"', '"trigger"'),
-    *("contact_updated_at", "confidence_before"),
+    *("contact_updated_at", "confidence_before", "identity_keys"),
 )
-_SENT = ", ".join(_LINE).replace("updated_at", "updated_at::timestamp").replace("before", "before::int")
+_CASTS = {"confidence_before": "int", "identity_keys": "jsonb"}
+_CASTS |= dict.fromkeys(("source_updated_at", "contact_updated_at"), "timestamp")
+_SENT = ", ".join(f"{name}::{_CASTS[name]}" if name in _CASTS else name for name in _LINE)
 # Without a model object a line: the ledger is a third of the rows' way through Python otherwise.
 _LEDGER = f"""
 INSERT INTO ledger_entry (source, run_id, {", ".join(_LINE)})
@@ -310,6 +313,7 @@ def _line(decision: Decision) -> tuple[str | int | None, ...]:
         *refusal,
         decision.contact_updated_at,
         decision.confidence_before,
+        json.dumps(decision.identity_keys) if decision.identity_keys else None,
     )
 
 

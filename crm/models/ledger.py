@@ -212,6 +212,9 @@ class LedgerEntry(models.Model):
         null=True, help_text="The updatedAt of the contact that it was merged into, which a fill leaves as it is"
     )
     confidence_before = models.IntegerField(null=True, help_text="Of the attribution that there was not")
+    identity_keys = models.JSONField(
+        null=True, help_text="For a conflict: the contact to which each key of the row leads, if any"
+    )
     sqlstate = models.TextField(null=True, help_text="PostgreSQL's code for a row that it refused")
     constraint = models.TextField(null=True, help_text="The constraint that refused the row")
     column = models.TextField(null=True, help_text="The column that was refused")

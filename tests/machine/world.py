@@ -35,7 +35,7 @@ _COLUMNS = {
 }
 _LINES = """
 SELECT CASE WHEN source LIKE '%leads' THEN 'leads:' ELSE 'profiles:' END || source_id, id, source, outcome, reason,
-       contact_id, run_id, source_updated_at, filled, COALESCE(seen_updated_at, source_updated_at),
+       contact_id, identity_keys::text, run_id, source_updated_at, filled, COALESCE(seen_updated_at, source_updated_at),
        seen_updated_at IS NOT NULL
   FROM ledger_entry
 """
@@ -60,6 +60,7 @@ class LedgerLine(NamedTuple):
     outcome: str
     reason: str | None
     contact_id: str | None
+    keys: str | None
     run: int
     updated_at: datetime
     filled: tuple[str, ...]
@@ -71,6 +72,7 @@ class LedgerLine(NamedTuple):
             "outcome": self.outcome,
             "reason": self.reason,
             "contact_id": self.contact_id,
+            "keys": json.loads(self.keys) if self.keys else None,
         }
 
 
@@ -255,9 +257,9 @@ class World:
 
 
 def _line(row: tuple[Any, ...]) -> LedgerLine:
-    reference, identifier, source, outcome, reason, contact_id, run, updated_at, filled = row
+    reference, identifier, source, outcome, reason, contact_id, keys, run, updated_at, filled = row
     names = tuple(filled.split(",")) if filled else ()
-    return LedgerLine(reference, identifier, source, outcome, reason, contact_id, run, _aware(updated_at), names)
+    return LedgerLine(reference, identifier, source, outcome, reason, contact_id, keys, run, _aware(updated_at), names)
 
 
 def _aware(value: Any) -> Any:

@@ -16,30 +16,34 @@ class Command(OperatorCommand):
 
     help = (
         "Decide about a row in conflict, which export_backfill_errors lists. The decision is recorded with who and "
-        "when, and the next run of the backfill carries it out. Deciding again replaces it. Exit code "
-        "0: recorded; 2: this cannot be decided, or the database cannot be reached; 3: a run is going; 4: stopped."
+        "when, and the next run of the backfill carries it out. Deciding again replaces it. Without a decision, the "
+        "contacts are shown to which the row's keys lead. Exit code 0: recorded, or shown; 2: this cannot be decided, "
+        "or the database cannot be reached; 3: a run is going; 4: stopped."
     )
     requires_system_checks: list[str] = []  # noqa: RUF012 - Django's attribute
 
     def add_arguments(self, parser: CommandParser) -> None:
         """What may be asked."""
         parser.add_argument("row", metavar="ROW", help="the row: profiles:<id> or leads:<id>")
-        decision = parser.add_mutually_exclusive_group(required=True)
+        decision = parser.add_mutually_exclusive_group()
         decision.add_argument("--contact", metavar="ID", help="the row is this contact's person")
         decision.add_argument(
             "--separate", metavar="EMAIL", help="the row is another person: make a contact with this address for it"
         )
 
     def handle(self, *_args: Any, row: str, contact: str | None, separate: str | None, **_options: Any) -> None:
-        """Record the decision. The exit codes are in the help."""
+        """Record the decision, or show the conflict. The exit codes are in the help."""
         try:
             reference = decisions.RowReference.parse(row)
             if contact is not None:
                 decisions.belongs_to(reference, contact)
                 decided = f"belongs to the contact {contact}"
-            else:
-                decisions.is_separate(reference, separate or "")
+            elif separate is not None:
+                decisions.is_separate(reference, separate)
                 decided = f"gets a contact of its own, {reference.line_id}"
+            else:
+                self.stdout.write(decisions.conflict_of(reference))
+                return
         except OperatorError as error:
             raise CommandError(str(error), returncode=error.exit_code) from None
         self.stdout.write(
