@@ -17,7 +17,15 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from config.database import quoted_name
 from crm.backfill.plan import ASSIGNMENT_UNIT, ATTRIBUTION_UNIT, PROFILE_FILLS
 from crm.backfill.schema import CONTACT_COLUMNS, OPTIONAL_COLUMNS, PROMOTED_COLUMNS, REQUIRED_COLUMNS, find_misfits
-from crm.models import BackfillBatch, BackfillRun, ConflictDecision, ContactUpdate, CRMContact, LedgerEntry
+from crm.models import (
+    BackfillBatch,
+    BackfillRun,
+    ConflictDecision,
+    ContactUpdate,
+    CRMContact,
+    LedgerEntry,
+    Rollback,
+)
 
 #: What no query here ever asks for.
 SECRET_COLUMNS = ("ssn", "dateOfBirth", "address", "bankDetails", "hashedPassword")
@@ -36,6 +44,7 @@ OWN_RIGHTS: Mapping[str, Sequence[str]] = {
     BackfillBatch._meta.db_table: ("SELECT", "INSERT"),
     ConflictDecision._meta.db_table: ("SELECT", "INSERT", "UPDATE"),
     ContactUpdate._meta.db_table: ("SELECT", "INSERT"),
+    Rollback._meta.db_table: ("SELECT",),
 }
 #: What makes a role more than an ordinary one, in the order of the queries.
 ATTRIBUTES = ("SUPERUSER", "CREATEROLE", "CREATEDB", "REPLICATION", "BYPASSRLS")

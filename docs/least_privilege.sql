@@ -219,6 +219,8 @@ GRANT SELECT, INSERT, UPDATE ON crm_backfill.backfill_run, crm_backfill.ledger_e
 GRANT SELECT, INSERT ON crm_backfill.backfill_batch, crm_backfill.contact_update TO :"role";
 -- A run reads what was decided about rows in conflict; resolve_crm_conflict records it under this role too.
 GRANT SELECT, INSERT, UPDATE ON crm_backfill.conflict_decision TO :"role";
+-- The list of runs shows what was taken back.
+GRANT SELECT ON crm_backfill.rollback TO :"role";
 
 \if :update
   -- OPTIONAL: looking at rows again. A contact that nobody touched becomes what its rows say: its name, type and origin
@@ -238,10 +240,7 @@ GRANT SELECT, INSERT, UPDATE ON crm_backfill.conflict_decision TO :"role";
     -- With a promotion goes the line of the history that told of it.
     GRANT SELECT ("id"), DELETE ON :"schema".crm_stage_history TO :"role";
   \endif
-  SELECT format('GRANT SELECT, INSERT, UPDATE ON %s TO %I', found, :'role')
-    FROM to_regclass('crm_backfill.rollback') AS found
-   WHERE found IS NOT NULL
-  \gexec
+  GRANT INSERT, UPDATE ON crm_backfill.rollback TO :"role";
   SELECT CASE WHEN NOT has_schema_privilege(:'role', nspname, 'USAGE')
               THEN format('GRANT USAGE ON SCHEMA %I TO %I', nspname, :'role') END,
          format('GRANT SELECT (%s) ON %s TO %I', string_agg(quote_ident(attname), ', '), conrelid::regclass, :'role')

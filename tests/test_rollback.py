@@ -22,13 +22,23 @@ from hypothesis import strategies as st
 from crm.backfill.pipeline import Retries
 from crm.backfill.references import KNOWN, find_references
 from crm.backfill.refusals import MOST_ALIKE
+from crm.backfill.rollback import runner
 from crm.backfill.rollback.runner import roll_back
 from crm.backfill.verification import verify
 from crm.models import BackfillRun, LedgerEntry, Rollback
 from crm.models.ledger import RunStatus
 from crm.sample_data.loader import load as load_people
 from tests import processes, reference
-from tests.builders import add_contact, add_lead, add_many_leads, add_profile, contact_with, contacts, ledger
+from tests.builders import (
+    add_contact,
+    add_lead,
+    add_many_leads,
+    add_profile,
+    add_user,
+    contact_with,
+    contacts,
+    ledger,
+)
 from tests.circumstances import DROP_FOREIGN_KEYS, acting_as
 from tests.commands import Finished, called, files_no_larger_than, run, statements
 from tests.conftest import LEGACY_TABLES, Database
@@ -73,6 +83,73 @@ def add_interaction(contact_id: str) -> None:
         contact_id,
         "NOTE",
     )
+
+
+# Before it starts
+
+
+def two_runs_and_an_address_that_moved() -> tuple[int, int]:
+    """Two runs, one profile each; since then the first one's account has the address that the second one's had."""
+    ann, bob = add_user("ann@example.com"), add_user("bob@example.com")
+    add_profile(userId=ann)
+    first = run()["run"]
+    add_profile(userId=bob)
+    second = run()["run"]
+    for user, email in ((bob, "carl@example.com"), (ann, "bob@example.com")):
+        change("""UPDATE users SET email = %s, "updatedAt" = now() WHERE id = %s""", email, user)
+    return first, second
+
+
+def test_a_rollback_says_which_later_runs_stand_and_in_which_order_to_roll_back(
+    database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = two_runs_and_an_address_that_moved()
+    add_lead("nobody")
+    assert run()["error_new"] == 1, "an error changes no contact"
+    add_lead("dora@example.com")
+    third = run()["run"]
+    for arguments in (("--dry-run",), ()):
+        caplog.clear()
+        finished = rollback(str(first), "--json", *arguments)
+        assert (finished.code, finished.answer["later_runs"]) == (0, [third, second])
+        (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+        assert "Later runs made or changed contacts, and stand (2)." in warning
+        assert f"roll back in this order: {third}, {second}, and then {first}." in warning
+    assert finished.answer["reversed"] == 1
+    assert run()["by_reason"] == {"conflict": 1, "invalid_email": 1}, "what the warning warns of"
+
+
+def test_rolled_back_in_that_order_nothing_is_warned_of_and_nothing_comes_into_conflict(
+    database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = two_runs_and_an_address_that_moved()
+    for number in (second, first):
+        assert taken_back(number)["later_runs"] == []
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+    answer = run()
+    assert (answer["created"], answer["error"]) == (2, 0)
+
+
+def test_of_many_later_runs_some_are_named(
+    database: Database, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "MAX_NAMED", 3)
+    numbers = []
+    for number in range(5):
+        add_lead(f"person-{number}@example.com")
+        numbers.append(run()["run"])
+    assert taken_back(numbers[0])["later_runs"] == numbers[:0:-1]
+    order = f"{numbers[4]}, {numbers[3]}, ..., {numbers[1]}, and then {numbers[0]}."
+    assert f"in this order: {order}" in caplog.text
+
+
+def test_a_later_run_that_only_updated_stands_too(database: Database, caplog: pytest.LogCaptureFixture) -> None:
+    add_lead("ann@example.com")
+    first = run()["run"]
+    change("""UPDATE leads SET status = 'CONVERTED', "updatedAt" = now()""")
+    update = run(update=True)["run"]
+    assert taken_back(first)["later_runs"] == [update]
+    assert "Later runs made or changed contacts, and stand (1)." in caplog.text
 
 
 # The whole

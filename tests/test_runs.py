@@ -15,10 +15,10 @@ from crm.backfill.options import RunOptions
 from crm.backfill.outcome import Source, Totals
 from crm.backfill.runner import Silence, run_backfill
 from crm.errors import OperatorError
-from crm.models import BackfillRun
+from crm.models import BackfillRun, Rollback
 from crm.models.ledger import RunStatus
-from tests import builders
-from tests.commands import Finished, backfill, called
+from tests import builders, commands
+from tests.commands import Finished, backfill, called, statements
 from tests.conftest import Database
 from tests.processes import session
 
@@ -197,13 +197,13 @@ def test_runs_are_listed_for_people(database: Database) -> None:
     lines = backfill_runs("list").stdout.splitlines()
     assert lines[0].split() == [
         *("run", "kind", "status", "started", "(UTC)", "read", "created", "merged", "exists", "error"),
-        *("new", "errors", "last", "heartbeat"),
+        *("new", "errors", "changed", "last", "heartbeat", "taken", "back"),
     ]
     assert [line.split()[:3] for line in lines[1:]] == [
         [str(going.pk), "backfill", "running"],
         [str(old.pk), "backfill", "finished"],
     ]
-    assert lines[2].split()[5:] == ["1,234,567", "1,234,560", "0", "0", "7", "6"]
+    assert lines[2].split()[5:] == ["1,234,567", "1,234,560", "0", "0", "7", "6", "0"]
     assert len(backfill_runs("list", "--last", "1").stdout.splitlines()) == 2
 
 
@@ -227,6 +227,47 @@ def test_runs_are_listed_and_shown_for_machines(database: Database) -> None:
     lines = dict(line.split(maxsplit=1) for line in backfill_runs("show", str(listed["run"])).stdout.splitlines())
     assert (lines["status"], lines["read"], lines["balanced"]) == ("finished", "6", "true")
     assert "failure" not in lines
+
+
+def test_runs_say_what_an_update_changed_and_what_was_taken_back_by_which(database: Database) -> None:
+    builders.add_many_leads(2)
+    builders.add_lead("person-1@example.com", createdAt="2025-06-01")
+    first = commands.run()["run"]
+    database.rows("""UPDATE leads SET status = 'CONVERTED', "updatedAt" = now() WHERE id LIKE 'new%%' RETURNING id""")
+    update = commands.run(update=True)["run"]
+    taken = [called("rollback_crm_backfill", str(number), "--json").answer["run"] for number in (update, first)]
+    lines = backfill_runs("list").stdout.splitlines()[1:]
+    said = [" ".join(line.split()[11:]) for line in lines]
+    assert said == [
+        f"0 of run {first}: contacts 2; merges 1",
+        f"0 of run {update}: updates 2",
+        f"2 by run {taken[0]}",
+        f"0 by run {taken[1]}",
+    ]
+    shown = {number: backfill_runs("show", str(number), "--json").answer for number in (first, update, *taken)}
+    assert [answer["rolled_back_by"] for answer in shown.values()] == [[taken[1]], [taken[0]], [], []]
+    assert [answer["rolls_back"] for answer in shown.values()] == [None, None, update, first]
+    nothing = {"contacts": 0, "merges": 0, "updates": 0, "lines": 0, "later_merges": 0}
+    assert shown[taken[0]]["took_back"] == nothing | {"updates": 2}
+    assert shown[taken[1]]["took_back"] == nothing | {"contacts": 2, "merges": 1}
+    assert shown[update]["updated_by_column"] == {"contact_type": 2, "stage": 2}
+    listed = json.loads(backfill_runs("list", "--json").stdout)
+    assert [{name: shown[answer["run"]][name] for name in answer} for answer in listed] == listed
+
+
+def test_a_list_asks_as_much_for_many_rollbacks_as_for_few(database: Database) -> None:
+    def asked() -> int:
+        with statements() as sent:
+            assert backfill_runs("list", "--json").code == 0
+        return len(sent)
+
+    for _ in range(2):
+        make_run("finished")
+    few = asked()
+    for _ in range(3):
+        rollback = make_run("finished", kind="rollback")
+        Rollback.objects.create(run=rollback, of=make_run("finished"))
+    assert asked() == few
 
 
 @pytest.mark.parametrize("arguments", [("list",), ("show", "1"), ("pause", "1")])

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from django.db import connection
+from django.db.models import QuerySet
 from django.db.models.functions import Coalesce, Now
 
 from crm.backfill import errors
@@ -21,7 +22,7 @@ from crm.backfill.outcome import Outcome, UpdateOutcome
 from crm.backfill.snapshot import in_pages
 from crm.backfill.transactions import certain_transaction
 from crm.errors import OperatorError
-from crm.models import BackfillBatch, BackfillRun
+from crm.models import BackfillBatch, BackfillRun, Rollback
 from crm.models.ledger import RunStatus
 
 #: What people may make of a run, by what it is. A process alone ends its own run as finished, failed or interrupted.
@@ -51,7 +52,33 @@ logger = logging.getLogger(__name__)
 def latest(count: int) -> list[BackfillRun]:
     """The last runs, the newest first. Raises OperatorError before `migrate`, and where they may not be read."""
     with _told_to_the_operator():
-        return list(BackfillRun.objects.all()[:count])
+        return list(with_rollbacks(BackfillRun.objects.all())[:count])
+
+
+def with_rollbacks(runs: QuerySet[BackfillRun]) -> QuerySet[BackfillRun]:
+    """The same runs, each with what `rollback_of` and `rolled_back_by` tell of it, in one query for all."""
+    return runs.select_related("rollback").prefetch_related("rollbacks")
+
+
+def rollback_of(run: BackfillRun) -> Rollback | None:
+    """What a run that is a rollback took back, and of which run; None for any other run."""
+    return getattr(run, "rollback", None)
+
+
+def rolled_back_by(run: BackfillRun) -> list[int]:
+    """The rollbacks that took a run back, whole or in part, the first one first."""
+    return sorted(rollback.pk for rollback in run.rollbacks.all())
+
+
+def took_back(rollback: Rollback) -> dict[str, int]:
+    """How many rows a rollback took back: which made contacts, were merged, updated contacts, or met others."""
+    return {
+        "contacts": rollback.contacts_reversed,
+        "merges": rollback.merges_reversed,
+        "updates": rollback.updates_reversed,
+        "lines": rollback.lines_reversed,
+        "later_merges": rollback.later_merges,
+    }
 
 
 def find(run_id: int) -> BackfillRun:
@@ -104,8 +131,19 @@ def act(action: str, run_id: int) -> BackfillRun:
     return run
 
 
+def taken_back(run: BackfillRun) -> str:
+    """What a rollback took back, or by which one a run was taken back, for people."""
+    if (rollback := rollback_of(run)) is not None:
+        counts = took_back(rollback)
+        figures = "; ".join(f"{kind.replace('_', ' ')} {count:,}" for kind, count in counts.items() if count)
+        return f"of run {rollback.of_id}: {figures or 'nothing'}"
+    by = ", ".join(map(str, rolled_back_by(run)))
+    return by and f"by run {by}"
+
+
 def summary(run: BackfillRun) -> dict[str, Any]:
     """A run for machines: names as in the report of a run, moments in ISO form."""
+    rollback = rollback_of(run)
     return {
         "run": run.pk,
         "kind": run.kind,
@@ -119,6 +157,9 @@ def summary(run: BackfillRun) -> dict[str, Any]:
         "revisited": run.revisited,
         **{outcome.value: getattr(run, outcome.value) for outcome in UpdateOutcome},
         "balanced": run.balanced,
+        "rolls_back": rollback and rollback.of_id,
+        "took_back": rollback and took_back(rollback),
+        "rolled_back_by": rolled_back_by(run),
         "failure": run.failure,
     }
 
@@ -131,17 +172,20 @@ def details(run_id: int) -> dict[str, Any]:
     by_source: dict[str, Counter[str]] = {}
     by_reason: Counter[str] = Counter()
     new_by_reason: Counter[str] = Counter()
+    updated_by_column: Counter[str] = Counter()
     batches = 0
     with _told_to_the_operator():
         run = find(run_id)
+        told = summary(run)
         for batch in in_pages(BackfillBatch.objects.filter(run=run)):
             batches += 1
             totals = batch.totals()
             by_source.setdefault(batch.source, Counter()).update(totals.outcomes)
             by_reason.update(totals.errors_by_reason)
             new_by_reason.update(totals.errors_new_by_reason)
+            updated_by_column.update(totals.updated_by_column)
     return {
-        **summary(run),
+        **told,
         "options": run.options,
         "version": run.version,
         "generation": run.generation,
@@ -152,6 +196,7 @@ def details(run_id: int) -> dict[str, Any]:
         "by_source": {source: dict(counts) for source, counts in by_source.items()},
         "by_reason": dict(sorted(by_reason.items())),
         "new_by_reason": dict(sorted(new_by_reason.items())),
+        "updated_by_column": dict(sorted(updated_by_column.items())),
         "census": run.census,
         "actions": possible_actions(run.status),
     }

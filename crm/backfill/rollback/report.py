@@ -37,6 +37,7 @@ def as_json(report: RollbackReport) -> str:
     answer: dict[str, Any] = {
         "run": report.run_id,
         "rolls_back": report.rolls_back,
+        "later_runs": report.later_runs,
         "status": report.status.value,
         "dry_run": report.dry_run,
         "database": target(),

@@ -8,8 +8,9 @@ A dry run takes the same way with an undoer that writes nothing, and claims no f
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -32,6 +33,10 @@ from crm.models import BackfillRun, ContactUpdate, LedgerEntry, Rollback
 from crm.models.ledger import RunStatus
 
 DEFAULT_BATCH_SIZE = 2_000
+#: How many later runs a warning names one by one.
+MAX_NAMED = 10
+
+logger = logging.getLogger(__name__)
 
 
 class ListingError(Exception):
@@ -50,10 +55,14 @@ class Listener(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RollbackReport:
-    """How a rollback went. `run_id` is None for a dry run; `balanced` is None where it did not get to its end."""
+    """How a rollback went. `run_id` is None for a dry run; `balanced` is None where it did not get to its end.
+
+    `later_runs` stood when it began, the last one first: rows of the run may be in conflict with what they made.
+    """
 
     run_id: int | None
     rolls_back: int
+    later_runs: Sequence[int]
     status: RunStatus
     dry_run: bool
     generation: str
@@ -91,10 +100,13 @@ def roll_back(
         facts = examine(connection, for_writing=not dry_run)
         run = _require_run(run_id, facts, may_take_over=not dry_run)
         lines = _require_lines(run)
+        later_runs = _later_runs(run)
         find_references(connection)
         reader = Reader.of(connection, facts, run)
         if not dry_run:
             _require_rights(run)
+    if later_runs:
+        logger.warning(_later_runs_stand(run, later_runs))
     with lifecycle() as life:
         if not dry_run:
             with errors.beginning():
@@ -104,6 +116,7 @@ def roll_back(
     return RollbackReport(
         run_id=life.run.pk if life.run else None,
         rolls_back=run_id,
+        later_runs=later_runs,
         status=ending.status,
         dry_run=dry_run,
         generation=facts.generation,
@@ -232,6 +245,26 @@ def _require_lines(run: BackfillRun) -> dict[Source, int]:
     if not lines and not ContactUpdate.objects.filter(run=run).exists() and not _is_to_be_closed(run):
         raise OperatorError(_nothing_left(run))
     return lines
+
+
+def _later_runs(run: BackfillRun) -> list[int]:
+    """The later runs of which something stands in contacts, the last one first."""
+    lines = LedgerEntry.objects.filter(run_id__gt=run.pk, outcome__in=(Outcome.CREATED, Outcome.MERGED))
+    updates = ContactUpdate.objects.filter(run_id__gt=run.pk)
+    found = {number for stands in (lines, updates) for number in stands.values_list("run_id", flat=True).distinct()}
+    return sorted(found, reverse=True)
+
+
+def _later_runs_stand(run: BackfillRun, later: Sequence[int]) -> str:
+    named = [str(number) for number in later]
+    if len(named) > MAX_NAMED:
+        named = [*named[: MAX_NAMED - 1], "...", named[-1]]
+    return (
+        f"Later runs made or changed contacts, and stand ({len(later)}). When the rows of run {run.pk} are migrated "
+        f"again, they may be in conflict with those contacts. To avoid that, roll back in this order: "
+        f"{', '.join(named)}, and then {run.pk}. Nothing is lost otherwise: the later runs can be rolled back "
+        "afterwards, and a row in conflict can be decided."
+    )
 
 
 def _is_to_be_closed(run: BackfillRun) -> bool:

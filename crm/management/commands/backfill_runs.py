@@ -21,7 +21,10 @@ _HELP = {
     "resume": "let the next run go on where a paused one stopped",
     "cancel": "stop it at its next batch for good; what was committed stays",
 }
-_COLUMNS = ("run", "kind", "status", "started (UTC)", "read", *Outcome, "new errors", "last heartbeat")
+_COLUMNS = (
+    *("run", "kind", "status", "started (UTC)", "read", *Outcome, "new errors", "changed", "last heartbeat"),
+    "taken back",
+)
 
 
 class Command(OperatorCommand):
@@ -97,11 +100,11 @@ def _table(found: Sequence[BackfillRun]) -> str:
     )
 
 
-_RIGHT = {"run", "read", *Outcome, "new errors"}
+_RIGHT = {"run", "read", *Outcome, "new errors", "changed"}
 
 
 def _cells(run: BackfillRun) -> tuple[str, ...]:
-    counts = [run.read, *(getattr(run, outcome) for outcome in Outcome), run.error_new]
+    counts = [run.read, *(getattr(run, outcome) for outcome in Outcome), run.error_new, run.updated]
     return (
         str(run.pk),
         run.kind,
@@ -109,6 +112,7 @@ def _cells(run: BackfillRun) -> tuple[str, ...]:
         _moment(run.started_at),
         *(f"{count:,}" for count in counts),
         _moment(run.heartbeat_at) if run.status == RunStatus.RUNNING else "",
+        runs.taken_back(run),
     )
 
 

@@ -23,7 +23,8 @@ class Command(OperatorCommand):
 
     help = (
         "Take a run of the backfill back: delete the contacts that it created and nobody touched, take out what it "
-        "filled in others, and let its rows be pending again. Run it again when it was stopped: it goes on. Exit code "
+        "filled in others, and let its rows be pending again. Where later runs stand, a warning gives the order to "
+        "roll back in; it does not wait for an answer. Run it again when it was stopped: it goes on. Exit code "
         "0: all is reversed or kept; 1: some of it failed; 2: it cannot be taken back, or the database cannot be "
         "reached; 3: another run is going; 4: stopped; 5: failed."
     )
