@@ -23,7 +23,7 @@ from crm import admin as crm_admin
 from crm.admin import read_only
 from crm.backfill.mapping import contact_id
 from crm.models import BackfillBatch, BackfillRun, ConflictDecision, ContactUpdate, CRMContact, LedgerEntry, Rollback
-from tests.builders import UPDATED_AT, add_contact, add_lead, add_many_leads, add_profile
+from tests.builders import UPDATED_AT, add_contact, add_lead, add_many_leads, add_profile, add_user
 from tests.commands import run
 from tests.conftest import Database
 
@@ -186,6 +186,39 @@ def test_a_line_whose_run_is_gone_is_shown(browser: Client) -> None:
     assert "Outcome: created" in page(browser, LedgerEntry, identifier)
 
 
+def test_a_conflict_names_each_contact_with_the_keys_that_lead_to_it_and_what_to_do(browser: Client) -> None:
+    ann, elsewhere = add_user("ann@example.com"), add_user("elsewhere@example.com")
+    by_email = add_contact("Ann@example.com", userId=elsewhere)
+    by_user = add_contact("other@example.com", userId=ann)
+    row = add_profile(userId=ann, clerkUserId="user_1")
+    run()
+    line = contact_id("profiles", row)
+    named = f"{by_email} (email), {by_user} (userId), no contact (clerkUserId)"
+    shown = page(browser, LedgerEntry, line)
+    assert f"Contact: {named}" in shown
+    assert f"--contact {by_email} or {by_user} when" in shown
+    html = browser.get(address(LedgerEntry)).content.decode()
+    assert named in text(html)
+    for contact, key in ((by_email, "email"), (by_user, "userId")):
+        assert f'<a href="{address(CRMContact, "change", contact)}">{contact}</a> ({key})' in html
+        assert f"profiles:{row} clients error conflict ({key})" in page(browser, CRMContact, contact)
+        assert listed(browser, LedgerEntry, q=contact) == {line}
+
+
+def test_a_conflict_of_an_earlier_version_and_one_whose_contact_is_gone_are_shown(
+    database: Database, browser: Client
+) -> None:
+    there = add_contact("ann@example.com", userId=add_user("elsewhere@example.com"))
+    row = add_profile(email="ann@example.com")
+    run()
+    line = contact_id("profiles", row)
+    database.rows("DELETE FROM crm_contacts RETURNING id")
+    assert f"Contact: {there} (deleted since) (email), no contact (userId)" in page(browser, LedgerEntry, line)
+    database.rows("UPDATE ledger_entry SET identity_keys = NULL RETURNING id")
+    assert f"Contact: {there} (deleted since)" in page(browser, LedgerEntry, line)
+    assert listed(browser, LedgerEntry, q=there) == {line}
+
+
 def decide_on(lead: str) -> str:
     """Let somebody have decided on a lead; the key of its line."""
     key = contact_id("leads", lead)
@@ -223,8 +256,16 @@ def test_a_rollback_is_shown_with_what_it_took_back(browser: Client) -> None:
     number = run()["run"]
     call_command("rollback_crm_backfill", number, "--no-progress", stdout=StringIO())
     rollback = Rollback.objects.get(of=number)
-    assert "Taken back: -" in page(browser, BackfillRun, number)
+    for key, other, words in (
+        (number, rollback.pk, f"by run {rollback.pk}"),
+        (rollback.pk, number, f"of run {number}: contacts 1"),
+    ):
+        assert f"Taken back: {words}" in page(browser, BackfillRun, key)
+        assert words in text(browser.get(address(BackfillRun)).content.decode())
+        link = f'<a href="{address(BackfillRun, "change", other)}">{other}</a>'
+        assert link in browser.get(address(BackfillRun, "change", key)).content.decode()
     assert '"contacts_reversed": 1' in page(browser, BackfillRun, rollback.pk)
+    assert "Taken back: -" in page(browser, BackfillRun, run()["run"])
 
 
 def test_an_update_is_shown_with_what_it_changed_and_the_way_to_it(database: Database, browser: Client) -> None:
@@ -235,6 +276,7 @@ def test_an_update_is_shown_with_what_it_changed_and_the_way_to_it(database: Dat
     of_run = page(browser, BackfillRun, number)
     assert "Revisited: 1" in of_run
     assert "Updated: 1" in of_run
+    assert 'Changed by column: { "contact_type": 1, "stage": 1 }' in of_run
     update = ContactUpdate.objects.get()
     assert listed(browser, ContactUpdate, run=str(number)) == {update.pk}
     assert listed(browser, ContactUpdate, q=contact_id("leads", lead)) == {update.pk}
@@ -424,8 +466,8 @@ def test_a_list_counts_only_so_far(browser: Client, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("model", MODELS)
 def test_every_column_is_shown(model: type[models.Model]) -> None:
-    shown_otherwise = {"options": "asked", "census": "tables", "run": "run_link", "contact_id": "contact"}
-    shown_otherwise |= {"commission_rate": "rate"}
+    shown_otherwise = {"options": "asked", "census": "tables", "run": "run_link", "commission_rate": "rate"}
+    shown_otherwise |= {"contact_id": "contacts" if model is LedgerEntry else "contact", "identity_keys": "contacts"}
     shown_otherwise |= {"filled": "what_was_filled", "line": "line_link", "columns": "what_was_changed"}
     shown_otherwise |= {"former": "former_values"}
     shown_otherwise |= {f"{end}_{what}": f"{what}_change" for end in ("from", "to") for what in ("type", "stage")}

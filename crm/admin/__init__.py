@@ -7,6 +7,7 @@ asks nothing a row; a filter takes its own values and no other (`filters`).
 from __future__ import annotations
 
 import json
+from collections import Counter
 from datetime import timedelta
 from typing import Any
 from urllib.parse import urlencode
@@ -15,11 +16,11 @@ from django.contrib import admin
 from django.contrib.admin.utils import quote
 from django.db import models
 from django.db.models import Exists, OuterRef, Q, QuerySet
-from django.forms.models import BaseInlineFormSet
+from django.forms.models import BaseInlineFormSet, model_to_dict
 from django.http import HttpRequest
 from django.template.loader import render_to_string
 from django.urls import NoReverseMatch, reverse
-from django.utils.html import format_html
+from django.utils.html import format_html, format_html_join
 from django.utils.safestring import SafeString
 
 from crm.admin.filters import (
@@ -37,9 +38,12 @@ from crm.admin.filters import (
     TypeFilter,
 )
 from crm.admin.read_only import NothingToChange, ReadOnlyAdmin
+from crm.backfill import runs
+from crm.backfill.dead_letters import IDENTITY_KEYS, keys_by_contact, remedy
 from crm.backfill.mapping import ATTRIBUTION, contact_id
 from crm.backfill.outcome import Outcome, UpdateOutcome
-from crm.models import BackfillBatch, BackfillRun, ConflictDecision, ContactUpdate, CRMContact, LedgerEntry, Rollback
+from crm.backfill.snapshot import in_pages
+from crm.models import BackfillBatch, BackfillRun, ConflictDecision, ContactUpdate, CRMContact, LedgerEntry
 
 admin.site.site_header = admin.site.site_title = "CRM contacts backfill"
 admin.site.index_title = "What the backfill did"
@@ -122,9 +126,14 @@ class ContactAdmin(ReadOnlyAdmin):
     @admin.display(description="ledger lines")
     def ledger(self, contact: CRMContact) -> str:
         """The source rows that made it, were merged into it, met it or are in conflict with it."""
-        lines = LedgerEntry.objects.filter(contact_id=contact.pk).order_by("source", "source_id")[: MOST_LINES + 1]
+        lines = LedgerEntry.objects.filter(_names_contact(contact.pk)).order_by("source", "source_id")[: MOST_LINES + 1]
         found = [
-            {"entry": line, "address": _address_of(LedgerEntry, line.pk), "filled": _spaced(line.filled)}
+            {
+                "entry": line,
+                "address": _address_of(LedgerEntry, line.pk),
+                "filled": _spaced(line.filled),
+                "keys": ", ".join(keys_by_contact(line.contact_id, line.identity_keys).get(contact.pk, ())),
+            }
             for line in lines
         ]
         return render_to_string(
@@ -187,14 +196,17 @@ class RunAdmin(ReadOnlyAdmin):
         "read",
         *OUTCOMES,
         "error_new",
+        "updated",
         "balanced",
+        "taken_back",
     )
     list_filter = (KindFilter, StatusFilter)
     inlines = (BatchInline,)
     fieldsets = (
         (None, {"fields": ("kind", "status", "failure", "ledger")}),
-        ("Rows", {"fields": ("read", *OUTCOMES, "error_new", "balanced", "tables", "taken_back")}),
-        ("Looked at again", {"fields": ("revisited", *UPDATE_OUTCOMES, "changed")}),
+        ("Rows", {"fields": ("read", *OUTCOMES, "error_new", "balanced", "tables")}),
+        ("Looked at again", {"fields": ("revisited", *UPDATE_OUTCOMES, "changed_by_column", "changed")}),
+        ("Rollback", {"fields": ("taken_back", "rollback_runs", "counts_of_the_rollback")}),
         ("When", {"fields": ("started_at", "heartbeat_at", "finished_at", "duration")}),
         ("Who and what", {"fields": ("operator", "version", "legacy_schema", "generation", "asked")}),
         ("Process", {"fields": ("host", "boot_id", "pid_namespace", "process_id", "process_started")}),
@@ -215,11 +227,36 @@ class RunAdmin(ReadOnlyAdmin):
         """The census."""
         return _indented(run.census) if run.census is not None else "-"
 
+    def get_queryset(self, request: HttpRequest) -> Any:
+        """The runs, with their rollbacks."""
+        return runs.with_rollbacks(super().get_queryset(request))
+
     @admin.display
     def taken_back(self, run: BackfillRun) -> str:
-        """What a rollback took back."""
-        counts = Rollback.objects.filter(run=run).values().first()
-        return _indented(counts) if counts else "-"
+        """What a rollback took back, or which rollbacks took a run back."""
+        return runs.taken_back(run) or "-"
+
+    @admin.display(description="see run")
+    def rollback_runs(self, run: BackfillRun) -> str:
+        """The way to the run that a rollback took back, or to the rollbacks of a run."""
+        rollback = runs.rollback_of(run)
+        numbers = [rollback.of_id] if rollback else runs.rolled_back_by(run)
+        links = ((_link(BackfillRun, number, str(number)),) for number in numbers)
+        return format_html_join(", ", "{}", links) or "-"
+
+    @admin.display(description="counts of the rollback")
+    def counts_of_the_rollback(self, run: BackfillRun) -> str:
+        """All that a rollback counted."""
+        rollback = runs.rollback_of(run)
+        return _indented(model_to_dict(rollback)) if rollback else "-"
+
+    @admin.display(description="changed by column")
+    def changed_by_column(self, run: BackfillRun) -> str:
+        """How often --update changed each column."""
+        columns: Counter[str] = Counter()
+        for batch in in_pages(run.batches.filter(updated__gt=0)):
+            columns.update(batch.updated_by_column)
+        return _indented(dict(sorted(columns.items()))) if columns else "-"
 
     @admin.display(description="what was changed")
     def changed(self, run: BackfillRun) -> SafeString:
@@ -260,7 +297,7 @@ class ContactNamingAdmin(ReadOnlyAdmin):
 class LedgerAdmin(ContactNamingAdmin):
     """What became of every source row."""
 
-    list_display = ("row", "outcome", "reason", "contact", "what_was_filled", "run_link", "source_updated_at")
+    list_display = ("row", "outcome", "reason", "contacts", "what_was_filled", "run_link", "source_updated_at")
     list_filter = (OutcomeFilter, ReasonFilter, SourceFilter, RunFilter)
     search_fields = ("source_id",)
     search_help_text = "The whole id of a source row (with or without profiles: or leads: before it) or of a contact."
@@ -270,7 +307,8 @@ class LedgerAdmin(ContactNamingAdmin):
         "source_id",
         "outcome",
         "reason",
-        "contact",
+        "what_to_do",
+        "contacts",
         "what_was_filled",
         "confidence_before",
         "run_link",
@@ -297,7 +335,31 @@ class LedgerAdmin(ContactNamingAdmin):
         if not term:
             return queryset, False
         by_key = queryset.filter(pk__in=_keys_of(term))
-        return (by_key if by_key.exists() else queryset.filter(contact_id=term)), False
+        return (by_key if by_key.exists() else queryset.filter(_names_contact(term))), False
+
+    @admin.display(description="contact")
+    def contacts(self, entry: Any) -> str:
+        """The contact; of a conflict all to which the row's keys lead, each with the keys."""
+        if not entry.identity_keys:
+            return self.contact(entry)
+        by_contact = keys_by_contact(entry.contact_id, entry.identity_keys)
+        named = (
+            (self._one_of_them(entry, identifier), f" ({', '.join(keys)})" if keys else "")
+            for identifier, keys in by_contact.items()
+        )
+        return format_html_join(", ", "{}{}", named)
+
+    def _one_of_them(self, entry: Any, identifier: str | None) -> str:
+        if identifier == entry.contact_id:
+            return self.contact(entry)
+        return "no contact" if identifier is None else _link(CRMContact, identifier, identifier)
+
+    @admin.display
+    def what_to_do(self, entry: LedgerEntry) -> str:
+        """What a person can do about an error."""
+        if entry.outcome != Outcome.ERROR:
+            return "-"
+        return remedy(entry.row, entry.reason, entry.contact_id, entry.identity_keys)
 
     @admin.display(description="filled")
     def what_was_filled(self, entry: LedgerEntry) -> str:
@@ -396,6 +458,12 @@ class ContactUpdateAdmin(ContactNamingAdmin):
     def run_link(self, change: ContactUpdate) -> str:
         """The run that did it."""
         return _link(BackfillRun, change.run_id, str(change.run_id))
+
+
+def _names_contact(identifier: str) -> Q:
+    """The ledger lines that name a contact: as theirs, or as one to which a key of a row in conflict leads."""
+    by_key = Q(*((f"identity_keys__{key}", identifier) for key in IDENTITY_KEYS), _connector=Q.OR)
+    return Q(contact_id=identifier) | (Q(identity_keys__isnull=False) & by_key)
 
 
 def _keys_of(term: str) -> list[str]:
