@@ -94,14 +94,6 @@ def test_every_timestamp_and_rate_is_read_whatever_it_is(database: Database, mod
                 assert f"{value:f}" == rate
 
 
-def test_a_contact_that_was_read_is_saved_as_it_was(database: Database) -> None:
-    rows = rows_with_all(CRMContact)
-    before = database.dump("crm_contacts")
-    for contact in CRMContact.objects.filter(pk__in=rows):
-        contact.save()
-    assert database.dump("crm_contacts") == before
-
-
 @pytest.mark.parametrize("moment", ["infinity", "-infinity", "0044-03-15 BC", "12025-01-01"])
 def test_timestamps_with_a_zone_are_read_likewise(database: Database, moment: str) -> None:
     shown, known = database.rows(f"SELECT '{moment}'::timestamptz, '2025-07-01 12:00:00.5+02'::timestamptz")[0]
