@@ -111,11 +111,11 @@ def test_a_rollback_says_which_later_runs_stand_and_in_which_order_to_roll_back(
     for arguments in (("--dry-run",), ()):
         caplog.clear()
         finished = rollback(str(first), "--json", *arguments)
-        assert (finished.code, finished.answer["later_runs"]) == (0, [third, second])
+        answer = finished.answer
+        assert (finished.code, answer["later_runs"], answer["reversed"]) == (0, [third, second], 1)
         (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
         assert "Later runs made or changed contacts, and stand (2)." in warning
         assert f"roll back in this order: {third}, {second}, and then {first}." in warning
-    assert finished.answer["reversed"] == 1
     assert run()["by_reason"] == {"conflict": 1, "invalid_email": 1}, "what the warning warns of"
 
 

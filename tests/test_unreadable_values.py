@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -32,7 +32,12 @@ MOMENTS = {
 }
 #: A rate likewise.
 RATES = {"NaN": "NaN", "0.10": "0.10", "-999.99": "-999.99"}
-ADDERS = {CRMContact: add_contact, User: add_user, Profile: lambda _, **row: add_profile(**row), Lead: add_lead}
+ADDERS: dict[type[models.Model], Callable[..., str]] = {
+    CRMContact: add_contact,
+    User: add_user,
+    Profile: lambda _, **row: add_profile(**row),
+    Lead: add_lead,
+}
 
 
 @pytest.fixture
@@ -54,7 +59,7 @@ def columns_of(model: type[models.Model], kind: type[models.Field[Any, Any]]) ->
 def row_with(model: type[models.Model], moment: str, rate: str, number: int) -> str:
     """A row that has the value in every such column; its id."""
     row = dict.fromkeys(columns_of(model, TimestampField), moment) | dict.fromkeys(columns_of(model, RateField), rate)
-    return ADDERS[model](f"person-{number}@example.com", **row)  # type: ignore[operator] # one signature for four
+    return ADDERS[model](f"person-{number}@example.com", **row)
 
 
 def rows_with_all(model: type[models.Model]) -> dict[str, tuple[str, str]]:
