@@ -1,18 +1,17 @@
 """The embedded server: shared by the processes that run at once, gone with the last of them, and its owner's alone."""
 
 import os
-import shutil
 import signal
 import stat
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from tests.circumstances import passable_folder
 from tests.test_least_privilege import psql
 from tests.test_settings import BASE_DIR, run
 
@@ -34,11 +33,9 @@ with connection.cursor() as cursor:
 
 @pytest.fixture
 def data() -> Iterator[Path]:
-    """A folder for the data. Root's server runs as another user, who cannot pass through pytest's own folders."""
-    folder = Path(tempfile.mkdtemp(prefix="crm"))
-    folder.chmod(0o755)
-    yield folder / "data"
-    shutil.rmtree(folder)
+    """A folder for the data."""
+    with passable_folder() as folder:
+        yield folder / "data"
 
 
 @contextmanager

