@@ -74,10 +74,11 @@ def _check_privileges(cursor: CursorWrapper) -> None:
     may, owner = cursor.fetchone()
     if may:
         return
+    # Not by a GRANT: nobody but its owner may create in a schema that our statements look into.
     raise OperatorError(
         f"This role may not make tables in the schema {schema}: give DATABASE_URL the address of its owner, the role "
-        f"{owner}, for `migrate`. Or let {owner} run "
-        f"GRANT USAGE, CREATE ON SCHEMA {_quoted(schema)} TO {_quoted(_current_role(cursor))}; and try again."
+        f"{owner}, for `migrate`. Or let a superuser run "
+        f"ALTER SCHEMA {_quoted(schema)} OWNER TO {_quoted(_current_role(cursor))}; and try again."
     )
 
 

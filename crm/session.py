@@ -4,6 +4,9 @@ A receiver of Django's `connection_created`, so that no command can forget it. T
 name means: it has to be our schema and then the examined one. Past a pooler both come from our own start-up options;
 that they took effect is looked at, since a pooler may drop them without a word. Behind one they are the role's.
 
+PostgreSQL's own schema is not named in it. So it comes first, and new tables are made in ours. Whether the schemas can
+be trusted is asked before anything else, in a transaction in which no other schema has a say: see `crm.trust`.
+
 Settings that change what a text means, or that end our transactions, are set here. Behind a pooler only those can be
 that PgBouncer follows from server to server; the others would stay with a server connection that is not ours, so a
 session that has them otherwise is refused.
@@ -21,10 +24,12 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from psycopg import sql
 
 from crm.errors import OperatorError
+from crm.trust import SAFE_SEARCH_PATH, require_trusted
 
 #: Settings that PgBouncer keeps with the client. How timestamps and our own string constants are read.
 FOLLOWED: Mapping[str, str] = {"DateStyle": "ISO, MDY", "standard_conforming_strings": "on"}
-#: The others, where PostgreSQL has them: how values are read, and what would break a transaction off.
+#: The others, where PostgreSQL has them: how values are read, what would break a transaction off, that the values of a
+#: statement that failed are not logged, and that a statement is planned for the values that it has.
 SETTINGS: Mapping[str, str] = {
     "IntervalStyle": "postgres",
     "array_nulls": "on",
@@ -32,6 +37,8 @@ SETTINGS: Mapping[str, str] = {
     "default_transaction_isolation": "read committed",
     "exit_on_error": "off",
     "extra_float_digits": "1",
+    "log_parameter_max_length_on_error": "0",
+    "plan_cache_mode": "auto",
     "quote_all_identifiers": "off",
     "transaction_timeout": "0",
     "transform_null_equals": "off",
@@ -39,9 +46,14 @@ SETTINGS: Mapping[str, str] = {
 #: A session that is frozen in a transaction holds locks; a batch that reads its page does not take as long.
 IDLE_IN_TRANSACTION = {"idle_in_transaction_session_timeout": "5min"}
 
+# In one round trip: a session may allow itself no time between two of a transaction.
+_BEGIN = f"""
+BEGIN ISOLATION LEVEL READ COMMITTED; SHOW search_path; SET LOCAL search_path = {SAFE_SEARCH_PATH};
+SET LOCAL idle_in_transaction_session_timeout = '{IDLE_IN_TRANSACTION["idle_in_transaction_session_timeout"]}'
+"""
 # What the role, the database, or both, say of the search path: the most particular one counts.
 _SESSION = """
-SELECT current_setting('search_path'), current_user, current_database(),
+SELECT current_user, current_database(),
        (SELECT substr(config, length('search_path=') + 1)
           FROM pg_db_role_setting, unnest(setconfig) AS config
          WHERE setrole IN (0, (SELECT oid FROM pg_roles WHERE rolname = session_user))
@@ -91,10 +103,12 @@ def _require_fitting(connection: BaseDatabaseWrapper) -> None:
     is_pooled = bool(connection.settings_dict.get("DISABLE_SERVER_SIDE_CURSORS"))
     # psycopg's own cursor: Django would keep these among the statements of the command.
     session = connection.connection
-    row = _rows(session, _SESSION, settings.BACKFILL_SCHEMA)[0]
-    search_path, role, database, own_path, ledger_is_readable = row
+    search_path = _begin(session)
+    role, database, own_path, ledger_is_readable = _rows(session, _SESSION, settings.BACKFILL_SCHEMA)[0]
     own = [name for name in names_in(own_path or "") if name not in ("pg_catalog", "pg_temp")]
     _require_search_path(search_path, own, role, database, is_pooled=is_pooled)
+    in_use = names_in(search_path) if is_pooled else [settings.BACKFILL_SCHEMA, settings.LEGACY_SCHEMA, *own]
+    require_trusted(session, [role if name == "$user" else name for name in in_use])
     if is_pooled:
         _set(session, FOLLOWED)
         _require_settings(session, role, database)
@@ -102,12 +116,21 @@ def _require_fitting(connection: BaseDatabaseWrapper) -> None:
         _set(session, {**FOLLOWED, **SETTINGS, **IDLE_IN_TRANSACTION, "search_path": _path(own)})
     if ledger_is_readable:
         _require_own_ledger(session)
+    session.execute("END")
+
+
+def _begin(session: psycopg.Connection) -> str:
+    """Begin a transaction in which only PostgreSQL's own functions and operators are called; the search path before."""
+    cursor = session.execute(_BEGIN)
+    cursor.nextset()
+    ((search_path,),) = cursor.fetchall()
+    return str(search_path)
 
 
 def _require_search_path(search_path: str, own: Sequence[str], role: str, database: str, *, is_pooled: bool) -> None:
     names = names_in(search_path)
     wanted = [settings.BACKFILL_SCHEMA, settings.LEGACY_SCHEMA]
-    # PostgreSQL's own functions come first as long as nobody says where they come.
+    # PostgreSQL's own schema comes first as long as nobody says where it comes.
     if names[: len(wanted)] == wanted and "pg_catalog" not in names:
         return
     rest = [name for name in own if name not in (*wanted, "$user")]

@@ -125,7 +125,7 @@ def test_a_schema_that_this_role_may_not_fill(database: EmptyDatabase, django_db
     database.execute("CREATE SCHEMA crm_backfill")
     with pytest.raises(OperatorError) as caught:
         prepare_as(database, django_db_blocker, role=database.role)
-    statement = f'GRANT USAGE, CREATE ON SCHEMA "crm_backfill" TO "{database.role}";'
+    statement = f'ALTER SCHEMA "crm_backfill" OWNER TO "{database.role}";'
     assert statement in str(caught.value)
 
     database.execute(statement)

@@ -55,7 +55,7 @@ def two_schemas(django_test_environment: None) -> Iterator[EmptyDatabase]:
             done = manage(*command, url=database.url())
             assert done.returncode == 0, done.stderr
         database.execute(
-            "GRANT ALL ON SCHEMA crm_backfill, public, app TO {role}; "
+            "GRANT USAGE ON SCHEMA crm_backfill, public, app TO {role}; "
             "GRANT ALL ON ALL TABLES IN SCHEMA crm_backfill, public, app TO {role}"
         )
         yield database
@@ -157,6 +157,8 @@ STRANGE_SETTINGS = {
     "exit_on_error": "on",
     "extra_float_digits": "-15",
     "idle_in_transaction_session_timeout": "1ms",
+    "log_parameter_max_length_on_error": "-1",
+    "plan_cache_mode": "force_generic_plan",
     "quote_all_identifiers": "on",
     "standard_conforming_strings": "off",
     "transaction_timeout": "1s",
