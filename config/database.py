@@ -32,6 +32,9 @@ DEFAULT_SCHEMA: Final = "public"
 DEFAULT_CONNECT_TIMEOUT: Final = "5"
 
 APPLICATION_NAME: Final = "crm_backfill"
+#: A statement and its values go to the server apart. In one text, whatever the server had against a single row would
+#: write all rows into its log.
+BINDING: Final = {"server_side_binding": True}
 # PostgreSQL cuts a longer name off without a word, and it then names another schema.
 LONGEST_NAME: Final = 63
 
@@ -106,7 +109,7 @@ class Database:
             "NAME": self.name,
             "USER": self.user,
             "PASSWORD": self.password,
-            "OPTIONS": libpq,
+            "OPTIONS": {**libpq, **BINDING},
             "DISABLE_SERVER_SIDE_CURSORS": self.behind_pgbouncer,
         }
 

@@ -31,7 +31,7 @@ import psycopg
 from django.core.exceptions import ImproperlyConfigured
 from psycopg import sql
 
-from config.database import APPLICATION_NAME, startup_options
+from config.database import APPLICATION_NAME, BINDING, startup_options
 
 DATABASE_NAME = "crm"
 USER = "postgres"
@@ -58,6 +58,7 @@ def django_entry(data: Path | None, backfill_schema: str, legacy_schema: str) ->
         "OPTIONS": {
             "application_name": APPLICATION_NAME,
             "options": startup_options(backfill_schema, legacy_schema),
+            **BINDING,
         },
     }
 

@@ -5,6 +5,7 @@ from django.db.backends.signals import connection_created
 from django.db.models.signals import post_migrate, pre_migrate
 
 from crm.attribution import restore
+from crm.backfill.arrays import use_fast_arrays
 from crm.loaders import read_every_timestamp
 from crm.own_schema import prepare
 from crm.session import require_fitting
@@ -23,6 +24,7 @@ class CrmConfig(AppConfig):
 
         connection_created.connect(require_fitting, dispatch_uid="crm.session")
         connection_created.connect(read_every_timestamp, dispatch_uid="crm.loaders")
+        connection_created.connect(use_fast_arrays, dispatch_uid="crm.backfill.arrays")
         # Django sends it once for each application, before it makes its own django_migrations table.
         pre_migrate.connect(prepare, sender=self, dispatch_uid="crm.own_schema")
         post_migrate.connect(restore, sender=self, dispatch_uid="crm.attribution")

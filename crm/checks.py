@@ -15,6 +15,7 @@ from django.db import connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from config.database import quoted_name
+from crm import try_execute
 from crm.backfill.plan import ASSIGNMENT_UNIT, ATTRIBUTION_UNIT, PROFILE_FILLS
 from crm.backfill.schema import CONTACT_COLUMNS, OPTIONAL_COLUMNS, PROMOTED_COLUMNS, REQUIRED_COLUMNS, find_misfits
 from crm.models import (
@@ -116,7 +117,7 @@ def _messages(connection: BaseDatabaseWrapper) -> list[CheckMessage]:
         return []
     if not rights.tables(settings.BACKFILL_SCHEMA) >= set(OWN_RIGHTS):
         return []
-    messages = [*_missing_schemas(rights), *_missing(rights), *_hidden_rows(rights)]
+    messages = [*_missing_schemas(rights), *_missing(rights), *_missing_function(rights), *_hidden_rows(rights)]
     # On the embedded server people are made up, and there is one role for everything.
     if connection.settings_dict["ENGINE"] != "config.embedded_backend":
         messages += _too_much(rights)
@@ -167,6 +168,22 @@ def _missing(rights: _Rights) -> list[CheckMessage]:
             )
         )
     return messages
+
+
+def _missing_function(rights: _Rights) -> list[CheckMessage]:
+    query = """
+        SELECT FROM pg_proc p JOIN pg_namespace n ON n.oid = pronamespace
+         WHERE nspname = %s AND proname = %s AND NOT has_function_privilege(p.oid, 'EXECUTE')
+    """
+    if not rights.ask(query, [settings.BACKFILL_SCHEMA, try_execute.FUNCTION]):
+        return []
+    return [
+        Error(
+            f"The role {rights.role} may not EXECUTE {try_execute.FUNCTION}.",
+            hint=f"GRANT EXECUTE ON FUNCTION {try_execute.SIGNATURE} TO {quoted_name(rights.role)};",
+            id="crm.E002",
+        )
+    ]
 
 
 def _on_application(rights: _Rights) -> dict[Right, bool]:

@@ -44,6 +44,9 @@
 
 BEGIN;
 
+-- Whoever may create in another schema of the search path could have a function of theirs called by this script.
+SET LOCAL search_path = pg_catalog, pg_temp;
+
 -- A block of PL/pgSQL cannot see the variables of psql.
 SET LOCAL least_privilege.role = :'role';
 SET LOCAL least_privilege.schema = :'schema';
@@ -221,6 +224,10 @@ GRANT SELECT, INSERT ON crm_backfill.backfill_batch, crm_backfill.contact_update
 GRANT SELECT, INSERT, UPDATE ON crm_backfill.conflict_decision TO :"role";
 -- The list of runs shows what was taken back.
 GRANT SELECT ON crm_backfill.rollback TO :"role";
+-- The function that runs what writes contacts, with the rights of whoever calls it, is everyone's by default.
+SELECT format('GRANT EXECUTE ON FUNCTION crm_backfill.try_execute(text, text[]) TO %I', :'role')
+ WHERE NOT has_function_privilege(:'role', 'crm_backfill.try_execute(text, text[])', 'EXECUTE')
+\gexec
 
 \if :update
   -- OPTIONAL: looking at rows again. A contact that nobody touched becomes what its rows say: its name, type and origin

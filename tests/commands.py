@@ -16,6 +16,7 @@ from django.db.backends.utils import CursorWrapper
 from crm.backfill.options import RunOptions
 from crm.backfill.report import as_json
 from crm.backfill.runner import run_backfill
+from crm.try_execute import QUOTE
 
 
 class Finished(NamedTuple):
@@ -73,6 +74,12 @@ def files_no_larger_than(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def statement_in(sql: str) -> str:
+    """What is executed: a statement as it was sent, or the one that `try_execute` is given."""
+    _, is_given, rest = str(sql).partition(QUOTE)
+    return rest.partition(QUOTE)[0].strip() if is_given else str(sql).strip()
+
+
 class Statement(NamedTuple):
     """A statement that was sent, and how many rows it returned or touched."""
 
@@ -89,7 +96,7 @@ def statements() -> Iterator[list[Statement]]:
 
     def record(cursor: Any, sql: str, parameters: Any, many: bool, executor: Any) -> Any:  # noqa: FBT001 - Django's signature
         result = send(cursor, sql, parameters, many, executor)
-        sent.append(Statement(" ".join(str(sql).split()), parameters, cursor.rowcount))
+        sent.append(Statement(" ".join(statement_in(sql).split()), parameters, cursor.rowcount))
         return result
 
     with pytest.MonkeyPatch.context() as patch:

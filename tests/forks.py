@@ -26,6 +26,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.utils import CursorWrapper
 
 from crm.management.commands.backfill_crm_contacts import Command
+from tests.commands import statement_in
 
 _context = multiprocessing.get_context("fork")
 COMMIT = "COMMIT"
@@ -186,7 +187,7 @@ def _watch(around: Callable[[str, Callable[[], Any]], Any], patch: pytest.Monkey
         return around(label, send)
 
     def watched_execute(cursor: Any, sql: Any, parameters: Any, many: bool, executor: Any) -> Any:  # noqa: FBT001 - Django's signature
-        return watched(str(sql).strip(), lambda: execute(cursor, sql, parameters, many, executor))
+        return watched(statement_in(sql), lambda: execute(cursor, sql, parameters, many, executor))
 
     def watched_commit(wrapper: Any) -> Any:
         return watched(COMMIT, lambda: commit(wrapper))

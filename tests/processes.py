@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
@@ -50,6 +50,16 @@ def manage(*arguments: str, url: str) -> subprocess.CompletedProcess[str]:
     process = start(*arguments, url=url)
     stdout, stderr = process.communicate(timeout=60)
     return subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr)
+
+
+@contextmanager
+def server_log() -> Iterator[Callable[[], str]]:
+    """What the server of the tests logs inside; it is in the log before whoever asked hears of it."""
+    with session() as owner:
+        (data,) = owner.execute("SHOW data_directory").fetchone() or ("",)
+    log = next(path for path in (Path(data, "log"), Path(data).with_name("log")) if path.is_file())
+    before = log.stat().st_size
+    yield lambda: log.read_bytes()[before:].decode(errors="replace")
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from django.db import DataError, connection
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from crm.backfill.arrays import render, use_fast_arrays
+from crm.backfill.arrays import render
 from tests.conftest import Database
 from tests.profiles import examples
 
@@ -31,7 +31,6 @@ against_postgresql = settings(
 
 def through(values: list[Any], type_name: str = "text") -> list[Any]:
     """The elements as PostgreSQL hands them back."""
-    use_fast_arrays(connection)
     with connection.cursor() as cursor:
         cursor.execute(
             f"SELECT value FROM unnest(%s::{type_name}[]) WITH ORDINALITY AS t(value, n) ORDER BY n", [values]
@@ -65,7 +64,6 @@ def test_what_psycopg_would_have_sent_means_the_same(database: Database, values:
 def test_columns_side_by_side_do_not_run_into_each_other(
     database: Database, left: list[str | None], right: list[str | None]
 ) -> None:
-    use_fast_arrays(connection)
     with connection.cursor() as cursor:
         cursor.execute("SELECT %s::text[], %s::text[]", [left, right])
         assert cursor.fetchone() == (left, right)
@@ -85,7 +83,6 @@ def test_other_lists_still_go_their_own_way(database: Database, values: list[Any
 
 
 def test_a_list_of_lists_still_is_an_array_of_two_dimensions(database: Database) -> None:
-    use_fast_arrays(connection)
     with connection.cursor() as cursor:
         cursor.execute("SELECT %s::text[]", [[["a", "b,"], ["c", None]]])
         assert cursor.fetchone() == ([["a", "b,"], ["c", None]],)

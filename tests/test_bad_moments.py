@@ -19,7 +19,7 @@ from crm.backfill.pipeline import Retries
 from crm.backfill.writer import Timeouts
 from crm.models import BackfillRun
 from tests.builders import CREATED_AT, add_lead, add_many_leads, contacts, ledger
-from tests.commands import Finished, backfill, run
+from tests.commands import Finished, backfill, run, statement_in
 from tests.conftest import Database
 from tests.forks import COMMIT, labels, labels_are_watched
 from tests.processes import session
@@ -79,7 +79,7 @@ def when(
 
     def watch(execute: Any, sql: str, parameters: Any, many: bool, context: dict[str, Any]) -> Any:  # noqa: FBT001 - Django's signature
         nonlocal count
-        if str(sql).strip().startswith(place):
+        if statement_in(sql).startswith(place):
             count += 1
             if numbers(count):
                 happening(lambda statement: execute(statement, None, False, context))  # noqa: FBT003 - Django's signature

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from io import StringIO
@@ -13,7 +14,7 @@ from django.contrib.admin.utils import quote
 from django.contrib.auth.models import User
 from django.contrib.sessions.models import Session
 from django.core.management import call_command
-from django.db import connection
+from django.db import DataError, connection
 from django.db.models import Model
 from django.test import Client
 from django.urls import reverse
@@ -22,11 +23,11 @@ from crm.backfill import workers
 from crm.backfill.pipeline import Retries
 from crm.backfill.writer import Timeouts
 from crm.models import BackfillRun, CRMContact, LedgerEntry
-from tests.builders import add_contact, add_lead, add_profile, add_user
+from tests.builders import add_contact, add_lead, add_many_leads, add_profile, add_user
 from tests.circumstances import refusing_contacts
-from tests.commands import backfill
+from tests.commands import backfill, called, run
 from tests.conftest import OWN_TABLES, Database
-from tests.processes import database_url, manage, session
+from tests.processes import database_url, manage, server_log, session
 
 INSERTS_CONTACTS = 'INSERT INTO "crm_contacts"'
 MARK = "canary7q"
@@ -78,10 +79,23 @@ def put_obstacles(database: Database) -> None:
     database.change(QUOTING)
 
 
+#: What triggers and functions of the application write into the server's log in their own words.
+THEIR_OWN_WORDS = re.compile(
+    r"^.*(WARNING:  seen |ERROR:  no room for |ERROR:  no [^ ]+@).*$|^.*DETAIL:  First[^ ]*$", re.MULTILINE
+)
+
+
 class Overheard:
     """Everything that anybody may read who has no right to the tables of the application."""
 
-    def __init__(self, database: Database, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
+    def __init__(
+        self,
+        database: Database,
+        caplog: pytest.LogCaptureFixture,
+        capfd: pytest.CaptureFixture[str],
+        logged: Callable[[], str],
+    ) -> None:
+        self._logged = logged
         self._database = database
         self._caplog = caplog
         self._capfd = capfd
@@ -98,6 +112,14 @@ class Overheard:
         finished = manage(*arguments, url=database_url())
         self._printed += [finished.stdout, finished.stderr]
         return finished.returncode
+
+    def logged(self) -> str:
+        """What the server has logged."""
+        return self._logged()
+
+    def heard(self, *texts: str) -> None:
+        """What was told otherwise."""
+        self._printed += texts
 
     def look(self, *arguments: str) -> None:
         """A command that shows something."""
@@ -116,6 +138,7 @@ class Overheard:
 
     def assert_nothing_of_people(self) -> None:
         told = [*self._printed, *self._capfd.readouterr(), self._caplog.text]
+        told += THEIR_OWN_WORDS.sub("", self._logged()).splitlines()
         for record in self._caplog.records:
             told += [record.getMessage(), repr(record.args), repr(record.exc_info)]
         for rows in self._database.dump(*OWN_TABLES, "django_admin_log").values():
@@ -131,12 +154,13 @@ def overheard(
     caplog: pytest.LogCaptureFixture,
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> Overheard:
+) -> Iterator[Overheard]:
     monkeypatch.setattr(Retries.__init__, "__defaults__", (2, 0.001))
     caplog.set_level(logging.DEBUG)
     # Django's own log of statements, which an operator would have to ask for, has all parameters in it.
     caplog.set_level(logging.INFO, logger="django.db.backends")
-    return Overheard(database, caplog, capfd)
+    with server_log() as logged:
+        yield Overheard(database, caplog, capfd, logged)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +194,73 @@ def test_the_real_command(database: Database, overheard: Overheard, arguments: t
     overheard.process("verify_crm_contacts")
     overheard.process("export_backfill_errors")
     overheard.assert_nothing_of_people()
+
+
+REFUSING = f"""
+    CREATE FUNCTION public.refusing() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+        IF OLD.email LIKE 'refused%' THEN
+            RAISE EXCEPTION 'not {MARK} %', OLD.email USING ERRCODE = '23514', DETAIL = OLD."firstName";
+        END IF;
+        RETURN COALESCE(NEW, OLD);
+    END $$;
+    CREATE TRIGGER refusing BEFORE UPDATE OR DELETE ON crm_contacts FOR EACH ROW EXECUTE FUNCTION public.refusing()
+"""
+NO_NEWS = "ALTER TABLE crm_contacts ADD CONSTRAINT no_news CHECK (email NOT LIKE 'news%' OR phone IS NULL) NOT VALID"
+
+
+def many_people(*others: str) -> None:
+    """Hundreds of them, and these among them."""
+    add_many_leads(300)
+    with connection.cursor() as cursor:
+        cursor.execute("""UPDATE leads SET "firstName" = %s, email = id || %s""", [MARK, f"@{MARK}.example"])
+    for name in others:
+        add_lead(f"{name}@{MARK}.example", id=f"new0000000001{name}", **PERSON)
+
+
+def test_the_server_logs_nothing_of_a_row_that_it_refuses_among_many(database: Database, overheard: Overheard) -> None:
+    many_people("check", "trigger", "phone", "phone-too")
+    put_obstacles(database)
+    database.change(f"CREATE UNIQUE INDEX one_such_phone ON crm_contacts (phone) WHERE phone LIKE '%{MARK}'")
+    assert backfill("--no-progress", "--json").answer["error_new"] == 3
+    assert "ERROR" not in overheard.logged()
+    overheard.assert_nothing_of_people()
+
+
+def test_the_server_logs_nothing_of_what_an_update_or_a_rollback_is_refused(
+    database: Database, overheard: Overheard
+) -> None:
+    many_people("news", "refused")
+    add_contact(f"refused-too@{MARK}.example", **PERSON | {"phone": None})
+    add_lead(f"refused-too@{MARK}.example", **PERSON)
+    made = run()["run"]
+    database.change(f"""UPDATE leads SET phone = '556{MARK}', "updatedAt" = now()""")
+    database.change(NO_NEWS)
+    database.change(REFUSING)
+    updated = backfill("--update", "--no-progress", "--json").answer
+    assert updated["kept_by_column"]["refused"] == 3
+    back = [called("rollback_crm_backfill", str(run), "--no-progress", "--json") for run in (updated["run"], made)]
+    overheard.heard(*(text for finished in back for text in (finished.stdout, finished.stderr)))
+    assert back[-1].answer["failed"] > 0
+    assert "ERROR" not in overheard.logged()
+    overheard.assert_nothing_of_people()
+
+
+def test_the_values_of_a_statement_that_fails_are_not_logged_where_the_server_would(
+    database: Database, overheard: Overheard
+) -> None:
+    with session() as owner:
+        owner.autocommit = True
+        owner.execute("ALTER ROLE CURRENT_USER SET log_parameter_max_length_on_error = -1")
+    connection.close()
+    try:
+        with pytest.raises(DataError), connection.cursor() as cursor:
+            cursor.execute("SELECT 1 / length(btrim(%s, %s))", [MARK, MARK])
+    finally:
+        with session() as owner:
+            owner.autocommit = True
+            owner.execute("ALTER ROLE CURRENT_USER RESET log_parameter_max_length_on_error")
+    assert "ERROR:  division by zero" in overheard.logged()
+    assert MARK not in overheard.logged()
 
 
 @contextmanager

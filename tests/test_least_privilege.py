@@ -273,6 +273,24 @@ def test_the_check_tells_what_is_missing_with_the_grant(
         assert check(django_db_blocker) == []
 
 
+def test_the_script_grants_the_function_that_writes_contacts_where_not_everyone_has_it(
+    database: Database, django_db_blocker: DjangoDbBlocker
+) -> None:
+    function = "FUNCTION crm_backfill.try_execute(text, text[])"
+    as_owner(f"REVOKE EXECUTE ON {function} FROM PUBLIC")
+    try:
+        with role_made_by_script() as url:
+            assert check(django_db_blocker) == []
+            as_owner(f"REVOKE EXECUTE ON {function} FROM {{role}}")
+            grant = f"GRANT EXECUTE ON {function} TO {quoted(ROLE)};"
+            assert check(django_db_blocker) == [f"crm.E002 The role {ROLE} may not EXECUTE try_execute. {grant}"]
+            refused = manage("backfill_crm_contacts", url=url)
+            assert (refused.returncode, refused.stdout) == (2, "")
+            assert "EXECUTE on crm_backfill.try_execute" in refused.stderr
+    finally:
+        as_owner(f"GRANT EXECUTE ON {function} TO PUBLIC")
+
+
 @pytest.mark.parametrize(
     ("grant", "number", "message"),
     [

@@ -14,7 +14,7 @@ from django.db import connection
 
 from crm.backfill.pipeline import Retries
 from tests.builders import add_lead, add_profile, contacts, ledger
-from tests.commands import backfill, run
+from tests.commands import backfill, run, statement_in
 from tests.conftest import Database
 from tests.processes import session
 from tests.test_rollback import rollback
@@ -85,7 +85,7 @@ def rivals(times: int, *, in_order: bool) -> Iterator[list[int]]:
     sizes: list[int] = []
 
     def watch(execute: Any, sql: str, parameters: Any, many: bool, context: dict[str, Any]) -> Any:  # noqa: FBT001 - Django's signature
-        if str(sql).startswith(LOCKS) and len(sizes) < times and len(ids := sorted(parameters[0])) > 1:
+        if statement_in(sql).startswith(LOCKS) and len(sizes) < times and len(ids := sorted(parameters[0])) > 1:
             execute("SET LOCAL deadlock_timeout = '250ms'", None, False, context)  # noqa: FBT003 - Django's signature
             lowest, highest = ids[0], ids[-1]
             crew[len(sizes) % SESSIONS].begin(*((lowest, highest) if in_order else (highest, lowest)))

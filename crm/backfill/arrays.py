@@ -2,6 +2,9 @@
 
 psycopg renders a list element by element in Python, which costs more than everything else that the client does for a
 row. This does the same with a handful of passes over the joined text, each at C speed.
+
+psycopg would also say that a list of strings is a text[]. Here the statement says what it is, or the column that it is
+compared with: a citext is to be compared as one.
 """
 
 from __future__ import annotations
@@ -60,7 +63,7 @@ class TextListDumper(ListDumper):
             return super().dump(obj)
 
 
-def use_fast_arrays(connection: BaseDatabaseWrapper) -> None:
-    """Let the connection render lists of text the fast way, until it is closed."""
-    connection.ensure_connection()
-    connection.connection.adapters.register_dumper(list, TextListDumper)
+def use_fast_arrays(connection: BaseDatabaseWrapper, **_signal: Any) -> None:
+    """Let a new connection send every list as a literal without a type. A receiver of `connection_created`."""
+    if connection.vendor == "postgresql":
+        connection.connection.adapters.register_dumper(list, TextListDumper)

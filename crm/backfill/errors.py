@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 import psycopg
 from django.db import DatabaseError, DataError, InterfaceError, InternalError, NotSupportedError, OperationalError
 
+from crm import try_execute
 from crm.backfill.outcome import Refusal
 from crm.errors import OperatorError
 
@@ -156,6 +157,8 @@ def row_refusal(error: DatabaseError) -> Refusal | None:
     if bad_moment(error) or not isinstance(cause, psycopg.Error):
         return None
     functions = [name or quoted for name, quoted in _FUNCTION.findall(cause.diag.context or "")]
+    # Ours around them says nothing of a trigger.
+    functions = [name for name in functions if name != try_execute.FUNCTION]
     if code in REMEDIES and not functions:
         return None
     return Refusal(

@@ -14,7 +14,6 @@ from typing import Any
 
 from django.db.backends.base.base import BaseDatabaseWrapper
 
-from crm.backfill.arrays import use_fast_arrays
 from crm.backfill.known import ContactLookup, decided_contacts, without_account
 from crm.backfill.mapping import ContactDraft, MappedRow
 from crm.backfill.outcome import Decision, Outcome, Source, Totals
@@ -269,11 +268,9 @@ class RehearsalWriter:
         """`with_update`: a rehearsal of an update comes after."""
         self.imagined = Imagined(with_update=with_update)
         self.store = RehearsalStore(connection, lookup, self.imagined)
-        self._connection = connection
 
     def write(self, source: Source, pages: Iterable[Sequence[MappedRow]]) -> Totals:
         """Bring the rows to the outcome that they would have."""
-        use_fast_arrays(self._connection)
         totals = Totals()
         with self.imagined.batch():
             for rows in pages:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from django.conf import settings
 from django.db.backends.base.base import BaseDatabaseWrapper
 
+from crm import try_execute
 from crm.backfill.catalog import Column, read_tables
 from crm.backfill.mapping import (
     CONTACT_TYPE_OF_LEAD_TYPE,
@@ -366,8 +367,11 @@ def _require_rights(connection: BaseDatabaseWrapper, *, ledger_is_readable: bool
              UNION ALL
             SELECT 'crm_contacts.' || name, 'UPDATE' FROM unnest(%s::text[]) AS name
              WHERE NOT has_column_privilege('crm_contacts', name, 'UPDATE')
+             UNION ALL
+            SELECT name, 'EXECUTE' FROM (VALUES (%s::text)) AS function(name)
+             WHERE NOT has_function_privilege(name, 'EXECUTE')
             """,
-            [[table for table, _ in wanted], [right for _, right in wanted], columns],
+            [[table for table, _ in wanted], [right for _, right in wanted], columns, try_execute.SIGNATURE],
         )
         missing = [f"{right} on {table}" for table, right in cursor.fetchall()]
     if missing:
@@ -395,12 +399,15 @@ def _require_tables_of_ours(connection: BaseDatabaseWrapper, tables: Iterable[st
             SELECT 'column ' || t || '.' || name FROM meant
              WHERE oid IS NOT NULL AND name IS NOT NULL
                AND NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = oid AND attname = name)
+             UNION ALL
+            SELECT 'function ' || %(function)s WHERE to_regprocedure(%(function)s) IS NULL
             """,
             {
                 **dict(zip(("of", "columns"), map(list, zip(*_OUR_COLUMNS, strict=True)), strict=True)),
                 "tables": list(tables),
                 "ours": settings.BACKFILL_SCHEMA,
                 "theirs": settings.LEGACY_SCHEMA,
+                "function": try_execute.SIGNATURE,
             },
         )
         missing = [name for (name,) in cursor.fetchall()]

@@ -16,7 +16,6 @@ from django.db import DatabaseError, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill import fence
-from crm.backfill.arrays import use_fast_arrays
 from crm.backfill.errors import RewrittenError, SettledMeanwhileError, row_refusal
 from crm.backfill.known import ContactLookup
 from crm.backfill.mapping import ATTRIBUTION, ContactDraft, MappedRow
@@ -27,6 +26,7 @@ from crm.backfill.settle import Settled, UnsettledError, settle
 from crm.backfill.transactions import certain_transaction
 from crm.fields import array_type
 from crm.models import BackfillBatch, CRMContact
+from crm.try_execute import try_execute
 
 # Deferred constraints would speak up at the commit, when nobody can tell which row they mean.
 MANNERS = "SET LOCAL lock_timeout = {lock}; SET LOCAL statement_timeout = {statement}; SET CONSTRAINTS ALL IMMEDIATE"
@@ -141,11 +141,11 @@ class DatabaseStore:
             return
         rows = [(identifier, *map(values.get, _FILLED)) for identifier, values in sorted(fills.items())]
         lock_contacts(self._connection, fills)
-        with self._connection.cursor() as cursor:
-            cursor.execute(_fill_statement(self._connection), [list(column) for column in zip(*rows, strict=True)])
-            filled = {identifier for (identifier,) in cursor.fetchall()}
-            if filled != fills.keys():
-                # Deleted under our eyes, or left as it was by something that says nothing of it.
+        columns = [list(column) for column in zip(*rows, strict=True)]
+        filled = set(try_execute(self._connection, _fill_statement(self._connection), columns))
+        if filled != fills.keys():
+            # Deleted under our eyes, or left as it was by something that says nothing of it.
+            with self._connection.cursor() as cursor:
                 cursor.execute("SELECT FROM crm_contacts WHERE id = ANY(%s) LIMIT 1", [list(fills.keys() - filled)])
                 if filled - fills.keys() or cursor.fetchone() is not None:
                     raise RewrittenError(_trigger(self._connection, "UPDATE"))
@@ -184,7 +184,6 @@ class BatchWriter:
         not the rows that are wrong, and django.db.DatabaseError for a bad moment. Nothing of the batch is written then.
         """
         started = time.monotonic()
-        use_fast_arrays(self._connection)
         with certain_transaction(self._connection, self._manners):
             totals = Totals()
             # A batch that is tried again begins with what the one before it has left.

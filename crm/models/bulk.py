@@ -15,6 +15,7 @@ from django.db import connections, models
 from django.db.models.constants import OnConflict
 
 from crm.fields import array_type
+from crm.try_execute import try_execute
 
 
 class ColumnwiseQuerySet(models.QuerySet[Any]):
@@ -57,8 +58,6 @@ class ColumnwiseQuerySet(models.QuerySet[Any]):
             f"INSERT INTO {table} ({names}) SELECT * FROM UNNEST({arrays}) AS sent ({names}) {order} "  # noqa: S608 - names from the models
             f"{suffix} RETURNING {key}"
         )
-        with connection.cursor() as cursor:
-            cursor.execute(statement, [list(map(attrgetter(field.attname), objs)) for field in fields])
-            rows: list[tuple[Any, ...]] = cursor.fetchall()
-        self.landed.update(key for (key,) in rows)
-        return rows
+        keys = try_execute(connection, statement, [list(map(attrgetter(field.attname), objs)) for field in fields])
+        self.landed.update(keys)
+        return [(key,) for key in keys]

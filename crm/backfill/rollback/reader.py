@@ -11,7 +11,6 @@ from django.conf import settings
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill.apart import read_apart
-from crm.backfill.arrays import use_fast_arrays
 from crm.backfill.mapping import ContactDraft, MappedRow, contact_id, map_rows, rounded, trimmed, unmapped
 from crm.backfill.outcome import Outcome, Reason, Refusal, Source, UpdateOutcome
 from crm.backfill.resolutions import Resolutions
@@ -112,7 +111,6 @@ class Reader:
     @classmethod
     def of(cls, connection: BaseDatabaseWrapper, facts: DatabaseFacts, run: BackfillRun) -> Reader:
         """A reader for the rollback of `run`. Raises OperatorError where this role may not see what it must compare."""
-        use_fast_arrays(connection)
         account_changed = _ACCOUNT_CHANGED if may_read_user_changes(connection) else _NO_ACCOUNT_CHANGED
         resolutions = Resolutions.every(connection)
         return cls(connection, facts, run, _set_elsewhere(connection), account_changed, resolutions)

@@ -44,6 +44,7 @@ from crm.backfill.transactions import certain_transaction
 from crm.backfill.update.writer import stage_history_id, write_contacts
 from crm.backfill.writer import Timeouts, lock_contacts
 from crm.models import CRMContact, CRMStageHistory, Rollback
+from crm.try_execute import try_execute
 
 # The first of these has to be the first statement of the transaction. With one snapshot for all of it, the DELETE would
 # not see what was committed while the locks were waited for; PostgreSQL would notice, and refuse the batch. The lock on
@@ -341,8 +342,7 @@ class DatabaseUndoer:
         seen = [list(contact_ids), [judged.deletable[contact_id] for contact_id in contact_ids]]
         with self._connection.cursor() as cursor:
             cursor.execute(_LOCK, seen)
-            cursor.execute(_DELETE.format(unreferenced=is_unreferenced(references)), seen)
-            return {contact_id for (contact_id,) in cursor.fetchall()}
+        return set(try_execute(self._connection, _DELETE.format(unreferenced=is_unreferenced(references)), seen))
 
     def _take_back(self, contact_ids: Sequence[str], judged: Judged) -> set[str]:
         by_columns: dict[tuple[str, ...], list[tuple[str, str, int]]] = {}
@@ -353,10 +353,9 @@ class DatabaseUndoer:
             )
         taken: set[str] = set()
         lock_contacts(self._connection, contact_ids)
-        with self._connection.cursor() as cursor:
-            for columns, contacts in by_columns.items():
-                cursor.execute(_take_back_statement(columns), [list(values) for values in zip(*contacts, strict=True)])
-                taken.update(contact_id for (contact_id,) in cursor.fetchall())
+        for columns, contacts in by_columns.items():
+            values = [list(column) for column in zip(*contacts, strict=True)]
+            taken.update(try_execute(self._connection, _take_back_statement(columns), values))
         return taken
 
     def _count(self, undone: Undone) -> None:

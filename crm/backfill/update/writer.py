@@ -14,7 +14,6 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill import fence
 from crm.backfill.apart import write_apart
-from crm.backfill.arrays import use_fast_arrays
 from crm.backfill.errors import SettledMeanwhileError
 from crm.backfill.known import ContactLookup
 from crm.backfill.mapping import ContactDraft, MappedRow, Rules, contact_id
@@ -26,6 +25,7 @@ from crm.backfill.update.reader import Present
 from crm.backfill.writer import MANNERS, Timeouts, lock_contacts
 from crm.fields import array_type
 from crm.models import BackfillBatch, CRMContact, CRMStageHistory
+from crm.try_execute import try_execute
 
 #: Who moved the contact on, for the people who read its history.
 REASON = "CRM contacts backfill"
@@ -39,7 +39,7 @@ INSERT INTO crm_stage_history (id, "contactId", "fromStage", "toStage", reason, 
 SELECT id, contact_id, from_stage, to_stage, %s, entered_at
   FROM unnest(%s::text[], %s::text[], %s::{from_stage}, %s::{to_stage}, %s::timestamp[])
        AS step(id, contact_id, from_stage, to_stage, entered_at)
-ON CONFLICT DO NOTHING
+ON CONFLICT DO NOTHING RETURNING NULL
 """
 # Only from what it was when the row was decided: the row may have been settled since.
 _SEEN = """
@@ -86,9 +86,8 @@ def write_contacts(connection: BaseDatabaseWrapper, contacts: Mapping[str, tuple
         for contact, (version, values) in contacts.items()
     ]
     lock_contacts(connection, contacts)
-    with connection.cursor() as cursor:
-        cursor.execute(_update_statement(connection), [list(column) for column in zip(*rows, strict=True)])
-        return {identifier for (identifier,) in cursor.fetchall()}
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    return set(try_execute(connection, _update_statement(connection), columns))
 
 
 class UpdateWriter:
@@ -117,7 +116,6 @@ class UpdateWriter:
         moment. Nothing of the batch is written then.
         """
         started = time.monotonic()
-        use_fast_arrays(self._connection)
         with certain_transaction(self._connection, self._manners):
             totals = Totals()
             for rows in pages:
@@ -207,11 +205,10 @@ class UpdateWriter:
             if "stage" in change.values
         ]
         if steps:
-            with self._connection.cursor() as cursor:
-                statement = _HISTORY.format(
-                    **{name: array_type(_STEP_FIELDS[name], self._connection) for name in ("from_stage", "to_stage")}
-                )
-                cursor.execute(statement, [REASON, *map(list, zip(*steps, strict=True))])
+            statement = _HISTORY.format(
+                **{name: array_type(_STEP_FIELDS[name], self._connection) for name in ("from_stage", "to_stage")}
+            )
+            try_execute(self._connection, statement, [REASON, *map(list, zip(*steps, strict=True))])
 
     def _record(self, changes: Iterable[Change]) -> None:
         lines = [recorded for change in changes for recorded in _recorded(change)]
