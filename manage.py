@@ -10,6 +10,7 @@ from django.db import NotSupportedError, OperationalError, ProgrammingError
 from psycopg.errors import InsufficientPrivilege
 
 from crm.errors import OperatorError
+from crm.output import OutputError, with_checked_output
 
 
 def main(arguments: list[str]) -> int:
@@ -17,6 +18,8 @@ def main(arguments: list[str]) -> int:
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
     try:
         execute_from_command_line(arguments)
+    except OutputError:
+        raise
     except (ImproperlyConfigured, OperatorError) as error:
         return _refuse(str(error))
     except NotSupportedError as error:
@@ -51,4 +54,4 @@ def _is_connection_failure(error: OperationalError) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    sys.exit(with_checked_output(main, sys.argv))

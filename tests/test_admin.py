@@ -88,6 +88,15 @@ def test_a_contact_is_shown_with_what_made_it_and_what_met_it(browser: Client) -
     assert "Commission rate: 12.50" in shown
 
 
+def test_a_row_that_is_gone_from_the_application_is_marked_so(database: Database, browser: Client) -> None:
+    left, gone, profile = add_lead("nobody"), add_lead("no one"), add_profile(email="not an address")
+    run()
+    database.rows("DELETE FROM leads WHERE id = %s RETURNING id", gone)
+    shown = text(browser.get(address(LedgerEntry)).content.decode())
+    assert f"leads:{gone} (gone)" in shown
+    assert not {f"leads:{left} (gone)", f"profiles:{profile} (gone)"} & set(re.findall(r"\w+:\w+ \(gone\)", shown))
+
+
 def test_a_contact_that_the_backfill_never_met_says_so(browser: Client) -> None:
     assert "the backfill never met this contact" in page(browser, CRMContact, add_contact("somebody@example.com"))
 

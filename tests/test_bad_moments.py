@@ -479,13 +479,13 @@ def test_a_connection_that_is_lost_while_the_rows_are_counted_is_made_anew(
     counted = getattr(runner, look)
     is_lost = False
 
-    def lose_it_once(*arguments: Any) -> Any:
+    def lose_it_once(*arguments: Any, **options: Any) -> Any:
         nonlocal is_lost
         if not is_lost:
             is_lost = True
             with connection.cursor() as cursor:
                 cursor.execute("SELECT pg_terminate_backend(pg_backend_pid())")
-        return counted(*arguments)
+        return counted(*arguments, **options)
 
     monkeypatch.setattr(runner, look, lose_it_once)
     add_many_leads(10)

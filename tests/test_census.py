@@ -72,7 +72,7 @@ def test_few_rows_that_are_left_are_named_and_counted(database: Database) -> Non
     people()
     run()
     new = add_lead("new@example.com")
-    found, left = look()
+    found, left, _ = look()
     assert (found.pending[Source.ACTIVE_LEADS], found.errors[Source.ACTIVE_LEADS]) == (1, 1)
     assert new in left[Source.ACTIVE_LEADS]
     assert {source: len(ids) for source, ids in left.items() if ids} == {Source.ACTIVE_LEADS: 2}
@@ -95,7 +95,7 @@ def test_the_census_is_the_same_where_the_rows_are_too_many_to_be_named(
 
 def test_before_the_first_run_no_row_is_named(database: Database) -> None:
     people()
-    found, left = look()
+    found, left, _ = look()
     assert not left
     assert found.pending[Source.ACTIVE_LEADS] == 201
 
@@ -116,7 +116,7 @@ def change(statement: str) -> None:
 def test_lines_are_counted_as_what_they_are(database: Database) -> None:
     people()
     run()
-    found, _ = look()
+    found, _, _ = look()
     lines = dict(database.rows("SELECT outcome, count(*) FROM ledger_entry GROUP BY 1"))
     assert found.lines == dict.fromkeys(Outcome, 0) | lines
     assert sum(found.lines.values()) == found.in_ledger
@@ -144,7 +144,7 @@ def test_no_word_for_an_outcome_is_taken_for_a_row_without_a_line(database: Data
     add_many_leads(3)
     run()
     change(f"UPDATE ledger_entry SET outcome = '{outcome}'")
-    found, _ = look()
+    found, _, _ = look()
     assert (found.in_ledger, sum(found.pending.values()), found.faults) == (0, 0, {Fault.UNKNOWN_OUTCOME: 3})
 
 

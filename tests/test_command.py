@@ -467,6 +467,7 @@ def test_the_census_at_the_end_is_stored_with_the_run(database: Database) -> Non
         "pending": {"clients": 0, "preparers": 1, "affiliates": 1, "converted_leads": 1, "active_leads": 5},
         "lines": {"created": 1, "merged": 0, "exists": 0, "error": 1},
         "faults": {},
+        "contacts_gone": 0,
     }
 
 
@@ -493,7 +494,7 @@ def test_a_dry_run_writes_nothing_at_all(database: Database) -> None:
     with statements() as sent:
         assert backfill("--dry-run", "--json").answer["created"] == 6
     assert database.dump() == before
-    assert {statement.sql.split()[0] for statement in sent} == {"SELECT", "SET", "DECLARE", "FETCH", "CLOSE"}
+    assert {statement.sql.split()[0] for statement in sent} == {"SELECT", "WITH", "SET", "DECLARE", "FETCH", "CLOSE"}
 
 
 def test_a_dry_run_works_where_nothing_can_be_written(database: Database) -> None:

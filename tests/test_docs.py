@@ -14,6 +14,7 @@ from django.core.management import get_commands, load_command_class
 from django.core.management.base import BaseCommand
 
 from crm.backfill.outcome import Reason
+from crm.management.operator_command import OperatorCommand
 from crm.models.ledger import RunStatus
 from crm.version import VERSION
 
@@ -22,7 +23,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 RUNBOOK = (ROOT / "docs" / "runbook.md").read_text(encoding="utf-8")
 DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 COMMANDS = sorted(name for name, application in get_commands().items() if application == "crm")
-EXIT_CODES = {"0", "1", "2", "3", "4", "5"}
+EXIT_CODES = {"0", "1", "2", "3", "4", "5", "6"}
 DJANGOS_OWN = {
     name
     for action in BaseCommand().create_parser("manage.py", "any")._actions
@@ -91,8 +92,19 @@ def test_the_runbook_names_each_exit_code() -> None:
     assert set(first_cells(section("Every night", RUNBOOK))) == EXIT_CODES
 
 
+def test_the_readme_and_each_help_name_the_exit_code_of_a_lost_output() -> None:
+    assert first_cells(section("Exit codes")) == sorted(EXIT_CODES)
+    operators = [name for name in COMMANDS if isinstance(load_command_class("crm", name), OperatorCommand)]
+    assert set(COMMANDS) - set(operators) <= {"load_sample_data", "runserver"}
+    assert [name for name in operators if "Exit code 6" not in parser_of(name).format_help()] == []
+
+
 def test_the_runbook_has_a_remedy_for_each_reason_of_an_error() -> None:
     assert first_cells(section("Rows in error", RUNBOOK)) == [reason.value for reason in Reason]
+
+
+def test_no_command_of_the_runbook_has_a_password() -> None:
+    assert re.findall(r"postgresql://\w+:[^@\s]*@", RUNBOOK) == []
 
 
 def test_the_runbook_knows_each_status_of_a_run() -> None:

@@ -66,7 +66,9 @@ def test_an_existing_installation_keeps_its_data_and_remembers_its_schema(django
         assert "678901" in database.execute(LEDGER)[0]
         exported = manage("export_backfill_errors", url=url)
         assert (exported.returncode, "profiles:2,2,conflict," in exported.stdout) == (0, True), exported.stderr
-        assert "--contact k1 when" in exported.stdout, "of the other contact of an older conflict nothing is known"
+        assert ",k1,k1," in exported.stdout, "of the other contact of an older conflict nothing is known"
+        assert database.execute("SELECT report_lost::text FROM crm_backfill.backfill_run") == ["false"]
+        assert database.execute("SELECT count(*) FROM crm_backfill.ledger_entry WHERE former IS NOT NULL") == [0]
         undone = manage("rollback_crm_backfill", "1", "--dry-run", "--json", url=url)
         assert undone.returncode == 0, undone.stderr
         assert json.loads(undone.stdout)["failure"] is None

@@ -6,6 +6,7 @@ import csv
 import json
 import logging
 import signal
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -827,9 +828,22 @@ def test_the_list_says_what_became_of_each_row(database: Database, tmp_path: Pat
     }
     assert rows[f"leads:{ann}"]["outcome"] == "reversed"
     assert rows[f"leads:{bob}"]["contact_id"] == reference.contact_id_of(f"leads:{bob}")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
     dump = database.dump()
     refused = rollback(str(made), f"--csv={path}")
     assert (refused.code, database.dump()) == (2, dump)
+    link, theirs = tmp_path / "link.csv", tmp_path / "theirs"
+    link.symlink_to(theirs)
+    assert (rollback(str(made), f"--csv={link}").code, theirs.exists()) == (2, False)
+
+
+def test_no_cell_of_the_list_is_a_formula(database: Database, tmp_path: Path) -> None:
+    add_contact("ann@example.com", id="=1+1")
+    add_lead("ann@example.com")
+    path = tmp_path / "list.csv"
+    assert rollback(str(run()["run"]), f"--csv={path}").code == 0
+    with path.open(newline="") as file:
+        assert [row["contact_id"] for row in csv.DictReader(file)] == ["'=1+1"]
 
 
 def test_a_rollback_that_is_refused_leaves_no_list_in_the_way_of_the_next(database: Database, tmp_path: Path) -> None:

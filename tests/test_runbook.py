@@ -29,6 +29,7 @@ from django.conf import settings
 from pytest_django import DjangoDbBlocker
 
 from config import embedded
+from crm.attribution import COLUMNS
 from crm.legacy_schema import create_legacy_tables
 from tests import installed_server
 from tests.processes import BASE_DIR, SECRET_KEY
@@ -38,7 +39,7 @@ from tests.test_own_schema import EmptyDatabase
 PAGE = BASE_DIR / "docs" / "runbook.md"
 PEOPLE = "2000"
 ROLE = "crm_backfill_job"
-ADDRESS = re.compile(r"postgresql://(\w+):password@db\.example\.com:5432/tax(\?schema=public)?")
+ADDRESS = re.compile(r"postgresql://(\w+)@db\.example\.com:5432/tax(\?schema=public)?")
 SHELL = ("bash", "-euo", "pipefail", "-c")
 #: All that cron gives to a line, whatever the operator has exported.
 OF_CRON = {"SHELL": "/bin/sh", "PATH": "/usr/bin:/bin"}
@@ -195,6 +196,21 @@ class Operator:
             """
         )
 
+    def lose_contacts(self) -> None:
+        """The newest contacts are gone, as from a table that was restored from an older backup."""
+        self.query(
+            """
+            DELETE FROM crm_contacts WHERE id IN (
+              SELECT id FROM crm_backfill.ledger_entry WHERE outcome = 'created' AND source = 'active_leads'
+               ORDER BY id LIMIT 100)
+            """
+        )
+
+    def drop_attribution(self) -> None:
+        """Prisma does not know the columns."""
+        dropped = ", ".join(f'DROP COLUMN "{column}"' for column in COLUMNS)
+        self.query(f"ALTER TABLE public.crm_contacts {dropped}")
+
     def query(self, statement: str) -> list[tuple[str, ...]]:
         """What the database says to its owner."""
         with session(self.database) as owner:
@@ -217,6 +233,8 @@ def _readable_by_others(folder: Path) -> Iterator[Path]:
 CIRCUMSTANCES: dict[str, Callable[[Operator], None]] = {
     "with a run that is going": Operator.let_a_run_go,
     "with a row in conflict": Operator.take_a_conflict,
+    "with a table that was restored": Operator.lose_contacts,
+    "with the attribution columns dropped": Operator.drop_attribution,
 }
 
 
@@ -291,7 +309,7 @@ def test_every_command_and_query_of_the_page_does_what_it_says(operator: Operato
         operator.follow(block)
     # Not a block of its own: nobody should type it.
     cut_off = [*SHELL, ".venv/bin/python manage.py verify_crm_contacts | true"]
-    assert operator.process(cut_off).returncode == 1
+    assert operator.process(cut_off).returncode == 6
     assert operator.readable_by_others() == there_before
 
 

@@ -15,7 +15,7 @@ from urllib.parse import urlencode
 from django.contrib import admin
 from django.contrib.admin.utils import quote
 from django.db import models
-from django.db.models import Exists, OuterRef, Q, QuerySet
+from django.db.models import Case, Exists, OuterRef, Q, QuerySet, When
 from django.forms.models import BaseInlineFormSet, model_to_dict
 from django.http import HttpRequest
 from django.template.loader import render_to_string
@@ -41,9 +41,18 @@ from crm.admin.read_only import NothingToChange, ReadOnlyAdmin
 from crm.backfill import runs
 from crm.backfill.dead_letters import IDENTITY_KEYS, keys_by_contact, remedy
 from crm.backfill.mapping import ATTRIBUTION, contact_id
-from crm.backfill.outcome import Outcome, UpdateOutcome
+from crm.backfill.outcome import Outcome, Source, UpdateOutcome
 from crm.backfill.snapshot import in_pages
-from crm.models import BackfillBatch, BackfillRun, ConflictDecision, ContactUpdate, CRMContact, LedgerEntry
+from crm.models import (
+    BackfillBatch,
+    BackfillRun,
+    ConflictDecision,
+    ContactUpdate,
+    CRMContact,
+    Lead,
+    LedgerEntry,
+    Profile,
+)
 
 admin.site.site_header = admin.site.site_title = "CRM contacts backfill"
 admin.site.index_title = "What the backfill did"
@@ -54,6 +63,10 @@ MOST_BATCHES = 100
 UPDATE_OUTCOMES = tuple(outcome.value for outcome in UpdateOutcome)
 CONTACT_IS_THERE = Exists(CRMContact.objects.filter(pk=OuterRef("contact_id")))
 _ATTRIBUTION = tuple("rate" if name == "commission_rate" else name for name in ATTRIBUTION)
+ROW_IS_THERE = Case(
+    When(source__in=Source.of_table("leads"), then=Exists(Lead.objects.filter(pk=OuterRef("source_id")))),
+    default=Exists(Profile.objects.filter(pk=OuterRef("source_id"))),
+)
 
 
 @admin.register(CRMContact)
@@ -203,7 +216,7 @@ class RunAdmin(ReadOnlyAdmin):
     list_filter = (KindFilter, StatusFilter)
     inlines = (BatchInline,)
     fieldsets = (
-        (None, {"fields": ("kind", "status", "failure", "ledger")}),
+        (None, {"fields": ("kind", "status", "failure", "report_lost", "ledger")}),
         ("Rows", {"fields": ("read", *OUTCOMES, "error_new", "balanced", "tables")}),
         ("Looked at again", {"fields": ("revisited", *UPDATE_OUTCOMES, "changed_by_column", "changed")}),
         ("Rollback", {"fields": ("taken_back", "rollback_runs", "counts_of_the_rollback")}),
@@ -297,7 +310,7 @@ class ContactNamingAdmin(ReadOnlyAdmin):
 class LedgerAdmin(ContactNamingAdmin):
     """What became of every source row."""
 
-    list_display = ("row", "outcome", "reason", "contacts", "what_was_filled", "run_link", "source_updated_at")
+    list_display = ("source_row", "outcome", "reason", "contacts", "what_was_filled", "run_link", "source_updated_at")
     list_filter = (OutcomeFilter, ReasonFilter, SourceFilter, RunFilter)
     search_fields = ("source_id",)
     search_help_text = "The whole id of a source row (with or without profiles: or leads: before it) or of a contact."
@@ -320,6 +333,7 @@ class LedgerAdmin(ContactNamingAdmin):
         "column",
         "table",
         "trigger",
+        "former_values",
         "decision",
         "id",
     )
@@ -361,10 +375,24 @@ class LedgerAdmin(ContactNamingAdmin):
             return "-"
         return remedy(entry.row, entry.reason, entry.contact_id, entry.identity_keys)
 
+    def get_queryset(self, request: HttpRequest) -> Any:
+        """The rows, with whether they and their contacts are there."""
+        return super().get_queryset(request).annotate(row_is_there=ROW_IS_THERE)
+
+    @admin.display(description="row")
+    def source_row(self, entry: Any) -> str:
+        """The row's reference, with a word where the application has no such row any more."""
+        return str(entry.row) if entry.row_is_there else f"{entry.row} (gone)"
+
     @admin.display(description="filled")
     def what_was_filled(self, entry: LedgerEntry) -> str:
         """What the row filled in the contact."""
         return _spaced(entry.filled)
+
+    @admin.display(description="the line before")
+    def former_values(self, entry: LedgerEntry) -> str:
+        """What the line said before the row was made a contact again."""
+        return _indented(entry.former) if entry.former else "-"
 
     @admin.display(description="what a person decided")
     def decision(self, entry: LedgerEntry) -> str:

@@ -66,6 +66,16 @@ SELECT r.{label}::text, r.id
  WHERE (r.{label} = ANY(%(labels)s::{label_type}[]) OR r.{label} IS NULL){only}
    AND NOT EXISTS (SELECT FROM ledger_entry line WHERE line.source_id = r.id AND line.source = ANY(%(sources)s))
 """
+# As `source.UNSETTLED_OR_GONE` has it.
+_GONE = """
+  FROM {table} r JOIN ledger_entry line ON line.source_id = r.id AND line.source = ANY(%(sources)s)
+ WHERE line.outcome <> 'error' AND r.{label} = ANY(%(labels)s::{label_type}[]){only}
+   AND (NOT EXISTS (SELECT FROM crm_contacts c WHERE c.id = line.contact_id)
+        OR EXISTS (SELECT FROM ledger_entry made
+                    WHERE made.id = line.contact_id AND made.outcome = 'created' AND made.run_id > line.run_id))
+"""
+_GONE_ROWS = f"SELECT r.{{label}}::text, r.id {_GONE}"
+_GONE_COUNTS = f"SELECT r.{{label}}::text, count(*) {_GONE} GROUP BY 1"
 # A row that changed since its line was written may have become one that is not to be migrated.
 _EXCLUDED_OF_RUN = """
 SELECT count(*)
@@ -76,10 +86,14 @@ SELECT count(*)
 
 
 class Survey(NamedTuple):
-    """The census, and the ids of the rows that are to be looked at, for the sources where they are few."""
+    """The census, and the ids of the rows that are to be looked at, for the sources where they are few.
+
+    `gone` are the settled rows whose contact is gone, by source; none where they were not asked for.
+    """
 
     census: Census
     left: Mapping[Source, Sequence[str]]
+    gone: Mapping[Source, int]
 
 
 @dataclass(slots=True)
@@ -114,23 +128,32 @@ def take_census(connection: BaseDatabaseWrapper, facts: DatabaseFacts, run_id: i
     return census
 
 
-def survey(connection: BaseDatabaseWrapper, facts: DatabaseFacts) -> Survey:
-    """Take the census and note what is left to be looked at, where that is little."""
+def survey(connection: BaseDatabaseWrapper, facts: DatabaseFacts, *, with_gone: bool = False) -> Survey:
+    """Take the census and note what is left to be looked at, where that is little.
+
+    `with_gone` has the rows looked at again whose contact is gone.
+    """
     census = take_census(connection, facts)
     left: dict[Source, list[str]] = {}
+    gone = dict.fromkeys(Source, 0)
     for table in _NAMES:
         sources = Source.of_table(table)
         errors, pending = (sum(of[source] for source in sources) for of in (census.errors, census.pending))
         rows = errors + pending + sum(census.settled[source] for source in sources)
-        if errors + pending > min(FEW_ROWS, FEW_SHARE * rows):
+        if with_gone and facts.has_ledger:
+            for label, count in _rows(connection, facts, table, _GONE_COUNTS):
+                if (source := facts.source_of(table, label)) is not None:
+                    gone[source] += count
+        of_table = sum(gone[source] for source in sources)
+        if errors + pending + of_table > min(FEW_ROWS, FEW_SHARE * rows):
             continue
         left |= {source: [] for source in sources}
-        for count, query in ((errors, _ERRORS), (pending, _PENDING_ROWS)):
+        for count, query in ((errors, _ERRORS), (pending, _PENDING_ROWS), (of_table, _GONE_ROWS)):
             for label, identifier in _rows(connection, facts, table, query) if count else ():
                 source = facts.source_of(table, label)
                 if source is not None:
                     left[source].append(identifier)
-    return Survey(census, left)
+    return Survey(census, left, gone)
 
 
 def _count(connection: BaseDatabaseWrapper, facts: DatabaseFacts, table: str) -> _Table:

@@ -19,6 +19,7 @@ class RunOptions:
 
     dry_run: bool = False
     update: bool = False
+    recreate_deleted: bool = False
     batch_size: int | None = None
     only: tuple[Source, ...] = ()
     limit: int | None = None
@@ -37,6 +38,7 @@ class RunOptions:
         """The options for the run's record."""
         return {
             "update": self.update,
+            "recreate_deleted": self.recreate_deleted,
             "batch_size": self.batch_size,
             "only": [source.value for source in self.only],
             "limit": self.limit,

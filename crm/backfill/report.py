@@ -13,6 +13,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 from rich.text import Text
 
+from crm.backfill.gone_contacts import GoneContacts
+from crm.backfill.lost_reports import LostReport
 from crm.backfill.outcome import Source, Totals
 from crm.backfill.runner import RunReport, Silence
 from crm.backfill.target import target, target_line
@@ -133,6 +135,8 @@ def as_json(report: RunReport) -> str:
         "revisited": totals.revisited,
         **totals.update_outcomes,
         "already": report.already,
+        "recreated": report.recreated,
+        "contacts_gone": report.gone and {**report.gone._asdict(), "is_news": report.gone.is_news},
         "excluded": report.excluded,
         "created_by_type": _sorted(totals.created_by_type),
         "by_source": {source.value: counts.outcomes for source, counts in report.by_source.items()},
@@ -147,6 +151,7 @@ def as_json(report: RunReport) -> str:
         "faults": report.census.faults if report.census else None,
         "balanced": report.balanced,
         "not_checked": report.not_checked,
+        "lost_reports": [lost._asdict() for lost in report.lost_reports],
         "failure": report.failure,
         "seconds": round(report.seconds, 3),
     }
@@ -175,6 +180,8 @@ def print_summary(report: RunReport, console: Console) -> None:
     left = "" if report.options.update else "; untouched"
     row("  exists", totals.exists, f"met a contact that others made{left}")
     row("  merged", totals.merged, "met a contact of ours and filled its gaps")
+    if report.options.recreate_deleted:
+        row("Contact gone", report.recreated, "rows that were looked at again for that, and are counted above")
     row("Errors", totals.error, f"{totals.error_new:,} new", "red" if totals.error_new else "")
     for reason, count in sorted(totals.errors_by_reason.items()):
         new = totals.errors_new_by_reason[reason]
@@ -224,7 +231,42 @@ def _headline(report: RunReport) -> str:
 
 
 def advice(report: RunReport) -> str | None:
-    """Why a run that did not get to its end ended, and how to go on."""
+    """What else is to be known of a run: why it did not get to its end and how to go on, what earlier ones lost."""
+    ended = _advice_on_the_end(report)
+    gone = _words_on_gone_contacts(report.gone) if report.gone and report.gone.is_news else None
+    words = [*(text for text in (ended, gone) if text), *map(_told_again, report.lost_reports)]
+    return "\n".join(words) or None
+
+
+def _words_on_gone_contacts(gone: GoneContacts) -> str:
+    since = f", {gone.rows - gone.known:,} of them since run {gone.known_to}" if gone.known_to else ""
+    return (
+        f"{gone.rows:,} of {gone.settled:,} settled rows have lost their contact: it is gone from crm_contacts{since}. "
+        "What people deleted stays deleted. If the table was restored or purged, `python manage.py "
+        "backfill_crm_contacts --recreate-deleted --dry-run` tells what it would make again."
+    )
+
+
+def _told_again(lost: LostReport) -> str:
+    return (
+        f"Run {lost.run_id} could not write its report. Rows newly in error in it: {lost.error_new:,}; "
+        "`python manage.py export_backfill_errors` lists those that still are."
+    )
+
+
+def in_place_of_the_report(report: RunReport) -> str:
+    """The essence of a report that could not be written, in one line."""
+    if report.run_id is None:
+        return "What the dry run found is not told: run it again."
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(report.totals.errors_new_by_reason.items()))
+    news = f"{report.totals.error_new:,}" + (f" ({reasons})" if reasons else "")
+    return (
+        f"Run {report.run_id}: {report.status.value}; rows newly in error: {news}. `python manage.py backfill_runs "
+        f"show {report.run_id}` has the figures, and the next run tells of it."
+    )
+
+
+def _advice_on_the_end(report: RunReport) -> str | None:
     if report.status == RunStatus.FAILED:
         why = report.failure or "the identity does not hold"
         return f"The run failed: {why}. What was committed stays; run the command again and it goes on from there."

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -21,9 +21,11 @@ from django.db.models import Count
 
 from crm.backfill import errors, fence
 from crm.backfill.census import survey, take_census
+from crm.backfill.gone_contacts import RECORDED, GoneContacts, look_for_gone_contacts
 from crm.backfill.interruption import Interruption
 from crm.backfill.latecomers import Latecomers
 from crm.backfill.lifecycle import Checked, Ending, Lifecycle, lifecycle
+from crm.backfill.lost_reports import LostReport, lost_reports
 from crm.backfill.options import RunOptions
 from crm.backfill.outcome import Census, Source, Totals
 from crm.backfill.resolutions import Resolutions
@@ -69,7 +71,8 @@ class RunReport:
     """How a run went. `run_id` is None for a dry run.
 
     `census` is of its end, and None where nothing could be counted any more. `balanced` is None where the identity was
-    not checked; `not_checked` says why.
+    not checked; `not_checked` says why. `recreated` are the rows that were to be looked at again since their contact
+    was gone; `gone` are those that have lost theirs, at the end, None where that was not looked at.
     """
 
     run_id: int | None
@@ -85,6 +88,9 @@ class RunReport:
     seconds: float
     failure: str | None = None
     not_checked: str | None = None
+    recreated: int = 0
+    gone: GoneContacts | None = None
+    lost_reports: Sequence[LostReport] = ()
 
     def exit_code(self, *, strict: bool) -> int:
         """What cron is told: 0 clean, 1 rows in error, 4 stopped, 5 failed."""
@@ -92,7 +98,8 @@ class RunReport:
             return 5
         if self.status != RunStatus.FINISHED:
             return 4
-        return 1 if (self.totals.error if strict else self.totals.error_new) else 0
+        news = self.totals.error_new + sum(report.error_new for report in self.lost_reports)
+        return 1 if news or (strict and self.totals.error) else 0
 
 
 @dataclass(slots=True)
@@ -121,6 +128,8 @@ def run_backfill(options: RunOptions, progress: Progress | None = None) -> RunRe
     started = time.monotonic()
     with errors.beginning():
         facts = examine(connection, for_writing=not options.dry_run, for_inserting=True, for_updating=options.update)
+        if options.recreate_deleted and not options.dry_run:
+            _require_right_to_forget_updates()
     watcher = progress or Silence()
     with lifecycle() as life:
         if not options.dry_run:
@@ -131,6 +140,16 @@ def run_backfill(options: RunOptions, progress: Progress | None = None) -> RunRe
             ending = life.carry_through(work.through, WorkerError, CeilingReachedError, errors.EveryRowRefusedError)
         report = work.close(ending)
     return replace(report, seconds=time.monotonic() - started)
+
+
+def _require_right_to_forget_updates() -> None:
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT has_table_privilege('contact_update', 'DELETE')")
+        if cursor.fetchone() != (True,):
+            raise OperatorError(
+                "This role may not DELETE on contact_update, where what updates changed in the contacts that are gone "
+                "has to go: docs/least_privilege.sql grants it with rollback=on. Nothing was written."
+            )
 
 
 def _claim(options: RunOptions, facts: DatabaseFacts) -> BackfillRun:
@@ -156,13 +175,20 @@ class _Work:
     tally: _Tally = field(default_factory=_Tally)
     before: Census | None = None
     after: Census | None = None
+    recreated: int = 0
+    gone: GoneContacts | None = None
+    lost_reports: Sequence[LostReport] = ()
 
     def through(self) -> None:
         """Bring every row to an outcome. Raises what ends it before."""
-        before, left = self.life.counting(lambda: survey(connection, self.facts))
+        before, left, gone = self.life.counting(
+            lambda: survey(connection, self.facts, with_gone=self.options.recreate_deleted)
+        )
         self.before = before
+        self.recreated = sum(gone[source] for source in self.options.sources)
         self.life.interruption.heed()
-        rows = {source: before.to_read(source) for source in self.options.sources if before.to_read(source)}
+        to_read = {source: before.to_read(source) + gone[source] for source in self.options.sources}
+        rows = {source: count for source, count in to_read.items() if count}
         resolutions, every = self.life.patiently(self._resolutions)
         run_id = self.life.run.pk if self.life.run else None
         assignment = Assignment(self.options, self.facts, run_id, resolutions, every, left, before.untouched)
@@ -175,18 +201,26 @@ class _Work:
             self.life.patiently(self._settle_latecomers)
             if self.options.update:
                 hands.look_again(self.options.sources)
+        if run_id is None and self.facts.has_ledger:
+            self.gone = self.life.patiently(lambda: self._look_for_gone_contacts(before))
+
+    def _look_for_gone_contacts(self, census: Census) -> GoneContacts:
+        settled = sum(census.settled.values())
+        return look_for_gone_contacts(connection, settled, run_id=self.life.run.pk if self.life.run else None)
 
     def _resolutions(self) -> tuple[Resolutions, Resolutions]:
         """What people decided and is to be carried out, and, where a second look needs it, all that they decided."""
         due = Resolutions.to_be_carried_out(connection, self.facts)
-        if not self.options.update:
+        if not (self.options.update or self.options.recreate_deleted):
             return due, due
         try:
-            return due, Resolutions.every(connection)
+            every = Resolutions.every(connection)
         except OperatorError:
             if not self.options.dry_run:
                 raise
             return due, due
+        # What was decided on a row whose contact is gone holds for the one that it gets now.
+        return every if self.options.recreate_deleted else due, every
 
     def _settle_latecomers(self) -> None:
         """Settle what the application stored meanwhile. Its counts are those of its batches, which `_count` adds up."""
@@ -217,13 +251,16 @@ class _Work:
             facts=self.facts,
             totals=self.tally.totals,
             by_source=self.tally.by_source,
-            already=sum(before.settled[source] for source in self.options.sources) if before else 0,
+            already=sum(before.settled[source] for source in self.options.sources) - self.recreated if before else 0,
             excluded=before.excluded if before else {},
             census=self.after,
             balanced=ending.balanced,
             seconds=0.0,
             failure=ending.failure,
             not_checked=ending.not_checked,
+            recreated=self.recreated,
+            gone=self.gone,
+            lost_reports=self.lost_reports,
         )
 
     def _count(self, run: BackfillRun) -> None:
@@ -240,14 +277,17 @@ class _Work:
         take_anew = self.before is None or totals.decided
         self.after = after = self._census_of_the_end(run, ending) if take_anew else self.before
         faults = list(_faults_of(after)) if after else []
+        self.lost_reports = lost_reports()
         not_checked = fence.why_not_held(run.pk) or (None if after else "the tables are locked")
         if not_checked is None:
             faults += _faults_of_run(run, totals)
+        if after and ending.status == RunStatus.FINISHED:
+            self.gone = self._look_for_gone_contacts(after)
         return Checked(
             balanced=False if faults else None if not_checked else True,
             failure=f"the identity does not hold: {'; '.join(faults)}" if faults and not_checked is None else None,
             not_checked=not_checked,
-            recorded={"census": _recorded(after) if after else None},
+            recorded={"census": _recorded(after, self.gone) if after else None},
         )
 
     def _census_of_the_end(self, run: BackfillRun, ending: Ending) -> Census | None:
@@ -309,8 +349,9 @@ def _faults_of_run(run: BackfillRun, totals: Totals) -> Iterator[str]:
         yield "the record of changes is not what the batches counted"
 
 
-def _recorded(census: Census) -> dict[str, object]:
+def _recorded(census: Census, gone: GoneContacts | None) -> dict[str, object]:
     return {
+        **({RECORDED: gone.rows} if gone else {}),
         "rows": census.rows,
         "excluded": census.excluded,
         "settled": census.settled,

@@ -55,6 +55,13 @@ class Choice(NamedTuple):
 
 #: The rows that have no settled line in the ledger.
 UNSETTLED = Choice(_LINE_OF_ROW, "(line.outcome IS NULL OR line.outcome = 'error')")
+#: Those, and the rows whose contact is gone. So is one that was made again since the row came to it, under its old id.
+UNSETTLED_OR_GONE = Choice(
+    _LINE_OF_ROW.replace("SELECT outcome,", "SELECT outcome, contact_id,"),
+    f"""({UNSETTLED.condition} OR (SELECT true FROM crm_contacts c WHERE c.id = line.contact_id LIMIT 1) IS NULL
+         OR (SELECT made.run_id > line.run_id FROM ledger_entry made
+              WHERE made.id = line.contact_id AND made.outcome = 'created' LIMIT 1))""",
+)
 _NO_LINE = " CROSS JOIN (SELECT NULL::text AS outcome, NULL::text AS reason, NULL::bigint AS run_id) line"
 #: Every row, and the ledger is not asked: for a source of which no row had a line when the run began. Should one have
 #: got a line since, the ledger's key refuses a second, and the batch is read again, asking.
@@ -227,7 +234,11 @@ class SourceReader:
     def _takes_repeated(self) -> bool:
         """Whether it is this reader that brings the ids that several rows have."""
         is_home = self.source is SOURCE_OF_STRAYS[self.source.table] and self.partition.number == 0
-        return is_home and self.choice in (UNSETTLED, EVERY_ROW) and not (self.apart and self.apart.alone)
+        return (
+            is_home
+            and self.choice in (UNSETTLED, UNSETTLED_OR_GONE, EVERY_ROW)
+            and not (self.apart and self.apart.alone)
+        )
 
     def _page(self, after: Key | None, size: int) -> Page:
         try:

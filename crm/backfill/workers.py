@@ -34,7 +34,16 @@ from crm.backfill.rehearsal import RehearsalWriter
 from crm.backfill.replication import ReplicaLagLimit
 from crm.backfill.resolutions import Resolutions
 from crm.backfill.schema import DatabaseFacts
-from crm.backfill.source import EVERY_ROW, EVERYBODY, UNSETTLED, Apart, Partition, SourceReader
+from crm.backfill.source import (
+    EVERY_ROW,
+    EVERYBODY,
+    UNSETTLED,
+    UNSETTLED_OR_GONE,
+    Apart,
+    Choice,
+    Partition,
+    SourceReader,
+)
 from crm.backfill.update.reader import DueReader, Present, rows_to_revisit
 from crm.backfill.update.rehearsal import UpdateRehearsal
 from crm.backfill.update.writer import UpdateWriter
@@ -80,7 +89,7 @@ class Assignment:
         lookup = ContactLookup(connection, self.facts)
         if self.run_id is None:
             return RehearsalWriter(connection, lookup, with_update=self.options.update)
-        return BatchWriter(connection, lookup, self.run_id, Timeouts())
+        return BatchWriter(connection, lookup, self.run_id, Timeouts(), replaces_lines=self.options.recreate_deleted)
 
     def updater(self, before: BatchWriter | RehearsalWriter) -> Writer:
         """What looks at rows again; a dry run must know what it would have done `before`."""
@@ -133,8 +142,13 @@ class Assignment:
             run_id=self.run_id,
             apart=apart,
             ids=self.left.get(source),
-            choice=EVERY_ROW if source in self.untouched else UNSETTLED,
+            choice=self._choice(source),
         )
+
+    def _choice(self, source: Source) -> Choice:
+        if source in self.untouched:
+            return EVERY_ROW
+        return UNSETTLED_OR_GONE if self.options.recreate_deleted and self.facts.has_ledger else UNSETTLED
 
     def _pace(self, shares: int) -> tuple[BatchSizer, list[Throttle]]:
         throttles: list[Throttle] = []

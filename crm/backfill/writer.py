@@ -37,6 +37,7 @@ _FILLED = (*_FILLED_ALONE, *ASSIGNMENT_UNIT, *ATTRIBUTION_UNIT)
 
 
 _LOCK = "SELECT FROM crm_contacts WHERE id = ANY(%s) ORDER BY id FOR UPDATE"
+_FORGET_UPDATES = "DELETE FROM contact_update WHERE contact_id = ANY(%s::text[])"
 _NO_REFUSAL = Refusal()
 _LINE = (
     *("id", "source_id", "outcome", "reason", "contact_id", "source_updated_at", "filled"),
@@ -52,8 +53,10 @@ INSERT INTO ledger_entry (source, run_id, {", ".join(_LINE)})
 SELECT %s, %s::bigint, {_SENT}
   FROM unnest({", ".join(["%s::text[]"] * len(_LINE))}) AS line({", ".join(_LINE)})
 """
+# A line that said more than an error is kept in the new one: whoever takes the run back puts it in its place again.
 _LEDGER_AGAIN = """
-ON CONFLICT (id) DO UPDATE SET (source, run_id, {columns}) = ROW ({excluded})
+ON CONFLICT (id) DO UPDATE SET (source, run_id, {columns}) = ROW ({excluded}), seen_updated_at = NULL,
+   former = CASE WHEN ledger_entry.outcome = 'error' THEN ledger_entry.former ELSE to_jsonb(ledger_entry) END
  WHERE ledger_entry.run_id <> excluded.run_id
 """.format(
     columns=", ".join(_LINE[1:]),
@@ -168,9 +171,13 @@ class BatchWriter:
         lookup: ContactLookup,
         run_id: int,
         timeouts: Timeouts,
+        *,
+        replaces_lines: bool = False,
     ) -> None:
+        """`replaces_lines`: rows may come that have a settled line, since their contact is gone."""
         self._connection = connection
         self._store = DatabaseStore(connection, lookup)
+        self._replaces_lines = replaces_lines
         self.run_id = run_id
         self._manners = MANNERS.format(lock=timeouts.lock, statement=timeouts.statement)
         self._alike = AlikeRefusals()
@@ -199,6 +206,10 @@ class BatchWriter:
         """Bring rows to an outcome and write their lines, inside a transaction of the caller's."""
         settled = self._settle_apart(rows, alike or AlikeRefusals())
         self._write_ledger(source, settled.decisions)
+        if self._replaces_lines and settled.made:
+            # What updates changed in the contacts that are gone was not changed in these.
+            with self._connection.cursor() as cursor:
+                cursor.execute(_FORGET_UPDATES, [list(settled.made)])
         return Totals.of(settled.decisions, settled.created_by_type)
 
     def keep_alive(self) -> None:
@@ -279,8 +290,9 @@ class BatchWriter:
         return _NO_REFUSAL
 
     def _write_ledger(self, source: Source, decisions: Sequence[Decision]) -> None:
-        fresh = [decision for decision in decisions if decision.known_reason is None]
-        again = [decision for decision in decisions if decision.known_reason is not None]
+        may_have_line = [self._replaces_lines or decision.known_reason is not None for decision in decisions]
+        fresh = [decision for decision, may in zip(decisions, may_have_line, strict=True) if not may]
+        again = [decision for decision, may in zip(decisions, may_have_line, strict=True) if may]
         self._write_lines(_LEDGER, source, fresh)
         if self._write_lines(_LEDGER + _LEDGER_AGAIN, source, again) < len(again):
             raise SettledMeanwhileError

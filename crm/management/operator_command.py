@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from django.core.management.base import BaseCommand, CommandError
+from django.core.management.base import BaseCommand, CommandError, CommandParser
 
 from crm.backfill.interruption import StoppedError, stopped_by_signals
 from crm.backfill.limits import limited
 
+EPILOG = "Exit code 6, of every command: standard output could not be written (a full disk, a closed pipe)."
+
 
 class OperatorCommand(BaseCommand):
     """A command that Ctrl-C and SIGTERM end with exit code 4, and whose statements have limits."""
+
+    def create_parser(self, prog_name: str, subcommand: str, **kwargs: Any) -> CommandParser:
+        """The parser, with the exit code that all commands have."""
+        return super().create_parser(prog_name, subcommand, **{"epilog": EPILOG, **kwargs})
 
     def execute(self, *arguments: Any, **options: Any) -> str | None:
         """Run the command."""

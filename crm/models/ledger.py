@@ -88,6 +88,9 @@ class BackfillRun(models.Model):
     census = models.JSONField(null=True, help_text="The tables at the end: rows = excluded + in the ledger + pending")
     balanced = models.BooleanField(null=True, help_text="Whether the identity held at the end")
     failure = models.TextField(null=True, help_text="Why it did not finish")
+    report_lost = models.BooleanField(
+        default=False, db_default=False, help_text="Its report could not be written, and no later run has told of it"
+    )
 
     objects = RunQuerySet.as_manager()
 
@@ -220,6 +223,9 @@ class LedgerEntry(models.Model):
     column = models.TextField(null=True, help_text="The column that was refused")
     table = models.TextField(null=True, help_text="The table that PostgreSQL named")
     trigger = models.TextField(null=True, help_text="The trigger that refused the row")
+    former = models.JSONField(
+        null=True, help_text="The line before the row was made a contact again, since its contact was gone"
+    )
 
     class Meta:
         db_table = "ledger_entry"

@@ -58,6 +58,7 @@ class RollbackReport:
     """How a rollback went. `run_id` is None for a dry run; `balanced` is None where it did not get to its end.
 
     `later_runs` stood when it began, the last one first: rows of the run may be in conflict with what they made.
+    `of_recreation` tells whether the run that was taken back made contacts again that were gone.
     """
 
     run_id: int | None
@@ -70,6 +71,7 @@ class RollbackReport:
     balanced: bool | None
     seconds: float
     failure: str | None = None
+    of_recreation: bool = False
 
     @property
     def exit_code(self) -> int:
@@ -124,6 +126,7 @@ def roll_back(
         balanced=ending.balanced,
         seconds=time.monotonic() - started,
         failure=ending.failure,
+        of_recreation=bool(run.options.get("recreate_deleted")),
     )
 
 
@@ -284,6 +287,7 @@ def _require_rights(run: BackfillRun) -> None:
         ("crm_contacts", "DELETE"),
         ("crm_contacts", "UPDATE"),
         (LedgerEntry._meta.db_table, "DELETE"),
+        (LedgerEntry._meta.db_table, "UPDATE"),
         (ContactUpdate._meta.db_table, "DELETE"),
         *([("crm_stage_history", "DELETE")] if ContactUpdate.objects.filter(run=run).exists() else []),
         (Rollback._meta.db_table, "INSERT"),

@@ -43,7 +43,7 @@ from crm.backfill.rollback.verdict import (
 from crm.backfill.transactions import certain_transaction
 from crm.backfill.update.writer import stage_history_id, write_contacts
 from crm.backfill.writer import Timeouts, lock_contacts
-from crm.models import CRMContact, CRMStageHistory, Rollback
+from crm.models import CRMContact, CRMStageHistory, LedgerEntry, Rollback
 from crm.try_execute import try_execute
 
 # The first of these has to be the first statement of the transaction. With one snapshot for all of it, the DELETE would
@@ -63,7 +63,7 @@ _DELETE = f"DELETE FROM crm_contacts c USING {_SEEN} WHERE {_AS_SEEN} AND {{unre
 _WHAT_KEEPS = f"""
 SELECT c.id, c.xmin::text = seen.version, {{tables}} FROM crm_contacts c JOIN {_SEEN} ON c.id = seen.id
 """
-_FORGET_LINES = "DELETE FROM ledger_entry WHERE id = ANY(%s::text[])"
+_FORGET_LINES = "DELETE FROM ledger_entry WHERE id = ANY(%s::text[]) AND former IS NULL"
 _FORGET_UPDATES_OF = "DELETE FROM contact_update WHERE contact_id = ANY(%s::text[])"
 _FORGET_UPDATES = "DELETE FROM contact_update WHERE id = ANY(%s::bigint[])"
 _LOOK_AGAIN_AT = "UPDATE ledger_entry SET seen_updated_at = NULL WHERE id = ANY(%s::text[])"
@@ -72,6 +72,12 @@ UPDATE ledger_entry SET seen_updated_at = NULL
  WHERE contact_id = ANY(%s::text[]) AND outcome IN ('merged', 'exists')
 """
 
+_LINE_COLUMNS = ", ".join(f'"{column.column}"' for column in LedgerEntry._meta.concrete_fields)
+_FORMER_LINES = f"""
+UPDATE ledger_entry line SET ({_LINE_COLUMNS}) = (
+         SELECT {_LINE_COLUMNS} FROM jsonb_populate_record(NULL::ledger_entry, line.former))
+ WHERE id = ANY(%s::text[]) AND former IS NOT NULL
+"""
 _COLUMN = {column.attname: f'"{column.column}"' for column in CRMContact._meta.concrete_fields}
 _CONFIDENCE = "attribution_confidence"
 
@@ -281,7 +287,7 @@ class DatabaseUndoer:
         judged = judge(lines, self._reader)
         with certain_transaction(self._connection, self._manners):
             undone = self._carry_out(judged)
-            self._execute(_FORGET_LINES, undone.reversed_ids)
+            self._forget_lines(undone.reversed_ids)
             self._execute(_FORGET_UPDATES_OF, [line.id for line in undone.reversed_lines(Outcome.CREATED)])
             fence.renew(self._rollback_id, Totals())
             self._count(undone)
@@ -301,10 +307,18 @@ class DatabaseUndoer:
             # As if they had not been looked at.
             self._execute(_LOOK_AGAIN_AT, list(restored))
             self._execute(_LOOK_AGAIN_AT_OTHERS, list(restored))
-            self._execute(_FORGET_LINES, [line.id for line in undone.later_merges])
+            self._forget_lines([line.id for line in undone.later_merges])
             fence.renew(self._rollback_id, Totals())
             self._count(undone)
         return undone
+
+    def _forget_lines(self, ids: list[str]) -> None:
+        """Let rows be pending again, or what they were before they were made contacts again: of a contact that is gone.
+
+        So nobody whom people deleted comes back by the next run.
+        """
+        self._execute(_FORGET_LINES, ids)
+        self._execute(_FORMER_LINES, ids)
 
     def _execute(self, statement: str, keys: list[str] | list[int]) -> None:
         # The ORM would send each of some thousand keys as a parameter of its own.

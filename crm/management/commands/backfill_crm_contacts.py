@@ -10,14 +10,23 @@ from django.core.management.base import CommandError, CommandParser
 from django.utils.dateparse import parse_date, parse_datetime
 
 from crm.backfill.errors import beginning
+from crm.backfill.lost_reports import noted
 from crm.backfill.options import RunOptions
 from crm.backfill.outcome import Source
 from crm.backfill.pace import FIRST_ROWS, ErrorCeiling
-from crm.backfill.report import advice, as_json, console_on, print_summary, progress_on_stderr
-from crm.backfill.runner import run_backfill
+from crm.backfill.report import (
+    advice,
+    as_json,
+    console_on,
+    in_place_of_the_report,
+    print_summary,
+    progress_on_stderr,
+)
+from crm.backfill.runner import RunReport, run_backfill
 from crm.backfill.workers import most_workers, require_room_for
 from crm.errors import OperatorError
 from crm.management.operator_command import OperatorCommand
+from crm.output import OutputError
 
 #: What PostgreSQL takes for a number of rows, with room to spare.
 MOST_ROWS = 2**31 - 1
@@ -43,6 +52,12 @@ class Command(OperatorCommand):
             help="also bring contacts up to date with rows that changed since or came later: those that nobody touched "
             "become what one run would make, in others blanks are filled; one process does this part, whatever "
             "--workers says",
+        )
+        parser.add_argument(
+            "--recreate-deleted",
+            action="store_true",
+            help="also bring back the contacts of settled rows that are gone from crm_contacts, whoever deleted them; "
+            "for a table that was restored or purged. Look first with --dry-run; not together with --update",
         )
         parser.add_argument(
             "--batch-size",
@@ -101,6 +116,7 @@ class Command(OperatorCommand):
         *_args: Any,
         dry_run: bool,
         update: bool,
+        recreate_deleted: bool,
         batch_size: int | None,
         only: list[str],
         limit: int | None,
@@ -117,6 +133,8 @@ class Command(OperatorCommand):
         """Run the backfill. The exit codes are in the help."""
         if limit is not None and workers != 1:
             raise CommandError("--limit goes with one worker: leave --workers out.", returncode=2)
+        if update and recreate_deleted:
+            raise CommandError("--recreate-deleted first, and --update in a run of its own after it.", returncode=2)
         try:
             with beginning():
                 workers = workers or most_workers()
@@ -124,6 +142,7 @@ class Command(OperatorCommand):
             options = RunOptions(
                 dry_run=dry_run,
                 update=update,
+                recreate_deleted=recreate_deleted,
                 batch_size=batch_size,
                 only=tuple(source for source in Source if source in only),
                 limit=limit,
@@ -136,14 +155,23 @@ class Command(OperatorCommand):
             report = run_backfill(options, progress_on_stderr(wanted=not no_progress))
         except OperatorError as error:
             raise CommandError(str(error), returncode=error.exit_code) from None
+        try:
+            with noted(report.run_id, report.lost_reports):
+                self._tell(report, json=json)
+        except OutputError:
+            self.stderr.write(in_place_of_the_report(report))
+            raise
+        if code := report.exit_code(strict=strict):
+            raise SystemExit(code)
+
+    def _tell(self, report: RunReport, *, json: bool) -> None:
         if json:
             self.stdout.write(as_json(report))
             if words := advice(report):
                 self.stderr.write(words)
         else:
             print_summary(report, console_on(self.stdout))
-        if code := report.exit_code(strict=strict):
-            raise SystemExit(code)
+        self.stdout.flush()
 
 
 def _positive(text: str) -> int:
