@@ -38,7 +38,6 @@ def _start(programs: Path) -> embedded.Address:
     if os.geteuid() == 0:
         owner = pwd.getpwnam(OWNER)
         os.chown(folder, owner.pw_uid, owner.pw_gid)
-        folder.chmod(0o755)
         as_owner = ["runuser", "-u", OWNER, "--"]
 
     def run(program: str, *arguments: str) -> None:
