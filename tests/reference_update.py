@@ -54,6 +54,7 @@ class Looks:
     updated: int = 0
     kept: int = 0
     unchanged: int = 0
+    updated_and_kept: int = 0
     updated_by_column: Counter[str] = field(default_factory=Counter)
     kept_by_column: Counter[str] = field(default_factory=Counter)
 
@@ -137,10 +138,11 @@ def _one_row(world: World, population: Population, source: str, table: str, row:
     world.seen[ref] = row["updatedAt"]
     world.looked.add(ref)
     looks.revisited += 1
-    if kept:
-        looks.kept += 1
-    elif wanted:
+    if wanted:
         looks.updated += 1
+        looks.updated_and_kept += bool(kept)
+    elif kept:
+        looks.kept += 1
     else:
         looks.unchanged += 1
     looks.updated_by_column.update(wanted.keys())

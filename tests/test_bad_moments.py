@@ -280,7 +280,7 @@ def test_a_lost_commit_of_a_second_look_is_counted_once(
     assert_nothing_was_tried_again(caplog)
     assert after_a_second_look(database) == end
     record = BackfillRun.objects.latest("id")
-    for name in ("revisited", "updated", "kept", "unchanged"):
+    for name in ("revisited", "updated", "kept", "unchanged", "updated_and_kept"):
         assert answer[name] == getattr(record, name) == sum(getattr(found, name) for found in record.batches.all())
 
 

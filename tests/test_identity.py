@@ -72,7 +72,7 @@ def failing_once(is_it: Callable[[str], bool]) -> Iterator[None]:
 
 def counts(answer: dict[str, Any]) -> dict[str, Any]:
     names = ("read", "created", "merged", "exists", "error", "error_new", "by_source", "by_reason", "created_by_type")
-    more = ("revisited", "updated", "kept", "unchanged", "updated_by_column", "status", "balanced")
+    more = ("revisited", "updated", "kept", "unchanged", "updated_and_kept", "updated_by_column", "status", "balanced")
     return {name: answer[name] for name in (*names, *more)}
 
 

@@ -127,7 +127,7 @@ def after_a_second_look(database: Database) -> tuple[Any, ...]:
         database.rows("SELECT (to_jsonb(change) - 'id' - 'run_id')::text FROM contact_update change ORDER BY 1"),
         totals(database),
         database.rows(
-            "SELECT source, sum(revisited), sum(updated), sum(kept), sum(unchanged) "
+            "SELECT source, sum(revisited), sum(updated), sum(kept), sum(unchanged), sum(updated_and_kept) "
             "FROM backfill_batch GROUP BY 1 ORDER BY 1"
         ),
         database.rows(

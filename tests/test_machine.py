@@ -484,7 +484,7 @@ def _expected_counts(expected: reference.Result) -> dict[str, int]:
 
 
 def _looks(answer: dict[str, Any]) -> dict[str, Any]:
-    names = ("revisited", "updated", "kept", "unchanged", "updated_by_column", "kept_by_column")
+    names = ("revisited", "updated", "kept", "unchanged", "updated_and_kept", "updated_by_column", "kept_by_column")
     return _counts(answer) | {name: answer[name] for name in names}
 
 

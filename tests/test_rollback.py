@@ -70,7 +70,8 @@ def taken_back(run_id: int, **options: Any) -> dict[str, Any]:
 
 def outcome_of(report: dict[str, Any]) -> dict[str, Any]:
     """The report without what differs from one go to the next."""
-    return {name: value for name, value in report.items() if name not in ("run", "dry_run", "balanced", "seconds")}
+    of_one_go = ("run", "dry_run", "balanced", "started_at", "finished_at", "seconds")
+    return {name: value for name, value in report.items() if name not in of_one_go}
 
 
 def change(statement: str, *parameters: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,7 +20,9 @@ from hypothesis import strategies as st
 from crm.backfill.mapping import contact_id
 from crm.backfill.outcome import Source
 from crm.backfill.refusals import MOST_ALIKE
+from crm.backfill.rollback.report import as_json as rollback_as_json
 from crm.backfill.rollback.runner import roll_back
+from crm.backfill.runs import details
 from crm.backfill.verification import verify
 from crm.backfill.verification.findings import Check, Finding, Kind
 from crm.backfill.verification.report import as_json
@@ -68,7 +71,18 @@ def update(**options: Any) -> dict[str, Any]:
 
 def told(report: dict[str, Any]) -> dict[str, Any]:
     """What a report counts, but for what a dry run cannot have: the tables at the end."""
-    of_one_run = ("run", "dry_run", "seconds", "balanced", "pending", "already", "rows", "ledger")
+    of_one_run = (
+        "run",
+        "dry_run",
+        "started_at",
+        "finished_at",
+        "seconds",
+        "balanced",
+        "pending",
+        "already",
+        "rows",
+        "ledger",
+    )
     return {name: value for name, value in report.items() if name not in of_one_run}
 
 
@@ -307,8 +321,9 @@ def test_the_blanks_of_a_contact_that_others_made_are_filled_and_nothing_else(
         assert run()["exists"] == 2
         assert contacts()[contact] == before
     report = update()
-    assert (report["revisited"], report["updated"], report["kept"]) == (2, 1, 1)
-    assert report["updates_by_source"]["clients"] == {"updated": 0, "kept": 1, "unchanged": 0}
+    assert (report["revisited"], report["updated"], report["kept"], report["updated_and_kept"]) == (2, 2, 0, 1)
+    of_clients = {"updated": 1, "kept": 0, "unchanged": 0, "updated_and_kept": 1}
+    assert report["updates_by_source"]["clients"] == of_clients
     filled = {"user_id", "clerk_user_id", "phone", "last_contacted_at", "assignment", "attribution"}
     assert report["updated_by_column"] == dict.fromkeys(sorted(filled), 1)
     assert report["kept_by_column"] == {"company": 1}
@@ -433,7 +448,7 @@ EDITS_OF_PROFILES: dict[str, tuple[Row, str]] = {
 def assert_kept(written: Row, name: str, contact: str) -> None:
     """What a person wrote stands, and whatever else the row changes, it is told by this name."""
     report = update()
-    assert (report["revisited"], report["kept"]) == (1, 1)
+    assert (report["revisited"], report["kept"] + report["updated_and_kept"]) == (1, 1)
     assert report["kept_by_column"][name] == 1
     assert name not in report["updated_by_column"]
     with connection.cursor() as cursor:
@@ -793,7 +808,7 @@ def test_stopped_in_the_middle_and_run_again_it_ends_as_if_nothing_had_happened(
     assert (stopped["status"], stopped["balanced"]) == ("interrupted", True)
     again = run(update=True, batch_size=6)
     assert everything(database) == undisturbed[1]
-    for name in ("revisited", "updated", "kept", "unchanged"):
+    for name in ("revisited", "updated", "kept", "unchanged", "updated_and_kept"):
         assert stopped[name] + again[name] == undisturbed[0][name]
 
 
@@ -849,12 +864,31 @@ def test_the_record_the_batches_and_the_report_agree(database: Database) -> None
     report = update(batch_size=7)
     record = BackfillRun.objects.get(pk=report["run"])
     batches = list(BackfillBatch.objects.filter(run=record))
-    for name in ("revisited", "updated", "kept", "unchanged"):
+    for name in ("revisited", "updated", "kept", "unchanged", "updated_and_kept"):
         assert getattr(record, name) == sum(getattr(batch, name) for batch in batches) == report[name]
     columns = sum((Counter(batch.updated_by_column) for batch in batches), Counter())
     assert columns == report["updated_by_column"]
     assert record.options["update"] is True
     assert report["revisited"] == report["updated"] + report["kept"] + report["unchanged"]
+
+
+def test_a_row_that_changed_its_contact_counts_as_changed_whatever_it_kept_besides(database: Database) -> None:
+    add_contact("ann@example.com", company="Own Ltd")
+    add_profile(email="ann@example.com", phone="555 0101", companyName="Other")
+    add_contact("bob@example.com")
+    add_lead("bob@example.com")
+    add_contact("cy@example.com", phone="own")
+    add_lead("cy@example.com")
+    counted = {"updated": 2, "updated_and_kept": 1, "kept": 1, "unchanged": 0}
+    dry, done = (backfill("--update", "--no-progress", *dry) for dry in (["--dry-run"], []))
+    for shown, would in ((dry.stdout, "would be "), (done.stdout, "")):
+        assert re.search(rf"changed +2 +{would}filled or promoted; 1 kept a value as well", shown)
+        assert re.search(r"kept only +1 ", shown)
+        assert "3 looked at again = 2 changed + 1 kept only + 0 unchanged" in shown
+    record = BackfillRun.objects.latest("pk")
+    assert {name: getattr(record, name) for name in counted} == counted
+    assert {name: details(record.pk)[name] for name in counted} == counted
+    assert sum(json.loads(rollback_as_json(roll_back(record.pk, dry_run=True)))["updates"].values()) == 2
 
 
 def test_a_record_of_changes_that_lacks_one_fails_the_run(database: Database) -> None:

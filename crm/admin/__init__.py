@@ -60,7 +60,12 @@ admin.site.index_title = "What the backfill did"
 MOST_LINES = 100
 MOST_BATCHES = 100
 
-UPDATE_OUTCOMES = tuple(outcome.value for outcome in UpdateOutcome)
+UPDATE_COUNTS = (
+    UpdateOutcome.UPDATED.value,
+    "updated_and_kept",
+    UpdateOutcome.KEPT.value,
+    UpdateOutcome.UNCHANGED.value,
+)
 CONTACT_IS_THERE = Exists(CRMContact.objects.filter(pk=OuterRef("contact_id")))
 _ATTRIBUTION = tuple("rate" if name == "commission_rate" else name for name in ATTRIBUTION)
 ROW_IS_THERE = Case(
@@ -188,7 +193,7 @@ class BatchInline(NothingToChange, admin.TabularInline):  # type: ignore[type-ar
     verbose_name_plural = f"the last batches, {MOST_BATCHES} at most"
     ordering = ("-id",)
     readonly_fields = (
-        *("source", "read", *OUTCOMES, "error_new", "revisited", *UPDATE_OUTCOMES),
+        *("source", "read", *OUTCOMES, "error_new", "revisited", *UPDATE_COUNTS),
         *("seconds", "committed_at"),
     )
     fields = readonly_fields
@@ -218,7 +223,7 @@ class RunAdmin(ReadOnlyAdmin):
     fieldsets = (
         (None, {"fields": ("kind", "status", "failure", "report_lost", "ledger")}),
         ("Rows", {"fields": ("read", *OUTCOMES, "error_new", "balanced", "tables")}),
-        ("Looked at again", {"fields": ("revisited", *UPDATE_OUTCOMES, "changed_by_column", "changed")}),
+        ("Looked at again", {"fields": ("revisited", *UPDATE_COUNTS, "changed_by_column", "changed")}),
         ("Rollback", {"fields": ("taken_back", "rollback_runs", "counts_of_the_rollback")}),
         ("When", {"fields": ("started_at", "heartbeat_at", "finished_at", "duration")}),
         ("Who and what", {"fields": ("operator", "version", "legacy_schema", "generation", "asked")}),

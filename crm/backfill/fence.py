@@ -108,7 +108,7 @@ def renew(run_id: int, totals: Totals) -> None:
             read=F("read") + totals.read,
             error_new=F("error_new") + totals.error_new,
             revisited=F("revisited") + totals.revisited,
-            **{name: F(name) + count for name, count in (totals.outcomes | totals.update_outcomes).items()},
+            **{name: F(name) + count for name, count in (totals.outcomes | totals.update_counts).items()},
         )
     )
     if not updated:

@@ -2,7 +2,7 @@
 
 The identity of a run is `read = created + merged + exists + error`; over the tables it is
 `rows = excluded + in the ledger + pending`. Rows that --update looks at again have one of their own:
-`revisited = updated + kept + unchanged`.
+`revisited = updated + kept + unchanged`. A row that changed its contact is updated, whatever it kept besides.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class UpdateOutcome(StrEnum):
     """What became of a row that was looked at again."""
 
     UPDATED = "updated"  # its contact has something of it now that it had not
-    KEPT = "kept"  # the contact has another value, which is not ours to change
+    KEPT = "kept"  # it changed nothing: the contact has another value, which is not ours to change
     UNCHANGED = "unchanged"  # it brings nothing
 
 
@@ -127,6 +127,7 @@ class Totals:
     unchanged: int = 0
     updated_by_column: Counter[str] = field(default_factory=Counter)
     kept_by_column: Counter[str] = field(default_factory=Counter)
+    updated_and_kept: int = 0
 
     @classmethod
     def of(cls, decisions: list[Decision], created_types: Counter[str]) -> Self:
@@ -163,6 +164,7 @@ class Totals:
         self.unchanged += other.unchanged
         self.updated_by_column.update(other.updated_by_column)
         self.kept_by_column.update(other.kept_by_column)
+        self.updated_and_kept += other.updated_and_kept
 
     @property
     def rows(self) -> int:
@@ -178,6 +180,11 @@ class Totals:
     def update_outcomes(self) -> dict[str, int]:
         """The three outcomes of rows that were looked at again, by name."""
         return {outcome.value: getattr(self, outcome.value) for outcome in UpdateOutcome}
+
+    @property
+    def update_counts(self) -> dict[str, int]:
+        """The same, and of the updated rows those that kept a value as well."""
+        return self.update_outcomes | {"updated_and_kept": self.updated_and_kept}
 
     @property
     def decided(self) -> int:

@@ -133,7 +133,7 @@ def as_json(report: RunReport) -> str:
         **totals.outcomes,
         "error_new": totals.error_new,
         "revisited": totals.revisited,
-        **totals.update_outcomes,
+        **totals.update_counts,
         "already": report.already,
         "recreated": report.recreated,
         "contacts_gone": report.gone and {**report.gone._asdict(), "is_news": report.gone.is_news},
@@ -142,7 +142,7 @@ def as_json(report: RunReport) -> str:
         "by_source": {source.value: counts.outcomes for source, counts in report.by_source.items()},
         "by_reason": _sorted(totals.errors_by_reason),
         "new_by_reason": _sorted(totals.errors_new_by_reason),
-        "updates_by_source": {source.value: counts.update_outcomes for source, counts in report.by_source.items()},
+        "updates_by_source": {source.value: counts.update_counts for source, counts in report.by_source.items()},
         "updated_by_column": _sorted(totals.updated_by_column),
         "kept_by_column": _sorted(totals.kept_by_column),
         "pending": sum(report.census.pending.values()) if report.census else None,
@@ -192,8 +192,9 @@ def print_summary(report: RunReport, console: Console) -> None:
     if report.options.update:
         would = "would be " if report.options.dry_run else ""
         row("Looked at again", totals.revisited, "changed since, or came to a contact that was there")
-        row("  updated", totals.updated, f"{would}filled or promoted")
-        row("  kept", totals.kept, "the contact has another value, which stays")
+        as_well = f"; {totals.updated_and_kept:,} kept a value as well" if totals.updated_and_kept else ""
+        row("  changed", totals.updated, f"{would}filled or promoted{as_well}")
+        row("  kept only", totals.kept, "the contact has another value, which stays")
         row("  unchanged", totals.unchanged, "brought nothing")
         for column in sorted(totals.updated_by_column.keys() | totals.kept_by_column.keys()):
             kept = f"{totals.kept_by_column[column]:,} kept" if totals.kept_by_column[column] else ""
@@ -216,7 +217,7 @@ def identity_lines(report: RunReport) -> str:
             f"{census.in_ledger:,} in the ledger + {sum(census.pending.values()):,} pending"
         )
     if report.options.update:
-        parts = " + ".join(f"{count:,} {name}" for name, count in totals.update_outcomes.items())
+        parts = f"{totals.updated:,} changed + {totals.kept:,} kept only + {totals.unchanged:,} unchanged"
         lines.append(f"          {totals.revisited:,} looked at again = {parts}")
     if report.balanced is not None:
         lines[-1] += "  (holds)" if report.balanced else "  (DOES NOT HOLD)"

@@ -156,6 +156,7 @@ def summary(run: BackfillRun) -> dict[str, Any]:
         "error_new": run.error_new,
         "revisited": run.revisited,
         **{outcome.value: getattr(run, outcome.value) for outcome in UpdateOutcome},
+        "updated_and_kept": run.updated_and_kept,
         "balanced": run.balanced,
         "rolls_back": rollback and rollback.of_id,
         "took_back": rollback and took_back(rollback),

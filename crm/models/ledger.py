@@ -80,9 +80,17 @@ class BackfillRun(models.Model):
     error = models.BigIntegerField(default=0)
     error_new = models.BigIntegerField(default=0, help_text="Errors that no earlier run had with the same reason")
     revisited = models.BigIntegerField(default=0, help_text="Rows that --update looked at again")
-    updated = models.BigIntegerField(default=0)
+    updated = models.BigIntegerField("changed", default=0, help_text="Rows that changed their contact")
+    updated_and_kept = models.BigIntegerField(
+        "kept a value as well",
+        null=True,
+        default=0,
+        help_text="Of the rows that changed their contact; earlier versions did not count them, but as kept",
+    )
     kept = models.BigIntegerField(
-        default=0, help_text="Rows whose contact has another value that is not ours to change"
+        "kept only",
+        default=0,
+        help_text="Rows that changed nothing, since the contact has another value that is not ours to change",
     )
     unchanged = models.BigIntegerField(default=0)
     census = models.JSONField(null=True, help_text="The tables at the end: rows = excluded + in the ledger + pending")
@@ -130,8 +138,9 @@ class BackfillBatch(models.Model):
     errors_new_by_reason = models.JSONField(default=dict)
     created_by_type = models.JSONField(default=dict)
     revisited = models.IntegerField(default=0)
-    updated = models.IntegerField(default=0)
-    kept = models.IntegerField(default=0)
+    updated = models.IntegerField("changed", default=0)
+    updated_and_kept = models.IntegerField("kept a value as well", null=True, default=0)
+    kept = models.IntegerField("kept only", default=0)
     unchanged = models.IntegerField(default=0)
     updated_by_column = models.JSONField(default=dict)
     kept_by_column = models.JSONField(default=dict)
@@ -162,7 +171,7 @@ class BackfillBatch(models.Model):
             kept_by_column=dict(totals.kept_by_column),
             seconds=seconds,
             **totals.outcomes,
-            **totals.update_outcomes,
+            **totals.update_counts,
         )
 
     def totals(self) -> Totals:
@@ -183,6 +192,7 @@ class BackfillBatch(models.Model):
             self.unchanged,
             Counter(self.updated_by_column),
             Counter(self.kept_by_column),
+            self.updated_and_kept or 0,
         )
 
 

@@ -15,8 +15,8 @@
    maps to nothing, or names another contact by now, what is there comes before all rows. A confidence without an
    attribution says nothing: it stays that of the row that made the contact.
 4. A contact that somebody touched, or made, is filled where it is blank. Every other value stays, and a row that would
-   have changed one is `kept`; so is one whose keys name another contact by now. What updates themselves filled in
-   somebody else's contact is ours to replace for as long as nobody touched it since.
+   have changed one and nothing else is `kept`; so is one whose keys name another contact by now. What updates
+   themselves filled in somebody else's contact is ours to replace for as long as nobody touched it since.
 5. A blank that a person made is no blank: one that the backfill once filled, when it made the contact, by a merge or by
    an update. The lines say what was filled.
 6. A row writes what comes from itself, and what comes from rows that are not due: they will not be asked.

@@ -137,10 +137,10 @@ class Change(NamedTuple):
 
     @property
     def outcome(self) -> UpdateOutcome:
-        """How the row is counted: a kept value outweighs a filled one."""
-        if self.kept:
-            return UpdateOutcome.KEPT
-        return UpdateOutcome.UPDATED if self.columns else UpdateOutcome.UNCHANGED
+        """How the row is counted: what it changed outweighs what it kept."""
+        if self.columns:
+            return UpdateOutcome.UPDATED
+        return UpdateOutcome.KEPT if self.kept else UpdateOutcome.UNCHANGED
 
     def refused(self) -> Change:
         """The same, where PostgreSQL would not have it."""
@@ -203,6 +203,7 @@ def totals_of(changes: Collection[Change]) -> Totals:
         updated=outcomes[UpdateOutcome.UPDATED],
         kept=outcomes[UpdateOutcome.KEPT],
         unchanged=outcomes[UpdateOutcome.UNCHANGED],
+        updated_and_kept=sum(bool(change.columns and change.kept) for change in changes),
         updated_by_column=Counter(column for change in changes for column in change.columns),
         kept_by_column=Counter(column for change in changes for column in change.kept),
     )
