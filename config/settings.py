@@ -8,6 +8,7 @@ every variable.
 
 import os
 import secrets
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -236,7 +237,8 @@ USE_I18N = True
 USE_TZ = True
 TIME_ZONE = "UTC"
 
-# Log lines go to stderr, so that stdout holds a command's answer and nothing else.
+# Log lines go to stderr, so that stdout holds a command's answer and nothing else. What is no news, such as a wait for
+# --max-rate, goes to a terminal alone: cron would mail it every night.
 LOGGING = {
     "version": 1,
     "disable_existing_loggers": False,
@@ -244,7 +246,11 @@ LOGGING = {
         "line": {"format": "{asctime} {levelname} {name}: {message}", "style": "{"},
     },
     "handlers": {
-        "stderr": {"class": "logging.StreamHandler", "formatter": "line"},
+        "stderr": {
+            "class": "logging.StreamHandler",
+            "formatter": "line",
+            "level": "INFO" if sys.stderr is not None and sys.stderr.isatty() else "WARNING",
+        },
     },
     "root": {"handlers": ["stderr"], "level": "WARNING"},
     "loggers": {

@@ -7,6 +7,7 @@ import os
 import re
 import socket
 from contextlib import nullcontext
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
@@ -38,11 +39,12 @@ from tests.scratch import as_the_default, scratch_database, session
 from tests.test_settings import SECRET
 from tests.test_settings import run as process
 
+NEWS_OF_SOME_OF_EVERYTHING = "run {}: 2 rows newly in error (invalid_email 2); see export_backfill_errors\n"
 KEYS = {
     *("run", "status", "dry_run", "generation", "read", "created", "merged", "exists", "error", "error_new"),
-    *("already", "excluded", "created_by_type", "by_source", "by_reason", "seconds"),
+    *("already", "excluded", "created_by_type", "by_source", "by_reason", "started_at", "finished_at", "seconds"),
 }
-OF_ONE_RUN = {"run", "dry_run", "seconds"}
+OF_ONE_RUN = {"run", "dry_run", "started_at", "finished_at", "seconds"}
 ATTRIBUTION = (
     *("referrerUsername", "referrerType", "commissionRate", "commissionRateLockedAt"),
     *("attributionMethod", "attributionConfidence"),
@@ -82,7 +84,7 @@ def figures(summary: str) -> dict[str, int]:
 def test_the_summary_has_the_labels_that_people_know_and_what_is_new(database: Database) -> None:
     add_some_of_everything()
     finished = backfill("--no-progress")
-    assert (finished.code, finished.stderr) == (1, "")
+    assert finished.code == 1
     assert figures(finished.stdout) == {
         "Total Processed": 10,
         "Contacts by type": 6,
@@ -129,7 +131,7 @@ def test_the_summary_of_a_dry_run_says_that_nothing_was_written(database: Databa
 def test_without_a_terminal_progress_is_lines_on_stderr(database: Database) -> None:
     add_some_of_everything()
     finished = backfill()
-    assert finished.stderr == "10 source rows to look at\n"
+    assert finished.stderr == f"10 source rows to look at\n{NEWS_OF_SOME_OF_EVERYTHING.format(the_run())}"
     assert "rows to look at" not in finished.stdout
 
 
@@ -157,9 +159,9 @@ def test_json_is_one_object_on_stdout_and_nothing_else(database: Database) -> No
     add_some_of_everything()
     finished = backfill("--json", "--no-progress")
     answer = finished.answer
-    assert (finished.code, finished.stderr) == (1, "")
+    assert (finished.code, finished.stderr) == (1, NEWS_OF_SOME_OF_EVERYTHING.format(answer["run"]))
     assert answer.keys() >= KEYS
-    assert {name: answer[name] for name in KEYS - {"run", "seconds"}} == {
+    assert {name: answer[name] for name in KEYS - {"run", "started_at", "finished_at", "seconds"}} == {
         "status": "finished",
         "dry_run": False,
         "generation": "2025_10",
@@ -183,6 +185,9 @@ def test_json_is_one_object_on_stdout_and_nothing_else(database: Database) -> No
     }
     assert answer["run"] == BackfillRun.objects.get().pk
     assert answer["seconds"] > 0
+    started, finished_at = (datetime.fromisoformat(answer[name]) for name in ("started_at", "finished_at"))
+    assert (finished_at - started).total_seconds() == pytest.approx(answer["seconds"], abs=0.001)
+    assert started.utcoffset() == timedelta(0)
 
 
 def test_json_of_a_dry_run_is_that_of_the_run(database: Database) -> None:
@@ -217,6 +222,23 @@ def test_exit_code_1_for_new_errors_and_0_for_known_ones(database: Database) -> 
     database.rows("UPDATE leads SET email = 'ann@example.com' WHERE id = %s RETURNING id", lead)
     assert backfill().code == 0
     assert [line["outcome"] for line in ledger().values()] == ["created"]
+
+
+def test_every_exit_code_but_0_is_explained_on_stderr_and_a_night_without_news_is_silent(database: Database) -> None:
+    lead = add_lead("not-an-address")
+    dry = backfill("--dry-run", "--json", "--no-progress").stderr
+    assert dry == "dry run: 1 row would be newly in error (invalid_email 1)\n"
+    told = backfill("--json", "--no-progress").stderr
+    assert told == f"run {the_run()}: 1 row newly in error (invalid_email 1); see export_backfill_errors\n"
+    for silent in (("--json", "--no-progress"), ("--no-progress",)):
+        assert backfill(*silent).stderr == ""
+    strict = backfill("--json", "--no-progress", "--strict").stderr
+    assert strict == f"run {the_run()}: 1 row in error, none newly (invalid_email 1); see export_backfill_errors\n"
+    database.rows("UPDATE leads SET email = 'ann@example.com' WHERE id = %s RETURNING id", lead)
+    with refusing_contacts("53100"):
+        failed = backfill("--no-progress")
+    assert (failed.code, failed.stderr.count("\n")) == (5, 1)
+    assert failed.stderr.startswith("The run failed: ")
 
 
 def test_a_known_error_with_a_new_reason_is_new(database: Database) -> None:
@@ -318,8 +340,8 @@ def test_exit_code_5_for_what_waiting_does_not_cure(database: Database) -> None:
     with refusing_contacts("53100"):
         finished = backfill("--no-progress")
     assert finished.code == 5
-    assert "The run failed: " in finished.stdout
-    assert "run the command again and it goes on" in finished.stdout
+    assert "The run failed: " in finished.stderr
+    assert "run the command again and it goes on" in finished.stderr
     (record,) = BackfillRun.objects.all()
     assert (record.status, record.balanced) == (RunStatus.FAILED, True)
     assert "53100" in (record.failure or "")
@@ -335,7 +357,7 @@ def test_exit_code_5_when_the_identity_does_not_hold(database: Database) -> None
     assert finished.code == 5
     assert "(DOES NOT HOLD)" in finished.stdout
     why = "the identity does not hold: the batches counted 3 rows, the ledger has 0 lines of this run"
-    assert f"The run failed: {why}." in finished.stdout
+    assert f"The run failed: {why}." in finished.stderr
     (record,) = BackfillRun.objects.all()
     assert (record.status, record.balanced, record.failure) == (RunStatus.FAILED, False, why)
 
@@ -588,16 +610,21 @@ def test_no_persons_data_is_told_or_kept(database: Database, caplog: pytest.LogC
 
 
 @pytest.mark.process
-def test_the_real_command_prints_its_answer_to_stdout_and_log_lines_to_stderr(database: Database) -> None:
+def test_the_real_command_prints_its_answer_to_stdout_and_to_stderr_nothing_but_news(database: Database) -> None:
     add_some_of_everything()
-    result = process("manage.py", "backfill_crm_contacts", "--json", "--no-progress", **address_of_the_test_database())
+    asked = ("backfill_crm_contacts", "--json", "--no-progress", "--max-rate", "50")
+    result = process("manage.py", *asked, **address_of_the_test_database())
     assert result.returncode == 1
     assert Finished(result.returncode, result.stdout, result.stderr).answer["read"] == 10
-    assert all(re.match(r"[\d-]+ [\d:,]+ (INFO|WARNING) crm\.", line) for line in result.stderr.splitlines())
+    assert result.stderr == NEWS_OF_SOME_OF_EVERYTHING.format(the_run())
     assert len(contacts()) == 7
 
 
 # What the tests arrange
+
+
+def the_run() -> int:
+    return BackfillRun.objects.latest("pk").pk
 
 
 def a_run(status: RunStatus) -> BackfillRun:

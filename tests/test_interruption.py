@@ -82,7 +82,7 @@ def test_the_batch_is_ended_and_the_next_run_goes_on(database: Database, number:
         with in_batch(batch, send(number)):
             finished = backfill("--batch-size", str(SIZE), "--no-progress")
         assert finished.code == 4
-        assert "What was committed stays; run the command again and it goes on." in finished.stdout
+        assert "What was committed stays; run the command again and it goes on." in finished.stderr
         interrupted = the_run()
         assert (interrupted.status, interrupted.failure, interrupted.balanced) == (RunStatus.INTERRUPTED, None, True)
         assert interrupted.finished_at is not None
@@ -100,7 +100,7 @@ def test_a_second_signal_stops_at_once_and_nothing_of_the_open_batch_is_written(
         with in_batch(3, send(number, times=2), after=after):
             finished = backfill("--batch-size", str(SIZE), "--no-progress")
         assert finished.code == 4
-        assert "run the command again and it goes on" in finished.stdout
+        assert "run the command again and it goes on" in finished.stderr
         interrupted = the_run()
         assert (interrupted.status, interrupted.balanced) == (RunStatus.INTERRUPTED, True)
         assert "rolled back" in (interrupted.failure or "")
@@ -202,7 +202,7 @@ def test_the_real_command_ends_its_batch(database: Database, number: signal.Sign
         somebody.rollback()
         finished = ended(command)
     assert finished.code == 4
-    assert "run the command again and it goes on" in finished.stdout
+    assert "run the command again and it goes on" in finished.stderr
     assert "Traceback" not in finished.stderr
     assert (the_run().status, the_run().created) == (RunStatus.INTERRUPTED, 3 * SIZE)
     assert len(contacts()) == len(ledger()) == 3 * SIZE
@@ -221,7 +221,7 @@ def test_the_real_command_stops_at_once_when_asked_twice(database: Database, num
         finished = ended(command)
         somebody.rollback()
     assert finished.code == 4
-    assert "run the command again and it goes on" in finished.stdout
+    assert "run the command again and it goes on" in finished.stderr
     assert "Traceback" not in finished.stderr
     assert (the_run().status, the_run().created) == (RunStatus.INTERRUPTED, 2 * SIZE)
     assert len(contacts()) == len(ledger()) == 2 * SIZE

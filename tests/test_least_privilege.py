@@ -118,8 +118,10 @@ def test_the_backfill_works_under_the_role_and_the_check_is_clean(database: Data
 
         rehearsal = manage("backfill_crm_contacts", "--dry-run", "--json", "--no-progress", url=url)
         run = manage("backfill_crm_contacts", "--json", "--no-progress", url=url)
-        assert (run.returncode, run.stderr) == (1, "")
+        assert run.returncode == 1
         answer = json.loads(run.stdout)
+        assert run.stderr.startswith(f"run {answer['run']}: "), "news and nothing else"
+        assert run.stderr.count("\n") == 1
         counts = {name: answer[name] for name in ("created", "merged", "exists", "error")}
         assert counts == {"created": 2, "merged": 2, "exists": 1, "error": 1}
         assert counts == {name: json.loads(rehearsal.stdout)[name] for name in counts}

@@ -689,6 +689,9 @@ def test_a_contact_that_the_database_will_not_give_up_fails_alone(database: Data
     assert finished.code == 1
     assert (finished.answer["reversed"], finished.answer["failed"]) == (7, 1)
     assert finished.answer["by_reason"] == {reason: 1}
+    said = f"run {finished.answer['run']}: 1 of what run {made['run']} did could not be taken back ({reason} 1); "
+    assert finished.stderr.startswith(said)
+    assert finished.answer["started_at"] < finished.answer["finished_at"]
     assert [contact["email"] for contact in contacts().values()] == ["n3@example.com"]
     assert taken_back(made["run"])["reversed"] == 1
     assert rollback(str(made["run"])).code == 2
@@ -875,7 +878,7 @@ def test_a_disk_that_is_full_before_the_list_is_at_its_end(database: Database, t
     with files_no_larger_than(1_000):
         failed = rollback(str(made), f"--csv={path}", "--batch-size=5")
     assert failed.code == 5
-    assert "the list of rows cannot be written any more (File too large)" in failed.stdout
+    assert "the list of rows cannot be written any more (File too large)" in failed.stderr
     assert 0 < database.rows("SELECT count(*) FROM crm_contacts")[0][0] < 20
     assert BackfillRun.objects.latest("pk").status == "failed"
     assert rollback(str(made)).code == 0

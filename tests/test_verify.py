@@ -839,8 +839,10 @@ def test_json_is_one_object_and_csv_has_every_finding(database: Database, tmp_pa
     change('UPDATE profiles SET "firstName" = \'New\', "updatedAt" = %s', LATER)
     file = tmp_path / "findings.csv"
     ended = command("--json", "--csv", str(file))
-    assert (ended.code, ended.stderr) == (1, "")
+    said = f"verification: {KEPT + 5} defects (fields {KEPT + 5}); --csv lists them\n"
+    assert (ended.code, ended.stderr) == (1, said)
     assert ended.answer["found"] == {"fields": {"defect": KEPT + 5, "source_changed": 1}}
+    assert ended.answer["started_at"] < ended.answer["finished_at"]
     assert (ended.answer["ok"], ended.answer["defects"], len(ended.answer["findings"])) == (False, KEPT + 5, KEPT + 1)
     with file.open(newline="", encoding="utf-8") as lines:
         rows = list(csv.DictReader(lines))

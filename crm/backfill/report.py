@@ -153,6 +153,8 @@ def as_json(report: RunReport) -> str:
         "not_checked": report.not_checked,
         "lost_reports": [lost._asdict() for lost in report.lost_reports],
         "failure": report.failure,
+        "started_at": report.started_at.isoformat(),
+        "finished_at": report.finished_at.isoformat(),
         "seconds": round(report.seconds, 3),
     }
     return json.dumps(answer)
@@ -202,8 +204,6 @@ def print_summary(report: RunReport, console: Console) -> None:
     console.print(table)
     console.print(identity_lines(report), highlight=False, soft_wrap=True)
     console.print(target_line(), highlight=False, soft_wrap=True, markup=False)
-    if words := advice(report):
-        console.print(words, highlight=False, soft_wrap=True)
 
 
 def identity_lines(report: RunReport) -> str:
@@ -229,6 +229,27 @@ def identity_lines(report: RunReport) -> str:
 def _headline(report: RunReport) -> str:
     what = "Dry run, nothing was written" if report.options.dry_run else f"Run {report.run_id}"
     return f"{what}: {report.status.value} in {report.seconds:,.1f} s on generation {report.facts.generation}"
+
+
+def news(report: RunReport, *, strict: bool) -> list[str]:
+    """What is news for whoever reads stderr alone, a line each: at least one with every exit code but 0."""
+    return [words for words in (advice(report), _errors(report, strict=strict)) if words]
+
+
+def _errors(report: RunReport, *, strict: bool) -> str | None:
+    """The rows in error that make the exit code 1, or would: new ones, or any of them."""
+    totals, is_dry = report.totals, report.options.dry_run
+    if totals.error_new:
+        count, by_reason, what = totals.error_new, totals.errors_new_by_reason, "newly in error"
+    elif strict and totals.error:
+        count, by_reason, what = totals.error, totals.errors_by_reason, "in error, none newly"
+    else:
+        return None
+    rows = f"{count:,} {'row' if count == 1 else 'rows'} {'would be ' if is_dry else ''}{what}"
+    reasons = ", ".join(f"{reason} {of_reason:,}" for reason, of_reason in sorted(by_reason.items()))
+    if is_dry:
+        return f"dry run: {rows} ({reasons})"
+    return f"run {report.run_id}: {rows} ({reasons}); see export_backfill_errors"
 
 
 def advice(report: RunReport) -> str | None:

@@ -13,11 +13,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
 from typing import Protocol
 
 from django.db import Error as DjangoDatabaseError
 from django.db import connection, transaction
 from django.db.models import Count
+from django.utils import timezone
 
 from crm.backfill import errors, fence
 from crm.backfill.census import survey, take_census
@@ -85,12 +87,18 @@ class RunReport:
     excluded: dict[str, int]
     census: Census | None
     balanced: bool | None
+    started_at: datetime
     seconds: float
     failure: str | None = None
     not_checked: str | None = None
     recreated: int = 0
     gone: GoneContacts | None = None
     lost_reports: Sequence[LostReport] = ()
+
+    @property
+    def finished_at(self) -> datetime:
+        """When it ended, by the clock of this machine."""
+        return self.started_at + timedelta(seconds=self.seconds)
 
     def exit_code(self, *, strict: bool) -> int:
         """What cron is told: 0 clean, 1 rows in error, 4 stopped, 5 failed."""
@@ -125,7 +133,7 @@ def run_backfill(options: RunOptions, progress: Progress | None = None) -> RunRe
 
     Everything that happens later is in the report: a run that failed, was stopped or was taken over.
     """
-    started = time.monotonic()
+    started_at, started = timezone.now(), time.monotonic()
     with errors.beginning():
         facts = examine(connection, for_writing=not options.dry_run, for_inserting=True, for_updating=options.update)
         if options.recreate_deleted and not options.dry_run:
@@ -139,7 +147,7 @@ def run_backfill(options: RunOptions, progress: Progress | None = None) -> RunRe
         with _closing(watcher):
             ending = life.carry_through(work.through, WorkerError, CeilingReachedError, errors.EveryRowRefusedError)
         report = work.close(ending)
-    return replace(report, seconds=time.monotonic() - started)
+    return replace(report, started_at=started_at, seconds=time.monotonic() - started)
 
 
 def _require_right_to_forget_updates() -> None:
@@ -255,6 +263,7 @@ class _Work:
             excluded=before.excluded if before else {},
             census=self.after,
             balanced=ending.balanced,
+            started_at=timezone.now(),
             seconds=0.0,
             failure=ending.failure,
             not_checked=ending.not_checked,

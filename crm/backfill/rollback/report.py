@@ -48,6 +48,8 @@ def as_json(report: RollbackReport) -> str:
         "by_reason": dict(sorted(report.counts.reasons.items())),
         "balanced": report.balanced,
         "failure": report.failure,
+        "started_at": report.started_at.isoformat(),
+        "finished_at": report.finished_at.isoformat(),
         "seconds": round(report.seconds, 3),
     }
     return json.dumps(answer)
@@ -92,8 +94,13 @@ def print_summary(report: RollbackReport, console: Console) -> None:
         row(f"  {reason}", count, "of all that was kept or failed")
     console.print(table)
     console.print(target_line(), highlight=False, soft_wrap=True, markup=False)
-    if words := advice(report):
-        console.print(words, highlight=False, soft_wrap=True)
+    if report.status == RunStatus.FINISHED and not report.dry_run:
+        console.print(_pending_again(report), highlight=False, soft_wrap=True)
+
+
+def _pending_again(report: RollbackReport) -> str:
+    but = ", but for the contacts that it had made again: those are deleted as before" if report.of_recreation else ""
+    return f"What was reversed is pending again: `python manage.py backfill_crm_contacts` would bring it back{but}."
 
 
 @contextmanager
@@ -160,7 +167,20 @@ def _headline(report: RollbackReport) -> str:
     return f"{what}: {report.status.value} in {report.seconds:,.1f} s on generation {report.generation}"
 
 
-def advice(report: RollbackReport) -> str | None:
+def news(report: RollbackReport) -> list[str]:
+    """What whoever reads stderr alone must know, a line each; nothing where the rollback ends with exit code 0."""
+    return [words for words in (_advice(report), _failures(report)) if words]
+
+
+def _failures(report: RollbackReport) -> str | None:
+    if not report.counts.failed:
+        return None
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(report.counts.reasons.items()))
+    what = f"run {report.run_id}: {report.counts.failed:,} of what run {report.rolls_back} did could not be taken back"
+    return f"{what} ({reasons}); --csv lists them"
+
+
+def _advice(report: RollbackReport) -> str | None:
     """Why a rollback that did not get to its end ended, and how to go on from here."""
     if report.status == RunStatus.FAILED:
         return (
@@ -172,7 +192,4 @@ def advice(report: RollbackReport) -> str | None:
             f"The rollback was {report.status.value}{why}. What is reversed stays so; run the command again and it "
             "goes on."
         )
-    if report.dry_run:
-        return None
-    but = ", but for the contacts that it had made again: those are deleted as before" if report.of_recreation else ""
-    return f"What was reversed is pending again: `python manage.py backfill_crm_contacts` would bring it back{but}."
+    return None

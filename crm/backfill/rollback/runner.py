@@ -12,11 +12,13 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from typing import Protocol
 
 from django.db import Error as DjangoDatabaseError
 from django.db import connection
 from django.db.models import Count
+from django.utils import timezone
 
 from crm.backfill import errors, fence, runs
 from crm.backfill.lifecycle import Checked, Ending, Lifecycle, lifecycle
@@ -69,9 +71,15 @@ class RollbackReport:
     generation: str
     counts: Counts
     balanced: bool | None
+    started_at: datetime
     seconds: float
     failure: str | None = None
     of_recreation: bool = False
+
+    @property
+    def finished_at(self) -> datetime:
+        """When it ended, by the clock of this machine."""
+        return self.started_at + timedelta(seconds=self.seconds)
 
     @property
     def exit_code(self) -> int:
@@ -97,7 +105,7 @@ def roll_back(
     itself, where the ledger has nothing of it, where this role may not do or see what it must, and (AnotherRunError)
     when another run is going. Everything that happens later is in the report.
     """
-    started = time.monotonic()
+    started_at, started = timezone.now(), time.monotonic()
     with errors.beginning():
         facts = examine(connection, for_writing=not dry_run)
         run = _require_run(run_id, facts, may_take_over=not dry_run)
@@ -124,6 +132,7 @@ def roll_back(
         generation=facts.generation,
         counts=work.counts,
         balanced=ending.balanced,
+        started_at=started_at,
         seconds=time.monotonic() - started,
         failure=ending.failure,
         of_recreation=bool(run.options.get("recreate_deleted")),

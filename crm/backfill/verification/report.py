@@ -72,9 +72,23 @@ def as_json(report: VerificationReport) -> str:
         "contacts": _figures(report, None),
         "contacts_by_type": {name: _figures(report, name) for name in _types(report)},
         "notes": list(_notes(report)),
+        "started_at": report.started_at.isoformat(),
+        "finished_at": report.finished_at.isoformat(),
         "seconds": round(report.seconds, 3),
     }
     return json.dumps(answer)
+
+
+def news(report: VerificationReport) -> str | None:
+    """What whoever reads stderr alone must know; None where the verification ends with exit code 0."""
+    if not report.exit_code:
+        return None
+    counts = {check: report.findings.counts[check, Kind.DEFECT] for check in Check}
+    what = [f"{check.value} {count:,}" for check, count in counts.items() if count]
+    if not report.census.balances:
+        what.append("the identity does not hold")
+    defects = f"{report.defects:,} {'defect' if report.defects == 1 else 'defects'}"
+    return f"verification: {defects} ({', '.join(what)}); --csv lists them"
 
 
 def print_report(report: VerificationReport, console: Console) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 
 from django.db.backends.base.base import BaseDatabaseWrapper
+from django.utils import timezone
 
 from crm.backfill.census import take_census
 from crm.backfill.outcome import Census
@@ -36,7 +38,13 @@ class VerificationReport:
     figures: FiguresTable
     sees_user_changes: bool
     history_is_hidden: bool
+    started_at: datetime
     seconds: float
+
+    @property
+    def finished_at(self) -> datetime:
+        """When it ended, by the clock of this machine."""
+        return self.started_at + timedelta(seconds=self.seconds)
 
     @property
     def defects(self) -> int:
@@ -61,7 +69,7 @@ def verify(
     OperatorError where this database does not fit, and django.db.DatabaseError for a bad moment. Until it ends, the
     transaction keeps an ALTER TABLE on the application's tables waiting, as pg_dump does.
     """
-    started = time.monotonic()
+    started_at, started = timezone.now(), time.monotonic()
     findings = Findings(on_finding)
     comparison = Comparison()
     with snapshot(connection):
@@ -96,5 +104,6 @@ def verify(
             figures=count_contacts(connection, has_referrer=REFERRER in present),
             sees_user_changes=sees_user_changes,
             history_is_hidden=history.is_hidden,
+            started_at=started_at,
             seconds=time.monotonic() - started,
         )

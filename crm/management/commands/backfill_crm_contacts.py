@@ -15,10 +15,10 @@ from crm.backfill.options import RunOptions
 from crm.backfill.outcome import Source
 from crm.backfill.pace import FIRST_ROWS, ErrorCeiling
 from crm.backfill.report import (
-    advice,
     as_json,
     console_on,
     in_place_of_the_report,
+    news,
     print_summary,
     progress_on_stderr,
 )
@@ -161,14 +161,14 @@ class Command(OperatorCommand):
         except OutputError:
             self.stderr.write(in_place_of_the_report(report))
             raise
+        for line in news(report, strict=strict):
+            self.stderr.write(line)
         if code := report.exit_code(strict=strict):
             raise SystemExit(code)
 
     def _tell(self, report: RunReport, *, json: bool) -> None:
         if json:
             self.stdout.write(as_json(report))
-            if words := advice(report):
-                self.stderr.write(words)
         else:
             print_summary(report, console_on(self.stdout))
         self.stdout.flush()

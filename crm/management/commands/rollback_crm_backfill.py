@@ -9,11 +9,10 @@ from typing import Any
 from django.core.management.base import CommandError, CommandParser
 
 from crm.backfill.report import console_on, progress_on_stderr
-from crm.backfill.rollback.report import advice, as_json, listing, print_summary
+from crm.backfill.rollback.report import as_json, listing, news, print_summary
 from crm.backfill.rollback.runner import DEFAULT_BATCH_SIZE, roll_back
 from crm.errors import OperatorError
 from crm.management.operator_command import OperatorCommand
-from crm.models.ledger import RunStatus
 
 LEAST_BATCH, LARGEST_BATCH = 1, 5_000
 
@@ -65,10 +64,11 @@ class Command(OperatorCommand):
                 report = roll_back(run, dry_run=dry_run, batch_size=batch_size, progress=progress, listener=listener)
         except OperatorError as error:
             raise CommandError(str(error), returncode=error.exit_code) from None
+        # First: whatever becomes of stdout, this was told.
+        for line in news(report):
+            self.stderr.write(line)
         if json:
             self.stdout.write(as_json(report))
-            if report.status != RunStatus.FINISHED and (words := advice(report)):
-                self.stderr.write(words)
         else:
             print_summary(report, console_on(self.stdout))
         if report.exit_code:

@@ -15,7 +15,7 @@ from crm.backfill.errors import told
 from crm.backfill.report import console_on
 from crm.backfill.verification import verify
 from crm.backfill.verification.findings import Finding
-from crm.backfill.verification.report import as_json, findings_writer, print_report
+from crm.backfill.verification.report import as_json, findings_writer, news, print_report
 from crm.errors import OperatorError
 from crm.files import replaced_file
 from crm.management.operator_command import OperatorCommand
@@ -56,6 +56,9 @@ class Command(OperatorCommand):
                 report = verify(connection, on_finding=on_finding, on_page=on_page)
         except OperatorError as error:
             raise CommandError(str(error), returncode=error.exit_code) from None
+        # First: whatever becomes of stdout, this was told.
+        if line := news(report):
+            self.stderr.write(line)
         if json:
             self.stdout.write(as_json(report))
         else:
