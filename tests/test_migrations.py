@@ -30,6 +30,7 @@ SELECT concat_ws(' | ', line.source_updated_at, seen_updated_at, change.source_u
                  stage_entered_before)
   FROM crm_backfill.ledger_entry line JOIN crm_backfill.contact_update change ON line_id = line.id
 """
+KNOWN_SINCE = "SELECT num_nulls(rules, updated_and_kept) FROM crm_backfill.backfill_run"
 PRECISIONS = """
 SELECT DISTINCT format_type(atttypid, atttypmod) FROM pg_attribute
  WHERE attrelid IN ('crm_backfill.ledger_entry'::regclass, 'crm_backfill.contact_update'::regclass)
@@ -63,6 +64,7 @@ def test_an_existing_installation_keeps_its_data_and_remembers_its_schema(django
 
         newest = manage("migrate", "--verbosity", "0", url=url)
         assert newest.returncode == 0, newest.stderr
+        assert database.execute(KNOWN_SINCE) == [2], "of a run of then nobody knows what was not recorded"
         assert "678901" in database.execute(LEDGER)[0]
         exported = manage("export_backfill_errors", url=url)
         assert (exported.returncode, "profiles:2,2,conflict," in exported.stdout) == (0, True), exported.stderr

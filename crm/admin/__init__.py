@@ -226,7 +226,7 @@ class RunAdmin(ReadOnlyAdmin):
         ("Looked at again", {"fields": ("revisited", *UPDATE_COUNTS, "changed_by_column", "changed")}),
         ("Rollback", {"fields": ("taken_back", "rollback_runs", "counts_of_the_rollback")}),
         ("When", {"fields": ("started_at", "heartbeat_at", "finished_at", "duration")}),
-        ("Who and what", {"fields": ("operator", "version", "legacy_schema", "generation", "asked")}),
+        ("Who and what", {"fields": ("operator", "version", "rules", "legacy_schema", "generation", "asked")}),
         ("Process", {"fields": ("host", "boot_id", "pid_namespace", "process_id", "process_started")}),
     )
 

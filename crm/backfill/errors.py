@@ -42,7 +42,7 @@ BAD_MOMENTS = {
 }
 TIMEOUTS = ("55P03", "57014", "25P04")
 DEADLOCK, UNIQUE_VIOLATION = "40P01", "23505"
-INSUFFICIENT_PRIVILEGE, NO_SUCH_TABLE, LOCK_TIMEOUT = "42501", "42P01", "55P03"
+INSUFFICIENT_PRIVILEGE, NO_SUCH_TABLE, NO_SUCH_COLUMN, LOCK_TIMEOUT = "42501", "42P01", "42703", "55P03"
 #: What an operator can put right, whatever the command.
 REMEDIES = {
     INSUFFICIENT_PRIVILEGE: (
@@ -52,6 +52,10 @@ REMEDIES = {
     NO_SUCH_TABLE: (
         "This database has not all the tables that this takes, or this role may not see them: "
         "`python manage.py migrate` makes those of the backfill."
+    ),
+    NO_SUCH_COLUMN: (
+        "This database has not all the columns that this version takes: run `python manage.py migrate`, as after every "
+        "new version."
     ),
 }
 

@@ -26,7 +26,7 @@ from crm.backfill.transactions import certain_transaction
 from crm.errors import OperatorError
 from crm.models import BackfillRun
 from crm.models.ledger import RunStatus
-from crm.version import VERSION
+from crm.version import RULES, VERSION
 
 HEARTBEAT_LASTS = timedelta(minutes=5)
 _TAKEN_OVER = "taken over"
@@ -59,6 +59,7 @@ def claim(
         kind=kind,
         options=dict(options),
         version=VERSION,
+        rules=RULES,
         generation=generation,
         operator=operator(),
         host=process.host,

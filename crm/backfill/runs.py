@@ -189,6 +189,7 @@ def details(run_id: int) -> dict[str, Any]:
         **told,
         "options": run.options,
         "version": run.version,
+        "rules": run.rules,
         "generation": run.generation,
         "operator": run.operator,
         "host": run.host,

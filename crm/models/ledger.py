@@ -59,6 +59,9 @@ class BackfillRun(models.Model):
     status = models.TextField(choices=RunStatus.choices, default=RunStatus.RUNNING)
     options = models.JSONField(default=dict, help_text="What was asked, as the command understood it")
     version = models.TextField(help_text="The version of this project")
+    rules = models.IntegerField(
+        null=True, help_text="The number of the rules that it went by; of runs of earlier versions nobody knows it"
+    )
     generation = models.TextField(help_text="The generation of the application's tables")
     legacy_schema = models.TextField(
         default=examined_schema, help_text="The schema of the application's tables: the ledger is of no other"

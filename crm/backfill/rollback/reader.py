@@ -12,6 +12,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill.apart import read_apart
 from crm.backfill.mapping import ContactDraft, MappedRow, contact_id, map_rows, rounded, trimmed, unmapped
+from crm.backfill.other_rules import OtherRules
 from crm.backfill.outcome import Outcome, Reason, Refusal, Source, UpdateOutcome
 from crm.backfill.resolutions import Resolutions
 from crm.backfill.rollback.updates import UpdateRecord
@@ -107,13 +108,15 @@ class Reader:
     set_elsewhere: str
     account_changed: str
     resolutions: Resolutions
+    other_rules: OtherRules
 
     @classmethod
     def of(cls, connection: BaseDatabaseWrapper, facts: DatabaseFacts, run: BackfillRun) -> Reader:
         """A reader for the rollback of `run`. Raises OperatorError where this role may not see what it must compare."""
         account_changed = _ACCOUNT_CHANGED if may_read_user_changes(connection) else _NO_ACCOUNT_CHANGED
         resolutions = Resolutions.every(connection)
-        return cls(connection, facts, run, _set_elsewhere(connection), account_changed, resolutions)
+        other_rules = OtherRules.read(connection)
+        return cls(connection, facts, run, _set_elsewhere(connection), account_changed, resolutions, other_rules)
 
     def page(self, after: str, size: int) -> list[Line]:
         """At most `size` lines of the run, by id, from strictly after one on."""

@@ -17,7 +17,7 @@ from rich.text import Text
 from crm.backfill.outcome import Source
 from crm.backfill.rollback.runner import Listener, ListingError, RollbackReport
 from crm.backfill.rollback.undo import Undone
-from crm.backfill.rollback.verdict import Line, Verdict
+from crm.backfill.rollback.verdict import Line, Verdict, Why
 from crm.backfill.spreadsheet import row_writer
 from crm.backfill.target import target, target_line
 from crm.errors import OperatorError
@@ -175,7 +175,8 @@ def news(report: RollbackReport) -> list[str]:
 def _failures(report: RollbackReport) -> str | None:
     if not report.counts.failed:
         return None
-    reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(report.counts.reasons.items()))
+    refusals = [item for item in sorted(report.counts.reasons.items()) if item[0].startswith(Why.REFUSED)]
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in refusals)
     what = f"run {report.run_id}: {report.counts.failed:,} of what run {report.rolls_back} did could not be taken back"
     return f"{what} ({reasons}); --csv lists them"
 

@@ -20,6 +20,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill import fence
 from crm.backfill.apart import write_apart
+from crm.backfill.other_rules import OtherRules
 from crm.backfill.outcome import Outcome, Totals, UpdateOutcome
 from crm.backfill.references import Reference, find_references, is_unreferenced, referring_tables
 from crm.backfill.rollback.reader import Reader
@@ -39,6 +40,7 @@ from crm.backfill.rollback.verdict import (
     is_unchanged,
     maps_to_nothing,
     merges_that_miss,
+    why_it_differs,
 )
 from crm.backfill.transactions import certain_transaction
 from crm.backfill.update.writer import stage_history_id, write_contacts
@@ -170,9 +172,10 @@ def judge(lines: Sequence[Line], reader: Reader, restored: Mapping[str, Restored
     rows = reader.source_rows([*created, *merges, *foreign, *their_creators.values(), *updates])
 
     for line in created:
-        _judge_created(line, contacts.get(line.id), judged, rows)
+        _judge_created(line, contacts.get(line.id), judged, rows, reader.other_rules)
     for line in foreign:
-        _judge_merged(line, contacts.get(str(line.contact_id)), their_creators.get(str(line.contact_id)), judged, rows)
+        creator = their_creators.get(str(line.contact_id))
+        _judge_merged(line, contacts.get(str(line.contact_id)), creator, judged, rows, reader.other_rules)
     for contact_id, take_back in judged.take_backs.items():
         others = [merge for merge in judged.merges[contact_id] if merge.run_id != run_id]
         take_back.later_merges = merges_that_miss(contacts[contact_id], take_back.columns, others, rows)
@@ -203,22 +206,34 @@ def judge_changes(records: Sequence[UpdateRecord], reader: Reader) -> JudgedUpda
     contact_ids = sorted({str(record.line.contact_id) for record in records})
     merges = reader.merges_into(contact_ids)
     rows = reader.source_rows([*merges, *(line for record in records for line in record.lines)])
-    return judge_updates(records, reader.contacts(contact_ids), _by_contact(merges), rows)
+    return judge_updates(records, reader.contacts(contact_ids), _by_contact(merges), rows, reader.other_rules)
 
 
-def _judge_created(line: Line, contact: StoredContact | None, judged: Judged, rows: Rows) -> None:
+def _judge_created(
+    line: Line, contact: StoredContact | None, judged: Judged, rows: Rows, other_rules: OtherRules
+) -> None:
     merges = [merge for merge in judged.merges.get(line.id, ()) if merge.filled] + judged.updates.get(line.id, [])
+    by_other_rules = other_rules.of(writer.run_id for writer in (line, *merges)) is not None
     if contact is None:
         judged.decided.append(Judgement(line, Verdict.KEPT, Why.DELETED))
     elif any(maps_to_nothing(writer, rows) for writer in (line, *merges)):
-        judged.decided.append(Judgement(line, Verdict.KEPT, Why.SOURCE_CHANGED))
+        why = Why.OTHER_RULES if by_other_rules else Why.SOURCE_CHANGED
+        judged.decided.append(Judgement(line, Verdict.KEPT, why))
     elif edited := edited_columns(contact, line, merges, rows):
-        judged.decided.append(Judgement(line, Verdict.KEPT, Why.EDITED, _named(edited)))
+        why = why_it_differs(contact, line.written_at, by_other_rules=by_other_rules)
+        judged.decided.append(Judgement(line, Verdict.KEPT, why, _named(edited)))
     else:
         judged.deletable[line.id] = contact.version
 
 
-def _judge_merged(line: Line, contact: StoredContact | None, creator: Line | None, judged: Judged, rows: Rows) -> None:
+def _judge_merged(
+    line: Line,
+    contact: StoredContact | None,
+    creator: Line | None,
+    judged: Judged,
+    rows: Rows,
+    other_rules: OtherRules,
+) -> None:
     if contact is None:
         judged.decided.append(Judgement(line, Verdict.KEPT, Why.DELETED))
     elif (marker := _marker_of(line, creator)) and contact.values.updated_at != marker:
@@ -228,7 +243,9 @@ def _judge_merged(line: Line, contact: StoredContact | None, creator: Line | Non
     elif not is_unchanged(line, rows):
         judged.decided.append(Judgement(line, Verdict.KEPT, Why.SOURCE_CHANGED))
     elif differing := differs_from_merge(contact, line, rows):
-        judged.decided.append(Judgement(line, Verdict.KEPT, Why.EDITED, _named(differing)))
+        by_other_rules = other_rules.of([line.run_id]) is not None
+        why = why_it_differs(contact, _marker_of(line, creator), by_other_rules=by_other_rules)
+        judged.decided.append(Judgement(line, Verdict.KEPT, why, _named(differing)))
     else:
         before = TakeBack(contact.version, set(), confidence_before(creator, rows), [])
         take_back = judged.take_backs.setdefault(contact.values.id, before)

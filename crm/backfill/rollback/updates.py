@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from crm.backfill.mapping import FULL_CONFIDENCE, ContactDraft
+from crm.backfill.other_rules import OtherRules
 from crm.backfill.rollback.verdict import (
     Judgement,
     Line,
@@ -25,6 +26,7 @@ from crm.backfill.rollback.verdict import (
     differs_from_merge,
     is_unchanged,
     merges_that_miss,
+    why_it_differs,
 )
 from crm.backfill.update.changes import FIELDS_OF_CHANGE
 
@@ -99,6 +101,7 @@ def judge_updates(
     contacts: Mapping[str, StoredContact],
     merges: Mapping[str, list[Line]],
     rows: Rows,
+    other_rules: OtherRules,
 ) -> JudgedUpdates:
     """Judge changes, of which those of one contact come the last one first."""
     judged = JudgedUpdates()
@@ -109,7 +112,7 @@ def judge_updates(
             continue
         restored = judged.restored.get(contact.values.id) or Restored(contact.version, contact.values)
         stands = StoredContact(contact.version, restored.values)
-        if reason := _why_it_stays(record, stands, rows):
+        if reason := _why_it_stays(record, stands, rows, other_rules):
             judged.decided.append(reason)
             continue
         judged.restored[contact.values.id] = restored
@@ -118,13 +121,17 @@ def judge_updates(
     return judged
 
 
-def _why_it_stays(record: UpdateRecord, contact: StoredContact, rows: Rows) -> Judgement | None:
+def _why_it_stays(
+    record: UpdateRecord, contact: StoredContact, rows: Rows, other_rules: OtherRules
+) -> Judgement | None:
     if contact.values.updated_at != record.contact_updated_at:
         return Judgement(record.line, Verdict.KEPT, Why.EDITED, "updatedAt")
     if not is_unchanged(record.line, rows) or record.before(rows) is None:
         return Judgement(record.line, Verdict.KEPT, Why.SOURCE_CHANGED)
     if differing := differs_from_merge(contact, record.line, rows):
-        return Judgement(record.line, Verdict.KEPT, Why.EDITED, ", ".join(differing))
+        by_other_rules = other_rules.of([record.line.run_id]) is not None
+        why = why_it_differs(contact, record.contact_updated_at, by_other_rules=by_other_rules)
+        return Judgement(record.line, Verdict.KEPT, why, ", ".join(differing))
     return None
 
 

@@ -33,6 +33,7 @@ class Why(StrEnum):
     REFERENCED = "referenced"  # another table's row refers to the contact
     DELETED = "deleted"  # the contact was deleted in the CRM, and is not to be brought back
     SOURCE_CHANGED = "source_changed"  # its row does not tell any more what was written
+    OTHER_RULES = "other_rules"  # by the rules of this version its rows do not tell what was written
     WITH_ITS_CONTACT = "with_its_contact"  # it was merged into a contact of the same run that stays
     REFUSED = "refused"  # PostgreSQL's SQLSTATE is the detail
 
@@ -107,6 +108,12 @@ def edited_columns(contact: StoredContact, creator: Line, merges: Iterable[Line]
 def differs_from_merge(contact: StoredContact, merge: Line, rows: Rows) -> list[str]:
     """The columns in which the contact is not what the merge has written."""
     return _differences(contact, _possible_values(merge, columns_of(merge), rows))
+
+
+def why_it_differs(contact: StoredContact, written_at: str | None, *, by_other_rules: bool) -> Why:
+    """Why a contact is not what its lines have written: by the rules of this version, as long as nobody touched it."""
+    is_touched = contact.set_elsewhere or contact.values.updated_at != written_at
+    return Why.OTHER_RULES if by_other_rules and not is_touched else Why.EDITED
 
 
 def is_unchanged(line: Line, rows: Rows) -> bool:

@@ -18,11 +18,12 @@ from typing import Any
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill.mapping import ContactDraft, MappedRow
+from crm.backfill.other_rules import OtherRules
 from crm.backfill.outcome import Reason
 from crm.backfill.plan import KnownContact, fill
 from crm.backfill.snapshot import PAGE
 from crm.backfill.update.changes import FIELDS_OF_CHANGE
-from crm.backfill.verification.findings import Check, Finding, Kind
+from crm.backfill.verification.findings import Check, Finding, Kind, unexplained
 from crm.backfill.verification.proof import proven_contacts
 from crm.backfill.verification.rows import (
     CHANGED,
@@ -64,7 +65,11 @@ class Comparison:
 
 
 def compare_contacts(
-    connection: BaseDatabaseWrapper, reader: RowReader, counts: Comparison, on_page: Callable[[int], None]
+    connection: BaseDatabaseWrapper,
+    reader: RowReader,
+    other_rules: OtherRules,
+    counts: Comparison,
+    on_page: Callable[[int], None],
 ) -> Iterator[Finding]:
     """Compare every contact of ours: on the server where that is enough, by the rules of the mapping otherwise.
 
@@ -90,7 +95,7 @@ def compare_contacts(
                 yield _gone(contact, lines)
             elif row.mapped is not None:  # a row that is not to be migrated is the reconciliation's
                 counts.compared += 1
-                findings = _compare(contact, row.mapped, lines, rows, compared)
+                findings = _compare(contact, row.mapped, lines, rows, compared, other_rules)
                 counts.alike += not findings
                 yield from findings
         on_page(len(page))
@@ -107,12 +112,13 @@ def _compare(
     lines: LinesOfContact,
     rows: Mapping[str, FoundRow],
     compared: Collection[str],
+    other_rules: OtherRules,
 ) -> list[Finding]:
     if mapped.draft is not None:
         differing = _differing(contact, _without_left_accounts(mapped, mapped.draft, contact), lines, rows, compared)
     else:
         differing = {_field_of_rejection(mapped): lines.creator}
-    return list(_findings(differing, contact, lines, rows)) if differing else []
+    return list(_findings(differing, contact, lines, rows, other_rules)) if differing else []
 
 
 def _field_of_rejection(mapped: MappedRow) -> str:
@@ -205,16 +211,22 @@ def _may_differ(line: Line, row: FoundRow | None, contact: FoundContact, name: s
 
 
 def _findings(
-    differing: Mapping[str, Line], contact: FoundContact, lines: LinesOfContact, rows: Mapping[str, FoundRow]
+    differing: Mapping[str, Line],
+    contact: FoundContact,
+    lines: LinesOfContact,
+    rows: Mapping[str, FoundRow],
+    other_rules: OtherRules,
 ) -> Iterator[Finding]:
     touched = _is_touched(contact, lines)
-    of_kind: dict[Kind, list[str]] = {}
+    # Of all of its rows: which of them a value comes from is a matter of the rules, too.
+    written_by = other_rules.of(line.run_id for line in (lines.creator, *lines.later))
+    of_kind: dict[tuple[Kind, str | None], list[str]] = {}
     for name, line in differing.items():
         changed = touched or _may_differ(line, rows.get(line.row), contact, name)
-        kind = Kind.DEFECT if not changed else Kind.CRM_CHANGED if touched else Kind.SOURCE_CHANGED
-        of_kind.setdefault(kind, []).append(COLUMN[name])
-    for kind, columns in of_kind.items():
-        yield Finding(Check.FIELDS, kind, lines.creator.row, lines.creator.contact_id, tuple(columns))
+        by_people = (Kind.CRM_CHANGED if touched else Kind.SOURCE_CHANGED), None
+        of_kind.setdefault(by_people if changed else unexplained(written_by), []).append(COLUMN[name])
+    for (kind, by), columns in of_kind.items():
+        yield Finding(Check.FIELDS, kind, lines.creator.row, lines.creator.contact_id, tuple(columns), by)
 
 
 def _is_touched(contact: FoundContact, lines: LinesOfContact) -> bool:

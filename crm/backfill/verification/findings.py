@@ -18,9 +18,15 @@ KEPT = 100
 class Kind(StrEnum):
     """Who has to do with it."""
 
-    DEFECT = "defect"  # neither the source nor the CRM changed: it should not be so
+    DEFECT = "defect"  # neither the source nor the CRM nor the rules changed: it should not be so
+    RULES_CHANGED = "rules_changed"  # the run that wrote it went by other rules than this version
     SOURCE_CHANGED = "source_changed"  # the source row changed since it was migrated, or is gone
     CRM_CHANGED = "crm_changed"  # somebody changed the contact or its history since, or added another
+
+
+def unexplained(written_by: str | None) -> tuple[Kind, str | None]:
+    """The kind of what no change of the source or the CRM explains, and the other rules that do, where they do."""
+    return (Kind.DEFECT if written_by is None else Kind.RULES_CHANGED), written_by
 
 
 class Check(StrEnum):
@@ -75,6 +81,8 @@ class Finding(NamedTuple):
     row: str | None = None
     contact_id: str | None = None
     columns: tuple[str, ...] = ()
+    #: Of RULES_CHANGED: the version and the rules that wrote it.
+    written_by: str | None = None
 
 
 @dataclass(slots=True)
@@ -84,6 +92,7 @@ class Findings:
     pass_on: Callable[[Finding], None] | None = None
     counts: Counter[tuple[Check, Kind]] = field(default_factory=Counter)
     kept: list[Finding] = field(default_factory=list)
+    written_by: Counter[str] = field(default_factory=Counter)
 
     def add(self, finding: Finding) -> None:
         """Take a finding in."""
@@ -91,6 +100,8 @@ class Findings:
         if self.counts[of_its_sort] < KEPT:
             self.kept.append(finding)
         self.counts[of_its_sort] += 1
+        if finding.written_by is not None:
+            self.written_by[finding.written_by] += 1
         if self.pass_on is not None:
             self.pass_on(finding)
 

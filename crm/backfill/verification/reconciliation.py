@@ -12,10 +12,11 @@ from django.conf import settings
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill.addresses import canonical_address_sql
+from crm.backfill.other_rules import OtherRules
 from crm.backfill.outcome import Outcome, Source
 from crm.backfill.schema import DatabaseFacts
 from crm.backfill.snapshot import stream
-from crm.backfill.verification.findings import Check, Finding, Kind
+from crm.backfill.verification.findings import Check, Finding, Kind, unexplained
 
 TABLES = ("profiles", "leads")
 _LABEL = {"profiles": "role", "leads": "status"}
@@ -56,7 +57,7 @@ SELECT {_REFERENCE}, line.contact_id FROM ledger_entry line
 """
 # A row that met somebody else's contact made nothing; but it was not to be looked at, either.
 _EXCLUDED_MIGRATED = """
-SELECT '{table}:' || r.id, c.id, r."updatedAt" IS DISTINCT FROM line.source_updated_at
+SELECT '{table}:' || r.id, c.id, r."updatedAt" IS DISTINCT FROM line.source_updated_at, line.run_id
   FROM {table} r
   JOIN ledger_entry line ON line.id = {derived} AND line.outcome <> 'error'
   JOIN crm_contacts c ON c.id = line.contact_id
@@ -68,7 +69,7 @@ WITH twice AS (SELECT {{key}} AS key FROM crm_contacts c WHERE {{key}} <> '' GRO
      theirs AS (
        SELECT twice.key, c.id, c."createdAt", c."updatedAt", line.id IS NOT NULL AS ours, {_REFERENCE} AS reference,
               c."updatedAt" IS DISTINCT FROM line.source_updated_at::timestamp({{second_digits}}) AS changed,
-              run.started_at AT TIME ZONE 'UTC' AS begun
+              run.started_at AT TIME ZONE 'UTC' AS begun, line.run_id
          FROM twice JOIN crm_contacts c ON {{key}} = twice.key
               LEFT JOIN ledger_entry line ON line.id = c.id AND line.outcome = 'created'
               LEFT JOIN backfill_run run ON run.id = line.run_id
@@ -76,10 +77,11 @@ WITH twice AS (SELECT {{key}} AS key FROM crm_contacts c WHERE {{key}} <> '' GRO
 SELECT our.reference, our.id,
        our.changed OR bool_and(
          CASE WHEN other.ours THEN other.changed
-              ELSE COALESCE(greatest(other."createdAt", other."updatedAt") >= our.begun, false) END)
+              ELSE COALESCE(greatest(other."createdAt", other."updatedAt") >= our.begun, false) END),
+       array_append(array_agg(other.run_id), our.run_id)
   FROM theirs our JOIN theirs other ON other.key = our.key AND other.id <> our.id
  WHERE our.ours
- GROUP BY our.reference, our.id, our.changed
+ GROUP BY our.reference, our.id, our.changed, our.run_id
 """
 _KEYS_OF_PERSON = {
     "email": canonical_address_sql("c.email"),
@@ -148,12 +150,12 @@ def count_rows_gone(connection: BaseDatabaseWrapper) -> dict[str, int]:
     return gone
 
 
-def reconcile(connection: BaseDatabaseWrapper, facts: DatabaseFacts) -> Iterator[Finding]:
+def reconcile(connection: BaseDatabaseWrapper, facts: DatabaseFacts, other_rules: OtherRules) -> Iterator[Finding]:
     """Everything in which rows, lines and contacts disagree."""
     for table in TABLES:
         derived = _DERIVED.format(reference=f"'{table}:' || r.id")
         yield from _defects(connection, Check.MISSING_LINE, _MISSING_LINES.format(table=table, derived=derived))
-        yield from _excluded_migrated(connection, facts, table, derived)
+        yield from _excluded_migrated(connection, facts, other_rules, table, derived)
     for check, query in (
         (Check.WRONG_ID, _WRONG_IDS),
         (Check.UNKNOWN_OUTCOME, _UNKNOWN_OUTCOMES),
@@ -163,9 +165,9 @@ def reconcile(connection: BaseDatabaseWrapper, facts: DatabaseFacts) -> Iterator
         yield from _defects(connection, check, query)
     for column, key in _KEYS_OF_PERSON.items():
         query = _CONTACTS_TWICE.format(key=key, second_digits=facts.second_digits)
-        for reference, contact_id, changed in stream(connection, "twice", query):
-            kind = Kind.CRM_CHANGED if changed else Kind.DEFECT
-            yield Finding(Check.CONTACT_TWICE, kind, reference, contact_id, (column,))
+        for reference, contact_id, changed, runs in stream(connection, "twice", query):
+            kind, by = (Kind.CRM_CHANGED, None) if changed else unexplained(other_rules.of(runs))
+            yield Finding(Check.CONTACT_TWICE, kind, reference, contact_id, (column,), by)
 
 
 def _defects(connection: BaseDatabaseWrapper, check: Check, query: str) -> Iterator[Finding]:
@@ -174,13 +176,13 @@ def _defects(connection: BaseDatabaseWrapper, check: Check, query: str) -> Itera
 
 
 def _excluded_migrated(
-    connection: BaseDatabaseWrapper, facts: DatabaseFacts, table: str, derived: str
+    connection: BaseDatabaseWrapper, facts: DatabaseFacts, other_rules: OtherRules, table: str, derived: str
 ) -> Iterator[Finding]:
     label = _LABEL[table]
     by_name = facts.roles if table == "profiles" else facts.statuses
     labels = [spelling for spellings in by_name.values() for spelling in spellings]
     excluded = [spelling for spelling in labels if facts.source_of(table, spelling) is None]
     query = _EXCLUDED_MIGRATED.format(table=table, derived=derived, label=label, label_type=facts.label_types[table])
-    for reference, contact_id, changed in stream(connection, "excluded", query, {"labels": excluded}):
-        kind = Kind.SOURCE_CHANGED if changed else Kind.DEFECT
-        yield Finding(Check.EXCLUDED_MIGRATED, kind, reference, contact_id, (label,))
+    for reference, contact_id, changed, run in stream(connection, "excluded", query, {"labels": excluded}):
+        kind, by = (Kind.SOURCE_CHANGED, None) if changed else unexplained(other_rules.of([run]))
+        yield Finding(Check.EXCLUDED_MIGRATED, kind, reference, contact_id, (label,), by)

@@ -16,26 +16,30 @@ from crm.backfill.target import target, target_line
 from crm.backfill.verification.figures import OTHERS, Figures
 from crm.backfill.verification.findings import Check, Finding, Kind
 from crm.backfill.verification.runner import VerificationReport
+from crm.version import RULES, VERSION
 
 #: How many findings of a sort are listed for people.
 LISTED = 10
 
 _TITLE_OF_KIND = {
     Kind.DEFECT: "Defects: nobody changed anything since, and yet",
+    Kind.RULES_CHANGED: "Written by other rules than those of this version: no defect",
     Kind.CRM_CHANGED: "Changed in the CRM since: stays as people made it",
     Kind.SOURCE_CHANGED: "Changed in the source since the migration",
 }
-_STYLE_OF_KIND = {Kind.DEFECT: "red", Kind.CRM_CHANGED: "", Kind.SOURCE_CHANGED: ""}
-_CSV_COLUMNS = ("kind", "check", "row", "contact_id", "columns")
+_CSV_COLUMNS = ("kind", "check", "row", "contact_id", "columns", "written_by")
 
 
 def findings_writer(file: TextIO) -> Callable[[Finding], None]:
     """Write the head of the CSV; the answer writes a finding, one line each."""
     write = row_writer(file)
     write(_CSV_COLUMNS)
-    return lambda finding: write(
-        (finding.kind.value, finding.check.value, finding.row, finding.contact_id, " ".join(finding.columns))
-    )
+
+    def write_finding(finding: Finding) -> None:
+        names = (finding.row, finding.contact_id, " ".join(finding.columns), finding.written_by)
+        write((finding.kind.value, finding.check.value, *names))
+
+    return write_finding
 
 
 def as_json(report: VerificationReport) -> str:
@@ -59,6 +63,8 @@ def as_json(report: VerificationReport) -> str:
         "alike": comparison.alike,
         "touched_in_crm": comparison.touched,
         "found": {check.value: findings.of_check(check) for check in Check if findings.of_check(check)},
+        "rules": RULES,
+        "written_by_other_rules": dict(sorted(findings.written_by.items())),
         "findings": [
             {
                 "kind": finding.kind,
@@ -66,6 +72,7 @@ def as_json(report: VerificationReport) -> str:
                 "row": finding.row,
                 "contact_id": finding.contact_id,
                 "columns": finding.columns,
+                "written_by": finding.written_by,
             }
             for finding in findings.kept
         ],
@@ -156,7 +163,9 @@ def _remark(report: VerificationReport, outcome: Outcome) -> str:
 
 
 def _found(report: VerificationReport, kind: Kind) -> Group:
-    table = Table(title=_TITLE_OF_KIND[kind], title_justify="left", title_style=f"bold {_STYLE_OF_KIND[kind]}")
+    table = Table(
+        title=_TITLE_OF_KIND[kind], title_justify="left", title_style="bold red" if kind is Kind.DEFECT else "bold"
+    )
     for name in ("Check", "Row", "Contact", "Columns"):
         table.add_column(name, overflow="fold")
     remaining = []
@@ -209,6 +218,11 @@ def _figures(report: VerificationReport, contact_type: str | None) -> dict[str, 
 
 
 def _notes(report: VerificationReport) -> Iterator[str]:
+    for written_by, count in sorted(report.findings.written_by.items()):
+        yield (
+            f"{count:,} of what was found was written by {written_by}; this is version {VERSION}, rules {RULES}. It "
+            'stays as it is: see "Install a new version" in docs/runbook.md.'
+        )
     if not report.sees_user_changes:
         yield (
             "This role may not read users.updatedAt, so a user's new address cannot be told from a defect. Let the "

@@ -11,6 +11,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from django.utils import timezone
 
 from crm.backfill.census import take_census
+from crm.backfill.other_rules import OtherRules
 from crm.backfill.outcome import Census
 from crm.backfill.resolutions import Resolutions
 from crm.backfill.schema import ATTRIBUTION_COLUMNS, examine
@@ -53,7 +54,8 @@ class VerificationReport:
 
     @property
     def exit_code(self) -> int:
-        """0 when there is no defect and the census balances, else 1. What changed since and what is pending is fine."""
+        """0 when there is no defect and the census balances, else 1. What changed since, be it a row, a contact or the
+        rules, and what is pending is fine."""
         return 1 if self.defects or not self.census.balances else 0
 
 
@@ -84,11 +86,12 @@ def verify(
         history = History.of(connection)
         missing = [column for column in ATTRIBUTION_COLUMNS if column not in present]
         reader = RowReader(connection, facts, sees_user_changes, missing, Resolutions.every(connection))
+        other_rules = OtherRules.read(connection)
         for found in (
             check_schema(connection, present),
-            reconcile(connection, facts),
+            reconcile(connection, facts, other_rules),
             history_gone(connection, history),
-            compare_contacts(connection, reader, comparison, on_page),
+            compare_contacts(connection, reader, other_rules, comparison, on_page),
         ):
             for finding in found:
                 findings.add(finding)

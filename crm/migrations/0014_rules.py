@@ -1,0 +1,19 @@
+from django.db import migrations, models
+
+
+class Migration(migrations.Migration):
+    dependencies = [
+        ("crm", "0013_updated_and_kept"),
+    ]
+
+    operations = [
+        # NULL for the runs that are there: their record does not tell by which rules they went.
+        migrations.AddField(
+            "backfillrun",
+            "rules",
+            models.IntegerField(
+                null=True,
+                help_text="The number of the rules that it went by; of runs of earlier versions nobody knows it",
+            ),
+        ),
+    ]
