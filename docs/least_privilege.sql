@@ -222,7 +222,7 @@ GRANT SELECT, INSERT, UPDATE ON crm_backfill.backfill_run, crm_backfill.ledger_e
 GRANT SELECT, INSERT ON crm_backfill.backfill_batch, crm_backfill.contact_update TO :"role";
 -- A run reads what was decided about rows in conflict; resolve_crm_conflict records it under this role too.
 GRANT SELECT, INSERT, UPDATE ON crm_backfill.conflict_decision TO :"role";
--- The list of runs shows what was taken back.
+-- The list of runs and the trace of a contact show what was taken back.
 GRANT SELECT ON crm_backfill.rollback TO :"role";
 -- The function that runs what writes contacts, with the rights of whoever calls it, is everyone's by default.
 SELECT format('GRANT EXECUTE ON FUNCTION crm_backfill.try_execute(text, text[]) TO %I', :'role')

@@ -176,6 +176,9 @@ def test_rows_in_error(database: Database, overheard: Overheard, arguments: tupl
     overheard.command(*arguments)
     overheard.look("backfill_runs", "list")
     overheard.look("backfill_runs", "show", str(database.rows("SELECT max(id) FROM backfill_run")[0][0]))
+    overheard.look("backfill_runs", "watch", "latest")
+    for contact in CRMContact.objects.values_list("pk", flat=True)[:5]:
+        overheard.look("trace_contact", contact)
     overheard.look("verify_crm_contacts")
     overheard.assert_nothing_of_people()
 

@@ -68,7 +68,7 @@ def test_contacts_that_are_gone_in_number_are_told_once_with_the_figure(database
     ended = backfill("--json", "--no-progress")
     assert (ended.stderr, ended.answer["contacts_gone"]["rows"]) == ("", 12)
     delete_contacts(database)
-    assert "18 of them since run" in backfill("--no-progress").stdout
+    assert "18 of them since run" in backfill("--no-progress").stderr
 
 
 def test_a_few_that_people_deleted_are_no_news(database: Database) -> None:

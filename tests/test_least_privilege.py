@@ -18,7 +18,8 @@ from config import embedded
 from crm import checks
 from crm.legacy_schema import GENERATIONS
 from tests import builders
-from tests.circumstances import DROP_FOREIGN_KEYS
+from tests.circumstances import DROP_FOREIGN_KEYS, acting_as
+from tests.commands import called
 from tests.conftest import Database
 from tests.processes import BASE_DIR, address, database_url, manage, session
 from tests.scratch import django_connection
@@ -128,6 +129,9 @@ def test_the_backfill_works_under_the_role_and_the_check_is_clean(database: Data
         again = manage("backfill_crm_contacts", "--json", "--no-progress", url=url)
         assert (again.returncode, json.loads(again.stdout)["already"]) == (0, 5)
         assert json.loads(manage("backfill_runs", "list", "--json", url=url).stdout)[0]["run"] == answer["run"] + 1
+        with acting_as(ROLE):
+            assert called("trace_contact", builders.contact_with("bob@example.com")["id"]).code == 0
+            assert called("backfill_runs", "watch", "latest").code == 0
     assert builders.contact_with("ann@example.com")["referrerUsername"] == "ref"
     assert builders.contact_with("bob@example.com")["phone"] == "555 0102"
 

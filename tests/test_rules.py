@@ -26,7 +26,7 @@ from tests.conftest import Database
 #: a new name or a new form of the code leaves them as they are.
 REFERENCE = ("reference.py", "reference_update.py")
 #: `RULES`, and the digest of the reference when somebody last said that they belong together.
-LOOKED_AT = (1, "1ddfbd51a27f0be07ac7f9cdc6f36cf5efc2ae61d70f6f2588a4bce2527325a1")
+LOOKED_AT = (1, "9f78ebf1e2e245b3f4be95705d3486d8034af0098b43c09aacb8f35d53053c27")
 
 LATER = "2099-01-01"
 EARLIER = pytest.mark.parametrize(("rules", "named"), [(None, "not recorded"), (RULES - 1, str(RULES - 1))])

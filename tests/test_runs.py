@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import shlex
 import threading
 from itertools import product
 from typing import Any
 
 import pytest
+from django.core.management import load_command_class
 from django.db import connection
 
 from crm.backfill import runs
 from crm.backfill.options import RunOptions
 from crm.backfill.outcome import Source, Totals
+from crm.backfill.pace import ErrorCeiling
 from crm.backfill.runner import Silence, run_backfill
 from crm.errors import OperatorError
 from crm.models import BackfillRun, Rollback
@@ -30,6 +33,12 @@ MADE_OF = {
     ("cancel", "paused"): "cancelled",
 }
 PAST = {"pause": "paused", "resume": "resumed", "cancel": "cancelled"}
+
+
+EVERYTHING_ASKED = (
+    "backfill_crm_contacts --update --only clients preparers --workers 2 --batch-size 500 "
+    "--since '2025-11-01 22:00:00' --max-rate 100 --max-errors 5% --max-replica-lag 1.5"
+)
 
 
 def backfill_runs(*arguments: str) -> Finished:
@@ -74,7 +83,7 @@ def test_the_transitions_name_every_status() -> None:
     assert set(runs.TRANSITIONS) == set(RunStatus)
 
 
-@pytest.mark.parametrize("action", ["show", *runs.ACTIONS])
+@pytest.mark.parametrize("action", ["show", "watch", *runs.ACTIONS])
 @pytest.mark.parametrize("number", ["7", "-7", "9" * 30])
 def test_a_run_that_is_not_there(database: Database, action: str, number: str) -> None:
     finished = backfill_runs(action, "--", number)
@@ -82,6 +91,56 @@ def test_a_run_that_is_not_there(database: Database, action: str, number: str) -
     assert finished.stderr.endswith(
         f"There is no run {number}. `python manage.py backfill_runs list` shows those there are.\n"
     )
+
+
+def test_latest_names_the_run_that_began_last(database: Database) -> None:
+    old, going = make_run("finished"), make_run("running")
+    assert json.loads(backfill_runs("show", "latest", "--json").stdout)["run"] == going.pk
+    for action, made in (("pause", "paused"), ("resume", "interrupted")):
+        assert backfill_runs(action, "latest").stdout.startswith(f"Run {going.pk} is {made}")
+    refused = backfill_runs("cancel", "latest")
+    assert (refused.code, f"Run {going.pk} is interrupted: only one that is" in refused.stderr) == (2, True)
+    assert (status_of(old), status_of(going)) == ("finished", "interrupted")
+    unknown = backfill_runs("show", "last")
+    assert (unknown.code, "'last' is no run: write its number, or latest" in unknown.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("action", ["show", "watch", *runs.ACTIONS])
+def test_there_is_no_latest_run_before_the_first(database: Database, action: str) -> None:
+    finished = backfill_runs(action, "latest")
+    assert (finished.code, finished.stdout, finished.stderr.count("\n")) == (2, "", 1)
+    assert "There has been no run." in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "command"),
+    [
+        (RunOptions(), "backfill_crm_contacts"),
+        (
+            RunOptions(
+                update=True, batch_size=500, only=(Source.CLIENTS, Source.PREPARERS), since="2025-11-01 22:00:00",
+                workers=2, max_rate=100, max_errors=ErrorCeiling.parse("5%"), max_replica_lag=1.5,
+            ),
+            EVERYTHING_ASKED,
+        ),
+    ],
+)  # fmt: skip
+def test_resume_says_that_nothing_runs_yet_and_how_to_go_on(
+    database: Database, options: RunOptions, command: str
+) -> None:
+    said = backfill_runs("resume", str(make_run("paused", options=options.recorded()).pk)).stdout
+    assert "Nothing runs yet" in said
+    assert f"`python manage.py {command}`" in said
+    parser = load_command_class("crm", "backfill_crm_contacts").create_parser("manage.py", "backfill_crm_contacts")
+    asked = vars(parser.parse_args(shlex.split(command)[1:]))
+    for name, value in options.recorded().items():
+        given = asked[name]
+        assert (str(given) if name == "max_errors" and given else given) == value
+
+
+def test_resume_of_a_rollback_names_its_command(database: Database) -> None:
+    paused = make_run("paused", kind="rollback", options={"rolls_back": 3})
+    assert "`python manage.py rollback_crm_backfill 3`" in backfill_runs("resume", str(paused.pk)).stdout
 
 
 class Meddler(Silence):

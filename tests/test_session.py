@@ -31,6 +31,8 @@ COMMANDS = (
     ("verify_crm_contacts",),
     ("backfill_runs", "list"),
     ("backfill_runs", "cancel", "1"),
+    ("backfill_runs", "watch", "1"),
+    ("trace_contact", "c1"),
     ("export_backfill_errors",),
     ("resolve_crm_conflict", "leads:1", "--contact", "c1"),
     ("check", "--database", "default"),

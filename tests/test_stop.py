@@ -87,6 +87,7 @@ COMMANDS = {
     "resolve_crm_conflict {row} --separate other@example.com": ("ledger_entry", "backfill_run"),
     "backfill_runs list": ("backfill_run",),
     "backfill_runs show {run}": ("backfill_batch",),
+    "backfill_runs watch {run}": ("backfill_batch",),
     "backfill_runs cancel {run}": ("backfill_run",),
 }
 

@@ -149,7 +149,7 @@ def kept(run_id: int | None) -> Iterator[None]:
 
 def take_over_if_dead(run: BackfillRun) -> bool:
     """End a running run whose process is gone or has not been heard of for five minutes; whether it was ended."""
-    gone = _process_of(run).is_gone()
+    gone = process_is_gone(run)
     running = BackfillRun.objects.running().filter(pk=run.pk)
     why = "its process is gone" if gone else "no heartbeat for five minutes"
     with transaction.atomic():
@@ -161,6 +161,16 @@ def take_over_if_dead(run: BackfillRun) -> bool:
     if taken:
         logger.warning("run %s was taken over: %s", run.pk, why)
     return bool(taken)
+
+
+def process_is_gone(run: BackfillRun) -> bool:
+    """Whether the process of a run has ended for certain, as far as this machine can tell."""
+    return _process_of(run).is_gone()
+
+
+def is_silent(run: BackfillRun) -> bool:
+    """Whether the heartbeat of a running run is so old that the next one may take it over."""
+    return BackfillRun.objects.running().filter(pk=run.pk, heartbeat_at__lt=Now() - HEARTBEAT_LASTS).exists()
 
 
 def _process_of(run: BackfillRun) -> ProcessIdentity:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,3 +49,17 @@ class RunOptions:
             "max_errors": str(self.max_errors) if self.max_errors else None,
             "max_replica_lag": self.max_replica_lag,
         }
+
+
+def as_arguments(recorded: Mapping[str, Any]) -> list[str]:
+    """The arguments by which a command asks for what a run's record says; what is the default is left out."""
+    flags = [name for name in ("update", "recreate_deleted") if recorded.get(name)]
+    arguments = [f"--{name.replace('_', '-')}" for name in flags]
+    if recorded.get("only"):
+        arguments += ["--only", *recorded["only"]]
+    if recorded.get("workers", 1) != 1:
+        arguments += ["--workers", str(recorded["workers"])]
+    for name in ("batch_size", "limit", "since", "max_rate", "max_errors", "max_replica_lag"):
+        if recorded.get(name) is not None:
+            arguments += [f"--{name.replace('_', '-')}", str(recorded[name])]
+    return arguments

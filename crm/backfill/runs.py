@@ -41,6 +41,8 @@ ACTIONS: Mapping[str, RunStatus] = {
     "resume": RunStatus.INTERRUPTED,
     "cancel": RunStatus.CANCELLED,
 }
+#: Names the run that began last.
+LATEST = "latest"
 #: How long an action waits for the batch that is just committing; seconds.
 PATIENCE = 5.0
 
@@ -51,7 +53,7 @@ logger = logging.getLogger(__name__)
 
 def latest(count: int) -> list[BackfillRun]:
     """The last runs, the newest first. Raises OperatorError before `migrate`, and where they may not be read."""
-    with _told_to_the_operator():
+    with told_to_the_operator():
         return list(with_rollbacks(BackfillRun.objects.all())[:count])
 
 
@@ -79,6 +81,16 @@ def took_back(rollback: Rollback) -> dict[str, int]:
         "lines": rollback.lines_reversed,
         "later_merges": rollback.later_merges,
     }
+
+
+def number(given: int | str) -> int:
+    """The number of the run that is given by it, or by LATEST. Raises OperatorError where there has been none."""
+    if given != LATEST:
+        return int(given)
+    found = latest(1)
+    if not found:
+        raise OperatorError("There has been no run.")
+    return found[0].pk
 
 
 def find(run_id: int) -> BackfillRun:
@@ -118,7 +130,7 @@ def act(action: str, run_id: int) -> BackfillRun:
     target = ACTIONS[action]
     allowed = [status for status, targets in TRANSITIONS.items() if target in targets]
     settings = f"SET LOCAL lock_timeout = {PATIENCE * 1000:.0f}"
-    with _told_to_the_operator(run_id), certain_transaction(connection, settings):
+    with told_to_the_operator(run_id), certain_transaction(connection, settings):
         changed = BackfillRun.objects.filter(pk=run_id, status__in=allowed).update(
             status=target, finished_at=Coalesce("finished_at", Now())
         )
@@ -175,7 +187,7 @@ def details(run_id: int) -> dict[str, Any]:
     new_by_reason: Counter[str] = Counter()
     updated_by_column: Counter[str] = Counter()
     batches = 0
-    with _told_to_the_operator():
+    with told_to_the_operator():
         run = find(run_id)
         told = summary(run)
         for batch in in_pages(BackfillBatch.objects.filter(run=run)):
@@ -204,7 +216,7 @@ def details(run_id: int) -> dict[str, Any]:
     }
 
 
-def _told_to_the_operator(run_id: int | None = None) -> AbstractContextManager[None]:
+def told_to_the_operator(run_id: int | None = None) -> AbstractContextManager[None]:
     """Turn what the database refuses into what can be done about it."""
     known = {
         errors.LOCK_TIMEOUT: f"Run {run_id} has been committing for {PATIENCE:g} s. Nothing was changed: try again.",

@@ -78,7 +78,7 @@ SELECT our.reference, our.id,
        our.changed OR bool_and(
          CASE WHEN other.ours THEN other.changed
               ELSE COALESCE(greatest(other."createdAt", other."updatedAt") >= our.begun, false) END),
-       array_append(array_agg(other.run_id), our.run_id)
+       pg_catalog.array_agg(other.run_id) OPERATOR(pg_catalog.||) our.run_id
   FROM theirs our JOIN theirs other ON other.key = our.key AND other.id <> our.id
  WHERE our.ours
  GROUP BY our.reference, our.id, our.changed, our.run_id

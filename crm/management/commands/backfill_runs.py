@@ -1,16 +1,22 @@
-"""`python manage.py backfill_runs`: look at runs, and pause, resume or cancel one from outside."""
+"""`python manage.py backfill_runs`: look at runs, watch one, and pause, resume or cancel one from outside."""
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Sequence
+import shlex
+import time
+from collections.abc import Generator, Sequence
 from datetime import datetime
 from typing import Any
 
 from django.core.management.base import CommandError, CommandParser
 
 from crm.backfill import runs
+from crm.backfill.interruption import StoppedError
+from crm.backfill.options import as_arguments
 from crm.backfill.outcome import Outcome
+from crm.backfill.watching import POLL_INTERVAL, watch
 from crm.errors import OperatorError
 from crm.management.operator_command import OperatorCommand
 from crm.models import BackfillRun
@@ -21,6 +27,9 @@ _HELP = {
     "resume": "let the next run go on where a paused one stopped",
     "cancel": "stop it at its next batch for good; what was committed stays",
 }
+STOPPED = 4
+#: A run that is `running` at the end of the watching is dead.
+_EXIT_CODES_OF_WATCH = {RunStatus.FINISHED: 0, RunStatus.FAILED: 5, RunStatus.RUNNING: 5}
 _COLUMNS = (
     *("run", "kind", "status", "started (UTC)", "read", *Outcome, "new errors", "changed", "last heartbeat"),
     "taken back",
@@ -31,8 +40,9 @@ class Command(OperatorCommand):
     """Arguments, one call, print."""
 
     help = (
-        "List and show runs of the backfill; pause, resume or cancel one. Exit code 2: it cannot be done, and the line "
-        "on stderr says why; 4: stopped; otherwise 0."
+        "List, show and watch runs of the backfill; pause, resume or cancel one. Exit code 2: it cannot be done, and "
+        "the line on stderr says why; 4: stopped; otherwise 0. Of watch that of the run's end: 0: finished; 4: paused, "
+        "cancelled or interrupted (or the watching was stopped); 5: failed, or dead."
     )
     requires_system_checks: list[str] = []  # noqa: RUF012 - Django's attribute
 
@@ -45,16 +55,40 @@ class Command(OperatorCommand):
         showing = _parser_of(actions, "show", "one run, with all that is known of it")
         _add_run(showing)
         showing.add_argument("--json", action="store_true", help="print one JSON object")
+        _add_run(_parser_of(actions, "watch", "follow a run to its end; Ctrl-C ends the watching and not the run"))
         for action in runs.ACTIONS:
             _add_run(_parser_of(actions, action, _HELP[action]))
 
     def handle(self, *_args: Any, action: str, **options: Any) -> None:
         """Do it. The exit codes are in the help."""
         try:
-            answer = self._answer(action, options)
+            if "run" in options:
+                options["run"] = runs.number(options["run"])
+            if action == "watch":
+                self._watch(options["run"])
+            else:
+                self.stdout.write(self._answer(action, options))
         except OperatorError as error:
             raise CommandError(str(error), returncode=error.exit_code) from None
-        self.stdout.write(answer)
+
+    def _watch(self, run_id: int) -> None:
+        try:
+            status = self._follow(watch(run_id, lambda: time.sleep(POLL_INTERVAL)))
+        except KeyboardInterrupt:
+            raise StoppedError(
+                f"The watching was stopped. Run {run_id} goes on: `python manage.py backfill_runs pause {run_id}` "
+                "stops it."
+            ) from None
+        if code := _EXIT_CODES_OF_WATCH.get(status, STOPPED):
+            raise SystemExit(code)
+
+    def _follow(self, following: Generator[str, None, BackfillRun]) -> RunStatus:
+        while True:
+            try:
+                self.stdout.write(next(following))
+            except StopIteration as end:
+                return RunStatus(end.value.status)
+            self.stdout.flush()
 
     def _answer(self, action: str, options: dict[str, Any]) -> str:
         if action == "list":
@@ -72,7 +106,17 @@ def _parser_of(actions: Any, action: str, what: str) -> CommandParser:
 
 
 def _add_run(parser: CommandParser) -> None:
-    parser.add_argument("run", type=int, metavar="RUN", help="the run's number, as `backfill_runs list` shows it")
+    help_text = f"the run's number, as `backfill_runs list` shows it, or `{runs.LATEST}`"
+    parser.add_argument("run", type=_run, metavar="RUN", help=help_text)
+
+
+def _run(text: str) -> int | str:
+    if text == runs.LATEST:
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no run: write its number, or {runs.LATEST}") from None
 
 
 def _what_now(action: str, run: BackfillRun) -> str:
@@ -82,8 +126,20 @@ def _what_now(action: str, run: BackfillRun) -> str:
             f"the next run go on, `cancel {run.pk}` ends it for good."
         )
     if action == "resume":
-        return f"Run {run.pk} is {run.status}: run the command again, and it goes on from there."
+        return (
+            f"Run {run.pk} is {run.status}: it keeps no other one out any more. Nothing runs yet; the next run goes on "
+            f"from there. Start it with `{_command_of(run)}`, or leave it to the next night."
+        )
     return f"Run {run.pk} is cancelled: if it was going, it ends at its next batch. What was committed stays."
+
+
+def _command_of(run: BackfillRun) -> str:
+    """The command that asks for the same again."""
+    if run.kind == BackfillRun.Kind.ROLLBACK:
+        arguments = ["rollback_crm_backfill", str(run.options["rolls_back"])]
+    else:
+        arguments = ["backfill_crm_contacts", *as_arguments(run.options)]
+    return shlex.join(["python", "manage.py", *arguments])
 
 
 def _table(found: Sequence[BackfillRun]) -> str:

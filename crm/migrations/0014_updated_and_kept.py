@@ -5,7 +5,7 @@ AS_WELL = "Of the rows that changed their contact; earlier versions did not coun
 
 class Migration(migrations.Migration):
     dependencies = [
-        ("crm", "0012_try_execute"),
+        ("crm", "0013_ways_back"),
     ]
 
     operations = [

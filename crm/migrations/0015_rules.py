@@ -3,7 +3,7 @@ from django.db import migrations, models
 
 class Migration(migrations.Migration):
     dependencies = [
-        ("crm", "0013_updated_and_kept"),
+        ("crm", "0014_updated_and_kept"),
     ]
 
     operations = [

@@ -1,0 +1,62 @@
+"""`python manage.py trace_contact`: what happened to one person."""
+
+from __future__ import annotations
+
+import json as json_module
+import sys
+from typing import Any
+
+from django.core.management.base import CommandError, CommandParser
+from django.db import connection
+
+from crm.backfill.errors import told
+from crm.backfill.tracing import as_lines, trace_address, trace_reference
+from crm.errors import OperatorError
+from crm.management.operator_command import OperatorCommand
+
+ON_STANDARD_INPUT = "-"
+
+
+class Command(OperatorCommand):
+    """Arguments, one call, print."""
+
+    help = (
+        "Tell what happened to one person: contacts, source rows, lines of the ledger, updates, decisions, runs and "
+        "rollbacks. Names ids, outcomes, columns and moments, and no one's data. Only reads. Exit code 0: something is "
+        "known; 1: nothing is; 2: wrong usage, or a database that cannot be reached or does not fit; 4: stopped."
+    )
+    requires_system_checks: list[str] = []  # noqa: RUF012 - Django's attribute
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        """What may be asked."""
+        parser.add_argument(
+            "whom",
+            metavar="CONTACT|ROW|-",
+            help="a contact's id, profiles:<id> or leads:<id>; - reads an email address from standard input",
+        )
+        parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
+
+    def handle(self, *_args: Any, whom: str, json: bool, **_options: Any) -> None:
+        """Trace. The exit codes are in the help."""
+        try:
+            with told("The database broke the trace off: {}. Try again."):
+                if whom == ON_STANDARD_INPUT:
+                    trace = trace_address(connection, _first_line())
+                else:
+                    trace = trace_reference(connection, whom)
+        except OperatorError as error:
+            raise CommandError(str(error), returncode=error.exit_code) from None
+        if json:
+            self.stdout.write(json_module.dumps(trace))
+        elif trace["found"]:
+            self.stdout.write("\n".join(as_lines(trace)))
+        if not trace["found"]:
+            self.stderr.write("Nothing is known: no row, no contact, no line of the ledger.")
+            raise SystemExit(1)
+
+
+def _first_line() -> str:
+    try:
+        return sys.stdin.readline().strip()
+    except UnicodeDecodeError:
+        raise OperatorError("Standard input is no text in UTF-8.") from None
