@@ -12,6 +12,9 @@ from psycopg.errors import InsufficientPrivilege
 from crm.errors import OperatorError
 from crm.output import OutputError, with_checked_output
 
+#: As that of our own commands: see the table in README.
+INTERRUPTED_EXIT_CODE = 4
+
 
 def main(arguments: list[str]) -> int:
     """Run one command; returns the exit code for the operator's mistakes, otherwise what the command decides."""
@@ -20,6 +23,10 @@ def main(arguments: list[str]) -> int:
         execute_from_command_line(arguments)
     except OutputError:
         raise
+    except KeyboardInterrupt:
+        # One of Django's own commands: ours end themselves.
+        sys.stderr.write("Interrupted.\n")
+        return INTERRUPTED_EXIT_CODE
     except (ImproperlyConfigured, OperatorError) as error:
         return _refuse(str(error))
     except NotSupportedError as error:

@@ -6,7 +6,8 @@
     NAME='value'          as it is, also # and white space
     NAME="value"          the same, with \\n, \\t, \\", \\\\ and the like
 
-A byte order mark and the line ends of Windows do no harm, and the last line of a name counts. Nothing is expanded.
+A byte order mark and the line ends of Windows do no harm, and the last line of a name counts. ${NAME}, which other
+tools would expand, is refused outside single quotation marks.
 Whatever else stands in a line is refused by its number. No message holds a word of the file: there are secrets in it.
 """
 
@@ -23,6 +24,7 @@ _ASSIGNMENT: Final = re.compile(
     """,
     re.VERBOSE,
 )
+_REFERENCE: Final = re.compile(r"\$\{[^}]*\}")
 _EMPTY: Final = re.compile(r"\s*(?:#.*)?")
 _ESCAPE: Final = re.compile(r"\\(.)")
 _ESCAPED: Final = {"a": "\a", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v"}
@@ -31,10 +33,13 @@ _ESCAPED: Final = {"a": "\a", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "
 class DotenvError(ImproperlyConfigured):
     """A line that cannot be read. The message names the line by its number alone."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, *, refers: bool = False) -> None:
         super().__init__(
-            f".env cannot be read: line {number} is not NAME=value. Put a value with white space, quotation marks or a "
-            "# into single quotation marks, on one line, and a # before a comment."
+            f".env cannot be read: line {number} refers to another variable by ${{...}}, and nothing is expanded here. "
+            "Write its value out, or put a value that is meant as it stands into single quotation marks."
+            if refers
+            else f".env cannot be read: line {number} is not NAME=value. Put a value with white space, quotation marks "
+            "or a # into single quotation marks, on one line, and a # before a comment."
         )
 
 
@@ -47,6 +52,8 @@ def parse(text: str) -> dict[str, str]:
         assignment = _ASSIGNMENT.fullmatch(line)
         if assignment is None or "\0" in line:
             raise DotenvError(number)
+        if _REFERENCE.search(assignment["double"] or assignment["plain"] or ""):
+            raise DotenvError(number, refers=True)
         found[assignment["name"]] = _value(assignment)
     return found
 

@@ -7,6 +7,7 @@ without the application's tables, nothing is said of rights.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 from django.conf import settings
@@ -16,6 +17,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 
 from config.database import quoted_name
 from crm import try_execute
+from crm.backfill.errors import told
 from crm.backfill.plan import ASSIGNMENT_UNIT, ATTRIBUTION_UNIT, PROFILE_FILLS
 from crm.backfill.schema import CONTACT_COLUMNS, OPTIONAL_COLUMNS, PROMOTED_COLUMNS, REQUIRED_COLUMNS, find_misfits
 from crm.models import (
@@ -104,11 +106,16 @@ class _Rights:
 def check_rights(databases: Sequence[str] | None = None, **_options: Any) -> list[CheckMessage]:
     """What the role lacks (errors, with the GRANT) and has too much of (warnings), for each database asked for."""
     messages: list[CheckMessage] = []
-    for alias in databases or ():
-        connection = connections[alias]
-        if connection.vendor == "postgresql":
-            messages += _messages(connection)
+    with _told():
+        for alias in databases or ():
+            connection = connections[alias]
+            if connection.vendor == "postgresql":
+                messages += _messages(connection)
     return messages
+
+
+def _told() -> AbstractContextManager[None]:
+    return told("The database broke the check off: {}. Try again.")
 
 
 def _messages(connection: BaseDatabaseWrapper) -> list[CheckMessage]:
@@ -127,12 +134,13 @@ def _messages(connection: BaseDatabaseWrapper) -> list[CheckMessage]:
 @register(Tags.database)
 def check_fit(databases: Sequence[str] | None = None, **_options: Any) -> list[CheckMessage]:
     """What a run would refuse a database for, for each database asked for."""
-    return [
-        Error(misfit.problem, hint=misfit.way_out, id="crm.E004")
-        for alias in databases or ()
-        if connections[alias].vendor == "postgresql"
-        for misfit in find_misfits(connections[alias])
-    ]
+    with _told():
+        return [
+            Error(misfit.problem, hint=misfit.way_out, id="crm.E004")
+            for alias in databases or ()
+            if connections[alias].vendor == "postgresql"
+            for misfit in find_misfits(connections[alias])
+        ]
 
 
 def _missing_schemas(rights: _Rights) -> list[CheckMessage]:

@@ -43,13 +43,17 @@ SETTINGS: Mapping[str, str] = {
     "transaction_timeout": "0",
     "transform_null_equals": "off",
 }
-#: A session that is frozen in a transaction holds locks; a batch that reads its page does not take as long.
-IDLE_IN_TRANSACTION = {"idle_in_transaction_session_timeout": "5min"}
+#: A session that is frozen in a transaction holds locks; a batch that reads its page does not take as long. Between two
+#: transactions a session may wait for its turn, as --max-rate has it, or for a worker. A pooler has its own sessions.
+IDLE = {"idle_in_transaction_session_timeout": "5min", "idle_session_timeout": "0"}
+#: Until the limits of a command are set; a database may have one that no look at a session takes less than.
+_TO_LOOK = "1min"
 
 # In one round trip: a session may allow itself no time between two of a transaction.
 _BEGIN = f"""
 BEGIN ISOLATION LEVEL READ COMMITTED; SHOW search_path; SET LOCAL search_path = {SAFE_SEARCH_PATH};
-SET LOCAL idle_in_transaction_session_timeout = '{IDLE_IN_TRANSACTION["idle_in_transaction_session_timeout"]}'
+SET LOCAL idle_in_transaction_session_timeout = '{IDLE["idle_in_transaction_session_timeout"]}';
+SET LOCAL statement_timeout = '{_TO_LOOK}'
 """
 # What the role, the database, or both, say of the search path: the most particular one counts.
 _SESSION = """
@@ -113,7 +117,7 @@ def _require_fitting(connection: BaseDatabaseWrapper) -> None:
         _set(session, FOLLOWED)
         _require_settings(session, role, database)
     else:
-        _set(session, {**FOLLOWED, **SETTINGS, **IDLE_IN_TRANSACTION, "search_path": _path(own)})
+        _set(session, {**FOLLOWED, **SETTINGS, **IDLE, "search_path": _path(own)})
     if ledger_is_readable:
         _require_own_ledger(session)
     session.execute("END")

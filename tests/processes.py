@@ -72,7 +72,8 @@ def session(role: str = embedded.USER) -> Iterator[psycopg.Connection]:
         user=role,
         dbname=connection.settings_dict["NAME"],
         # Whoever wrongly waits for it makes a test fail, not hang.
-        options="-c search_path=crm_backfill,public -c idle_in_transaction_session_timeout=10s",
+        options="-c search_path=crm_backfill,public -c idle_in_transaction_session_timeout=10s "
+        "-c idle_session_timeout=0",
     )
     try:
         yield other

@@ -16,7 +16,8 @@ from django.db import OperationalError, connection
 
 from crm.backfill import lifecycle, runner, workers
 from crm.backfill.pipeline import Retries
-from crm.backfill.writer import Timeouts
+from crm.backfill.update.writer import UpdateWriter
+from crm.backfill.writer import BatchWriter, Timeouts
 from crm.models import BackfillRun
 from tests.builders import CREATED_AT, add_lead, add_many_leads, contacts, ledger
 from tests.commands import Finished, backfill, run, statement_in
@@ -401,6 +402,34 @@ def terminated_at(number: int) -> Iterator[None]:
     with labels_are_watched(watch):
         yield
     assert count >= number, "there was no such statement"
+
+
+@pytest.mark.parametrize("update", [False, True])
+def test_a_connection_that_is_lost_while_a_rate_is_waited_for_is_had_again(
+    database: Database,
+    monkeypatch: pytest.MonkeyPatch,
+    update: bool,  # noqa: FBT001 - a parameter of the test
+) -> None:
+    add_many_leads(6)
+    kind = UpdateWriter if update else BatchWriter
+    if update:
+        run()
+        database.rows('UPDATE leads SET "updatedAt" = now() RETURNING id')
+    keep_alive = kind.keep_alive
+    lost: list[int] = []
+
+    def lose_it_once(writer: Any) -> None:
+        if not lost:
+            lost.append(connection.connection.info.backend_pid)
+            with session() as administrator:
+                administrator.execute("SELECT pg_terminate_backend(%s, 5000)", lost)
+        keep_alive(writer)
+
+    monkeypatch.setattr(kind, "keep_alive", lose_it_once)
+    monkeypatch.setattr(Retries.__init__, "__defaults__", (5, 0.001))
+    answer = run(batch_size=2, max_rate=10, update=update)
+    assert lost
+    assert (answer["status"], answer["balanced"], len(contacts())) == ("finished", True, 6)
 
 
 @pytest.mark.parametrize("name", ["backfill", "rollback"])

@@ -49,6 +49,8 @@ def test_a_line_is_read_as_other_tools_read_it(text: str, value: str) -> None:
     "line",
     [
         "hunter2",
+        "NAME=${OTHER}hunter2",
+        'NAME="hunter2 ${OTHER:-hunter2}"',
         "NAME hunter2",
         "NAME: hunter2",
         "MY-NAME=hunter2",

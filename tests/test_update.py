@@ -82,6 +82,7 @@ def told(report: dict[str, Any]) -> dict[str, Any]:
         "already",
         "rows",
         "ledger",
+        "contacts_gone",
     )
     return {name: value for name, value in report.items() if name not in of_one_run}
 

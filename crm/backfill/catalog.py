@@ -74,6 +74,12 @@ class Column:
         return ALL_DIGITS if self.modifier < 0 else self.modifier
 
     @property
+    def room(self) -> int | None:
+        """How many characters a varchar holds; None for all of them."""
+        # As in anychar_typmodout() in PostgreSQL: the length of the header is added.
+        return self.modifier - 4 if self.type == "varchar" and self.modifier >= 4 else None
+
+    @property
     def scale(self) -> int | None:
         """How many decimals a numeric keeps; None for all of them."""
         if self.modifier < 0:

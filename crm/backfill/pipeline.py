@@ -100,7 +100,6 @@ class Pipeline:
         with ReadAhead(reader, self.rules) as ahead:
             while self.limit is None or self.limit > 0:
                 self._heed_stop()
-                self._keep_pace()
                 totals, after = self._batch_with_retries(ahead, reader.source, after)
                 if totals is None:
                     return
@@ -113,6 +112,7 @@ class Pipeline:
         attempt = 1
         while True:
             try:
+                self._keep_pace()
                 return self._batch(ahead, source, after)
             except DjangoDatabaseError as error:
                 cause = errors.bad_moment(error)

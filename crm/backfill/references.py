@@ -19,7 +19,9 @@ from crm.errors import OperatorError
 KNOWN = (("crm_interactions", "contactId"), ("crm_stage_history", "contactId"))
 # As what the catalogue's foreign keys say of theirs. Where there is one, the same condition is found twice.
 _KNOWN_COLUMNS = """
-SELECT c.oid::regclass::text, format('r.%%I = c.id', a.attname),
+SELECT c.oid::regclass::text,
+       format(CASE WHEN a.atttypid IN ('text'::regtype, 'varchar'::regtype) THEN 'r.%%I = c.id'
+                   ELSE 'r.%%I::text = c.id' END, a.attname),
        has_schema_privilege(c.relnamespace, 'USAGE') AND has_column_privilege(c.oid, a.attnum, 'SELECT'),
        row_security_active(c.oid)
   FROM unnest(%s::text[], %s::text[]) AS known(relname, attname)

@@ -41,6 +41,11 @@ _WRITTEN: Mapping[str, tuple[str, ...]] = {
     CONTACTS: tuple(str(field.column) for field in CRMContact._meta.concrete_fields),
     HISTORY: tuple(str(field.column) for field in CRMStageHistory._meta.concrete_fields if field.column != "changedBy"),
 }
+#: How many characters it takes, where it is the same for every row: the id that we make, and our word for a source.
+_LENGTHS: Mapping[str, Mapping[str, int]] = {
+    CONTACTS: {"id": 25, "source": len("lead_form"), "contactType": len("AFFILIATE"), "stage": len("CONTACTED")},
+    HISTORY: {"id": 25, "contactId": 25, "toStage": len("CONTACTED")},
+}
 _NUMBERED = tuple(model._meta.db_table for model in (BackfillRun, BackfillBatch, ContactUpdate))
 
 _UNIQUE = """
@@ -250,6 +255,13 @@ def _of_written_table(connection: BaseDatabaseWrapper, name: str, table: Table) 
             "backfill writes it.",
             f"Let the owner ALTER TABLE {name} ALTER COLUMN {_quoted(generated[0])} DROP EXPRESSION, or DROP IDENTITY.",
         )
+    for column, length in _LENGTHS[name].items():
+        found = table.columns.get(column)
+        if found is not None and found.room is not None and found.room < length:
+            yield Unfit(
+                f"The column {name}.{column} has room for {found.room} characters, and the backfill writes {length}.",
+                f"Let the owner ALTER TABLE {name} ALTER COLUMN {_quoted(column)} TYPE text.",
+            )
     lacking = [
         column.name
         for column in table.columns.values()

@@ -7,7 +7,7 @@ column that is missing reads as NULL, a required one that is missing stops the r
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from django.conf import settings
@@ -149,7 +149,7 @@ def examine(
     _require_schema(connection)
     tables = read_tables(connection, (*REQUIRED_COLUMNS, HISTORY))
     columns = {name: table.columns for name, table in tables.items()}
-    _require_tables(columns)
+    _require_tables(columns, for_updating=for_updating)
     _require_columns(columns)
     _require_all_rows(connection)
     for misfit in misfits(connection, tables, COLUMNS_IN_USE, for_inserting=for_inserting, for_updating=for_updating):
@@ -216,11 +216,16 @@ def _require_schema(connection: BaseDatabaseWrapper) -> None:
         )
 
 
-def _require_tables(columns: Mapping[str, Mapping[str, Column]]) -> None:
+def _require_tables(columns: Mapping[str, Mapping[str, Column]], *, for_updating: bool) -> None:
     if missing := [table for table in REQUIRED_COLUMNS if table not in columns]:
         raise OperatorError(
             f"The schema {settings.LEGACY_SCHEMA} has no table {', '.join(missing)}: this is not the application's "
             "database, or its tables are in another schema. Correct DATABASE_URL, or name the schema in it (?schema=)."
+        )
+    if for_updating and HISTORY not in columns:
+        raise OperatorError(
+            f"The schema {settings.LEGACY_SCHEMA} has no table {HISTORY}, in which --update records that a contact "
+            "moved to another stage: it is the application's to make. Run without --update. Nothing was written."
         )
 
 
@@ -302,8 +307,11 @@ def _spellings(labels: Iterable[str]) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def _require_labels(contact_types: Mapping[str, object], stages: Mapping[str, object]) -> None:
-    missing = [f'"ContactType" {label}' for label in REQUIRED_CONTACT_TYPES if label not in contact_types]
+def _require_labels(contact_types: Mapping[str, Sequence[str]], stages: Mapping[str, object]) -> None:
+    # Written as they are: one that is spelled otherwise is another one to PostgreSQL.
+    missing = [
+        f'"ContactType" {label}' for label in REQUIRED_CONTACT_TYPES if label not in contact_types.get(label, ())
+    ]
     for status in ("NEW", "CONTACTED", "CONVERTED"):
         wanted = STAGES_OF_STATUS[status]
         if not any(stage in stages for stage in wanted):

@@ -18,7 +18,7 @@ from crm.backfill.errors import SettledMeanwhileError
 from crm.backfill.known import ContactLookup
 from crm.backfill.mapping import ContactDraft, MappedRow, Rules, contact_id
 from crm.backfill.outcome import Source, Totals
-from crm.backfill.settle import MOST_ATTEMPTS, UnsettledError
+from crm.backfill.settle import MOST_ATTEMPTS
 from crm.backfill.transactions import certain_transaction
 from crm.backfill.update.changes import FIELDS_OF_CHANGE, REFUSED, Change, Look, decide, rows_of, totals_of
 from crm.backfill.update.reader import Present
@@ -134,7 +134,10 @@ class UpdateWriter:
         fence.renew(self._run_id, Totals())
 
     def _settle(self, source: Source, rows: Sequence[MappedRow]) -> list[Change]:
-        """Decide and write; where a contact changed under our eyes, look at its rows again."""
+        """Decide and write; where a contact changed under our eyes, look at its rows again.
+
+        One that is never written, whoever changes it or swallows the change, counts as refused.
+        """
         settled: list[Change] = []
         waiting = rows
         for _ in range(MOST_ATTEMPTS):
@@ -144,7 +147,8 @@ class UpdateWriter:
             if not written.changed_meanwhile:
                 return settled
             waiting = [change.row for change in changes if change.contact_id in written.changed_meanwhile]
-        raise UnsettledError(len(waiting))
+        settled += [change.refused() for change in changes if change.contact_id in written.changed_meanwhile]
+        return settled
 
     def _look_at(self, rows: Sequence[MappedRow]) -> Look:
         lines = self._present.lines(rows)
