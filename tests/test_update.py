@@ -76,6 +76,7 @@ def told(report: dict[str, Any]) -> dict[str, Any]:
         "dry_run",
         "started_at",
         "finished_at",
+        "contacts_gone",
         "seconds",
         "balanced",
         "pending",
