@@ -215,14 +215,17 @@ def most_workers() -> int:
 
 def require_room_for(workers: int) -> None:
     """Raise OperatorError where there are not the connections that so many workers take."""
-    if workers == 1 or (_is_behind_pgbouncer() and settings.DATABASE_CONNECTION_LIMIT is None):
+    if _is_behind_pgbouncer() and settings.DATABASE_CONNECTION_LIMIT is None:
         return
     room = _room()
-    if room.connections < workers * CONNECTIONS_OF_A_WORKER + 1:
+    # One worker is this process itself; of several it is the one above them.
+    needed = workers * CONNECTIONS_OF_A_WORKER + (workers > 1)
+    if room.connections < needed:
+        fewer = "Give fewer --workers, `auto` for as many as there may be, or raise" if workers > 1 else "Raise"
         raise OperatorError(
-            f"{workers} workers take {workers * CONNECTIONS_OF_A_WORKER + 1} connections, since each reads on one and "
-            f"writes on another, and there are {max(0, room.connections)} ({room.limit}). Give fewer --workers, `auto` "
-            "for as many as there may be, or raise the limit. Nothing was written."
+            f"{workers} {'workers take' if workers > 1 else 'worker takes'} {needed} connections, since each reads on "
+            f"one and writes on another, and there are {max(0, room.connections)} ({room.limit}). {fewer} the limit. "
+            "Nothing was written."
         )
 
 

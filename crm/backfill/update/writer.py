@@ -139,15 +139,16 @@ class UpdateWriter:
         One that is never written, whoever changes it or swallows the change, counts as refused.
         """
         settled: list[Change] = []
-        waiting = rows
-        for _ in range(MOST_ATTEMPTS):
+        waiting, attempts = rows, 0
+        while waiting:
+            attempts += 1
             changes = list(decide(source, waiting, self._look_at(waiting), self._rules))
             written = self._write_apart(changes)
             settled += written.changes
-            if not written.changed_meanwhile:
-                return settled
-            waiting = [change.row for change in changes if change.contact_id in written.changed_meanwhile]
-        settled += [change.refused() for change in changes if change.contact_id in written.changed_meanwhile]
+            left = [change for change in changes if change.contact_id in written.changed_meanwhile]
+            if attempts == MOST_ATTEMPTS:
+                return settled + [change.refused() for change in left]
+            waiting = [change.row for change in left]
         return settled
 
     def _look_at(self, rows: Sequence[MappedRow]) -> Look:
