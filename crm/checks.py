@@ -217,7 +217,9 @@ def _is_needed(right: Right) -> bool:
 def _hidden_rows(rights: _Rights) -> list[CheckMessage]:
     query = """
         SELECT relname FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
-         WHERE nspname = %s AND relname = ANY(%s) AND row_security_active(c.oid) ORDER BY 1
+         WHERE nspname = %s AND row_security_active(c.oid)
+           -- The history is written by --update alone.
+           AND (relname = ANY(%s) OR relname = %s AND has_any_column_privilege(c.oid, 'INSERT')) ORDER BY 1
     """
     return [
         Error(
@@ -225,7 +227,7 @@ def _hidden_rows(rights: _Rights) -> list[CheckMessage]:
             hint=f"ALTER ROLE {quoted_name(rights.role)} BYPASSRLS;",
             id="crm.E003",
         )
-        for (table,) in rights.ask(query, [settings.LEGACY_SCHEMA, list(REQUIRED_COLUMNS)])
+        for (table,) in rights.ask(query, [settings.LEGACY_SCHEMA, list(REQUIRED_COLUMNS), HISTORY])
     ]
 
 
@@ -300,14 +302,15 @@ def _attributes(rights: _Rights) -> list[_Power]:
     query = """
         SELECT ARRAY[rolsuper, rolcreaterole, rolcreatedb, rolreplication, rolbypassrls], EXISTS (
                  SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
-                  WHERE nspname = %s AND relname = ANY(%s) AND relrowsecurity)
+                  WHERE (nspname = %s AND relname = ANY(%s) OR nspname = %s) AND relrowsecurity)
           FROM pg_roles WHERE rolname = current_user
     """
-    ((has, is_row_security_on),) = rights.ask(query, [settings.LEGACY_SCHEMA, list(REQUIRED_COLUMNS)])
+    parameters = [settings.LEGACY_SCHEMA, [*REQUIRED_COLUMNS, HISTORY], settings.BACKFILL_SCHEMA]
+    ((has, is_row_security_on),) = rights.ask(query, parameters)
     return [
         _Power(name, f"ALTER ROLE {quoted_name(rights.role)} NO{name};")
         for name in _named(has)
-        # Policies would hide rows of the application's tables from any other role: E003 asks for it.
+        # Policies would hide rows from any other role: E003 asks for it.
         if not (name == "BYPASSRLS" and is_row_security_on)
     ]
 

@@ -7,6 +7,9 @@ that they took effect is looked at, since a pooler may drop them without a word.
 PostgreSQL's own schema is not named in it. So it comes first, and new tables are made in ours. Whether the schemas can
 be trusted is asked before anything else, in a transaction in which no other schema has a say: see `crm.trust`.
 
+Of our own tables a session must see every row, whatever it is about to do: what a policy hides would be missing in
+silence.
+
 Settings that change what a text means, or that end our transactions, are set here. Behind a pooler only those can be
 that PgBouncer follows from server to server; the others would stay with a server connection that is not ours, so a
 session that has them otherwise is refused.
@@ -68,7 +71,9 @@ SELECT current_user, current_database(),
                        JOIN pg_class c ON c.oid = attrelid
                        JOIN pg_namespace n ON n.oid = relnamespace
                 WHERE nspname = $1 AND relname = 'backfill_run' AND attname = 'legacy_schema' AND NOT attisdropped
-                  AND has_schema_privilege(n.oid, 'USAGE') AND has_column_privilege(c.oid, attnum, 'SELECT'))
+                  AND has_schema_privilege(n.oid, 'USAGE') AND has_column_privilege(c.oid, attnum, 'SELECT')),
+       ARRAY(SELECT relname::text FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
+              WHERE nspname = $1 AND relkind IN ('r', 'p') AND row_security_active(c.oid) ORDER BY 1)
 """
 _SET = """
 SELECT set_config(wanted.name, wanted.value, false)
@@ -108,7 +113,7 @@ def _require_fitting(connection: BaseDatabaseWrapper) -> None:
     # psycopg's own cursor: Django would keep these among the statements of the command.
     session = connection.connection
     search_path = _begin(session)
-    role, database, own_path, ledger_is_readable = _rows(session, _SESSION, settings.BACKFILL_SCHEMA)[0]
+    role, database, own_path, ledger_is_readable, hidden = _rows(session, _SESSION, settings.BACKFILL_SCHEMA)[0]
     own = [name for name in names_in(own_path or "") if name not in ("pg_catalog", "pg_temp")]
     _require_search_path(search_path, own, role, database, is_pooled=is_pooled)
     in_use = names_in(search_path) if is_pooled else [settings.BACKFILL_SCHEMA, settings.LEGACY_SCHEMA, *own]
@@ -118,6 +123,7 @@ def _require_fitting(connection: BaseDatabaseWrapper) -> None:
         _require_settings(session, role, database)
     else:
         _set(session, {**FOLLOWED, **SETTINGS, **IDLE, "search_path": _path(own)})
+    _require_all_rows(hidden, role)
     if ledger_is_readable:
         _require_own_ledger(session)
     session.execute("END")
@@ -169,6 +175,18 @@ def _require_settings(session: psycopg.Connection, role: str, database: str) -> 
             f"This session has another {', '.join(name for name, _ in otherwise)} than the backfill needs, and a "
             f"connection through PgBouncer cannot choose it: let the role have it with {statements} and reconnect "
             "PgBouncer's server connections."
+        )
+
+
+def _require_all_rows(hidden: Sequence[str], role: str) -> None:
+    """What a policy hides of our own tables would be taken for not done, or for not decided."""
+    if hidden:
+        tables = [f"{_quoted(settings.BACKFILL_SCHEMA)}.{_quoted(name)}" for name in hidden]
+        statements = " ".join(f"ALTER TABLE {table} DISABLE ROW LEVEL SECURITY;" for table in tables)
+        raise OperatorError(
+            f"The row-level security of {', '.join(f'{settings.BACKFILL_SCHEMA}.{name}' for name in hidden)} decides "
+            f"which rows the role {role} sees and writes, and every row of the backfill's own tables counts. Let their "
+            f"owner run {statements} Or let a superuser ALTER ROLE {_quoted(role)} BYPASSRLS;"
         )
 
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,9 +18,10 @@ from pytest_django import DjangoDbBlocker
 from config import embedded
 from crm import checks
 from crm.legacy_schema import GENERATIONS
+from manage import main
 from tests import builders
 from tests.circumstances import DROP_FOREIGN_KEYS, acting_as
-from tests.commands import called
+from tests.commands import called, ended
 from tests.conftest import Database
 from tests.processes import BASE_DIR, address, database_url, manage, session
 from tests.scratch import django_connection
@@ -412,6 +414,50 @@ def test_rows_that_row_level_security_hides_are_told_of(database: Database, djan
         (said,) = check(django_db_blocker)
         assert said.startswith(f"crm.E003 Row-level security may hide rows of leads from the role {ROLE}: ")
         assert said.endswith(f"ALTER ROLE {quoted(ROLE)} BYPASSRLS;")
+
+
+def test_a_history_that_row_level_security_guards_is_told_of_where_it_is_written(
+    database: Database, django_db_blocker: DjangoDbBlocker
+) -> None:
+    with role_made_by_script():
+        database.change("ALTER TABLE public.crm_stage_history ENABLE ROW LEVEL SECURITY")
+        assert check(django_db_blocker) == []
+    with role_made_by_script(update="on"):
+        (said,) = check(django_db_blocker)
+        assert said.startswith("crm.E003 Row-level security may hide rows of crm_stage_history from the role ")
+        with acting_as(ROLE):
+            assert called("backfill_crm_contacts", "--no-progress").code == 0
+            for arguments in (("--dry-run",), ()):
+                refused = called("backfill_crm_contacts", "--update", "--no-progress", *arguments)
+                assert (refused.code, refused.stdout) == (2, "")
+                assert "crm_stage_history" in refused.stderr
+
+
+@pytest.mark.parametrize("table", ["ledger_entry", "conflict_decision", "backfill_run"])
+def test_what_row_level_security_hides_of_the_books_is_not_taken_for_nothing(database: Database, table: str) -> None:
+    builders.add_lead("ann@example.com")
+    assert called("backfill_crm_contacts", "--no-progress").code == 0
+    with role_made_by_script(update="on", rollback="on"):
+        as_owner(f"ALTER TABLE crm_backfill.{table} ENABLE ROW LEVEL SECURITY")
+        try:
+            with acting_as(ROLE):
+                for command in (
+                    ("check", "--database", "default"),
+                    ("backfill_crm_contacts", "--no-progress", "--dry-run"),
+                    ("backfill_crm_contacts", "--no-progress"),
+                    ("verify_crm_contacts",),
+                    ("rollback_crm_backfill", "1", "--no-progress", "--dry-run"),
+                    ("backfill_runs", "list"),
+                    ("resolve_crm_conflict", "profiles:1"),
+                    ("export_backfill_errors",),
+                    ("trace_contact", "c1"),
+                ):
+                    refused = ended(partial(main, ["manage.py", *command]))
+                    assert (refused.code, refused.stdout) == (2, ""), (command, refused)
+                    assert refused.stderr.count("\n") == 1
+                    assert f'ALTER TABLE "crm_backfill"."{table}" DISABLE ROW LEVEL SECURITY' in refused.stderr
+        finally:
+            as_owner(f"ALTER TABLE crm_backfill.{table} DISABLE ROW LEVEL SECURITY")
 
 
 def test_before_migrate_and_without_the_application_nothing_is_said(database: Database) -> None:

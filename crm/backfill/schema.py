@@ -151,7 +151,7 @@ def examine(
     columns = {name: table.columns for name, table in tables.items()}
     _require_tables(columns, for_updating=for_updating)
     _require_columns(columns)
-    _require_all_rows(connection)
+    _require_all_rows(connection, [*REQUIRED_COLUMNS, *([HISTORY] if for_updating else [])])
     for misfit in misfits(connection, tables, COLUMNS_IN_USE, for_inserting=for_inserting, for_updating=for_updating):
         raise OperatorError(str(misfit))
     has_attribution = all(column in columns["crm_contacts"] for column in ATTRIBUTION_COLUMNS)
@@ -249,12 +249,12 @@ def _require_columns(columns: Mapping[str, Mapping[str, Column]]) -> None:
         )
 
 
-def _require_all_rows(connection: BaseDatabaseWrapper) -> None:
+def _require_all_rows(connection: BaseDatabaseWrapper, tables: Sequence[str]) -> None:
     """Rows that a policy hides would be missing without anybody being told."""
     with connection.cursor() as cursor:
         cursor.execute(
             "SELECT name FROM unnest(%s::text[]) AS name WHERE row_security_active(quote_ident(%s) || '.' || name)",
-            [list(REQUIRED_COLUMNS), settings.LEGACY_SCHEMA],
+            [list(tables), settings.LEGACY_SCHEMA],
         )
         hidden = [name for (name,) in cursor.fetchall()]
     if hidden:
