@@ -35,8 +35,11 @@ class PostgresEnumField(models.TextField):  # type: ignore[type-arg] # django-st
 def array_type(field: models.Field[Any, Any], connection: BaseDatabaseWrapper) -> str:
     """The type of an array of a column's values, by what the column really is: text, maybe, or another schema's enum.
 
-    Without a modifier: an explicit cast to varchar(n) or numeric(p,s) would cut or round without a word.
+    Without a modifier: an explicit cast to varchar(n) or numeric(p,s) would cut or round without a word. An integer is
+    as long as there are: whether it fits, the column itself decides.
     """
+    if isinstance(field, models.IntegerField):
+        return "bigint[]"
     if not isinstance(field, PostgresEnumField):
         return f"{str(field.db_type(connection)).split('(')[0]}[]"
     connection.ensure_connection()

@@ -21,13 +21,13 @@ SELECT 'c1', 'clients', '1', 'created', id, '2025-01-02 03:04:05.678', '2025-01-
 INSERT INTO crm_backfill.ledger_entry (id, source, source_id, outcome, reason, contact_id, run_id, source_updated_at)
 SELECT 'c2', 'clients', '2', 'error', 'conflict', 'k1', id, 'infinity' FROM crm_backfill.backfill_run;
 INSERT INTO crm_backfill.contact_update (run_id, line_id, source, source_id, contact_id, columns, source_updated_at,
-  contact_updated_at, stage_entered_before)
-SELECT id, 'c1', 'clients', '1', 'c1', 'phone', '2025-01-02 03:04:05.678', '-infinity', '0044-03-15 BC'
+  contact_updated_at, stage_entered_before, confidence_before)
+SELECT id, 'c1', 'clients', '1', 'c1', 'phone', '2025-01-02 03:04:05.678', '-infinity', '0044-03-15 BC', 90
   FROM crm_backfill.backfill_run
 """
 LEDGER = """
 SELECT concat_ws(' | ', line.source_updated_at, seen_updated_at, change.source_updated_at, change.contact_updated_at,
-                 stage_entered_before)
+                 stage_entered_before, change.confidence_before)
   FROM crm_backfill.ledger_entry line JOIN crm_backfill.contact_update change ON line_id = line.id
 """
 KNOWN_SINCE = "SELECT num_nulls(rules, updated_and_kept) FROM crm_backfill.backfill_run"
@@ -35,6 +35,11 @@ PRECISIONS = """
 SELECT DISTINCT format_type(atttypid, atttypmod) FROM pg_attribute
  WHERE attrelid IN ('crm_backfill.ledger_entry'::regclass, 'crm_backfill.contact_update'::regclass)
    AND attname ~ '_updated_at|_entered_before'
+"""
+CONFIDENCES = """
+SELECT DISTINCT format_type(atttypid, atttypmod) FROM pg_attribute
+ WHERE attrelid IN ('crm_backfill.ledger_entry'::regclass, 'crm_backfill.contact_update'::regclass)
+   AND attname = 'confidence_before'
 """
 IS_THERE = """
 SELECT true FROM pg_attribute
@@ -66,6 +71,8 @@ def test_an_existing_installation_keeps_its_data_and_remembers_its_schema(django
         assert newest.returncode == 0, newest.stderr
         assert database.execute(KNOWN_SINCE) == [2], "of a run of then nobody knows what was not recorded"
         assert "678901" in database.execute(LEDGER)[0]
+        assert database.execute(LEDGER)[0].endswith(" | 90")
+        assert database.execute(CONFIDENCES) == ["bigint"]
         exported = manage("export_backfill_errors", url=url)
         assert (exported.returncode, "profiles:2,2,conflict," in exported.stdout) == (0, True), exported.stderr
         assert ",k1,k1," in exported.stdout, "of the other contact of an older conflict nothing is known"

@@ -726,20 +726,26 @@ def add_account_without_email_of(name: str) -> tuple[str, str]:
     return user, add_profile(userId=user, firstName=name)
 
 
-def test_what_the_database_refuses_is_tried_again_by_the_next_run(database: Database) -> None:
-    lead = add_lead("ann@example.com")
+def test_what_the_database_refuses_is_told_once_and_tried_again_by_the_next_run(
+    database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    leads = [add_lead("ann@example.com"), add_lead("bob@example.com")]
     run()
-    change("leads", lead, status="CONVERTED")
+    for lead in leads:
+        change("leads", lead, status="CONVERTED")
     database.change(
         """CREATE FUNCTION mishap() RETURNS trigger LANGUAGE plpgsql AS
-             $$ BEGIN RAISE EXCEPTION 'no'; END $$;
+             $$ BEGIN RAISE EXCEPTION 'no' USING ERRCODE = 'PT400', COLUMN = 'ann'; END $$;
            CREATE TRIGGER mishap BEFORE INSERT ON crm_stage_history FOR EACH ROW EXECUTE FUNCTION mishap()"""
     )
-    report = run(update=True)
-    assert (report["kept_by_column"], report["balanced"]) == ({"refused": 1}, True)
+    report = run(update=True, batch_size=1)
+    assert (report["kept_by_column"], report["balanced"]) == ({"refused": 2}, True)
+    (said,) = [told for told in caplog.messages if "refuse" in told]
+    assert "(SQLSTATE PT400, trigger mishap)" in said
+    assert "ann" not in said
     assert contact_with("ann@example.com")["stage"] == "NEW"
     database.change("DROP FUNCTION mishap() CASCADE")
-    assert update()["updated_by_column"] == {"contact_type": 1, "stage": 1}
+    assert update()["updated_by_column"] == {"contact_type": 2, "stage": 2}
 
 
 def test_a_table_that_takes_no_change_is_not_asked_contact_by_contact(database: Database) -> None:

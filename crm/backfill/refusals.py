@@ -21,8 +21,10 @@ SELECT (SELECT conname FROM pg_constraint WHERE conname = %(constraint)s::text
         SELECT tgname FROM pg_trigger WHERE tgname = %(constraint)s::text AND NOT tgisinternal),
        (SELECT attname FROM pg_attribute WHERE attname = %(column)s::text AND attnum > 0 AND NOT attisdropped LIMIT 1),
        (SELECT relname FROM pg_class WHERE relname = %(table)s::text AND relkind IN ('r', 'p', 'f', 'v') LIMIT 1),
-       (SELECT min(t.tgname) FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid
-         WHERE p.proname = %(function)s::text AND t.tgrelid = to_regclass(quote_ident(%(schema)s) || '.crm_contacts'))
+       (SELECT t.tgname FROM unnest(ARRAY['crm_contacts', 'crm_stage_history']) WITH ORDINALITY AS known(name, number)
+          JOIN pg_trigger t ON t.tgrelid = to_regclass(quote_ident(%(schema)s) || '.' || known.name)
+          JOIN pg_proc p ON p.oid = t.tgfoid AND p.proname = %(function)s::text
+         ORDER BY number, t.tgname LIMIT 1)
 """
 
 
@@ -47,6 +49,18 @@ def names_of_the_schema(connection: BaseDatabaseWrapper, refusal: Refusal) -> Re
         return Refusal(refusal.sqlstate, *cursor.fetchone())
 
 
+def in_words(refusal: Refusal) -> str:
+    """What PostgreSQL named, for a log line or a run's record."""
+    said = {
+        "SQLSTATE": refusal.sqlstate,
+        "constraint": refusal.constraint,
+        "column": refusal.column,
+        "table": refusal.table,
+        "trigger": refusal.trigger,
+    }
+    return ", ".join(f"{name} {value}" for name, value in said.items() if value) or "no word from PostgreSQL"
+
+
 @dataclass(slots=True)
 class AlikeRefusals:
     """Counts rows in succession that are refused for one reason, so that a batch is not bisected for ever.
@@ -69,13 +83,5 @@ class AlikeRefusals:
 
     def fail(self) -> None:
         """Raise EveryRowRefusedError."""
-        refusal = self.refusal or Refusal()
-        said = {
-            "SQLSTATE": refusal.sqlstate,
-            "constraint": refusal.constraint,
-            "column": refusal.column,
-            "table": refusal.table,
-            "trigger": refusal.trigger,
-        }
-        names = ", ".join(f"{name} {value}" for name, value in said.items() if value) or "no word from PostgreSQL"
-        raise EveryRowRefusedError(f"the database refuses every row for one reason ({names})")
+        reason = in_words(self.refusal or Refusal())
+        raise EveryRowRefusedError(f"the database refuses every row for one reason ({reason})")

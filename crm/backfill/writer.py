@@ -44,7 +44,7 @@ _LINE = (
     *("sqlstate", '"constraint"', '"column"', '"table"', '"trigger"'),
     *("contact_updated_at", "confidence_before", "identity_keys"),
 )
-_CASTS = {"confidence_before": "int", "identity_keys": "jsonb"}
+_CASTS = {"confidence_before": "bigint", "identity_keys": "jsonb"}
 _CASTS |= dict.fromkeys(("source_updated_at", "contact_updated_at"), "timestamp")
 _SENT = ", ".join(f"{name}::{_CASTS[name]}" if name in _CASTS else name for name in _LINE)
 # Without a model object a line: the ledger is a third of the rows' way through Python otherwise.
@@ -85,7 +85,7 @@ def _fill_statement(connection: BaseDatabaseWrapper) -> str:
     )
 
 
-def _trigger(connection: BaseDatabaseWrapper, event: str) -> str | None:
+def first_trigger(connection: BaseDatabaseWrapper, event: str) -> str | None:
     """The first trigger that may change what is written, in the order in which they fire; None where there is none."""
     with connection.cursor() as cursor:
         cursor.execute(_TRIGGERS, [_EVENTS[event]])
@@ -131,7 +131,7 @@ class DatabaseStore:
         contacts = CRMContact.bulk.using(self._connection.alias).order_by("email")
         contacts.bulk_create(map(CRMContact.of_draft, drafts), ignore_conflicts=True)
         if not contacts.landed <= {draft.id for draft in drafts}:
-            raise RewrittenError(_trigger(self._connection, "INSERT"), "id")
+            raise RewrittenError(first_trigger(self._connection, "INSERT"), "id")
         return contacts.landed
 
     def insert_aloud(self, draft: ContactDraft) -> None:
@@ -151,7 +151,7 @@ class DatabaseStore:
             with self._connection.cursor() as cursor:
                 cursor.execute("SELECT FROM crm_contacts WHERE id = ANY(%s) LIMIT 1", [list(fills.keys() - filled)])
                 if filled - fills.keys() or cursor.fetchone() is not None:
-                    raise RewrittenError(_trigger(self._connection, "UPDATE"))
+                    raise RewrittenError(first_trigger(self._connection, "UPDATE"))
 
 
 @dataclass(frozen=True, slots=True)

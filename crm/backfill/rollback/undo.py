@@ -549,7 +549,7 @@ def _take_back_statement(columns: Iterable[str]) -> str:
     )
     return (
         f"UPDATE crm_contacts c SET {assignments} "
-        "FROM unnest(%s::text[], %s::text[], %s::int[]) AS seen(id, version, confidence) "
+        "FROM unnest(%s::text[], %s::text[], %s::bigint[]) AS seen(id, version, confidence) "
         f"WHERE {_AS_SEEN} RETURNING c.id"
     )
 

@@ -6,6 +6,7 @@ rows -> lines, contacts, keys -> decide -> contacts and stage history -> record 
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,15 +18,18 @@ from crm.backfill.apart import write_apart
 from crm.backfill.errors import SettledMeanwhileError
 from crm.backfill.known import ContactLookup
 from crm.backfill.mapping import ContactDraft, MappedRow, Rules, contact_id
-from crm.backfill.outcome import Source, Totals
+from crm.backfill.outcome import Refusal, Source, Totals
+from crm.backfill.refusals import in_words, names_of_the_schema
 from crm.backfill.settle import MOST_ATTEMPTS
 from crm.backfill.transactions import certain_transaction
 from crm.backfill.update.changes import FIELDS_OF_CHANGE, REFUSED, Change, Look, decide, rows_of, totals_of
 from crm.backfill.update.reader import Present
-from crm.backfill.writer import MANNERS, Timeouts, lock_contacts
+from crm.backfill.writer import MANNERS, Timeouts, first_trigger, lock_contacts
 from crm.fields import array_type
 from crm.models import BackfillBatch, CRMContact, CRMStageHistory
 from crm.try_execute import try_execute
+
+logger = logging.getLogger(__name__)
 
 #: Who moved the contact on, for the people who read its history.
 REASON = "CRM contacts backfill"
@@ -53,7 +57,7 @@ _RECORDED = {
     **dict.fromkeys(("source_updated_at", "contact_updated_at"), "timestamp"),
     **dict.fromkeys(("from_type", "to_type", "from_stage", "to_stage"), "text"),
     "stage_entered_before": "timestamp",
-    "confidence_before": "int",
+    "confidence_before": "bigint",
     "placeholder": "text",
     "former": "jsonb",
 }
@@ -107,6 +111,7 @@ class UpdateWriter:
         self._present = present
         self._rules = rules
         self._run_id = run_id
+        self._told: set[Refusal] = set()
         self._manners = MANNERS.format(lock=timeouts.lock, statement=timeouts.statement)
 
     def write(self, source: Source, pages: Iterable[Sequence[MappedRow]]) -> Totals:
@@ -146,7 +151,8 @@ class UpdateWriter:
             written = self._write_apart(changes)
             settled += written.changes
             left = [change for change in changes if change.contact_id in written.changed_meanwhile]
-            if attempts == MOST_ATTEMPTS:
+            if left and attempts == MOST_ATTEMPTS:
+                self._tell([Refusal(trigger=first_trigger(self._connection, "UPDATE"))])
                 return settled + [change.refused() for change in left]
             waiting = [change.row for change in left]
         return settled
@@ -178,9 +184,20 @@ class UpdateWriter:
                     written.changes += group
                 else:
                     written.changed_meanwhile.add(group[0].contact_id)
+        self._tell({refusal for _, refusal in apart.refused})
         for group, _ in apart.refused:
             written.changes += [change.refused() if change.columns else change for change in group]
         return written
+
+    def _tell(self, refusals: Iterable[Refusal]) -> None:
+        """Say why contacts were refused; every reason once."""
+        for refusal in {names_of_the_schema(self._connection, refusal) for refusal in refusals} - self._told:
+            self._told.add(refusal)
+            logger.warning(
+                "the database refuses what --update writes in a contact (%s): it is kept as it is, counted as refused, "
+                "and tried again by the next run; this is told once",
+                in_words(refusal),
+            )
 
     def _write_groups(self, groups: Sequence[list[Change]]) -> set[str]:
         landed = self._write_contacts(groups)

@@ -1,0 +1,15 @@
+from django.db import migrations, models
+
+HELP = "Of the attribution that there was not"
+
+
+class Migration(migrations.Migration):
+    dependencies = [
+        ("crm", "0015_rules"),
+    ]
+
+    operations = [
+        # The application's column may be a bigint.
+        migrations.AlterField("contactupdate", "confidence_before", models.BigIntegerField(null=True, help_text=HELP)),
+        migrations.AlterField("ledgerentry", "confidence_before", models.BigIntegerField(null=True, help_text=HELP)),
+    ]
