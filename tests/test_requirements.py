@@ -30,6 +30,40 @@ def test_the_system_checks_name_everything_that_a_run_would_refuse(database: Dat
     assert f"{messages[0].msg} {messages[0].hint}" in refused.stderr
 
 
+@pytest.mark.parametrize(
+    ("statement", "names"),
+    [
+        ("ALTER TABLE crm_stage_history DROP reason, DROP id", ("crm_stage_history.id, crm_stage_history.reason",)),
+        (
+            """CREATE TYPE other AS ENUM ('NEW');
+               ALTER TABLE crm_stage_history ALTER "toStage" TYPE other USING NULL""",
+            ("crm_stage_history.toStage", "other", "CONTACTED"),
+        ),
+        (
+            """ALTER TABLE crm_stage_history RENAME TO steps;
+               CREATE MATERIALIZED VIEW public.crm_stage_history AS SELECT * FROM steps""",
+            ("crm_stage_history", "a materialized view"),
+        ),
+        (
+            """ALTER TABLE crm_stage_history RENAME TO steps;
+               CREATE VIEW public.crm_stage_history AS SELECT * FROM steps""",
+            ("crm_stage_history", "a view"),
+        ),
+    ],
+)
+def test_a_history_in_which_an_update_could_record_no_step(
+    database: Database, statement: str, names: tuple[str, ...]
+) -> None:
+    database.change(statement)
+    (message,) = check_fit(["default"])
+    assert [name for name in names if name not in message.msg] == []
+    for arguments in (("--update", "--dry-run"), ("--update",)):
+        refused = backfill(*arguments)
+        assert (refused.code, refused.stdout) == (2, "")
+        assert f"{message.msg} {message.hint}" in refused.stderr
+    assert backfill().code == 0, "without --update nothing is recorded there"
+
+
 def test_the_system_checks_say_nothing_of_a_database_without_the_tables(database: Database) -> None:
     database.drop_legacy_tables()
     assert check_fit(["default"]) == []

@@ -17,22 +17,29 @@ from crm.errors import OperatorError
 
 #: The tables and columns of the application, in any generation, that refer to a contact's id.
 KNOWN = (("crm_interactions", "contactId"), ("crm_stage_history", "contactId"))
+# PostgreSQL compares no two columns of different collations: by theirs then, so that an index of theirs is of use.
+_COLLATION = """
+CASE WHEN 0 NOT IN ({theirs}.attcollation, {ours}.attcollation) AND {theirs}.attcollation <> {ours}.attcollation
+     THEN ' COLLATE ' || {theirs}.attcollation::regcollation ELSE '' END
+"""
 # As what the catalogue's foreign keys say of theirs. Where there is one, the same condition is found twice.
 _KNOWN_COLUMNS = """
 SELECT c.oid::regclass::text,
        format(CASE WHEN a.atttypid IN ('text'::regtype, 'varchar'::regtype) THEN 'r.%%I = c.id'
-                   ELSE 'r.%%I::text = c.id' END, a.attname),
+                   ELSE 'r.%%I::text = c.id' END, a.attname) || {collation},
        has_schema_privilege(c.relnamespace, 'USAGE') AND has_column_privilege(c.oid, a.attnum, 'SELECT'),
        row_security_active(c.oid)
   FROM unnest(%s::text[], %s::text[]) AS known(relname, attname)
   JOIN pg_class c ON c.relname = known.relname AND c.relkind IN ('r', 'p', 'v', 'm', 'f')
   JOIN pg_namespace n ON n.oid = c.relnamespace AND n.nspname = %s
   JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = known.attname AND NOT a.attisdropped
-"""
+  LEFT JOIN pg_attribute i ON i.attrelid = to_regclass(quote_ident(n.nspname) || '.crm_contacts') AND i.attname = 'id'
+""".format(collation=_COLLATION.format(theirs="a", ours="i"))
 # A partition's copy of its parent's constraint has a conparentid: asking the parent asks them all.
 _FOREIGN_KEYS = """
 SELECT k.conrelid::regclass::text,
-       (SELECT string_agg(format('r.%%I = c.%%I', theirs.attname, ours.attname), ' AND ' ORDER BY pair.number)
+       (SELECT string_agg(format('r.%%I = c.%%I', theirs.attname, ours.attname) || {collation}, ' AND '
+                          ORDER BY pair.number)
           FROM unnest(k.conkey, k.confkey) WITH ORDINALITY AS pair(theirs, ours, number)
           JOIN pg_attribute theirs ON theirs.attrelid = k.conrelid AND theirs.attnum = pair.theirs
           JOIN pg_attribute ours ON ours.attrelid = k.confrelid AND ours.attnum = pair.ours),
@@ -45,7 +52,7 @@ SELECT k.conrelid::regclass::text,
   JOIN pg_namespace n ON n.oid = c.relnamespace
  WHERE k.contype = 'f' AND k.conparentid = 0 AND n.nspname = %s AND c.relname = 'crm_contacts'
  ORDER BY 1, 2
-"""
+""".format(collation=_COLLATION.format(theirs="theirs", ours="ours"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,12 +25,18 @@ LABELS: Mapping[str, tuple[str, ...]] = {
 }
 MOMENTS = ("createdAt", "updatedAt", "lastContactedAt", "commissionRateLockedAt", "stageEnteredAt", "assignedAt")
 RATE, CONFIDENCE = "commissionRate", "attributionConfidence"
-#: What a row is found by; two spellings of one must be two.
+#: What a row is found by.
 KEYS: Mapping[str, tuple[str, ...]] = {
     "users": ("id", "email"),
     "profiles": ("id", "userId", "clerkUserId"),
     "leads": ("id", "email"),
     CONTACTS: ("id", "email", "userId", "clerkUserId"),
+}
+#: The keys, and what refers to one: two spellings of one must be two, and all are compared with each other.
+COMPARED: Mapping[str, tuple[str, ...]] = {
+    **KEYS,
+    "leads": (*KEYS["leads"], "assignedPreparerId"),
+    CONTACTS: (*KEYS[CONTACTS], "assignedPreparerId"),
 }
 #: What some source never has, so that the contact's column must take a NULL.
 LEFT_BLANK = (
@@ -57,6 +63,11 @@ SELECT a.attname FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid 
 _DEFERRABLE = "SELECT conname FROM pg_constraint WHERE conrelid = %s AND contype IN ('p', 'u', 'x') AND condeferrable"
 _RULES = "SELECT rulename FROM pg_rewrite WHERE ev_class = %s AND ev_type IN ('2', '3', '4') ORDER BY 1"
 _CHILDREN = "SELECT inhrelid::regclass::text FROM pg_inherits WHERE inhparent = %s ORDER BY 1"
+# A label that PostgreSQL would refuse where a contact's step is recorded.
+_LACKING_LABELS = """
+SELECT enumlabel::text FROM pg_enum WHERE enumtypid = %s
+EXCEPT SELECT enumlabel::text FROM pg_enum WHERE enumtypid = %s ORDER BY 1
+"""
 # A row-level trigger before the insert may fill what we leave out.
 _FILLING_TRIGGERS = """
 SELECT tgname FROM pg_trigger
@@ -111,9 +122,10 @@ def misfits(
     if not for_inserting:
         return
     yield from _of_contacts(connection, tables[CONTACTS])
-    written = [CONTACTS, *([HISTORY] if for_updating and HISTORY in tables else [])]
-    for name in written:
-        yield from _of_written_table(connection, name, tables[name])
+    yield from _of_written_table(connection, CONTACTS, tables[CONTACTS])
+    if for_updating and HISTORY in tables:
+        yield from _of_history(connection, tables[HISTORY], tables[CONTACTS])
+        yield from _of_written_table(connection, HISTORY, tables[HISTORY])
 
 
 def _rows(connection: BaseDatabaseWrapper, query: str, *parameters: Any) -> list[tuple[Any, ...]]:
@@ -177,7 +189,7 @@ def _of_types(tables: Mapping[str, Table], columns: Mapping[str, Sequence[str]])
 def _of_collations(tables: Mapping[str, Table]) -> Iterator[Unfit]:
     names = [
         f"{table}.{name}"
-        for table, keys in KEYS.items()
+        for table, keys in COMPARED.items()
         for name in keys
         if (column := tables[table].columns.get(name)) is not None and not column.is_deterministic
     ]
@@ -193,7 +205,7 @@ def _of_mixed_collations(tables: Mapping[str, Table]) -> Iterator[Unfit]:
     """PostgreSQL compares no two columns of which each has another collation of its own."""
     found = {
         f"{table}.{name}": column.collation
-        for table, keys in KEYS.items()
+        for table, keys in COMPARED.items()
         for name in keys
         if (column := tables[table].columns.get(name)) is not None and column.collation
     }
@@ -207,9 +219,8 @@ def _of_mixed_collations(tables: Mapping[str, Table]) -> Iterator[Unfit]:
 
 def _of_contacts(connection: BaseDatabaseWrapper, table: Table) -> Iterator[Unfit]:
     if table.kind not in ("r", "p"):
-        kind = {"v": "a view", "m": "a materialized view", "f": "a foreign table"}.get(table.kind, "no table")
         yield Unfit(
-            f"{CONTACTS} is {kind}, and contacts cannot be inserted safely into anything but a table.",
+            f"{CONTACTS} is {_kind(table)}, and contacts cannot be inserted safely into anything but a table.",
             "Give DATABASE_URL the database and the schema of the table itself.",
         )
         return
@@ -239,6 +250,39 @@ def _of_contacts(connection: BaseDatabaseWrapper, table: Table) -> Iterator[Unfi
             "value for it.",
             f"Let the owner ALTER TABLE {CONTACTS} ALTER COLUMN {_quoted(filled[0])} DROP NOT NULL.",
         )
+
+
+def _of_history(connection: BaseDatabaseWrapper, history: Table, contacts: Table) -> Iterator[Unfit]:
+    """Where a contact's step could not be recorded, PostgreSQL would refuse to move the contact, night after night."""
+    if history.kind not in ("r", "p"):
+        yield Unfit(
+            f"{HISTORY} is {_kind(history)}, and --update records in a table alone that a contact moved to another "
+            "stage.",
+            "Run without --update.",
+        )
+        return
+    if missing := [f"{HISTORY}.{name}" for name in sorted(_WRITTEN[HISTORY]) if name not in history.columns]:
+        yield Unfit(
+            f"This database has no column {', '.join(missing)}, in which --update records that a contact moved to "
+            "another stage: it is of a generation of the application that this version does not know.",
+            "Run without --update.",
+        )
+    for name in LABELS[HISTORY]:
+        column, stage = history.columns.get(name), contacts.columns["stage"]
+        if column is None or not column.is_enum or not stage.is_enum or column.type_oid == stage.type_oid:
+            continue
+        if lacking := _rows(connection, _LACKING_LABELS, stage.type_oid, column.type_oid):
+            yield Unfit(
+                f"The column {HISTORY}.{name} is of the type {column.declared_type}, which lacks the label "
+                f"{', '.join(label for (label,) in lacking)} of {CONTACTS}.stage: --update could not record such a "
+                "step.",
+                f"Let the owner ALTER TABLE {HISTORY} ALTER COLUMN {_quoted(name)} TYPE {stage.declared_type}, or run "
+                "without --update.",
+            )
+
+
+def _kind(table: Table) -> str:
+    return {"v": "a view", "m": "a materialized view", "f": "a foreign table"}.get(table.kind, "no table")
 
 
 def _of_written_table(connection: BaseDatabaseWrapper, name: str, table: Table) -> Iterator[Unfit]:
