@@ -13,14 +13,15 @@ from django.db import connection
 from django.db.backends.utils import CursorWrapper
 from django.db.models import Sum
 
-from crm.backfill import latecomers, lifecycle
+from crm.backfill import latecomers, lifecycle, spellings
+from crm.backfill.mapping import contact_id
 from crm.backfill.pipeline import Retries
 from crm.backfill.spellings import NoncanonicalAddresses
 from crm.backfill.verification import verify
 from crm.errors import OperatorError
 from crm.models import BackfillRun, LedgerEntry
 from tests.builders import add_contact, add_lead, add_many_leads, add_profile, add_user, contacts, ledger
-from tests.commands import run
+from tests.commands import called, run, statement_in
 from tests.conftest import Database
 from tests.processes import session
 from tests.profiles import SOAKING
@@ -165,14 +166,14 @@ def test_a_dry_run_forgets_what_a_failed_batch_would_have_made(database: Databas
 # Stored meanwhile
 
 
-def store(email: str, **columns: Any) -> None:
+def store(email: str, identifier: str = "c-other", **columns: Any) -> None:
     with session() as other:
         names = ", ".join(f', "{name}"' for name in columns)
         values = "".join(", %s" for _ in columns)
         other.execute(
             f'INSERT INTO crm_contacts (id, "contactType", "firstName", "lastName", email, "updatedAt"{names}) '
-            f"VALUES ('c-other', 'LEAD', 'Con', 'Tact', %s, now(){values})",
-            [email, *columns.values()],
+            f"VALUES (%s, 'LEAD', 'Con', 'Tact', %s, now(){values})",
+            [identifier, email, *columns.values()],
         )
         other.commit()
 
@@ -233,6 +234,12 @@ def books_agree() -> bool:
     return of_record == of_batches == {name: of_ledger[name] for name in of_record}
 
 
+def twice() -> list[tuple[str, str | None]]:
+    """What a verification says of contacts that are there twice: the kind and the contact."""
+    findings = verify(connection).findings.kept
+    return [(finding.kind, finding.contact_id) for finding in findings if finding.check == "contact_twice"]
+
+
 def test_who_is_stored_in_any_other_spelling_during_the_run_is_one_person_at_its_end(database: Database) -> None:
     add_many_leads(6)
     add_lead("person-1@example.com", "CONVERTED", referrerUsername="ref")
@@ -263,9 +270,7 @@ def test_a_profile_whose_account_is_another_than_the_other_contacts_is_in_confli
 
 
 @pytest.mark.parametrize("use", ["referred to", "touched", "edited"])
-def test_a_contact_of_ours_that_is_in_use_by_then_stays_and_that_is_told(
-    database: Database, caplog: pytest.LogCaptureFixture, use: str
-) -> None:
+def test_a_contact_of_ours_that_is_in_use_by_then_stays_and_every_run_reports_it(database: Database, use: str) -> None:
     add_many_leads(6)
     statements = {
         "referred to": """INSERT INTO crm_interactions (id, "contactId", type, "updatedAt")
@@ -285,9 +290,18 @@ def test_a_contact_of_ours_that_is_in_use_by_then_stays_and_that_is_told(
     assert (report["created"], report["balanced"]) == (6, True)
     assert len(contacts()) == 7
     assert books_agree()
-    (told,) = (record.getMessage() for record in caplog.records if "have company" in record.getMessage())
-    assert "1 contacts of this run" in told
-    assert "person-1" not in told.lower()
+    (ours,) = report["contacts_twice"]
+    assert contacts()[ours]["email"] == Meanwhile.email
+    # Until one of the two is gone, by whomever.
+    answer = called("backfill_crm_contacts")
+    assert answer.code == 1
+    assert "1 contact has another one beside, with the same address in another spelling" in answer.stderr
+    assert ours in answer.stderr
+    assert "person-1" not in answer.stderr.lower()
+    assert twice() == [("defect", ours)]
+    database.change("DELETE FROM crm_contacts WHERE id = 'c-other'")
+    assert called("backfill_crm_contacts").code == 0
+    assert twice() == []
 
 
 def test_what_a_run_made_that_was_stopped_is_looked_at_by_the_next(database: Database) -> None:
@@ -310,16 +324,98 @@ def test_a_contact_that_is_stored_after_a_run_is_somebody_elses_business(databas
     assert len(contacts()) == 4
 
 
-def test_a_role_that_may_not_delete_is_told_what_stays(database: Database, caplog: pytest.LogCaptureFixture) -> None:
-    add_many_leads(2)
-    run()
-    BackfillRun.objects.update(status="failed")
-    store(Meanwhile.spelling)
+def test_a_role_that_may_not_delete_is_told_every_night_until_it_may(database: Database) -> None:
+    add_many_leads(6)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latecomers, "_MAY_DELETE", "SELECT false")
-        assert run()["balanced"] is True
-    assert "this role may not delete contacts" in caplog.text
-    assert len(contacts()) == 3
+        (ours,) = Meanwhile().run()["contacts_twice"]
+        # One that was stored after the run is not its business, and is told of by nobody.
+        store("Person-2@EXAMPLE.com", "c-later")
+        for _ in range(2):
+            answer = called("backfill_crm_contacts")
+            assert answer.code == 1
+            assert "this role may not delete contacts" in answer.stderr
+            assert ours in answer.stderr
+    assert len(contacts()) == 8
+    report = run()
+    assert (report["exists"], report["contacts_twice"], report["balanced"]) == (1, [], True)
+    assert ours not in contacts()
+    assert books_agree()
+    assert called("backfill_crm_contacts").code == 0
+
+
+def test_what_is_stored_in_another_spelling_is_seen_before_the_end(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latecomers, "_MAY_DELETE", "SELECT false")
+    monkeypatch.setattr(spellings, "MIN_AGE", 0.0)
+    monkeypatch.setattr(spellings, "READINGS", 0)
+    add_many_leads(6)
+    with after_batch(1, lambda: store("pErson-5@example.com")):
+        report = run(batch_size=2)
+    assert (report["created"], report["exists"], report["contacts_twice"]) == (5, 1, [])
+
+
+# Stored while an update writes an address
+
+
+@contextmanager
+def before_statement(beginning: str, number: int, happening: Callable[[], object]) -> Iterator[None]:
+    """Call `happening` before the statement of this number, from 1 on, of those that begin like this."""
+    seen = 0
+
+    def watch(_number: int, sql: str, _send: Callable[[str], Any]) -> None:
+        nonlocal seen
+        if statement_in(sql).startswith(beginning):
+            seen += 1
+            if seen == number:
+                happening()
+
+    with watched(watch):
+        yield
+    assert seen >= number, "there was no such statement"
+
+
+def a_placeholder_that_is_to_be_replaced() -> str:
+    user = add_user("")
+    profile = add_profile(userId=user)
+    run()
+    with connection.cursor() as cursor:
+        cursor.execute("UPDATE users SET email = 'bob@example.com' WHERE id = %s", [user])
+    return contact_id("profiles", profile)
+
+
+def test_an_address_that_was_stored_since_the_cache_was_read_is_not_written_by_an_update(database: Database) -> None:
+    ours = a_placeholder_that_is_to_be_replaced()
+    before = contacts()[ours]
+    # When the cache has been read and the contacts are looked up.
+    with before_statement('SELECT c.id, c.email, c."userId"', 1, lambda: store("bOB@Example.com")):
+        report = run(update=True)
+    assert report["updated_by_column"] == {}
+    assert contacts()[ours] == before
+    assert report["contacts_twice"] == []
+
+
+def test_an_address_that_is_stored_while_an_update_writes_it_is_reported_by_every_run(database: Database) -> None:
+    ours = a_placeholder_that_is_to_be_replaced()
+    with before_statement("UPDATE crm_contacts", 1, lambda: store("bOB@Example.com")):
+        report = run(update=True)
+    assert (report["updated_by_column"], report["balanced"]) == ({"email": 1}, True)
+    assert report["contacts_twice"] == [ours]
+    assert called("backfill_crm_contacts").code == 1
+    assert twice() == [("defect", ours)]
+    database.change("DELETE FROM crm_contacts WHERE id = 'c-other'")
+    assert called("backfill_crm_contacts").code == 0
+
+
+def test_who_is_stored_while_an_update_is_at_work_is_one_person_at_its_end(database: Database) -> None:
+    a_placeholder_that_is_to_be_replaced()
+    add_many_leads(2)
+    with before_statement("UPDATE crm_contacts", 1, lambda: store(Meanwhile.spelling)):
+        report = run(update=True)
+    assert (report["created"], report["exists"], report["balanced"]) == (1, 1, True)
+    assert [c["id"] for c in contacts().values() if address_of(c["email"]) == Meanwhile.email] == ["c-other"]
+    assert books_agree()
 
 
 # Memory

@@ -82,3 +82,45 @@ def test_a_contact_that_was_deleted_while_it_was_to_be_filled_is_no_error(databa
     with connection.execute_wrapper(watch):
         answer = run()
     assert (answer["merged"], answer["error"]) == (1, 0)
+
+
+#: It writes the contact itself, and says that nothing was written.
+ITSELF = "INSERT INTO crm_contacts SELECT NEW.*; RETURN NULL;"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_contact_that_a_trigger_inserted_itself_is_an_error_of_its_row_and_no_merge(
+    database: Database, workers: int
+) -> None:
+    condition = f"pg_trigger_depth() = 1 AND NEW.email = '{BAD}'"
+    add_trigger(database, f"IF {condition} THEN {ITSELF} END IF; RETURN NEW;", "INSERT")
+    rows = [add_lead(BAD), add_lead(BAD)]
+    add_many_leads(PEOPLE)
+    answer = run(workers=workers)
+    assert (answer["created"], answer["merged"], answer["exists"], answer["error"]) == (PEOPLE, 0, 0, 2)
+    assert refusals(database) == [("data_error", None, "its_own_way", None)]
+    assert BAD not in {contact["email"] for contact in contacts().values()}
+    database.change("DROP FUNCTION public.its_own_way() CASCADE")
+    answer = run()
+    assert (answer["created"], answer["merged"]) == (1, 1)
+    assert {ledger()[f"leads:{row}"]["outcome"] for row in rows} == {"created", "merged"}
+
+
+def test_a_contact_whose_ledger_was_lost_is_met_whatever_triggers_there_are(database: Database) -> None:
+    add_trigger(database, "RETURN NEW;", "INSERT")
+    add_many_leads(PEOPLE)
+    run()
+    database.change("DELETE FROM ledger_entry")
+    # One is changed at this very moment, which makes it look new.
+    changed: list[bool] = []
+
+    def watch(execute: Any, sql: str, parameters: Any, many: bool, context: dict[str, Any]) -> Any:  # noqa: FBT001 - Django's signature
+        if sql.lstrip().startswith("SELECT tgname") and not changed:
+            changed.append(True)
+            execute("UPDATE crm_contacts SET phone = '1'", None, many, context)
+        return execute(sql, parameters, many, context)
+
+    with connection.execute_wrapper(watch):
+        answer = run()
+    assert changed
+    assert (answer["created"], answer["merged"], answer["error"]) == (0, PEOPLE, 0)

@@ -50,9 +50,9 @@ class ContactLookup:
     """Finds the contacts that rows of a batch may meet, whatever the spelling of their stored email.
 
     There is no index on lower(email) and none is added to a table that Prisma owns. The canonical form is looked up by
-    the unique index. Of the stored addresses that are in another form, those that are there at the beginning are noted
-    down once; every batch asks besides, by the unique index, for the spellings in which the application is most likely
-    to have stored its addresses since. What is stored meanwhile in any other spelling, the end of a run settles.
+    the unique index. The stored addresses that are in another form are noted down at the beginning, and again from time
+    to time; every batch asks besides, by the unique index, for the spellings in which the application is most likely to
+    have stored its addresses since. What is stored meanwhile in any other spelling, the end of a run settles.
     """
 
     def __init__(self, connection: BaseDatabaseWrapper, facts: DatabaseFacts) -> None:
@@ -64,8 +64,11 @@ class ContactLookup:
         self._profiles: list[ProfileOfAddress] = []
         self._with_profile: set[str] = set()
 
-    def notice(self, rows: Sequence[MappedRow]) -> None:
-        """Take a first look at a batch: which rows have a contact that no index finds by their canonical address."""
+    def notice(self, rows: Sequence[MappedRow], *, anew: bool = False) -> None:
+        """Take a first look at a batch: which rows have a contact that no index finds by their canonical address.
+
+        `anew` asks the whole table for what has been stored until now.
+        """
         addresses = {row.draft.email for row in rows if row.draft}
         spellings = {spelling for row in rows if row.draft for spelling in likely_spellings(row)}
         of_profiles = without_account(rows) if self._facts.has_ledger else set()
@@ -73,7 +76,7 @@ class ContactLookup:
         if of_profiles:
             users = self._users.find(of_profiles)
             parameters["user_ids"] = sorted(identifier for ids in users.values() for identifier in ids)
-        self._spelled, self._profiles = self._contacts.find(addresses), []
+        self._spelled, self._profiles = self._contacts.find(addresses, anew=anew), []
         with self._connection.cursor() as cursor:
             cursor.execute(_SPELLED + _AND_PROFILES if of_profiles else _SPELLED, parameters)
             for email, contact_id, profile_id in cursor.fetchall():

@@ -4,17 +4,20 @@
 
 A batch meets what is there by then, in the spellings that are likely. The others are settled when the sources are
 through: what the run made is taken out again, and its rows are settled as if the other contact had been there before.
-They are counted out and in by a batch of their own, so run, batches and ledger go on agreeing. A contact of ours that
-somebody has touched or refers to stays, and the operator is told. What runs made that never came to this is looked at
-as well, back to the last one that finished.
+They are counted out and in by a batch of their own, so run, batches and ledger go on agreeing. The same is asked of the
+addresses that an update wrote in the place of a placeholder. What earlier runs wrote that never came to this is looked
+at as well, back to the last one that finished.
+
+A contact of ours that an update, or somebody else, has changed or refers to stays, as all of them do where the role may
+not delete. The run's record keeps their ids: every run that follows looks at them again, and reports them for as long
+as both contacts are there.
 """
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -38,18 +41,22 @@ from crm.errors import OperatorError
 from crm.models import BackfillBatch, BackfillRun, ContactUpdate, LedgerEntry
 from crm.models.ledger import RunStatus
 
-logger = logging.getLogger(__name__)
-
-#: How many contacts are settled in one transaction, and how many rows a warning names.
-CONTACTS_AT_ONCE, NAMED = 100, 10
+#: How many contacts are settled in one transaction.
+CONTACTS_AT_ONCE = 100
+#: The name under which a run's record keeps the contacts that stay.
+RECORDED = "contacts_twice"
 
 _MAY_DELETE = """
 SELECT has_table_privilege('crm_contacts', 'DELETE') AND has_table_privilege('ledger_entry', 'DELETE')
 """
 _OURS = """
 SELECT c.id FROM crm_contacts c
-  JOIN ledger_entry line ON line.id = c.id AND line.outcome = 'created' AND line.run_id > %s
- WHERE c.email = ANY(%s)
+ WHERE c.email = ANY(%(addresses)s)
+   AND (c.id = ANY(%(known)s)
+        OR EXISTS (SELECT FROM ledger_entry line
+                    WHERE line.id = c.id AND line.outcome = 'created' AND line.run_id > %(since)s)
+        OR EXISTS (SELECT FROM contact_update change
+                    WHERE change.contact_id = c.id AND change.placeholder IS NOT NULL AND change.run_id > %(since)s))
 """
 # Whoever is just referring to one of them is waited for, and seen by the statements that follow.
 _LOCK = "SELECT id FROM crm_contacts WHERE id = ANY(%s) ORDER BY id FOR UPDATE"
@@ -67,18 +74,53 @@ class _Line(NamedTuple):
     run_id: int
 
 
-@dataclass(frozen=True, slots=True)
+class ContactsTwice(NamedTuple):
+    """Contacts of ours that stay although another one has the same address in another spelling, and why they do."""
+
+    contacts: Sequence[str] = ()
+    why: str = ""
+
+
+NOBODY_TWICE = ContactsTwice()
+
+
+class _Finished(NamedTuple):
+    """The last run that finished, 0 where none did, and the contacts that stayed then."""
+
+    run_id: int = 0
+    left: Sequence[str] = ()
+
+
+def last_finished(connection: BaseDatabaseWrapper, before: int | None = None) -> _Finished:
+    """The last run that finished, of those before a run, and the contacts that stayed beside another one then."""
+    finished = _runs(connection).filter(status=RunStatus.FINISHED).order_by("-pk")
+    if before is not None:
+        finished = finished.filter(pk__lt=before)
+    run_id, left = finished.values_list("pk", f"census__{RECORDED}").first() or (0, None)
+    return _Finished(run_id, left or ())
+
+
+def _runs(connection: BaseDatabaseWrapper) -> QuerySet[BackfillRun]:
+    return BackfillRun.objects.using(connection.alias).filter(kind=BackfillRun.Kind.BACKFILL)
+
+
+@dataclass(slots=True)
 class Latecomers:
-    """Settles what was stored during a run, when its sources are through."""
+    """Settles what was stored during a run, when its sources are through. `twice` are those that stay."""
 
     connection: BaseDatabaseWrapper
     facts: DatabaseFacts
     run_id: int
+    twice: ContactsTwice = NOBODY_TWICE
 
     def are_possible(self, created: int) -> bool:
-        """Whether this run, or one before it that did not finish, made contacts at all."""
-        unfinished = self._runs().filter(pk__gt=self._last_finished(), pk__lt=self.run_id)
-        return created > 0 or unfinished.filter(created__gt=0).exists()
+        """Whether this run, or one before it that did not finish, wrote an address at all; or contacts stayed then."""
+        since, left = last_finished(self.connection, self.run_id)
+        unfinished = _runs(self.connection).filter(pk__gt=since, pk__lt=self.run_id, created__gt=0)
+        replaced = ContactUpdate.objects.using(self.connection.alias).filter(
+            run_id__gt=since, placeholder__isnull=False
+        )
+        return created > 0 or bool(left) or unfinished.exists() or replaced.exists()
 
     def settle(self) -> Iterator[None]:
         """Settle them, step by step: a caller may stop between two of them. Raises fence.FenceLostError.
@@ -89,29 +131,26 @@ class Latecomers:
         if not twice:
             return
         if obstacle := self._obstacle():
-            _tell(twice, obstacle)
+            self.twice = ContactsTwice(twice, obstacle)
             return
+        stay: list[str] = []
         writer = BatchWriter(self.connection, ContactLookup(self.connection, self.facts), self.run_id, Timeouts())
         for first in range(0, len(twice), CONTACTS_AT_ONCE):
             some = twice[first : first + CONTACTS_AT_ONCE]
-            if left := self._settle(some, writer):
-                _tell(left, "they have been changed or are referred to by now")
+            stay += self._settle(some, writer)
+            self.twice = ContactsTwice(stay, "they have been changed, or are referred to") if stay else NOBODY_TWICE
             yield
 
-    def _runs(self) -> QuerySet[BackfillRun]:
-        return BackfillRun.objects.using(self.connection.alias).filter(kind=BackfillRun.Kind.BACKFILL)
-
-    def _last_finished(self) -> int:
-        finished = self._runs().filter(status=RunStatus.FINISHED, pk__lt=self.run_id).order_by("-pk")
-        return finished.values_list("pk", flat=True).first() or 0
-
     def _with_company(self) -> set[str]:
-        """The contacts that were made since the last run that finished, and whose address another one has."""
-        since = self._last_finished()
+        """The contacts whose address was written since the last run that finished, or that stayed then, and whose
+        address another one has."""
+        since, left = last_finished(self.connection, self.run_id)
         found: set[str] = set()
         for page in noncanonical_addresses(self.connection, "crm_contacts"):
             with self.connection.cursor() as cursor:
-                cursor.execute(_OURS, [since, [address for _, address in page]])
+                cursor.execute(
+                    _OURS, {"since": since, "known": list(left), "addresses": [address for _, address in page]}
+                )
                 found.update(identifier for (identifier,) in cursor.fetchall())
         return found
 
@@ -230,14 +269,3 @@ def _written(lines: Iterable[_Line], rows: dict[tuple[str, str], MappedRow]) -> 
         if outcomes[key] == Outcome.MERGED:
             fill(contact, row.draft)
     return makers[0]._replace(**contact.fills)
-
-
-def _tell(contacts: Collection[str], obstacle: str) -> None:
-    logger.warning(
-        "%d contacts of this run have company: meanwhile another contact was stored with the same address in another "
-        "spelling. Both stay, since %s: %s%s",
-        len(contacts),
-        obstacle,
-        ", ".join(sorted(contacts)[:NAMED]),
-        ", ..." if len(contacts) > NAMED else "",
-    )

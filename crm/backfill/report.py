@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from crm.backfill.gone_contacts import GoneContacts
+from crm.backfill.latecomers import ContactsTwice
 from crm.backfill.lost_reports import LostReport
 from crm.backfill.outcome import Source, Totals
 from crm.backfill.runner import RunReport, Silence
@@ -22,6 +23,8 @@ from crm.models.ledger import RunStatus
 
 #: Without a terminal, a line about this often; seconds.
 LINE_EVERY = 10.0
+#: How many contacts a line names.
+MOST_NAMED = 10
 
 _LABELS_OF_TYPE = (("Clients", "CLIENT"), ("Tax Preparers", "PREPARER"), ("Affiliates", "AFFILIATE"), ("Leads", "LEAD"))
 
@@ -137,6 +140,7 @@ def as_json(report: RunReport) -> str:
         "already": report.already,
         "recreated": report.recreated,
         "contacts_gone": report.gone and {**report.gone._asdict(), "is_news": report.gone.is_news},
+        "contacts_twice": report.twice.contacts,
         "excluded": report.excluded,
         "created_by_type": _sorted(totals.created_by_type),
         "by_source": {source.value: counts.outcomes for source, counts in report.by_source.items()},
@@ -253,10 +257,12 @@ def _errors(report: RunReport, *, strict: bool) -> str | None:
 
 
 def advice(report: RunReport) -> str | None:
-    """What else is to be known of a run: why it did not get to its end and how to go on, what earlier ones lost."""
+    """What else is to be known of a run: why it did not get to its end and how to go on, who is there twice, what
+    earlier ones lost."""
     ended = _advice_on_the_end(report)
     gone = _words_on_gone_contacts(report.gone) if report.gone and report.gone.is_news else None
-    words = [*(text for text in (ended, gone) if text), *map(_told_again, report.lost_reports)]
+    twice = _words_on_contacts_twice(report.twice) if report.twice.contacts else None
+    words = [*(text for text in (ended, gone, twice) if text), *map(_told_again, report.lost_reports)]
     return "\n".join(words) or None
 
 
@@ -266,6 +272,16 @@ def _words_on_gone_contacts(gone: GoneContacts) -> str:
         f"{gone.rows:,} of {gone.settled:,} settled rows have lost their contact: it is gone from crm_contacts{since}. "
         "What people deleted stays deleted. If the table was restored or purged, `python manage.py "
         "backfill_crm_contacts --recreate-deleted --dry-run` tells what it would make again."
+    )
+
+
+def _words_on_contacts_twice(twice: ContactsTwice) -> str:
+    count, more = len(twice.contacts), ", ..." if len(twice.contacts) > MOST_NAMED else ""
+    return (
+        f"{count:,} {'contact has' if count == 1 else 'contacts have'} another one beside, with the same address in "
+        f"another spelling, which was stored while a run was at work. Both stay, since {twice.why}: "
+        f"{', '.join(twice.contacts[:MOST_NAMED])}{more}. Keep one of each two in the CRM: every run reports them "
+        "until then."
     )
 
 

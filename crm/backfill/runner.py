@@ -25,7 +25,8 @@ from crm.backfill import errors, fence
 from crm.backfill.census import survey, take_census
 from crm.backfill.gone_contacts import RECORDED, GoneContacts, look_for_gone_contacts
 from crm.backfill.interruption import Interruption
-from crm.backfill.latecomers import Latecomers
+from crm.backfill.latecomers import NOBODY_TWICE, ContactsTwice, Latecomers
+from crm.backfill.latecomers import RECORDED as RECORDED_TWICE
 from crm.backfill.lifecycle import Checked, Ending, Lifecycle, lifecycle
 from crm.backfill.lost_reports import LostReport, lost_reports
 from crm.backfill.options import RunOptions
@@ -74,7 +75,8 @@ class RunReport:
 
     `census` is of its end, and None where nothing could be counted any more. `balanced` is None where the identity was
     not checked; `not_checked` says why. `recreated` are the rows that were to be looked at again since their contact
-    was gone; `gone` are those that have lost theirs, at the end, None where that was not looked at.
+    was gone; `gone` are those that have lost theirs, at the end, None where that was not looked at. `twice` are
+    contacts that have another one beside them with the same address in another spelling.
     """
 
     run_id: int | None
@@ -93,6 +95,7 @@ class RunReport:
     not_checked: str | None = None
     recreated: int = 0
     gone: GoneContacts | None = None
+    twice: ContactsTwice = NOBODY_TWICE
     lost_reports: Sequence[LostReport] = ()
 
     @property
@@ -101,13 +104,13 @@ class RunReport:
         return self.started_at + timedelta(seconds=self.seconds)
 
     def exit_code(self, *, strict: bool) -> int:
-        """What cron is told: 0 clean, 1 rows in error, 4 stopped, 5 failed."""
+        """What cron is told: 0 clean, 1 rows in error or a person twice, 4 stopped, 5 failed."""
         if self.status == RunStatus.FAILED:
             return 5
         if self.status != RunStatus.FINISHED:
             return 4
         news = self.totals.error_new + sum(report.error_new for report in self.lost_reports)
-        return 1 if news or (strict and self.totals.error) else 0
+        return 1 if news or self.twice.contacts or (strict and self.totals.error) else 0
 
 
 @dataclass(slots=True)
@@ -185,6 +188,7 @@ class _Work:
     after: Census | None = None
     recreated: int = 0
     gone: GoneContacts | None = None
+    twice: ContactsTwice = NOBODY_TWICE
     lost_reports: Sequence[LostReport] = ()
 
     def through(self) -> None:
@@ -206,9 +210,11 @@ class _Work:
                 hands.work_through(source)
             for source in resolutions.among(rows):
                 hands.work_through_decided(source)
-            self.life.patiently(self._settle_latecomers)
             if self.options.update:
+                # Before, so that the second look fills the contacts that were met; after, since it writes addresses.
+                self.life.patiently(self._settle_latecomers)
                 hands.look_again(self.options.sources)
+            self.life.patiently(self._settle_latecomers)
         if run_id is None and self.facts.has_ledger:
             self.gone = self.life.patiently(lambda: self._look_for_gone_contacts(before))
 
@@ -238,6 +244,7 @@ class _Work:
         if latecomers.are_possible(self.tally.totals.created):
             for _ in latecomers.settle():
                 self.life.interruption.heed()
+        self.twice = latecomers.twice
 
     def _on_batch(self, source: Source, totals: Totals) -> None:
         self.tally.add(source, totals)
@@ -269,6 +276,7 @@ class _Work:
             not_checked=ending.not_checked,
             recreated=self.recreated,
             gone=self.gone,
+            twice=self.twice,
             lost_reports=self.lost_reports,
         )
 
@@ -296,7 +304,7 @@ class _Work:
             balanced=False if faults else None if not_checked else True,
             failure=f"the identity does not hold: {'; '.join(faults)}" if faults and not_checked is None else None,
             not_checked=not_checked,
-            recorded={"census": _recorded(after, self.gone) if after else None},
+            recorded={"census": _recorded(after, self.gone, self.twice) if after else None},
         )
 
     def _census_of_the_end(self, run: BackfillRun, ending: Ending) -> Census | None:
@@ -358,9 +366,10 @@ def _faults_of_run(run: BackfillRun, totals: Totals) -> Iterator[str]:
         yield "the record of changes is not what the batches counted"
 
 
-def _recorded(census: Census, gone: GoneContacts | None) -> dict[str, object]:
+def _recorded(census: Census, gone: GoneContacts | None, twice: ContactsTwice) -> dict[str, object]:
     return {
         **({RECORDED: gone.rows} if gone else {}),
+        **({RECORDED_TWICE: list(twice.contacts)} if twice.contacts else {}),
         "rows": census.rows,
         "excluded": census.excluded,
         "settled": census.settled,

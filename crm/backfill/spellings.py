@@ -1,13 +1,15 @@
 """The stored addresses that are not in their canonical form, found by that form. Only reads.
 
-They are noted down once, in a temporary SQLite database on this machine: there may be any number of them, and memory is
-to stay what it is. Nothing of a person is in it but an id and a hash. What it says is a hint, to be looked up by id.
+They are noted down in a temporary SQLite database on this machine: there may be any number of them, and memory is to
+stay what it is. Nothing of a person is in it but an id and a hash. What it says is a hint, to be looked up by id. The
+application goes on writing: the table is read again from time to time, in a bounded share of the time that passes.
 """
 
 from __future__ import annotations
 
 import json
 import sqlite3
+import time
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 
@@ -18,24 +20,33 @@ from crm.backfill.addresses import canonical_address, may_be_noncanonical_sql
 
 #: Rows that are fetched at a time.
 PAGE = 2_000
+#: Read again after this many seconds, or after so many times as long as reading took where that is more.
+MIN_AGE, READINGS = 5.0, 50
 _NONCANONICAL = f"SELECT id, email FROM {{table}} WHERE {may_be_noncanonical_sql('email')}"
 
 
 class NoncanonicalAddresses:
-    """The rows of a table whose `email` is not in its canonical form, as they were at the first look."""
+    """The rows of a table whose `email` is not in its canonical form, as they were a short time ago."""
 
     def __init__(self, connection: BaseDatabaseWrapper, table: str) -> None:
         self._connection = connection
         self._table = table
         self._database: sqlite3.Connection | None = None
         self._is_empty = False
+        self._read_again_at = 0.0
 
-    def find(self, addresses: Iterable[str]) -> dict[str, set[str]]:
-        """The ids of rows whose address probably is one of these canonical addresses, by that address."""
-        if self._database is None:
+    def find(self, addresses: Iterable[str], *, anew: bool = False) -> dict[str, set[str]]:
+        """The ids of rows whose address probably is one of these canonical addresses, by that address.
+
+        `anew` reads the table again first, whenever it was read last.
+        """
+        started = time.monotonic()
+        if self._database is None or anew or started >= self._read_again_at:
             # Only what was read to its end is kept: after a failure, the next try reads again.
             self._database = self._filled()
             self._is_empty = not self._database.execute("SELECT EXISTS (SELECT 1 FROM spelling)").fetchone()[0]
+            ended = time.monotonic()
+            self._read_again_at = ended + max(MIN_AGE, READINGS * (ended - started))
         if self._is_empty:
             return {}
         by_hash = {_hash(address): address for address in addresses}

@@ -39,6 +39,7 @@ _FILLED = (*_FILLED_ALONE, *ASSIGNMENT_UNIT, *ATTRIBUTION_UNIT)
 _LOCK = "SELECT FROM crm_contacts WHERE id = ANY(%s) ORDER BY id FOR UPDATE"
 _FORGET_UPDATES = "DELETE FROM contact_update WHERE contact_id = ANY(%s::text[])"
 _NO_REFUSAL = Refusal()
+_MET = (Outcome.MERGED, Outcome.EXISTS)
 _LINE = (
     *("id", "source_id", "outcome", "reason", "contact_id", "source_updated_at", "filled"),
     *("sqlstate", '"constraint"', '"column"', '"table"', '"trigger"'),
@@ -102,6 +103,7 @@ def lock_contacts(connection: BaseDatabaseWrapper, ids: Iterable[str]) -> None:
         cursor.execute(_LOCK, [list(ids)])
 
 
+_THERE = "SELECT count(*) FROM crm_contacts WHERE id = ANY(%s)"
 # BEFORE is 2 and INSTEAD OF is 64 in a trigger's type.
 _TRIGGERS = """
 SELECT tgname FROM pg_trigger
@@ -110,6 +112,12 @@ SELECT tgname FROM pg_trigger
  ORDER BY tgname COLLATE "C" LIMIT 1
 """
 _EVENTS = {"INSERT": 4, "UPDATE": 16}
+# A hint: what other sessions wrote since this transaction began is among them, and what it changed itself.
+_NEW_HERE = """
+SELECT c.id FROM crm_contacts c
+ WHERE c.id = ANY(%s) AND pg_catalog.age(c.xmin) <= 0
+   AND NOT EXISTS (SELECT FROM ledger_entry line WHERE line.id = c.id AND line.outcome = 'created')
+"""
 
 
 class DatabaseStore:
@@ -133,6 +141,21 @@ class DatabaseStore:
         if not contacts.landed <= {draft.id for draft in drafts}:
             raise RewrittenError(first_trigger(self._connection, "INSERT"), "id")
         return contacts.landed
+
+    def find_new(self, ids: Collection[str]) -> list[str]:
+        """Those of these contacts that this transaction itself may have made, by a trigger that told nothing of it."""
+        if not ids or _trigger(self._connection, "INSERT") is None:
+            return []
+        with self._connection.cursor() as cursor:
+            cursor.execute(_NEW_HERE, [list(ids)])
+            return [identifier for (identifier,) in cursor.fetchall()]
+
+    def require_there(self, ids: list[str]) -> None:
+        """Raise RewrittenError where one of the contacts is not there."""
+        with self._connection.cursor() as cursor:
+            cursor.execute(_THERE, [ids])
+            if cursor.fetchone() != (len(ids),):
+                raise RewrittenError(_trigger(self._connection, "INSERT"))
 
     def insert_aloud(self, draft: ContactDraft) -> None:
         """Insert a contact, and raise for whatever is in its way."""
@@ -244,6 +267,15 @@ class BatchWriter:
 
     def _settle_or_refusal(self, rows: Sequence[MappedRow], made_before: Collection[str]) -> Settled | Refusal:
         try:
+            with transaction.atomic(using=self._connection.alias):
+                settled = settle(rows, self._store, made_before)
+                met = {decision.contact_id for decision in settled.decisions if decision.outcome in _MET}
+                new = self._store.find_new({identifier for identifier in met if identifier} - settled.made)
+                transaction.set_rollback(bool(new), using=self._connection.alias)
+            if not new:
+                return settled
+            # What is there without these rows was not made by their insert.
+            self._store.require_there(new)
             with transaction.atomic(using=self._connection.alias):
                 return settle(rows, self._store, made_before)
         except UnsettledError:

@@ -22,7 +22,7 @@ from crm.backfill.outcome import Refusal, Source, Totals
 from crm.backfill.refusals import in_words, names_of_the_schema
 from crm.backfill.settle import MOST_ATTEMPTS
 from crm.backfill.transactions import certain_transaction
-from crm.backfill.update.changes import FIELDS_OF_CHANGE, REFUSED, Change, Look, decide, rows_of, totals_of
+from crm.backfill.update.changes import EMAIL, FIELDS_OF_CHANGE, REFUSED, Change, Look, decide, rows_of, totals_of
 from crm.backfill.update.reader import Present
 from crm.backfill.writer import MANNERS, Timeouts, first_trigger, lock_contacts
 from crm.fields import array_type
@@ -148,6 +148,9 @@ class UpdateWriter:
         while waiting:
             attempts += 1
             changes = list(decide(source, waiting, self._look_at(waiting), self._rules))
+            if any(EMAIL in change.columns for change in changes):
+                # Rare, and nothing takes an address back: look at every spelling that is stored by now.
+                changes = list(decide(source, waiting, self._look_at(waiting, anew=True), self._rules))
             written = self._write_apart(changes)
             settled += written.changes
             left = [change for change in changes if change.contact_id in written.changed_meanwhile]
@@ -157,12 +160,12 @@ class UpdateWriter:
             waiting = [change.row for change in left]
         return settled
 
-    def _look_at(self, rows: Sequence[MappedRow]) -> Look:
+    def _look_at(self, rows: Sequence[MappedRow], *, anew: bool = False) -> Look:
         lines = self._present.lines(rows)
         contacts = self._present.contacts({line.contact_id for line in lines.values()})
         self._present.add_rows(contacts, self._present.lines_of(contacts))
         others = rows_of(contacts, rows)
-        self._lookup.notice(others)
+        self._lookup.notice(others, anew=anew)
         return Look(lines, contacts, self._lookup.contacts_met_by(others))
 
     def _write_apart(self, changes: Iterable[Change]) -> _Written:

@@ -38,8 +38,8 @@ class Command(OperatorCommand):
     help = (
         "Bring users, profiles and leads that the CRM lacks into crm_contacts. Run it again at any time: it goes on "
         "where it stopped, and looks only at what is new. Exit code 0: finished; 1: finished, with rows newly in "
-        "error; 2: wrong usage, or a database that cannot be reached or does not fit; 3: another run is going; "
-        "4: stopped; 5: failed."
+        "error, or with a person twice; 2: wrong usage, or a database that cannot be reached or does not fit; "
+        "3: another run is going; 4: stopped; 5: failed."
     )
     requires_system_checks: list[str] = []  # noqa: RUF012 - Django's attribute
 
