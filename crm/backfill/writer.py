@@ -144,7 +144,7 @@ class DatabaseStore:
 
     def find_new(self, ids: Collection[str]) -> list[str]:
         """Those of these contacts that this transaction itself may have made, by a trigger that told nothing of it."""
-        if not ids or _trigger(self._connection, "INSERT") is None:
+        if not ids or first_trigger(self._connection, "INSERT") is None:
             return []
         with self._connection.cursor() as cursor:
             cursor.execute(_NEW_HERE, [list(ids)])
@@ -155,7 +155,7 @@ class DatabaseStore:
         with self._connection.cursor() as cursor:
             cursor.execute(_THERE, [ids])
             if cursor.fetchone() != (len(ids),):
-                raise RewrittenError(_trigger(self._connection, "INSERT"))
+                raise RewrittenError(first_trigger(self._connection, "INSERT"))
 
     def insert_aloud(self, draft: ContactDraft) -> None:
         """Insert a contact, and raise for whatever is in its way."""
