@@ -75,7 +75,7 @@ def add_many_leads(count: int, status: str = "NEW", *, first: int = 1) -> None:
             INSERT INTO leads (id, type, status, "firstName", "lastName", email, phone, "createdAt", "updatedAt")
             SELECT lower(%(status)s) || lpad(n::text, 12, '0'), 'CUSTOMER', %(status)s::"LeadStatus", 'Lee', 'Lead',
                    'person-' || n || '@example.com', '555 0100', %(created)s, %(updated)s
-              FROM generate_series(%(first)s, %(first)s + %(count)s - 1) AS n
+              FROM generate_series(%(first)s::int, %(first)s::int + %(count)s::int - 1) AS n
             """,
             {"status": status, "first": first, "count": count, "created": CREATED_AT, "updated": UPDATED_AT},
         )

@@ -132,7 +132,7 @@ def test_an_outcome_that_is_none_does_not_hold_though_the_numbers_add_up(databas
     ended = backfill()
     assert ended.code == 5
     assert "100 rows = 0 excluded + 60 in the ledger + 0 pending  (DOES NOT HOLD)" in ended.stdout
-    assert "40 ledger lines with an outcome that is none" in ended.stdout
+    assert "40 ledger lines with an outcome that is none" in ended.stderr
     assert backfill("--json", "--dry-run").answer["balanced"] is False
     verified = called("verify_crm_contacts", "--json")
     assert verified.answer["balanced"] is False

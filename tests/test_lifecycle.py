@@ -152,7 +152,7 @@ def test_a_record_that_is_deleted_at_any_step_ends_the_run_in_one_line(database:
         deleted += 1
         assert finished.code in ((0, 5) if number >= len(steps) - 3 else (5,)), (number, reached[-1], finished)
         if finished.code == 5:
-            assert "was deleted meanwhile" in finished.stdout or "broke the start off" in finished.stderr
+            assert "was deleted meanwhile" in finished.stderr or "broke the start off" in finished.stderr
         assert backfill("--no-progress").code == 0
     assert deleted > 2
 
@@ -177,5 +177,5 @@ def test_a_run_that_was_taken_over_says_so_and_is_not_checked(database: Database
     left = BackfillRun.objects.exclude(pk=takers[0]).latest("pk")
     assert (finished.code, left.status, left.balanced) == (4, "interrupted", None)
     assert left.failure == f"taken over by run {takers[0]}: no heartbeat for five minutes"
-    assert f"taken over by run {takers[0]}" in finished.stdout
+    assert f"taken over by run {takers[0]}" in finished.stderr
     assert BackfillRun.objects.get(pk=takers[0]).status == "running"

@@ -23,6 +23,7 @@ from crm.fields import PostgresEnumField, RateField, TimestampField
 from crm.legacy_schema import GENERATIONS, create_legacy_tables
 from crm.models import CRMContact, CRMInteraction, CRMStageHistory, Lead, Profile, User
 from crm.models.legacy import ReadOnlyError, ReadOnlyQuerySet
+from tests.conftest import Database
 from tests.scratch import django_connection, scratch_database
 
 READ_ONLY: tuple[type[Model], ...] = (User, Profile, Lead)
@@ -260,12 +261,10 @@ def test_contacts_are_inserted_as_arrays(connection: BaseDatabaseWrapper, *, ign
     assert CRMContact.objects.using(connection.alias).get(contact_type="PREPARER").pk == "b"
 
 
-def test_contacts_are_inserted_in_the_order_of_the_queryset(connection: BaseDatabaseWrapper) -> None:
-    contacts = CRMContact.bulk.using(connection.alias).order_by("email")
+def test_contacts_are_inserted_in_the_order_of_the_queryset(database: Database) -> None:
+    contacts = CRMContact.bulk.order_by("email")
     contacts.bulk_create([contact("a", email="zoe@example.com"), contact("b", email="ann@example.com")])
-    with connection.cursor() as cursor:
-        cursor.execute("SELECT id FROM crm_contacts ORDER BY ctid")
-        assert cursor.fetchall() == [("b",), ("a",)]
+    assert database.rows("SELECT id FROM crm_contacts ORDER BY ctid") == [("b",), ("a",)]
     assert contacts.landed == {"a", "b"}
 
 

@@ -18,7 +18,7 @@ from pytest_django import Settings
 from crm.backfill.outcome import Outcome
 from crm.models import BackfillRun, LedgerEntry
 from tests.builders import add_lead, add_many_leads, add_profile, ledger
-from tests.commands import backfill, called, run
+from tests.commands import backfill, called, run, statement_in
 from tests.conftest import Database
 from tests.processes import database_url, manage, session, start
 from tests.profiles import every
@@ -218,7 +218,11 @@ def test_a_run_that_cannot_close_its_record_ends_all_the_same(database: Database
         backfill("--batch-size", "4")
     database.empty()
     populate()
-    first = next(number for number, sql in enumerate(happening.sent, 1) if sql.startswith('INSERT INTO "crm_contacts"'))
+    first = next(
+        number
+        for number, sql in enumerate(happening.sent, 1)
+        if statement_in(sql).startswith('INSERT INTO "crm_contacts"')
+    )
     happening = Happening(first, signal.SIGTERM, ("backfill_run",))
     with happening.awaited():
         finished = backfill("--batch-size", "4", "--no-progress")

@@ -215,7 +215,8 @@ def most_workers() -> int:
 
 def require_room_for(workers: int) -> None:
     """Raise OperatorError where there are not the connections that so many workers take."""
-    if _is_behind_pgbouncer() and settings.DATABASE_CONNECTION_LIMIT is None:
+    # Past PgBouncer, `connection_limit` is Prisma's, and one worker gets along with a single connection of the pool.
+    if _is_behind_pgbouncer() and (workers == 1 or settings.DATABASE_CONNECTION_LIMIT is None):
         return
     room = _room()
     # One worker is this process itself; of several it is the one above them.
