@@ -284,7 +284,7 @@ def test_an_update_is_shown_with_what_it_changed_and_the_way_to_it(database: Dat
     number = run(update=True)["run"]
     of_run = page(browser, BackfillRun, number)
     assert "Revisited: 1" in of_run
-    assert "Updated: 1" in of_run
+    assert "Changed: 1" in of_run
     assert 'Changed by column: { "contact_type": 1, "stage": 1 }' in of_run
     update = ContactUpdate.objects.get()
     assert listed(browser, ContactUpdate, run=str(number)) == {update.pk}
