@@ -37,7 +37,11 @@ def main(arguments: list[str]) -> int:
     except OperationalError as error:
         if not _is_connection_failure(error):
             raise
-        return _refuse(f"The database cannot be reached: {error} Check DATABASE_URL and that the server runs.")
+        reason = str(error).strip().removesuffix(".")
+        return _refuse(
+            f"The database cannot be reached: {reason}. Check DATABASE_URL, the line for it in ~/.pgpass where the "
+            "password is kept there, and that the server runs."
+        )
     except ProgrammingError as error:
         if not isinstance(error.__cause__, InsufficientPrivilege):
             raise

@@ -199,6 +199,11 @@ def _require_own_ledger(session: psycopg.Connection) -> None:
     )
     if found:
         ((other,),) = found
+        if not _rows(session, "SELECT FROM pg_namespace WHERE nspname = $1", settings.LEGACY_SCHEMA):
+            raise OperatorError(
+                f"There is no schema {settings.LEGACY_SCHEMA}, which DATABASE_URL names (?schema=). The ledger in the "
+                f"schema {settings.BACKFILL_SCHEMA} is that of the schema {other}: name that one."
+            )
         renamed = f"UPDATE {runs} SET legacy_schema = {_literal(settings.LEGACY_SCHEMA)};"  # noqa: S608 - the operator's
         raise OperatorError(
             f"The ledger in the schema {settings.BACKFILL_SCHEMA} is that of the schema {other}, and DATABASE_URL "

@@ -288,6 +288,7 @@ def test_a_dry_run_tells_of_errors_by_the_same_code(database: Database) -> None:
         ("--since", "9999-12-31T23:59:59-14:00"),
         ("--workers", "0"),
         ("--max-rate", "0"),
+        ("--up",),
         ("--max-errors", "some"),
         ("--max-replica-lag", "long"),
         ("--nonsense",),

@@ -384,7 +384,8 @@ def _require_rights(connection: BaseDatabaseWrapper, *, ledger_is_readable: bool
         missing = [f"{right} on {table}" for table, right in cursor.fetchall()]
     if missing:
         raise OperatorError(
-            f"This role may not {', '.join(missing)}. Let the tables' owner grant it, or look first with --dry-run. "
+            f"This role may not {', '.join(missing)}. Let the tables' owner run docs/least_privilege.sql again"
+            f"{' with --set update=on' if for_updating else ''}, or look first with --dry-run. "
             "Nothing was written."
         )
 

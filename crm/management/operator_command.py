@@ -16,8 +16,8 @@ class OperatorCommand(BaseCommand):
     """A command that Ctrl-C and SIGTERM end with exit code 4, and whose statements have limits."""
 
     def create_parser(self, prog_name: str, subcommand: str, **kwargs: Any) -> CommandParser:
-        """The parser, with the exit code that all commands have."""
-        return super().create_parser(prog_name, subcommand, **{"epilog": EPILOG, **kwargs})
+        """The parser, with the exit code that all commands have. `--up` is to be no --update."""
+        return super().create_parser(prog_name, subcommand, **{"epilog": EPILOG, "allow_abbrev": False, **kwargs})
 
     def execute(self, *arguments: Any, **options: Any) -> str | None:
         """Run the command."""
