@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from config import database as database_module
-from config.database import Database, DatabaseUrlError, parse, startup_options
+from config.database import BINDING, Database, DatabaseUrlError, parse, startup_options
 
 SCHEMA = "crm_backfill"
 PLAIN = "postgresql://crm:secret@db.example.com:6543/tax"
@@ -97,6 +97,7 @@ class TestParameters:
             "application_name": "nightly",
             "channel_binding": "require",
             "options": "",
+            **BINDING,
         }
 
     def test_what_only_tunes_prisma_is_dropped(self) -> None:
@@ -111,7 +112,8 @@ class TestParameters:
 
     def test_libpq_takes_all_that_is_handed_on(self) -> None:
         options = entry(f"{PLAIN}?sslmode=require&sslcert=/ca.pem&schema=my%20schema&connection_limit=5")["OPTIONS"]
-        assert conninfo_to_dict(make_conninfo(**options)) == options
+        libpq = {name: value for name, value in options.items() if name not in BINDING}
+        assert conninfo_to_dict(make_conninfo(**libpq)) == libpq
 
 
 class TestTls:

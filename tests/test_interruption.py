@@ -177,7 +177,8 @@ def held_up_in_batch_3(database: Database) -> Iterator[tuple[subprocess.Popen[st
 
 
 def is_waiting_for_a_lock(database: Database) -> bool:
-    return bool(database.rows("SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE 'INSERT%%'"))
+    query = "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%%INSERT INTO%%'"
+    return bool(database.rows(query))
 
 
 def wait_until(happened: Callable[[], bool], seconds: float = 20) -> None:

@@ -112,7 +112,8 @@ def bench(database: Database, scenario: Scenario) -> Iterator[Bench]:
         again: Wire
         with wired() as again:
             finished, listed = carried_out(command)
-        assert _difference(end, _end(database, finished, listed)) is None
+        difference = _difference(end, _end(database, finished, listed))
+        assert difference is None, difference
         assert set(again.sent) == set(line.sent)
         _put_back(database)
         yield Bench(database, command, end, before, line.sent)
@@ -153,9 +154,10 @@ def _report(stdout: str) -> Any:
         report = json.loads(stdout)
     except ValueError:
         return stdout
-    return (
-        {name: value for name, value in report.items() if name not in _CHANCE} if isinstance(report, dict) else report
-    )
+    if not isinstance(report, dict):
+        return report
+    # Each line has a folder of its own.
+    return {name: value for name, value in report.items() if name not in (*_CHANCE, "database")}
 
 
 def _difference(expected: End, end: End) -> str | None:
