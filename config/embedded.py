@@ -8,8 +8,8 @@ package is a development dependency; where it is missing, one line says so.
 
 The server trusts whoever reaches its socket, as its superuser, who may run programs as the owner of the server. So the
 socket and all the rest is in the data folder, which only the owner can enter. The package would move a socket whose
-path is too long into a folder that others can enter, keep a lock file in one where anybody can write, and, as root,
-let everybody read the folders above; none of that is left to it.
+path is too long into a folder that others can enter, keep a lock file in a folder where all users can write, and, as
+root, let all users read the parent folders. This module does these three steps itself.
 
 `python -m config.embedded drop` drops the database, `python -m config.embedded stop` the server.
 """
@@ -149,7 +149,7 @@ def _require_short_path(data: Path) -> None:
 
 
 def _make_private(data: Path) -> None:
-    """Take from others what they may do in the folder, unless it is one of somebody's files."""
+    """Remove the permissions of other users, unless the folder holds files that are not the server's."""
     if not (data / "PG_VERSION").exists() and any(data.iterdir()):
         raise ImproperlyConfigured(
             f"{data} holds other files than those of the embedded PostgreSQL, which needs a folder of its own: name "
@@ -159,7 +159,7 @@ def _make_private(data: Path) -> None:
 
 
 def _require_way(path: Path) -> None:
-    """In the place of what opens the folders above to everybody, so that the user of root's server gets through."""
+    """Refuse a path that the user of root's server cannot pass. The package would change the parents' permissions."""
     closed = next((folder for folder in path.parents if not folder.stat().st_mode & stat.S_IXOTH), None)
     if closed is not None:
         raise ImproperlyConfigured(
@@ -170,7 +170,7 @@ def _require_way(path: Path) -> None:
 
 
 def _leave_alone(path: Path, flag: int) -> None:
-    """In the place of what opens the files of the package: pip has installed them for whoever may use them."""
+    """Leave the package's files as pip installed them. The package would change their permissions."""
 
 
 class _FolderLock:

@@ -5,9 +5,12 @@ from collections.abc import Callable
 import pytest
 from django.core.exceptions import ImproperlyConfigured
 from django.db import OperationalError
+from django.db.backends.base.base import BaseDatabaseWrapper
 
 import manage
+from crm import checks
 from crm.errors import OperatorError
+from tests.conftest import Database
 from tests.test_settings import SECRET, run
 
 
@@ -50,3 +53,27 @@ def test_help_needs_no_database() -> None:
     result = run("manage.py", "--help")
     assert result.returncode == 0
     assert "migrate" in result.stdout
+
+
+def test_ctrl_c_in_one_of_djangos_own_commands(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def be_interrupted(_arguments: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(manage, "execute_from_command_line", be_interrupted)
+    assert manage.main(["manage.py", "migrate"]) == 4
+    assert capsys.readouterr() == ("", "Interrupted.\n")
+
+
+@pytest.mark.parametrize("asked", ["find_misfits", "_messages"])
+def test_a_server_that_breaks_off_a_check(
+    database: Database, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], asked: str
+) -> None:
+    def break_off(connection: BaseDatabaseWrapper) -> None:
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT 'a value'::integer")
+
+    monkeypatch.setattr(checks, asked, break_off)
+    assert manage.main(["manage.py", "check", "--database", "default"]) == 2
+    assert capsys.readouterr().err == "The database broke the check off: DataError (22P02). Try again.\n"

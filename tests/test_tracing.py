@@ -156,6 +156,7 @@ def test_of_whom_nothing_is_known_nothing_is_told(database: Database, given: Any
         ("-", "", "There is no email address on standard input."),
         ("-", " \n", "There is no email address on standard input."),
         ("profiles:", "", "profiles:<id>"),
+        ("lead:new1", "", "leads:<id>"),
         ("\udcff", "", "no text in UTF-8"),
         ("-", "a\0b@example.com", "no text that PostgreSQL can hold"),
     ],

@@ -86,9 +86,9 @@ SELECT count(*)
 
 
 class Survey(NamedTuple):
-    """The census, and the ids of the rows that are to be looked at, for the sources where they are few.
+    """The census, and the ids of the rows to read, for the sources that have few of them.
 
-    `gone` are the settled rows whose contact is gone, by source; none where they were not asked for.
+    `gone` counts, by source, the settled rows whose contact is gone. It is empty unless `survey` was asked for them.
     """
 
     census: Census
@@ -129,9 +129,9 @@ def take_census(connection: BaseDatabaseWrapper, facts: DatabaseFacts, run_id: i
 
 
 def survey(connection: BaseDatabaseWrapper, facts: DatabaseFacts, *, with_gone: bool = False) -> Survey:
-    """Take the census and note what is left to be looked at, where that is little.
+    """Take the census, and list the rows to read where they are few.
 
-    `with_gone` has the rows looked at again whose contact is gone.
+    `with_gone` includes the settled rows whose contact is gone.
     """
     census = take_census(connection, facts)
     left: dict[Source, list[str]] = {}

@@ -98,15 +98,22 @@ def is_separate(row: RowReference, address: str) -> None:
 
 
 def conflict_of(row: RowReference) -> str:
-    """A row in conflict for people: the contacts to which its keys lead, and what can be decided.
+    """A row in conflict for people: the contacts to which its keys lead, what can be decided, and what has been.
 
     Raises OperatorError where the row is not in conflict.
     """
     with _told_to_the_operator():
         line = _require_conflict(row)
+        decision = ConflictDecision.objects.filter(pk=row.line_id).first()
     if line is None:
         return f"{row} is pending, and decided on: the next run carries the decision out."
     named = named_contacts(line.contact_id, line.identity_keys)
+    if decision is not None and line.reason == Reason.CONFLICT:
+        whose = f"the contact {decision.contact_id} is its person's" if decision.contact_id else "it is another person"
+        return (
+            f"{row}: {named}\nDecided by {decision.decided_by} at {decision.decided_at:%Y-%m-%d %H:%M} (UTC): {whose}. "
+            "The next run carries that out. To change it, decide again."
+        )
     return f"{row}: {named}\n{remedy(str(row), line.reason, line.contact_id, line.identity_keys)}"
 
 

@@ -96,6 +96,9 @@ def trace_reference(connection: BaseDatabaseWrapper, text: str) -> dict[str, Any
             "An email address is no argument, since every user of this machine could read it: write - instead, and "
             "give the address on standard input."
         )
+    if ":" in text:
+        # Refuses it, with the two tables that there are.
+        RowReference.parse(text)
     return _trace(connection, _Trail(contacts={text}))
 
 

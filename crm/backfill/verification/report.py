@@ -94,8 +94,7 @@ def news(report: VerificationReport) -> str | None:
     what = [f"{check.value} {count:,}" for check, count in counts.items() if count]
     if not report.census.balances:
         what.append("the identity does not hold")
-    defects = f"{report.defects:,} {'defect' if report.defects == 1 else 'defects'}"
-    return f"verification: {defects} ({', '.join(what)}); --csv lists them"
+    return f"verification: {_count_of_defects(report)} ({', '.join(what)}); --csv lists them"
 
 
 def print_report(report: VerificationReport, console: Console) -> None:
@@ -109,8 +108,12 @@ def print_report(report: VerificationReport, console: Console) -> None:
         console.print(note, highlight=False, soft_wrap=True)
 
 
+def _count_of_defects(report: VerificationReport) -> str:
+    return f"{report.defects:,} {'defect' if report.defects == 1 else 'defects'}"
+
+
 def _proof(report: VerificationReport) -> Group:
-    verdict = f"{report.defects:,} defects" if report.defects else "no defect"
+    verdict = _count_of_defects(report) if report.defects else "no defect"
     table = Table(
         title=f"Verified in {report.seconds:,.1f} s on generation {report.generation}: {verdict}",
         title_justify="left",
@@ -150,7 +153,7 @@ def _proof_rows(report: VerificationReport) -> Iterator[tuple[str, int, str]]:
 
 def _remark(report: VerificationReport, outcome: Outcome) -> str:
     if outcome is Outcome.ERROR:
-        return "dead letters: python manage.py export_backfill_errors"
+        return "listed by python manage.py export_backfill_errors"
     parts = [
         f"{count:,} {what}"
         for count, what in (
