@@ -141,9 +141,9 @@ def test_without_a_decision_the_conflict_is_shown_and_nothing_is_written(databas
     assert (refused.code, "has no row profiles:nobody" in refused.stderr) == (2, True)
     assert database.dump() == before
     decided(row, "--contact", contact)
-    shown = resolve(row).stdout
-    assert f"the contact {contact} is its person's. The next run carries that out." in shown
-    assert "Decide whose" not in shown
+    told = resolve(row).stdout
+    assert f"the contact {contact} is its person's. The next run carries that out." in told
+    assert "Decide whose" not in told
     database.rows("DELETE FROM ledger_entry RETURNING id")
     assert "the next run carries the decision out" in resolve(row).stdout
 
