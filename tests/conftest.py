@@ -6,6 +6,7 @@ rolled back. `database` empties all tables instead, which Django's flush would n
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,7 @@ from django.conf import settings as django_settings
 from django.db import connection
 from django.db.models.signals import pre_migrate
 from django.test.utils import setup_databases, teardown_databases
+from django.utils import log
 from pytest_django import DjangoDbBlocker
 
 from crm.legacy_schema import create_legacy_tables
@@ -105,6 +107,25 @@ def _load_legacy_tables(**_signal: Any) -> None:
         cursor.execute("SELECT to_regclass('public.crm_contacts') IS NULL")
         if cursor.fetchone() == (True,):
             create_legacy_tables(cursor, DEFAULT_GENERATION)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _logging_is_configured_once() -> Iterator[None]:
+    """`manage.py` in this process would tie the log to the standard error of one test, which is closed after it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(log, "configure_logging", lambda *_settings: None)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _log_goes_where_it_went() -> Iterator[None]:
+    streams = _log_streams()
+    yield
+    assert _log_streams() == streams
+
+
+def _log_streams() -> list[object]:
+    return [handler.stream for handler in logging.getLogger().handlers if type(handler) is logging.StreamHandler]
 
 
 @pytest.fixture(scope="session")
