@@ -19,6 +19,8 @@ from django.test.utils import setup_databases, teardown_databases
 from django.utils import log
 from pytest_django import DjangoDbBlocker
 
+from crm.backfill import lifecycle
+from crm.backfill.pipeline import Retries
 from crm.legacy_schema import create_legacy_tables
 from crm.models import BackfillBatch, BackfillRun, ConflictDecision, ContactUpdate, LedgerEntry, Rollback
 from tests import installed_server
@@ -114,6 +116,15 @@ def _logging_is_configured_once() -> Iterator[None]:
     """`manage.py` in this process would tie the log to the standard error of one test, which is closed after it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(log, "configure_logging", lambda *_settings: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _a_bad_moment_is_short() -> Iterator[None]:
+    """Nobody is to wait for another try longer than what is tried takes; the tries are as many as ever."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Retries.__init__, "__defaults__", (Retries().most, 0.001))
+        patch.setattr(lifecycle, "WAITS_BEFORE_ANOTHER_LOOK", [0.001] * len(lifecycle.WAITS_BEFORE_ANOTHER_LOOK))
         yield
 
 

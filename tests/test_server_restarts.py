@@ -5,6 +5,7 @@ It is a server of these tests' own; nobody else's is stopped.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import random
@@ -34,6 +35,8 @@ pytestmark = pytest.mark.process
 
 MOMENTS = 3
 MOST_TRIES = 5
+#: The tries that a run has, and the first wait; the other tests do not wait.
+WAITS = (5, 0.5)
 LEDGER = "INSERT INTO ledger_entry"
 
 
@@ -83,6 +86,8 @@ def own_server() -> Iterator[Server]:
         yield server
         server.start()
         embedded.stop(folder / "data")
+        # At the end of the tests there is no folder any more that it could look into.
+        atexit.unregister(server._server._cleanup)
 
 
 @pytest.fixture
@@ -155,9 +160,10 @@ def test_a_crash_is_waited_for_as_long_as_there_are_tries(
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_process_goes_on_after_restarts_with_the_waits_that_it_has(
-    crashing: tuple[Server, Database], workers: int
+    crashing: tuple[Server, Database], monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     server, database = crashing
+    monkeypatch.setattr(Retries.__init__, "__defaults__", WAITS)
     populate()
     undisturbed = Undisturbed(database)
     first, last = undisturbed.batches()
