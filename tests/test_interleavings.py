@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from crm.backfill import runner
 from crm.backfill.outcome import Source, Totals
 from crm.backfill.pipeline import Pipeline, StopRequest
+from crm.backfill.readahead import ReadingThread
 from crm.backfill.source import Partition
 from crm.backfill.workers import Alone, Assignment, OnBatch
 from tests import reference
@@ -37,16 +38,19 @@ class ByTurns:
         self._stop = stop
         self._on_batch = on_batch
         self._has_written = False
+        count = assignment.options.workers
+        self._threads = [ReadingThread(connection) for _ in range(count)]
         self._workers = [
-            (Partition(number, assignment.options.workers), assignment.pipeline(assignment.writer(), stop, self._note))
-            for number in range(assignment.options.workers)
+            (Partition(number, count), assignment.pipeline(thread, assignment.writer(), stop, self._note))
+            for number, thread in enumerate(self._threads)
         ]
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Nothing is left behind."""
+    def __exit__(self, *error: object) -> None:
+        for thread in self._threads:
+            thread.__exit__(*error)
 
     def work_through(self, source: Source) -> None:
         """Take every partition of a source through to its end, batch by batch."""
@@ -58,11 +62,13 @@ class ByTurns:
 
     def work_through_decided(self, source: Source) -> None:
         """As the crew does."""
-        Alone(self._assignment, self._stop, self._on_batch).work_through_decided(source)
+        with Alone(self._assignment, self._stop, self._on_batch) as alone:
+            alone.work_through_decided(source)
 
     def look_again(self, sources: Iterable[Source]) -> None:
         """As the crew does."""
-        Alone(self._assignment, self._stop, self._on_batch).look_again(sources)
+        with Alone(self._assignment, self._stop, self._on_batch) as alone:
+            alone.look_again(sources)
 
     def _writes_a_batch(self, source: Source, partition: Partition, pipeline: Pipeline) -> bool:
         self._has_written = False

@@ -11,7 +11,7 @@ from django.db import connection
 
 from crm.backfill import readahead
 from crm.backfill.outcome import Source
-from crm.backfill.readahead import ReadAhead
+from crm.backfill.readahead import ReadAhead, ReadingThread
 from crm.backfill.schema import examine
 from crm.backfill.source import Key, Page, SourceReader
 from tests.builders import add_many_leads
@@ -21,7 +21,8 @@ from tests.conftest import Database
 @contextmanager
 def ahead(database: Database) -> Iterator[ReadAhead]:
     facts = examine(connection, for_writing=False)
-    with ReadAhead(SourceReader(connection, facts, Source.ACTIVE_LEADS), facts.rules()) as reading:
+    reader = SourceReader(connection, facts, Source.ACTIVE_LEADS)
+    with ReadingThread(connection) as thread, ReadAhead(reader, facts.rules(), thread) as reading:
         yield reading
 
 
@@ -65,7 +66,8 @@ def test_a_batch_that_has_become_larger_takes_what_was_read_for_it(database: Dat
         first, key = taken(reading, None, 5)
         second, key = taken(reading, key, 15)
     assert (first, second) == ([5], [5, 10])
-    assert reads == [5, 5, 10, 15]
+    # Whether what nobody waits for any more was begun is a matter of chance.
+    assert reads[:3] == [5, 5, 10]
 
 
 def test_a_batch_that_has_become_smaller_reads_anew(database: Database) -> None:

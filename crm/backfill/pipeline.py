@@ -21,7 +21,7 @@ from crm.backfill.interruption import InterruptedRunError, sleep_until
 from crm.backfill.mapping import MappedRow, Rules
 from crm.backfill.outcome import Source, Totals
 from crm.backfill.pace import LONGEST_PAUSE, BatchSizer, Throttle
-from crm.backfill.readahead import ReadAhead
+from crm.backfill.readahead import ReadAhead, ReadingThread
 from crm.backfill.resolutions import Resolutions
 from crm.backfill.source import Key, SourceReader
 
@@ -68,6 +68,7 @@ class Pipeline:
 
     connection: BaseDatabaseWrapper
     rules: Rules
+    reading: ReadingThread
     writer: Writer
     stop: StopRequest
     on_batch: Callable[[Source, Totals], None]
@@ -97,7 +98,7 @@ class Pipeline:
 
     def _batches(self, reader: SourceReader) -> None:
         after: Key | None = None
-        with ReadAhead(reader, self.rules) as ahead:
+        with ReadAhead(reader, self.rules, self.reading) as ahead:
             while self.limit is None or self.limit > 0:
                 self._heed_stop()
                 totals, after = self._batch_with_retries(ahead, reader.source, after)

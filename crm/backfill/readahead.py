@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 from django.db import Error as DjangoDatabaseError
+from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill.mapping import MappedRow, Rules, map_rows, unmapped
 from crm.backfill.source import Key, SourceReader
@@ -18,6 +18,8 @@ PAGE_ROWS = 5_000
 #: How long a transaction may wait for its next page; seconds. Where connections are scarce, the page may be waiting for
 #: the very connection that the transaction holds.
 LONGEST_WAIT = 1.0
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,24 +36,58 @@ class MappedPage:
         return sum(row.known_reason is None for row in self.rows)
 
 
+class ReadingThread:
+    """A thread that reads for another one, on a connection of its own. It starts when it is first asked.
+
+    Used as a context manager, it is gone afterwards, and its connection with it.
+    """
+
+    def __init__(self, connection: BaseDatabaseWrapper) -> None:
+        """`connection` is Django's own name for it, which means another connection in every thread."""
+        self._connection = connection
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.submit(self._close)
+        self._thread.shutdown(wait=True)
+
+    def ask(self, read: Callable[..., Answer], *arguments: object) -> Future[Answer]:
+        """Let it read, after what it was asked for before."""
+        return self._thread.submit(self._read, read, *arguments)
+
+    def _read(self, read: Callable[..., Answer], *arguments: object) -> Answer:
+        try:
+            return read(*arguments)
+        except DjangoDatabaseError:
+            # Whatever is wrong with the connection, the next try begins with a fresh one.
+            self._close()
+            raise
+
+    def _close(self) -> None:
+        # Only here does the name mean the connection of this thread.
+        self._connection.close()
+
+
 class ReadAhead:
     """Hands out a source page by page. The page that comes next is being read meanwhile."""
 
-    def __init__(self, reader: SourceReader, rules: Rules) -> None:
+    def __init__(self, reader: SourceReader, rules: Rules, thread: ReadingThread) -> None:
         self._reader = reader
         self._rules = rules
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
+        self._thread = thread
         self._asked: tuple[Key | None, int, int | None] | None = None
         self._coming: Future[MappedPage] | None = None
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._thread.submit(self._close)
-        self._thread.shutdown(wait=True)
+    def __exit__(self, *_: object) -> None:
+        """Let nothing be read any more that nobody waits for."""
+        if self._coming is not None and not self._coming.cancel():
+            wait([self._coming])
 
     def pages(self, after: Key | None, rows: int, new_rows: int | None = None) -> Iterator[MappedPage]:
         """The pages of a batch of at most so many rows, and so many that no run has looked at, from after a key on.
@@ -93,20 +129,11 @@ class ReadAhead:
 
     def _ask(self, after: Key | None, size: int, new_rows: int | None) -> Future[MappedPage]:
         self._asked = (after, size, new_rows)
-        self._coming = self._thread.submit(self._read, after, size, new_rows)
+        self._coming = self._thread.ask(self._read, after, size, new_rows)
         return self._coming
 
-    def _close(self) -> None:
-        # Django gives every thread a connection of its own, which only that thread can close.
-        self._reader.connection.close()
-
     def _read(self, after: Key | None, size: int, new_rows: int | None) -> MappedPage:
-        try:
-            page = self._reader.page(after, size, new_rows)
-        except DjangoDatabaseError:
-            # Whatever is wrong with it, the next try begins with a fresh one.
-            self._close()
-            raise
+        page = self._reader.page(after, size, new_rows)
         source = self._reader.source
         rows = map_rows(source, page.rows, self._rules)
         rows += [unmapped(source.table, *fault) for fault in page.faults]

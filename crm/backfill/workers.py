@@ -30,6 +30,7 @@ from crm.backfill.options import RunOptions
 from crm.backfill.outcome import Source, Totals
 from crm.backfill.pace import BatchSizer, RateLimit, Throttle
 from crm.backfill.pipeline import Pipeline, StopRequest, Writer
+from crm.backfill.readahead import ReadingThread
 from crm.backfill.rehearsal import RehearsalWriter
 from crm.backfill.replication import ReplicaLagLimit
 from crm.backfill.resolutions import Resolutions
@@ -100,13 +101,21 @@ class Assignment:
         return UpdateWriter(connection, lookup, present, self.facts.rules(), before.run_id, Timeouts())
 
     def pipeline(
-        self, writer: Writer, stop: StopRequest, on_batch: OnBatch, *, limit: int | None = None, shares: int = 1
+        self,
+        reading: ReadingThread,
+        writer: Writer,
+        stop: StopRequest,
+        on_batch: OnBatch,
+        *,
+        limit: int | None = None,
+        shares: int = 1,
     ) -> Pipeline:
         """A pipeline on this process' connection, which has one of so many shares of a limited rate."""
         sizer, throttles = self._pace(shares)
         return Pipeline(
             connection=connection,
             rules=self.facts.rules(),
+            reading=reading,
             writer=writer,
             stop=stop,
             on_batch=on_batch,
@@ -236,13 +245,15 @@ class Alone:
     def __init__(self, assignment: Assignment, stop: StopRequest, on_batch: OnBatch) -> None:
         self._assignment = assignment
         self._writer = assignment.writer()
-        self._pipeline = assignment.pipeline(self._writer, stop, on_batch, limit=assignment.options.limit)
+        self._reading = ReadingThread(connection)
+        limit = assignment.options.limit
+        self._pipeline = assignment.pipeline(self._reading, self._writer, stop, on_batch, limit=limit)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Nothing is left behind."""
+    def __exit__(self, *error: object) -> None:
+        self._reading.__exit__(*error)
 
     def work_through(self, source: Source) -> None:
         """Take a source through to its end. Raises what Pipeline.work_through does."""
@@ -343,7 +354,8 @@ class Crew:
 
     def look_again(self, sources: Iterable[Source]) -> None:
         """Let this process look again at the rows of sources: which row fills first must not depend on the workers."""
-        Alone(self._assignment, self._stop, self._on_batch).look_again(sources)
+        with Alone(self._assignment, self._stop, self._on_batch) as alone:
+            alone.look_again(sources)
 
     def _share_out(self, tasks: Sequence[_Task]) -> None:
         for worker, task in zip(self._at_work, tasks, strict=False):
@@ -462,11 +474,12 @@ def _work(assignment: Assignment, messages: Connection, inherited: Sequence[Conn
     for end in inherited:
         end.close()
     interruption = Interruption()
-    with interruption.heeded([STOP]), suppress(EOFError, OSError):
+    with interruption.heeded([STOP]), ReadingThread(connection) as reading, suppress(EOFError, OSError):
         # It ends when the parent has closed the pipe, or is gone.
         try:
             stop = _StopOfWorker(interruption, messages)
             pipeline = assignment.pipeline(
+                reading,
                 assignment.writer(),
                 stop,
                 lambda source, totals: messages.send((source, totals)),
