@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Protocol
+from functools import partial
+from typing import NamedTuple, Protocol
 
 from django.db import Error as DjangoDatabaseError
 from django.db import connection
@@ -24,7 +25,9 @@ from crm.backfill import errors, fence, runs
 from crm.backfill.lifecycle import Checked, Ending, Lifecycle, lifecycle
 from crm.backfill.outcome import Outcome, Source, Totals
 from crm.backfill.pipeline import Retries
+from crm.backfill.readahead import ReadingThread
 from crm.backfill.references import find_references
+from crm.backfill.rollback.ahead import PagesAhead
 from crm.backfill.rollback.reader import Reader
 from crm.backfill.rollback.undo import Counts, DatabaseUndoer, Rehearsal, RunDeletedError, Undoer, Undone, counted
 from crm.backfill.rollback.verdict import Line
@@ -139,7 +142,16 @@ def roll_back(
     )
 
 
-_Batch = Callable[[Undoer, str, int], tuple[list[Line], Undone]]
+class _Done(NamedTuple):
+    """A batch, what became of it, and the key to go on after."""
+
+    lines: Sequence[Line]
+    undone: Undone
+    last: str
+
+
+#: Undoes what comes next after a key, of at most so many lines; None when nothing does.
+_Batch = Callable[[str, int], _Done | None]
 
 
 @dataclass(slots=True)
@@ -163,8 +175,9 @@ class _Work:
         try:
             self.progress.begin(lines)
             # What --update changed goes first: a contact that the run made is as it made it then.
-            for batch in (self._batch_of_updates, self._batch):
-                self._work_through(batch, undoer)
+            self._work_through(partial(self._batch_of_updates, undoer))
+            with ReadingThread(connection) as thread:
+                self._work_through(partial(self._batch, undoer, PagesAhead(self.reader, thread)))
         finally:
             self.progress.end()
 
@@ -187,28 +200,27 @@ class _Work:
         agree = self.counts.remaining == LedgerEntry.objects.filter(run=self.reader.run).count()
         return Checked(agree, None if agree else "the counts do not agree with the ledger")
 
-    def _work_through(self, batch: _Batch, undoer: Undoer) -> None:
+    def _work_through(self, batch: _Batch) -> None:
         after = ""
         while True:
             self.life.interruption.heed()
-            page, undone = self._batch_with_retries(batch, undoer, after)
-            if not page:
+            done = self._batch_with_retries(batch, after)
+            if done is None:
                 return
-            # Changes are read by their contact, and lines by their own id.
-            after = max(str(line.contact_id) for line in page) if batch == self._batch_of_updates else page[-1].id
-            self.counts.add(counted(undone))
-            for source in {line.source for line in page if isinstance(line.outcome, Outcome)}:
-                read = sum(line.source == source for line in page)
+            after = done.last
+            self.counts.add(counted(done.undone))
+            for source in {line.source for line in done.lines if isinstance(line.outcome, Outcome)}:
+                read = sum(line.source == source for line in done.lines)
                 self.progress.advance(Source(source), Totals(read=read))
             if self.listener:
-                self.listener(undone)
+                self.listener(done.undone)
 
-    def _batch_with_retries(self, batch: _Batch, undoer: Undoer, after: str) -> tuple[list[Line], Undone]:
+    def _batch_with_retries(self, batch: _Batch, after: str) -> _Done | None:
         size = self.batch_size
         attempt = 1
         while True:
             try:
-                return batch(undoer, after, size)
+                return batch(after, size)
             except DjangoDatabaseError as error:
                 cause = errors.bad_moment(error)
                 if cause is None or attempt > self.retries.most or self.life.interruption.requested:
@@ -221,13 +233,20 @@ class _Work:
                 self.life.interruption.sleep(wait)
                 self.life.interruption.heed()
 
-    def _batch_of_updates(self, undoer: Undoer, after: str, size: int) -> tuple[list[Line], Undone]:
+    def _batch_of_updates(self, undoer: Undoer, after: str, size: int) -> _Done | None:
         records = self.reader.updates(after, size)
-        return [record.line for record in records], undoer.undo_updates(records) if records else Undone()
+        if not records:
+            return None
+        lines = [record.line for record in records]
+        return _Done(lines, undoer.undo_updates(records), max(str(line.contact_id) for line in lines))
 
-    def _batch(self, undoer: Undoer, after: str, size: int) -> tuple[list[Line], Undone]:
-        page = self.reader.page(after, size)
-        return page, undoer.undo(page) if page else Undone()
+    def _batch(self, undoer: Undoer, ahead: PagesAhead, after: str, size: int) -> _Done | None:
+        page = ahead.page(after, size)
+        if not page:
+            return None
+        undone = undoer.undo(page)
+        ahead.note_deleted(undone.reversed_ids)
+        return _Done(page.lines, undone, page.lines[-1].id)
 
 
 def _require_run(run_id: int, facts: DatabaseFacts, *, may_take_over: bool) -> BackfillRun:

@@ -23,6 +23,7 @@ from crm.backfill.apart import write_apart
 from crm.backfill.other_rules import OtherRules
 from crm.backfill.outcome import Outcome, Totals, UpdateOutcome
 from crm.backfill.references import Reference, find_references, is_unreferenced, referring_tables
+from crm.backfill.rollback.ahead import Page
 from crm.backfill.rollback.reader import Reader
 from crm.backfill.rollback.updates import JudgedUpdates, Restored, UpdateRecord, judge_updates
 from crm.backfill.rollback.verdict import (
@@ -138,20 +139,20 @@ class RunDeletedError(Exception):
 class Undoer(Protocol):
     """Undoes lines: for good, or in a dry run's mind."""
 
-    def undo(self, lines: Sequence[Line]) -> Undone:
+    def undo(self, page: Page) -> Undone:
         """Undo a batch."""
 
     def undo_updates(self, records: Sequence[UpdateRecord]) -> Undone:
         """Undo what --update changed, a batch."""
 
 
-def judge(lines: Sequence[Line], reader: Reader, restored: Mapping[str, Restored] | None = None) -> Judged:
+def judge(page: Page, reader: Reader, restored: Mapping[str, Restored] | None = None) -> Judged:
     """Compare the contacts of a batch of lines with what was written.
 
     Lines that were merged into a contact of the same run are judged with the line that made it, and left out. The
     contacts in `restored` are taken to be as they would be without what the run changed with --update.
     """
-    restored = restored or {}
+    lines, restored = page.lines, restored or {}
     gone = {line for found in restored.values() for line in (*found.later_merges, *_lines_of(found.records))}
     run_id = reader.run.pk
     created = [line for line in lines if line.outcome is Outcome.CREATED]
@@ -169,7 +170,8 @@ def judge(lines: Sequence[Line], reader: Reader, restored: Mapping[str, Restored
         judged.merges.setdefault(str(merge.contact_id), []).append(merge)
     judged.updates = _by_contact(line for line in reader.updates_in(list(judged.creators)) if line not in gone)
     updates = [update for updates in judged.updates.values() for update in updates]
-    rows = reader.source_rows([*created, *merges, *foreign, *their_creators.values(), *updates])
+    wanted = [*created, *merges, *foreign, *their_creators.values(), *updates]
+    rows = {**page.source_rows, **reader.source_rows(line for line in wanted if line.id not in page.source_rows)}
 
     for line in created:
         _judge_created(line, contacts.get(line.id), judged, rows, reader.other_rules)
@@ -261,14 +263,14 @@ class Rehearsal:
         self._connection = connection
         self._reader = reader
 
-    def undo(self, lines: Sequence[Line]) -> Undone:
+    def undo(self, page: Page) -> Undone:
         """What would become of a batch; what the database itself would refuse nobody can tell.
 
         What --update changed in its contacts would be undone by then.
         """
-        records = self._reader.updates_of_run(sorted({line.contact_id for line in lines if line.contact_id}))
+        records = self._reader.updates_of_run(sorted({line.contact_id for line in page.lines if line.contact_id}))
         restored = judge_changes(records, self._reader).restored if records else {}
-        judged = judge(lines, self._reader, restored)
+        judged = judge(page, self._reader, restored)
         references = _without(find_references(self._connection), _history_of(restored.values()))
         kept = _what_keeps(self._connection, references, judged.deletable)
         gone = {contact_id for contact_id in judged.deletable if kept.get(contact_id) == ""}
@@ -295,13 +297,13 @@ class DatabaseUndoer:
         timeouts = timeouts or Timeouts()
         self._manners = _MANNERS.format(lock=timeouts.lock, statement=timeouts.statement)
 
-    def undo(self, lines: Sequence[Line]) -> Undone:
+    def undo(self, page: Page) -> Undone:
         """Undo a batch; contacts, lines, counts and heartbeat commit together.
 
         Raises fence.FenceLostError when the rollback is no longer the running run, and django.db.DatabaseError for a
         bad moment. Nothing of the batch is undone then.
         """
-        judged = judge(lines, self._reader)
+        judged = judge(page, self._reader)
         with certain_transaction(self._connection, self._manners):
             undone = self._carry_out(judged)
             self._forget_lines(undone.reversed_ids)
