@@ -16,7 +16,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from django.db import connection
+from django.db import OperationalError, connection
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,7 +24,9 @@ from crm.backfill.pipeline import Retries
 from crm.backfill.references import KNOWN, find_references
 from crm.backfill.refusals import MOST_ALIKE
 from crm.backfill.rollback import runner
+from crm.backfill.rollback.reader import Reader
 from crm.backfill.rollback.runner import roll_back
+from crm.backfill.rollback.verdict import Line
 from crm.backfill.verification import verify
 from crm.models import BackfillRun, LedgerEntry, Rollback
 from crm.models.ledger import RunStatus
@@ -1054,6 +1056,24 @@ def test_ctrl_c_ends_it_with_its_batch(database: Database) -> None:
     stopped = roll_back(made, batch_size=1, listener=lambda _: signal.raise_signal(signal.SIGINT))
     assert (stopped.status, stopped.exit_code, len(contacts())) == (RunStatus.INTERRUPTED, 4, 2)
     assert taken_back(made)["reversed"] == 2
+
+
+def test_a_page_that_cannot_be_read_ahead_is_read_when_its_turn_comes(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = Reader.page
+
+    def failing_ahead(self: Reader, after: str, size: int) -> list[Line]:
+        if threading.current_thread() is not threading.main_thread():
+            raise OperationalError("no connection is left")
+        return page(self, after, size)
+
+    for number in range(3):
+        add_lead(f"n{number}@example.com")
+    made = run()["run"]
+    monkeypatch.setattr(Reader, "page", failing_ahead)
+    assert taken_back(made, **{"batch-size": 1})["reversed"] == 3
+    assert not contacts()
 
 
 def test_one_that_died_after_its_last_batch_is_closed_by_the_next(database: Database) -> None:
