@@ -25,6 +25,17 @@ class Page:
         """Whether there is anything to undo."""
         return bool(self.lines)
 
+    def rows_of(self, lines: Mapping[str, Line]) -> dict[str, SourceRow]:
+        """The source rows of lines, by their ids, as far as they were read as rows of the same source.
+
+        A row that went over to another source since, and was looked at again, has to be read as one of that.
+        """
+        return {
+            line.id: self.source_rows[line.id]
+            for line in self.lines
+            if line.id in lines and line.id in self.source_rows and lines[line.id].source == line.source
+        }
+
     def without(self, gone: set[str]) -> Page:
         """The page without the lines of these ids."""
         return Page([line for line in self.lines if line.id not in gone], self.source_rows)

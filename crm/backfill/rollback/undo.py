@@ -170,8 +170,9 @@ def judge(page: Page, reader: Reader, restored: Mapping[str, Restored] | None = 
         judged.merges.setdefault(str(merge.contact_id), []).append(merge)
     judged.updates = _by_contact(line for line in reader.updates_in(list(judged.creators)) if line not in gone)
     updates = [update for updates in judged.updates.values() for update in updates]
-    wanted = [*created, *merges, *foreign, *their_creators.values(), *updates]
-    rows = {**page.source_rows, **reader.source_rows(line for line in wanted if line.id not in page.source_rows)}
+    wanted = {line.id: line for line in (*created, *merges, *foreign, *their_creators.values(), *updates)}
+    rows = page.rows_of(wanted)
+    rows |= reader.source_rows(line for line in wanted.values() if line.id not in rows)
 
     for line in created:
         _judge_created(line, contacts.get(line.id), judged, rows, reader.other_rules)
