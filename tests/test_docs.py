@@ -14,6 +14,8 @@ from django.core.management import get_commands, load_command_class
 from django.core.management.base import BaseCommand
 
 from crm.backfill.outcome import Reason
+from crm.backfill.rollback.report import MEANING_OF_REASONS
+from crm.backfill.rollback.verdict import Why
 from crm.management.operator_command import OperatorCommand
 from crm.models.ledger import RunStatus
 from crm.version import VERSION
@@ -101,6 +103,10 @@ def test_the_readme_and_each_help_name_the_exit_code_of_a_lost_output() -> None:
 
 def test_the_runbook_has_a_remedy_for_each_reason_of_an_error() -> None:
     assert first_cells(section("Rows in error", RUNBOOK)) == [reason.value for reason in Reason]
+
+
+def test_the_runbook_explains_each_reason_for_which_a_rollback_keeps_a_row() -> None:
+    assert first_cells(section(MEANING_OF_REASONS, RUNBOOK)) == [why.value for why in Why]
 
 
 def test_no_command_of_the_runbook_has_a_password() -> None:

@@ -25,6 +25,7 @@ from crm.backfill.references import KNOWN, find_references
 from crm.backfill.refusals import MOST_ALIKE
 from crm.backfill.rollback import runner
 from crm.backfill.rollback.reader import Reader
+from crm.backfill.rollback.report import MEANING_OF_REASONS
 from crm.backfill.rollback.runner import roll_back
 from crm.backfill.rollback.verdict import Line
 from crm.backfill.verification import verify
@@ -642,6 +643,17 @@ def test_a_row_merged_by_the_same_run_stays_with_a_contact_that_stays(database: 
     assert report["by_reason"] == {"edited": 1, "with_its_contact": 1}
     assert run()["read"] == 0
     assert contact_with("ann@example.com")["phone"] is None
+
+
+def test_the_summary_says_what_the_reasons_are_and_where_they_are_explained(database: Database) -> None:
+    add_profile(email="ann@example.com")
+    add_lead("ann@example.com", commissionRate="7.50")
+    made = run()
+    assert "Why rows" not in rollback(str(made["run"]), "--dry-run").stdout
+    change("""UPDATE crm_contacts SET phone = NULL, "updatedAt" = now()""")
+    lines = [" ".join(line.split()) for line in rollback(str(made["run"])).stdout.splitlines()]
+    heading = f'Why rows were kept or failed 2 "{MEANING_OF_REASONS}" in docs/runbook.md says what to do'
+    assert lines[lines.index(heading) + 1 :][:2] == ["edited 1", "with_its_contact 1"]
 
 
 def test_somebody_elses_contact_that_was_deleted_since_is_not_brought_back(database: Database) -> None:

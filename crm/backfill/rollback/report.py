@@ -26,6 +26,8 @@ from crm.models.ledger import RunStatus
 
 CSV_COLUMNS = ("row", "was", "contact_id", "outcome", "why", "detail")
 LATER_RUN = "merged_by_a_later_run"
+#: The heading of the runbook under which each reason is explained.
+MEANING_OF_REASONS = "Why a row is kept or failed"
 
 
 def as_json(report: RollbackReport) -> str:
@@ -90,8 +92,11 @@ def print_summary(report: RollbackReport, console: Console) -> None:
         numbers["later_merges"],
         "pending again, with what they were merged into",
     )
+    if report.counts.reasons:
+        remark = f'"{MEANING_OF_REASONS}" in docs/runbook.md says what to do'
+        row("Why rows were kept or failed", report.counts.reasons.total(), remark, "bold")
     for reason, count in sorted(report.counts.reasons.items()):
-        row(f"  {reason}", count, "of all that was kept or failed")
+        row(f"  {reason}", count)
     console.print(table)
     console.print(target_line(), highlight=False, soft_wrap=True, markup=False)
     if report.status == RunStatus.FINISHED and not report.dry_run:
