@@ -105,6 +105,14 @@ def test_the_runbook_has_a_remedy_for_each_reason_of_an_error() -> None:
     assert first_cells(section("Rows in error", RUNBOOK)) == [reason.value for reason in Reason]
 
 
+def test_the_readme_has_the_runbooks_line_for_cron_and_makes_the_folder_of_its_log() -> None:
+    (line,) = re.findall(r"^15 2 \* \* \* .*$", RUNBOOK, re.MULTILINE)
+    before, found, _ = README.partition(f"\n{line}\n")
+    assert found
+    (log,) = re.findall(r">> (\S+)", line)
+    assert re.search(rf"^install -d .* {Path(log).parent}$", before, re.MULTILINE)
+
+
 def test_the_runbook_explains_each_reason_for_which_a_rollback_keeps_a_row() -> None:
     assert first_cells(section(MEANING_OF_REASONS, RUNBOOK)) == [why.value for why in Why]
 
