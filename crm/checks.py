@@ -6,7 +6,7 @@ without the application's tables, nothing is said of rights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -56,6 +56,8 @@ ATTRIBUTES = ("SUPERUSER", "CREATEROLE", "CREATEDB", "REPLICATION", "BYPASSRLS")
 HARMLESS_ROLES = (
     "pg_database_owner", "pg_monitor", "pg_read_all_settings", "pg_read_all_stats", "pg_stat_scan_tables",
 )  # fmt: skip
+#: The tag of the check that warns of rights which the backfill does not need: who migrates has and needs them.
+EXCESS = "excess_rights"
 SCRIPT = "docs/least_privilege.sql makes a role that may do what is needed and nothing else."
 
 
@@ -104,13 +106,27 @@ class _Rights:
 
 @register(Tags.database)
 def check_rights(databases: Sequence[str] | None = None, **_options: Any) -> list[CheckMessage]:
-    """What the role lacks (errors, with the GRANT) and has too much of (warnings), for each database asked for."""
+    """What the role lacks, with the GRANT, for each database asked for."""
+    return _of_roles(databases, _lacking)
+
+
+@register(EXCESS)
+def check_excess(databases: Sequence[str] | None = None, **_options: Any) -> list[CheckMessage]:
+    """What the role has too much of, for each database asked for."""
+    return _of_roles(databases, _excessive)
+
+
+def _of_roles(
+    databases: Sequence[str] | None, find: Callable[[BaseDatabaseWrapper, _Rights], list[CheckMessage]]
+) -> list[CheckMessage]:
     messages: list[CheckMessage] = []
     with _told():
         for alias in databases or ():
             connection = connections[alias]
             if connection.vendor == "postgresql":
-                messages += _messages(connection)
+                rights = _Rights(connection)
+                if _is_migrated(rights):
+                    messages += find(connection, rights)
     return messages
 
 
@@ -118,17 +134,19 @@ def _told() -> AbstractContextManager[None]:
     return told("The database broke the check off: {}. Try again.")
 
 
-def _messages(connection: BaseDatabaseWrapper) -> list[CheckMessage]:
-    rights = _Rights(connection)
-    if not rights.tables(settings.LEGACY_SCHEMA) >= set(REQUIRED_COLUMNS):
-        return []
-    if not rights.tables(settings.BACKFILL_SCHEMA) >= set(OWN_RIGHTS):
-        return []
-    messages = [*_missing_schemas(rights), *_missing(rights), *_missing_function(rights), *_hidden_rows(rights)]
+def _is_migrated(rights: _Rights) -> bool:
+    return rights.tables(settings.LEGACY_SCHEMA) >= set(REQUIRED_COLUMNS) and rights.tables(
+        settings.BACKFILL_SCHEMA
+    ) >= set(OWN_RIGHTS)
+
+
+def _lacking(_connection: BaseDatabaseWrapper, rights: _Rights) -> list[CheckMessage]:
+    return [*_missing_schemas(rights), *_missing(rights), *_missing_function(rights), *_hidden_rows(rights)]
+
+
+def _excessive(connection: BaseDatabaseWrapper, rights: _Rights) -> list[CheckMessage]:
     # On the embedded server people are made up, and there is one role for everything.
-    if connection.settings_dict["ENGINE"] != "config.embedded_backend":
-        messages += _too_much(rights)
-    return messages
+    return [] if connection.settings_dict["ENGINE"] == "config.embedded_backend" else _too_much(rights)
 
 
 @register(Tags.database)

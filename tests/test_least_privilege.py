@@ -97,7 +97,7 @@ def check(blocker: DjangoDbBlocker, role: str = URL_ROLE) -> list[str]:
     """What the check says of a role: number, text and hint of each message."""
     database = EmptyDatabase(str(connection.settings_dict["NAME"]), role, address())
     with django_connection(database, blocker, role=role) as theirs:
-        messages = checks.check_rights(databases=[theirs.alias])
+        messages = [*checks.check_rights(databases=[theirs.alias]), *checks.check_excess(databases=[theirs.alias])]
     return [f"{message.id} {message.msg} {message.hint}" for message in messages]
 
 
@@ -408,6 +408,12 @@ def test_a_role_with_everything_is_warned_about(database: Database) -> None:
         assert f"(crm.{number}) The role postgres " in checked.stderr
 
 
+@pytest.mark.process
+def test_who_migrates_is_not_warned_of_rights_that_migrate_needs(database: Database) -> None:
+    migrated = manage("migrate", "--plan", url=database_url())
+    assert (migrated.returncode, migrated.stderr) == (0, "")
+
+
 def test_rows_that_row_level_security_hides_are_told_of(database: Database, django_db_blocker: DjangoDbBlocker) -> None:
     with role_made_by_script():
         database.change("ALTER TABLE public.leads ENABLE ROW LEVEL SECURITY")
@@ -461,8 +467,8 @@ def test_what_row_level_security_hides_of_the_books_is_not_taken_for_nothing(dat
 
 
 def test_before_migrate_and_without_the_application_nothing_is_said(database: Database) -> None:
-    assert checks.check_rights(databases=None) == []
-    assert checks.check_rights(databases=["default"]) == []
+    assert checks.check_rights(databases=None) == checks.check_excess(databases=None) == []
+    assert checks.check_rights(databases=["default"]) == checks.check_excess(databases=["default"]) == []
     with session() as owner:
         owner.autocommit = True
         owner.execute("ALTER SCHEMA crm_backfill RENAME TO crm_backfill_aside")
@@ -470,7 +476,7 @@ def test_before_migrate_and_without_the_application_nothing_is_said(database: Da
             with connection.cursor() as cursor:
                 cursor.execute(f"CREATE ROLE {quoted(ROLE)}")
                 cursor.execute(f"SET ROLE {quoted(ROLE)}")
-            assert checks.check_rights(databases=["default"]) == []
+            assert checks.check_rights(databases=["default"]) == checks.check_excess(databases=["default"]) == []
         finally:
             connection.close()
             owner.execute("ALTER SCHEMA crm_backfill_aside RENAME TO crm_backfill")

@@ -66,11 +66,11 @@ def test_ctrl_c_in_one_of_djangos_own_commands(
     assert capsys.readouterr() == ("", "Interrupted.\n")
 
 
-@pytest.mark.parametrize("asked", ["find_misfits", "_messages"])
+@pytest.mark.parametrize("asked", ["find_misfits", "_lacking", "_excessive"])
 def test_a_server_that_breaks_off_a_check(
     database: Database, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], asked: str
 ) -> None:
-    def break_off(connection: BaseDatabaseWrapper) -> None:
+    def break_off(connection: BaseDatabaseWrapper, *_rights: object) -> None:
         with connection.cursor() as cursor:
             cursor.execute("SELECT 'a value'::integer")
 
