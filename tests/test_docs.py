@@ -113,6 +113,14 @@ def test_the_readme_has_the_runbooks_line_for_cron_and_makes_the_folder_of_its_l
     assert re.search(rf"^install -d .* {Path(log).parent}$", before, re.MULTILINE)
 
 
+def test_the_help_the_readme_and_the_runbook_say_that_max_errors_counts_new_errors_alone() -> None:
+    said = "errors that earlier runs had do not count"
+    options = actions_of(parser_of("backfill_crm_contacts"))
+    (help_text,) = [action.help for action in options if "--max-errors" in action.option_strings]
+    for text in (help_text or "", section("Options"), section("Every night", RUNBOOK)):
+        assert said in " ".join(text.lower().split())
+
+
 def test_the_runbook_explains_each_reason_for_which_a_rollback_keeps_a_row() -> None:
     assert first_cells(section(MEANING_OF_REASONS, RUNBOOK)) == [why.value for why in Why]
 

@@ -97,7 +97,8 @@ class Command(OperatorCommand):
             "--max-errors",
             type=_ceiling,
             metavar="N|N%",
-            help="end the run when more rows than this are newly in error: a number, or a share of the rows read",
+            help="end the run when more rows than this are newly in error: a number, or a share of the rows read. "
+            "Errors that earlier runs had do not count, so it ends only a run in which they first appear",
         )
         parser.add_argument(
             "--max-replica-lag",
