@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from django.conf import settings
 from django.db import connection
 from hypothesis import given
 from hypothesis import strategies as st
@@ -408,6 +409,21 @@ def test_an_email_that_another_contact_has_is_not_written(database: Database, sp
     assert (report["status"], report["kept"], report["kept_by_column"]) == ("finished", 1, {"identity": 1})
     assert contacts() == before
     assert update()["revisited"] == 0
+
+
+def test_the_runbooks_query_lists_placeholders_whose_address_is_taken(database: Database) -> None:
+    (user, profile), other_user = add_account_without_email(), add_user(" ")
+    add_profile(userId=other_user)
+    run()
+    taken_by = add_contact("Ann@Example.com")
+    change("users", user, email=" ann@example.com")
+    change("users", other_user, email="free@example.com")
+    assert update()["updated_by_column"] == {"email": 1}
+    page = (settings.BASE_DIR / "docs" / "runbook.md").read_text(encoding="utf-8")
+    (query,) = (text for text in re.findall(r"^```sql\n(.*?)^```$", page, re.M | re.S) if "has_the_address" in text)
+    with connection.cursor() as cursor:
+        cursor.execute(query.rstrip("\n;"))
+        assert cursor.fetchall() == [(contact_id("profiles", profile), taken_by)]
 
 
 def test_two_accounts_whose_email_is_the_same_but_for_its_case_do_not_share_it(database: Database) -> None:
