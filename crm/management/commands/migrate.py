@@ -13,6 +13,6 @@ from crm.checks import EXCESS
 class Command(migrate.Command):
     """Who migrates owns the tables, and may do more with them than the backfill needs."""
 
-    def get_check_kwargs(self, options: dict[str, Any]) -> dict[str, Any]:
-        """All checks but that of rights which the backfill does not need."""
-        return {**super().get_check_kwargs(options), "tags": registry.tags_available() - {EXCESS}}
+    def check(self, *arguments: Any, **options: Any) -> None:
+        """Run all checks but that of rights which the backfill does not need."""
+        super().check(*arguments, **options | {"tags": sorted(registry.tags_available() - {EXCESS})})
