@@ -21,7 +21,7 @@ from tests.processes import database_url, start
 
 COLUMNS = [
     *("source", "row", "id", "reason", "what_to_do", "contact_id", "contacts"),
-    *("sqlstate", "constraint", "column", "table", "trigger", "row_gone"),
+    *("sqlstate", "constraint", "column", "table", "trigger", "row_gone", "decision"),
 ]
 
 
@@ -142,6 +142,35 @@ def test_a_row_that_is_gone_from_the_application_is_marked_so(database: Database
     }
 
 
+def test_a_conflict_that_was_decided_says_so_in_the_words_of_the_command_that_decides(database: Database) -> None:
+    (profile, contact), (other, _) = add_a_conflict(), add_a_conflict("bo@example.com")
+    builders.add_lead("nobody")
+    run()
+    for arguments, whose in (
+        (("--separate", "zoe@example.com"), "it is another person"),
+        (("--contact", contact), f"the contact {contact} is its person's"),
+    ):
+        assert called("resolve_crm_conflict", f"profiles:{profile}", *arguments).code == 0
+        ended = command()
+        rows = {row["id"]: row for row in rows_of(ended.stdout)}
+        shown = called("resolve_crm_conflict", f"profiles:{profile}").stdout
+        assert rows[profile]["decision"].startswith("Decided at ")
+        assert rows[profile]["decision"].endswith(f" (UTC): {whose}")
+        assert rows[profile]["decision"].removeprefix("Decided ") in shown
+        assert rows[profile]["what_to_do"] == (
+            f"Nothing: the next run carries the decision out. To change it, decide again with resolve_crm_conflict "
+            f"profiles:{profile}."
+        )
+        assert [row["decision"] for row in rows.values() if row["id"] != profile] == ["", ""]
+        assert rows[other]["what_to_do"].startswith("Decide whose contact it is")
+        assert "zoe" not in ended.stdout
+    database.rows("DELETE FROM crm_contacts WHERE id = %s RETURNING id", contact)
+    run()
+    (row,) = [row for row in rows_of(command().stdout) if row["id"] == profile]
+    assert (row["reason"], row["what_to_do"][:12]) == ("stale_decision", "Decide again")
+    assert row["decision"].endswith(f"the contact {contact} is its person's")
+
+
 def test_a_file_is_readable_by_its_owner_alone(database: Database, tmp_path: Path) -> None:
     builders.add_lead("nobody")
     run()
@@ -175,7 +204,9 @@ def test_a_database_that_breaks_off_quotes_nobody(database: Database, monkeypatc
     assert "zelda" not in ended.stderr
 
 
-def test_nothing_is_written_and_the_right_to_select_is_enough(database: Database) -> None:
+def test_nothing_is_written_and_the_right_to_select_is_enough(
+    database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
     add_a_conflict()
     run()
     before = database.dump()
@@ -186,9 +217,17 @@ def test_nothing_is_written_and_the_right_to_select_is_enough(database: Database
             )
         with acting_as(role):
             ended = command("--with-email")
+        assert [record.getMessage() for record in caplog.records] == [
+            "this role may not read conflict_decision: the export shows no decision"
+        ]
+        with connection.cursor() as cursor:
+            cursor.execute(f"GRANT SELECT ON conflict_decision TO {role}")
+        caplog.clear()
+        with acting_as(role):
+            assert command("--with-email") == ended
     assert ended.code == 0
     assert len(rows_of(ended.stdout)) == 1
-    assert database.dump() == before
+    assert (caplog.records, database.dump()) == ([], before)
 
 
 def test_lines_are_streamed(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Generator, Mapping
 from typing import Any, NamedTuple
 
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill.outcome import Outcome, Reason, Source
+from crm.backfill.resolutions import is_readable
 from crm.backfill.schema import examine
 from crm.backfill.snapshot import snapshot, stream
 from crm.errors import OperatorError
+
+logger = logging.getLogger(__name__)
 
 #: One sentence a reason. What the row's own application is to do is said in its words.
 REMEDIES = {
@@ -38,6 +42,9 @@ REMEDIES = {
     Reason.UNREADABLE: "Have the row looked at by whoever keeps the database: PostgreSQL cannot read it.",
     Reason.DATA_ERROR: "Correct the row in the application: the database refused it as the other columns say.",
 }
+REMEDY_OF_DECIDED = (
+    "Nothing: the next run carries the decision out. To change it, decide again with resolve_crm_conflict {row}."
+)
 REMEDY_OF_OTHERS = "Look the row up in the application."
 REMEDY_OF_GONE = "Nothing: the row is gone from the application, and no run tries it again."
 #: What the export says of a row that is gone; of any other it says nothing.
@@ -48,8 +55,8 @@ IDENTITY_KEYS = ("email", "userId", "clerkUserId", "id")
 _ORDER = ", ".join(f"'{source}'" for source in Source)
 _DEAD_LETTERS = f"""
 SELECT line.source, line.source_id, line.reason, line.contact_id, line.sqlstate, line.constraint, line.column,
-       line.table, line.trigger, {{is_gone}}, {{email}}, line.identity_keys
-  FROM ledger_entry line {{people}}
+       line.table, line.trigger, {{is_gone}}, {{email}}, line.identity_keys, {{decision}}
+  FROM ledger_entry line {{joins}}
  WHERE line.outcome = '{Outcome.ERROR}'
  ORDER BY array_position(ARRAY[{_ORDER}], line.source), line.source_id
 """
@@ -68,11 +75,13 @@ _PEOPLE = f"""
      WHERE line.source NOT IN ({_LEAD_SOURCES}) AND profiles.id = line.source_id LIMIT 1
   ) profile ON true
 """
+_DECISION = """to_char(decision.decided_at AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI'), decision.contact_id"""
+_DECISIONS = " LEFT JOIN conflict_decision decision ON decision.id = line.id"
 
 
 class DeadLetter(NamedTuple):
-    """A row in error. `row_gone` says so of a row that is no longer there. `email` is as it is stored, and None unless
-    it was asked for."""
+    """A row in error. `row_gone` says so of a row that is no longer there. `decision` is what a person decided, without
+    the address of a contact of the row's own. `email` is as it is stored, and None unless it was asked for."""
 
     source: str
     row: str
@@ -87,6 +96,7 @@ class DeadLetter(NamedTuple):
     table: str | None
     trigger: str | None
     row_gone: str | None
+    decision: str | None
     email: str | None
 
 
@@ -96,13 +106,17 @@ def dead_letters(connection: BaseDatabaseWrapper, *, with_email: bool) -> Genera
     Names nobody but by id, unless `with_email` asks for the address.
     """
     email, people = ("COALESCE(lead.email, profile.email)", _PEOPLE) if with_email else ("NULL", "")
-    query = _DEAD_LETTERS.format(email=email, people=people, is_gone=_IS_GONE)
     with snapshot(connection):
         if not examine(connection, for_writing=False).has_ledger:
             raise OperatorError(
                 "There is no ledger that this role may read, so no row is in error: run `python manage.py migrate` "
                 "and `backfill_crm_contacts` first, or GRANT SELECT on its tables."
             )
+        readable = is_readable(connection)
+        if readable is False:
+            logger.warning("this role may not read conflict_decision: the export shows no decision")
+        decision, decisions = (_DECISION, _DECISIONS) if readable else ("NULL, NULL", "")
+        query = _DEAD_LETTERS.format(email=email, is_gone=_IS_GONE, decision=decision, joins=people + decisions)
         for row in stream(connection, "dead_letters", query):
             yield _dead_letter(*row)
 
@@ -142,11 +156,24 @@ def remedy(row: str, reason: str | None, contact_id: str | None, identity_keys: 
     return REMEDIES[Reason(reason)].format(row=row, contact=contact_id, contacts=contacts)
 
 
+def shown_decision(decided_at: str, contact_id: str | None) -> str:
+    """When a person decided about a row, in UTC, and what; without the address of a contact of the row's own."""
+    whose = f"the contact {contact_id} is its person's" if contact_id else "it is another person"
+    return f"at {decided_at} (UTC): {whose}"
+
+
 def _dead_letter(source: str, source_id: str, reason: str, contact_id: str | None, *rest: Any) -> DeadLetter:
-    *refusal, is_gone, email, keys = rest
+    *refusal, is_gone, email, keys, decided_at, decided_contact = rest
     row = f"{Source(source).table}:{source_id}"
     identity_keys = json.loads(keys) if keys else None
-    what_to_do = REMEDY_OF_GONE if is_gone else remedy(row, reason, contact_id, identity_keys)
+    decision = f"Decided {shown_decision(decided_at, decided_contact)}" if decided_at else None
+    if is_gone:
+        what_to_do = REMEDY_OF_GONE
+    elif decision and reason == Reason.CONFLICT:
+        what_to_do = REMEDY_OF_DECIDED.format(row=row)
+    else:
+        what_to_do = remedy(row, reason, contact_id, identity_keys)
     contacts = named_contacts(contact_id, identity_keys)
     gone = GONE if is_gone else None
-    return DeadLetter._make((source, row, source_id, reason, what_to_do, contact_id, contacts, *refusal, gone, email))
+    told = (source, row, source_id, reason, what_to_do, contact_id, contacts, *refusal, gone, decision, email)
+    return DeadLetter._make(told)

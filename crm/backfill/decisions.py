@@ -21,7 +21,7 @@ from django.db.models.functions import Now
 
 from crm.backfill import errors, fence
 from crm.backfill.addresses import canonical_address_sql
-from crm.backfill.dead_letters import named_contacts, remedy
+from crm.backfill.dead_letters import named_contacts, remedy, shown_decision
 from crm.backfill.mapping import contact_id, normalised_email
 from crm.backfill.outcome import Outcome, Reason
 from crm.backfill.transactions import certain_transaction
@@ -109,10 +109,10 @@ def conflict_of(row: RowReference) -> str:
         return f"{row} is pending, and decided on: the next run carries the decision out."
     named = named_contacts(line.contact_id, line.identity_keys)
     if decision is not None and line.reason == Reason.CONFLICT:
-        whose = f"the contact {decision.contact_id} is its person's" if decision.contact_id else "it is another person"
+        shown = shown_decision(f"{decision.decided_at:%Y-%m-%d %H:%M}", decision.contact_id)
         return (
-            f"{row}: {named}\nDecided by {decision.decided_by} at {decision.decided_at:%Y-%m-%d %H:%M} (UTC): {whose}. "
-            "The next run carries that out. To change it, decide again."
+            f"{row}: {named}\nDecided by {decision.decided_by} {shown}. The next run carries that out. To change it, "
+            "decide again."
         )
     return f"{row}: {named}\n{remedy(str(row), line.reason, line.contact_id, line.identity_keys)}"
 

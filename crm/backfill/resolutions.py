@@ -47,7 +47,7 @@ class Resolutions:
     @classmethod
     def to_be_carried_out(cls, database: BaseDatabaseWrapper, facts: DatabaseFacts) -> Self:
         """The decisions on rows that are not settled; none, with a warning, where a dry run's role may not see them."""
-        readable = _is_readable(database)
+        readable = is_readable(database)
         if readable is False:
             logger.warning("this role may not read conflict_decision: the dry run takes no decision into account")
         return cls._of(_fetched(database, _TO_BE_CARRIED_OUT) if readable and facts.has_ledger else [])
@@ -55,7 +55,7 @@ class Resolutions:
     @classmethod
     def every(cls, database: BaseDatabaseWrapper) -> Self:
         """All decisions, those that were carried out as well. Raises OperatorError where this role may not see them."""
-        readable = _is_readable(database)
+        readable = is_readable(database)
         if readable is False:
             raise OperatorError(
                 "This role may not read what was decided about rows in conflict. Let the owner GRANT SELECT on "
@@ -89,7 +89,7 @@ class Resolutions:
         return row._replace(resolution=resolution, raw_email=email, draft=row.draft._replace(email=email))
 
 
-def _is_readable(database: BaseDatabaseWrapper) -> bool | None:
+def is_readable(database: BaseDatabaseWrapper) -> bool | None:
     """Whether the decisions may be read; None where there is no table of them as yet."""
     with database.cursor() as cursor:
         cursor.execute(_IS_READABLE, [settings.BACKFILL_SCHEMA])
