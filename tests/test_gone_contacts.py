@@ -290,7 +290,9 @@ def test_a_limit_counts_the_rows_that_are_made_again(database: Database) -> None
     assert [recreate(limit=15)["created"], recreate()["created"]] == [15, 5]
 
 
-def test_it_is_refused_together_with_an_update_and_without_the_right_to_forget(database: Database) -> None:
+def test_it_is_refused_together_with_an_update_and_without_the_right_to_forget(
+    database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
     ended = backfill("--recreate-deleted", "--update")
     assert (ended.code, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
     add_lead("ann@example.com")
@@ -310,6 +312,8 @@ def test_it_is_refused_together_with_an_update_and_without_the_right_to_forget(d
     assert (ended.code, ended.stderr.count("\n")) == (2, 1)
     assert "DELETE on contact_update" in ended.stderr
     assert predicted.code == 0
+    (told,) = caplog.messages
+    assert "would be refused: this role may not DELETE on contact_update" in told
 
 
 def test_what_a_restored_table_lacks_is_filled_again_once_every_row_is_due(database: Database) -> None:

@@ -16,7 +16,7 @@ from tests.circumstances import (
     reading_role,
     without_own_schema,
 )
-from tests.commands import Finished, backfill
+from tests.commands import Finished, backfill, called, run
 from tests.conftest import OWN_TABLES, Database
 from tests.reference import CONTACT_COLUMNS
 from tests.test_settings import SECRET
@@ -218,19 +218,25 @@ def test_a_schema_that_may_not_be_looked_into(database: Database, arguments: tup
         ("INSERT ON backfill_run", "INSERT on backfill_run"),
         ("UPDATE ON backfill_run", "UPDATE on backfill_run"),
         ("UPDATE ON ledger_entry", "UPDATE on ledger_entry"),
-        ("SELECT ON ledger_entry", "may not read the ledger"),
-        ("USAGE ON SCHEMA crm_backfill", "may not read the ledger"),
+        ("SELECT ON ledger_entry", "SELECT on ledger_entry"),
+        ("USAGE ON SCHEMA crm_backfill", "USAGE on schema crm_backfill"),
         ("SELECT ON backfill_run", "SELECT on backfill_run"),
         ("SELECT ON backfill_batch", "SELECT on backfill_batch"),
     ],
 )
-def test_a_table_that_may_not_be_written(database: Database, revoked: str, named: str) -> None:
+def test_a_table_that_may_not_be_written(
+    database: Database, caplog: pytest.LogCaptureFixture, revoked: str, named: str
+) -> None:
     add_lead("ann@example.com")
     with nothing_written(database), writing_role(database) as role:
         database.change(f"REVOKE {revoked} FROM {role}")
         with acting_as(role):
             finished = backfill()
+            assert caplog.records == []
+            predicted = backfill("--dry-run", "--no-progress")
         assert_refused(finished, named, "--dry-run")
+        assert (predicted.code, predicted.stderr) == (0, "")
+        assert_warned(caplog, named)
 
 
 def test_the_right_to_read_the_columns_of_a_contact_is_enough(database: Database) -> None:
@@ -243,6 +249,38 @@ def test_the_right_to_read_the_columns_of_a_contact_is_enough(database: Database
         with acting_as(role):
             assert backfill().code == 0
     assert len(contacts()) == 1
+
+
+def assert_warned(caplog: pytest.LogCaptureFixture, *rights: str) -> None:
+    """One line says that a run would be refused, and for which rights."""
+    (told,) = [message for message in caplog.messages if "would be refused" in message]
+    assert [right for right in rights if right not in told] == []
+    assert "\n" not in told
+
+
+def test_a_dry_run_says_which_rights_the_run_would_lack_and_nothing_where_it_has_them(
+    database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    add_lead("ann@example.com")
+    number = run()["run"]
+    with writing_role(database) as role:
+        with acting_as(role):
+            assert backfill("--dry-run").code == 0
+            assert caplog.records == []
+            assert backfill("--update", "--dry-run").code == 0
+            assert_warned(caplog, "INSERT on crm_stage_history", "docs/least_privilege.sql again with --set update=on")
+            caplog.clear()
+            assert called("rollback_crm_backfill", str(number), "--dry-run").code == 0
+            assert_warned(caplog, "DELETE on crm_contacts", "docs/least_privilege.sql again with --set rollback=on")
+        caplog.clear()
+        database.change(
+            f"GRANT INSERT ON crm_stage_history TO {role}; GRANT INSERT, UPDATE ON crm_backfill.rollback TO {role};"
+            f"GRANT DELETE ON ALL TABLES IN SCHEMA public, crm_backfill TO {role}"
+        )
+        with acting_as(role):
+            assert backfill("--update", "--dry-run").code == 0
+            assert called("rollback_crm_backfill", str(number), "--dry-run").code == 0
+    assert caplog.records == []
 
 
 def test_a_role_that_may_write_what_is_written_is_enough(database: Database) -> None:

@@ -138,9 +138,13 @@ def run_backfill(options: RunOptions, progress: Progress | None = None) -> RunRe
     """
     started_at, started = timezone.now(), time.monotonic()
     with errors.beginning():
-        facts = examine(connection, for_writing=not options.dry_run, for_inserting=True, for_updating=options.update)
-        if options.recreate_deleted and not options.dry_run:
-            _require_right_to_forget_updates()
+        facts = examine(
+            connection,
+            for_writing=not options.dry_run,
+            for_inserting=True,
+            for_updating=options.update,
+            for_recreating=options.recreate_deleted,
+        )
     watcher = progress or Silence()
     with lifecycle() as life:
         if not options.dry_run:
@@ -151,16 +155,6 @@ def run_backfill(options: RunOptions, progress: Progress | None = None) -> RunRe
             ending = life.carry_through(work.through, WorkerError, CeilingReachedError, errors.EveryRowRefusedError)
         report = work.close(ending)
     return replace(report, started_at=started_at, seconds=time.monotonic() - started)
-
-
-def _require_right_to_forget_updates() -> None:
-    with connection.cursor() as cursor:
-        cursor.execute("SELECT has_table_privilege('contact_update', 'DELETE')")
-        if cursor.fetchone() != (True,):
-            raise OperatorError(
-                "This role may not DELETE on contact_update, where what updates changed in the contacts that are gone "
-                "has to go: docs/least_privilege.sql grants it with rollback=on. Nothing was written."
-            )
 
 
 def _claim(options: RunOptions, facts: DatabaseFacts) -> BackfillRun:

@@ -28,6 +28,7 @@ from crm.backfill.mapping import (
 from crm.backfill.outcome import Source
 from crm.backfill.repeated import find_repeated_ids
 from crm.backfill.requirements import HISTORY, MOMENTS, RATE, Unfit, misfits
+from crm.backfill.rights import require_rights
 from crm.errors import OperatorError
 from crm.models import BackfillBatch, BackfillRun, ConflictDecision, ContactUpdate, CRMContact, LedgerEntry
 
@@ -138,13 +139,20 @@ class DatabaseFacts:
 
 
 def examine(
-    connection: BaseDatabaseWrapper, *, for_writing: bool, for_inserting: bool = False, for_updating: bool = False
+    connection: BaseDatabaseWrapper,
+    *,
+    for_writing: bool,
+    for_inserting: bool = False,
+    for_updating: bool = False,
+    for_recreating: bool = False,
 ) -> DatabaseFacts:
     """Read the facts. Raises OperatorError where this database does not fit, with the names of what is missing.
 
-    `for_inserting` asks for what the backfill itself needs, `for_updating` for what --update needs besides.
+    `for_inserting` asks for what the backfill itself needs, `for_updating` for what --update needs besides, and
+    `for_recreating` for what --recreate-deleted does.
 
-    For a dry run, the right to SELECT is enough, and our own tables may be missing.
+    For a dry run, the right to SELECT is enough, and our own tables may be missing; where they are there, it warns of
+    the rights that its run would lack.
     """
     _require_schema(connection)
     tables = read_tables(connection, (*REQUIRED_COLUMNS, HISTORY))
@@ -159,11 +167,12 @@ def examine(
     if for_writing:
         _require_writable(connection)
         _require_migrations(has_attribution=has_attribution, has_ledger=ledger_is_readable is not None)
-        _require_rights(connection, ledger_is_readable=bool(ledger_is_readable), for_updating=for_updating)
     elif ledger_is_readable is False:
         logger.warning(
             "this role may not read the ledger: the dry run takes every row for new, also those of earlier runs"
         )
+    if for_writing or (for_inserting and ledger_is_readable is not None):
+        _require_rights(connection, for_updating=for_updating, for_recreating=for_recreating, dry_run=not for_writing)
     roles = _labels(connection, columns, "profiles", "role")
     statuses = _labels(connection, columns, "leads", "status")
     generation = _generation(columns, roles)
@@ -348,46 +357,35 @@ def _require_migrations(*, has_attribution: bool, has_ledger: bool) -> None:
         )
 
 
-def _require_rights(connection: BaseDatabaseWrapper, *, ledger_is_readable: bool, for_updating: bool) -> None:
-    if not ledger_is_readable:
-        raise OperatorError(
-            f"This role may not read the ledger. Let the owner of the schema {settings.BACKFILL_SCHEMA} GRANT USAGE on "
-            "it, and SELECT, INSERT, UPDATE on its tables, or look first with --dry-run. Nothing was written."
-        )
+def _require_rights(
+    connection: BaseDatabaseWrapper, *, for_updating: bool, for_recreating: bool, dry_run: bool
+) -> None:
     rights = {
-        "crm_contacts": ("INSERT", "UPDATE"),
-        BackfillRun._meta.db_table: ("SELECT", "INSERT", "UPDATE"),
-        BackfillBatch._meta.db_table: ("SELECT", "INSERT"),
-        LedgerEntry._meta.db_table: ("SELECT", "INSERT", "UPDATE"),
-        ConflictDecision._meta.db_table: ("SELECT",),
+        "crm_contacts": ["INSERT", "UPDATE"],
+        BackfillRun._meta.db_table: ["SELECT", "INSERT", "UPDATE"],
+        BackfillBatch._meta.db_table: ["SELECT", "INSERT"],
+        LedgerEntry._meta.db_table: ["SELECT", "INSERT", "UPDATE"],
+        ContactUpdate._meta.db_table: ["SELECT"],
+        ConflictDecision._meta.db_table: ["SELECT"],
     }
-    columns: list[str] = []
+    option = ""
     if for_updating:
-        rights |= {ContactUpdate._meta.db_table: ("INSERT",), "crm_stage_history": ("INSERT",)}
-        columns = [*PROMOTED_COLUMNS]
-    wanted = [(table, right) for table, of_table in rights.items() for right in of_table]
-    _require_tables_of_ours(connection, rights)
-    with connection.cursor() as cursor:
-        cursor.execute(
-            """
-            SELECT t, r FROM unnest(%s::text[], %s::text[]) AS wanted(t, r)
-             WHERE COALESCE(NOT has_any_column_privilege(to_regclass(t), r), true)
-             UNION ALL
-            SELECT 'crm_contacts.' || name, 'UPDATE' FROM unnest(%s::text[]) AS name
-             WHERE NOT has_column_privilege('crm_contacts', name, 'UPDATE')
-             UNION ALL
-            SELECT name, 'EXECUTE' FROM (VALUES (%s::text)) AS function(name)
-             WHERE NOT has_function_privilege(name, 'EXECUTE')
-            """,
-            [[table for table, _ in wanted], [right for _, right in wanted], columns, try_execute.SIGNATURE],
-        )
-        missing = [f"{right} on {table}" for table, right in cursor.fetchall()]
-    if missing:
-        raise OperatorError(
-            f"This role may not {', '.join(missing)}. Let the tables' owner run docs/least_privilege.sql again"
-            f"{' with --set update=on' if for_updating else ''}, or look first with --dry-run. "
-            "Nothing was written."
-        )
+        rights[ContactUpdate._meta.db_table].append("INSERT")
+        rights[HISTORY] = ["INSERT"]
+        option = "update"
+    if for_recreating:
+        # What updates changed in the contacts that are gone has to go.
+        rights[ContactUpdate._meta.db_table].append("DELETE")
+        option = "rollback"
+    require_rights(
+        connection,
+        [(table, right) for table, of_table in rights.items() for right in of_table],
+        updated_columns=PROMOTED_COLUMNS if for_updating else (),
+        option=option,
+        dry_run=dry_run,
+    )
+    if not dry_run:
+        _require_tables_of_ours(connection, rights)
 
 
 def _require_tables_of_ours(connection: BaseDatabaseWrapper, tables: Iterable[str]) -> None:

@@ -27,6 +27,7 @@ from crm.backfill.outcome import Outcome, Source, Totals
 from crm.backfill.pipeline import Retries
 from crm.backfill.readahead import ReadingThread
 from crm.backfill.references import find_references
+from crm.backfill.rights import require_rights
 from crm.backfill.rollback.ahead import PagesAhead
 from crm.backfill.rollback.reader import Reader
 from crm.backfill.rollback.undo import Counts, DatabaseUndoer, Rehearsal, RunDeletedError, Undoer, Undone, counted
@@ -116,8 +117,7 @@ def roll_back(
         later_runs = _later_runs(run)
         find_references(connection)
         reader = Reader.of(connection, facts, run)
-        if not dry_run:
-            _require_rights(run)
+        _require_rights(run, dry_run=dry_run)
     if later_runs:
         logger.warning(_later_runs_stand(run, later_runs))
     with lifecycle() as life:
@@ -310,7 +310,7 @@ def _nothing_left(run: BackfillRun) -> str:
     return f"The ledger has no line of run {run.pk}: {why}. There is nothing to take back."
 
 
-def _require_rights(run: BackfillRun) -> None:
+def _require_rights(run: BackfillRun, *, dry_run: bool) -> None:
     wanted = [
         ("crm_contacts", "DELETE"),
         ("crm_contacts", "UPDATE"),
@@ -321,19 +321,7 @@ def _require_rights(run: BackfillRun) -> None:
         (Rollback._meta.db_table, "INSERT"),
         (Rollback._meta.db_table, "UPDATE"),
     ]
-    with connection.cursor() as cursor:
-        cursor.execute(
-            "SELECT t, r FROM unnest(%s::text[], %s::text[]) AS wanted(t, r) WHERE NOT "
-            # Only a DELETE is never granted by column.
-            "CASE r WHEN 'DELETE' THEN has_table_privilege(t, r) ELSE has_any_column_privilege(t, r) END",
-            [[table for table, _ in wanted], [right for _, right in wanted]],
-        )
-        missing = [f"{right} on {table}" for table, right in cursor.fetchall()]
-    if missing:
-        raise OperatorError(
-            f"This role may not {', '.join(missing)}. Let the tables' owner grant it, or look first with --dry-run. "
-            "Nothing was written."
-        )
+    require_rights(connection, wanted, option="rollback", dry_run=dry_run)
 
 
 def _claim(run: BackfillRun, facts: DatabaseFacts) -> BackfillRun:
