@@ -3,9 +3,13 @@
 
 import os
 import sys
+from contextlib import redirect_stderr, suppress
+from io import StringIO
+from typing import Any
 
 from django.core.exceptions import ImproperlyConfigured
-from django.core.management import execute_from_command_line
+from django.core.management import ManagementUtility, get_commands
+from django.core.management.base import BaseCommand, CommandError, SystemCheckError
 from django.db import NotSupportedError, OperationalError, ProgrammingError
 from psycopg.errors import InsufficientPrivilege
 
@@ -16,11 +20,39 @@ from crm.output import OutputError, with_checked_output
 INTERRUPTED_EXIT_CODE = 4
 
 
+class Utility(ManagementUtility):
+    """Django's own, but for the exit code of wrong usage: 2, as that of our commands and of argparse."""
+
+    def fetch_command(self, subcommand: str) -> BaseCommand:
+        """The command of this name. Raises OperatorError where there is none."""
+        if subcommand not in get_commands():
+            with redirect_stderr(StringIO()) as told, suppress(SystemExit):
+                super().fetch_command(subcommand)
+            raise OperatorError(". ".join(told.getvalue().splitlines()).replace("?. ", "? "))
+        command = super().fetch_command(subcommand)
+        execute = command.execute
+
+        def execute_or_refuse(*args: Any, **options: Any) -> str | None:
+            try:
+                return execute(*args, **options)
+            except SystemCheckError:
+                # Something to look at, and no wrong usage.
+                raise
+            except CommandError as error:
+                # Django's own commands leave it at 1, whatever they refuse.
+                if error.returncode == 1:
+                    error.returncode = OperatorError.exit_code
+                raise
+
+        vars(command)["execute"] = execute_or_refuse
+        return command
+
+
 def main(arguments: list[str]) -> int:
     """Run one command; returns the exit code for the operator's mistakes, otherwise what the command decides."""
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
     try:
-        execute_from_command_line(arguments)
+        Utility(arguments).execute()
     except OutputError:
         raise
     except KeyboardInterrupt:

@@ -1,21 +1,25 @@
 """How `manage.py` ends: what the operator can put right is one line and exit code 2."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 from django.core.exceptions import ImproperlyConfigured
+from django.core.management.base import SystemCheckError
+from django.core.management.commands.check import Command as Check
 from django.db import OperationalError
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 import manage
 from crm import checks
 from crm.errors import OperatorError
+from tests.commands import ended
 from tests.conftest import Database
 from tests.test_settings import SECRET, run
 
 
-def raiser(error: Exception) -> Callable[[list[str]], None]:
-    def execute(_arguments: list[str]) -> None:
+def raiser(error: Exception) -> Callable[..., None]:
+    def execute(*_args: object, **_options: object) -> None:
         raise error
 
     return execute
@@ -25,7 +29,7 @@ def raiser(error: Exception) -> Callable[[list[str]], None]:
 def test_an_operators_mistake(
     error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(manage, "execute_from_command_line", raiser(error))
+    monkeypatch.setattr(manage.Utility, "execute", raiser(error))
     assert manage.main(["manage.py", "migrate"]) == 2
     assert capsys.readouterr() == ("", "Not so.\n")
 
@@ -36,7 +40,7 @@ def test_what_is_no_mistake_of_the_operator_keeps_its_traceback(monkeypatch: pyt
 
     error = OperationalError("canceling statement due to lock timeout")
     error.__cause__ = LockTimeoutError()
-    monkeypatch.setattr(manage, "execute_from_command_line", raiser(error))
+    monkeypatch.setattr(manage.Utility, "execute", raiser(error))
     with pytest.raises(OperationalError):
         manage.main(["manage.py", "migrate"])
 
@@ -55,13 +59,37 @@ def test_help_needs_no_database() -> None:
     assert "migrate" in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (
+            ["backfill_run"],
+            "Unknown command: 'backfill_run'. Did you mean backfill_runs? Type 'manage.py help' for usage.",
+        ),
+        (["nonsense"], "Unknown command: 'nonsense'. Type 'manage.py help' for usage."),
+        (["help", "nonsense"], "Unknown command: 'nonsense'. Type 'manage.py help' for usage."),
+        (["check", "--tag", "nonsense"], 'CommandError: There is no system check with the "nonsense" tag.'),
+        (["migrate", "nonsense"], "CommandError: No installed app with label 'nonsense'."),
+    ],
+)
+def test_wrong_usage_of_whatever_command_is_one_line_and_exit_code_2(
+    database: Database, arguments: list[str], told: str
+) -> None:
+    assert ended(partial(manage.main, ["manage.py", *arguments])) == (2, "", f"{told}\n")
+
+
+def test_what_a_check_found_is_no_wrong_usage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Check, "check", raiser(SystemCheckError("Something is to be looked at.")))
+    assert ended(partial(manage.main, ["manage.py", "check"])).code == 1
+
+
 def test_ctrl_c_in_one_of_djangos_own_commands(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def be_interrupted(_arguments: list[str]) -> None:
+    def be_interrupted(_utility: manage.Utility) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(manage, "execute_from_command_line", be_interrupted)
+    monkeypatch.setattr(manage.Utility, "execute", be_interrupted)
     assert manage.main(["manage.py", "migrate"]) == 4
     assert capsys.readouterr() == ("", "Interrupted.\n")
 
