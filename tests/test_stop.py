@@ -115,6 +115,7 @@ def test_one_signal_ends_every_command_behind_a_lock(
         seconds = time.monotonic() - sent
         assert process.returncode == 4, (stdout, stderr)
         assert "Traceback" not in stderr
+        assert "CommandError" not in stderr
         assert seconds < at_most
         assert wait_until(lambda: backends_in_wait() == 0), "the server goes on waiting"
     assert not BackfillRun.objects.running().exists() or table == "backfill_run"

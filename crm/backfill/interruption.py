@@ -27,8 +27,6 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.signals import connection_created
 from psycopg.pq import TransactionStatus
 
-from crm.errors import OperatorError
-
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 #: How long a batch may go on when the run is to stop, before what it is at is cancelled; seconds.
 GRACE = 1.0
@@ -162,8 +160,8 @@ def sleep_until_signal(seconds: float) -> None:
         time.sleep(seconds)
 
 
-class StoppedError(OperatorError):
-    """The operator stopped a command that had nothing to bring to an end."""
+class StoppedError(Exception):
+    """The operator stopped a command that had nothing to bring to an end. The message is for the operator."""
 
     exit_code = 4
 
@@ -178,7 +176,9 @@ def stopped_by_signals() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as stop:
-        raise StoppedError(f"Stopped by {stop.args[0] if stop.args else 'SIGINT'}. Run the command again.") from None
+        raise StoppedError(
+            f"Interrupted by {stop.args[0] if stop.args else 'SIGINT'}. Run the command again."
+        ) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

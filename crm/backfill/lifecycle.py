@@ -77,7 +77,7 @@ class Lifecycle:
         except DjangoDatabaseError:
             if self.interruption.requested:
                 # Whatever it was that failed: it may well have been cancelled.
-                raise StoppedError("Stopped at the start. No row was touched; run the command again.") from None
+                raise StoppedError("Interrupted at the start. No row was touched; run the command again.") from None
             raise
         return self.run
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from django.core.management.base import BaseCommand, CommandError, CommandParser
+from django.core.management.base import BaseCommand, CommandParser
 
 from crm.backfill.interruption import StoppedError, stopped_by_signals
 from crm.backfill.limits import limited
@@ -25,4 +25,6 @@ class OperatorCommand(BaseCommand):
             with stopped_by_signals(), limited():
                 return super().execute(*arguments, **options)
         except StoppedError as stopped:
-            raise CommandError(str(stopped), returncode=stopped.exit_code) from None
+            # No CommandError, whose name Django puts before the message: what the operator asked for is none.
+            self.stderr.write(str(stopped))
+            raise SystemExit(stopped.exit_code) from None

@@ -76,8 +76,7 @@ class Command(OperatorCommand):
             status = self._follow(watch(run_id, lambda: time.sleep(POLL_INTERVAL)))
         except KeyboardInterrupt:
             raise StoppedError(
-                f"The watching was stopped. Run {run_id} goes on: `python manage.py backfill_runs pause {run_id}` "
-                "stops it."
+                f"Interrupted. Run {run_id} goes on: `python manage.py backfill_runs pause {run_id}` stops it."
             ) from None
         if code := _EXIT_CODES_OF_WATCH.get(status, STOPPED):
             raise SystemExit(code)
