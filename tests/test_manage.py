@@ -9,6 +9,7 @@ from django.core.management.base import SystemCheckError
 from django.core.management.commands.check import Command as Check
 from django.db import OperationalError
 from django.db.backends.base.base import BaseDatabaseWrapper
+from pytest_django import Settings
 
 import manage
 from crm import checks
@@ -76,6 +77,15 @@ def test_wrong_usage_of_whatever_command_is_one_line_and_exit_code_2(
     database: Database, arguments: list[str], told: str
 ) -> None:
     assert ended(partial(manage.main, ["manage.py", *arguments])) == (2, "", f"{told}\n")
+
+
+def test_runserver_without_debug_and_hosts_says_which_variables_to_set(database: Database, settings: Settings) -> None:
+    settings.DEBUG, settings.ALLOWED_HOSTS = False, []
+    refused = ended(partial(manage.main, ["manage.py", "runserver", "--noreload"]))
+    assert (refused.code, refused.stdout, refused.stderr.count("\n")) == (2, "", 1)
+    assert refused.stderr.startswith("The admin is served to no host: ")
+    for named in ("DEBUG=on", "ALLOWED_HOSTS"):
+        assert named in refused.stderr
 
 
 def test_what_a_check_found_is_no_wrong_usage(monkeypatch: pytest.MonkeyPatch) -> None:

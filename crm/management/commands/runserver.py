@@ -1,14 +1,17 @@
-"""`python manage.py runserver`: Django's own, which ends in one line where the database cannot be used."""
+"""`python manage.py runserver`: Django's own, which ends in one line where the database or a setting is missing."""
 
 from __future__ import annotations
 
 import os
 from typing import Any
 
+from django.conf import settings
 from django.contrib.staticfiles.management.commands import runserver
 from django.db import connection, connections
 from django.db.migrations.recorder import MigrationRecorder
 from django.utils.autoreload import DJANGO_AUTORELOAD_ENV
+
+from crm.errors import OperatorError
 
 
 class Command(runserver.Command):
@@ -19,4 +22,9 @@ class Command(runserver.Command):
         if os.environ.get(DJANGO_AUTORELOAD_ENV) != "true":
             MigrationRecorder(connection).applied_migrations()
             connections.close_all()
+        if not (settings.DEBUG or settings.ALLOWED_HOSTS):
+            raise OperatorError(
+                "The admin is served to no host: set DEBUG=on for a look at it on this machine, or, on a server, "
+                "ALLOWED_HOSTS to the names under which it is reached; in the environment or in .env."
+            )
         return super().handle(*arguments, **options)
