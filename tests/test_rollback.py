@@ -1151,3 +1151,24 @@ def others_at_work(database: Database) -> list[Any]:
         "SELECT FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() "
         "AND state <> 'idle'"
     )
+
+
+def test_a_run_that_is_not_named_by_its_number_is_not_taken_back(database: Database) -> None:
+    assert "There has been no run." in rollback("latest").stderr
+    add_lead("ann@example.com")
+    run()
+    number = run()["run"]
+    before = database.dump()
+    refused = rollback("latest")
+    assert (refused.code, refused.stdout) == (2, "")
+    assert refused.stderr == (
+        "CommandError: A rollback takes no `latest`, so that it takes back what was looked at and no run that began "
+        f"since: give the run's number. The latest run is {number}; `python manage.py backfill_runs list` shows the "
+        "others. Nothing was written.\n"
+    )
+    unknown = rollback("two")
+    assert (unknown.code, "'two' is no run: write its number, as `backfill_runs list` shows it" in unknown.stderr) == (
+        2,
+        True,
+    )
+    assert database.dump() == before

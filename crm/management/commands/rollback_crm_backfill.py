@@ -8,6 +8,7 @@ from typing import Any
 
 from django.core.management.base import CommandError, CommandParser
 
+from crm.backfill import runs
 from crm.backfill.report import console_on, progress_on_stderr
 from crm.backfill.rollback.report import as_json, listing, news, print_summary
 from crm.backfill.rollback.runner import DEFAULT_BATCH_SIZE, roll_back
@@ -31,7 +32,12 @@ class Command(OperatorCommand):
 
     def add_arguments(self, parser: CommandParser) -> None:
         """What may be asked."""
-        parser.add_argument("run", type=int, metavar="RUN", help="the run's number, as backfill_runs list shows it")
+        parser.add_argument(
+            "run",
+            type=_run,
+            metavar="RUN",
+            help=f"the run's number, as backfill_runs list shows it; `{runs.LATEST}` is refused on purpose",
+        )
         parser.add_argument("--dry-run", action="store_true", help="tell what would be done, and write nothing at all")
         parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
         parser.add_argument(
@@ -49,7 +55,7 @@ class Command(OperatorCommand):
     def handle(
         self,
         *_args: Any,
-        run: int,
+        run: int | str,
         dry_run: bool,
         json: bool,
         csv: Path | None,
@@ -60,8 +66,9 @@ class Command(OperatorCommand):
         """Take the run back. The exit codes are in the help."""
         progress = progress_on_stderr(wanted=not no_progress)
         try:
+            number = _number(run)
             with listing(csv) as listener:
-                report = roll_back(run, dry_run=dry_run, batch_size=batch_size, progress=progress, listener=listener)
+                report = roll_back(number, dry_run=dry_run, batch_size=batch_size, progress=progress, listener=listener)
         except OperatorError as error:
             raise CommandError(str(error), returncode=error.exit_code) from None
         # First: whatever becomes of stdout, this was told.
@@ -73,6 +80,27 @@ class Command(OperatorCommand):
             print_summary(report, console_on(self.stdout))
         if report.exit_code:
             raise SystemExit(report.exit_code)
+
+
+def _run(text: str) -> int | str:
+    if text == runs.LATEST:
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no run: write its number, as `backfill_runs list` shows it"
+        ) from None
+
+
+def _number(given: int | str) -> int:
+    if isinstance(given, int):
+        return given
+    raise OperatorError(
+        f"A rollback takes no `{given}`, so that it takes back what was looked at and no run that began since: give "
+        f"the run's number. The latest run is {runs.number(given)}; `python manage.py backfill_runs list` shows the "
+        "others. Nothing was written."
+    )
 
 
 def _batch_size(text: str) -> int:
