@@ -17,6 +17,7 @@ from django.utils import timezone
 from config import embedded
 from crm.backfill.fence import HEARTBEAT_LASTS
 from crm.legacy_schema import ddl
+from crm.management.arguments import MOST_ROWS
 from crm.models import BackfillBatch, BackfillRun, LedgerEntry
 from crm.models.ledger import RunStatus
 from crm.version import VERSION
@@ -305,6 +306,19 @@ def test_exit_code_2_for_an_argument_that_is_none(database: Database, arguments:
     assert arguments[0].strip("-") in message
     assert all(line.startswith(("usage: ", " ")) for line in usage)
     assert database.dump() == before
+
+
+@pytest.mark.parametrize("given", ["two", "0", "-1", "1.5", "AUTO"])
+def test_a_number_of_workers_that_is_none_is_told_what_is_possible(given: str) -> None:
+    finished = backfill(f"--workers={given}")
+    assert finished.code == 2
+    assert f"{given!r} is neither a whole number from 1 to {MOST_ROWS} nor auto" in finished.stderr
+
+
+@pytest.mark.parametrize("given", ["two", "-1", "0", "9" * 20])
+def test_a_number_of_runs_that_is_none_is_told_what_is_possible(given: str) -> None:
+    finished = called("backfill_runs", "list", f"--last={given}")
+    assert (finished.code, f"{given!r} is not a whole number from 1 to" in finished.stderr) == (2, True)
 
 
 @pytest.mark.parametrize("status", [RunStatus.RUNNING, RunStatus.PAUSED])

@@ -25,11 +25,9 @@ from crm.backfill.report import (
 from crm.backfill.runner import RunReport, run_backfill
 from crm.backfill.workers import most_workers, require_room_for
 from crm.errors import OperatorError
+from crm.management.arguments import MOST_ROWS, positive
 from crm.management.operator_command import OperatorCommand
 from crm.output import OutputError
-
-#: What PostgreSQL takes for a number of rows, with room to spare.
-MOST_ROWS = 2**31 - 1
 
 
 class Command(OperatorCommand):
@@ -61,7 +59,7 @@ class Command(OperatorCommand):
         )
         parser.add_argument(
             "--batch-size",
-            type=_positive,
+            type=positive,
             metavar="ROWS",
             help=f"rows that commit together (default: {FIRST_ROWS}, then what the server does in about a second)",
         )
@@ -75,7 +73,7 @@ class Command(OperatorCommand):
         )
         parser.add_argument(
             "--limit",
-            type=_positive,
+            type=positive,
             metavar="ROWS",
             help="end with so many rows that are new, which known errors are not; with one worker only",
         )
@@ -92,7 +90,7 @@ class Command(OperatorCommand):
             metavar="N",
             help="processes that share the work; `auto` for one a processor, as far as connections allow (default 1)",
         )
-        parser.add_argument("--max-rate", type=_positive, metavar="ROWS", help="no more than so many rows a second")
+        parser.add_argument("--max-rate", type=positive, metavar="ROWS", help="no more than so many rows a second")
         parser.add_argument(
             "--max-errors",
             type=_ceiling,
@@ -175,15 +173,14 @@ class Command(OperatorCommand):
         self.stdout.flush()
 
 
-def _positive(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) <= len(str(MOST_ROWS)) and 1 <= int(text) <= MOST_ROWS):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {MOST_ROWS}")
-    return int(text)
-
-
 def _workers(text: str) -> int | None:
     """A number of workers; None for as many as the machine and the server allow."""
-    return None if text == "auto" else _positive(text)
+    if text == "auto":
+        return None
+    try:
+        return positive(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number from 1 to {MOST_ROWS} nor auto") from None
 
 
 def _seconds(text: str) -> float:

@@ -18,6 +18,7 @@ from crm.backfill.options import as_arguments
 from crm.backfill.outcome import Outcome
 from crm.backfill.watching import POLL_INTERVAL, watch
 from crm.errors import OperatorError
+from crm.management.arguments import positive
 from crm.management.operator_command import OperatorCommand
 from crm.models import BackfillRun
 from crm.models.ledger import RunStatus
@@ -50,7 +51,7 @@ class Command(OperatorCommand):
         """What may be asked."""
         actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
         listing = _parser_of(actions, "list", "the last runs, the newest first")
-        listing.add_argument("--last", type=int, default=20, metavar="N", help="how many (default: %(default)s)")
+        listing.add_argument("--last", type=positive, default=20, metavar="N", help="how many (default: %(default)s)")
         listing.add_argument("--json", action="store_true", help="print one JSON array of runs")
         showing = _parser_of(actions, "show", "one run, with all that is known of it")
         _add_run(showing)
@@ -91,7 +92,7 @@ class Command(OperatorCommand):
 
     def _answer(self, action: str, options: dict[str, Any]) -> str:
         if action == "list":
-            found = runs.latest(max(0, options["last"]))
+            found = runs.latest(options["last"])
             return json.dumps([runs.summary(run) for run in found]) if options["json"] else _table(found)
         if action == "show":
             details = runs.details(options["run"])
