@@ -26,6 +26,9 @@ LONGEST_TIMEOUT = 2_147_483
 #: The measure of Django's deployment check (security.W009).
 SHORTEST_KEY, FEWEST_DIFFERENT = 50, 5
 
+#: The variables that begin with CRM_; the system check knows any other one for misspelled.
+CRM_VARIABLES = ("CRM_DOTENV", "CRM_EMBEDDED_DATA", "CRM_PLACEHOLDER_DOMAIN", "CRM_STATEMENT_TIMEOUT")
+
 env = environ.Env()
 
 

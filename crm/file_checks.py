@@ -1,4 +1,4 @@
-"""`python manage.py check`: whether others can read the file with the password of the database."""
+"""`python manage.py check`: who can read the file with the password of the database; variables that nothing reads."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import shlex
 import stat
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -37,3 +38,22 @@ def check_dotenv(app_configs: Sequence[AppConfig] | None = None, **_options: Any
             id="crm.W010",
         )
     ]
+
+
+@register()
+def check_variables(app_configs: Sequence[AppConfig] | None = None, **_options: Any) -> list[CheckMessage]:  # noqa: ARG001 - Django's signature
+    """Warn of variables that begin as ours do and that no setting reads. Those of .env are in the environment too."""
+    known = settings.CRM_VARIABLES
+    messages: list[CheckMessage] = []
+    for name in sorted(os.environ):
+        if name.startswith("CRM_") and name not in known:
+            nearest = get_close_matches(name, known, n=1)
+            hint = f"Write {nearest[0]}" if nearest else f"The names are {', '.join(known)}: correct it"
+            messages.append(
+                Warning(
+                    f"No setting reads the variable {name}, so it has no effect.",
+                    hint=f"{hint}, or leave it out.",
+                    id="crm.W011",
+                )
+            )
+    return messages

@@ -12,7 +12,8 @@ import pytest
 from django.core.checks import CheckMessage
 from pytest_django import Settings
 
-from crm.file_checks import check_dotenv
+from config.settings import CRM_VARIABLES, _read_dotenv
+from crm.file_checks import check_dotenv, check_variables
 from crm.files import new_file, replaced_file
 from tests.test_imports import imports_of, modules
 
@@ -128,3 +129,31 @@ def test_a_dotenv_that_others_can_read_is_a_warning_with_what_mends_it(
     assert (warning.id, warning.hint) == ("crm.W010", f"chmod 600 {tmp_path / '.env'}")
     (tmp_path / ".env").chmod(0o600)
     assert warnings_of(settings, monkeypatch, tmp_path) == []
+
+
+# Variables of the environment
+
+
+def test_a_variable_that_no_setting_reads_is_a_warning_with_the_nearest_name_and_without_its_value(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "environ", dict.fromkeys(CRM_VARIABLES, "off"))
+    assert check_variables() == []
+    os.environ |= {"CRM_STATMENT_TIMEOUT": "hunter2", "CRM_ZZZ": "hunter2", "PATH": "/bin"}
+    misspelled, unlike = check_variables()
+    assert (misspelled.id, unlike.id) == ("crm.W011", "crm.W011")
+    assert misspelled.msg == "No setting reads the variable CRM_STATMENT_TIMEOUT, so it has no effect."
+    assert misspelled.hint == "Write CRM_STATEMENT_TIMEOUT, or leave it out."
+    assert unlike.hint == f"The names are {', '.join(CRM_VARIABLES)}: correct it, or leave it out."
+    assert "hunter2" not in f"{misspelled}{unlike}"
+
+
+def test_a_misspelled_variable_of_dotenv_is_warned_of_by_the_check(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / ".env"
+    path.write_text("DATABASE_URL=postgresql://nowhere\nCRM_PLACEHOLDER_DOMAINS=example.com\n")
+    monkeypatch.setattr(os, "environ", {"CRM_DOTENV": "on"})
+    _read_dotenv(path)
+    (warning,) = check_variables()
+    assert warning.hint == "Write CRM_PLACEHOLDER_DOMAIN, or leave it out."
