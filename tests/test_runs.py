@@ -256,7 +256,7 @@ def test_runs_are_listed_for_people(database: Database) -> None:
     lines = backfill_runs("list").stdout.splitlines()
     assert lines[0].split() == [
         *("run", "kind", "status", "started", "(UTC)", "read", "created", "merged", "exists", "error"),
-        *("new", "errors", "changed", "last", "heartbeat", "taken", "back"),
+        *("new", "errors", "changed", "last", "heartbeat", "(UTC)", "taken", "back"),
     ]
     assert [line.split()[:3] for line in lines[1:]] == [
         [str(going.pk), "backfill", "running"],

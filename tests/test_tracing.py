@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from io import StringIO
 from typing import Any
 
@@ -80,6 +81,9 @@ def test_everything_is_told_for_people_and_nothing_of_theirs(database: Database,
     given(ADDRESS)
     shown = [trace(whom) for whom in (contact, profile, lead, "-")] + [trace(contact, "--json")]
     assert {finished.stdout for finished in shown[1:4]} == {shown[0].stdout}
+    moments = re.findall(r"\d{4}-\d\d-\d\d \d\d:\d\d:[\d.]+(.{4})", f"{shown[0].stdout} ", re.DOTALL)
+    assert len(moments) >= 7
+    assert set(moments) == {" UTC"}, "each moment says in which zone it is, and all in one way"
     for expected in (
         f"Contact {contact}: in the CRM, made by {profile}, created ",
         f"Row {profile}: in the ledger, updated ",

@@ -186,7 +186,7 @@ def _who_holds(run: BackfillRun) -> str:
         )
     return (
         f"Run {run.pk} is going: started {run.started_at:%Y-%m-%d %H:%M:%S} UTC by {run.operator} on {run.host} "
-        f"(process {run.process_id}), last heartbeat {run.heartbeat_at:%H:%M:%S}. Wait for it, or stop it with "
+        f"(process {run.process_id}), last heartbeat {run.heartbeat_at:%H:%M:%S} UTC. Wait for it, or stop it with "
         f"`python manage.py backfill_runs cancel {run.pk}`."
     )
 

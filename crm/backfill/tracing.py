@@ -290,7 +290,7 @@ def as_lines(trace: Mapping[str, Any]) -> list[str]:
 def _contact_line(contact: Found) -> str:
     made_by = f"made by {contact['made_by']}" if contact["made_by"] else "not made by the backfill"
     told = {
-        "there": f"in the CRM, {made_by}, created {contact['created_at']}, updated {contact['updated_at']}",
+        "there": f"in the CRM, {made_by}, created {_utc(contact['created_at'])}, updated {_utc(contact['updated_at'])}",
         "deleted": f"not in the CRM any more, {made_by}: what was deleted stays deleted",
         "unknown": "not in the CRM, and no line of the ledger names it",
     }[contact["state"]]
@@ -305,7 +305,7 @@ def _row_lines(row: Found, lines: Iterable[Found]) -> list[str]:
     }.get(row["state"], row["state"])
     head = f"Row {row['row']}: {told}"
     if row["updated_at"] is not None:
-        head += f", updated {row['updated_at']}"
+        head += f", updated {_utc(row['updated_at'])}"
     return [head, *(f"  {_line_line(line)}" for line in lines if line["row"] == row["row"])]
 
 
@@ -319,7 +319,7 @@ def _line_line(line: Found) -> str:
         told += f", filled {', '.join(line['filled'])}"
     told += "".join(f", {name} {value}" for name, value in line["refusal"].items())
     if line["row_seen_at"]:
-        told += f"; looked at again as of {line['row_seen_at']}"
+        told += f"; looked at again as of {_utc(line['row_seen_at'])}"
     return told
 
 
@@ -332,13 +332,19 @@ def _update_line(update: Found) -> str:
 
 def _decision_line(decision: Found) -> str:
     whose = "a contact of its own" if decision["is_separate"] else f"contact {decision['contact_id']}"
-    return f"Decision on {decision['row']} at {decision['decided_at']}: {whose}"
+    return f"Decision on {decision['row']} at {_utc(decision['decided_at'])}: {whose}"
 
 
 def _run_line(run: Found) -> str:
-    return f"Run {run['run']}: {run['kind']}, {run['status']}, started {run['started_at']}, version {run['version']}"
+    started = _utc(run["started_at"])
+    return f"Run {run['run']}: {run['kind']}, {run['status']}, started {started}, version {run['version']}"
 
 
 def _rollback_line(rollback: Found) -> str:
     by, of = rollback["run"], rollback["rolls_back"]
-    return f"Run {by}: rollback of run {of}, {rollback['status']}, started {rollback['started_at']}"
+    return f"Run {by}: rollback of run {of}, {rollback['status']}, started {_utc(rollback['started_at'])}"
+
+
+def _utc(moment: str | None) -> str:
+    """A moment as PostgreSQL writes it in UTC: with the zone's offset, or without a zone."""
+    return f"{moment.removesuffix('+00')} UTC" if moment else "an unknown time"

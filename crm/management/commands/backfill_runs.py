@@ -32,7 +32,7 @@ STOPPED = 4
 #: A run that is `running` at the end of the watching is dead.
 _EXIT_CODES_OF_WATCH = {RunStatus.FINISHED: 0, RunStatus.FAILED: 5, RunStatus.RUNNING: 5}
 _COLUMNS = (
-    *("run", "kind", "status", "started (UTC)", "read", *Outcome, "new errors", "changed", "last heartbeat"),
+    *("run", "kind", "status", "started (UTC)", "read", *Outcome, "new errors", "changed", "last heartbeat (UTC)"),
     "taken back",
 )
 

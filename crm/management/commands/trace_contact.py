@@ -34,7 +34,9 @@ class Command(OperatorCommand):
             metavar="CONTACT|ROW|-",
             help="a contact's id, profiles:<id> or leads:<id>; - reads an email address from standard input",
         )
-        parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
+        parser.add_argument(
+            "--json", action="store_true", help="print one JSON object and nothing else on stdout, every time in UTC"
+        )
 
     def handle(self, *_args: Any, whom: str, json: bool, **_options: Any) -> None:
         """Trace. The exit codes are in the help."""
