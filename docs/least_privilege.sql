@@ -7,6 +7,8 @@
 --   update    on: the role may also look at rows again (backfill_crm_contacts --update)  default: off
 --   rollback  on: the role may also take a run back (rollback_crm_backfill)             default: off
 --
+-- psql knows no misspelled variable: the last line that is printed says which of the two are on.
+--
 -- It works on the database that psql is connected to, as a superuser, or as the owner of the application's tables and
 -- of the schema crm_backfill. To make the role takes CREATEROLE besides; whoever has not is told the two statements
 -- that an administrator has to run before, and nothing is changed. Run it after every `python manage.py migrate`, and
@@ -60,10 +62,18 @@ DECLARE
   app text := current_setting('least_privilege.schema');
   contacts oid := to_regclass(format('%I.crm_contacts', app));
   job_oid oid := (SELECT oid FROM pg_roles WHERE rolname = job);
+  option text;
   making text := format('ALTER ROLE %I IN DATABASE %I SET search_path = crm_backfill, %I;',
                         job, current_database(), app);
   others text;
 BEGIN
+  FOREACH option IN ARRAY ARRAY['update', 'rollback'] LOOP
+    IF current_setting('least_privilege.' || option) NOT IN ('on', 'off') THEN
+      RAISE EXCEPTION '% is neither on nor off: write --set %=on, or leave it out. Nothing was changed.',
+        option, option;
+    END IF;
+  END LOOP;
+
   IF to_regclass('crm_backfill.ledger_entry') IS NULL THEN
     RAISE EXCEPTION 'There is no ledger in this database: run `python manage.py migrate` first.';
   END IF;
@@ -268,3 +278,5 @@ SELECT format('GRANT EXECUTE ON FUNCTION crm_backfill.try_execute(text, text[]) 
 \endif
 
 COMMIT;
+
+\echo Granted to :role on the schema :schema. Optional rights: update :update, rollback :rollback.

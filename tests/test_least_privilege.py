@@ -74,12 +74,17 @@ def run_script(*, user: str = embedded.USER, **variables: str) -> subprocess.Com
     )
 
 
+def granted_to(role: str = ROLE, schema: str = "public", update: str = "off", rollback: str = "off") -> str:
+    """What the script says at its end."""
+    return f"Granted to {role} on the schema {schema}. Optional rights: update {update}, rollback {rollback}.\n"
+
+
 @contextmanager
 def role_made_by_script(**variables: str) -> Iterator[str]:
     """The role; what is asked for is the URL of the database for it."""
     drop_role()
     result = run_script(role=ROLE, **variables)
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert (result.returncode, result.stdout, result.stderr) == (0, granted_to(**variables), "")
     try:
         yield database_url(role=URL_ROLE)
     finally:
@@ -540,7 +545,7 @@ def test_the_script_takes_back_what_was_granted_in_whatever_schema(database: Dat
                 f"GRANT CREATE ON DATABASE {name} TO {{role}}",
             )
             result = run_script(role=ROLE)
-            assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+            assert (result.returncode, result.stdout, result.stderr) == (0, granted_to(), "")
             assert readable_columns(database, "elsewhere.notes") == []
             assert granted(database) == {"database CONNECT", "schema crm_backfill USAGE", "schema public USAGE"}
     finally:
@@ -562,6 +567,29 @@ def granted(database: Database) -> set[str]:
          WHERE grantee = (SELECT oid FROM pg_roles WHERE rolname = %s)
     """
     return {what for (what,) in database.rows(query, ROLE)}
+
+
+def test_the_script_ends_with_what_it_granted_so_that_a_misspelled_variable_shows(database: Database) -> None:
+    drop_role()
+    try:
+        misspelled = run_script(role=ROLE, rolback="on", update="on")
+        assert (misspelled.returncode, misspelled.stderr) == (0, "")
+        assert misspelled.stdout == granted_to(update="on", rollback="off")
+        assert not may(database, "public.crm_contacts", "DELETE")
+    finally:
+        drop_role()
+
+
+@pytest.mark.parametrize("name", ["update", "rollback"])
+@pytest.mark.parametrize("value", ["onn", "true", "1", ""])
+def test_an_optional_part_that_is_neither_on_nor_off_is_refused(database: Database, name: str, value: str) -> None:
+    drop_role()
+    refused = run_script(role=ROLE, **{name: value})
+    assert (refused.returncode, refused.stdout) == (3, "")
+    assert (
+        f"{name} is neither on nor off: write --set {name}=on, or leave it out. Nothing was changed." in refused.stderr
+    )
+    assert database.rows("SELECT FROM pg_roles WHERE rolname = %s", ROLE) == []
 
 
 # Who may run the script
@@ -605,7 +633,7 @@ def test_an_owner_who_may_make_no_role_is_told_what_an_administrator_has_to_do_f
     as_owner(*statements)
     for _ in range(2):
         done = run_script(user=OWNER, role=ROLE)
-        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        assert (done.returncode, done.stdout, done.stderr) == (0, granted_to(), "")
         assert check(django_db_blocker) == []
 
 
@@ -614,7 +642,7 @@ def test_an_owner_who_may_make_roles_needs_no_administrator(
 ) -> None:
     as_owner("ALTER ROLE {owner} CREATEROLE")
     done = run_script(user=OWNER, role=ROLE)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, granted_to(), "")
     assert check(django_db_blocker) == []
 
 
