@@ -20,12 +20,13 @@ from django.db import OperationalError, connection
 from hypothesis import given
 from hypothesis import strategies as st
 
+from crm.backfill.interruption import StoppedError
 from crm.backfill.pipeline import Retries
 from crm.backfill.references import KNOWN, find_references
 from crm.backfill.refusals import MOST_ALIKE
 from crm.backfill.rollback import runner
 from crm.backfill.rollback.reader import Reader
-from crm.backfill.rollback.report import MEANING_OF_REASONS
+from crm.backfill.rollback.report import MEANING_OF_REASONS, listing
 from crm.backfill.rollback.runner import roll_back
 from crm.backfill.rollback.verdict import Line
 from crm.backfill.verification import verify
@@ -1172,3 +1173,10 @@ def test_a_run_that_is_not_named_by_its_number_is_not_taken_back(database: Datab
         True,
     )
     assert database.dump() == before
+
+
+def test_a_rollback_that_is_stopped_before_it_begins_leaves_the_name_of_its_list_free(tmp_path: Path) -> None:
+    path = tmp_path / "list.csv"
+    with pytest.raises(StoppedError), listing(path):
+        raise StoppedError("Interrupted at the start.")
+    assert not path.exists()

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from crm.backfill.interruption import StoppedError
 from crm.backfill.outcome import Source
 from crm.backfill.rollback.runner import Listener, ListingError, RollbackReport
 from crm.backfill.rollback.undo import Undone
@@ -144,7 +145,7 @@ def listing(path: Path | None) -> Iterator[Listener | None]:
     except ListingError as error:
         path.unlink()
         raise OperatorError(f"{path} cannot be written ({error.reason}). Nothing was written.") from None
-    except (OperatorError, DatabaseError):
+    except (OperatorError, StoppedError, DatabaseError):
         # Nothing was done, so there is no list; the same name is free for what the operator calls next.
         path.unlink()
         raise
