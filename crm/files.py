@@ -1,8 +1,8 @@
 """Files that hold what concerns people: for this user alone, and never written through what lies at their name.
 
-A file is made exclusively, with mode 0600 whatever the umask, so a symbolic link is refused or replaced and never
-followed. What is to replace a file is made beside it and renamed when it is complete: whoever reads the name sees the
-old file or the new one, and nothing half written.
+A file is made exclusively, with mode 0600 whatever the umask, so whatever has its name is refused, and a symbolic link
+never followed: no list takes the place of an older one. What is to be whole is made beside its name and gets the name
+when it is complete: whoever reads it sees nothing half written.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
+
+from crm.errors import OperatorError
 
 
 def new_file(path: Path) -> TextIO:
@@ -23,14 +24,15 @@ def new_file(path: Path) -> TextIO:
 
 
 @contextmanager
-def replaced_file(path: Path) -> Iterator[TextIO]:
-    """A file to write text to, which takes the place of `path` at the end, and of nothing where an error comes first.
+def complete_file(path: Path) -> Iterator[TextIO]:
+    """A new file to write text to, which gets its name at the end, and no name where an error comes first.
 
-    Raises OSError: at once where the folder cannot be written to, and where `path` is neither a file nor a link.
+    Raises OSError: at once where the folder cannot be written to, and FileExistsError, at once or at the end, where
+    anything has the name.
     """
     with suppress(FileNotFoundError):
-        if stat.S_IFMT(path.lstat().st_mode) not in (stat.S_IFREG, stat.S_IFLNK):
-            raise FileExistsError(errno.EEXIST, "Not an ordinary file")
+        path.lstat()
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
     beside = path.with_name(f".{secrets.token_hex(8)}{path.suffix}")
     try:
         with new_file(beside) as file:
@@ -38,10 +40,25 @@ def replaced_file(path: Path) -> Iterator[TextIO]:
             file.flush()
             # After a crash the name is to be that of a complete file.
             os.fsync(file.fileno())
-        beside.replace(path)
+        # A link never replaces what has the name by now.
+        path.hardlink_to(beside)
     finally:
         with suppress(OSError):
             beside.unlink()
+
+
+@contextmanager
+def file_of_option(path: Path, option: str) -> Iterator[TextIO]:
+    """A complete file that an option names. Raises OperatorError where it cannot be made, with the way out."""
+    try:
+        with complete_file(path) as file:
+            yield file
+    except FileExistsError:
+        raise OperatorError(f"{path} is there already: name a new file with {option}.") from None
+    except OSError as error:
+        raise OperatorError(
+            f"The file {path} cannot be written: {error.strerror}. Name another one with {option}."
+        ) from None
 
 
 def _private(path: str, flags: int) -> int:

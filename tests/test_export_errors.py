@@ -175,7 +175,6 @@ def test_a_file_is_readable_by_its_owner_alone(database: Database, tmp_path: Pat
     builders.add_lead("nobody")
     run()
     file = tmp_path / "errors.csv"
-    file.touch(mode=0o644)
     ended = command("--with-email", "--output", str(file))
     assert (ended.code, ended.stdout, ended.stderr) == (0, "", "Rows in error: 1\n")
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
@@ -187,13 +186,21 @@ def test_wrong_usage_and_databases_that_do_not_fit_exit_with_two(database: Datab
     ended = command("--output", str(tmp_path / "missing" / "errors.csv"))
     assert ended.code == 2
     assert "--output" in ended.stderr
+    with without_own_schema():
+        ended = command("--output", str(tmp_path / "errors.csv"))
+    assert (ended.code, ended.stderr.count("\n"), list(tmp_path.iterdir())) == (2, 1, [])
+    assert "no ledger" in ended.stderr
+
+
+def test_a_file_that_is_there_is_never_replaced(database: Database, tmp_path: Path) -> None:
     yesterdays = tmp_path / "errors.csv"
     yesterdays.write_text("as it was")
-    with without_own_schema():
-        ended = command("--output", str(yesterdays))
-    assert (ended.code, yesterdays.read_text()) == (2, "as it was")
-    assert ended.stderr.count("\n") == 1
-    assert "no ledger" in ended.stderr
+    with statements() as sent:
+        for name, option in (("export_backfill_errors", "--output"), ("verify_crm_contacts", "--csv")):
+            refused = called(name, option, str(yesterdays))
+            assert (refused.code, refused.stdout) == (2, "")
+            assert refused.stderr.endswith(f"{yesterdays} is there already: name a new file with {option}.\n")
+    assert (sent, yesterdays.read_text(), list(tmp_path.iterdir())) == ([], "as it was", [yesterdays])
 
 
 def test_a_database_that_breaks_off_quotes_nobody(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:

