@@ -18,7 +18,10 @@ from crm.backfill.rollback.report import MEANING_OF_REASONS
 from crm.backfill.rollback.verdict import Why
 from crm.management.operator_command import OperatorCommand
 from crm.models.ledger import RunStatus
+from crm.sample_data.loader import load
 from crm.version import VERSION
+from tests.commands import backfill
+from tests.conftest import Database
 
 ROOT = Path(settings.BASE_DIR)
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -175,3 +178,13 @@ def test_every_setting_of_the_environment_is_explained() -> None:
     assert sorted(name for name in names if name.startswith("CRM_")) == sorted(settings.CRM_VARIABLES)
     explained = (ROOT / ".env.example").read_text(encoding="utf-8")
     assert [name for name in sorted(names) if f"#{name}=" not in explained] == []
+
+
+def test_the_readmes_picture_is_what_make_demo_prints(database: Database) -> None:
+    load(10_000, "2025_10", 1)
+    printed = [line.rstrip() for line in backfill("--no-progress").stdout.splitlines()]
+    counted = [line for line in printed if not line.startswith(("Run ", "Total Processed", "Database: "))]
+    assert len(counted) > 15
+    assert "\n".join(counted) in README
+    (contacts,) = (line.split()[1] for line in counted if line.startswith("  Clients"))
+    assert f"made {contacts} contacts of the type `CLIENT`" in README
