@@ -11,14 +11,17 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import psycopg
 import pytest
 from django.conf import settings as django_settings
 from django.db import connection
 from django.db.models.signals import pre_migrate
 from django.test.utils import setup_databases, teardown_databases
 from django.utils import log
+from psycopg.sql import SQL, Identifier
 from pytest_django import DjangoDbBlocker
 
+from config import embedded
 from crm.backfill import lifecycle
 from crm.backfill.pipeline import Retries
 from crm.legacy_schema import create_legacy_tables
@@ -29,11 +32,10 @@ from tests.profiles import load_profile, share_examples
 
 load_profile()
 
-# The tests ask for the embedded server. Where several processes share the tests, each has a server of its own: roles
-# and sessions belong to a server.
+# The tests have an embedded server of their own. Where several processes share the tests, each has one: roles and
+# sessions belong to a server.
 data = django_settings.EMBEDDED_DATA or django_settings.BASE_DIR / ".postgres"
-if process := os.environ.get("PYTEST_XDIST_WORKER"):
-    data = data.with_name(f"{data.name}-{process}")
+data = data.with_name("-".join([data.name, os.environ.get("PYTEST_XDIST_WORKER", "tests")]))
 django_settings.EMBEDDED_DATA = data
 django_settings.DATABASES["default"]["EMBEDDED_DATA"] = data
 
@@ -111,6 +113,21 @@ def _load_legacy_tables(**_signal: Any) -> None:
             create_legacy_tables(cursor, DEFAULT_GENERATION)
 
 
+def _clear_the_server() -> None:
+    """Drop the databases and roles that tests which were killed have left behind. Nobody else uses their server."""
+    address = embedded.start(data)
+    with psycopg.connect(
+        host=address.host, port=address.port, user=embedded.USER, dbname="postgres", autocommit=True
+    ) as server:
+        kept = ["postgres", embedded.DATABASE_NAME]
+        query = "SELECT datname FROM pg_database WHERE NOT datistemplate AND datname <> ALL(%s)"
+        for (name,) in server.execute(query, [kept]).fetchall():
+            server.execute(SQL("DROP DATABASE {} WITH (FORCE)").format(Identifier(name)))
+        query = "SELECT rolname FROM pg_roles WHERE rolname !~ '^pg_' AND rolname <> current_user"
+        for (name,) in server.execute(query).fetchall():
+            server.execute(SQL("DROP ROLE {}").format(Identifier(name)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _logging_is_configured_once() -> Iterator[None]:
     """`manage.py` in this process would tie the log to the standard error of one test, which is closed after it."""
@@ -142,6 +159,7 @@ def _log_streams() -> list[object]:
 @pytest.fixture(scope="session")
 def django_db_setup(django_test_environment: None, django_db_blocker: DjangoDbBlocker) -> Iterator[Database]:
     """The test database, migrated beside the application's tables; in the place of pytest-django's own."""
+    _clear_the_server()
     # `migrate` is to find the application's tables, as it does everywhere else.
     pre_migrate.connect(_load_legacy_tables, dispatch_uid="tests.legacy_tables")
     with django_db_blocker.unblock():

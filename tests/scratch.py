@@ -9,7 +9,6 @@ import psycopg
 from django.conf import settings
 from django.db import connections
 from django.db.backends.base.base import BaseDatabaseWrapper
-from psycopg import sql
 from pytest_django import DjangoDbBlocker
 
 from config import embedded
@@ -19,12 +18,8 @@ from tests.test_own_schema import EmptyDatabase
 
 @contextmanager
 def scratch_database(name: str) -> Iterator[EmptyDatabase]:
-    """An empty database; it is gone afterwards. What a killed test run has left behind is gone before."""
+    """An empty database; it is gone afterwards."""
     database = EmptyDatabase(name, f"{name}_role", embedded.start(settings.EMBEDDED_DATA))
-    with _connect(database, "postgres") as connection:
-        connection.autocommit = True
-        connection.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
-        connection.execute(sql.SQL("DROP ROLE IF EXISTS {}").format(sql.Identifier(database.role)))
     database.create()
     try:
         yield database
