@@ -19,6 +19,7 @@ it only tunes Prisma's own engine, and refused where dropping it would be unsafe
 No message holds the URL or a value out of it: a password can end up in any part of a URL that was written wrongly.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
@@ -75,11 +76,27 @@ SYSTEM_CERTIFICATES: Final = "system"
 MAX_CONNECTIONS: Final = 262_143
 
 
+#: Variables that lead libpq to another server than the one that a connection names.
+DETOURS: Final = ("PGHOSTADDR", "PGSERVICE")
+
+
 class DatabaseUrlError(ImproperlyConfigured):
     """DATABASE_URL cannot be used. The message is one line: the name, the reason, the way out; never the value."""
 
     def __init__(self, reason: str, way_out: str) -> None:
         super().__init__(f"DATABASE_URL cannot be used: {reason}. {way_out}")
+
+
+def require_no_detour(environment: Mapping[str, str]) -> None:
+    """Refuse an environment in which libpq would connect to another server than the one that is named.
+
+    Raises ImproperlyConfigured.
+    """
+    if found := [name for name in DETOURS if environment.get(name)]:
+        raise ImproperlyConfigured(
+            f"{' and '.join(found)} in the environment would lead to another server than the one that is named: unset "
+            "it, and let DATABASE_URL say where to connect."
+        )
 
 
 @dataclass(frozen=True)

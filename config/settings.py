@@ -142,6 +142,7 @@ _read_dotenv(BASE_DIR / ".env")
 # The database
 
 BACKFILL_SCHEMA = "crm_backfill"
+database.require_no_detour(os.environ)
 IS_DEVELOPMENT = "DATABASE_URL" not in os.environ
 EMBEDDED_DATA = _embedded_data()
 

@@ -117,7 +117,8 @@ def _require_fitting(connection: BaseDatabaseWrapper) -> None:
     own = [name for name in names_in(own_path or "") if name not in ("pg_catalog", "pg_temp")]
     _require_search_path(search_path, own, role, database, is_pooled=is_pooled)
     in_use = names_in(search_path) if is_pooled else [settings.BACKFILL_SCHEMA, settings.LEGACY_SCHEMA, *own]
-    require_trusted(session, [role if name == "$user" else name for name in in_use])
+    in_use = [role if name == "$user" else name for name in in_use]
+    require_trusted(session, in_use, settings.LEGACY_SCHEMA)
     if is_pooled:
         _set(session, FOLLOWED)
         _require_settings(session, role, database)

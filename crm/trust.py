@@ -3,8 +3,10 @@
 PostgreSQL calls the function or operator whose arguments fit best, wherever in the search path it is: one for
 `(varchar, text)` or `(text[])` in the application's schema comes before PostgreSQL's own, which take `text` and any
 array. It runs with the rights of whoever calls it. So a schema in which others may create is refused, and so is one
-that still holds what they have created under a name of PostgreSQL's. The owner of a schema is trusted, and with it its
-members and superusers; so is the session's own role, from which there is nothing to be gained.
+that still holds what they have created under a name of PostgreSQL's. The owner of a schema is trusted, with its members
+and superusers, where it is somebody who could do as much without it: a superuser, the database's owner, the owner of
+`crm_contacts`, whose triggers run with the same rights, a member of these, or the session's own role. Whoever may make
+schemas in the database may have made ours before we did.
 
 Temporary objects are no way in: PostgreSQL looks for no function and no operator among them, and tables of ours or of
 the application come before them.
@@ -33,6 +35,21 @@ SELECT n.nspname, pg_get_userbyid(n.nspowner), g.rolname, a.grantor <> n.nspowne
    AND COALESCE(g.rolname <> current_user AND NOT pg_has_role(g.oid, n.nspowner, 'MEMBER'), true)
  ORDER BY 1, g.rolname NULLS FIRST
 """
+_STRANGERS = """
+WITH RECURSIVE trusted(role) AS (
+  SELECT oid FROM pg_roles WHERE rolname IN ('pg_database_owner', current_user) OR rolsuper
+   UNION
+  SELECT datdba FROM pg_database WHERE datname = current_database()
+   UNION
+  SELECT relowner FROM pg_class
+   WHERE relname = 'crm_contacts' AND relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = $2)
+   UNION
+  SELECT member FROM trusted JOIN pg_auth_members ON roleid = role
+)
+SELECT nspname, pg_get_userbyid(nspowner) FROM pg_namespace
+ WHERE nspname = ANY($1) AND nspowner NOT IN (SELECT role FROM trusted)
+ ORDER BY 1
+"""
 _PLANTED = """
 SELECT kind, format('%I.', n.nspname) || name, pg_get_userbyid(owner)
   FROM (SELECT 'ROUTINE' AS kind, pronamespace AS namespace, proowner AS owner,
@@ -60,18 +77,33 @@ class UntrustedSchemaError(OperatorError):
     """Others than its owner may create in a schema of the search path, or have."""
 
 
-def require_trusted(session: psycopg.Connection, schemas: Sequence[str]) -> None:
+def require_trusted(session: psycopg.Connection, schemas: Sequence[str], legacy_schema: str) -> None:
     """Raise UntrustedSchemaError where others could have their code called, with the statements that mend it.
 
-    In a session whose search path is SAFE_SEARCH_PATH. Schemas that are not there are passed over.
+    In a session whose search path is SAFE_SEARCH_PATH. Schemas that are not there are passed over. `legacy_schema` is
+    the one of the application's tables.
     """
     with psycopg.RawCursor(session) as cursor:
+        if strangers := cursor.execute(_STRANGERS.encode(), [list(schemas), legacy_schema]).fetchall():
+            raise UntrustedSchemaError(_told_of_strangers(strangers))
         others = cursor.execute(_OTHERS.encode(), [list(schemas)]).fetchall()
         planted = [] if others else cursor.execute(_PLANTED.encode(), [list(schemas)]).fetchall()
     if others:
         raise UntrustedSchemaError(_told_of_others(others))
     if planted:
         raise UntrustedSchemaError(_told_of_planted(planted))
+
+
+def _told_of_strangers(found: Sequence[tuple[Any, ...]]) -> str:
+    whose = ", ".join(f"{schema} belongs to {owner}" for schema, owner in found)
+    statements = " ".join(f"ALTER SCHEMA {quoted_name(schema)} OWNER TO ...;" for schema, _ in found)
+    return (
+        "The search path holds a schema of somebody who owns neither the database nor crm_contacts, and is no member "
+        f"of their owners: {whose}. A function or operator in it would be called in the place of PostgreSQL's own, "
+        "with the rights of this role. Have a look at what is in it. Then let a superuser give it to the database's "
+        f"owner with {statements} or drop it; one that only the role's own search_path names can be left out there. "
+        "Nothing was written."
+    )
 
 
 def _told_of_others(found: Sequence[tuple[Any, ...]]) -> str:

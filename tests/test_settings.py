@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from config.database import DETOURS
+
 BASE_DIR = Path(__file__).resolve().parent.parent
 URL = "postgresql://crm:hunter2@db.invalid:1/tax?schema=app&connection_limit=3"
 SECRET = "a-long-secret-made-for-this-test-alone-0123456789-abcdefghij"
@@ -151,3 +153,12 @@ def test_the_embedded_server_is_asked_for_where_it_is_not_installed(tmp_path: Pa
     assert result.returncode == 2
     assert result.stderr.startswith("The embedded PostgreSQL for development, which CRM_EMBEDDED_DATA asks for, is not")
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("variable", DETOURS)
+@pytest.mark.parametrize("chosen", [{"DATABASE_URL": URL}, {"CRM_EMBEDDED_DATA": "/tmp/nowhere"}])  # noqa: S108 - it is not made
+def test_no_variable_of_libpqs_leads_to_another_server(variable: str, chosen: dict[str, str]) -> None:
+    refused = run("manage.py", "check", SECRET_KEY=SECRET, **chosen, **{variable: "127.0.0.1"})
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.startswith(f"{variable} in the environment would lead to another server")
+    assert refused.stderr.count("\n") == 1

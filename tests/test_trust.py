@@ -122,6 +122,7 @@ def test_the_owner_its_members_and_superusers_may_create(own_public: Database) -
     try:
         with attacker(
             "ALTER SCHEMA public OWNER TO application",
+            "ALTER TABLE crm_contacts OWNER TO application",
             f"GRANT application TO {ATTACKER}",
             f"GRANT CREATE ON SCHEMA public TO application, root, {ATTACKER}",
         ):
@@ -133,8 +134,30 @@ def test_the_owner_its_members_and_superusers_may_create(own_public: Database) -
                 refused, f"of application ({ATTACKER}): ", f'REVOKE CREATE ON SCHEMA "public" FROM "{ATTACKER}";'
             )
     finally:
-        as_owner("ALTER SCHEMA public OWNER TO CURRENT_USER", "DROP OWNED BY application", "DROP ROLE application")
+        as_owner("REASSIGN OWNED BY application TO CURRENT_USER", "DROP OWNED BY application", "DROP ROLE application")
         as_owner("DROP OWNED BY root", "DROP ROLE root")
+
+
+@pytest.mark.parametrize("schema", ["crm_backfill", "public"])
+def test_every_command_refuses_a_schema_of_a_stranger(own_public: Database, schema: str) -> None:
+    with attacker(f"GRANT USAGE, CREATE ON SCHEMA {schema} TO {ATTACKER}"):
+        plant(schema)
+        as_owner(f"REVOKE CREATE ON SCHEMA {schema} FROM {ATTACKER}", f"ALTER SCHEMA {schema} OWNER TO {ATTACKER}")
+        try:
+            for command in COMMANDS:
+                refused = ended_on(database_url(), *command)
+                assert_refused(refused, f"{schema} belongs to {ATTACKER}", f'ALTER SCHEMA "{schema}" OWNER TO')
+            assert not was_called(schema)
+        finally:
+            as_owner(f"ALTER SCHEMA {schema} OWNER TO CURRENT_USER")
+
+
+@pytest.mark.parametrize("parameters", ["", "&pgbouncer=true"])
+def test_a_schema_of_a_stranger_in_the_roles_own_search_path_is_refused(own_public: Database, parameters: str) -> None:
+    with role_with(search_path="crm_backfill, public, theirs") as role, attacker():
+        as_owner(f"CREATE SCHEMA theirs AUTHORIZATION {ATTACKER}")
+        refused = ended_on(database_url(role=role, parameters=parameters), "backfill_runs", "list")
+        assert_refused(refused, f"theirs belongs to {ATTACKER}")
 
 
 def test_a_right_that_was_granted_on_is_taken_away_by_the_statement_as_well(own_public: Database) -> None:
