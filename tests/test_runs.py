@@ -288,6 +288,17 @@ def test_runs_are_listed_and_shown_for_machines(database: Database) -> None:
     assert "failure" not in lines
 
 
+def test_runs_say_of_which_something_stands_and_which_rollback_did_not_come_to_its_end(database: Database) -> None:
+    builders.add_many_leads(3)
+    made = commands.run()["run"]
+    database.rows("UPDATE crm_contacts SET company = 'Ours' WHERE email = 'person-1@example.com' RETURNING id")
+    taken = called("rollback_crm_backfill", str(made), "--json").answer["run"]
+    said = [" ".join(line.split()[11:]) for line in backfill_runs("list").stdout.splitlines()[1:]]
+    assert said == [f"0 of run {made}: contacts 2; kept 1", f"0 by run {taken} (1 kept)"]
+    BackfillRun.objects.filter(pk=taken).update(status="interrupted")
+    assert f"by run {taken} (interrupted, 1 kept)" in backfill_runs("list").stdout
+
+
 def test_runs_say_what_an_update_changed_and_what_was_taken_back_by_which(database: Database) -> None:
     builders.add_many_leads(2)
     builders.add_lead("person-1@example.com", createdAt="2025-06-01")
@@ -306,7 +317,7 @@ def test_runs_say_what_an_update_changed_and_what_was_taken_back_by_which(databa
     shown = {number: backfill_runs("show", str(number), "--json").answer for number in (first, update, *taken)}
     assert [answer["rolled_back_by"] for answer in shown.values()] == [[taken[1]], [taken[0]], [], []]
     assert [answer["rolls_back"] for answer in shown.values()] == [None, None, update, first]
-    nothing = {"contacts": 0, "merges": 0, "updates": 0, "lines": 0, "later_merges": 0}
+    nothing = {"contacts": 0, "merges": 0, "updates": 0, "lines": 0, "later_merges": 0, "kept": 0, "failed": 0}
     assert shown[taken[0]]["took_back"] == nothing | {"updates": 2}
     assert shown[taken[1]]["took_back"] == nothing | {"contacts": 2, "merges": 1}
     assert shown[update]["updated_by_column"] == {"contact_type": 2, "stage": 2}

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from django.db import connection
-from django.db.models import QuerySet
+from django.db.models import Prefetch, QuerySet
 from django.db.models.functions import Coalesce, Now
 
 from crm.backfill import errors
@@ -59,7 +59,9 @@ def latest(count: int) -> list[BackfillRun]:
 
 def with_rollbacks(runs: QuerySet[BackfillRun]) -> QuerySet[BackfillRun]:
     """The same runs, each with what `rollback_of` and `rolled_back_by` tell of it, in one query for all."""
-    return runs.select_related("rollback").prefetch_related("rollbacks")
+    return runs.select_related("rollback").prefetch_related(
+        Prefetch("rollbacks", Rollback.objects.select_related("run").order_by("run"))
+    )
 
 
 def rollback_of(run: BackfillRun) -> Rollback | None:
@@ -73,13 +75,18 @@ def rolled_back_by(run: BackfillRun) -> list[int]:
 
 
 def took_back(rollback: Rollback) -> dict[str, int]:
-    """How many rows a rollback took back: which made contacts, were merged, updated contacts, or met others."""
+    """How many rows a rollback took back: which made contacts, were merged, updated contacts, or met others.
+
+    And how many of the run's rows it kept, and on how many it failed.
+    """
     return {
         "contacts": rollback.contacts_reversed,
         "merges": rollback.merges_reversed,
         "updates": rollback.updates_reversed,
         "lines": rollback.lines_reversed,
         "later_merges": rollback.later_merges,
+        "kept": rollback.contacts_kept + rollback.merges_kept + rollback.updates_kept + rollback.lines_kept,
+        "failed": rollback.contacts_failed + rollback.merges_failed + rollback.updates_failed,
     }
 
 
@@ -149,8 +156,16 @@ def taken_back(run: BackfillRun) -> str:
         counts = took_back(rollback)
         figures = "; ".join(f"{kind.replace('_', ' ')} {count:,}" for kind, count in counts.items() if count)
         return f"of run {rollback.of_id}: {figures or 'nothing'}"
-    by = ", ".join(map(str, rolled_back_by(run)))
+    by = ", ".join(map(_as_far_as_it_came, run.rollbacks.all()))
     return by and f"by run {by}"
+
+
+def _as_far_as_it_came(rollback: Rollback) -> str:
+    """A rollback's number; where something of the run stands, how much, or that it did not come to its end."""
+    stands = [f"{count:,} {kind}" for kind in ("kept", "failed") if (count := took_back(rollback)[kind])]
+    if rollback.run.status != RunStatus.FINISHED:
+        stands.insert(0, rollback.run.status)
+    return f"{rollback.pk} ({', '.join(stands)})" if stands else str(rollback.pk)
 
 
 def summary(run: BackfillRun) -> dict[str, Any]:
