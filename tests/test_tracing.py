@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -173,6 +174,17 @@ def test_what_names_nobody_is_refused_and_not_repeated(
     assert (finished.code, finished.stdout, finished.stderr.count("\n")) == (2, "", 1)
     assert words in finished.stderr
     assert MARK not in finished.stderr
+
+
+def test_standard_input_that_cannot_be_read_is_told_in_one_line(
+    database: Database, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with (tmp_path / "output").open("w") as output:
+        for stdin, why in ((None, "it is closed"), (output, "not readable")):
+            monkeypatch.setattr("sys.stdin", stdin)
+            finished = trace("-")
+            assert (finished.code, finished.stdout, finished.stderr.count("\n")) == (2, "", 1)
+            assert f"Standard input cannot be read ({why})" in finished.stderr
 
 
 def test_a_role_that_may_not_read_the_ledger_is_told_so(database: Database) -> None:

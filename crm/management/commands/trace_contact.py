@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 import sys
-from typing import Any
+from typing import Any, TextIO, cast
 
 from django.core.management.base import CommandError, CommandParser
 from django.db import connection
@@ -58,7 +58,16 @@ class Command(OperatorCommand):
 
 
 def _first_line() -> str:
+    # Python has none where the shell closed it.
+    if (stdin := cast("TextIO | None", sys.stdin)) is None:
+        raise _unreadable("it is closed")
     try:
-        return sys.stdin.readline().strip()
+        return stdin.readline().strip()
     except UnicodeDecodeError:
         raise OperatorError("Standard input is no text in UTF-8.") from None
+    except OSError as error:
+        raise _unreadable(error.strerror or str(error)) from None
+
+
+def _unreadable(why: str) -> OperatorError:
+    return OperatorError(f"Standard input cannot be read ({why}): give the email address on it, from a file or a pipe.")
