@@ -24,6 +24,7 @@ from tests import builders, commands
 from tests.commands import Finished, backfill, called, statements
 from tests.conftest import Database
 from tests.processes import session
+from tests.test_fence import neighbour
 
 #: What an action makes of a run, and of which runs: the promise, written down a second time.
 MADE_OF = {
@@ -136,6 +137,16 @@ def test_resume_says_that_nothing_runs_yet_and_how_to_go_on(
     for name, value in options.recorded().items():
         given = asked[name]
         assert (str(given) if name == "max_errors" and given else given) == value
+
+
+def test_nobody_waits_for_the_next_batch_of_a_dead_run(database: Database) -> None:
+    dead = make_run("running", **neighbour())
+    assert "running (dead)" in backfill_runs("list").stdout
+    told = backfill_runs("pause", str(dead.pk)).stdout
+    assert told.startswith(f"Run {dead.pk} is paused. Nothing is at work, its process is gone; but no other run may ")
+    assert f"backfill_runs resume {dead.pk}`" in told
+    assert "next batch" not in told
+    assert "(dead)" not in backfill_runs("list").stdout
 
 
 def test_resume_of_a_rollback_names_its_command(database: Database) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from django.core.management.base import CommandError, CommandParser
 
-from crm.backfill import runs
+from crm.backfill import fence, runs
 from crm.backfill.interruption import StoppedError
 from crm.backfill.options import as_arguments
 from crm.backfill.outcome import Outcome
@@ -121,9 +121,14 @@ def _run(text: str) -> int | str:
 
 def _what_now(action: str, run: BackfillRun) -> str:
     if action == "pause":
+        what = (
+            ". Nothing is at work, its process is gone; but no other run may start now."
+            if fence.process_is_gone(run)
+            else ": it ends at its next batch."
+        )
         return (
-            f"Run {run.pk} is paused: it ends at its next batch. `python manage.py backfill_runs resume {run.pk}` lets "
-            f"the next run go on, `cancel {run.pk}` ends it for good."
+            f"Run {run.pk} is paused{what} `python manage.py backfill_runs resume {run.pk}` lets the next run go on, "
+            f"`cancel {run.pk}` ends it for good."
         )
     if action == "resume":
         return (
@@ -164,7 +169,7 @@ def _cells(run: BackfillRun) -> tuple[str, ...]:
     return (
         str(run.pk),
         run.kind,
-        run.status,
+        f"{run.status} (dead)" if run.status == RunStatus.RUNNING and fence.process_is_gone(run) else run.status,
         _moment(run.started_at),
         *(f"{count:,}" for count in counts),
         _moment(run.heartbeat_at) if run.status == RunStatus.RUNNING else "",
