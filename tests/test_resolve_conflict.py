@@ -7,10 +7,10 @@ import logging
 from typing import Any
 
 import pytest
-from django.db import IntegrityError, connection
+from django.db import IntegrityError, OperationalError, connection
 from django.db.models.functions import Now
 
-from crm.backfill import fence
+from crm.backfill import decisions, fence
 from crm.backfill.rollback.runner import roll_back
 from crm.models import BackfillRun, ConflictDecision
 from crm.models.ledger import RunStatus
@@ -111,6 +111,8 @@ def test_what_is_no_decision_is_refused_and_nothing_is_recorded(database: Databa
         assert (finished.code, finished.stdout) == (2, ""), arguments
         assert words in finished.stderr
         assert finished.stderr.count("\n") == 1
+        assert ("Nothing was recorded." in finished.stderr) == ("names no row" not in words)
+        assert "recorded" not in resolve(arguments[0]).stderr
     assert not ConflictDecision.objects.exists()
 
 
@@ -139,6 +141,7 @@ def test_without_a_decision_the_conflict_is_shown_and_nothing_is_written(databas
     assert "--separate" in shown.stdout
     refused = resolve("profiles:nobody")
     assert (refused.code, "has no row profiles:nobody" in refused.stderr) == (2, True)
+    assert "recorded" not in refused.stderr
     assert database.dump() == before
     decided(row, "--contact", contact)
     told = resolve(row).stdout
@@ -155,6 +158,32 @@ def test_what_a_decision_that_holds_no_more_is_about_is_shown(database: Database
     database.rows("DELETE FROM crm_contacts WHERE id = %s RETURNING id", other)
     run()
     assert resolve(row).stdout.startswith(f"{row}: {contact} (email), no contact (userId), {other}\nDecide again")
+
+
+def test_a_decision_for_a_contact_that_is_gone_is_not_shown_as_good(database: Database) -> None:
+    row, _, _ = somebody_elses_account()
+    other = add_contact("other@example.com")
+    decided(row, "--contact", other)
+    assert "The next run carries that out." in resolve(row).stdout
+    database.rows("DELETE FROM crm_contacts WHERE id = %s RETURNING id", other)
+    for _ in ("in conflict", "pending"):
+        shown = resolve(row)
+        assert (shown.code, shown.stderr) == (0, "")
+        assert f"The contact {other} is gone since: decide again" in shown.stdout
+        assert "carries" not in shown.stdout
+        database.rows("DELETE FROM ledger_entry RETURNING id")
+
+
+def test_what_the_database_breaks_off_while_a_conflict_is_shown_was_not_to_be_recorded(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise OperationalError("gone")
+
+    monkeypatch.setattr(decisions, "_require_conflict", broken)
+    shown, recorded = resolve("leads:1"), resolve("leads:1", "--contact", "c")
+    assert (shown.code, recorded.code) == (2, 2)
+    assert ("recorded" in shown.stderr, "Nothing was recorded" in recorded.stderr) == (False, True)
 
 
 def test_nothing_is_decided_while_a_run_is_going(database: Database) -> None:

@@ -77,7 +77,7 @@ def belongs_to(row: RowReference, contact: str) -> None:
     with _between_runs():
         _require_conflict(row)
         if not CRMContact.objects.filter(pk=contact).exists():
-            raise OperatorError(f"There is no contact {contact}. Nothing was recorded.")
+            raise OperatorError(f"There is no contact {contact}.")
         _record(row, contact, None)
 
 
@@ -93,7 +93,7 @@ def is_separate(row: RowReference, address: str) -> None:
     with _between_runs():
         _require_conflict(row)
         if owner := _whose(email, row):
-            raise OperatorError(f"That address is taken by {owner}: name one that is nobody's. Nothing was recorded.")
+            raise OperatorError(f"That address is taken by {owner}: name one that is nobody's.")
         _record(row, None, email)
 
 
@@ -102,18 +102,20 @@ def conflict_of(row: RowReference) -> str:
 
     Raises OperatorError where the row is not in conflict.
     """
-    with _told_to_the_operator():
+    with _told_to_the_operator("Try again."):
         line = _require_conflict(row)
         decision = ConflictDecision.objects.filter(pk=row.line_id).first()
+        whose = decision and decision.contact_id
+        is_gone = whose is not None and not CRMContact.objects.filter(pk=whose).exists()
+    gone = f"The contact {whose} is gone since: decide again, unless a rollback deleted it and the next run makes it."
     if line is None:
-        return f"{row} is pending, and decided on: the next run carries the decision out."
+        what = f". {gone}" if is_gone else ": the next run carries the decision out."
+        return f"{row} is pending, and decided on{what}"
     named = named_contacts(line.contact_id, line.identity_keys)
     if decision is not None and line.reason == Reason.CONFLICT:
         shown = shown_decision(f"{decision.decided_at:%Y-%m-%d %H:%M}", decision.contact_id)
-        return (
-            f"{row}: {named}\nDecided by {decision.decided_by} {shown}. The next run carries that out. To change it, "
-            "decide again."
-        )
+        what = gone if is_gone else "The next run carries that out. To change it, decide again."
+        return f"{row}: {named}\nDecided by {decision.decided_by} {shown}. {what}"
     return f"{row}: {named}\n{remedy(str(row), line.reason, line.contact_id, line.identity_keys)}"
 
 
@@ -124,10 +126,10 @@ def _require_conflict(row: RowReference) -> LedgerEntry | None:
         return line
     if line is not None:
         what = line.outcome if line.outcome != Outcome.ERROR else f"an error ({line.reason})"
-        raise OperatorError(f"The row {row} is not in conflict, it is {what}. Nothing was recorded.")
+        raise OperatorError(f"The row {row} is not in conflict, it is {what}.")
     # Without a line, but decided on: the run that carried the decision out was taken back, perhaps because of it.
     if not ConflictDecision.objects.filter(pk=row.line_id).exists():
-        raise OperatorError(f"The ledger has no row {row}: it is pending, excluded or not there. Nothing was recorded.")
+        raise OperatorError(f"The ledger has no row {row}: it is pending, excluded or not there.")
     return None
 
 
@@ -159,13 +161,16 @@ def _record(row: RowReference, contact: str | None, email: str | None) -> None:
 
 @contextmanager
 def _between_runs() -> Iterator[None]:
-    """A transaction in which no run is going or begins."""
-    with _told_to_the_operator(), certain_transaction(connection):
+    """A transaction in which no run is going or begins; what is refused in it says that nothing was recorded."""
+    with _told_to_the_operator("Nothing was recorded: try again."), certain_transaction(connection):
         fence.require_silence()
-        yield
+        try:
+            yield
+        except OperatorError as error:
+            raise OperatorError(f"{error} Nothing was recorded.") from None
 
 
-def _told_to_the_operator() -> AbstractContextManager[None]:
+def _told_to_the_operator(what_now: str) -> AbstractContextManager[None]:
     """Turn what the database refuses into what can be done about it, without the address that it quotes."""
     known = {
         errors.NO_SUCH_TABLE: (
@@ -176,4 +181,4 @@ def _told_to_the_operator() -> AbstractContextManager[None]:
             "This role may not look for the row or record a decision: docs/least_privilege.sql gives the rights."
         ),
     }
-    return errors.told("The database broke off: {}. Nothing was recorded: try again.", known=known)
+    return errors.told(f"The database broke off: {{}}. {what_now}", known=known)
