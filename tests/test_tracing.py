@@ -117,7 +117,12 @@ def test_a_run_that_was_taken_back_is_told_with_the_one_that_took_it_back(databa
     ((of, by),) = ((rollback["rolls_back"], rollback["run"]) for rollback in found["rollbacks"])
     assert of == made
     assert f"Run {by}: rollback of run {made}, finished, started " in trace(lead).stdout
-    assert trace(contact).code == 1, "of the contact alone nobody knows which row would make it"
+    assert traced(contact)["rows"] == found["rows"], "the row is known by the id of the contact that it would make"
+    assert traced(contact)["rollbacks"] == found["rollbacks"]
+    profile = f"profiles:{add_profile(email='pending@example.com')}"
+    assert [row["row"] for row in traced(contact_id(*profile.split(":")))["rows"]] == [profile]
+    database.rows("DELETE FROM leads RETURNING id")
+    assert trace(contact).code == 1
 
 
 def test_a_conflict_and_what_was_decided_on_it(database: Database, given: Any) -> None:

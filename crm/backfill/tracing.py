@@ -7,6 +7,7 @@ an address knows it, and nobody else learns it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,6 +58,12 @@ _ROWS = {
     "profiles": 'SELECT id, role::text, "updatedAt" FROM profiles WHERE id = ANY(%s)',
     "leads": 'SELECT id, status::text, "updatedAt" FROM leads WHERE id = ANY(%s)',
 }
+_COMPUTED_ID = "'c' || left(encode(sha256(convert_to('{table}:' || id, 'UTF8')), 'hex'), 24)"
+# A scan of both tables: only for contacts of which nothing else is known.
+_ROWS_THAT_WOULD_MAKE = " UNION ALL ".join(
+    f"SELECT '{table}', id FROM {table} WHERE {_COMPUTED_ID.format(table=table)} = ANY(%(contacts)s)" for table in _ROWS
+)
+_IS_COMPUTED = re.compile("c[0-9a-f]{24}")
 _RUNS = """
 SELECT id, kind, status, started_at, finished_at, version FROM backfill_run WHERE id = ANY(%s) ORDER BY id
 """
@@ -131,7 +138,10 @@ def _trace(connection: BaseDatabaseWrapper, trail: _Trail, address: str | None =
         reader = _Reader(connection, facts)
         if address is not None:
             reader.add_people_of(trail, address)
-        return reader.follow(trail)
+        trace = reader.follow(trail)
+        # A rollback leaves no line that names the contact it deleted; the row that made it is still there.
+        unknown = [contact["contact_id"] for contact in trace["contacts"] if contact["state"] == "unknown"]
+        return reader.follow(trail) if reader.add_rows_that_would_make(trail, unknown) else trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +153,14 @@ class _Reader:
         trail.contacts.update(contact for (contact,) in self._rows(_CONTACTS_OF_ADDRESS, [address]))
         trail.rows.update(RowReference(*row) for row in self._rows(_ROWS_OF_ADDRESS, [address, address]))
         trail.rows.update(RowReference.parse(row) for (row,) in self._rows(_DECIDED_FOR_ADDRESS, [address]))
+
+    def add_rows_that_would_make(self, trail: _Trail, contacts: Iterable[str]) -> bool:
+        """Add the rows from which the ids of contacts are computed; whether there are any."""
+        if not (ids := [contact for contact in contacts if _IS_COMPUTED.fullmatch(contact)]):
+            return False
+        rows = {RowReference(*row) for row in self._rows(_ROWS_THAT_WOULD_MAKE, {"contacts": ids})}
+        trail.rows.update(rows)
+        return bool(rows)
 
     def follow(self, trail: _Trail) -> dict[str, Any]:
         """Go from rows to contacts and back, until there is nothing new; what was found."""
