@@ -192,8 +192,20 @@ def test_standard_input_that_cannot_be_read_is_told_in_one_line(
             assert f"Standard input cannot be read ({why})" in finished.stderr
 
 
-def test_a_role_that_may_not_read_the_ledger_is_told_so(database: Database) -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("trace_contact", "nobody"),
+        ("export_backfill_errors",),
+        ("verify_crm_contacts",),
+        ("rollback_crm_backfill", "1", "--dry-run"),
+    ],
+)
+def test_a_role_that_may_not_read_the_ledger_is_told_so(
+    database: Database, caplog: pytest.LogCaptureFixture, arguments: tuple[str, ...]
+) -> None:
     with reading_role(database) as role, acting_as(role):
-        finished = trace("nobody")
+        finished = called(*arguments)
     assert (finished.code, finished.stderr.count("\n")) == (2, 1)
     assert "There is no ledger that this role may read" in finished.stderr
+    assert "dry run" not in caplog.text, "it speaks of what the backfill's dry run would do"

@@ -167,7 +167,7 @@ def examine(
     if for_writing:
         _require_writable(connection)
         _require_migrations(has_attribution=has_attribution, has_ledger=ledger_is_readable is not None)
-    elif ledger_is_readable is False:
+    elif for_inserting and ledger_is_readable is False:
         logger.warning(
             "this role may not read the ledger: the dry run takes every row for new, also those of earlier runs"
         )
