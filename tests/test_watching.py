@@ -58,12 +58,21 @@ def test_what_is_new_is_shown_source_by_source_and_then_the_end(database: Databa
     outcomes = "13 rows read: 12 created, 0 merged, 0 exists, 1 error"
     assert [stable(line) for line in lines] == [
         f"Run {finished.pk}: backfill, started <moment> UTC by {finished.operator} on elsewhere",
-        "<moment>  Clients         1 rows in 1 batch",
+        "<moment>  Clients         1 row in 1 batch",
         "<moment>  Active leads    9 rows in 3 batches",
         "<moment>  Active leads    12 rows in 4 batches",
         f"Run {finished.pk} is finished after <moment>. {outcomes}; 1 newly in error.",
     ]
     assert at_the_end.status == "finished"
+
+
+def test_the_end_says_what_became_of_the_rows_that_were_looked_at_again(database: Database) -> None:
+    updating = make_run("finished", read=1, created=1, revisited=1234, updated=1200, kept=30, unchanged=4)
+    lines, _ = watched(updating.pk)
+    assert lines[-1].endswith(
+        " 1 row read: 1 created, 0 merged, 0 exists, 0 error; 0 newly in error. "
+        "1,234 looked at again: 1,200 changed, 30 kept only, 4 unchanged."
+    )
 
 
 @pytest.mark.parametrize(
@@ -110,7 +119,8 @@ def test_a_rollback_is_watched_by_what_it_took_back(database: Database) -> None:
     ended = called("backfill_runs", "watch", "latest")
     assert ended.code == 0
     assert "3 contacts reversed" in ended.stdout
-    assert ": rollback, started" in ended.stdout
+    of = BackfillRun.objects.earliest("pk").pk
+    assert f": rollback of run {of}, started" in ended.stdout
 
 
 def test_a_run_that_is_not_there_cannot_be_watched(database: Database) -> None:

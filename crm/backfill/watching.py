@@ -35,16 +35,17 @@ def watch(run_id: int, wait: Callable[[], object]) -> Generator[str, None, Backf
     is no such run, and where the database breaks off.
     """
     shown: dict[str, str] = {}
-    is_first = True
+    beginning: str | None = None
     while True:
         with runs.told_to_the_operator():
             # The run before its batches: when it has ended, none of them is missing.
             run = runs.find(run_id)
             progress = dict(_progress(run))
             is_dead = fence.process_is_gone(run) and runs.find(run_id).status == RunStatus.RUNNING
+            is_first = beginning is None
+            beginning = beginning or _beginning(run)
         if is_first:
-            yield f"Run {run.pk}: {run.kind}, started {_moment(run.started_at)} UTC by {run.operator} on {run.host}"
-            is_first = False
+            yield beginning
         yield from (line for name, line in progress.items() if shown.get(name) != line)
         shown = progress
         if run.status != RunStatus.RUNNING:
@@ -54,6 +55,12 @@ def watch(run_id: int, wait: Callable[[], object]) -> Generator[str, None, Backf
             yield f"Run {run.pk} is dead: its process is gone. The next run takes it over and goes on from there."
             return run
         wait()
+
+
+def _beginning(run: BackfillRun) -> str:
+    rollback = runs.rollback_of(run)
+    of = f" of run {rollback.of_id}" if rollback is not None else ""
+    return f"Run {run.pk}: {run.kind}{of}, started {_moment(run.started_at)} UTC by {run.operator} on {run.host}"
 
 
 def _progress(run: BackfillRun) -> Iterator[tuple[str, str]]:
@@ -77,7 +84,7 @@ def _progress(run: BackfillRun) -> Iterator[tuple[str, str]]:
         if (done_of := by_source.get(source)) is not None:
             again = f", {done_of['again']:,} looked at again" if done_of["again"] else ""
             in_batches = f"in {done_of['count']:,} {'batch' if done_of['count'] == 1 else 'batches'}"
-            rows = f"{done_of['rows']:,} rows{again} {in_batches}"
+            rows = f"{_rows(done_of['rows'])}{again} {in_batches}"
             yield source, f"{_moment(done_of['last'])}  {source.title:<16}{rows}"
 
 
@@ -87,8 +94,17 @@ def _end(run: BackfillRun) -> str:
     counts = ""
     if run.kind == BackfillRun.Kind.BACKFILL:
         outcomes = ", ".join(f"{getattr(run, outcome):,} {outcome}" for outcome in Outcome)
-        counts = f" {run.read:,} rows read: {outcomes}; {run.error_new:,} newly in error."
+        counts = f" {_rows(run.read)} read: {outcomes}; {run.error_new:,} newly in error."
+        if run.revisited:
+            counts += (
+                f" {run.revisited:,} looked at again: {run.updated:,} changed, {run.kept:,} kept only, "
+                f"{run.unchanged:,} unchanged."
+            )
     return f"Run {run.pk} is {run.status} after {seconds:,.1f} s{why}.{counts}"
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} {'row' if count == 1 else 'rows'}"
 
 
 def _moment(moment: Any) -> str:
