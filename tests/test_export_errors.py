@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import csv
+import re
 import stat
+import unicodedata
 from io import StringIO
 from pathlib import Path
 
 import pytest
 from django.db import connection
+from hypothesis import given
+from hypothesis import strategies as st
 
 from crm.backfill import dead_letters, snapshot
 from crm.backfill.outcome import Reason, Source
@@ -114,14 +118,46 @@ def test_no_personal_data_unless_it_is_asked_for(database: Database) -> None:
     assert [row["email"] for row in rows if row["id"] == lead] == ["' =cmd|zelda"]
 
 
-@pytest.mark.parametrize(
-    "text", ["=1+1", "+1", "-1", "@sum", "\t=1", "\n=1", "\r\n@x", " =1", "\N{NO-BREAK SPACE}=1", "\tx"]
-)
-def test_no_cell_is_a_formula(text: str) -> None:
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@sum", " =1", "\N{NO-BREAK SPACE}=1", "+1 555 0199"])
+@pytest.mark.parametrize("before", ["", "\ufeff", "\u200b", "\x01", " \N{NO-BREAK SPACE}"])
+def test_no_cell_is_a_formula(before: str, text: str) -> None:
+    assert cell(before + text) == f"'{before}{text}"
+
+
+@pytest.mark.parametrize("text", ["\N{FULLWIDTH EQUALS SIGN}1+1", "\N{FULLWIDTH COMMERCIAL AT}SUM(1)", "=\u0338 1"])
+def test_no_cell_is_a_formula_in_other_characters(text: str) -> None:
     assert cell(text) == f"'{text}"
 
 
-@pytest.mark.parametrize(("value", "expected"), [(None, ""), ("", ""), ("a=1", "a=1"), ("x@y", "x@y"), (3, "3")])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a;=1+1", "a;'=1+1"),
+        ("a\t=1+1", "a\t'=1+1"),
+        ("a| -1;b;@x", "a|' -1;b;'@x"),
+        ('a;"=1"', 'a;\'"=1"'),
+        ("a\n=1", "a\n'=1"),
+        ("\tx", "'\tx"),
+        ("\t=1", "'\t'=1"),
+        ("\r\n@x", "'\r\n'@x"),
+    ],
+)
+def test_no_part_of_a_cell_is_a_formula_wherever_it_is_split(text: str, expected: str) -> None:
+    assert cell(text) == expected
+
+
+@given(st.text(st.sampled_from("=+-@;|\t\r\n\" '\ufeff\x01a1\N{FULLWIDTH EQUALS SIGN}\u0338") | st.characters()))
+def test_whatever_a_cell_is_split_at_no_part_begins_a_formula_and_nothing_is_lost(text: str) -> None:
+    shown = cell(text)
+    for part in re.split(r"[;|\t\r\n]", shown):
+        seen = [character for character in part if unicodedata.category(character)[0] not in "CZ" and character != '"']
+        assert unicodedata.normalize("NFKC", "".join(seen[:1]))[:1] not in {"=", "+", "-", "@"}
+    assert shown.replace("'", "") == text.replace("'", "")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(None, ""), ("", ""), ("a=1", "a=1"), ("x@y", "x@y"), (3, "3"), ("a; b", "a; b")]
+)
 def test_other_cells_are_as_they_are(value: object, expected: str) -> None:
     assert cell(value) == expected
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Callable, Iterable
 from typing import IO
+from unicodedata import category, normalize
 
-#: What makes a formula of a cell. Spreadsheets look past white space before it.
 _STARTS_OF_FORMULA = ("=", "+", "-", "@")
+#: Where a spreadsheet may make several cells of one: it need not split at commas. Quotes do not help then.
+_PART = re.compile(r"(?:^|(?<=[;|\t\r\n；｜]))[^;|\t\r\n；｜]+")  # noqa: RUF001 - the wide ones are meant
 
 
 def row_writer(file: IO[str]) -> Callable[[Iterable[object]], None]:
@@ -21,6 +24,15 @@ def row_writer(file: IO[str]) -> Callable[[Iterable[object]], None]:
 
 
 def cell(value: object) -> str:
-    """The value as a cell; one that a spreadsheet would take for a formula gets an apostrophe before it."""
+    """The value as a cell; an apostrophe comes before what a spreadsheet would take for a formula."""
     text = "" if value is None else str(value)
-    return f"'{text}" if text.lstrip().startswith(_STARTS_OF_FORMULA) or text[:1] in ("\t", "\r", "\n") else text
+    safe = _PART.sub(lambda part: f"'{part[0]}" if _is_formula(part[0]) else part[0], text)
+    return f"'{safe}" if text[:1] in ("\t", "\r", "\n") else safe
+
+
+def _is_formula(text: str) -> bool:
+    """Decide as a spreadsheet does: it may look past the invisible, and take wide characters for plain ones."""
+    # Character by character: a whole text could be composed to one that hides its beginning.
+    plain = (character for written in text for character in normalize("NFKC", written))
+    first = next((character for character in plain if character != '"' and category(character)[0] not in "CZ"), "")
+    return first in _STARTS_OF_FORMULA
