@@ -377,6 +377,14 @@ def test_ids_with_any_characters_are_reached(browser: Client) -> None:
     assert listed(browser, LedgerEntry, q=STRANGE_ID) == {key}
 
 
+@pytest.mark.parametrize("model", admin.site._registry, ids=lambda model: model._meta.model_name)
+@pytest.mark.parametrize("page", ["change", "history", "delete"])
+def test_an_id_that_no_row_can_have_is_that_of_no_row(browser: Client, model: type[models.Model], page: str) -> None:
+    for key in ("\0", "a\0b", "_00", "9" * 30):
+        path = reverse(f"admin:{model._meta.app_label}_{model._meta.model_name}_{page}", args=[key])
+        assert browser.get(path).status_code in (302, 403, 404)
+
+
 def test_an_empty_id_spoils_no_list(browser: Client) -> None:
     add_contact("ann@example.com", id="")
     LedgerEntry.objects.create(
