@@ -326,3 +326,27 @@ def test_an_output_that_is_not_the_shown_one_is_noticed() -> None:
     for printed in ("Run 1: failed in 0.3 s\nmore\nlast\n", "Run 1: finished in 0.3 s\nmore\nlast one\n"):
         with pytest.raises(AssertionError, match="the page does not show"):
             assert_shows("Run 1: finished in 0.3 s\n...\nlast\n", printed, "here")
+
+
+@pytest.mark.parametrize("fails", ["pg_dump", "pg_restore"])
+@pytest.mark.parametrize("shell", [["bash", "-c"], [*SHELL]], ids=["typed", "strict"])
+def test_a_backup_that_fails_leaves_the_last_one_as_it_was(tmp_path: Path, fails: str, shell: list[str]) -> None:
+    (backup,) = (block.text for block in blocks(PAGE.read_text(encoding="utf-8")) if "pg_dump" in block.text)
+    for name in ("pg_dump", "pg_restore"):
+        (tmp_path / name).write_text(f"#!/bin/sh\nexit {int(name == fails)}\n", encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    dump = tmp_path / "crm_contacts.dump"
+    dump.write_text("the last one", encoding="utf-8")
+    ended = subprocess.run(  # noqa: S603 - what our own page says
+        [*shell, backup.replace("/var/backups/crm-backfill", str(tmp_path))],
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "OWNER_URL": ""}, check=False, capture_output=True,
+    )  # fmt: skip
+    assert dump.read_text(encoding="utf-8") == "the last one"
+    assert ended.returncode != 0
+
+
+def test_no_page_puts_a_file_in_the_place_of_another_unless_it_was_made() -> None:
+    for path in (BASE_DIR / "README.md", *BASE_DIR.glob("docs/*.md")):
+        text = re.sub(r"\\\n\s*|&&\n\s*", "&& ", path.read_text(encoding="utf-8"))
+        alone = [line for line in text.splitlines() if re.match(r"\s*mv ", line)]
+        assert alone == [], path.name
