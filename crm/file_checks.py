@@ -19,22 +19,31 @@ _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 @register(Tags.security)
 def check_dotenv(app_configs: Sequence[AppConfig] | None = None, **_options: Any) -> list[CheckMessage]:  # noqa: ARG001 - Django's signature
-    """Warn of a file .env that group or world may read or write."""
+    """Warn of a file .env that group or world may read or write, or that another user owns."""
     path = Path(settings.BASE_DIR) / ".env"
     if os.environ.get("CRM_DOTENV") == "off":
         return []
     try:
-        mode = path.stat().st_mode
+        found = path.stat()
     except OSError:
         # Not there; what cannot be read is told when the settings are read.
         return []
-    if not mode & _OTHERS:
+    mode, name, us = stat.S_IMODE(found.st_mode), shlex.quote(str(path)), os.geteuid()
+    faults: list[str] = []
+    remedies: list[str] = []
+    if found.st_uid not in (us, 0):
+        faults.append(f"belongs to the user {found.st_uid}, who is neither this one nor root")
+        remedies.append(f"chown {us} {name}")
+    if mode & _OTHERS:
+        faults.append(f"has the mode {mode:04o}")
+        remedies.append(f"chmod 600 {name}")
+    if not faults:
         return []
     return [
         Warning(
-            f"{path} has the password of the database and the secret key in it, and has the mode "
-            f"{stat.S_IMODE(mode):04o}: other users of this machine may read or change it.",
-            hint=f"chmod 600 {shlex.quote(str(path))}",
+            f"{path} has the password of the database and the secret key in it, and {' and '.join(faults)}: "
+            "other users of this machine may read or change it.",
+            hint=" && ".join(remedies),
             id="crm.W010",
         )
     ]

@@ -139,6 +139,25 @@ def test_a_dotenv_that_others_can_read_is_a_warning_with_what_mends_it(
     assert warnings_of(settings, monkeypatch, tmp_path) == []
 
 
+def test_a_dotenv_of_another_user_is_a_warning_with_what_mends_it(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / ".env"
+    path.touch(mode=0o600)
+    ours, stranger = path.stat().st_uid, path.stat().st_uid + 1
+    monkeypatch.setattr(os, "geteuid", lambda: stranger)
+    found = warnings_of(settings, monkeypatch, tmp_path)
+    if ours == 0:  # that of root is nobody else's
+        assert found == []
+        os.chown(path, stranger + 1, -1)
+        found = warnings_of(settings, monkeypatch, tmp_path)
+    (warning,) = found
+    assert (warning.id, warning.hint) == ("crm.W010", f"chown {stranger} {path}")
+    path.chmod(0o640)
+    (warning,) = warnings_of(settings, monkeypatch, tmp_path)
+    assert warning.hint == f"chown {stranger} {path} && chmod 600 {path}"
+
+
 # Variables of the environment
 
 
