@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import os
+import shutil
 import stat
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -115,6 +117,17 @@ def calls_in_crm(*names: str) -> set[str]:
 def test_every_file_and_every_csv_of_the_application_is_written_by_one_module() -> None:
     assert calls_in_crm("open", "write_text", "write_bytes", "touch") <= {"crm.files", "crm.output"}
     assert {module for module in modules() if "csv" in imports_of(module)} == {"crm.backfill.spreadsheet"}
+
+
+def test_what_holds_secrets_or_peoples_data_is_never_committed(tmp_path: Path) -> None:
+    private = [".env", ".env.local", ".env.production", ".env~", "docs/.env.bak", "a.jsonl"]
+    private += ["a.csv", "a.dump", "a.csv.gz", "a.dump.gz", "a.sql.gz"]
+    shutil.copy(Path(__file__).parents[1] / ".gitignore", tmp_path)
+    for command in (["init", "--quiet"], ["check-ignore", "--", ".env.example", "docs/least_privilege.sql", *private]):
+        ended = subprocess.run(  # noqa: S603 - our own arguments
+            ["git", *command], cwd=tmp_path, capture_output=True, text=True, check=True  # noqa: S607 - the user's git
+        )  # fmt: skip
+    assert ended.stdout.splitlines() == private
 
 
 # The file .env
