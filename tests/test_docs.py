@@ -188,3 +188,10 @@ def test_the_readmes_picture_is_what_make_demo_prints(database: Database) -> Non
     assert "\n".join(counted) in README
     (contacts,) = (line.split()[1] for line in counted if line.startswith("  Clients"))
     assert f"made {contacts} contacts of the type `CLIENT`" in README
+
+
+def test_the_runbook_tells_that_a_view_which_cannot_be_evaluated_logs_the_value() -> None:
+    rows = [line for line in section("What PostgreSQL logs", RUNBOOK).splitlines() if line.startswith("|")]
+    (row,) = [row for row in rows if "view" in row]
+    assert "correct the view" in row
+    assert "log_min_error_statement" not in row, "that leaves out the statement, and the value is in the message"
