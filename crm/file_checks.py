@@ -31,8 +31,9 @@ def check_dotenv(app_configs: Sequence[AppConfig] | None = None, **_options: Any
     mode, name, us = stat.S_IMODE(found.st_mode), shlex.quote(str(path)), os.geteuid()
     faults: list[str] = []
     remedies: list[str] = []
-    if found.st_uid not in (us, 0):
-        faults.append(f"belongs to the user {found.st_uid}, who is neither this one nor root")
+    # Whoever owns the folder may put another file there, and other code beside it.
+    if found.st_uid not in (us, 0, path.parent.stat().st_uid):
+        faults.append(f"belongs to the user {found.st_uid}, who is neither this one nor root nor owns the folder")
         remedies.append(f"chown {us} {name}")
     if mode & _OTHERS:
         faults.append(f"has the mode {mode:04o}")
