@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from django.conf import settings
 from django.core.checks import CheckMessage, Error, Tags, Warning, register  # noqa: A004 - Django's name
-from django.db import connections
+from django.db import connections, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from config.database import quoted_name
@@ -75,7 +75,7 @@ class _Rights:
 
     def __init__(self, connection: BaseDatabaseWrapper) -> None:
         self._connection = connection
-        (self.role,) = self.ask("SELECT current_user")[0]
+        ((self.role, self.logged_in),) = self.ask("SELECT current_user, session_user")
 
     def ask(self, query: str, parameters: Sequence[Any] | None = None) -> list[tuple[Any, ...]]:
         with self._connection.cursor() as cursor:
@@ -146,7 +146,15 @@ def _lacking(_connection: BaseDatabaseWrapper, rights: _Rights) -> list[CheckMes
 
 def _excessive(connection: BaseDatabaseWrapper, rights: _Rights) -> list[CheckMessage]:
     # On the embedded server people are made up, and there is one role for everything.
-    return [] if connection.settings_dict["ENGINE"] == "config.embedded_backend" else _too_much(rights)
+    if connection.settings_dict["ENGINE"] == "config.embedded_backend":
+        return []
+    messages = _too_much(rights, rights.role)
+    if rights.logged_in != rights.role:
+        # Whatever runs in the session can go back to the role that logged in.
+        with transaction.atomic(using=connection.alias):
+            rights.ask("SELECT set_config('role', 'none', true)")
+            messages += _too_much(_Rights(connection), f"{rights.logged_in} (after RESET ROLE)")
+    return messages
 
 
 @register(Tags.database)
@@ -249,7 +257,7 @@ def _hidden_rows(rights: _Rights) -> list[CheckMessage]:
     ]
 
 
-def _too_much(rights: _Rights) -> list[CheckMessage]:
+def _too_much(rights: _Rights, role: str) -> list[CheckMessage]:
     granted = [right for right, is_granted in _on_application(rights).items() if is_granted]
     secret = [
         right
@@ -276,14 +284,14 @@ def _too_much(rights: _Rights) -> list[CheckMessage]:
         ("W004", "may make tables in the application's schema", _schemas_to_make_tables_in(rights)),
     )
     messages: list[CheckMessage] = [
-        Warning(f"The role {rights.role} {what}: {', '.join(names)}.", hint=SCRIPT, id=f"crm.{number}")
+        Warning(f"The role {role} {what}: {', '.join(names)}.", hint=SCRIPT, id=f"crm.{number}")
         for number, what, names in found
         if names
     ]
     if powers := [*_attributes(rights), *_memberships(rights)]:
         messages.append(
             Warning(
-                f"The role {rights.role} is more than an ordinary role: {', '.join(power.name for power in powers)}.",
+                f"The role {role} is more than an ordinary role: {', '.join(power.name for power in powers)}.",
                 hint=" ".join(dict.fromkeys(power.way_out for power in powers)),
                 id="crm.W005",
             )

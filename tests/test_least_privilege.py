@@ -396,6 +396,22 @@ def test_what_a_role_needs_is_no_power(database: Database, django_db_blocker: Dj
         assert check(django_db_blocker) == []
 
 
+def test_the_check_looks_at_the_role_that_reset_role_leads_back_to(
+    database: Database, django_db_blocker: DjangoDbBlocker
+) -> None:
+    name = quoted(str(connection.settings_dict["NAME"]))
+    with role_made_by_script(), role_of_others():
+        as_owner("ALTER ROLE {other} LOGIN CREATEROLE", "GRANT {role} TO {other}")
+        as_owner("GRANT SELECT (ssn) ON public.profiles TO {other}")
+        as_owner(f"ALTER ROLE {{other}} IN DATABASE {name} SET role = {quoted(ROLE)}")
+        assert check(django_db_blocker, role="more%20rights") == [
+            f"crm.W001 The role {OTHERS} (after RESET ROLE) may read secret columns: profiles.ssn. {checks.SCRIPT}",
+            f"crm.W005 The role {OTHERS} (after RESET ROLE) is more than an ordinary role: CREATEROLE. "
+            f"ALTER ROLE {quoted(OTHERS)} NOCREATEROLE;",
+        ]
+        assert check(django_db_blocker) == []
+
+
 @contextmanager
 def role_of_others() -> Iterator[None]:
     as_owner("CREATE ROLE {other}")
