@@ -58,6 +58,8 @@ HARMLESS_ROLES = (
 )  # fmt: skip
 #: The tag of the check that warns of rights which the backfill does not need: who migrates has and needs them.
 EXCESS = "excess_rights"
+#: How many names a warning lists.
+_NAMED = 10
 SCRIPT = "docs/least_privilege.sql makes a role that may do what is needed and nothing else."
 
 
@@ -282,9 +284,12 @@ def _too_much(rights: _Rights, role: str) -> list[CheckMessage]:
             sorted({f"{right.table}.{right.column} ({right.privilege})" for right in changed}),
         ),
         ("W004", "may make tables in the application's schema", _schemas_to_make_tables_in(rights)),
+        ("W006", "has rights on other relations", _other_relations(rights)),
+        ("W007", "may create in other schemas", _other_schemas_to_create_in(rights)),
+        ("W008", "may create schemas in the database", _database_to_create_in(rights)),
     )
     messages: list[CheckMessage] = [
-        Warning(f"The role {role} {what}: {', '.join(names)}.", hint=SCRIPT, id=f"crm.{number}")
+        Warning(f"The role {role} {what}: {_listed(names)}.", hint=SCRIPT, id=f"crm.{number}")
         for number, what, names in found
         if names
     ]
@@ -315,6 +320,55 @@ def _writable(rights: _Rights, tables: Sequence[str]) -> list[str]:
 def _schemas_to_make_tables_in(rights: _Rights) -> list[str]:
     query = "SELECT nspname FROM pg_namespace WHERE nspname = %s AND has_schema_privilege(oid, 'CREATE')"
     return [name for (name,) in rights.ask(query, [settings.LEGACY_SCHEMA])]
+
+
+def _other_relations(rights: _Rights) -> list[str]:
+    """Views and foreign tables anywhere, and tables of schemas that the backfill has no business in."""
+    query = """
+        SELECT nspname || '.' || relname FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
+         WHERE nspname !~ '^pg_' AND nspname <> 'information_schema'
+           AND (relkind IN ('v', 'm', 'f') OR relkind IN ('r', 'p') AND nspname <> ALL(%s))
+           AND (has_any_column_privilege(c.oid, 'INSERT, UPDATE, REFERENCES')
+                OR has_table_privilege(c.oid, 'DELETE, TRUNCATE, TRIGGER')
+                -- What everyone may read says nothing of this role.
+                OR NOT EXISTS (SELECT FROM aclexplode(relacl) WHERE grantee = 0 AND privilege_type = 'SELECT')
+                   AND EXISTS (
+                     SELECT FROM pg_attribute a
+                      WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped
+                        AND has_column_privilege(c.oid, attnum, 'SELECT')
+                        AND NOT EXISTS (
+                              SELECT FROM aclexplode(attacl) WHERE grantee = 0 AND privilege_type = 'SELECT')
+                        -- A rollback looks for the rows that refer to a contact.
+                        AND NOT EXISTS (
+                              SELECT FROM pg_constraint
+                               WHERE contype = 'f' AND conrelid = c.oid AND attnum = ANY (conkey)
+                                 AND confrelid = to_regclass(format('%%I.%%I', %s::text, %s::text)))))
+         ORDER BY 1
+    """
+    schemas = [settings.LEGACY_SCHEMA, settings.BACKFILL_SCHEMA]
+    return [name for (name,) in rights.ask(query, [schemas, settings.LEGACY_SCHEMA, CONTACTS])]
+
+
+def _other_schemas_to_create_in(rights: _Rights) -> list[str]:
+    query = """
+        SELECT nspname FROM pg_namespace
+         WHERE nspname !~ '^pg_' AND nspname NOT IN ('information_schema', %s) AND has_schema_privilege(oid, 'CREATE')
+           -- PostgreSQL 14 lets everyone create in this one by default.
+           AND NOT (nspname = 'public' AND current_setting('server_version_num')::int < 150000
+                    AND EXISTS (SELECT FROM aclexplode(nspacl) WHERE grantee = 0 AND privilege_type = 'CREATE'))
+         ORDER BY 1
+    """
+    return [name for (name,) in rights.ask(query, [settings.LEGACY_SCHEMA])]
+
+
+def _database_to_create_in(rights: _Rights) -> list[str]:
+    query = "SELECT current_database() WHERE has_database_privilege(current_database(), 'CREATE')"
+    return [name for (name,) in rights.ask(query)]
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
 
 
 class _Power(NamedTuple):

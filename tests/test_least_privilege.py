@@ -396,6 +396,61 @@ def test_what_a_role_needs_is_no_power(database: Database, django_db_blocker: Dj
         assert check(django_db_blocker) == []
 
 
+@pytest.mark.parametrize(
+    ("grant", "number", "message"),
+    [
+        ("GRANT SELECT ON elsewhere.secrets TO {role}", "W006", "has rights on other relations: elsewhere.secrets."),
+        ("GRANT SELECT (a) ON elsewhere.seen TO {role}", "W006", "has rights on other relations: elsewhere.seen."),
+        ("GRANT SELECT ON elsewhere.kept TO {role}", "W006", "has rights on other relations: elsewhere.kept."),
+        ("GRANT SELECT ON elsewhere.far TO {role}", "W006", "has rights on other relations: elsewhere.far."),
+        ("GRANT INSERT ON elsewhere.secrets TO PUBLIC", "W006", "has rights on other relations: elsewhere.secrets."),
+        (
+            "GRANT SELECT (body) ON elsewhere.notes TO {role}",
+            "W006",
+            "has rights on other relations: elsewhere.notes.",
+        ),
+        ("GRANT CREATE ON SCHEMA elsewhere TO {role}", "W007", "may create in other schemas: elsewhere."),
+        ("GRANT CREATE ON SCHEMA crm_backfill TO {role}", "W007", "may create in other schemas: crm_backfill."),
+        ("GRANT CREATE ON DATABASE {database} TO {role}", "W008", "may create schemas in the database: {database}."),
+    ],
+)
+def test_the_check_warns_of_rights_outside_of_what_the_backfill_uses(
+    database: Database, django_db_blocker: DjangoDbBlocker, grant: str, number: str, message: str
+) -> None:
+    name = str(connection.settings_dict["NAME"])
+    as_owner(
+        "CREATE SCHEMA elsewhere",
+        "CREATE TABLE elsewhere.secrets (a int)",
+        "CREATE TABLE elsewhere.notes (contact text REFERENCES public.crm_contacts, body text)",
+        "CREATE VIEW elsewhere.seen AS SELECT 1 AS a",
+        "CREATE MATERIALIZED VIEW elsewhere.kept AS SELECT 1 AS a",
+        "CREATE FOREIGN DATA WRAPPER anything",
+        "CREATE SERVER anywhere FOREIGN DATA WRAPPER anything",
+        "CREATE FOREIGN TABLE elsewhere.far (a int) SERVER anywhere",
+        "CREATE TABLE elsewhere.of_everyone (a int)",
+        "GRANT SELECT ON elsewhere.of_everyone TO PUBLIC",
+    )
+    try:
+        with role_made_by_script(rollback="on"):
+            assert check(django_db_blocker) == []
+            as_owner(grant.replace("{database}", quoted(name)))
+            said = message.replace("{database}", name)
+            assert check(django_db_blocker) == [f"crm.{number} The role {ROLE} {said} {checks.SCRIPT}"]
+    finally:
+        as_owner("DROP SCHEMA elsewhere CASCADE", "DROP FOREIGN DATA WRAPPER anything CASCADE")
+
+
+def test_a_warning_of_many_rights_stays_short(database: Database, django_db_blocker: DjangoDbBlocker) -> None:
+    as_owner("CREATE SCHEMA elsewhere", *(f"CREATE TABLE elsewhere.t{number:02} (a int)" for number in range(12)))
+    try:
+        with role_made_by_script():
+            as_owner("GRANT SELECT ON ALL TABLES IN SCHEMA elsewhere TO {role}")
+            (said,) = check(django_db_blocker)
+            assert "elsewhere.t09 and 2 more." in said
+    finally:
+        as_owner("DROP SCHEMA elsewhere CASCADE")
+
+
 def test_the_check_looks_at_the_role_that_reset_role_leads_back_to(
     database: Database, django_db_blocker: DjangoDbBlocker
 ) -> None:
@@ -406,8 +461,10 @@ def test_the_check_looks_at_the_role_that_reset_role_leads_back_to(
         as_owner(f"ALTER ROLE {{other}} IN DATABASE {name} SET role = {quoted(ROLE)}")
         assert check(django_db_blocker, role="more%20rights") == [
             f"crm.W001 The role {OTHERS} (after RESET ROLE) may read secret columns: profiles.ssn. {checks.SCRIPT}",
-            f"crm.W005 The role {OTHERS} (after RESET ROLE) is more than an ordinary role: CREATEROLE. "
-            f"ALTER ROLE {quoted(OTHERS)} NOCREATEROLE;",
+            (
+                f"crm.W005 The role {OTHERS} (after RESET ROLE) is more than an ordinary role: CREATEROLE. "
+                f"ALTER ROLE {quoted(OTHERS)} NOCREATEROLE;"
+            ),
         ]
         assert check(django_db_blocker) == []
 
@@ -425,7 +482,7 @@ def role_of_others() -> Iterator[None]:
 def test_a_role_with_everything_is_warned_about(database: Database) -> None:
     checked = manage("check", "--database", "default", url=database_url())
     assert checked.returncode == 0
-    for number in ("W001", "W002", "W003", "W004", "W005"):
+    for number in ("W001", "W002", "W003", "W004", "W005", "W007", "W008"):
         assert f"(crm.{number}) The role postgres " in checked.stderr
 
 
