@@ -156,7 +156,7 @@ def _excessive(connection: BaseDatabaseWrapper, rights: _Rights) -> list[CheckMe
         with transaction.atomic(using=connection.alias):
             rights.ask("SELECT set_config('role', 'none', true)")
             messages += _too_much(_Rights(connection), f"{rights.logged_in} (after RESET ROLE)")
-    return messages
+    return [*messages, *_triggers_of_others(rights)]
 
 
 @register(Tags.database)
@@ -364,6 +364,39 @@ def _other_schemas_to_create_in(rights: _Rights) -> list[str]:
 def _database_to_create_in(rights: _Rights) -> list[str]:
     query = "SELECT current_database() WHERE has_database_privilege(current_database(), 'CREATE')"
     return [name for (name,) in rights.ask(query)]
+
+
+def _triggers_of_others(rights: _Rights) -> list[CheckMessage]:
+    """Who may put triggers on the tables that the backfill writes, and is neither their owner nor a superuser."""
+    query = """
+        SELECT nspname, relname,
+               array_agg(DISTINCT COALESCE(g.rolname::text, '') ORDER BY COALESCE(g.rolname::text, '')),
+               bool_or(grantor <> relowner)
+          FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
+         CROSS JOIN LATERAL aclexplode(relacl) a LEFT JOIN pg_roles g ON g.oid = grantee
+         WHERE (nspname = %s AND relname = ANY(%s) OR nspname = %s AND relname = ANY(%s)) AND relkind IN ('r', 'p')
+           AND privilege_type = 'TRIGGER' AND grantee <> relowner AND g.rolsuper IS NOT TRUE
+         GROUP BY nspname, relname ORDER BY nspname DESC, relname
+    """
+    parameters = [settings.LEGACY_SCHEMA, [CONTACTS, HISTORY], settings.BACKFILL_SCHEMA, list(OWN_RIGHTS)]
+    where, statements = [], []
+    for schema, table, roles, is_granted_on in rights.ask(query, parameters):
+        where.append(f"{schema}.{table} ({_listed([role or 'PUBLIC' for role in roles])})")
+        statements.append(
+            f"REVOKE TRIGGER ON {quoted_name(schema)}.{quoted_name(table)} "
+            f"FROM {', '.join(quoted_name(role) if role else 'PUBLIC' for role in roles)}"
+            f"{' CASCADE' if is_granted_on else ''};"
+        )
+    if not where:
+        return []
+    return [
+        Warning(
+            "Others than the owner may put triggers, which run with the rights of the backfill, "
+            f"on {', '.join(where)}.",
+            hint=" ".join(statements),
+            id="crm.W009",
+        )
+    ]
 
 
 def _listed(names: Sequence[str]) -> str:

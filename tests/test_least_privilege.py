@@ -451,6 +451,24 @@ def test_a_warning_of_many_rights_stays_short(database: Database, django_db_bloc
         as_owner("DROP SCHEMA elsewhere CASCADE")
 
 
+@pytest.mark.parametrize("table", ["public.crm_contacts", "public.crm_stage_history", "crm_backfill.ledger_entry"])
+def test_the_check_warns_of_others_who_may_put_triggers_on_what_the_backfill_writes(
+    database: Database, django_db_blocker: DjangoDbBlocker, table: str
+) -> None:
+    schema, name = table.split(".")
+    with role_made_by_script(), role_of_others():
+        as_owner(f"GRANT TRIGGER ON {table} TO {{other}}, PUBLIC, {embedded.USER}")
+        way_out = f'REVOKE TRIGGER ON "{schema}"."{name}" FROM PUBLIC, {quoted(OTHERS)};'
+        (said,) = check(django_db_blocker)
+        assert said == (
+            "crm.W009 Others than the owner may put triggers, which run with the rights of the backfill, "
+            f"on {table} (PUBLIC, {OTHERS}). {way_out}"
+        )
+        as_owner(way_out)
+        assert check(django_db_blocker) == []
+        as_owner(f"REVOKE TRIGGER ON {table} FROM {embedded.USER}", f"GRANT ALL ON {table} TO {embedded.USER}")
+
+
 def test_the_check_looks_at_the_role_that_reset_role_leads_back_to(
     database: Database, django_db_blocker: DjangoDbBlocker
 ) -> None:
