@@ -14,7 +14,8 @@
 -- that an administrator has to run before, and nothing is changed. Run it after every `python manage.py migrate`, and
 -- again at any time: whatever the role was granted in this database is taken away, in every schema (also by default
 -- privileges), and what it needs is granted anew, in one transaction. What the role owns, and what roles it is a member
--- of, stays as it is. Then give it a password (\password crm_backfill_job), put it into DATABASE_URL, and let
+-- of, stays as it is, and so do rights that belong to the whole server: on parameters (PostgreSQL 15 and later), on
+-- tablespaces and on other databases. Then give it a password (\password crm_backfill_job), put it into DATABASE_URL, and let
 --
 --   python manage.py check --database default
 --
@@ -138,6 +139,27 @@ BEGIN
     SELECT format('REVOKE ALL ON ROUTINE %s FROM %I CASCADE', oid::regprocedure, job), proowner,
            oid::regprocedure::text, false
       FROM pg_proc WHERE EXISTS (SELECT FROM aclexplode(proacl) WHERE grantee = job_oid)
+    UNION ALL
+    SELECT format('REVOKE ALL ON TYPE %I.%I FROM %I CASCADE', nspname, typname, job), typowner,
+           format('type %I.%I', nspname, typname), false
+      FROM pg_type t JOIN pg_namespace n ON n.oid = typnamespace
+     WHERE EXISTS (SELECT FROM aclexplode(typacl) WHERE grantee = job_oid)
+    UNION ALL
+    SELECT format('REVOKE ALL ON LANGUAGE %I FROM %I CASCADE', lanname, job), lanowner, format('language %I', lanname),
+           false
+      FROM pg_language WHERE EXISTS (SELECT FROM aclexplode(lanacl) WHERE grantee = job_oid)
+    UNION ALL
+    SELECT format('REVOKE ALL ON FOREIGN DATA WRAPPER %I FROM %I CASCADE', fdwname, job), fdwowner,
+           format('foreign-data wrapper %I', fdwname), false
+      FROM pg_foreign_data_wrapper WHERE EXISTS (SELECT FROM aclexplode(fdwacl) WHERE grantee = job_oid)
+    UNION ALL
+    SELECT format('REVOKE ALL ON FOREIGN SERVER %I FROM %I CASCADE', srvname, job), srvowner,
+           format('foreign server %I', srvname), false
+      FROM pg_foreign_server WHERE EXISTS (SELECT FROM aclexplode(srvacl) WHERE grantee = job_oid)
+    UNION ALL
+    SELECT format('REVOKE ALL ON LARGE OBJECT %s FROM %I CASCADE', oid, job), lomowner,
+           format('large object %s', oid), false
+      FROM pg_largeobject_metadata WHERE EXISTS (SELECT FROM aclexplode(lomacl) WHERE grantee = job_oid)
     UNION ALL
     SELECT format('REVOKE ALL ON SCHEMA %I FROM %I CASCADE', nspname, job), nspowner, format('schema %I', nspname),
            nspname IN ('crm_backfill', current_setting('least_privilege.schema')) AND NOT EXISTS (

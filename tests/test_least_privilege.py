@@ -457,7 +457,10 @@ def test_the_check_warns_of_others_who_may_put_triggers_on_what_the_backfill_wri
 ) -> None:
     schema, name = table.split(".")
     with role_made_by_script(), role_of_others():
-        as_owner(f"GRANT TRIGGER ON {table} TO {{other}}, PUBLIC, {embedded.USER}")
+        as_owner(f"GRANT TRIGGER ON {table} TO {{other}}, PUBLIC", "ALTER ROLE {other} SUPERUSER")
+        (said,) = check(django_db_blocker)
+        assert f"on {table} (PUBLIC). " in said
+        as_owner("ALTER ROLE {other} NOSUPERUSER")
         way_out = f'REVOKE TRIGGER ON "{schema}"."{name}" FROM PUBLIC, {quoted(OTHERS)};'
         (said,) = check(django_db_blocker)
         assert said == (
@@ -466,7 +469,6 @@ def test_the_check_warns_of_others_who_may_put_triggers_on_what_the_backfill_wri
         )
         as_owner(way_out)
         assert check(django_db_blocker) == []
-        as_owner(f"REVOKE TRIGGER ON {table} FROM {embedded.USER}", f"GRANT ALL ON {table} TO {embedded.USER}")
 
 
 def test_the_check_looks_at_the_role_that_reset_role_leads_back_to(
@@ -643,6 +645,36 @@ def test_the_script_takes_back_what_was_granted_in_whatever_schema(database: Dat
         as_owner("DROP SCHEMA elsewhere CASCADE")
 
 
+def test_the_script_takes_back_rights_on_what_is_no_table(database: Database) -> None:
+    as_owner(
+        "CREATE SCHEMA elsewhere",
+        "CREATE TYPE elsewhere.mood AS ENUM ('well')",
+        "CREATE DOMAIN elsewhere.word AS text",
+        "CREATE FOREIGN DATA WRAPPER anything",
+        "CREATE SERVER anywhere FOREIGN DATA WRAPPER anything",
+        "SELECT lo_create(4711)",
+    )
+    try:
+        with role_made_by_script():
+            as_owner(
+                "GRANT USAGE ON TYPE elsewhere.mood, elsewhere.word, int4 TO {role} WITH GRANT OPTION",
+                "GRANT USAGE ON FOREIGN DATA WRAPPER anything TO {role}",
+                "GRANT USAGE ON FOREIGN SERVER anywhere TO {role}",
+                "GRANT USAGE ON LANGUAGE plpgsql TO {role}",
+                "GRANT SELECT, UPDATE ON LARGE OBJECT 4711 TO {role}",
+            )
+            assert {"type mood USAGE", "server USAGE", "wrapper USAGE", "plpgsql USAGE"} <= granted(database)
+            result = run_script(role=ROLE)
+            assert (result.returncode, result.stdout, result.stderr) == (0, granted_to(), "")
+            assert granted(database) == {"database CONNECT", "schema crm_backfill USAGE", "schema public USAGE"}
+    finally:
+        as_owner(
+            "DROP SCHEMA elsewhere CASCADE",
+            "DROP FOREIGN DATA WRAPPER anything CASCADE",
+            "SELECT lo_unlink(4711)",
+        )
+
+
 def granted(database: Database) -> set[str]:
     """All that the role was granted in this database, but for the tables that the script names."""
     query = """
@@ -650,6 +682,11 @@ def granted(database: Database) -> set[str]:
           FROM (SELECT 'database', datacl FROM pg_database WHERE datname = current_database()
                  UNION ALL SELECT 'schema ' || nspname, nspacl FROM pg_namespace
                  UNION ALL SELECT proname, proacl FROM pg_proc
+                 UNION ALL SELECT 'type ' || typname, typacl FROM pg_type
+                 UNION ALL SELECT lanname, lanacl FROM pg_language
+                 UNION ALL SELECT 'server', srvacl FROM pg_foreign_server
+                 UNION ALL SELECT 'wrapper', fdwacl FROM pg_foreign_data_wrapper
+                 UNION ALL SELECT 'large object', lomacl FROM pg_largeobject_metadata
                  UNION ALL SELECT 'default', defaclacl FROM pg_default_acl
                  UNION ALL SELECT nspname || '.' || relname, relacl
                              FROM pg_class JOIN pg_namespace n ON n.oid = relnamespace
