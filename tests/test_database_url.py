@@ -223,4 +223,4 @@ def split_as_the_server_does(options: str) -> list[str]:
 def test_the_module_is_pure() -> None:
     tree = ast.parse(Path(database_module.__file__).read_text(encoding="utf-8"))
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert imported == {"dataclasses", "typing", "urllib.parse", "django.core.exceptions"}
+    assert imported == {"collections.abc", "dataclasses", "typing", "urllib.parse", "django.core.exceptions"}
