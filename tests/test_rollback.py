@@ -26,8 +26,9 @@ from crm.backfill.references import KNOWN, find_references
 from crm.backfill.refusals import MOST_ALIKE
 from crm.backfill.rollback import runner
 from crm.backfill.rollback.reader import Reader
-from crm.backfill.rollback.report import MEANING_OF_REASONS, listing
+from crm.backfill.rollback.report import MEANING_OF_REASONS, listing, news
 from crm.backfill.rollback.runner import roll_back
+from crm.backfill.rollback.undo import Undone
 from crm.backfill.rollback.verdict import Line
 from crm.backfill.verification import verify
 from crm.models import BackfillRun, LedgerEntry, Rollback
@@ -1087,6 +1088,34 @@ def test_a_page_that_cannot_be_read_ahead_is_read_when_its_turn_comes(
     monkeypatch.setattr(Reader, "page", failing_ahead)
     assert taken_back(made, **{"batch-size": 1})["reversed"] == 3
     assert not contacts()
+
+
+def test_the_way_back_that_is_printed_leads_back(database: Database) -> None:
+    lead = add_lead("ann@example.com")
+    made = run()["run"]
+    change("""UPDATE leads SET status = 'CONVERTED', "updatedAt" = now() WHERE id = %s""", lead)
+    updated = run(update=True)
+    said = rollback(str(updated["run"]), "--no-progress").stdout
+    assert "backfill_crm_contacts --update`" in said
+    assert "The rows are pending again" not in said
+    assert run(update=True)["updated"] == updated["updated"] == 1
+    assert rollback(str(updated["run"] + 2), "--no-progress").code == 0
+    said = rollback(str(made), "--no-progress").stdout
+    assert "The rows are pending again" in said
+    assert "backfill_crm_contacts --update`" not in said
+    assert run()["created"] == 1
+
+
+def test_one_that_was_paused_says_that_it_is_to_be_resumed_first(database: Database) -> None:
+    for number in range(3):
+        add_lead(f"n{number}@example.com")
+    made = run()["run"]
+
+    def pause(undone: Undone) -> None:
+        BackfillRun.objects.running().update(status=RunStatus.PAUSED)
+
+    stopped = roll_back(made, batch_size=1, listener=pause)
+    assert f"`python manage.py backfill_runs resume {stopped.run_id}` first" in "\n".join(news(stopped))
 
 
 def test_one_that_died_after_its_last_batch_is_closed_by_the_next(database: Database) -> None:

@@ -151,7 +151,16 @@ def test_nobody_waits_for_the_next_batch_of_a_dead_run(database: Database) -> No
 
 def test_resume_of_a_rollback_names_its_command(database: Database) -> None:
     paused = make_run("paused", kind="rollback", options={"rolls_back": 3})
-    assert "`python manage.py rollback_crm_backfill 3`" in backfill_runs("resume", str(paused.pk)).stdout
+    said = backfill_runs("resume", str(paused.pk)).stdout
+    assert "only `python manage.py rollback_crm_backfill 3` goes on from there" in said
+    assert "leave it to the next night" not in said
+    assert "A nightly backfill brings back what was reversed" in said
+
+
+def test_numbers_of_runs_and_of_processes_are_no_counts(database: Database) -> None:
+    run = make_run("finished", process_id=12_350, read=12_350, created=12_350)
+    lines = dict(line.split(maxsplit=1) for line in backfill_runs("show", str(run.pk)).stdout.splitlines())
+    assert (lines["process_id"], lines["read"]) == ("12350", "12,350")
 
 
 class Meddler(Silence):

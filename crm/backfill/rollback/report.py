@@ -101,12 +101,25 @@ def print_summary(report: RollbackReport, console: Console) -> None:
     console.print(table)
     console.print(target_line(), highlight=False, soft_wrap=True, markup=False)
     if report.status == RunStatus.FINISHED and not report.dry_run:
-        console.print(_pending_again(report), highlight=False, soft_wrap=True)
+        for line in _ways_back(report):
+            console.print(line, highlight=False, soft_wrap=True)
 
 
-def _pending_again(report: RollbackReport) -> str:
-    but = ", but for the contacts that it had made again: those are deleted as before" if report.of_recreation else ""
-    return f"What was reversed is pending again: `python manage.py backfill_crm_contacts` would bring it back{but}."
+def _ways_back(report: RollbackReport) -> list[str]:
+    """How to have back what was reversed: rows by any run, what an update changed by an update alone."""
+    numbers = report.counts.numbers
+    ways = []
+    if any(numbers[kind] for kind in ("contacts_reversed", "merges_reversed", "lines_reversed", "later_merges")):
+        recreated = ", but for the contacts that it had made again: those are deleted as before"
+        but = recreated if report.of_recreation else ""
+        ways.append(
+            f"The rows are pending again: `python manage.py backfill_crm_contacts` would bring back what they did{but}."
+        )
+    if numbers["updates_reversed"]:
+        ways.append(
+            "What an update changed comes back by the next one: `python manage.py backfill_crm_contacts --update`."
+        )
+    return ways
 
 
 @contextmanager
@@ -195,8 +208,11 @@ def _advice(report: RollbackReport) -> str | None:
         )
     if report.status != RunStatus.FINISHED:
         why = f": {report.failure}" if report.failure else ""
+        first = ""
+        if report.status == RunStatus.PAUSED:
+            first = f"`python manage.py backfill_runs resume {report.run_id}` first, then "
         return (
-            f"The rollback was {report.status.value}{why}. What is reversed stays so; run the command again and it "
-            "goes on."
+            f"The rollback was {report.status.value}{why}. What is reversed stays so; {first}run the command again and "
+            "it goes on."
         )
     return None

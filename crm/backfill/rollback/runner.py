@@ -259,7 +259,8 @@ def _require_run(run_id: int, facts: DatabaseFacts, *, may_take_over: bool) -> B
     run = runs.find(run_id)
     if run.kind == BackfillRun.Kind.ROLLBACK:
         raise OperatorError(
-            f"Run {run_id} is a rollback itself. To have back what it took back, run backfill_crm_contacts."
+            f"Run {run_id} is a rollback itself. To have back what it took back, run backfill_crm_contacts, with "
+            "--update where it took an update back."
         )
     if run.status == RunStatus.RUNNING and not (may_take_over and fence.take_over_if_dead(run)):
         raise OperatorError(

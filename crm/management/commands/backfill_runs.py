@@ -119,6 +119,10 @@ def _run(text: str) -> int | str:
         raise argparse.ArgumentTypeError(f"{text!r} is no run: write its number, or {runs.LATEST}") from None
 
 
+#: What is a name in digits, and no count of anything.
+_NUMBERS_OF_THINGS = ("run", "rolls_back", "process_id")
+
+
 def _what_now(action: str, run: BackfillRun) -> str:
     if action == "pause":
         what = (
@@ -126,9 +130,16 @@ def _what_now(action: str, run: BackfillRun) -> str:
             if fence.process_is_gone(run)
             else ": it ends at its next batch."
         )
+        goes_on = "it be gone on with" if run.kind == BackfillRun.Kind.ROLLBACK else "the next run go on"
         return (
-            f"Run {run.pk} is paused{what} `python manage.py backfill_runs resume {run.pk}` lets the next run go on, "
+            f"Run {run.pk} is paused{what} `python manage.py backfill_runs resume {run.pk}` lets {goes_on}, "
             f"`cancel {run.pk}` ends it for good."
+        )
+    if action == "resume" and run.kind == BackfillRun.Kind.ROLLBACK:
+        return (
+            f"Run {run.pk} is {run.status}: it keeps no other one out any more. Nothing runs yet; only "
+            f"`{_command_of(run)}` goes on from there. A nightly backfill brings back what was reversed: switch it off "
+            "until the rollback is at its end."
         )
     if action == "resume":
         return (
@@ -180,12 +191,12 @@ def _cells(run: BackfillRun) -> tuple[str, ...]:
 def _lines(details: dict[str, Any]) -> str:
     """A name and a value a line; what is nested as JSON, what is unknown not at all."""
     width = max(map(len, details))
-    return "\n".join(f"{name:<{width}}  {_shown(value)}" for name, value in details.items() if value is not None)
+    return "\n".join(f"{name:<{width}}  {_shown(name, value)}" for name, value in details.items() if value is not None)
 
 
-def _shown(value: Any) -> str:
+def _shown(name: str, value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
+        return str(value) if name in _NUMBERS_OF_THINGS else f"{value:,}"
     return value if isinstance(value, str) else json.dumps(value)
 
 
