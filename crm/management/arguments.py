@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from crm.backfill import runs
+
 #: What PostgreSQL takes for a number of rows, with room to spare.
 MOST_ROWS = 2**31 - 1
 
@@ -13,3 +15,15 @@ def positive(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= len(str(MOST_ROWS)) and 1 <= int(text) <= MOST_ROWS):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {MOST_ROWS}")
     return int(text)
+
+
+def run_number(text: str) -> int | str:
+    """The number of a run, or `latest`."""
+    if text == runs.LATEST:
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no run: write its number, as `backfill_runs list` shows it"
+        ) from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 import time
@@ -18,7 +17,7 @@ from crm.backfill.options import as_arguments
 from crm.backfill.outcome import Outcome
 from crm.backfill.watching import POLL_INTERVAL, watch
 from crm.errors import OperatorError
-from crm.management.arguments import positive
+from crm.management.arguments import positive, run_number
 from crm.management.operator_command import OperatorCommand
 from crm.models import BackfillRun
 from crm.models.ledger import RunStatus
@@ -35,6 +34,8 @@ _COLUMNS = (
     *("run", "kind", "status", "started (UTC)", "read", *Outcome, "new errors", "changed", "last heartbeat (UTC)"),
     "taken back",
 )
+#: What is a name in digits, and no count of anything.
+_NUMBERS_OF_THINGS = ("run", "rolls_back", "process_id")
 
 
 class Command(OperatorCommand):
@@ -107,20 +108,7 @@ def _parser_of(actions: Any, action: str, what: str) -> CommandParser:
 
 def _add_run(parser: CommandParser) -> None:
     help_text = f"the run's number, as `backfill_runs list` shows it, or `{runs.LATEST}`"
-    parser.add_argument("run", type=_run, metavar="RUN", help=help_text)
-
-
-def _run(text: str) -> int | str:
-    if text == runs.LATEST:
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no run: write its number, or {runs.LATEST}") from None
-
-
-#: What is a name in digits, and no count of anything.
-_NUMBERS_OF_THINGS = ("run", "rolls_back", "process_id")
+    parser.add_argument("run", type=run_number, metavar="RUN", help=help_text)
 
 
 def _what_now(action: str, run: BackfillRun) -> str:

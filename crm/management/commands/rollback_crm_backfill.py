@@ -13,6 +13,7 @@ from crm.backfill.report import console_on, progress_on_stderr
 from crm.backfill.rollback.report import as_json, listing, news, print_summary
 from crm.backfill.rollback.runner import DEFAULT_BATCH_SIZE, roll_back
 from crm.errors import OperatorError
+from crm.management.arguments import run_number
 from crm.management.operator_command import OperatorCommand
 
 LEAST_BATCH, LARGEST_BATCH = 1, 5_000
@@ -34,7 +35,7 @@ class Command(OperatorCommand):
         """What may be asked."""
         parser.add_argument(
             "run",
-            type=_run,
+            type=run_number,
             metavar="RUN",
             help=f"the run's number, as backfill_runs list shows it; `{runs.LATEST}` is refused on purpose",
         )
@@ -80,17 +81,6 @@ class Command(OperatorCommand):
             print_summary(report, console_on(self.stdout))
         if report.exit_code:
             raise SystemExit(report.exit_code)
-
-
-def _run(text: str) -> int | str:
-    if text == runs.LATEST:
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no run: write its number, as `backfill_runs list` shows it"
-        ) from None
 
 
 def _number(given: int | str) -> int:
