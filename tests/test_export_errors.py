@@ -201,6 +201,8 @@ def test_a_conflict_that_was_decided_says_so_in_the_words_of_the_command_that_de
         assert rows[other]["what_to_do"].startswith("Decide whose contact it is")
         assert "zoe" not in ended.stdout
     database.rows("DELETE FROM crm_contacts WHERE id = %s RETURNING id", contact)
+    (row,) = [row for row in rows_of(command().stdout) if row["id"] == profile]
+    assert row["what_to_do"].startswith("Decide whose contact it is"), "no run can carry that decision out"
     run()
     (row,) = [row for row in rows_of(command().stdout) if row["id"] == profile]
     assert (row["reason"], row["what_to_do"][:12]) == ("stale_decision", "Decide again")

@@ -75,7 +75,10 @@ _PEOPLE = f"""
      WHERE line.source NOT IN ({_LEAD_SOURCES}) AND profiles.id = line.source_id LIMIT 1
   ) profile ON true
 """
-_DECISION = """to_char(decision.decided_at AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI'), decision.contact_id"""
+_DECISION = """
+       to_char(decision.decided_at AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI'), decision.contact_id,
+       decision.contact_id IS NOT NULL AND NOT EXISTS (SELECT FROM crm_contacts WHERE id = decision.contact_id)
+"""
 _DECISIONS = " LEFT JOIN conflict_decision decision ON decision.id = line.id"
 
 
@@ -115,7 +118,7 @@ def dead_letters(connection: BaseDatabaseWrapper, *, with_email: bool) -> Genera
         readable = is_readable(connection)
         if readable is False:
             logger.warning("this role may not read conflict_decision: the export shows no decision")
-        decision, decisions = (_DECISION, _DECISIONS) if readable else ("NULL, NULL", "")
+        decision, decisions = (_DECISION, _DECISIONS) if readable else ("NULL, NULL, false", "")
         query = _DEAD_LETTERS.format(email=email, is_gone=_IS_GONE, decision=decision, joins=people + decisions)
         for row in stream(connection, "dead_letters", query):
             yield _dead_letter(*row)
@@ -163,17 +166,17 @@ def shown_decision(decided_at: str, contact_id: str | None) -> str:
 
 
 def _dead_letter(source: str, source_id: str, reason: str, contact_id: str | None, *rest: Any) -> DeadLetter:
-    *refusal, is_gone, email, keys, decided_at, decided_contact = rest
+    *refusal, is_gone, email, keys, decided_at, decided_contact, decided_contact_is_gone = rest
     row = f"{Source(source).table}:{source_id}"
     identity_keys = json.loads(keys) if keys else None
     decision = f"Decided {shown_decision(decided_at, decided_contact)}" if decided_at else None
     if is_gone:
         what_to_do = REMEDY_OF_GONE
-    elif decision and reason == Reason.CONFLICT:
+    elif decision and reason == Reason.CONFLICT and not decided_contact_is_gone:
         what_to_do = REMEDY_OF_DECIDED.format(row=row)
     else:
         what_to_do = remedy(row, reason, contact_id, identity_keys)
     contacts = named_contacts(contact_id, identity_keys)
     gone = GONE if is_gone else None
-    told = (source, row, source_id, reason, what_to_do, contact_id, contacts, *refusal, gone, decision, email)
-    return DeadLetter._make(told)
+    columns = (source, row, source_id, reason, what_to_do, contact_id, contacts, *refusal, gone, decision, email)
+    return DeadLetter._make(columns)
