@@ -90,6 +90,14 @@ def test_errors_whose_report_was_lost_are_news_to_the_next_run(database: Databas
     assert (ended.code, ended.answer["lost_reports"], ended.stderr) == (0, [], "")
 
 
+def test_a_lost_report_without_anything_newly_in_error_is_no_news(database: Database) -> None:
+    builders.add_lead("ann@example.com")
+    assert with_full_output("backfill_crm_contacts", "--json", "--no-progress")[0] == 6
+    ended: Finished = backfill("--json", "--no-progress")
+    assert (ended.code, ended.stderr) == (0, "")
+    assert ended.answer["lost_reports"] == [{"run_id": BackfillRun.objects.earliest("pk").pk, "error_new": 0}]
+
+
 def test_an_error_output_that_is_full_changes_nothing(database: Database) -> None:
     builders.add_lead("ann@example.com")
     with open("/dev/full", "w", encoding="utf-8") as full:  # noqa: PTH123 - a device

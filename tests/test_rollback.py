@@ -121,8 +121,8 @@ def test_a_rollback_says_which_later_runs_stand_and_in_which_order_to_roll_back(
         answer = finished.answer
         assert (finished.code, answer["later_runs"], answer["reversed"]) == (0, [third, second], 1)
         (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-        assert "Later runs made or changed contacts, and stand (2)." in warning
-        assert f"roll back in this order: {third}, {second}, and then {first}." in warning
+        assert "Later runs made or changed contacts, and were not rolled back (2)." in warning
+        assert f"use this order: {third}, {second}, and then {first}." in warning
     assert run()["by_reason"] == {"conflict": 1, "invalid_email": 1}, "what the warning warns of"
 
 
@@ -147,7 +147,7 @@ def test_of_many_later_runs_some_are_named(
         numbers.append(run()["run"])
     assert taken_back(numbers[0])["later_runs"] == numbers[:0:-1]
     order = f"{numbers[4]}, {numbers[3]}, ..., {numbers[1]}, and then {numbers[0]}."
-    assert f"in this order: {order}" in caplog.text
+    assert f"use this order: {order}" in caplog.text
 
 
 def test_a_later_run_that_only_updated_stands_too(database: Database, caplog: pytest.LogCaptureFixture) -> None:
@@ -156,7 +156,25 @@ def test_a_later_run_that_only_updated_stands_too(database: Database, caplog: py
     change("""UPDATE leads SET status = 'CONVERTED', "updatedAt" = now()""")
     update = run(update=True)["run"]
     assert taken_back(first)["later_runs"] == [update]
-    assert "Later runs made or changed contacts, and stand (1)." in caplog.text
+    assert "Later runs made or changed contacts, and were not rolled back (1)." in caplog.text
+
+
+def test_a_later_run_of_which_a_rollback_kept_something_is_not_to_be_rolled_back_again(
+    database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    add_lead("ann@example.com")
+    first = run()["run"]
+    add_lead("bob@example.com")
+    second = run()["run"]
+    change("""UPDATE crm_contacts SET "firstName" = 'Bobby', "updatedAt" = now() WHERE email = 'bob@example.com'""")
+    taken = taken_back(second)
+    assert taken["kept"] == 1
+    caplog.clear()
+    assert taken_back(first)["later_runs"] == []
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert warning.startswith("Later rollbacks kept a part of their runs, and another one would keep it as well: ")
+    assert f": {second} (rolled back by {taken['run']}). When" in warning
+    assert "use this order" not in warning
 
 
 # The whole

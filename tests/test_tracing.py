@@ -125,6 +125,20 @@ def test_a_run_that_was_taken_back_is_told_with_the_one_that_took_it_back(databa
     assert trace(contact).code == 1
 
 
+def test_an_update_that_a_rollback_reversed_is_traced_to_the_rollback(database: Database) -> None:
+    lead = f"leads:{add_lead(ADDRESS)}"
+    run()
+    assert traced(lead)["rollbacks"] == []
+    database.rows("""UPDATE leads SET status = 'CONVERTED', "updatedAt" = now() RETURNING id""")
+    updated = run(update=True)["run"]
+    roll_back(updated)
+    found = traced(lead)
+    assert found["updates"] == []
+    assert [(rollback["rolls_back"], rollback["updates_reversed"]) for rollback in found["rollbacks"]] == [(updated, 1)]
+    (line,) = [line for line in trace(lead).stdout.splitlines() if f"rollback of run {updated}" in line]
+    assert line.endswith(", reversed 1 updates of contacts")
+
+
 def test_a_conflict_and_what_was_decided_on_it(database: Database, given: Any) -> None:
     theirs = add_contact(f"Bob@{MARK}.example", userId=add_user(f"account@{MARK}.example"), **PERSON)
     profile = f"profiles:{add_profile(email=f'bob@{MARK}.example', **PERSON)}"

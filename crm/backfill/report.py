@@ -262,7 +262,8 @@ def advice(report: RunReport) -> str | None:
     ended = _advice_on_the_end(report)
     gone = _words_on_gone_contacts(report.gone) if report.gone and report.gone.is_news else None
     twice = _words_on_contacts_twice(report.twice) if report.twice.contacts else None
-    words = [*(text for text in (ended, gone, twice) if text), *map(_told_again, report.lost_reports)]
+    lost = map(_told_again, (lost for lost in report.lost_reports if lost.error_new))
+    words = [*(text for text in (ended, gone, twice) if text), *lost]
     return "\n".join(words) or None
 
 
@@ -298,9 +299,10 @@ def in_place_of_the_report(report: RunReport) -> str:
         return "What the dry run found is not told: run it again."
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(report.totals.errors_new_by_reason.items()))
     news = f"{report.totals.error_new:,}" + (f" ({reasons})" if reasons else "")
+    again = ", and the next run reports them again" if report.totals.error_new else ""
     return (
         f"Run {report.run_id}: {report.status.value}; rows newly in error: {news}. `python manage.py backfill_runs "
-        f"show {report.run_id}` has the figures, and the next run tells of it."
+        f"show {report.run_id}` has the figures{again}."
     )
 
 

@@ -22,7 +22,7 @@ from crm.backfill.snapshot import snapshot
 from crm.backfill.source import read_as_text
 from crm.errors import OperatorError
 
-#: How many of the last rollbacks are told where a row may have been taken back: its line is gone, and says nothing.
+#: How many of the last rollbacks are listed that may have reversed a row or an update here: they leave no trace of it.
 MAX_ROLLBACKS = 20
 
 _CONTACTS_OF_ADDRESS = f"SELECT id FROM crm_contacts WHERE {canonical_address_sql('email')} = %s"
@@ -68,8 +68,10 @@ _RUNS = """
 SELECT id, kind, status, started_at, finished_at, version FROM backfill_run WHERE id = ANY(%s) ORDER BY id
 """
 _ROLLBACKS = """
-SELECT of_id, run_id, status, started_at FROM rollback JOIN backfill_run run ON run.id = run_id
- WHERE of_id = ANY(%(runs)s) OR run_id IN (SELECT run_id FROM rollback ORDER BY run_id DESC LIMIT %(others)s)
+SELECT of_id, run_id, status, started_at, updates_reversed FROM rollback JOIN backfill_run run ON run.id = run_id
+ WHERE of_id = ANY(%(runs)s)
+    OR run_id IN (SELECT run_id FROM rollback WHERE %(is_pending)s OR updates_reversed > 0
+                   ORDER BY run_id DESC LIMIT %(most)s)
  ORDER BY run_id
 """
 
@@ -181,12 +183,10 @@ class _Reader:
         contacts = self._contacts(trail, lines)
         rows = self._source_rows(trail.rows, by_row)
         runs = sorted({each["run"] for each in (*lines, *updates)})
-        may_be_taken_back = any(row["state"] == "pending" for row in rows)
+        is_pending = any(row["state"] == "pending" for row in rows)
         rollbacks = [
-            {"rolls_back": of, "run": by, "status": status, "started_at": started}
-            for of, by, status, started in self._rows(
-                _ROLLBACKS, {"runs": runs, "others": MAX_ROLLBACKS if may_be_taken_back else 0}
-            )
+            dict(zip(("rolls_back", "run", "status", "started_at", "updates_reversed"), rollback, strict=True))
+            for rollback in self._rows(_ROLLBACKS, {"runs": runs, "is_pending": is_pending, "most": MAX_ROLLBACKS})
         ]
         return {
             "found": bool(lines or updates or decisions)
@@ -360,7 +360,9 @@ def _run_line(run: Found) -> str:
 
 def _rollback_line(rollback: Found) -> str:
     by, of = rollback["run"], rollback["rolls_back"]
-    return f"Run {by}: rollback of run {of}, {rollback['status']}, started {_utc(rollback['started_at'])}"
+    reversed_updates = rollback["updates_reversed"]
+    updates = f", reversed {reversed_updates:,} updates of contacts" if reversed_updates else ""
+    return f"Run {by}: rollback of run {of}, {rollback['status']}, started {_utc(rollback['started_at'])}{updates}"
 
 
 def _utc(moment: str | None) -> str:

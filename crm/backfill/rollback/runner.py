@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import partial
@@ -63,7 +63,8 @@ class Listener(Protocol):
 class RollbackReport:
     """How a rollback went. `run_id` is None for a dry run; `balanced` is None where it did not get to its end.
 
-    `later_runs` stood when it began, the last one first: rows of the run may be in conflict with what they made.
+    `later_runs` stood when it began, the last one first: rows of the run may be in conflict with what they made. A run
+    that was taken back is not among them, even if something of it was kept: another rollback would keep it as well.
     `of_recreation` tells whether the run that was taken back made contacts again that were gone.
     """
 
@@ -114,12 +115,12 @@ def roll_back(
         facts = examine(connection, for_writing=not dry_run)
         run = _require_run(run_id, facts, may_take_over=not dry_run)
         lines = _require_lines(run)
-        later_runs = _later_runs(run)
+        later_runs, kept_of = _later_runs(run)
         find_references(connection)
         reader = Reader.of(connection, facts, run)
         _require_rights(run, dry_run=dry_run)
-    if later_runs:
-        logger.warning(_later_runs_stand(run, later_runs))
+    if later_runs or kept_of:
+        logger.warning(_later_runs_stand(run, later_runs, kept_of))
     with lifecycle() as life:
         if not dry_run:
             with errors.beginning():
@@ -279,24 +280,38 @@ def _require_lines(run: BackfillRun) -> dict[Source, int]:
     return lines
 
 
-def _later_runs(run: BackfillRun) -> list[int]:
-    """The later runs of which something stands in contacts, the last one first."""
+def _later_runs(run: BackfillRun) -> tuple[list[int], dict[int, int]]:
+    """The later runs of which something stands in contacts, the last one first.
+
+    And those that were taken back, of which something was kept: each with the last rollback that got to its end.
+    """
     lines = LedgerEntry.objects.filter(run_id__gt=run.pk, outcome__in=(Outcome.CREATED, Outcome.MERGED))
     updates = ContactUpdate.objects.filter(run_id__gt=run.pk)
     found = {number for stands in (lines, updates) for number in stands.values_list("run_id", flat=True).distinct()}
-    return sorted(found, reverse=True)
+    finished = Rollback.objects.filter(of__in=found, run__status=RunStatus.FINISHED).order_by("run")
+    taken_back = dict(finished.values_list("of_id", "run_id"))
+    return sorted(found - taken_back.keys(), reverse=True), taken_back
 
 
-def _later_runs_stand(run: BackfillRun, later: Sequence[int]) -> str:
-    named = [str(number) for number in later]
-    if len(named) > MAX_NAMED:
-        named = [*named[: MAX_NAMED - 1], "...", named[-1]]
+def _later_runs_stand(run: BackfillRun, later: Sequence[int], kept_of: Mapping[int, int]) -> str:
+    parts = []
+    if later:
+        parts.append(
+            f"Later runs made or changed contacts, and were not rolled back ({len(later)}). To roll back the last one "
+            f"first, use this order: {_shortened(list(map(str, later)))}, and then {run.pk}."
+        )
+    if kept_of:
+        named = _shortened([f"{of} (rolled back by {by})" for of, by in sorted(kept_of.items(), reverse=True)])
+        parts.append(f"Later rollbacks kept a part of their runs, and another one would keep it as well: {named}.")
     return (
-        f"Later runs made or changed contacts, and stand ({len(later)}). When the rows of run {run.pk} are migrated "
-        f"again, they may be in conflict with those contacts. To avoid that, roll back in this order: "
-        f"{', '.join(named)}, and then {run.pk}. Nothing is lost otherwise: the later runs can be rolled back "
-        "afterwards, and a row in conflict can be decided."
+        f"{' '.join(parts)} When the rows of run {run.pk} are migrated again, they may be in conflict with the "
+        "contacts of later runs. Such a row is not lost: a later run can be rolled back afterwards, and a conflict can "
+        "be decided."
     )
+
+
+def _shortened(names: Sequence[str]) -> str:
+    return ", ".join(names if len(names) <= MAX_NAMED else [*names[: MAX_NAMED - 1], "...", names[-1]])
 
 
 def _is_to_be_closed(run: BackfillRun) -> bool:
