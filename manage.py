@@ -14,7 +14,7 @@ from django.db import NotSupportedError, OperationalError, ProgrammingError
 from psycopg.errors import InsufficientPrivilege
 
 from crm.errors import OperatorError
-from crm.output import OutputError, with_checked_output
+from crm.output.streams import OutputError, with_checked_output
 
 #: As that of our own commands: see the table in README.
 INTERRUPTED_EXIT_CODE = 4

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Iterator
 
 from django.db import connection, transaction
 
-from crm.backfill.mapping import ContactDraft, map_rows
-from crm.backfill.outcome import Source
-from crm.backfill.schema import examine
-from crm.backfill.source import SourceReader
+from crm.backfill.read.source import SourceReader
 from crm.models import CRMContact
+from crm.outcome import Source
+from crm.postgres.facts.schema import examine
+from crm.rules.mapping import ContactDraft, map_rows
 
 BATCH = 5_000
 

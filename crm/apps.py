@@ -5,10 +5,10 @@ from django.db.backends.signals import connection_created
 from django.db.models.signals import post_migrate, pre_migrate
 
 from crm.attribution import restore
-from crm.backfill.arrays import use_fast_arrays
-from crm.loaders import read_every_timestamp
-from crm.own_schema import prepare
-from crm.session import require_fitting
+from crm.postgres.arrays import use_fast_arrays
+from crm.postgres.loaders import read_every_timestamp
+from crm.postgres.own_schema import prepare
+from crm.postgres.session import require_fitting
 
 
 class CrmConfig(AppConfig):
@@ -22,9 +22,9 @@ class CrmConfig(AppConfig):
         # The rights that a role needs are read off the models, so the checks come after them.
         from crm import checks, file_checks  # noqa: F401 - registers them
 
-        connection_created.connect(require_fitting, dispatch_uid="crm.session")
-        connection_created.connect(read_every_timestamp, dispatch_uid="crm.loaders")
-        connection_created.connect(use_fast_arrays, dispatch_uid="crm.backfill.arrays")
+        connection_created.connect(require_fitting, dispatch_uid="crm.postgres.session")
+        connection_created.connect(read_every_timestamp, dispatch_uid="crm.postgres.loaders")
+        connection_created.connect(use_fast_arrays, dispatch_uid="crm.postgres.arrays")
         # Django sends it once for each application, before it makes its own django_migrations table.
-        pre_migrate.connect(prepare, sender=self, dispatch_uid="crm.own_schema")
+        pre_migrate.connect(prepare, sender=self, dispatch_uid="crm.postgres.own_schema")
         post_migrate.connect(restore, sender=self, dispatch_uid="crm.attribution")

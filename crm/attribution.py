@@ -33,8 +33,8 @@ from django.db.backends.utils import CursorWrapper
 from django.db.migrations.recorder import MigrationRecorder
 from psycopg import sql
 
-from crm.backfill.errors import sqlstate
 from crm.errors import OperatorError
+from crm.postgres.errors import sqlstate
 
 TABLE = "crm_contacts"
 COLUMNS: Mapping[str, str] = {

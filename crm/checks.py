@@ -17,9 +17,6 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 
 from config.database import quoted_name
 from crm import try_execute
-from crm.backfill.errors import told
-from crm.backfill.plan import ASSIGNMENT_UNIT, ATTRIBUTION_UNIT, PROFILE_FILLS
-from crm.backfill.schema import CONTACT_COLUMNS, OPTIONAL_COLUMNS, PROMOTED_COLUMNS, REQUIRED_COLUMNS, find_misfits
 from crm.models import (
     BackfillBatch,
     BackfillRun,
@@ -29,6 +26,15 @@ from crm.models import (
     LedgerEntry,
     Rollback,
 )
+from crm.postgres.errors import told
+from crm.postgres.facts.schema import (
+    CONTACT_COLUMNS,
+    OPTIONAL_COLUMNS,
+    PROMOTED_COLUMNS,
+    REQUIRED_COLUMNS,
+    find_misfits,
+)
+from crm.rules.matching import ASSIGNMENT_UNIT, ATTRIBUTION_UNIT, PROFILE_FILLS
 
 #: What no query here ever asks for.
 SECRET_COLUMNS = ("ssn", "dateOfBirth", "address", "bankDetails", "hashedPassword")

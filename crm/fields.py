@@ -81,9 +81,9 @@ class KeyField(models.TextField):  # type: ignore[type-arg] # django-stubs' fiel
 class TimestampField(models.DateTimeField):  # type: ignore[type-arg] # django-stubs' fields are generic, Django's are not
     """Prisma's DateTime: `timestamp(3)` without time zone, meaning UTC. Aware in Python.
 
-    What a datetime cannot hold is PostgreSQL's text (`crm.loaders`). In the other direction, text is taken for what
-    PostgreSQL itself printed and is passed on untouched: the backfill carries timestamps from one table to the other
-    without ever parsing them.
+    What a datetime cannot hold is PostgreSQL's text (`crm.postgres.loaders`). In the other direction, text is taken
+    for what PostgreSQL itself printed and is passed on untouched: the backfill carries timestamps from one table to
+    the other without ever parsing them.
     """
 
     def db_type(self, connection: BaseDatabaseWrapper) -> str:  # noqa: ARG002 - Django's signature

@@ -44,7 +44,7 @@ def try_execute(connection: BaseDatabaseWrapper, statement: str, parameters: Seq
     placeholders = ", ".join(["%s::text"] * len(parameters))
     with connection.cursor() as cursor:
         cursor.execute(
-            f"SELECT * FROM {settings.BACKFILL_SCHEMA}.{FUNCTION}({QUOTE}{body}{QUOTE}, {placeholders})",  # noqa: S608 - statements of ours
+            f"SELECT * FROM {settings.BACKFILL_SCHEMA}.{FUNCTION}({QUOTE}{body}{QUOTE}, {placeholders})",
             parameters,
         )
         rows = cursor.fetchall()

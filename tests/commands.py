@@ -13,9 +13,9 @@ import pytest
 from django.core.management import load_command_class
 from django.db.backends.utils import CursorWrapper
 
-from crm.backfill.options import RunOptions
 from crm.backfill.report import as_json
 from crm.backfill.runner import run_backfill
+from crm.rules.options import RunOptions
 from crm.try_execute import QUOTE
 
 

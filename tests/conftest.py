@@ -22,10 +22,9 @@ from psycopg.sql import SQL, Identifier
 from pytest_django import DjangoDbBlocker
 
 from config import embedded
-from crm.backfill import lifecycle
-from crm.backfill.pipeline import Retries
 from crm.legacy_schema import create_legacy_tables
 from crm.models import BackfillBatch, BackfillRun, ConflictDecision, ContactUpdate, LedgerEntry, Rollback
+from crm.runs import lifecycle, retrying
 from tests import installed_server
 from tests.populations import add_labels
 from tests.profiles import load_profile, share_examples
@@ -140,7 +139,7 @@ def _logging_is_configured_once() -> Iterator[None]:
 def _a_bad_moment_is_short() -> Iterator[None]:
     """Nobody is to wait for another try longer than what is tried takes; the tries are as many as ever."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Retries.__init__, "__defaults__", (Retries().most, 0.001))
+        patch.setattr(retrying, "FIRST_WAIT", 0.001)
         patch.setattr(lifecycle, "WAITS_BEFORE_ANOTHER_LOOK", [0.001] * len(lifecycle.WAITS_BEFORE_ANOTHER_LOOK))
         yield
 

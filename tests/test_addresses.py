@@ -9,14 +9,14 @@ from django.db import connection
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from crm.backfill.addresses import (
+from crm.rules.addresses import (
     canonical_address,
     canonical_address_sql,
     may_be_noncanonical_sql,
     trimmed_address,
     trimmed_address_sql,
 )
-from crm.backfill.mapping import normalised_email
+from crm.rules.mapping import normalised_email
 from tests.builders import add_contact, add_lead, add_profile, contacts, ledger
 from tests.commands import run
 from tests.conftest import Database

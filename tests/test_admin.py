@@ -21,8 +21,8 @@ from django.urls import reverse
 
 from crm import admin as crm_admin
 from crm.admin import read_only
-from crm.backfill.mapping import contact_id
 from crm.models import BackfillBatch, BackfillRun, ConflictDecision, ContactUpdate, CRMContact, LedgerEntry, Rollback
+from crm.rules.mapping import contact_id
 from tests.builders import UPDATED_AT, add_contact, add_lead, add_many_leads, add_profile, add_user
 from tests.commands import run
 from tests.conftest import Database

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from django.db import connection
 
-from crm.backfill import source
+from crm.backfill.read import source
 from tests.builders import add_lead, add_many_leads, add_profile, add_user, contacts, ledger
 from tests.commands import backfill, called, run
 from tests.conftest import Database

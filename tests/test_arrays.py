@@ -10,7 +10,7 @@ from django.db import DataError, connection
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from crm.backfill.arrays import render
+from crm.postgres.arrays import render
 from tests.conftest import Database
 from tests.profiles import examples
 

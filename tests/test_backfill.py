@@ -12,11 +12,11 @@ from django.db import connection
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crm.backfill.mapping import contact_id
-from crm.backfill.options import RunOptions
-from crm.backfill.outcome import Source
 from crm.backfill.report import as_json
 from crm.backfill.runner import run_backfill
+from crm.outcome import Source
+from crm.rules.mapping import contact_id
+from crm.rules.options import RunOptions
 from tests import builders, reference
 from tests.conftest import Database
 from tests.populations import (

@@ -14,11 +14,11 @@ import psycopg
 import pytest
 from django.db import OperationalError, connection
 
-from crm.backfill import lifecycle, runner, workers
-from crm.backfill.pipeline import Retries
+from crm.backfill import runner, workers
 from crm.backfill.update.writer import UpdateWriter
-from crm.backfill.writer import BatchWriter, Timeouts
+from crm.backfill.write.writer import BatchWriter, Timeouts
 from crm.models import BackfillRun
+from crm.runs import lifecycle, retrying
 from tests.builders import CREATED_AT, add_lead, add_many_leads, contacts, ledger
 from tests.commands import Finished, backfill, run, statement_in
 from tests.conftest import Database
@@ -67,7 +67,7 @@ pytestmark = pytest.mark.usefixtures("impatience")
 def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no try wait for long."""
     monkeypatch.setattr(lifecycle, "WAITS_BEFORE_ANOTHER_LOOK", (0.01, 0.01))
-    monkeypatch.setattr(Retries.__init__, "__defaults__", (MOST_TRIES, 0.001))
+    monkeypatch.setattr(retrying, "MAX_RETRIES", MOST_TRIES)
 
 
 @contextmanager
@@ -328,7 +328,7 @@ def test_a_lock_that_somebody_holds(
                 somebody.rollback()
             return True
 
-        logger = logging.getLogger("crm.backfill.pipeline")
+        logger = logging.getLogger("crm.runs.retrying")
         logger.addFilter(let_go)
         try:
             answer = run(batch_size=SIZE)
@@ -426,7 +426,7 @@ def test_a_connection_that_is_lost_while_a_rate_is_waited_for_is_had_again(
         keep_alive(writer)
 
     monkeypatch.setattr(kind, "keep_alive", lose_it_once)
-    monkeypatch.setattr(Retries.__init__, "__defaults__", (5, 0.001))
+    monkeypatch.setattr(retrying, "MAX_RETRIES", 5)
     answer = run(batch_size=2, max_rate=10, update=update)
     assert lost
     assert (answer["status"], answer["balanced"], len(contacts())) == ("finished", True, 6)

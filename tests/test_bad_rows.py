@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from django.db import connection
 
-from crm.backfill.refusals import MOST_ALIKE
 from crm.models import BackfillRun
+from crm.postgres.refusals import MOST_ALIKE
 from tests.builders import add_contact, add_lead, add_many_leads, add_profile, contact_with, contacts, ledger
 from tests.commands import backfill, run, statements
 from tests.conftest import Database

@@ -20,9 +20,9 @@ from django.test import Client
 from django.urls import reverse
 
 from crm.backfill import workers
-from crm.backfill.pipeline import Retries
-from crm.backfill.writer import Timeouts
+from crm.backfill.write.writer import Timeouts
 from crm.models import BackfillRun, CRMContact, LedgerEntry
+from crm.runs import retrying
 from tests.builders import add_contact, add_lead, add_many_leads, add_profile, add_user
 from tests.circumstances import refusing_contacts
 from tests.commands import backfill, called, run
@@ -155,7 +155,7 @@ def overheard(
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Overheard]:
-    monkeypatch.setattr(Retries.__init__, "__defaults__", (2, 0.001))
+    monkeypatch.setattr(retrying, "MAX_RETRIES", 2)
     caplog.set_level(logging.DEBUG)
     # Django's own log of statements, which an operator would have to ask for, has all parameters in it.
     caplog.set_level(logging.INFO, logger="django.db.backends")

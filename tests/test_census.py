@@ -11,12 +11,14 @@ from django.conf import settings
 from django.db import connection
 
 from config import embedded
-from crm.backfill import census, lifecycle, runner
-from crm.backfill.census import survey
-from crm.backfill.outcome import Fault, Outcome, Source
-from crm.backfill.schema import examine
+from crm.backfill import runner
+from crm.backfill.read import census
+from crm.backfill.read.census import survey
 from crm.models import BackfillRun
 from crm.models.ledger import RunStatus
+from crm.outcome import Fault, Outcome, Source
+from crm.postgres.facts.schema import examine
+from crm.runs import lifecycle
 from tests.builders import add_lead, add_many_leads, add_profile
 from tests.circumstances import in_batch, set_status
 from tests.commands import Finished, called, run, statements

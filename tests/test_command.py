@@ -15,11 +15,11 @@ from django.db import connection
 from django.utils import timezone
 
 from config import embedded
-from crm.backfill.fence import HEARTBEAT_LASTS
 from crm.legacy_schema import ddl
 from crm.management.arguments import MOST_ROWS
 from crm.models import BackfillBatch, BackfillRun, LedgerEntry
 from crm.models.ledger import RunStatus
+from crm.runs.lease import HEARTBEAT_LASTS
 from crm.version import VERSION
 from tests.builders import UPDATED_AT, add_contact, add_lead, add_many_leads, add_profile, add_user, contacts, ledger
 from tests.circumstances import (

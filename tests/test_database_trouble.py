@@ -10,10 +10,10 @@ import pytest
 from django.db import DatabaseError, InternalError, OperationalError, connection
 
 import manage
-from crm.backfill import errors
 from crm.errors import OperatorError
 from crm.models import BackfillRun, ConflictDecision
 from crm.models.ledger import RunStatus
+from crm.postgres import errors
 from tests.builders import add_contact, add_many_leads, add_profile, add_user
 from tests.circumstances import acting_as, reading_role
 from tests.commands import Finished, ended, run

@@ -13,11 +13,11 @@ from django.conf import settings
 from django.core.management import get_commands, load_command_class
 from django.core.management.base import BaseCommand
 
-from crm.backfill.outcome import Reason
-from crm.backfill.rollback.report import MEANING_OF_REASONS
-from crm.backfill.rollback.verdict import Why
 from crm.management.operator_command import OperatorCommand
 from crm.models.ledger import RunStatus
+from crm.outcome import Reason
+from crm.rollback.report import MEANING_OF_REASONS
+from crm.rules.reverting import Why
 from crm.sample_data.loader import load
 from crm.version import VERSION
 from tests.commands import backfill

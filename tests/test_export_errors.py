@@ -14,9 +14,10 @@ from django.db import connection
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crm.backfill import dead_letters, snapshot
-from crm.backfill.outcome import Reason, Source
-from crm.backfill.spreadsheet import cell
+from crm.conflicts import dead_letters
+from crm.outcome import Reason, Source
+from crm.output.spreadsheet import cell
+from crm.postgres import snapshot
 from tests import builders
 from tests.circumstances import acting_as, reading_role, refusing_contacts, without_own_schema
 from tests.commands import Finished, called, run, statements

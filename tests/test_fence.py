@@ -18,13 +18,14 @@ import pytest
 from django.db import IntegrityError, connection, transaction
 from pytest_django import DjangoDbBlocker
 
-from crm.backfill import fence
-from crm.backfill.options import RunOptions
-from crm.backfill.outcome import Source, Totals
-from crm.backfill.process import ProcessIdentity
-from crm.backfill.runner import Silence, run_backfill
+from crm.backfill.runner import run_backfill
 from crm.models import BackfillRun
 from crm.models.ledger import RunStatus
+from crm.outcome import Source, Totals
+from crm.rules.options import RunOptions
+from crm.runs import lease
+from crm.runs.process import ProcessIdentity
+from crm.runs.progress import Silence
 from tests import builders
 from tests.commands import run
 from tests.conftest import Database
@@ -42,7 +43,7 @@ def make_run(status: str = "running", **columns: Any) -> BackfillRun:
 
 
 def claim() -> BackfillRun:
-    return fence.claim(BackfillRun.Kind.BACKFILL, {}, "2025_10")
+    return lease.claim(BackfillRun.Kind.BACKFILL, {}, "2025_10")
 
 
 def statuses() -> dict[int, str]:
@@ -91,7 +92,7 @@ def test_a_run_that_began_and_was_paused_after_another_one_looked_keeps_it_out(
             begun.append(number)
         return execute(sql, parameters, many, context)
 
-    with connection.execute_wrapper(watch), pytest.raises(fence.AnotherRunError) as refused:
+    with connection.execute_wrapper(watch), pytest.raises(lease.AnotherRunError) as refused:
         claim()
     assert str(refused.value).startswith(f"Run {begun[0]} is {said}")
     assert statuses() == {begun[0]: status}
@@ -114,7 +115,7 @@ def test_two_that_see_nobody_at_the_same_instant(
 
     monkeypatch.setattr(type(BackfillRun.objects.all()), "holding", look_together)
     for _ in range(TIMES):
-        outcomes: list[BackfillRun | fence.AnotherRunError] = []
+        outcomes: list[BackfillRun | lease.AnotherRunError] = []
         seconds: list[float] = []
 
         def contend(outcomes: list[Any] = outcomes, seconds: list[float] = seconds) -> None:
@@ -122,7 +123,7 @@ def test_two_that_see_nobody_at_the_same_instant(
             with django_db_blocker.unblock():
                 try:
                     outcomes.append(claim())
-                except fence.AnotherRunError as refused:
+                except lease.AnotherRunError as refused:
                     outcomes.append(refused)
                 finally:
                     connection.close()
@@ -135,12 +136,12 @@ def test_two_that_see_nobody_at_the_same_instant(
         for thread in threads:
             thread.join()
         (winner,) = (outcome for outcome in outcomes if isinstance(outcome, BackfillRun))
-        (loser,) = (outcome for outcome in outcomes if isinstance(outcome, fence.AnotherRunError))
+        (loser,) = (outcome for outcome in outcomes if isinstance(outcome, lease.AnotherRunError))
         assert loser.exit_code == 3
         assert str(loser).startswith(f"Run {winner.pk} is going: started ")
         assert max(seconds) < 1
         assert list(statuses().values()).count("running") == 1
-        assert fence.release(winner.pk, RunStatus.FINISHED)
+        assert lease.release(winner.pk, RunStatus.FINISHED)
 
 
 class _Nothing:
@@ -204,7 +205,7 @@ def test_two_processes_that_are_started_at_the_same_instant(database: Database) 
 def test_a_run_that_is_heard_of_is_not_taken_over(database: Database) -> None:
     going = make_run()
     let_the_heartbeat_be(going.pk, "4 minutes 55 seconds")
-    with pytest.raises(fence.AnotherRunError, match=f"Run {going.pk} is going: started .* by pat on elsewhere"):
+    with pytest.raises(lease.AnotherRunError, match=f"Run {going.pk} is going: started .* by pat on elsewhere"):
         claim()
     assert statuses() == {going.pk: "running"}
 
@@ -244,7 +245,7 @@ def test_a_process_that_was_killed_and_is_not_buried_is_taken_over_at_once(datab
         stat = Path(f"/proc/{child.pid}/stat")
         started = int(stat.read_text().rpartition(")")[2].split()[19])
         made = make_run(**columns_of(ProcessIdentity.own()._replace(process_id=child.pid, started=started)))
-        with pytest.raises(fence.AnotherRunError):
+        with pytest.raises(lease.AnotherRunError):
             claim()
         child.kill()
         while ") Z " not in stat.read_text():
@@ -267,7 +268,7 @@ def test_a_process_that_cannot_be_seen_from_here_is_not_thought_dead_by_its_numb
     database: Database, differing: dict[str, Any]
 ) -> None:
     going = make_run(**neighbour(**differing))
-    with pytest.raises(fence.AnotherRunError):
+    with pytest.raises(lease.AnotherRunError):
         claim()
     assert statuses() == {going.pk: "running"}
     let_the_heartbeat_be(going.pk, "5 minutes 1 second")
@@ -284,7 +285,7 @@ def test_a_number_that_another_process_has_by_now_is_not_thought_alive(database:
 
 def test_a_living_process_of_this_machine_is_left_alone(database: Database) -> None:
     going = make_run(**columns_of(ProcessIdentity.own()))
-    with pytest.raises(fence.AnotherRunError):
+    with pytest.raises(lease.AnotherRunError):
         claim()
     assert statuses() == {going.pk: "running"}
 
@@ -292,11 +293,11 @@ def test_a_living_process_of_this_machine_is_left_alone(database: Database) -> N
 def test_without_proc_the_heartbeat_alone_tells(
     database: Database, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("crm.backfill.process.PROC", tmp_path)
+    monkeypatch.setattr("crm.runs.process.PROC", tmp_path)
     going = claim()
     assert (going.boot_id, going.pid_namespace, going.process_started) == (None, None, None)
     BackfillRun.objects.filter(pk=going.pk).update(process_id=a_dead_process())
-    with pytest.raises(fence.AnotherRunError):
+    with pytest.raises(lease.AnotherRunError):
         claim()
 
 
@@ -324,13 +325,13 @@ def test_a_run_keeps_its_lease_as_long_as_it_counts_the_tables(
     database: Database, django_db_blocker: DjangoDbBlocker, at: int
 ) -> None:
     builders.add_many_leads(9)
-    refused: list[fence.AnotherRunError] = []
+    refused: list[lease.AnotherRunError] = []
 
     def contend() -> None:
         with django_db_blocker.unblock():
             try:
                 claim()
-            except fence.AnotherRunError as error:
+            except lease.AnotherRunError as error:
                 refused.append(error)
             finally:
                 connection.close()
@@ -366,7 +367,7 @@ def test_a_run_that_counts_the_tables_can_be_cancelled(database: Database) -> No
 def test_a_paused_run_keeps_others_out_however_old_it_is(database: Database) -> None:
     paused = make_run("paused", **neighbour())
     let_the_heartbeat_be(paused.pk, "1 year")
-    with pytest.raises(fence.AnotherRunError, match=f"Run {paused.pk} is paused"):
+    with pytest.raises(lease.AnotherRunError, match=f"Run {paused.pk} is paused"):
         claim()
     assert statuses() == {paused.pk: "paused"}
 

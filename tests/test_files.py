@@ -16,7 +16,7 @@ from pytest_django import Settings
 
 from config.settings import CRM_VARIABLES, _read_dotenv
 from crm.file_checks import check_dotenv, check_variables
-from crm.files import complete_file, new_file
+from crm.output.files import complete_file, new_file
 from tests.test_imports import imports_of, modules
 
 
@@ -115,8 +115,8 @@ def calls_in_crm(*names: str) -> set[str]:
 
 
 def test_every_file_and_every_csv_of_the_application_is_written_by_one_module() -> None:
-    assert calls_in_crm("open", "write_text", "write_bytes", "touch") <= {"crm.files", "crm.output"}
-    assert {module for module in modules() if "csv" in imports_of(module)} == {"crm.backfill.spreadsheet"}
+    assert calls_in_crm("open", "write_text", "write_bytes", "touch") <= {"crm.output.files", "crm.output.streams"}
+    assert {module for module in modules() if "csv" in imports_of(module)} == {"crm.output.spreadsheet"}
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="there is no git")

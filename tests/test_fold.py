@@ -7,9 +7,9 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crm.backfill.fold import FILLED_UNITS, UNITS_OF_FIRST, fold
-from crm.backfill.mapping import ContactDraft, MappedRow, Rules
-from crm.backfill.plan import KnownContacts, decide
+from crm.rules.fold import FILLED_UNITS, UNITS_OF_FIRST, fold
+from crm.rules.mapping import ContactDraft, MappedRow, Rules
+from crm.rules.matching import KnownContacts, decide
 
 STAGES = ("NEW", "CONTACTED", "QUALIFIED", "COMPLETE")
 RULES = Rules(dict(zip(STAGES, STAGES, strict=True)), "example.invalid")

@@ -10,11 +10,12 @@ from django.db import connection
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crm.backfill import census, gone_contacts
+from crm.backfill import gone_contacts
 from crm.backfill.gone_contacts import GoneContacts, is_more_than_expected, look_for_gone_contacts
-from crm.backfill.outcome import Source
-from crm.backfill.verification import verify
+from crm.backfill.read import census
 from crm.models import BackfillRun, ContactUpdate, LedgerEntry
+from crm.outcome import Source
+from crm.verification import verify
 from tests.builders import (
     add_contact,
     add_lead,

@@ -13,13 +13,14 @@ from django.db import connection
 from django.db.backends.utils import CursorWrapper
 from django.db.models import Sum
 
-from crm.backfill import latecomers, lifecycle, spellings
-from crm.backfill.mapping import contact_id
-from crm.backfill.pipeline import Retries
-from crm.backfill.spellings import NoncanonicalAddresses
-from crm.backfill.verification import verify
+from crm.backfill import latecomers
+from crm.backfill.read import spellings
+from crm.backfill.read.spellings import NoncanonicalAddresses
 from crm.errors import OperatorError
 from crm.models import BackfillRun, LedgerEntry
+from crm.rules.mapping import contact_id
+from crm.runs import lifecycle, retrying
+from crm.verification import verify
 from tests.builders import add_contact, add_lead, add_many_leads, add_profile, add_user, contacts, ledger
 from tests.commands import called, run, statement_in
 from tests.conftest import Database
@@ -32,7 +33,7 @@ from tests.reference import address_of
 def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no try wait for long."""
     monkeypatch.setattr(lifecycle, "WAITS_BEFORE_ANOTHER_LOOK", (0.01, 0.01))
-    monkeypatch.setattr(Retries.__init__, "__defaults__", (5, 0.001))
+    monkeypatch.setattr(retrying, "MAX_RETRIES", 5)
 
 
 @contextmanager

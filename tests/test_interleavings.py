@@ -17,11 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crm.backfill import runner
-from crm.backfill.outcome import Source, Totals
 from crm.backfill.pipeline import Pipeline, StopRequest
-from crm.backfill.readahead import ReadingThread
-from crm.backfill.source import Partition
+from crm.backfill.read.readahead import ReadingThread
+from crm.backfill.read.source import Partition
 from crm.backfill.workers import Alone, Assignment, OnBatch
+from crm.outcome import Source, Totals
 from tests import reference
 from tests.conftest import Database
 from tests.populations import aftermaths, populations, replace_population

@@ -17,9 +17,9 @@ from django.conf import settings
 from django.db import connection
 
 from config import embedded
-from crm.backfill.runner import Silence
 from crm.models import BackfillRun
 from crm.models.ledger import RunStatus
+from crm.runs.progress import Silence
 from tests.builders import CREATED_AT, add_contact, add_lead, add_many_leads, contacts, ledger
 from tests.circumstances import CONTACTS, COUNTS, address_of_the_test_database, in_batch
 from tests.commands import Finished, backfill, run

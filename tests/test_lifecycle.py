@@ -15,8 +15,8 @@ import pytest
 from django.db import connection
 from django.db.backends.postgresql.base import DatabaseWrapper
 
-from crm.backfill import fence
 from crm.models import BackfillRun
+from crm.runs import lease
 from tests.builders import add_lead, add_many_leads, contacts, ledger
 from tests.commands import Finished, backfill, called, run
 from tests.conftest import Database
@@ -168,7 +168,7 @@ def test_a_run_that_was_taken_over_says_so_and_is_not_checked(database: Database
         with session() as other:
             other.execute("UPDATE backfill_run SET heartbeat_at = now() - interval '1 hour' WHERE status = 'running'")
             other.commit()
-        takers.append(fence.claim(BackfillRun.Kind.BACKFILL, {}, "2025_10").pk)
+        takers.append(lease.claim(BackfillRun.Kind.BACKFILL, {}, "2025_10").pk)
 
     # The second one of a backfill ends its count of the tables: as long as that takes, nobody takes it over.
     commits = [number for number, step in enumerate(steps, 1) if step == "COMMIT"]

@@ -12,7 +12,7 @@ import psycopg
 import pytest
 from django.db import connection
 
-from crm.backfill.pipeline import Retries
+from crm.runs import retrying
 from tests.builders import add_lead, add_profile, contacts, ledger
 from tests.commands import backfill, run, statement_in
 from tests.conftest import Database
@@ -35,7 +35,7 @@ AT_MOST = "SET statement_timeout = '20s'"
 @pytest.fixture(autouse=True)
 def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no try wait for long."""
-    monkeypatch.setattr(Retries.__init__, "__defaults__", (MOST_TRIES, 0.001))
+    monkeypatch.setattr(retrying, "MAX_RETRIES", MOST_TRIES)
 
 
 class Rival:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from django.db.backends.base.base import BaseDatabaseWrapper
 
-from crm.backfill import transactions
+from crm.postgres import transactions
 from tests.builders import add_many_leads, contacts
 from tests.commands import called, run
 from tests.conftest import Database

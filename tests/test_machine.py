@@ -27,13 +27,13 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from crm.backfill import decisions
-from crm.backfill.decisions import RowReference
-from crm.backfill.outcome import Source
-from crm.backfill.rollback.report import as_json
-from crm.backfill.rollback.runner import roll_back
-from crm.backfill.verification import verify
+from crm.conflicts import decisions
 from crm.errors import OperatorError
+from crm.outcome import Source
+from crm.rollback.report import as_json
+from crm.rollback.runner import roll_back
+from crm.rules.row_reference import RowReference
+from crm.verification import verify
 from tests import commands, reference, reference_update
 from tests.conftest import Database
 from tests.machine import expectations

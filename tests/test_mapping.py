@@ -13,7 +13,10 @@ from django.db import connection
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from crm.backfill.mapping import (
+from crm.backfill.read.source import WHITE_SPACE
+from crm.models import CRMContact
+from crm.outcome import Reason, Source
+from crm.rules.mapping import (
     ContactDraft,
     LeadRow,
     MappedRow,
@@ -25,9 +28,6 @@ from crm.backfill.mapping import (
     normalised_email,
     trimmed,
 )
-from crm.backfill.outcome import Reason, Source
-from crm.backfill.source import WHITE_SPACE
-from crm.models import CRMContact
 from tests.conftest import Database
 from tests.profiles import examples
 

@@ -18,11 +18,11 @@ from django.test.utils import CaptureQueriesContext
 from psycopg import sql
 from pytest_django import DjangoDbBlocker
 
-from crm.backfill.mapping import ContactDraft
 from crm.fields import PostgresEnumField, RateField, TimestampField
 from crm.legacy_schema import GENERATIONS, create_legacy_tables
 from crm.models import CRMContact, CRMInteraction, CRMStageHistory, Lead, Profile, User
 from crm.models.legacy import ReadOnlyError, ReadOnlyQuerySet
+from crm.rules.mapping import ContactDraft
 from tests.conftest import Database
 from tests.scratch import django_connection, scratch_database
 

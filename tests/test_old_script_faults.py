@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from pytest_django import Settings
 
-from crm.backfill import census
-from crm.backfill.mapping import contact_id, normalised
-from crm.backfill.outcome import Source
+from crm.backfill.read import census
+from crm.outcome import Source
+from crm.rules.mapping import contact_id, normalised
 from tests.builders import add_contact, add_lead, add_many_leads, add_profile, add_user, contact_with, contacts, ledger
 from tests.commands import run, statements
 from tests.conftest import Database

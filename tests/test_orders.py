@@ -11,9 +11,9 @@ from django.db import connection
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crm.backfill.outcome import Source
 from crm.backfill.update.reader import LINES_OF_CONTACTS
-from crm.backfill.verification import verify
+from crm.outcome import Source
+from crm.verification import verify
 from tests.builders import add_contact, add_lead, add_profile, add_user, contact_with, contacts, ledger
 from tests.commands import run
 from tests.conftest import Database

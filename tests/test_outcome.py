@@ -7,7 +7,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crm.backfill.outcome import Census, Decision, Outcome, Reason, Source, Totals
+from crm.outcome import Census, Decision, Outcome, Reason, Source, Totals
 
 reasons = st.sampled_from(list(Reason))
 known_reasons = st.none() | reasons.map(str)

@@ -13,7 +13,7 @@ from django.core.management import get_commands, load_command_class
 from rich.console import Console
 
 from crm.models import BackfillRun
-from crm.output import OutputError, with_checked_output
+from crm.output.streams import OutputError, with_checked_output
 from tests import builders
 from tests.commands import Finished, backfill, run
 from tests.conftest import Database

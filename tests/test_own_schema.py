@@ -16,8 +16,8 @@ from pytest_django import DjangoDbBlocker
 from config import embedded
 from config.database import parse
 from crm.errors import OperatorError
-from crm.own_schema import prepare
-from crm.session import names_in
+from crm.postgres.own_schema import prepare
+from crm.postgres.session import names_in
 from tests.test_settings import SECRET, run
 
 NUMBERS = itertools.count()

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crm.backfill.pace import (
+from crm.rules.throttling import (
     FAR_OVER,
     FIRST_ROWS,
     LEAST_ROWS,

@@ -20,7 +20,7 @@ import pytest
 from django.conf import settings
 
 from config import embedded
-from crm.backfill.fence import AnotherRunError
+from crm.runs.lease import AnotherRunError
 from tests.processes import manage, start
 from tests.scratch import scratch_database
 from tests.test_own_schema import EmptyDatabase

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crm.backfill.mapping import ContactDraft, MappedRow, contact_id
-from crm.backfill.outcome import Decision, Outcome, Reason
-from crm.backfill.plan import ATTRIBUTION_UNIT, PROFILE_FILLS, KnownContact, KnownContacts, Plan, decide, fill
+from crm.outcome import Decision, Outcome, Reason
+from crm.rules.mapping import ContactDraft, MappedRow, contact_id
+from crm.rules.matching import ATTRIBUTION_UNIT, PROFILE_FILLS, KnownContact, KnownContacts, Plan, decide, fill
 
 CREATED, UPDATED, CALLED, LOCKED = (f"2025-01-0{day} 00:00:00.123" for day in range(1, 5))
 ATTRIBUTED: dict[str, Any] = {

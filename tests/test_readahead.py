@@ -9,11 +9,11 @@ from contextlib import contextmanager
 import pytest
 from django.db import connection
 
-from crm.backfill import readahead
-from crm.backfill.outcome import Source
-from crm.backfill.readahead import ReadAhead, ReadingThread
-from crm.backfill.schema import examine
-from crm.backfill.source import Key, Page, SourceReader
+from crm.backfill.read import readahead
+from crm.backfill.read.readahead import ReadAhead, ReadingThread
+from crm.backfill.read.source import Key, Page, SourceReader
+from crm.outcome import Source
+from crm.postgres.facts.schema import examine
 from tests.builders import add_many_leads
 from tests.conftest import Database
 

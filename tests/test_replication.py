@@ -17,8 +17,8 @@ from django.db import connection
 from psycopg import pq
 
 from config import embedded
-from crm.backfill.pace import Pause, Throttle
-from crm.backfill.replication import (
+from crm.rules.throttling import Pause, Throttle
+from crm.runs.replication import (
     BlindThrottleError,
     CannotBeRead,
     Lag,
@@ -145,5 +145,5 @@ def test_who_may_not_see_the_lag_is_told_so_and_stops(database: Database) -> Non
     ],
 )
 def test_the_pause_follows_the_lag(seconds: float, pause: Pause | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("crm.backfill.replication.read_lag", lambda _connection: Lag(seconds))
+    monkeypatch.setattr("crm.runs.replication.read_lag", lambda _connection: Lag(seconds))
     assert ReplicaLagLimit(connection, 10).wait_reason(0) == pause

@@ -6,9 +6,9 @@ import pytest
 from django.db import connection
 from django.db.backends.base import base
 
-from crm.backfill.catalog import read_tables
-from crm.backfill.mapping import Rules, rounded
 from crm.checks import check_fit
+from crm.postgres.facts.catalog import read_tables
+from crm.rules.mapping import Rules, rounded
 from manage import main
 from tests.commands import backfill, ended
 from tests.conftest import Database

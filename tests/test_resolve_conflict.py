@@ -10,10 +10,11 @@ import pytest
 from django.db import IntegrityError, OperationalError, connection
 from django.db.models.functions import Now
 
-from crm.backfill import decisions, fence
-from crm.backfill.rollback.runner import roll_back
+from crm.conflicts import decisions
 from crm.models import BackfillRun, ConflictDecision
 from crm.models.ledger import RunStatus
+from crm.rollback.runner import roll_back
+from crm.runs import lease
 from tests.builders import add_contact, add_lead, add_profile, add_user, ledger
 from tests.circumstances import acting_as, reading_role
 from tests.commands import Finished, called, run
@@ -192,7 +193,7 @@ def test_nothing_is_decided_while_a_run_is_going(database: Database) -> None:
     refused = resolve(row, "--contact", contact)
     assert (refused.code, "is going" in refused.stderr) == (3, True)
     assert not ConflictDecision.objects.exists()
-    BackfillRun.objects.update(heartbeat_at=Now() - fence.HEARTBEAT_LASTS * 2)
+    BackfillRun.objects.update(heartbeat_at=Now() - lease.HEARTBEAT_LASTS * 2)
     decided(row, "--contact", contact)
     assert BackfillRun.objects.get().status == RunStatus.INTERRUPTED
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from django.db import connection
 
-from crm.backfill.mapping import contact_id
-from crm.backfill.outcome import Source
-from crm.backfill.rollback.runner import roll_back
-from crm.backfill.verification import verify
-from crm.backfill.verification.findings import Kind
 from crm.errors import OperatorError
+from crm.outcome import Source
+from crm.rollback.runner import roll_back
+from crm.rules.mapping import contact_id
+from crm.verification import verify
+from crm.verification.findings import Kind
 from tests import reference
 from tests.builders import add_contact, add_lead, add_profile, add_user, contacts, ledger
 from tests.circumstances import acting_as, reading_role

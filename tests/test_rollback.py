@@ -20,20 +20,20 @@ from django.db import OperationalError, connection
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crm.backfill.interruption import StoppedError
-from crm.backfill.pipeline import Retries
-from crm.backfill.references import KNOWN, find_references
-from crm.backfill.refusals import MOST_ALIKE
-from crm.backfill.rollback import runner
-from crm.backfill.rollback.reader import Reader
-from crm.backfill.rollback.report import MEANING_OF_REASONS, listing, news
-from crm.backfill.rollback.runner import roll_back
-from crm.backfill.rollback.undo import Undone
-from crm.backfill.rollback.verdict import Line
-from crm.backfill.verification import verify
+from crm.interruption import StoppedError
 from crm.models import BackfillRun, LedgerEntry, Rollback
 from crm.models.ledger import RunStatus
+from crm.postgres.facts.foreign_keys import KNOWN, find_references
+from crm.postgres.refusals import MOST_ALIKE
+from crm.rollback import runner
+from crm.rollback.reader import Reader
+from crm.rollback.report import MEANING_OF_REASONS, listing, news
+from crm.rollback.runner import roll_back
+from crm.rollback.undo import Undone
+from crm.rules.reverting import Line
+from crm.runs import retrying
 from crm.sample_data.loader import load as load_people
+from crm.verification import verify
 from tests import processes, reference
 from tests.builders import (
     add_contact,
@@ -1147,7 +1147,7 @@ def test_one_that_died_after_its_last_batch_is_closed_by_the_next(database: Data
 
 
 def test_a_database_that_fails_ends_it_as_failed(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Retries.__init__, "__defaults__", (2, 0.001))
+    monkeypatch.setattr(retrying, "MAX_RETRIES", 2)
     add_lead("ann@example.com")
     made = run()["run"]
     with trigger_on_delete("RAISE 'no' USING ERRCODE = '53100'; RETURN OLD;"):

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 from django.db import connection
 
-from crm.backfill import fence, mapping
-from crm.backfill.rollback.report import as_json
-from crm.backfill.rollback.runner import roll_back
-from crm.backfill.verification import verify
-from crm.backfill.verification.findings import Check, Finding, Kind
 from crm.models import BackfillRun
+from crm.rollback.report import as_json
+from crm.rollback.runner import roll_back
+from crm.rules import mapping
+from crm.runs import lease
+from crm.verification import verify
+from crm.verification.findings import Check, Finding, Kind
 from crm.version import RULES, VERSION
 from tests.builders import add_lead, add_profile, contact_with, contacts
 from tests.commands import called, run
@@ -46,7 +47,7 @@ def an_earlier_version(rules: int | None = RULES - 1) -> Iterator[None]:
     """Rules by which people without a name had another one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mapping, "UNKNOWN_NAME", "Nobody")
-        patch.setattr(fence, "RULES", rules)
+        patch.setattr(lease, "RULES", rules)
         yield
 
 

@@ -12,14 +12,15 @@ import pytest
 from django.core.management import load_command_class
 from django.db import connection
 
-from crm.backfill import runs
-from crm.backfill.options import RunOptions
-from crm.backfill.outcome import Source, Totals
-from crm.backfill.pace import ErrorCeiling
-from crm.backfill.runner import Silence, run_backfill
+from crm.backfill.runner import run_backfill
 from crm.errors import OperatorError
 from crm.models import BackfillRun, Rollback
 from crm.models.ledger import RunStatus
+from crm.outcome import Source, Totals
+from crm.rules.options import RunOptions
+from crm.rules.throttling import ErrorCeiling
+from crm.runs import control
+from crm.runs.progress import Silence
 from tests import builders, commands
 from tests.commands import Finished, backfill, called, statements
 from tests.conftest import Database
@@ -58,7 +59,7 @@ def status_of(run: BackfillRun) -> str:
     return str(BackfillRun.objects.values_list("status", flat=True).get(pk=run.pk))
 
 
-@pytest.mark.parametrize(("action", "status"), list(product(runs.ACTIONS, RunStatus.values)))
+@pytest.mark.parametrize(("action", "status"), list(product(control.ACTIONS, RunStatus.values)))
 def test_an_action_is_done_to_the_runs_it_is_for_and_refused_to_others(
     database: Database, action: str, status: str
 ) -> None:
@@ -66,7 +67,7 @@ def test_an_action_is_done_to_the_runs_it_is_for_and_refused_to_others(
     finished = backfill_runs(action, str(run.pk))
     made = MADE_OF.get((action, status))
     assert status_of(run) == (made or status)
-    assert (action in runs.possible_actions(status)) == (made is not None)
+    assert (action in control.possible_actions(status)) == (made is not None)
     if made is None:
         assert finished.code == 2
         assert finished.stdout == ""
@@ -77,14 +78,14 @@ def test_an_action_is_done_to_the_runs_it_is_for_and_refused_to_others(
     else:
         assert finished.code == 0
         assert finished.stdout.startswith(f"Run {run.pk} is {made}")
-        assert runs.find(run.pk).finished_at is not None
+        assert control.find(run.pk).finished_at is not None
 
 
 def test_the_transitions_name_every_status() -> None:
-    assert set(runs.TRANSITIONS) == set(RunStatus)
+    assert set(control.TRANSITIONS) == set(RunStatus)
 
 
-@pytest.mark.parametrize("action", ["show", "watch", *runs.ACTIONS])
+@pytest.mark.parametrize("action", ["show", "watch", *control.ACTIONS])
 @pytest.mark.parametrize("number", ["7", "-7", "9" * 30])
 def test_a_run_that_is_not_there(database: Database, action: str, number: str) -> None:
     finished = backfill_runs(action, "--", number)
@@ -106,7 +107,7 @@ def test_latest_names_the_run_that_began_last(database: Database) -> None:
     assert (unknown.code, "'last' is no run: write its number" in unknown.stderr) == (2, True)
 
 
-@pytest.mark.parametrize("action", ["show", "watch", *runs.ACTIONS])
+@pytest.mark.parametrize("action", ["show", "watch", *control.ACTIONS])
 def test_there_is_no_latest_run_before_the_first(database: Database, action: str) -> None:
     finished = backfill_runs(action, "latest")
     assert (finished.code, finished.stdout, finished.stderr.count("\n")) == (2, "", 1)
@@ -172,7 +173,7 @@ class Meddler(Silence):
     def advance(self, source: Source, totals: Totals) -> None:  # noqa: ARG002 - the progress of a run
         """The batch is committed, and the next one not yet begun."""
         if self._action:
-            runs.act(self._action, runs.latest(1)[0].pk)
+            control.act(self._action, control.latest(1)[0].pk)
             self._action = None
 
 
@@ -184,14 +185,14 @@ def test_a_run_ends_at_its_next_batch(database: Database, action: str, status: s
     assert report.exit_code(strict=False) == 4
     assert report.totals.created == 3
     assert len(builders.contacts()) == len(builders.ledger()) == 3
-    (run,) = runs.latest(1)
+    (run,) = control.latest(1)
     assert (run.status, run.read, run.batches.count()) == (status, 3, 1)
 
 
 def test_a_paused_run_keeps_others_out_until_it_is_resumed(database: Database) -> None:
     builders.add_many_leads(9)
     run_backfill(RunOptions(batch_size=3), Meddler("pause"))
-    (paused,) = runs.latest(1)
+    (paused,) = control.latest(1)
     for _ in range(2):
         refused = backfill("--no-progress", "--json")
         assert refused.code == 3
@@ -218,7 +219,7 @@ def test_a_cancelled_run_keeps_nobody_out(database: Database) -> None:
 def test_a_batch_that_commits_for_long_is_waited_for_but_not_for_ever(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runs, "PATIENCE", 0.2)
+    monkeypatch.setattr(control, "PATIENCE", 0.2)
     run = make_run("running")
     with session() as batch:
         batch.execute("UPDATE backfill_run SET read = 0")
@@ -246,7 +247,7 @@ def act_while_another_session(statement: str, action: str, run: BackfillRun) -> 
         thread = threading.Thread(target=commit_when_waited_for)
         thread.start()
         try:
-            runs.act(action, run.pk)
+            control.act(action, run.pk)
         finally:
             thread.join()
 
@@ -254,7 +255,7 @@ def act_while_another_session(statement: str, action: str, run: BackfillRun) -> 
 def test_a_batch_that_is_just_committing_is_counted_and_then_the_run_is_paused(database: Database) -> None:
     run = make_run("running")
     act_while_another_session("UPDATE backfill_run SET read = 3, created = 3", "pause", run)
-    found = runs.find(run.pk)
+    found = control.find(run.pk)
     assert (found.status, found.read) == ("paused", 3)
 
 

@@ -21,8 +21,8 @@ import pytest
 from django.core.management import call_command
 
 from config import embedded
-from crm.backfill.pipeline import Retries
 from crm.models import BackfillRun
+from crm.runs import retrying
 from tests.circumstances import CONTACTS, COUNTS, passable_folder
 from tests.commands import backfill, run
 from tests.conftest import Database
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.process
 MOMENTS = 3
 MOST_TRIES = 5
 #: The tries that a run has, and the first wait; the other tests do not wait.
-WAITS = (5, 0.5)
+FIRST_WAIT = 0.5
 LEDGER = "INSERT INTO ledger_entry"
 
 
@@ -113,7 +113,7 @@ def starting_at_try(number: int, server: Server) -> Iterator[list[str]]:
                 server.start()
         return True
 
-    logger = logging.getLogger("crm.backfill.pipeline")
+    logger = logging.getLogger("crm.runs.retrying")
     logger.addFilter(heed)
     try:
         yield causes
@@ -145,7 +145,7 @@ def test_a_crash_is_waited_for_as_long_as_there_are_tries(
     crashing: tuple[Server, Database], monkeypatch: pytest.MonkeyPatch, place: str, tries: int
 ) -> None:
     server, database = crashing
-    monkeypatch.setattr(Retries.__init__, "__defaults__", (MOST_TRIES, 0.001))
+    monkeypatch.setattr(retrying, "MAX_RETRIES", MOST_TRIES)
     populate()
     undisturbed = Undisturbed(database)
     with crashing_at(place, server), starting_at_try(tries, server) as causes:
@@ -163,7 +163,7 @@ def test_a_process_goes_on_after_restarts_with_the_waits_that_it_has(
     crashing: tuple[Server, Database], monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     server, database = crashing
-    monkeypatch.setattr(Retries.__init__, "__defaults__", WAITS)
+    monkeypatch.setattr(retrying, "FIRST_WAIT", FIRST_WAIT)
     populate()
     undisturbed = Undisturbed(database)
     first, last = undisturbed.batches()
@@ -190,7 +190,7 @@ def test_a_server_that_stays_away_ends_the_run_and_the_next_one_goes_on(
     is_at_its_end: bool,  # noqa: FBT001 - a parameter of the test
 ) -> None:
     server, database = crashing
-    monkeypatch.setattr(Retries.__init__, "__defaults__", (2, 0.001))
+    monkeypatch.setattr(retrying, "MAX_RETRIES", 2)
     populate()
     undisturbed = Undisturbed(database)
     first, last = undisturbed.batches()

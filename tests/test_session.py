@@ -11,7 +11,7 @@ from django.test.utils import override_settings
 
 from config.database import parse
 from crm.legacy_schema import ddl
-from crm.session import FOLLOWED, SETTINGS
+from crm.postgres.session import FOLLOWED, SETTINGS
 from manage import main
 from tests.builders import add_lead, add_profile, add_user, contacts
 from tests.commands import backfill, ended

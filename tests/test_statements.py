@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from django.db import connection
 
-from crm.backfill.outcome import Source
-from crm.backfill.schema import examine
-from crm.backfill.source import EVERYBODY, Partition, SourceReader
+from crm.backfill.read.source import EVERYBODY, Partition, SourceReader
+from crm.outcome import Source
+from crm.postgres.facts.schema import examine
 from tests.builders import add_many_contacts, add_many_leads, add_profile, contacts
 from tests.commands import Statement, run, statements
 from tests.conftest import Database

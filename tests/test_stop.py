@@ -15,8 +15,8 @@ import pytest
 from django.db.backends.utils import CursorWrapper
 from pytest_django import Settings
 
-from crm.backfill.outcome import Outcome
 from crm.models import BackfillRun, LedgerEntry
+from crm.outcome import Outcome
 from tests.builders import add_lead, add_many_leads, add_profile, ledger
 from tests.commands import backfill, called, run, statement_in
 from tests.conftest import Database

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from crm.backfill.mapping import contact_id
-from crm.backfill.outcome import Source
-from crm.backfill.rollback.runner import roll_back
+from crm.outcome import Source
+from crm.rollback.runner import roll_back
+from crm.rules.mapping import contact_id
 from tests.builders import add_contact, add_lead, add_profile, add_user, contact_with
 from tests.circumstances import acting_as, reading_role
 from tests.commands import Finished, called, run

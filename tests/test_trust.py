@@ -110,7 +110,7 @@ def test_every_command_refuses_a_schema_in_which_others_may_create(
 def test_what_is_planted_would_be_called_if_it_were_not_refused(
     own_public: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("crm.session.require_trusted", lambda *_: None)
+    monkeypatch.setattr("crm.postgres.session.require_trusted", lambda *_: None)
     with attacker("GRANT USAGE, CREATE ON SCHEMA public TO PUBLIC"):
         plant("public")
         assert ended_on(database_url(), *COMMANDS[0]) == (0, "")

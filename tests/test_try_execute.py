@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from django.db import DatabaseError, connection, transaction
 
-from crm.backfill.errors import row_refusal, sqlstate
+from crm.postgres.errors import row_refusal, sqlstate
 from crm.try_execute import try_execute
 from tests.conftest import Database
 from tests.processes import server_log

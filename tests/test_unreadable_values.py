@@ -12,9 +12,9 @@ from django.contrib.sessions.models import Session
 from django.db import connection, models
 from django.test import Client
 
-from crm.backfill.mapping import contact_id
 from crm.fields import RateField, TimestampField
 from crm.models import BackfillRun, ConflictDecision, ContactUpdate, CRMContact, Lead, LedgerEntry, Profile, User
+from crm.rules.mapping import contact_id
 from tests.builders import add_contact, add_lead, add_profile, add_user
 from tests.commands import called, run
 from tests.conftest import Database

@@ -18,17 +18,17 @@ from django.db import connection
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crm.backfill.mapping import contact_id
-from crm.backfill.outcome import Source
-from crm.backfill.refusals import MOST_ALIKE
-from crm.backfill.rollback.report import as_json as rollback_as_json
-from crm.backfill.rollback.runner import roll_back
-from crm.backfill.runs import details
-from crm.backfill.verification import verify
-from crm.backfill.verification.findings import Check, Finding, Kind
-from crm.backfill.verification.report import as_json
 from crm.models import BackfillBatch, BackfillRun, ContactUpdate
 from crm.models.ledger import RunStatus
+from crm.outcome import Source
+from crm.postgres.refusals import MOST_ALIKE
+from crm.rollback.report import as_json as rollback_as_json
+from crm.rollback.runner import roll_back
+from crm.rules.mapping import contact_id
+from crm.runs.control import details
+from crm.verification import verify
+from crm.verification.findings import Check, Finding, Kind
+from crm.verification.report import as_json
 from tests import reference_update
 from tests.builders import (
     CREATED_AT,

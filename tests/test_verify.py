@@ -18,13 +18,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from crm.attribution import COLUMNS as ATTRIBUTION_DDL
-from crm.backfill import snapshot
-from crm.backfill.mapping import contact_id
-from crm.backfill.outcome import Source
-from crm.backfill.verification import VerificationReport, comparison, runner, verify
-from crm.backfill.verification.findings import KEPT, Check, Finding, Kind
-from crm.backfill.verification.rows import NONE_PROVEN
-from crm.backfill.verification.schema import WANTED
+from crm.backfill.read.rows import NONE_PROVEN
+from crm.outcome import Source
+from crm.postgres import snapshot
+from crm.rules.mapping import contact_id
+from crm.verification import VerificationReport, comparison, runner, verify
+from crm.verification.findings import KEPT, Check, Finding, Kind
+from crm.verification.schema import WANTED
 from tests import builders, reference
 from tests.circumstances import acting_as, reading_role, without_own_schema
 from tests.commands import Finished, called, files_no_larger_than, run, statements

@@ -10,11 +10,11 @@ from collections.abc import Callable
 
 import pytest
 
-from crm.backfill import watching
-from crm.backfill.process import ProcessIdentity
-from crm.backfill.rollback.runner import roll_back
 from crm.errors import OperatorError
 from crm.models import BackfillRun
+from crm.rollback.runner import roll_back
+from crm.runs import watching
+from crm.runs.process import ProcessIdentity
 from tests import builders
 from tests.commands import called, run
 from tests.conftest import Database

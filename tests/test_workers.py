@@ -15,16 +15,17 @@ import pytest
 from django.db import connection
 from pytest_django import Settings
 
-from crm.backfill.mapping import MappedRow
-from crm.backfill.options import RunOptions
-from crm.backfill.outcome import Source, Totals
-from crm.backfill.rehearsal import RehearsalWriter
-from crm.backfill.runner import Silence, run_backfill
+from crm.backfill.runner import run_backfill
 from crm.backfill.workers import MOST_REPLACEMENTS, most_workers, require_room_for
-from crm.backfill.writer import BatchWriter
+from crm.backfill.write.rehearsal import RehearsalWriter
+from crm.backfill.write.writer import BatchWriter
 from crm.errors import OperatorError
 from crm.models import BackfillRun
 from crm.models.ledger import RunStatus
+from crm.outcome import Source, Totals
+from crm.rules.mapping import MappedRow
+from crm.rules.options import RunOptions
+from crm.runs.progress import Silence
 from tests.builders import add_many_leads, add_profile, ledger
 from tests.circumstances import acting_as, reading_role
 from tests.commands import backfill, run

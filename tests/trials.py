@@ -18,10 +18,9 @@ from typing import Any
 import pytest
 from django.db import connection
 
-from crm.backfill import lifecycle
-from crm.backfill.pipeline import Retries
 from crm.models import BackfillRun
 from crm.models.ledger import RunStatus
+from crm.runs import lifecycle, retrying
 from tests.builders import add_contact, add_lead, add_many_leads, add_profile, add_user
 from tests.commands import Finished, called, run
 from tests.conftest import Database
@@ -124,7 +123,7 @@ def impatience() -> Iterator[None]:
     """Let no try wait for long."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lifecycle, "WAITS_BEFORE_ANOTHER_LOOK", (0.001, 0.001))
-        patch.setattr(Retries.__init__, "__defaults__", (5, 0.001))
+        patch.setattr(retrying, "MAX_RETRIES", 5)
         yield
 
 

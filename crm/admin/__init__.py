@@ -38,11 +38,7 @@ from crm.admin.filters import (
     TypeFilter,
 )
 from crm.admin.read_only import NothingToChange, ReadOnlyAdmin
-from crm.backfill import runs
-from crm.backfill.dead_letters import IDENTITY_KEYS, keys_by_contact, remedy
-from crm.backfill.mapping import ATTRIBUTION, contact_id
-from crm.backfill.outcome import Outcome, Source, UpdateOutcome
-from crm.backfill.snapshot import in_pages
+from crm.conflicts.dead_letters import IDENTITY_KEYS, keys_by_contact, remedy
 from crm.models import (
     BackfillBatch,
     BackfillRun,
@@ -53,6 +49,10 @@ from crm.models import (
     LedgerEntry,
     Profile,
 )
+from crm.outcome import Outcome, Source, UpdateOutcome
+from crm.postgres.snapshot import in_pages
+from crm.rules.mapping import ATTRIBUTION, contact_id
+from crm.runs import control
 
 admin.site.site_header = admin.site.site_title = "CRM contacts backfill"
 admin.site.index_title = "What the backfill did"
@@ -247,25 +247,25 @@ class RunAdmin(ReadOnlyAdmin):
 
     def get_queryset(self, request: HttpRequest) -> Any:
         """The runs, with their rollbacks."""
-        return runs.with_rollbacks(super().get_queryset(request))
+        return control.with_rollbacks(super().get_queryset(request))
 
     @admin.display
     def taken_back(self, run: BackfillRun) -> str:
         """What a rollback took back, or which rollbacks took a run back."""
-        return runs.taken_back(run) or "-"
+        return control.taken_back(run) or "-"
 
     @admin.display(description="see run")
     def rollback_runs(self, run: BackfillRun) -> str:
         """The way to the run that a rollback took back, or to the rollbacks of a run."""
-        rollback = runs.rollback_of(run)
-        numbers = [rollback.of_id] if rollback else runs.rolled_back_by(run)
+        rollback = control.rollback_of(run)
+        numbers = [rollback.of_id] if rollback else control.rolled_back_by(run)
         links = ((_link(BackfillRun, number, str(number)),) for number in numbers)
         return format_html_join(", ", "{}", links) or "-"
 
     @admin.display(description="counts of the rollback")
     def counts_of_the_rollback(self, run: BackfillRun) -> str:
         """All that a rollback counted."""
-        rollback = runs.rollback_of(run)
+        rollback = control.rollback_of(run)
         return _indented(model_to_dict(rollback)) if rollback else "-"
 
     @admin.display(description="changed by column")

@@ -11,10 +11,10 @@ from django.db import connections
 from django.db.models import Exists, OuterRef, Q, QuerySet
 from django.http import HttpRequest
 
-from crm.backfill.mapping import ATTRIBUTION
-from crm.backfill.outcome import Outcome, Reason, Source
 from crm.models import BackfillRun, CRMContact, LedgerEntry
 from crm.models.ledger import RunStatus
+from crm.outcome import Outcome, Reason, Source
+from crm.rules.mapping import ATTRIBUTION
 
 MOST_RUNS_TO_CHOOSE = 25
 

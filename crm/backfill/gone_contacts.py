@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 from django.db.backends.base.base import BaseDatabaseWrapper
 
-from crm.backfill.outcome import WITH_CONTACT
 from crm.models import BackfillRun
+from crm.outcome import WITH_CONTACT
 
 SAMPLE = 2_000
 #: So many more than at the last count are news: rows, and their share of all that had a contact.

@@ -24,22 +24,22 @@ from typing import NamedTuple
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models import QuerySet
 
-from crm.backfill import fence
-from crm.backfill.known import ContactLookup
-from crm.backfill.mapping import ContactDraft, MappedRow, map_rows
-from crm.backfill.outcome import Outcome, Source, Totals
-from crm.backfill.plan import KnownContact, fill
-from crm.backfill.references import find_references, is_unreferenced
-from crm.backfill.resolutions import Resolutions
-from crm.backfill.schema import DatabaseFacts
-from crm.backfill.source import EVERY_ROW, SourceReader
-from crm.backfill.spellings import noncanonical_addresses
-from crm.backfill.transactions import certain_transaction
+from crm.backfill.read.contacts import ContactLookup
+from crm.backfill.read.resolutions import Resolutions
+from crm.backfill.read.source import EVERY_ROW, SourceReader
+from crm.backfill.read.spellings import noncanonical_addresses
 from crm.backfill.update.reader import Present
-from crm.backfill.writer import MANNERS, BatchWriter, Timeouts
+from crm.backfill.write.writer import MANNERS, BatchWriter, Timeouts
 from crm.errors import OperatorError
 from crm.models import BackfillBatch, BackfillRun, ContactUpdate, LedgerEntry
 from crm.models.ledger import RunStatus
+from crm.outcome import Outcome, Source, Totals
+from crm.postgres.facts.foreign_keys import find_references, is_unreferenced
+from crm.postgres.facts.schema import DatabaseFacts
+from crm.postgres.transactions import certain_transaction
+from crm.rules.mapping import ContactDraft, MappedRow, map_rows
+from crm.rules.matching import KnownContact, fill
+from crm.runs import lease
 
 #: How many contacts are settled in one transaction.
 CONTACTS_AT_ONCE = 100
@@ -123,7 +123,7 @@ class Latecomers:
         return created > 0 or bool(left) or unfinished.exists() or replaced.exists()
 
     def settle(self) -> Iterator[None]:
-        """Settle them, step by step: a caller may stop between two of them. Raises fence.FenceLostError.
+        """Settle them, step by step: a caller may stop between two of them. Raises lease.FenceLostError.
 
         What a step did is committed: after a bad moment, the next call goes on where this one stopped.
         """
@@ -187,7 +187,7 @@ class Latecomers:
                     batch = BackfillBatch.of(self.run_id, source, of_source, time.monotonic() - started)
                     batch.save(using=self.connection.alias, force_insert=True)
                     totals.add(of_source)
-            fence.renew(self.run_id, totals)
+            lease.renew(self.run_id, totals)
         return [identifier for identifier in ids if identifier not in gone]
 
     def _rows(self, lines: Iterable[_Line]) -> dict[tuple[str, str], MappedRow]:

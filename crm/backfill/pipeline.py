@@ -1,4 +1,4 @@
-"""One source, batch by batch: read, map, write. Retries what may pass by itself, and goes no faster than it may.
+"""One source, batch by batch: read, map, write. Backoff what may pass by itself, and goes no faster than it may.
 
 ReadAhead.pages (SourceReader.page -> map_rows) -> writer.write -> Totals
 """
@@ -6,7 +6,6 @@ ReadAhead.pages (SourceReader.page -> map_rows) -> writer.write -> Totals
 from __future__ import annotations
 
 import logging
-import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,18 +15,17 @@ from typing import Protocol
 from django.db import Error as DjangoDatabaseError
 from django.db.backends.base.base import BaseDatabaseWrapper
 
-from crm.backfill import errors
-from crm.backfill.interruption import InterruptedRunError, sleep_until
-from crm.backfill.mapping import MappedRow, Rules
-from crm.backfill.outcome import Source, Totals
-from crm.backfill.pace import LONGEST_PAUSE, BatchSizer, Throttle
-from crm.backfill.readahead import ReadAhead, ReadingThread
-from crm.backfill.resolutions import Resolutions
-from crm.backfill.source import Key, SourceReader
+from crm.backfill.read.readahead import ReadAhead, ReadingThread
+from crm.backfill.read.resolutions import Resolutions
+from crm.backfill.read.source import Key, SourceReader
+from crm.interruption import STOPPED_IN_A_BATCH, InterruptedRunError, sleep_until
+from crm.outcome import Source, Totals
+from crm.postgres import errors
+from crm.rules.mapping import MappedRow, Rules
+from crm.rules.throttling import LONGEST_PAUSE, BatchSizer, Throttle
+from crm.runs.retrying import Backoff
 
 logger = logging.getLogger(__name__)
-
-STOPPED_IN_A_BATCH = "stopped in the middle of a batch, which was rolled back"
 
 
 class Writer(Protocol):
@@ -48,20 +46,6 @@ class StopRequest(Protocol):
         """Asked between batches and while waiting."""
 
 
-@dataclass(frozen=True, slots=True)
-class Retries:
-    """How often a bad moment is tried again, and the first wait in seconds; each wait is about twice the one before."""
-
-    most: int = 5
-    first_wait: float = 0.5
-
-    def announced(self, cause: str, attempt: int) -> float:
-        """Tell why a batch is tried again after its attempt of this number, from 1 on; how long to wait before."""
-        wait: float = self.first_wait * 2 ** (attempt - 1) * random.uniform(0.75, 1.25)  # noqa: S311 - jitter, not a secret
-        logger.warning("%s: trying the batch again in %.1f s (try %d of %d)", cause, wait, attempt, self.most)
-        return wait
-
-
 @dataclass(slots=True, kw_only=True)
 class Pipeline:
     """Takes sources through to their end, a batch at a time."""
@@ -76,7 +60,7 @@ class Pipeline:
     throttles: Sequence[Throttle] = ()
     resolutions: Resolutions = field(default_factory=Resolutions)
     limit: int | None = None
-    retries: Retries = field(default_factory=Retries)
+    retries: Backoff = field(default_factory=Backoff)
 
     def work_through(self, reader: SourceReader, turn: int = 0) -> None:
         """Read, map and write every batch of a source, where the rate is limited after `turn` other processes.
@@ -117,7 +101,7 @@ class Pipeline:
                 return self._batch(ahead, source, after)
             except DjangoDatabaseError as error:
                 cause = errors.bad_moment(error)
-                if cause is None or attempt > self.retries.most or self.stop.requested:
+                if cause is None or attempt > self.retries.max_retries or self.stop.requested:
                     raise
                 self._give_way(cause, attempt)
                 ahead.ask_the_ledger()
@@ -160,7 +144,7 @@ class Pipeline:
                 self.writer.keep_alive()
 
     def _give_way(self, cause: str, attempt: int) -> None:
-        wait = self.retries.announced(cause, attempt)
+        wait = self.retries.announce(cause, attempt)
         self.connection.close_if_unusable_or_obsolete()
         self._sleep(wait)
         self._heed_stop()

@@ -15,11 +15,12 @@ from rich.text import Text
 
 from crm.backfill.gone_contacts import GoneContacts
 from crm.backfill.latecomers import ContactsTwice
-from crm.backfill.lost_reports import LostReport
-from crm.backfill.outcome import Source, Totals
-from crm.backfill.runner import RunReport, Silence
-from crm.backfill.target import target, target_line
+from crm.backfill.runner import RunReport
 from crm.models.ledger import RunStatus
+from crm.outcome import Source, Totals
+from crm.postgres.target import target, target_line
+from crm.runs.lost_reports import LostReport
+from crm.runs.progress import Silence
 
 #: Without a terminal, a line about this often; seconds.
 LINE_EVERY = 10.0

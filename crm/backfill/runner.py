@@ -14,59 +14,34 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
-from typing import Protocol
 
 from django.db import Error as DjangoDatabaseError
 from django.db import connection, transaction
 from django.db.models import Count
 from django.utils import timezone
 
-from crm.backfill import errors, fence
-from crm.backfill.census import survey, take_census
 from crm.backfill.gone_contacts import RECORDED, GoneContacts, look_for_gone_contacts
-from crm.backfill.interruption import Interruption
 from crm.backfill.latecomers import NOBODY_TWICE, ContactsTwice, Latecomers
 from crm.backfill.latecomers import RECORDED as RECORDED_TWICE
-from crm.backfill.lifecycle import Checked, Ending, Lifecycle, lifecycle
-from crm.backfill.lost_reports import LostReport, lost_reports
-from crm.backfill.options import RunOptions
-from crm.backfill.outcome import Census, Source, Totals
-from crm.backfill.resolutions import Resolutions
-from crm.backfill.schema import DatabaseFacts, examine
-from crm.backfill.snapshot import in_pages
+from crm.backfill.read.census import survey, take_census
+from crm.backfill.read.resolutions import Resolutions
 from crm.backfill.workers import Alone, Assignment, Crew, OnBatch, WorkerError
 from crm.errors import OperatorError
+from crm.interruption import Interruption
 from crm.models import BackfillBatch, BackfillRun, ContactUpdate, LedgerEntry
 from crm.models.ledger import RunStatus
+from crm.outcome import Census, Source, Totals
+from crm.postgres import errors
+from crm.postgres.facts.schema import DatabaseFacts, examine
+from crm.postgres.snapshot import in_pages
+from crm.rules.options import RunOptions
+from crm.runs import lease
+from crm.runs.lifecycle import Checked, Ending, Lifecycle, lifecycle
+from crm.runs.lost_reports import LostReport, lost_reports
+from crm.runs.progress import Progress, Silence
 
 #: How long a run that was stopped waits for a table that it counts.
 LONGEST_WAIT_OF_A_STOP = "500ms"
-
-
-class Progress(Protocol):
-    """Watches a run."""
-
-    def begin(self, rows: dict[Source, int]) -> None:
-        """The rows that are to be looked at, by source."""
-
-    def advance(self, source: Source, totals: Totals) -> None:
-        """A batch was committed, of rows of the source that were read or looked at again."""
-
-    def end(self) -> None:
-        """The run is over."""
-
-
-class Silence:
-    """A progress that shows nothing."""
-
-    def begin(self, rows: dict[Source, int]) -> None:
-        """Nothing."""
-
-    def advance(self, source: Source, totals: Totals) -> None:
-        """Nothing."""
-
-    def end(self) -> None:
-        """Nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,7 +133,7 @@ def run_backfill(options: RunOptions, progress: Progress | None = None) -> RunRe
 
 
 def _claim(options: RunOptions, facts: DatabaseFacts) -> BackfillRun:
-    return fence.claim(BackfillRun.Kind.BACKFILL, options.recorded(), facts.generation)
+    return lease.claim(BackfillRun.Kind.BACKFILL, options.recorded(), facts.generation)
 
 
 @contextmanager
@@ -289,7 +264,7 @@ class _Work:
         self.after = after = self._census_of_the_end(run, ending) if take_anew else self.before
         faults = list(_faults_of(after)) if after else []
         self.lost_reports = lost_reports()
-        not_checked = fence.why_not_held(run.pk) or (None if after else "the tables are locked")
+        not_checked = lease.why_not_held(run.pk) or (None if after else "the tables are locked")
         if not_checked is None:
             faults += _faults_of_run(run, totals)
         if after and ending.status == RunStatus.FINISHED:

@@ -22,20 +22,11 @@ from django.conf import settings
 from django.db import Error as DjangoDatabaseError
 from django.db import connection, connections
 
-from crm.backfill import errors
-from crm.backfill.fence import FenceLostError
-from crm.backfill.interruption import InterruptedRunError, Interruption
-from crm.backfill.known import ContactLookup
-from crm.backfill.options import RunOptions
-from crm.backfill.outcome import Source, Totals
-from crm.backfill.pace import BatchSizer, RateLimit, Throttle
 from crm.backfill.pipeline import Pipeline, StopRequest, Writer
-from crm.backfill.readahead import ReadingThread
-from crm.backfill.rehearsal import RehearsalWriter
-from crm.backfill.replication import ReplicaLagLimit
-from crm.backfill.resolutions import Resolutions
-from crm.backfill.schema import DatabaseFacts
-from crm.backfill.source import (
+from crm.backfill.read.contacts import ContactLookup
+from crm.backfill.read.readahead import ReadingThread
+from crm.backfill.read.resolutions import Resolutions
+from crm.backfill.read.source import (
     EVERY_ROW,
     EVERYBODY,
     UNSETTLED,
@@ -48,8 +39,17 @@ from crm.backfill.source import (
 from crm.backfill.update.reader import DueReader, Present, rows_to_revisit
 from crm.backfill.update.rehearsal import UpdateRehearsal
 from crm.backfill.update.writer import UpdateWriter
-from crm.backfill.writer import BatchWriter, Timeouts
+from crm.backfill.write.rehearsal import RehearsalWriter
+from crm.backfill.write.writer import BatchWriter, Timeouts
 from crm.errors import OperatorError
+from crm.interruption import InterruptedRunError, Interruption
+from crm.outcome import Source, Totals
+from crm.postgres import errors
+from crm.postgres.facts.schema import DatabaseFacts
+from crm.rules.options import RunOptions
+from crm.rules.throttling import BatchSizer, RateLimit, Throttle
+from crm.runs.lease import FenceLostError
+from crm.runs.replication import ReplicaLagLimit
 
 logger = logging.getLogger(__name__)
 

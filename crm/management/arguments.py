@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from crm.backfill import runs
+from crm.runs import control
 
 #: What PostgreSQL takes for a number of rows, with room to spare.
 MOST_ROWS = 2**31 - 1
@@ -19,7 +19,7 @@ def positive(text: str) -> int:
 
 def run_number(text: str) -> int | str:
     """The number of a run, or `latest`."""
-    if text == runs.LATEST:
+    if text == control.LATEST:
         return text
     try:
         return int(text)

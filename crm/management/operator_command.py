@@ -6,8 +6,8 @@ from typing import Any
 
 from django.core.management.base import BaseCommand, CommandParser
 
-from crm.backfill.interruption import StoppedError, stopped_by_signals
-from crm.backfill.limits import limited
+from crm.interruption import StoppedError, stopped_by_signals
+from crm.postgres.limits import limited
 
 EPILOG = "Exit code 6, of every command: standard output could not be written (a full disk, a closed pipe)."
 

@@ -24,7 +24,7 @@ EXCEPTION WHEN OTHERS THEN
                       ARRAY[code, refusing_constraint, refused_column, refusing_table, refusing_context];
 END
 $function$
-"""  # noqa: S608 - a name of our own
+"""
 DROP = f"DROP FUNCTION {settings.BACKFILL_SCHEMA}.try_execute(text, text[])"
 
 

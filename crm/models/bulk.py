@@ -55,7 +55,7 @@ class ColumnwiseQuerySet(models.QuerySet[Any]):
         ordered = [operations.quote_name(str(options.get_field(name).column)) for name in self.query.order_by]
         order = f"ORDER BY {', '.join(ordered)}" if ordered else ""
         statement = (
-            f"INSERT INTO {table} ({names}) SELECT * FROM UNNEST({arrays}) AS sent ({names}) {order} "  # noqa: S608 - names from the models
+            f"INSERT INTO {table} ({names}) SELECT * FROM UNNEST({arrays}) AS sent ({names}) {order} "
             f"{suffix} RETURNING {key}"
         )
         keys = try_execute(connection, statement, [list(map(attrgetter(field.attname), objs)) for field in fields])

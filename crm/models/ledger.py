@@ -10,8 +10,8 @@ from django.db import models
 from django.db.models import F, Q, Value
 from django.db.models.functions import Now
 
-from crm.backfill.outcome import Outcome, Source, Totals
 from crm.fields import ExactTimestampField, KeyField
+from crm.outcome import Outcome, Source, Totals
 
 
 class RunStatus(models.TextChoices):
@@ -202,7 +202,7 @@ class BackfillBatch(models.Model):
 class LedgerEntry(models.Model):
     """What became of one source row: exactly one line for each row that was decided.
 
-    The key is the contact id that the row makes (`crm.backfill.mapping.contact_id`), a function of (table, row id). So
+    The key is the contact id that the row makes (`crm.rules.mapping.contact_id`), a function of (table, row id). So
     one index holds the promise of one line a row, finds a row's line, and tells whether a contact is of our making: it
     is when there is a line with its id and the outcome `created`.
 

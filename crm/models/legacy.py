@@ -2,7 +2,7 @@
 
 Mapped is what the backfill and the admin need and what every generation has. Left out on purpose: the secret columns
 (`ssn`, `dateOfBirth`, `address`, `bankDetails`, `hashedPassword`), so that no query of ours can fetch one by accident;
-and `profiles.clerkUserId`, which is gone after 2025_10 and is read by `crm.backfill.source` where it exists.
+and `profiles.clerkUserId`, which is gone after 2025_10 and is read by `crm.backfill.read.source` where it exists.
 """
 
 from __future__ import annotations

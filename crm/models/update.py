@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from django.db import models
 
-from crm.backfill.outcome import Source
 from crm.fields import ExactTimestampField, KeyField
 from crm.models.ledger import BackfillRun, LedgerEntry
+from crm.outcome import Source
 
 
 class ContactUpdate(models.Model):

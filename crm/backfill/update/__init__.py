@@ -9,7 +9,7 @@
 2. A row is due when its `updatedAt` is not the one that its line saw last, when it came to a contact and no update has
    looked at it yet, or when it is a profile that has an email now and its contact a placeholder. A row whose contact
    was deleted is not: deleted stays deleted.
-3. A contact that is as we wrote it is to be what `crm.backfill.fold` makes of all its rows in canonical order, as they
+3. A contact that is as we wrote it is to be what `crm.rules.fold` makes of all its rows in canonical order, as they
    map now. So any order of runs ends where one full run ends. Three things are held to besides: the stage never moves
    back, nor does the type with it; what no row has any more is not taken away; and where a row of the contact is gone,
    maps to nothing, or names another contact by now, what is there comes before all rows. A confidence without an

@@ -15,14 +15,15 @@ from typing import Any, NamedTuple
 
 from django.db.backends.base.base import BaseDatabaseWrapper
 
-from crm.backfill.addresses import canonical_address_sql
-from crm.backfill.mapping import ATTRIBUTION, CONTACT_TYPE_OF_SOURCE, ContactDraft, MappedRow, map_rows, rounded
-from crm.backfill.outcome import Outcome, Source
-from crm.backfill.resolutions import Resolutions
-from crm.backfill.schema import DatabaseFacts
-from crm.backfill.source import EVERY_ROW, UNSETTLED, Choice, Key, Page, SourceReader, read_as_text
-from crm.backfill.update.changes import RowOfContact, SeenLine, StandingContact
+from crm.backfill.read.resolutions import Resolutions
+from crm.backfill.read.source import EVERY_ROW, UNSETTLED, Choice, Key, Page, SourceReader
 from crm.models import CRMContact
+from crm.outcome import Outcome, Source
+from crm.postgres.facts.schema import DatabaseFacts
+from crm.postgres.loaders import read_as_text
+from crm.rules.addresses import canonical_address_sql
+from crm.rules.mapping import ATTRIBUTION, CONTACT_TYPE_OF_SOURCE, ContactDraft, MappedRow, map_rows, rounded
+from crm.rules.updating import RowOfContact, SeenLine, StandingContact
 
 _JOIN = UNSETTLED.join.replace("SELECT outcome,", "SELECT outcome, contact_id, {seen},")
 _SEEN = "COALESCE(seen_updated_at, source_updated_at) AS seen, seen_updated_at"

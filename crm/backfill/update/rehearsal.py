@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from crm.backfill.fold import FILLED_UNITS
-from crm.backfill.mapping import MappedRow, Rules
-from crm.backfill.outcome import Outcome, Source, Totals
-from crm.backfill.rehearsal import Imagined, RehearsalStore
-from crm.backfill.update.changes import Change, Look, SeenLine, StandingContact, decide, rows_of, totals_of
 from crm.backfill.update.reader import LineOfContact, Present
+from crm.backfill.write.rehearsal import Imagined, RehearsalStore
+from crm.outcome import Outcome, Source, Totals
+from crm.rules.fold import FILLED_UNITS
+from crm.rules.mapping import MappedRow, Rules
+from crm.rules.updating import Change, Look, SeenLine, StandingContact, decide, rows_of, totals_of
 
 
 class UpdateRehearsal:

@@ -13,20 +13,20 @@ from dataclasses import dataclass, field
 
 from django.db.backends.base.base import BaseDatabaseWrapper
 
-from crm.backfill import fence
-from crm.backfill.apart import write_apart
-from crm.backfill.errors import SettledMeanwhileError
-from crm.backfill.known import ContactLookup
-from crm.backfill.mapping import ContactDraft, MappedRow, Rules, contact_id
-from crm.backfill.outcome import Refusal, Source, Totals
-from crm.backfill.refusals import in_words, names_of_the_schema
-from crm.backfill.settle import MOST_ATTEMPTS
-from crm.backfill.transactions import certain_transaction
-from crm.backfill.update.changes import EMAIL, FIELDS_OF_CHANGE, REFUSED, Change, Look, decide, rows_of, totals_of
+from crm.backfill.read.contacts import ContactLookup
 from crm.backfill.update.reader import Present
-from crm.backfill.writer import MANNERS, Timeouts, first_trigger, lock_contacts
+from crm.backfill.write.settle import MOST_ATTEMPTS
+from crm.backfill.write.writer import MANNERS, Timeouts, first_trigger, lock_contacts
 from crm.fields import array_type
 from crm.models import BackfillBatch, CRMContact, CRMStageHistory
+from crm.outcome import Refusal, Source, Totals
+from crm.postgres.apart import write_apart
+from crm.postgres.errors import SettledMeanwhileError
+from crm.postgres.refusals import in_words, names_of_the_schema
+from crm.postgres.transactions import certain_transaction
+from crm.rules.mapping import ContactDraft, MappedRow, Rules, contact_id
+from crm.rules.updating import EMAIL, FIELDS_OF_CHANGE, REFUSED, Change, Look, decide, rows_of, totals_of
+from crm.runs import lease
 from crm.try_execute import try_execute
 
 logger = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ class UpdateWriter:
     def write(self, source: Source, pages: Iterable[Sequence[MappedRow]]) -> Totals:
         """Look at a batch again, page by page; contacts, history, record, lines, counts and heartbeat commit together.
 
-        Raises fence.FenceLostError when the run is no longer the running one, and django.db.DatabaseError for a bad
+        Raises lease.FenceLostError when the run is no longer the running one, and django.db.DatabaseError for a bad
         moment. Nothing of the batch is written then.
         """
         started = time.monotonic()
@@ -131,12 +131,12 @@ class UpdateWriter:
             if totals.revisited:
                 batch = BackfillBatch.of(self._run_id, source, totals, time.monotonic() - started)
                 batch.save(using=self._connection.alias, force_insert=True)
-            fence.renew(self._run_id, totals)
+            lease.renew(self._run_id, totals)
         return totals
 
     def keep_alive(self) -> None:
-        """Renew the heartbeat without a batch. Raises fence.FenceLostError."""
-        fence.renew(self._run_id, Totals())
+        """Renew the heartbeat without a batch. Raises lease.FenceLostError."""
+        lease.renew(self._run_id, Totals())
 
     def _settle(self, source: Source, rows: Sequence[MappedRow]) -> list[Change]:
         """Decide and write; where a contact changed under our eyes, look at its rows again.

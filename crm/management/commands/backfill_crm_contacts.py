@@ -9,11 +9,6 @@ from typing import Any
 from django.core.management.base import CommandError, CommandParser
 from django.utils.dateparse import parse_date, parse_datetime
 
-from crm.backfill.errors import beginning
-from crm.backfill.lost_reports import noted
-from crm.backfill.options import RunOptions
-from crm.backfill.outcome import Source
-from crm.backfill.pace import FIRST_ROWS, ErrorCeiling
 from crm.backfill.report import (
     as_json,
     console_on,
@@ -27,7 +22,12 @@ from crm.backfill.workers import most_workers, require_room_for
 from crm.errors import OperatorError
 from crm.management.arguments import MOST_ROWS, positive
 from crm.management.operator_command import OperatorCommand
-from crm.output import OutputError
+from crm.outcome import Source
+from crm.output.streams import OutputError
+from crm.postgres.errors import beginning
+from crm.rules.options import RunOptions
+from crm.rules.throttling import FIRST_ROWS, ErrorCeiling
+from crm.runs.lost_reports import noted
 
 
 class Command(OperatorCommand):

@@ -11,16 +11,16 @@ from typing import Any
 
 from django.core.management.base import CommandError, CommandParser
 
-from crm.backfill import fence, runs
-from crm.backfill.interruption import StoppedError
-from crm.backfill.options import as_arguments
-from crm.backfill.outcome import Outcome
-from crm.backfill.watching import POLL_INTERVAL, watch
 from crm.errors import OperatorError
+from crm.interruption import StoppedError
 from crm.management.arguments import positive, run_number
 from crm.management.operator_command import OperatorCommand
 from crm.models import BackfillRun
 from crm.models.ledger import RunStatus
+from crm.outcome import Outcome
+from crm.rules.options import as_arguments
+from crm.runs import control, lease
+from crm.runs.watching import POLL_INTERVAL, watch
 
 _HELP = {
     "pause": "stop it at its next batch; no other run may start until it is resumed or cancelled",
@@ -58,14 +58,14 @@ class Command(OperatorCommand):
         _add_run(showing)
         showing.add_argument("--json", action="store_true", help="print one JSON object")
         _add_run(_parser_of(actions, "watch", "follow a run to its end; Ctrl-C ends the watching and not the run"))
-        for action in runs.ACTIONS:
+        for action in control.ACTIONS:
             _add_run(_parser_of(actions, action, _HELP[action]))
 
     def handle(self, *_args: Any, action: str, **options: Any) -> None:
         """Do it. The exit codes are in the help."""
         try:
             if "run" in options:
-                options["run"] = runs.number(options["run"])
+                options["run"] = control.number(options["run"])
             if action == "watch":
                 self._watch(options["run"])
             else:
@@ -93,12 +93,12 @@ class Command(OperatorCommand):
 
     def _answer(self, action: str, options: dict[str, Any]) -> str:
         if action == "list":
-            found = runs.latest(options["last"])
-            return json.dumps([runs.summary(run) for run in found]) if options["json"] else _table(found)
+            found = control.latest(options["last"])
+            return json.dumps([control.summary(run) for run in found]) if options["json"] else _table(found)
         if action == "show":
-            details = runs.details(options["run"])
+            details = control.details(options["run"])
             return json.dumps(details) if options["json"] else _lines(details)
-        return _what_now(action, runs.act(action, options["run"]))
+        return _what_now(action, control.act(action, options["run"]))
 
 
 def _parser_of(actions: Any, action: str, what: str) -> CommandParser:
@@ -107,7 +107,7 @@ def _parser_of(actions: Any, action: str, what: str) -> CommandParser:
 
 
 def _add_run(parser: CommandParser) -> None:
-    help_text = f"the run's number, as `backfill_runs list` shows it, or `{runs.LATEST}`"
+    help_text = f"the run's number, as `backfill_runs list` shows it, or `{control.LATEST}`"
     parser.add_argument("run", type=run_number, metavar="RUN", help=help_text)
 
 
@@ -115,7 +115,7 @@ def _what_now(action: str, run: BackfillRun) -> str:
     if action == "pause":
         what = (
             ". Nothing is at work, its process is gone; but no other run may start now."
-            if fence.process_is_gone(run)
+            if lease.process_is_gone(run)
             else ": it ends at its next batch."
         )
         goes_on = "it be gone on with" if run.kind == BackfillRun.Kind.ROLLBACK else "the next run go on"
@@ -168,11 +168,11 @@ def _cells(run: BackfillRun) -> tuple[str, ...]:
     return (
         str(run.pk),
         run.kind,
-        f"{run.status} (dead)" if run.status == RunStatus.RUNNING and fence.process_is_gone(run) else run.status,
+        f"{run.status} (dead)" if run.status == RunStatus.RUNNING and lease.process_is_gone(run) else run.status,
         _moment(run.started_at),
         *(f"{count:,}" for count in counts),
         _moment(run.heartbeat_at) if run.status == RunStatus.RUNNING else "",
-        runs.taken_back(run),
+        control.taken_back(run),
     )
 
 

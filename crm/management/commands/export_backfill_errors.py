@@ -12,12 +12,12 @@ from typing import IO, Any, cast
 from django.core.management.base import CommandError, CommandParser
 from django.db import connection
 
-from crm.backfill.dead_letters import DeadLetter, dead_letters
-from crm.backfill.errors import told
-from crm.backfill.spreadsheet import row_writer
+from crm.conflicts.dead_letters import DeadLetter, dead_letters
 from crm.errors import OperatorError
-from crm.files import file_of_option
 from crm.management.operator_command import OperatorCommand
+from crm.output.files import file_of_option
+from crm.output.spreadsheet import row_writer
+from crm.postgres.errors import told
 
 
 class Command(OperatorCommand):

@@ -6,9 +6,10 @@ from typing import Any
 
 from django.core.management.base import CommandError, CommandParser
 
-from crm.backfill import decisions
+from crm.conflicts import decisions
 from crm.errors import OperatorError
 from crm.management.operator_command import OperatorCommand
+from crm.rules.row_reference import RowReference
 
 
 class Command(OperatorCommand):
@@ -34,7 +35,7 @@ class Command(OperatorCommand):
     def handle(self, *_args: Any, row: str, contact: str | None, separate: str | None, **_options: Any) -> None:
         """Record the decision, or show the conflict. The exit codes are in the help."""
         try:
-            reference = decisions.RowReference.parse(row)
+            reference = RowReference.parse(row)
             if contact is not None:
                 decisions.belongs_to(reference, contact)
                 decided = f"belongs to the contact {contact}"

@@ -8,13 +8,13 @@ from typing import Any
 
 from django.core.management.base import CommandError, CommandParser
 
-from crm.backfill import runs
 from crm.backfill.report import console_on, progress_on_stderr
-from crm.backfill.rollback.report import as_json, listing, news, print_summary
-from crm.backfill.rollback.runner import DEFAULT_BATCH_SIZE, roll_back
 from crm.errors import OperatorError
 from crm.management.arguments import run_number
 from crm.management.operator_command import OperatorCommand
+from crm.rollback.report import as_json, listing, news, print_summary
+from crm.rollback.runner import DEFAULT_BATCH_SIZE, roll_back
+from crm.runs import control
 
 LEAST_BATCH, LARGEST_BATCH = 1, 5_000
 
@@ -37,7 +37,7 @@ class Command(OperatorCommand):
             "run",
             type=run_number,
             metavar="RUN",
-            help=f"the run's number, as backfill_runs list shows it; `{runs.LATEST}` is refused on purpose",
+            help=f"the run's number, as backfill_runs list shows it; `{control.LATEST}` is refused on purpose",
         )
         parser.add_argument("--dry-run", action="store_true", help="tell what would be done, and write nothing at all")
         parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
@@ -88,7 +88,7 @@ def _number(given: int | str) -> int:
         return given
     raise OperatorError(
         f"A rollback takes no `{given}`, so that it takes back what was looked at and no run that began since: give "
-        f"the run's number. The latest run is {runs.number(given)}; `python manage.py backfill_runs list` shows the "
+        f"the run's number. The latest run is {control.number(given)}; `python manage.py backfill_runs list` shows the "
         "others. Nothing was written."
     )
 

@@ -9,10 +9,10 @@ from typing import Any, TextIO, cast
 from django.core.management.base import CommandError, CommandParser
 from django.db import connection
 
-from crm.backfill.errors import told
-from crm.backfill.tracing import as_lines, trace_address, trace_reference
 from crm.errors import OperatorError
 from crm.management.operator_command import OperatorCommand
+from crm.postgres.errors import told
+from crm.tracing import as_lines, trace_address, trace_reference
 
 ON_STANDARD_INPUT = "-"
 

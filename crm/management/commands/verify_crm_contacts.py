@@ -11,14 +11,14 @@ from django.core.management.base import CommandError, CommandParser
 from django.db import connection
 from rich.console import Console
 
-from crm.backfill.errors import told
 from crm.backfill.report import console_on
-from crm.backfill.verification import verify
-from crm.backfill.verification.findings import Finding
-from crm.backfill.verification.report import as_json, findings_writer, news, print_report
 from crm.errors import OperatorError
-from crm.files import file_of_option
 from crm.management.operator_command import OperatorCommand
+from crm.output.files import file_of_option
+from crm.postgres.errors import told
+from crm.verification import verify
+from crm.verification.findings import Finding
+from crm.verification.report import as_json, findings_writer, news, print_report
 
 
 class Command(OperatorCommand):

@@ -1,0 +1,230 @@
+"""The census of the source rows, and what is left of them to be looked at. Only reads.
+
+After the first run nearly every row has its line. The few that have none, or one that says `error`, are found by joins
+over the whole tables, and then read by their ids: that is twenty times cheaper than asking for every row's line.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from django.db.backends.base.base import BaseDatabaseWrapper
+
+from crm.outcome import WITH_CONTACT, Census, Fault, Outcome, Source
+from crm.postgres.facts.schema import DatabaseFacts
+
+#: How many rows of a table, and what share of them, may be left for them to be read by their ids. Where more are left,
+#: the pages pass over the whole table.
+FEW_ROWS, FEW_SHARE = 20_000, 0.1
+
+_NAMES = {
+    "profiles": {"table": "profiles", "label": "role"},
+    "leads": {"table": "leads", "label": "status"},
+}
+# One statement, so that all of it is of one moment. Each term is counted by itself: the rows of the table without a
+# look at the ledger, the lines that rows have by what they say, and as pending the rows without any line.
+_COUNTS = """
+SELECT r.{label}::text, NULL AS outcome, NULL AS names_contact, count(*) FROM {table} r WHERE true{only} GROUP BY 1
+ UNION ALL
+SELECT label::text, outcome, names_contact, counted
+  FROM (SELECT r.{label} AS label, line.outcome, line.contact_id IS NOT NULL AS names_contact, count(*) AS counted
+          FROM {table} r LEFT JOIN ledger_entry line ON line.source_id = r.id AND line.source = ANY(%(sources)s)
+         WHERE true{only}
+         GROUP BY 1, 2, 3) line
+"""
+_COUNTS_WITHOUT_LEDGER = """
+SELECT r.{label}::text, NULL AS outcome, NULL, count(*) FROM {table} r WHERE true{only} GROUP BY 1
+ UNION ALL
+SELECT r.{label}::text, NULL, false, count(*) FROM {table} r WHERE true{only} GROUP BY 1
+"""
+# Rows without an id have no line. Of those that share an id, one line stands for all: none can be told from another.
+_ONLY = {"id": " AND r.id IS NOT NULL", "repeated": " AND r.id <> ALL(%(repeated)s)"}
+_WITHOUT_ID = "SELECT count(*) FROM {table} WHERE id IS NULL"
+_REPEATED = """
+SELECT line.outcome, line.contact_id IS NOT NULL, count(*)
+  FROM {table} r LEFT JOIN ledger_entry line ON line.source_id = r.id AND line.source = ANY(%(sources)s)
+ WHERE r.id = ANY(%(repeated)s)
+ GROUP BY r.id, line.outcome, line.contact_id
+"""
+_REPEATED_WITHOUT_LEDGER = """
+SELECT NULL, false, count(*) FROM {table} r WHERE r.id = ANY(%(repeated)s) GROUP BY r.id
+"""
+#: Why rows are excluded that no line can stand for.
+DUPLICATE_ID, MISSING_ID = "duplicate_id", "missing_id"
+_ERRORS = """
+SELECT r.{label}::text, r.id
+  FROM ledger_entry line JOIN {table} r ON r.id = line.source_id
+ WHERE line.outcome = 'error' AND line.source = ANY(%(sources)s)
+   AND (r.{label} = ANY(%(labels)s::{label_type}[]) OR r.{label} IS NULL){only}
+"""
+_PENDING_ROWS = """
+SELECT r.{label}::text, r.id
+  FROM {table} r
+ WHERE (r.{label} = ANY(%(labels)s::{label_type}[]) OR r.{label} IS NULL){only}
+   AND NOT EXISTS (SELECT FROM ledger_entry line WHERE line.source_id = r.id AND line.source = ANY(%(sources)s))
+"""
+# As `source.UNSETTLED_OR_GONE` has it.
+_GONE = """
+  FROM {table} r JOIN ledger_entry line ON line.source_id = r.id AND line.source = ANY(%(sources)s)
+ WHERE line.outcome <> 'error' AND r.{label} = ANY(%(labels)s::{label_type}[]){only}
+   AND (NOT EXISTS (SELECT FROM crm_contacts c WHERE c.id = line.contact_id)
+        OR EXISTS (SELECT FROM ledger_entry made
+                    WHERE made.id = line.contact_id AND made.outcome = 'created' AND made.run_id > line.run_id))
+"""
+_GONE_ROWS = f"SELECT r.{{label}}::text, r.id {_GONE}"
+_GONE_COUNTS = f"SELECT r.{{label}}::text, count(*) {_GONE} GROUP BY 1"
+# A row that changed since its line was written may have become one that is not to be migrated.
+_EXCLUDED_OF_RUN = """
+SELECT count(*)
+  FROM {table} r JOIN ledger_entry line ON line.source_id = r.id AND line.source = ANY(%(sources)s)
+ WHERE r.{label} <> ALL(%(labels)s::{label_type}[]) AND line.run_id = %(run)s AND line.outcome <> 'error'
+   AND line.source_updated_at = r."updatedAt"
+"""
+
+
+class Survey(NamedTuple):
+    """The census, and the ids of the rows to read, for the sources that have few of them.
+
+    `gone` counts, by source, the settled rows whose contact is gone. It is empty unless `survey` was asked for them.
+    """
+
+    census: Census
+    left: Mapping[Source, Sequence[str]]
+    gone: Mapping[Source, int]
+
+
+@dataclass(slots=True)
+class _Table:
+    """Rows of a table by label; and by label, what their lines say and whether these name a contact.
+
+    `without_line` are rows by the reason why no line can stand for them.
+    """
+
+    labels: Counter[str | None] = field(default_factory=Counter)
+    lines: Counter[tuple[str | None, str | None, bool]] = field(default_factory=Counter)
+    without_line: Counter[str] = field(default_factory=Counter)
+
+    def count(self, label: str | None, *outcomes: str | None) -> int:
+        """The rows with this label and one of these outcomes."""
+        return sum(self.lines[label, outcome, named] for outcome in outcomes for named in (True, False))
+
+
+def take_census(connection: BaseDatabaseWrapper, facts: DatabaseFacts, run_id: int | None = None) -> Census:
+    """Count the source rows by what they are and by what the ledger says of them; each term by itself.
+
+    With a run, its lines of rows that are not to be migrated are a fault.
+    """
+    settled, errors, pending = (dict.fromkeys(Source, 0) for _ in range(3))
+    census = Census(0, {}, settled, errors, pending)
+    for table in _NAMES:
+        counted = _count(connection, facts, table)
+        _add(census, facts, table, counted)
+        if run_id is not None and _has_excluded_lines(facts, table, counted):
+            count = _excluded_of_run(connection, facts, table, run_id)
+            _add_fault(census, Fault.EXCLUDED_ROW, count)
+    return census
+
+
+def survey(connection: BaseDatabaseWrapper, facts: DatabaseFacts, *, with_gone: bool = False) -> Survey:
+    """Take the census, and list the rows to read where they are few.
+
+    `with_gone` includes the settled rows whose contact is gone.
+    """
+    census = take_census(connection, facts)
+    left: dict[Source, list[str]] = {}
+    gone = dict.fromkeys(Source, 0)
+    for table in _NAMES:
+        sources = Source.of_table(table)
+        errors, pending = (sum(of[source] for source in sources) for of in (census.errors, census.pending))
+        rows = errors + pending + sum(census.settled[source] for source in sources)
+        if with_gone and facts.has_ledger:
+            for label, count in _rows(connection, facts, table, _GONE_COUNTS):
+                if (source := facts.source_of(table, label)) is not None:
+                    gone[source] += count
+        of_table = sum(gone[source] for source in sources)
+        if errors + pending + of_table > min(FEW_ROWS, FEW_SHARE * rows):
+            continue
+        left |= {source: [] for source in sources}
+        for count, query in ((errors, _ERRORS), (pending, _PENDING_ROWS), (of_table, _GONE_ROWS)):
+            for label, identifier in _rows(connection, facts, table, query) if count else ():
+                source = facts.source_of(table, label)
+                if source is not None:
+                    left[source].append(identifier)
+    return Survey(census, left, gone)
+
+
+def _count(connection: BaseDatabaseWrapper, facts: DatabaseFacts, table: str) -> _Table:
+    counted = _Table()
+    query = _COUNTS if facts.has_ledger else _COUNTS_WITHOUT_LEDGER
+    for label, outcome, names_contact, count in _rows(connection, facts, table, query):
+        if names_contact is None:
+            counted.labels[label] = count
+        else:
+            counted.lines[label, outcome, names_contact] += count
+    if f"{table}.id" in facts.nullable:
+        ((count,),) = _rows(connection, facts, table, _WITHOUT_ID)
+        counted.without_line[MISSING_ID] += count
+    if facts.repeated_ids.get(table):
+        query = _REPEATED if facts.has_ledger else _REPEATED_WITHOUT_LEDGER
+        for outcome, names_contact, count in _rows(connection, facts, table, query):
+            counted.labels[None] += 1
+            counted.lines[None, outcome, names_contact] += 1
+            counted.without_line[DUPLICATE_ID] += count - 1
+    return counted
+
+
+def _add(census: Census, facts: DatabaseFacts, table: str, counted: _Table) -> None:
+    census.rows += counted.labels.total() + counted.without_line.total()
+    for reason, count in counted.without_line.items():
+        if count:
+            census.excluded[reason] = census.excluded.get(reason, 0) + count
+    for label in counted.labels.keys() | {label for label, _, _ in counted.lines}:
+        source = facts.source_of(table, label)
+        if source is None:
+            reason = facts.exclusion(table, str(label))
+            census.excluded[reason] = census.excluded.get(reason, 0) + counted.labels.get(label, 0)
+            continue
+        census.settled[source] += counted.count(label, *WITH_CONTACT)
+        census.errors[source] += counted.count(label, Outcome.ERROR)
+        census.pending[source] += counted.count(label, None)
+        for outcome in Outcome:
+            census.lines[outcome] += counted.count(label, outcome)
+        for (of_label, said, names_contact), count in counted.lines.items():
+            if of_label == label and said is not None:
+                if said not in census.lines:
+                    _add_fault(census, Fault.UNKNOWN_OUTCOME, count)
+                elif said in WITH_CONTACT and not names_contact:
+                    _add_fault(census, Fault.NO_CONTACT, count)
+
+
+def _add_fault(census: Census, fault: Fault, count: int) -> None:
+    if count:
+        census.faults[fault] = census.faults.get(fault, 0) + count
+
+
+def _has_excluded_lines(facts: DatabaseFacts, table: str, counted: _Table) -> bool:
+    return any(outcome is not None and facts.source_of(table, label) is None for label, outcome, _ in counted.lines)
+
+
+def _excluded_of_run(connection: BaseDatabaseWrapper, facts: DatabaseFacts, table: str, run_id: int) -> int:
+    ((count,),) = _rows(connection, facts, table, _EXCLUDED_OF_RUN, run=run_id)
+    return int(count)
+
+
+def _rows(
+    connection: BaseDatabaseWrapper, facts: DatabaseFacts, table: str, query: str, **parameters: Any
+) -> list[tuple[Any, ...]]:
+    sources = Source.of_table(table)
+    parameters |= {
+        "sources": [source.value for source in sources],
+        "labels": [label for source in sources for label in facts.labels_of(source)],
+        "repeated": list(facts.repeated_ids.get(table, ())),
+    }
+    only = _ONLY["id"] if f"{table}.id" in facts.nullable else ""
+    only += _ONLY["repeated"] if parameters["repeated"] else ""
+    with connection.cursor() as cursor:
+        cursor.execute(query.format(**_NAMES[table], only=only, label_type=facts.label_types[table]), parameters)
+        return list(cursor.fetchall())

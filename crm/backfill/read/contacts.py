@@ -1,0 +1,141 @@
+"""The contacts that are already there, looked up by every key of identity. Only reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from django.db.backends.base.base import BaseDatabaseWrapper
+
+from crm.backfill.read.spellings import NoncanonicalAddresses
+from crm.postgres.facts.schema import DatabaseFacts
+from crm.postgres.loaders import read_as_text
+from crm.rules.addresses import canonical_address, trimmed_address
+from crm.rules.mapping import MappedRow
+from crm.rules.matching import KnownContact, KnownContacts, ProfileOfAddress
+
+# A contact is found by index under each key; one OR over all of them would be left to the planner's luck.
+_CONTACTS = """
+SELECT c.id, c.email, c."userId", c."clerkUserId", {ours}, c.phone, c.company, {rest}
+  FROM crm_contacts c
+ WHERE c.id IN (SELECT id FROM crm_contacts WHERE email = ANY(%(emails)s)
+          UNION SELECT id FROM crm_contacts WHERE "userId" = ANY(%(user_ids)s)
+          UNION SELECT id FROM crm_contacts WHERE "clerkUserId" = ANY(%(clerk_user_ids)s)
+          UNION SELECT id FROM crm_contacts WHERE id = ANY(%(ids)s))
+ ORDER BY c."createdAt", c.id
+"""
+_OURS = "EXISTS (SELECT FROM ledger_entry line WHERE line.id = c.id AND line.outcome = 'created')"
+# A person may have taken the preparer away and left the date: a unit is missing when all of it is.
+_ASSIGNMENT = '(c."assignedPreparerId" IS NOT NULL OR c."assignedAt" IS NOT NULL), c."lastContactedAt"'
+_ATTRIBUTION = f"""
+{_ASSIGNMENT}, COALESCE(c."referrerUsername", c."referrerType", c."commissionRate"::text,
+c."commissionRateLockedAt"::text, c."attributionMethod") IS NOT NULL, c."updatedAt", c."attributionConfidence"
+"""
+_NO_ATTRIBUTION = f'{_ASSIGNMENT}, false, c."updatedAt", NULL'
+_SPELLED = "SELECT email, id, NULL AS profile_id FROM crm_contacts WHERE email = ANY(%(spellings)s)"
+# Each LATERAL with its LIMIT is one index probe, whatever the planner believes.
+_AND_PROFILES = """
+ UNION ALL
+SELECT u.email, line.contact_id, p.id
+  FROM (SELECT id, email FROM users WHERE email = ANY(%(emails)s)
+         UNION SELECT id, email FROM users WHERE id = ANY(%(user_ids)s)) u
+ CROSS JOIN LATERAL (SELECT id FROM profiles WHERE "userId" = u.id LIMIT 1) p
+ CROSS JOIN LATERAL (
+   SELECT contact_id FROM ledger_entry
+    WHERE id = 'c' || left(encode(sha256(convert_to('profiles:' || p.id, 'UTF8')), 'hex'), 24)
+      AND outcome <> 'error' LIMIT 1) line
+"""
+
+
+class ContactLookup:
+    """Finds the contacts that rows of a batch may meet, whatever the spelling of their stored email.
+
+    There is no index on lower(email) and none is added to a table that Prisma owns. The canonical form is looked up by
+    the unique index. The stored addresses that are in another form are noted down at the beginning, and again from time
+    to time; every batch asks besides, by the unique index, for the spellings in which the application is most likely to
+    have stored its addresses since. What is stored meanwhile in any other spelling, the end of a run settles.
+    """
+
+    def __init__(self, connection: BaseDatabaseWrapper, facts: DatabaseFacts) -> None:
+        self._connection = connection
+        self._facts = facts
+        self._contacts = NoncanonicalAddresses(connection, "crm_contacts")
+        self._users = NoncanonicalAddresses(connection, "users")
+        self._spelled: dict[str, set[str]] = {}
+        self._profiles: list[ProfileOfAddress] = []
+        self._with_profile: set[str] = set()
+
+    def notice(self, rows: Sequence[MappedRow], *, anew: bool = False) -> None:
+        """Take a first look at a batch: which rows have a contact that no index finds by their canonical address.
+
+        `anew` asks the whole table for what has been stored until now.
+        """
+        addresses = {row.draft.email for row in rows if row.draft}
+        spellings = {spelling for row in rows if row.draft for spelling in likely_spellings(row)}
+        of_profiles = without_account(rows) if self._facts.has_ledger else set()
+        parameters = {"spellings": sorted(spellings - addresses), "emails": sorted(of_profiles), "user_ids": []}
+        if of_profiles:
+            users = self._users.find(of_profiles)
+            parameters["user_ids"] = sorted(identifier for ids in users.values() for identifier in ids)
+        self._spelled, self._profiles = self._contacts.find(addresses, anew=anew), []
+        with self._connection.cursor() as cursor:
+            cursor.execute(_SPELLED + _AND_PROFILES if of_profiles else _SPELLED, parameters)
+            for email, contact_id, profile_id in cursor.fetchall():
+                if profile_id is None:
+                    self._spelled.setdefault(canonical_address(email), set()).add(contact_id)
+                else:
+                    self._profiles.append(ProfileOfAddress.of(email, profile_id, contact_id))
+        self._with_profile = {profile.address for profile in self._profiles}
+
+    def is_likely_met(self, address: str) -> bool:
+        """Whether a row of the batch with this address is to be looked up before an insert is tried."""
+        return address in self._spelled or address in self._with_profile
+
+    def contacts_met_by(self, rows: Sequence[MappedRow]) -> KnownContacts:
+        """The contacts that have a key of one of the rows, as they are now. Their batch was noticed before."""
+        profiles = self.profiles_of(rows)
+        return KnownContacts(self.contacts(rows, [profile.contact_id for profile in profiles]), profiles)
+
+    def profiles_of(self, rows: Iterable[MappedRow]) -> list[ProfileOfAddress]:
+        """The settled profiles whose users have the address of one of the rows that bring no account."""
+        addresses = without_account(rows)
+        return [profile for profile in self._profiles if profile.address in addresses]
+
+    def contacts(self, rows: Sequence[MappedRow], ids: Iterable[str] = ()) -> list[KnownContact]:
+        """The contacts that have a key of one of the rows, or one of these ids; the oldest first."""
+        drafts = [row.draft for row in rows if row.draft]
+        emails = {draft.email for draft in drafts}
+        spelled = [identifier for email in emails for identifier in self._spelled.get(email, ())]
+        query = _CONTACTS.format(
+            ours=_OURS if self._facts.has_ledger else "false",
+            rest=_ATTRIBUTION if self._facts.has_attribution else _NO_ATTRIBUTION,
+        )
+        parameters = {
+            "emails": sorted(emails),
+            "user_ids": [draft.user_id for draft in drafts if draft.user_id],
+            "clerk_user_ids": [draft.clerk_user_id for draft in drafts if draft.clerk_user_id],
+            "ids": [*(draft.id for draft in drafts), *decided_contacts(rows), *spelled, *ids],
+        }
+        with self._connection.cursor() as cursor:
+            read_as_text(cursor)
+            cursor.execute(query, parameters)
+            return [KnownContact(*row) for row in cursor.fetchall()]
+
+
+def likely_spellings(row: MappedRow) -> Iterable[str]:
+    """The spellings in which the application may have stored the address of a row that has a draft."""
+    email = row.draft.email if row.draft else ""
+    yield email.upper()
+    yield email.capitalize()
+    if row.raw_email:
+        yield row.raw_email
+        yield trimmed_address(row.raw_email)
+
+
+def without_account(rows: Iterable[MappedRow]) -> set[str]:
+    """The addresses of the rows that bring no account: leads, and profiles without a user, whose address is ours."""
+    return {row.draft.email for row in rows if row.draft and row.draft.user_id is None}
+
+
+def decided_contacts(rows: Iterable[MappedRow]) -> list[str]:
+    """The contacts that people decided on for rows of a batch."""
+    return [row.resolution.contact_id for row in rows if row.resolution and row.resolution.contact_id]

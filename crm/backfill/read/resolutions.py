@@ -1,0 +1,103 @@
+"""What people decided about rows in conflict, for whoever maps these rows. `crm.conflicts.decisions` records it.
+
+A run takes the rows that people decided on last, and in one place: whose contact they are must not depend on which
+worker is faster, and what they refer to may be made by this very run.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Self
+
+from django.conf import settings
+from django.db.backends.base.base import BaseDatabaseWrapper
+
+from crm.errors import OperatorError
+from crm.outcome import Source
+from crm.postgres.facts.schema import DatabaseFacts
+from crm.rules.mapping import MappedRow, Resolution
+
+logger = logging.getLogger(__name__)
+
+_ALL = 'SELECT id, "row", contact_id, separate_email FROM conflict_decision decision'
+_TO_BE_CARRIED_OUT = f"""
+{_ALL} WHERE NOT EXISTS (SELECT FROM ledger_entry line WHERE line.id = decision.id AND line.outcome <> 'error')
+"""
+_IS_READABLE = """
+SELECT has_table_privilege(c.oid, 'SELECT') FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
+ WHERE nspname = %s AND relname = 'conflict_decision' AND has_schema_privilege(n.oid, 'USAGE')
+"""
+
+
+class _Decided(NamedTuple):
+    id: str
+    row: str
+    resolution: Resolution
+
+
+@dataclass(frozen=True, slots=True)
+class Resolutions:
+    """Decisions by the key of their row's ledger line; people make them one by one, so they are few."""
+
+    by_id: Mapping[str, Resolution] = field(default_factory=dict)
+    source_ids: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    @classmethod
+    def to_be_carried_out(cls, database: BaseDatabaseWrapper, facts: DatabaseFacts) -> Self:
+        """The decisions on rows that are not settled; none, with a warning, where a dry run's role may not see them."""
+        readable = is_readable(database)
+        if readable is False:
+            logger.warning("this role may not read conflict_decision: the dry run takes no decision into account")
+        return cls._of(_fetched(database, _TO_BE_CARRIED_OUT) if readable and facts.has_ledger else [])
+
+    @classmethod
+    def every(cls, database: BaseDatabaseWrapper) -> Self:
+        """All decisions, those that were carried out as well. Raises OperatorError where this role may not see them."""
+        readable = is_readable(database)
+        if readable is False:
+            raise OperatorError(
+                "This role may not read what was decided about rows in conflict. Let the owner GRANT SELECT on "
+                "conflict_decision."
+            )
+        return cls._of(_fetched(database, _ALL) if readable else [])
+
+    @classmethod
+    def _of(cls, decided: Sequence[_Decided]) -> Self:
+        source_ids: dict[str, list[str]] = {"profiles": [], "leads": []}
+        for _, row, _ in decided:
+            table, _, source_id = row.partition(":")
+            source_ids[table].append(source_id)
+        return cls({identifier: resolution for identifier, _, resolution in decided}, source_ids)
+
+    def among(self, sources: Iterable[Source]) -> list[Source]:
+        """Those of the sources that may have rows which people decided on."""
+        return [source for source in sources if self.source_ids.get(source.table)]
+
+    def applied(self, rows: list[MappedRow]) -> list[MappedRow]:
+        """The rows, with what was decided on those that it was decided on."""
+        return [self._resolved(row) for row in rows] if self.by_id else rows
+
+    def _resolved(self, row: MappedRow) -> MappedRow:
+        resolution = self.by_id.get(row.id)
+        if resolution is None or row.draft is None:
+            return row
+        if resolution.separate_email is None:
+            return row._replace(resolution=resolution)
+        email = resolution.separate_email
+        return row._replace(resolution=resolution, raw_email=email, draft=row.draft._replace(email=email))
+
+
+def is_readable(database: BaseDatabaseWrapper) -> bool | None:
+    """Whether the decisions may be read; None where there is no table of them as yet."""
+    with database.cursor() as cursor:
+        cursor.execute(_IS_READABLE, [settings.BACKFILL_SCHEMA])
+        row = cursor.fetchone()
+    return None if row is None else bool(row[0])
+
+
+def _fetched(database: BaseDatabaseWrapper, query: str) -> list[_Decided]:
+    with database.cursor() as cursor:
+        cursor.execute(query)
+        return [_Decided(identifier, row, Resolution(*decided)) for identifier, row, *decided in cursor.fetchall()]

@@ -1,0 +1,286 @@
+"""Ledger lines with their contacts and source rows, as they are now, for the comparison. Only reads.
+
+Lines come sorted by contact in one stream: the ledger has no index on the contact, and a look-up for every page would
+read all of it each time. Rows and contacts are index probes, one statement a page for each table.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+from django.conf import settings
+from django.db import DatabaseError, transaction
+from django.db.backends.base.base import BaseDatabaseWrapper
+
+from crm.backfill.read.resolutions import Resolutions
+from crm.models import CRMContact
+from crm.outcome import Outcome, Reason, Refusal, Source
+from crm.postgres import errors
+from crm.postgres.apart import read_apart
+from crm.postgres.facts.schema import DatabaseFacts
+from crm.postgres.loaders import read_as_text
+from crm.postgres.snapshot import stream
+from crm.rules.mapping import ContactDraft, MappedRow, map_rows, unmapped
+
+logger = logging.getLogger(__name__)
+
+#: The contact's columns by the name of the draft's field.
+COLUMN = {field.attname: str(field.column) for field in CRMContact._meta.concrete_fields}
+
+#: Stands for an outcome in a line that tells what an update changed.
+UPDATED = "updated"
+
+_LEAD_SOURCES = ", ".join(f"'{source}'" for source in Source.of_table("leads"))
+_PROVEN = "proven"
+_LINES = f"""
+WITH proven AS MATERIALIZED ({{proven}})
+SELECT NULL AS contact_id, '{_PROVEN}' AS outcome, count(*)::text AS id, NULL,
+       (count(*) FILTER (WHERE touched))::text, NULL, NULL, NULL::bigint AS run_id, NULL::timestamp AS written_at,
+       NULL::bigint AS turn
+  FROM proven
+ UNION ALL
+SELECT contact_id, outcome, id, CASE WHEN source IN ({_LEAD_SOURCES}) THEN 'leads' ELSE 'profiles' END, source_id,
+       source_updated_at, filled, run_id, source_updated_at::timestamp({{second_digits}}), turn
+  FROM (SELECT contact_id, outcome, id, source, source_id, source_updated_at, filled, run_id, 0 AS turn
+          FROM ledger_entry WHERE outcome IN ('created', 'merged') AND contact_id IS NOT NULL
+         UNION ALL
+        SELECT contact_id, '{UPDATED}', line_id, source, source_id, source_updated_at, columns, run_id, id
+          FROM contact_update) line
+ WHERE NOT EXISTS (SELECT FROM proven WHERE proven.id = line.contact_id)
+"""
+_LINES = f"""
+SELECT contact_id, outcome, id, table_name, source_id, source_updated_at, filled, run_id, written_at
+  FROM ({_LINES}) AS line(
+         contact_id, outcome, id, table_name, source_id, source_updated_at, filled, run_id, written_at, turn)
+ ORDER BY contact_id COLLATE "C" NULLS FIRST, outcome <> 'created', run_id, turn, id COLLATE "C"
+"""
+#: A query that proves no contact.
+NONE_PROVEN = "SELECT NULL::text AS id, false AS touched WHERE false"
+# Whatever the planner believes of tables that a run has just filled: a join of whole tables is no nested loop.
+_FOR_WHOLE_TABLES = "SET LOCAL enable_nestloop = off; SET LOCAL work_mem = '64MB'"
+_FOR_PAGES = "SET LOCAL enable_nestloop = on"
+# Each LATERAL with its LIMIT is one index probe a row, whatever the planner believes. The columns stand in the order
+# of ProfileRow and LeadRow; the last one tells what became of somebody else's row that the contact takes a value from,
+# the user's address or who the preparer is: changed after the run that migrated the row had begun, or not there.
+_WANTED = "SELECT r.* FROM unnest(%(ids)s::text[], %(runs)s::bigint[]) AS wanted(id, run_id)"
+_BEGUN = "(SELECT started_at AT TIME ZONE 'UTC' FROM backfill_run WHERE id = wanted.run_id)"
+_PROFILES = f"""
+{_WANTED} CROSS JOIN LATERAL (
+  SELECT p.id, p."createdAt", p."updatedAt", NULL::text, p.role, p."firstName", p."lastName", p.phone,
+         p."companyName", p."userId", {{clerk_user_id}}, u.email,
+         CASE WHEN u.changed_at >= {_BEGUN} THEN 'changed' END
+    FROM profiles p
+         LEFT JOIN LATERAL (SELECT email, {{user_changed_at}} AS changed_at FROM users
+                             WHERE users.id = p."userId" LIMIT 1) u ON true
+   WHERE p.id = wanted.id LIMIT 1) r
+"""
+_LEADS = f"""
+{_WANTED} CROSS JOIN LATERAL (
+  SELECT l.id, l."createdAt", l."updatedAt", NULL::text, l.status, l.type, l.email, l."firstName", l."lastName",
+         l.phone, l.source, l."lastContactedAt", l."referrerUsername", l."referrerType", l."commissionRate",
+         l."commissionRateLockedAt", l."attributionMethod", l."attributionConfidence", l."assignedPreparerId",
+         COALESCE(p.id, l."assignedPreparerId"),
+         CASE WHEN greatest(p."createdAt", p."updatedAt") >= {_BEGUN} THEN 'changed'
+              WHEN p.id IS NULL AND l."assignedPreparerId" IS NOT NULL
+              THEN CASE WHEN EXISTS (SELECT FROM users WHERE users.id = l."assignedPreparerId")
+                        THEN 'not linked' ELSE 'not there' END
+         END
+    FROM leads l
+         LEFT JOIN LATERAL (
+           SELECT id, "createdAt", "updatedAt" FROM profiles
+            WHERE id = l."assignedPreparerId" OR "userId" = l."assignedPreparerId"
+            ORDER BY id <> l."assignedPreparerId" LIMIT 1) p ON l."assignedPreparerId" IS NOT NULL
+   WHERE l.id = wanted.id LIMIT 1) r
+"""
+_CONTACTS = """
+SELECT c.* FROM unnest(%(ids)s::text[]) AS wanted(id) CROSS JOIN LATERAL (
+  SELECT {columns}, "assignedPreparerId" IS NULL OR EXISTS (SELECT FROM profiles WHERE id = "assignedPreparerId")
+    FROM crm_contacts WHERE crm_contacts.id = wanted.id LIMIT 1) c
+"""
+_USER_CHANGES_READABLE = """
+SELECT has_column_privilege(attrelid, attnum, 'SELECT') FROM pg_attribute
+ WHERE attrelid = to_regclass(quote_ident(%s) || '.users') AND attname = 'updatedAt' AND NOT attisdropped
+"""
+
+
+CHANGED = "changed"
+NOT_THERE = "not there"
+NOT_LINKED = "not linked"
+
+
+class Line(NamedTuple):
+    """A ledger line that speaks of a contact of ours."""
+
+    contact_id: str
+    outcome: str
+    id: str
+    table: str
+    source_id: str
+    source_updated_at: str
+    filled: str | None
+    run_id: int
+    #: `source_updated_at` as the contact keeps it.
+    written_at: str
+
+    @property
+    def row(self) -> str:
+        """The row's reference."""
+        return f"{self.table}:{self.source_id}"
+
+
+class LinesOfContact(NamedTuple):
+    """The line of the row that made a contact, and those of the rows that were merged into it or updated it.
+
+    Those stand in the order of their runs: what emptied again may have been filled more than once.
+    """
+
+    creator: Line
+    later: Sequence[Line]
+
+    @property
+    def merged(self) -> list[Line]:
+        """The lines of the rows that were merged."""
+        return [line for line in self.later if line.outcome == Outcome.MERGED]
+
+
+class FoundRow(NamedTuple):
+    """A source row as it is now. `mapped` is None when it is one that is not to be migrated; `updated_at` is None where
+    nobody can tell.
+
+    `other` is CHANGED, for the user of a profile and for the preparer of a lead; for the preparer alone also NOT_THERE,
+    or NOT_LINKED where the lead names a user who has no profile.
+    """
+
+    updated_at: str | None
+    mapped: MappedRow | None
+    other: str | None
+
+
+class FoundContact(NamedTuple):
+    """A contact as it is now; columns that the table lacks are None."""
+
+    values: ContactDraft
+    preparer_is_there: bool
+
+
+class Proven(NamedTuple):
+    """How many contacts the server proved to be as they should be, and how many of them somebody touched."""
+
+    contacts: int
+    touched: int
+
+
+def lines_of_contacts(
+    connection: BaseDatabaseWrapper, facts: DatabaseFacts, proven: tuple[str, Mapping[str, Any]]
+) -> tuple[Proven, Iterator[LinesOfContact]]:
+    """How many contacts are proven by a query that names them, and the lines of every other contact of ours.
+
+    Such a query has the columns `id` and `touched`; it comes with its parameters.
+    """
+    try:
+        # Inside a transaction, a statement that fails would be the last one.
+        with transaction.atomic(using=connection.alias):
+            summary, lines = _proven_and_others(connection, facts, *proven)
+    except DatabaseError as error:
+        if errors.bad_moment(error) is not None:
+            raise
+        logger.warning("%s: every contact is compared by itself", errors.described(error))
+        summary, lines = _proven_and_others(connection, facts, NONE_PROVEN, {})
+    return Proven(int(summary.id), int(summary.source_id)), _contact_by_contact(lines)
+
+
+def _proven_and_others(
+    connection: BaseDatabaseWrapper, facts: DatabaseFacts, query: str, parameters: Mapping[str, Any]
+) -> tuple[Line, Iterator[Line]]:
+    """The line with the counts, and all others."""
+    with connection.cursor() as cursor:
+        cursor.execute(_FOR_WHOLE_TABLES)
+    query = _LINES.format(proven=query, second_digits=facts.second_digits)
+    lines = map(Line._make, stream(connection, "lines", query, parameters))
+    summary = next(lines)
+    with connection.cursor() as cursor:
+        cursor.execute(_FOR_PAGES)
+    return summary, lines
+
+
+def _contact_by_contact(lines: Iterable[Line]) -> Iterator[LinesOfContact]:
+    for contact_id, group in groupby(lines, key=attrgetter("contact_id")):
+        of_contact = list(group)
+        creators = [line for line in of_contact if line.outcome == Outcome.CREATED and line.id == contact_id]
+        if creators:
+            yield LinesOfContact(creators[0], [line for line in of_contact if line.outcome != Outcome.CREATED])
+
+
+def may_read_user_changes(connection: BaseDatabaseWrapper) -> bool:
+    """Whether this role may see when a user was changed: the backfill itself does without."""
+    with connection.cursor() as cursor:
+        cursor.execute(_USER_CHANGES_READABLE, [settings.LEGACY_SCHEMA])
+        return bool(cursor.fetchone() == (True,))
+
+
+@dataclass(frozen=True, slots=True)
+class RowReader:
+    """Reads contacts and source rows by id, a page at a time."""
+
+    connection: BaseDatabaseWrapper
+    facts: DatabaseFacts
+    sees_user_changes: bool
+    missing_columns: Collection[str]
+    resolutions: Resolutions
+
+    def contacts(self, ids: Iterable[str]) -> dict[str, FoundContact]:
+        """Contacts by id; those that were deleted are not there."""
+        columns = ", ".join("NULL" if name in self.missing_columns else f'"{name}"' for name in COLUMN.values())
+        found = self._rows(_CONTACTS.format(columns=columns), {"ids": list(ids)})
+        return {row[0]: FoundContact(ContactDraft._make(row[:-1]), row[-1]) for row in found}
+
+    def source_rows(self, lines: Iterable[Line]) -> dict[str, FoundRow]:
+        """The source rows of lines, by their reference; those that are gone are not there."""
+        profiles = _PROFILES.format(
+            clerk_user_id='p."clerkUserId"' if self.facts.has_clerk_user_id else "NULL",
+            user_changed_at='"updatedAt"' if self.sees_user_changes else "NULL::timestamp",
+        )
+        of_table: dict[str, dict[str, Line]] = {"profiles": {}, "leads": {}}
+        for line in lines:
+            of_table[line.table][line.source_id] = line
+        found: dict[str, FoundRow] = {}
+        for table, query in (("profiles", profiles), ("leads", _LEADS)):
+            read = partial(self._read, query, of_table[table])
+            rows, unreadable = read_apart(self.connection, list(of_table[table]), read)
+            found |= {f"{table}:{source_id}": row for source_id, row in self._mapped(table, rows)}
+            faults = {source_id: (Reason.UNREADABLE, refusal) for source_id, refusal in unreadable.items()}
+            for source_id in of_table[table].keys() & set(self.facts.repeated_ids.get(table, ())):
+                faults[source_id] = (Reason.DUPLICATE_ID, Refusal())
+            for source_id, fault in faults.items():
+                found[f"{table}:{source_id}"] = FoundRow(None, unmapped(table, source_id, None, *fault), None)
+        return found
+
+    def _read(self, query: str, lines: Mapping[str, Line], source_ids: Sequence[str]) -> list[tuple[Any, ...]]:
+        runs = [lines[source_id].run_id for source_id in source_ids]
+        return self._rows(query, {"ids": list(source_ids), "runs": runs})
+
+    def _mapped(self, table: str, rows: Iterable[tuple[Any, ...]]) -> Iterator[tuple[str, FoundRow]]:
+        rules = self.facts.rules()
+        of_source: dict[Source | None, list[tuple[Any, ...]]] = {}
+        for row in rows:
+            of_source.setdefault(self.facts.source_of(table, row[4]), []).append(row)
+        for source, theirs in of_source.items():
+            mapped: Sequence[MappedRow | None] = (
+                [None] * len(theirs)
+                if source is None
+                else self.resolutions.applied(map_rows(source, [row[:-1] for row in theirs], rules))
+            )
+            for row, maps_to in zip(theirs, mapped, strict=True):
+                yield row[0], FoundRow(row[2], maps_to, row[-1])
+
+    def _rows(self, query: str, parameters: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+        with self.connection.cursor() as cursor:
+            read_as_text(cursor)
+            cursor.execute(query, parameters)
+            return list(cursor.fetchall())

@@ -1,0 +1,395 @@
+"""Pages of source rows by keyset. Only reads.
+
+A row whose ledger line says created, merged or exists is not read again. That is an anti-join on the ledger's key and
+no watermark, so no row is ever missed; where no row has a line as yet, there is nothing to be asked. Every look-up
+beside the paged table is a LATERAL with a LIMIT, and what is asked of it is opaque to the planner: a page stays a walk
+along an index, with one probe a row, whatever the planner believes of tables that this very run is filling.
+
+Timestamps and rates are fetched as PostgreSQL's own text: they are carried over, so nothing is gained by parsing them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+from django.db import DatabaseError, transaction
+from django.db.backends.base.base import BaseDatabaseWrapper
+
+from crm.outcome import Outcome, Reason, Refusal, Source
+from crm.postgres.apart import MAX_UNREADABLE, refusal_of_reading
+from crm.postgres.facts.schema import SOURCE_OF_STRAYS, DatabaseFacts
+from crm.postgres.loaders import read_as_text
+from crm.rules.addresses import trimmed_address_sql
+from crm.rules.mapping import contact_id
+
+Key = tuple[str | None, ...]
+
+#: What the texts of a page may take together; bytes. One row may take more.
+BYTES_OF_PAGE = 4_000_000
+#: Begins the key of a page of ids that several rows have. No text of PostgreSQL's has a NUL.
+_REPEATED = "\0repeated"
+
+#: What Python's str.strip() takes away, for PostgreSQL's btrim(): both must see the same text.
+WHITE_SPACE = "".join(character for character in map(chr, range(0x3001)) if character.isspace())
+
+_LINE_OF_ROW = """
+       LEFT JOIN LATERAL (
+         SELECT outcome, reason, run_id FROM ledger_entry
+          WHERE id = 'c' || left(encode(sha256(convert_to('{table}:' || r.id, 'UTF8')), 'hex'), 24) LIMIT 1
+       ) line ON true"""
+
+
+class Choice(NamedTuple):
+    """Which rows a reader looks at: what is joined to a row `r` of `{table}`, and the condition."""
+
+    join: str
+    condition: str
+
+
+#: The rows that have no settled line in the ledger.
+UNSETTLED = Choice(_LINE_OF_ROW, "(line.outcome IS NULL OR line.outcome = 'error')")
+#: Those, and the rows whose contact is gone. So is one that was made again since the row came to it, under its old id.
+UNSETTLED_OR_GONE = Choice(
+    _LINE_OF_ROW.replace("SELECT outcome,", "SELECT outcome, contact_id,"),
+    f"""({UNSETTLED.condition} OR (SELECT true FROM crm_contacts c WHERE c.id = line.contact_id LIMIT 1) IS NULL
+         OR (SELECT made.run_id > line.run_id FROM ledger_entry made
+              WHERE made.id = line.contact_id AND made.outcome = 'created' LIMIT 1))""",
+)
+_NO_LINE = " CROSS JOIN (SELECT NULL::text AS outcome, NULL::text AS reason, NULL::bigint AS run_id) line"
+#: Every row, and the ledger is not asked: for a source of which no row had a line when the run began. Should one have
+#: got a line since, the ledger's key refuses a second, and the batch is read again, asking.
+EVERY_ROW = Choice(_NO_LINE, "true")
+
+# The columns by name and never r.*: the role of the backfill may not read the secret ones.
+_PROFILES = """
+SELECT r.*, u.email, {bytes} AS bytes
+  FROM (SELECT r.id, r."createdAt", r."updatedAt", line.reason, r.role, r."firstName", r."lastName", r.phone,
+               r."companyName", r."userId", {clerk_user_id} AS "clerkUserId"
+          FROM profiles r {line}
+         WHERE {labels} {conditions}
+         ORDER BY r.id LIMIT %(size)s) r
+       LEFT JOIN LATERAL (SELECT email FROM users WHERE users.id = r."userId" LIMIT 1) u ON true
+"""
+_LEADS = """
+SELECT r.*, COALESCE(p.id, r."assignedPreparerId"), {bytes} AS bytes
+  FROM (SELECT r.id, r."createdAt", r."updatedAt", line.reason, r.status, r.type, r.email, r."firstName", r."lastName",
+               r.phone, r.source, r."lastContactedAt", r."referrerUsername", r."referrerType", r."commissionRate",
+               r."commissionRateLockedAt", r."attributionMethod", r."attributionConfidence", r."assignedPreparerId"
+          FROM leads r {line}
+         WHERE {labels} {conditions}
+         ORDER BY r."createdAt", r.id LIMIT %(size)s) r
+       LEFT JOIN LATERAL (
+         SELECT id FROM profiles WHERE id = r."assignedPreparerId" OR "userId" = r."assignedPreparerId"
+          ORDER BY id <> r."assignedPreparerId" LIMIT 1
+       ) p ON r."assignedPreparerId" IS NOT NULL
+"""
+_PAGE = {"profiles": _PROFILES, "leads": _LEADS}
+_ORDER = {"profiles": "{0}.id", "leads": '{0}."createdAt", {0}.id'}
+# The rows before which not all bytes are spent: one row at least, however long it is.
+_BOUNDED = """
+SELECT * FROM (
+  SELECT page.*, sum(bytes) OVER (ORDER BY {order} ROWS UNBOUNDED PRECEDING) AS through FROM ({page}) page
+) page WHERE through - bytes < %(bytes)s ORDER BY {order}
+"""
+# A page without its values, for one of which a value cannot be read.
+_KEYS = {
+    "profiles": "SELECT r.id, NULL, line.reason FROM profiles r {line} WHERE {labels} {conditions}",
+    "leads": 'SELECT r.id, r."createdAt", line.reason FROM leads r {line} WHERE {labels} {conditions}',
+}
+_LABELS = {
+    "profiles": ("role", "r.role = ANY(%(labels)s::{label_type}[])"),
+    "leads": ("status", "r.status = ANY(%(labels)s::{label_type}[])"),
+}
+# The texts whose length nobody bounds. Their length is known without reading them.
+_TEXTS = {
+    "profiles": ('r."firstName"', 'r."lastName"', "r.phone", 'r."companyName"', 'r."userId"', "u.email"),
+    "leads": (
+        *("r.email", 'r."firstName"', 'r."lastName"', "r.phone", "r.source", 'r."referrerUsername"'),
+        *('r."referrerType"', 'r."attributionMethod"', 'r."assignedPreparerId"'),
+    ),
+}
+_AFTER = {"profiles": "r.id > %(id)s", "leads": '(r."createdAt", r.id) > (%(created_at)s::timestamp, %(id)s)'}
+_NO_MOMENT = 'r."createdAt" IS NULL'
+_BYTES = "COALESCE(octet_length({}::text), 0)"
+_LINES = "SELECT id, outcome, reason, run_id FROM ledger_entry WHERE id = ANY(%s)"
+
+# One person's rows are all in one partition, so that who comes first is the same for any number of them. The part of
+# an address before the @ is ASCII, or the row is an error: the "C" collation lower-cases it exactly as Python does.
+_PERSON = {
+    "profiles": f"""COALESCE(
+        (SELECT NULLIF({trimmed_address_sql("users.email")}, '') FROM users WHERE users.id = r."userId" LIMIT 1),
+        r.id)""",
+    "leads": f"COALESCE({trimmed_address_sql('r.email')}, r.id)",
+}
+_IN_PARTITION = """abs(hashtext(lower(split_part({person}, '@', 1) COLLATE "C")) %% %(partitions)s) = %(partition)s"""
+
+# What the planner takes for half of the rows, since it does not look into it. It would take them for next to none, by
+# statistics that know of no row without a line, or by none at all; and then it would sort whole tables for every page,
+# instead of walking along the index until the page is full.
+_OPAQUE = "CASE WHEN {} THEN true ELSE false END"
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """One of `count` shares of the people."""
+
+    number: int
+    count: int
+
+
+EVERYBODY = Partition(0, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Apart:
+    """Rows by id that are taken apart from the others: either these alone are read, or all but these."""
+
+    source_ids: Sequence[str]
+    alone: bool
+
+
+class Fault(NamedTuple):
+    """A row of which nothing but the id can be told, what earlier runs said of it, and why it cannot be a contact."""
+
+    source_id: str
+    known_reason: str | None
+    reason: Reason
+    refusal: Refusal = Refusal()
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Source rows that were read at once, as they came from the database, the key to go on after, and whether there
+    are no more. `faults` are rows that stand in no order among the others."""
+
+    rows: list[tuple[Any, ...]]
+    key: Key | None
+    is_last: bool
+    faults: list[Fault] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.rows) + len(self.faults)
+
+
+@dataclass(frozen=True, slots=True)
+class SourceReader:
+    """Reads one source by keyset: profiles by id, leads by creation and id.
+
+    `ids` are those of the rows that are to be looked at, where they are known, so that the others are passed over.
+    """
+
+    connection: BaseDatabaseWrapper
+    facts: DatabaseFacts
+    source: Source
+    since: str | None = None
+    partition: Partition = EVERYBODY
+    run_id: int | None = None
+    apart: Apart | None = None
+    choice: Choice = UNSETTLED
+    ids: Sequence[str] | None = None
+
+    def asking_the_ledger(self) -> SourceReader:
+        """The same reader, which asks the ledger about every row where that was spared up to now."""
+        return replace(self, choice=UNSETTLED) if self.choice == EVERY_ROW else self
+
+    def page(self, after: Key | None, size: int, most_new: int | None = None) -> Page:
+        """At most `size` rows that are to be looked at, from strictly after a key on; of rows that no run has looked
+        at, at most `most_new`. Fewer where they are long.
+
+        An error is tried again by every run, and once by each: a batch may have been committed though nobody heard so.
+        A row that cannot be read is a fault of the page, and ids that several rows have come last, as faults as well.
+        """
+        if after is not None and after[0] == _REPEATED:
+            return self._repeated(str(after[1]), size, most_new)
+        page = self._cut_page(after, size, most_new)
+        # Rows without a moment come after the others, and no key of another row leads to them.
+        if self._may_lack_moments and page.is_last and after is not None and after[0] is not None:
+            page = self._joined(page, partial(self._cut_page, (None, None)), size, most_new)
+        if self._takes_repeated and page.is_last:
+            page = self._joined(page, partial(self._repeated, ""), size, most_new)
+        return page
+
+    def _joined(self, page: Page, read: Callable[[int, int | None], Page], size: int, most_new: int | None) -> Page:
+        """The page with what else is read where it leaves room for that."""
+        room = size - len(page)
+        if most_new is not None:
+            most_new -= sum(row[3] is None for row in page.rows) + sum(not fault.known_reason for fault in page.faults)
+        if room < 1 or most_new == 0:
+            return replace(page, is_last=False)
+        more = read(room, most_new)
+        return Page(page.rows + more.rows, more.key or page.key, more.is_last, page.faults + more.faults)
+
+    @property
+    def _may_lack_moments(self) -> bool:
+        return self.source.table == "leads" and "leads.createdAt" in self.facts.nullable
+
+    @property
+    def _takes_repeated(self) -> bool:
+        """Whether it is this reader that brings the ids that several rows have."""
+        is_home = self.source is SOURCE_OF_STRAYS[self.source.table] and self.partition.number == 0
+        return (
+            is_home
+            and self.choice in (UNSETTLED, UNSETTLED_OR_GONE, EVERY_ROW)
+            and not (self.apart and self.apart.alone)
+        )
+
+    def _page(self, after: Key | None, size: int) -> Page:
+        try:
+            return self._read(after, size)
+        except (DatabaseError, UnicodeDecodeError) as error:
+            if refusal_of_reading(error) is None:
+                raise
+        return self._read_apart(after, size)
+
+    def _read(self, after: Key | None, size: int) -> Page:
+        table = self.source.table
+        query, parameters = self._query(_PAGE[table], after, bytes=" + ".join(map(_BYTES.format, _TEXTS[table])))
+        bounded = _BOUNDED.format(page=query, order=_ORDER[table].format("page"))
+        with self._guarded(), self.connection.cursor() as cursor:
+            read_as_text(cursor)
+            cursor.execute(bounded, {**parameters, "size": size, "bytes": BYTES_OF_PAGE})
+            found = cursor.fetchall()
+        rows = [row[:-2] for row in found]
+        is_cut = bool(found) and found[-1][-1] >= BYTES_OF_PAGE
+        return Page(rows, self._key(rows[-1]) if rows else None, len(rows) < size and not is_cut)
+
+    def _guarded(self) -> AbstractContextManager[None]:
+        """Keep a statement that fails from being the last one of a transaction."""
+        if not self.connection.in_atomic_block:
+            return nullcontext()
+        guard: AbstractContextManager[None] = transaction.atomic(using=self.connection.alias)
+        return guard
+
+    def _read_apart(self, after: Key | None, size: int) -> Page:
+        """Read a page of which a row cannot be read: halve until it stands alone, so that the others are read.
+
+        Raises what the reading raised where no row of many can be read.
+        """
+        query, parameters = self._query(_KEYS[self.source.table], after)
+        order = _ORDER[self.source.table].format("r")
+        with self.connection.cursor() as cursor:
+            read_as_text(cursor)
+            cursor.execute(f"{query} ORDER BY {order} LIMIT %(size)s", {**parameters, "size": size})
+            keys = cursor.fetchall()
+        page = Page([], None, len(keys) < size)
+        waiting = [keys] if keys else []
+        while waiting:
+            some = waiting.pop()
+            try:
+                found = replace(self, ids=[key[0] for key in some])._read(after, len(some))
+            except (DatabaseError, UnicodeDecodeError) as error:
+                refusal = refusal_of_reading(error)
+                if refusal is None or (not page.rows and len(page.faults) >= MAX_UNREADABLE):
+                    raise
+                if len(some) > 1:
+                    middle = len(some) // 2
+                    waiting += [some[middle:], some[:middle]]
+                    continue
+                ((identifier, _, known_reason),) = some
+                fault = Fault(identifier, known_reason, Reason.UNREADABLE, refusal)
+                found = Page([], self._key(some[0]), is_last=False, faults=[fault])
+            is_cut = len(found) < len(some)
+            is_last = page.is_last and not is_cut
+            page = Page(page.rows + found.rows, found.key or page.key, is_last, page.faults + found.faults)
+            if is_cut and found.rows:
+                break
+        return page
+
+    def _query(self, form: str, after: Key | None, **parts: str) -> tuple[str, dict[str, Any]]:
+        """A query of `form` for the rows from strictly after a key on, and its parameters."""
+        table = self.source.table
+        parameters: dict[str, Any] = {"labels": self.facts.labels_of(self.source), "white_space": WHITE_SPACE}
+        conditions = [_OPAQUE.format(self.choice.condition), *self._start(after, parameters)]
+        if self.run_id is not None:
+            conditions.append(_OPAQUE.format("line.run_id IS DISTINCT FROM %(run_id)s"))
+            parameters["run_id"] = self.run_id
+        if self.ids is not None:
+            conditions.append("r.id = ANY(%(ids)s)")
+            parameters["ids"] = self.ids
+        if self.since is not None:
+            is_new = 'r."updatedAt" >= %(since)s::timestamp'
+            may_be_null = f"{table}.updatedAt" in self.facts.nullable
+            conditions.append(f'({is_new} OR r."updatedAt" IS NULL)' if may_be_null else is_new)
+            parameters["since"] = self.since
+        if self.apart is not None:
+            conditions.append("r.id = ANY(%(apart)s)" if self.apart.alone else "r.id <> ALL(%(apart)s)")
+            parameters["apart"] = list(self.apart.source_ids)
+        if self.partition.count > 1:
+            conditions.append(_OPAQUE.format(_IN_PARTITION.format(person=_PERSON[table])))
+            parameters |= {"partition": self.partition.number, "partitions": self.partition.count}
+        query = form.format(
+            line=self.choice.join.format(table=table) if self.facts.has_ledger else _NO_LINE,
+            clerk_user_id='r."clerkUserId"' if self.facts.has_clerk_user_id else "NULL",
+            labels=self._labels(),
+            conditions="".join(f" AND {condition}" for condition in conditions),
+            **parts,
+        )
+        return query, parameters
+
+    def _labels(self) -> str:
+        """The condition of the rows whose role or status is the source's; NULL is nobody's, and is read by one."""
+        table = self.source.table
+        label, form = _LABELS[table]
+        condition = form.format(label_type=self.facts.label_types[table])
+        takes_null = self.source is SOURCE_OF_STRAYS[table] and f"{table}.{label}" in self.facts.nullable
+        return f"({condition} OR r.{label} IS NULL)" if takes_null else condition
+
+    def _start(self, after: Key | None, parameters: dict[str, Any]) -> list[str]:
+        """The conditions of the rows that have an id of their own, from strictly after a key on."""
+        table = self.source.table
+        conditions = []
+        if after is not None:
+            *created_at, identifier = after
+            conditions += [_NO_MOMENT] if created_at == [None] else []
+            if identifier is not None:
+                conditions.append(_AFTER["profiles" if created_at == [None] else table])
+            parameters |= {"id": identifier, "created_at": created_at[0] if created_at else None}
+        if f"{table}.id" in self.facts.nullable:
+            conditions.append("r.id IS NOT NULL")
+        if repeated := self.facts.repeated_ids.get(table):
+            conditions.append("r.id <> ALL(%(repeated)s)")
+            parameters["repeated"] = list(repeated)
+        return conditions
+
+    def _repeated(self, after: str, size: int, most_new: int | None) -> Page:
+        """Ids that several rows have, of which no row can be told from another: each is an error, once."""
+        table = self.source.table
+        waiting = {contact_id(table, identifier): identifier for identifier in self.facts.repeated_ids.get(table, ())}
+        lines = {}
+        if self.facts.has_ledger and waiting:
+            with self.connection.cursor() as cursor:
+                cursor.execute(_LINES, [list(waiting)])
+                lines = {key: (outcome, reason, run_id) for key, outcome, reason, run_id in cursor.fetchall()}
+        faults = []
+        for key, identifier in waiting.items():
+            outcome, known_reason, run_id = lines.get(key, (None, None, None))
+            if outcome in (None, Outcome.ERROR) and (run_id is None or run_id != self.run_id):
+                faults.append(Fault(identifier, known_reason, Reason.DUPLICATE_ID))
+        found = sorted(fault for fault in faults if not after or fault.source_id > after)
+        some = found[:size]
+        if most_new is not None:
+            news = [number for number, fault in enumerate(some) if fault.known_reason is None]
+            some = some[: news[most_new - 1] + 1] if len(news) >= most_new else some
+        return Page([], (_REPEATED, some[-1].source_id) if some else None, len(some) == len(found), some)
+
+    def _cut_page(self, after: Key | None, size: int, most_new: int | None) -> Page:
+        """A page up to the last of so many rows that no run has looked at."""
+        page = self._page(after, size)
+        if most_new is None:
+            return page
+        if page.faults:
+            # They stand in no order, so the page cannot be cut.
+            return self._page(after, min(size, most_new))
+        news = [number for number, row in enumerate(page.rows) if row[3] is None]
+        if len(news) < most_new:
+            return page
+        rows = page.rows[: news[most_new - 1] + 1]
+        return Page(rows, self._key(rows[-1]), is_last=False)
+
+    def _key(self, row: Sequence[Any]) -> Key:
+        identifier, created_at = row[0], row[1]
+        return (identifier,) if self.source.table == "profiles" else (created_at, identifier)

@@ -1,0 +1,98 @@
+"""The stored addresses that are not in their canonical form, found by that form. Only reads.
+
+They are noted down in a temporary SQLite database on this machine: there may be any number of them, and memory is to
+stay what it is. Nothing of a person is in it but an id and a hash. What it says is a hint, to be looked up by id. The
+application goes on writing: the table is read again from time to time, in a bounded share of the time that passes.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator
+from hashlib import blake2b
+
+from django.db import transaction
+from django.db.backends.base.base import BaseDatabaseWrapper
+
+from crm.rules.addresses import canonical_address, may_be_noncanonical_sql
+
+#: Rows that are fetched at a time.
+PAGE = 2_000
+#: Read again after this many seconds, or after so many times as long as reading took where that is more.
+MIN_AGE, READINGS = 5.0, 50
+_NONCANONICAL = f"SELECT id, email FROM {{table}} WHERE {may_be_noncanonical_sql('email')}"
+
+
+class NoncanonicalAddresses:
+    """The rows of a table whose `email` is not in its canonical form, as they were a short time ago."""
+
+    def __init__(self, connection: BaseDatabaseWrapper, table: str) -> None:
+        self._connection = connection
+        self._table = table
+        self._database: sqlite3.Connection | None = None
+        self._is_empty = False
+        self._read_again_at = 0.0
+
+    def find(self, addresses: Iterable[str], *, anew: bool = False) -> dict[str, set[str]]:
+        """The ids of rows whose address probably is one of these canonical addresses, by that address.
+
+        `anew` reads the table again first, whenever it was read last.
+        """
+        started = time.monotonic()
+        if self._database is None or anew or started >= self._read_again_at:
+            # Only what was read to its end is kept: after a failure, the next try reads again.
+            self._database = self._filled()
+            self._is_empty = not self._database.execute("SELECT EXISTS (SELECT 1 FROM spelling)").fetchone()[0]
+            ended = time.monotonic()
+            self._read_again_at = ended + max(MIN_AGE, READINGS * (ended - started))
+        if self._is_empty:
+            return {}
+        by_hash = {_hash(address): address for address in addresses}
+        rows = self._database.execute(
+            "SELECT hash, id FROM spelling WHERE hash IN (SELECT value FROM json_each(?))", [json.dumps(list(by_hash))]
+        )
+        found: dict[str, set[str]] = {}
+        for number, identifier in rows:
+            found.setdefault(by_hash[number], set()).add(identifier)
+        return found
+
+    def _filled(self) -> sqlite3.Connection:
+        # No name: a temporary file that goes with the connection.
+        database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+        database.executescript(
+            """
+            PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -2048;
+            CREATE TABLE spelling (hash INTEGER, id TEXT);
+            """
+        )
+        for page in noncanonical_addresses(self._connection, self._table):
+            database.executemany("INSERT INTO spelling VALUES (?, ?)", [(_hash(a), i) for i, a in page])
+        database.execute("CREATE INDEX spelling_hash ON spelling (hash)")
+        return database
+
+
+def noncanonical_addresses(connection: BaseDatabaseWrapper, table: str) -> Iterator[list[tuple[str, str]]]:
+    """The rows of a table whose `email` is not in its canonical form, page by page: the id, and the canonical address.
+
+    The cursor is declared in SQL and lives in a transaction, so it takes no memory and works through PgBouncer as well.
+    """
+    name = f"noncanonical_{table}"
+    with transaction.atomic(using=connection.alias, savepoint=False), connection.cursor() as cursor:
+        cursor.execute(f"DECLARE {name} NO SCROLL CURSOR FOR {_NONCANONICAL.format(table=table)}")
+        while True:
+            cursor.execute(f"FETCH FORWARD {PAGE} FROM {name}")
+            rows = cursor.fetchall()
+            page = [
+                (identifier, address) for identifier, email in rows if (address := canonical_address(email)) != email
+            ]
+            if page:
+                yield page
+            if len(rows) < PAGE:
+                break
+        cursor.execute(f"CLOSE {name}")
+
+
+def _hash(address: str) -> int:
+    return int.from_bytes(blake2b(address.encode(), digest_size=8).digest(), signed=True)

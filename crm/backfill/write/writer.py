@@ -1,0 +1,371 @@
+"""The only place that writes `crm_contacts`, and the only atomic block: a batch is one transaction.
+
+rows -> settle -> contacts, fills -> ledger lines -> batch counts and heartbeat -> commit
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from django.db import DatabaseError, transaction
+from django.db.backends.base.base import BaseDatabaseWrapper
+
+from crm.backfill.read.contacts import ContactLookup
+from crm.backfill.write.settle import Settled, UnsettledError, settle
+from crm.fields import array_type
+from crm.models import BackfillBatch, CRMContact
+from crm.outcome import Decision, Outcome, Reason, Refusal, Source, Totals
+from crm.postgres.errors import RewrittenError, SettledMeanwhileError, row_refusal
+from crm.postgres.refusals import MOST_ALIKE, AlikeRefusals, names_of_the_schema
+from crm.postgres.transactions import certain_transaction
+from crm.rules.mapping import ATTRIBUTION, ContactDraft, MappedRow
+from crm.rules.matching import ASSIGNMENT_UNIT, ATTRIBUTION_UNIT, PROFILE_FILLS
+from crm.runs import lease
+from crm.try_execute import try_execute
+
+# Deferred constraints would speak up at the commit, when nobody can tell which row they mean.
+MANNERS = "SET LOCAL lock_timeout = {lock}; SET LOCAL statement_timeout = {statement}; SET CONSTRAINTS ALL IMMEDIATE"
+
+_COLUMN = {field.attname: f'"{field.column}"' for field in CRMContact._meta.concrete_fields}
+_FILLED_ALONE = (*PROFILE_FILLS, "last_contacted_at")
+_FILLED = (*_FILLED_ALONE, *ASSIGNMENT_UNIT, *ATTRIBUTION_UNIT)
+
+
+_LOCK = "SELECT FROM crm_contacts WHERE id = ANY(%s) ORDER BY id FOR UPDATE"
+_FORGET_UPDATES = "DELETE FROM contact_update WHERE contact_id = ANY(%s::text[])"
+_NO_REFUSAL = Refusal()
+_MET = (Outcome.MERGED, Outcome.EXISTS)
+_LINE = (
+    *("id", "source_id", "outcome", "reason", "contact_id", "source_updated_at", "filled"),
+    *("sqlstate", '"constraint"', '"column"', '"table"', '"trigger"'),
+    *("contact_updated_at", "confidence_before", "identity_keys"),
+)
+_CASTS = {"confidence_before": "bigint", "identity_keys": "jsonb"}
+_CASTS |= dict.fromkeys(("source_updated_at", "contact_updated_at"), "timestamp")
+_SENT = ", ".join(f"{name}::{_CASTS[name]}" if name in _CASTS else name for name in _LINE)
+# Without a model object a line: the ledger is a third of the rows' way through Python otherwise.
+_LEDGER = f"""
+INSERT INTO ledger_entry (source, run_id, {", ".join(_LINE)})
+SELECT %s, %s::bigint, {_SENT}
+  FROM unnest({", ".join(["%s::text[]"] * len(_LINE))}) AS line({", ".join(_LINE)})
+"""
+# A line that said more than an error is kept in the new one: whoever takes the run back puts it in its place again.
+_LEDGER_AGAIN = """
+ON CONFLICT (id) DO UPDATE SET (source, run_id, {columns}) = ROW ({excluded}), seen_updated_at = NULL,
+   former = CASE WHEN ledger_entry.outcome = 'error' THEN ledger_entry.former ELSE to_jsonb(ledger_entry) END
+ WHERE ledger_entry.run_id <> excluded.run_id
+""".format(
+    columns=", ".join(_LINE[1:]),
+    excluded=", ".join(f"excluded.{column}" for column in ("source", "run_id", *_LINE[1:])),
+)
+
+
+def _fill_statement(connection: BaseDatabaseWrapper) -> str:
+    """Fill each value where nothing is at this very moment; attribution and assignment as the units that they are."""
+    unassigned = " AND ".join(f"c.{_COLUMN[name]} IS NULL" for name in ASSIGNMENT_UNIT)
+    unassigned += f" AND v.{_COLUMN['assigned_preparer_id']} IS NOT NULL"
+    unattributed = " AND ".join(f"c.{_COLUMN[name]} IS NULL" for name in ATTRIBUTION)
+    unattributed += f" AND v.{_COLUMN['attribution_confidence']} IS NOT NULL"
+    alone = [f"{_COLUMN[name]} = COALESCE(c.{_COLUMN[name]}, v.{_COLUMN[name]})" for name in _FILLED_ALONE]
+    units = [
+        f"{_COLUMN[name]} = CASE WHEN {condition} THEN v.{_COLUMN[name]} ELSE c.{_COLUMN[name]} END"
+        for condition, unit in ((unassigned, ASSIGNMENT_UNIT), (unattributed, ATTRIBUTION_UNIT))
+        for name in unit
+    ]
+    fields = {field.attname: field for field in CRMContact._meta.concrete_fields}
+    arrays = ", ".join(f"%s::{array_type(fields[name], connection)}" for name in _FILLED)
+    return (
+        f"UPDATE crm_contacts c SET {', '.join(alone + units)} "
+        f"FROM unnest(%s::text[], {arrays}) AS v(id, {', '.join(_COLUMN[name] for name in _FILLED)}) WHERE c.id = v.id "
+        "RETURNING c.id"
+    )
+
+
+def first_trigger(connection: BaseDatabaseWrapper, event: str) -> str | None:
+    """The first trigger that may change what is written, in the order in which they fire; None where there is none."""
+    with connection.cursor() as cursor:
+        cursor.execute(_TRIGGERS, [_EVENTS[event]])
+        row = cursor.fetchone()
+    return row[0] if row else None
+
+
+def lock_contacts(connection: BaseDatabaseWrapper, ids: Iterable[str]) -> None:
+    """Lock contacts that are about to be updated, in the order of their ids.
+
+    An UPDATE locks in the order in which its plan comes by the rows: two of them may wait for each other.
+    """
+    with connection.cursor() as cursor:
+        cursor.execute(_LOCK, [list(ids)])
+
+
+_THERE = "SELECT count(*) FROM crm_contacts WHERE id = ANY(%s)"
+# BEFORE is 2 and INSTEAD OF is 64 in a trigger's type.
+_TRIGGERS = """
+SELECT tgname FROM pg_trigger
+ WHERE tgrelid = 'crm_contacts'::regclass AND NOT tgisinternal AND tgenabled <> 'D'
+   AND tgtype & 66 <> 0 AND tgtype & %s <> 0
+ ORDER BY tgname COLLATE "C" LIMIT 1
+"""
+_EVENTS = {"INSERT": 4, "UPDATE": 16}
+# A hint: what other sessions wrote since this transaction began is among them, and what it changed itself.
+_NEW_HERE = """
+SELECT c.id FROM crm_contacts c
+ WHERE c.id = ANY(%s) AND pg_catalog.age(c.xmin) <= 0
+   AND NOT EXISTS (SELECT FROM ledger_entry line WHERE line.id = c.id AND line.outcome = 'created')
+"""
+
+
+class DatabaseStore:
+    """The contacts of the database."""
+
+    def __init__(self, connection: BaseDatabaseWrapper, lookup: ContactLookup) -> None:
+        self._connection = connection
+        self._lookup = lookup
+        self.contacts_met_by = lookup.contacts_met_by
+        self.notice = lookup.notice
+
+    def is_likely_met(self, row: MappedRow) -> bool:
+        """Whether the row probably has a contact that an insert would not run into."""
+        return row.draft is not None and self._lookup.is_likely_met(row.draft.email)
+
+    def insert(self, drafts: Sequence[ContactDraft]) -> set[str]:
+        """Insert contacts; the ids of those that landed."""
+        # Two indexes are of the address: in its order, an insert walks along them instead of jumping about.
+        contacts = CRMContact.bulk.using(self._connection.alias).order_by("email")
+        contacts.bulk_create(map(CRMContact.of_draft, drafts), ignore_conflicts=True)
+        if not contacts.landed <= {draft.id for draft in drafts}:
+            raise RewrittenError(first_trigger(self._connection, "INSERT"), "id")
+        return contacts.landed
+
+    def find_new(self, ids: Collection[str]) -> list[str]:
+        """Those of these contacts that this transaction itself may have made, by a trigger that told nothing of it."""
+        if not ids or first_trigger(self._connection, "INSERT") is None:
+            return []
+        with self._connection.cursor() as cursor:
+            cursor.execute(_NEW_HERE, [list(ids)])
+            return [identifier for (identifier,) in cursor.fetchall()]
+
+    def require_there(self, ids: list[str]) -> None:
+        """Raise RewrittenError where one of the contacts is not there."""
+        with self._connection.cursor() as cursor:
+            cursor.execute(_THERE, [ids])
+            if cursor.fetchone() != (len(ids),):
+                raise RewrittenError(first_trigger(self._connection, "INSERT"))
+
+    def insert_aloud(self, draft: ContactDraft) -> None:
+        """Insert a contact, and raise for whatever is in its way."""
+        CRMContact.bulk.using(self._connection.alias).bulk_create([CRMContact.of_draft(draft)])
+
+    def fill(self, fills: dict[str, dict[str, Any]]) -> None:
+        """Fill contacts, and only what is NULL at that moment."""
+        if not fills:
+            return
+        rows = [(identifier, *map(values.get, _FILLED)) for identifier, values in sorted(fills.items())]
+        lock_contacts(self._connection, fills)
+        columns = [list(column) for column in zip(*rows, strict=True)]
+        filled = set(try_execute(self._connection, _fill_statement(self._connection), columns))
+        if filled != fills.keys():
+            # Deleted under our eyes, or left as it was by something that says nothing of it.
+            with self._connection.cursor() as cursor:
+                cursor.execute("SELECT FROM crm_contacts WHERE id = ANY(%s) LIMIT 1", [list(fills.keys() - filled)])
+                if filled - fills.keys() or cursor.fetchone() is not None:
+                    raise RewrittenError(first_trigger(self._connection, "UPDATE"))
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """How long a batch may wait for a lock, and how long one of its statements may take; milliseconds."""
+
+    lock: int = 5_000
+    statement: int = 60_000
+
+
+class BatchWriter:
+    """Writes batches of one run, each in a transaction of its own."""
+
+    def __init__(
+        self,
+        connection: BaseDatabaseWrapper,
+        lookup: ContactLookup,
+        run_id: int,
+        timeouts: Timeouts,
+        *,
+        replaces_lines: bool = False,
+    ) -> None:
+        """`replaces_lines`: rows may come that have a settled line, since their contact is gone."""
+        self._connection = connection
+        self._store = DatabaseStore(connection, lookup)
+        self._replaces_lines = replaces_lines
+        self.run_id = run_id
+        self._manners = MANNERS.format(lock=timeouts.lock, statement=timeouts.statement)
+        self._alike = AlikeRefusals()
+
+    def write(self, source: Source, pages: Iterable[Sequence[MappedRow]]) -> Totals:
+        """Bring the rows of a batch to an outcome; contacts, ledger, counts and heartbeat commit together.
+
+        The rows come page by page, so that a batch of any size takes the memory of a page.
+
+        Raises lease.FenceLostError when the run is no longer the running one, errors.EveryRowRefusedError where it is
+        not the rows that are wrong, and django.db.DatabaseError for a bad moment. Nothing of the batch is written then.
+        """
+        started = time.monotonic()
+        with certain_transaction(self._connection, self._manners):
+            totals = Totals()
+            # A batch that is tried again begins with what the one before it has left.
+            alike = replace(self._alike)
+            for rows in pages:
+                totals.add(self.settle_page(source, rows, alike))
+            self._write_batch(source, totals, time.monotonic() - started)
+            lease.renew(self.run_id, totals)
+        self._alike = alike
+        return totals
+
+    def settle_page(self, source: Source, rows: Sequence[MappedRow], alike: AlikeRefusals | None = None) -> Totals:
+        """Bring rows to an outcome and write their lines, inside a transaction of the caller's."""
+        settled = self._settle_apart(rows, alike or AlikeRefusals())
+        self._write_ledger(source, settled.decisions)
+        if self._replaces_lines and settled.made:
+            # What updates changed in the contacts that are gone was not changed in these.
+            with self._connection.cursor() as cursor:
+                cursor.execute(_FORGET_UPDATES, [list(settled.made)])
+        return Totals.of(settled.decisions, settled.created_by_type)
+
+    def keep_alive(self) -> None:
+        """Renew the heartbeat without a batch. Raises lease.FenceLostError."""
+        lease.renew(self.run_id, Totals())
+
+    def _settle_apart(self, rows: Sequence[MappedRow], alike: AlikeRefusals) -> Settled:
+        """Settle the rows; where PostgreSQL refuses one, halve until it stands alone, so that the others land.
+
+        Raises EveryRowRefusedError where it seems to refuse all of them for one reason.
+        """
+        settled = Settled()
+        waiting = [rows]
+        while waiting:
+            some = waiting.pop()
+            found = self._settle_or_refusal(some, settled.made)
+            if isinstance(found, Settled):
+                if any(decision.outcome is not Outcome.ERROR for decision in found.decisions):
+                    alike.end()
+                settled.decisions.extend(found.decisions)
+                settled.created_by_type.update(found.created_by_type)
+                settled.made.update(found.made)
+            elif len(some) > 1:
+                middle = len(some) // 2
+                waiting += [some[middle:], some[:middle]]
+            else:
+                refusal = names_of_the_schema(self._connection, found)
+                settled.decisions.append(_refused(some[0], refusal))
+                if _is_new(some[0]) and alike.note(refusal) and self._refuses_all(waiting, alike, settled.made):
+                    alike.fail()
+        return settled
+
+    def _settle_or_refusal(self, rows: Sequence[MappedRow], made_before: Collection[str]) -> Settled | Refusal:
+        try:
+            with transaction.atomic(using=self._connection.alias):
+                settled = settle(rows, self._store, made_before)
+                met = {decision.contact_id for decision in settled.decisions if decision.outcome in _MET}
+                new = self._store.find_new({identifier for identifier in met if identifier} - settled.made)
+                transaction.set_rollback(bool(new), using=self._connection.alias)
+            if not new:
+                return settled
+            # What is there without these rows was not made by their insert.
+            self._store.require_there(new)
+            with transaction.atomic(using=self._connection.alias):
+                return settle(rows, self._store, made_before)
+        except UnsettledError:
+            return self._silent_refusal(rows)
+        except DatabaseError as error:
+            refusal = row_refusal(error)
+            if refusal is None:
+                raise
+            return refusal
+
+    def _refuses_all(
+        self, waiting: Sequence[Sequence[MappedRow]], alike: AlikeRefusals, made_before: Collection[str]
+    ) -> bool:
+        """Whether all of some rows from all over what is left of a page are refused for the same reason."""
+        left = [row for rows in reversed(waiting) for row in rows if row.draft is not None and _is_new(row)]
+        if not left:
+            # The page had no more rows than that: the next one is to say the same.
+            return alike.count > MOST_ALIKE
+        for row in left[:: math.ceil(len(left) / MOST_ALIKE)]:
+            with transaction.atomic(using=self._connection.alias):
+                found = self._settle_or_refusal([row], made_before)
+                transaction.set_rollback(True, using=self._connection.alias)
+            if isinstance(found, Settled) or names_of_the_schema(self._connection, found) != alike.refusal:
+                return False
+        return True
+
+    def _silent_refusal(self, rows: Sequence[MappedRow]) -> Refusal:
+        """What keeps a row out that meets nobody: an index that we do not know, or a trigger that swallows it.
+
+        `ON CONFLICT DO NOTHING` does not tell, so it is left out, in a savepoint that is rolled back.
+        """
+        drafts = [row.draft for row in rows if row.draft]
+        if len(rows) > 1 or not drafts:
+            return _NO_REFUSAL
+        try:
+            with transaction.atomic(using=self._connection.alias):
+                self._store.insert_aloud(drafts[0])
+                transaction.set_rollback(True, using=self._connection.alias)
+        except DatabaseError as error:
+            refusal = row_refusal(error)
+            if refusal is None:
+                raise
+            return refusal
+        return _NO_REFUSAL
+
+    def _write_ledger(self, source: Source, decisions: Sequence[Decision]) -> None:
+        may_have_line = [self._replaces_lines or decision.known_reason is not None for decision in decisions]
+        fresh = [decision for decision, may in zip(decisions, may_have_line, strict=True) if not may]
+        again = [decision for decision, may in zip(decisions, may_have_line, strict=True) if may]
+        self._write_lines(_LEDGER, source, fresh)
+        if self._write_lines(_LEDGER + _LEDGER_AGAIN, source, again) < len(again):
+            raise SettledMeanwhileError
+
+    def _write_lines(self, statement: str, source: Source, decisions: Sequence[Decision]) -> int:
+        if not decisions:
+            return 0
+        columns = [list(column) for column in zip(*map(_line, decisions), strict=True)]
+        with self._connection.cursor() as cursor:
+            cursor.execute(statement, [source.value, self.run_id, *columns])
+            written: int = cursor.rowcount
+        return written
+
+    def _write_batch(self, source: Source, totals: Totals, seconds: float) -> None:
+        BackfillBatch.of(self.run_id, source, totals, seconds).save(using=self._connection.alias, force_insert=True)
+
+
+def _line(decision: Decision) -> tuple[str | int | None, ...]:
+    """A decision's values for the columns of _LINE."""
+    refusal = decision.refusal or _NO_REFUSAL
+    return (
+        decision.id,
+        decision.source_id,
+        decision.outcome,
+        decision.reason,
+        decision.contact_id,
+        decision.updated_at,
+        ",".join(decision.filled) or None,
+        *refusal,
+        decision.contact_updated_at,
+        decision.confidence_before,
+        json.dumps(decision.identity_keys) if decision.identity_keys else None,
+    )
+
+
+def _is_new(row: MappedRow) -> bool:
+    """Whether no earlier run was refused the row."""
+    return row.known_reason != Reason.DATA_ERROR
+
+
+def _refused(row: MappedRow, refusal: Refusal) -> Decision:
+    return Decision(
+        row.id, row.source_id, row.updated_at, row.known_reason, Outcome.ERROR, Reason.DATA_ERROR, refusal=refusal
+    )

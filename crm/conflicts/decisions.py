@@ -1,0 +1,161 @@
+"""What people decide about rows in conflict: recorded here, carried out by the next run.
+
+A row is in conflict when its keys name two accounts, which no rule can sort out. A person says either whose contact it
+is, or that it gets one of its own with another address. The next run then does as it does with every row: it merges
+into a contact of ours and leaves somebody else's alone, and nothing is overwritten. Accounts that another contact has
+are left to that contact.
+
+Decisions are made between runs, never during one: what is settled has been settled by the decisions that there are, or
+without any, and whoever compares rows with contacts afterwards can rely on that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+from django.conf import settings
+from django.db import connection
+from django.db.models.functions import Now
+
+from crm.conflicts.dead_letters import named_contacts, remedy, shown_decision
+from crm.errors import OperatorError
+from crm.models import ConflictDecision, CRMContact, LedgerEntry
+from crm.outcome import Outcome, Reason
+from crm.postgres import errors
+from crm.postgres.transactions import certain_transaction
+from crm.rules.addresses import canonical_address_sql
+from crm.rules.mapping import normalised_email
+from crm.rules.row_reference import RowReference
+from crm.runs import lease
+
+# The row itself and its own account are not somebody else.
+_WHOSE = f"""
+SELECT 'contact ' || id FROM crm_contacts WHERE {canonical_address_sql("email")} = %(email)s AND id <> %(id)s
+ UNION ALL
+SELECT 'user ' || u.id FROM users u
+ WHERE {canonical_address_sql("u.email")} = %(email)s
+   AND NOT EXISTS (SELECT FROM profiles WHERE id = %(profile)s AND "userId" = u.id)
+ UNION ALL
+SELECT 'leads:' || id FROM leads
+ WHERE {canonical_address_sql("email")} = %(email)s AND id IS DISTINCT FROM %(lead)s
+ UNION ALL
+SELECT 'the decision on another row' FROM conflict_decision WHERE separate_email = %(email)s AND id <> %(id)s
+ LIMIT 1
+"""
+
+
+def belongs_to(row: RowReference, contact: str) -> None:
+    """Record that a row in conflict belongs to a contact; a decision that was made before is replaced.
+
+    Raises OperatorError where the row is not in conflict and where there is no such contact, and AnotherRunError while
+    a run is going.
+    """
+    with _between_runs():
+        _require_conflict(row)
+        if not CRMContact.objects.filter(pk=contact).exists():
+            raise OperatorError(f"There is no contact {contact}.")
+        _record(row, contact, None)
+
+
+def is_separate(row: RowReference, address: str) -> None:
+    """Record that a row in conflict gets a contact of its own; a decision that was made before is replaced.
+
+    Raises OperatorError where the row is not in conflict, and where the address is none or somebody else's, and
+    AnotherRunError while a run is going.
+    """
+    email = normalised_email(address)
+    if email is None:
+        raise OperatorError("That is not a valid email address. Nothing was recorded.")
+    with _between_runs():
+        _require_conflict(row)
+        if owner := _whose(email, row):
+            raise OperatorError(f"That address is taken by {owner}: name one that is nobody's.")
+        _record(row, None, email)
+
+
+def conflict_of(row: RowReference) -> str:
+    """A row in conflict for people: the contacts to which its keys lead, what can be decided, and what has been.
+
+    Raises OperatorError where the row is not in conflict.
+    """
+    with _told_to_the_operator("Try again."):
+        line = _require_conflict(row)
+        decision = ConflictDecision.objects.filter(pk=row.line_id).first()
+        whose = decision and decision.contact_id
+        is_gone = whose is not None and not CRMContact.objects.filter(pk=whose).exists()
+    gone = f"The contact {whose} is gone since: decide again, unless a rollback deleted it and the next run makes it."
+    if line is None:
+        what = f". {gone}" if is_gone else ": the next run carries the decision out."
+        return f"{row} is pending, and decided on{what}"
+    named = named_contacts(line.contact_id, line.identity_keys)
+    if decision is not None and line.reason == Reason.CONFLICT:
+        shown = shown_decision(f"{decision.decided_at:%Y-%m-%d %H:%M}", decision.contact_id)
+        what = gone if is_gone else "The next run carries that out. To change it, decide again."
+        return f"{row}: {named}\nDecided by {decision.decided_by} {shown}. {what}"
+    return f"{row}: {named}\n{remedy(str(row), line.reason, line.contact_id, line.identity_keys)}"
+
+
+def _require_conflict(row: RowReference) -> LedgerEntry | None:
+    """The line of a row in conflict; None where a decision is there and the line is gone."""
+    line = LedgerEntry.objects.filter(pk=row.line_id).first()
+    if line is not None and line.outcome == Outcome.ERROR and line.reason in (Reason.CONFLICT, Reason.STALE_DECISION):
+        return line
+    if line is not None:
+        what = line.outcome if line.outcome != Outcome.ERROR else f"an error ({line.reason})"
+        raise OperatorError(f"The row {row} is not in conflict, it is {what}.")
+    # Without a line, but decided on: the run that carried the decision out was taken back, perhaps because of it.
+    if not ConflictDecision.objects.filter(pk=row.line_id).exists():
+        raise OperatorError(f"The ledger has no row {row}: it is pending, excluded or not there.")
+    return None
+
+
+def _whose(email: str, row: RowReference) -> str | None:
+    parameters = {
+        "email": email,
+        "id": row.line_id,
+        "profile": row.source_id if row.table == "profiles" else None,
+        "lead": row.source_id if row.table == "leads" else None,
+    }
+    with connection.cursor() as cursor:
+        cursor.execute(_WHOSE, parameters)
+        found = cursor.fetchone()
+    return str(found[0]) if found else None
+
+
+def _record(row: RowReference, contact: str | None, email: str | None) -> None:
+    ConflictDecision.objects.update_or_create(
+        id=row.line_id,
+        defaults={
+            "row": str(row),
+            "contact_id": contact,
+            "separate_email": email,
+            "decided_by": lease.operator(),
+            "decided_at": Now(),
+        },
+    )
+
+
+@contextmanager
+def _between_runs() -> Iterator[None]:
+    """A transaction in which no run is going or begins; what is refused in it says that nothing was recorded."""
+    with _told_to_the_operator("Nothing was recorded: try again."), certain_transaction(connection):
+        lease.require_silence()
+        try:
+            yield
+        except OperatorError as error:
+            raise OperatorError(f"{error} Nothing was recorded.") from None
+
+
+def _told_to_the_operator(what_now: str) -> AbstractContextManager[None]:
+    """Turn what the database refuses into what can be done about it, without the address that it quotes."""
+    known = {
+        errors.NO_SUCH_TABLE: (
+            "There is no table of decisions that this role can see: run `python manage.py migrate`, or let the "
+            f"owner GRANT USAGE on the schema {settings.BACKFILL_SCHEMA}."
+        ),
+        errors.INSUFFICIENT_PRIVILEGE: (
+            "This role may not look for the row or record a decision: docs/least_privilege.sql gives the rights."
+        ),
+    }
+    return errors.told(f"The database broke off: {{}}. {what_now}", known=known)

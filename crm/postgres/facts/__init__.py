@@ -1,0 +1,1 @@
+"""What a database has, and what this role may do in it. Only reads."""

@@ -1,0 +1,341 @@
+"""What a database must be for the backfill to be right, and what is told where it is not: the name and the way out.
+
+Asked before anything happens, by dry runs too, and by `manage.py check --database default`. What can be handled is not
+refused: text where an enum was, any precision of timestamps, any scale of rates, domains, citext, views as sources.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from django.conf import settings
+from django.db.backends.base.base import BaseDatabaseWrapper
+
+from crm.models import BackfillBatch, BackfillRun, ContactUpdate, CRMContact, CRMStageHistory
+from crm.postgres.facts.catalog import MOMENT_TYPES, TEXT_TYPES, WHOLE_TYPES, Column, Table
+
+CONTACTS, HISTORY = "crm_contacts", "crm_stage_history"
+LABELS: Mapping[str, tuple[str, ...]] = {
+    "profiles": ("role",),
+    "leads": ("status", "type"),
+    CONTACTS: ("contactType", "stage"),
+    HISTORY: ("fromStage", "toStage"),
+}
+MOMENTS = ("createdAt", "updatedAt", "lastContactedAt", "commissionRateLockedAt", "stageEnteredAt", "assignedAt")
+RATE, CONFIDENCE = "commissionRate", "attributionConfidence"
+#: What a row is found by.
+KEYS: Mapping[str, tuple[str, ...]] = {
+    "users": ("id", "email"),
+    "profiles": ("id", "userId", "clerkUserId"),
+    "leads": ("id", "email"),
+    CONTACTS: ("id", "email", "userId", "clerkUserId"),
+}
+#: The keys, and what refers to one: two spellings of one must be two, and all are compared with each other.
+COMPARED: Mapping[str, tuple[str, ...]] = {
+    **KEYS,
+    "leads": (*KEYS["leads"], "assignedPreparerId"),
+    CONTACTS: (*KEYS[CONTACTS], "assignedPreparerId"),
+}
+#: What some source never has, so that the contact's column must take a NULL.
+LEFT_BLANK = (
+    *("userId", "clerkUserId", "company", "assignedPreparerId", "assignedAt", "lastContactedAt", "referrerUsername"),
+    *("referrerType", RATE, "commissionRateLockedAt", "attributionMethod"),
+)
+_WRITTEN: Mapping[str, tuple[str, ...]] = {
+    CONTACTS: tuple(str(field.column) for field in CRMContact._meta.concrete_fields),
+    HISTORY: tuple(str(field.column) for field in CRMStageHistory._meta.concrete_fields if field.column != "changedBy"),
+}
+#: How many characters it takes, where it is the same for every row: the id that we make, and our word for a source.
+_LENGTHS: Mapping[str, Mapping[str, int]] = {
+    CONTACTS: {"id": 25, "source": len("lead_form"), "contactType": len("AFFILIATE"), "stage": len("CONTACTED")},
+    HISTORY: {"id": 25, "contactId": 25, "toStage": len("CONTACTED")},
+}
+_NUMBERED = tuple(model._meta.db_table for model in (BackfillRun, BackfillBatch, ContactUpdate))
+
+_UNIQUE = """
+SELECT a.attname FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
+ WHERE i.indrelid = %s AND i.indisunique AND i.indisvalid AND i.indisready AND i.indnkeyatts = 1
+   AND i.indpred IS NULL AND i.indexprs IS NULL
+   AND NOT COALESCE((to_jsonb(i) ->> 'indnullsnotdistinct')::bool, false)
+"""
+_DEFERRABLE = "SELECT conname FROM pg_constraint WHERE conrelid = %s AND contype IN ('p', 'u', 'x') AND condeferrable"
+_RULES = "SELECT rulename FROM pg_rewrite WHERE ev_class = %s AND ev_type IN ('2', '3', '4') ORDER BY 1"
+_CHILDREN = "SELECT inhrelid::regclass::text FROM pg_inherits WHERE inhparent = %s ORDER BY 1"
+# A label that PostgreSQL would refuse where a contact's step is recorded.
+_LACKING_LABELS = """
+SELECT enumlabel::text FROM pg_enum WHERE enumtypid = %s
+EXCEPT SELECT enumlabel::text FROM pg_enum WHERE enumtypid = %s ORDER BY 1
+"""
+# A row-level trigger before the insert may fill what we leave out.
+_FILLING_TRIGGERS = """
+SELECT tgname FROM pg_trigger
+ WHERE tgrelid = %s AND NOT tgisinternal AND tgenabled IN ('O', 'A') AND tgtype & 7 = 7
+"""
+_MEANT = """
+SELECT c.oid::bigint, format('%%I.%%I', nspname, relname)
+  FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace WHERE c.oid = to_regclass(quote_ident(%s))
+"""
+_SEQUENCES = """
+SELECT c.relname, pg_get_serial_sequence(c.oid::regclass::text, 'id')
+  FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+ WHERE n.nspname = %s AND c.relname = ANY(%s) AND has_schema_privilege(n.oid, 'USAGE')
+   AND has_table_privilege(c.oid, 'SELECT')
+"""
+_IS_BEHIND = """
+SELECT COALESCE((SELECT max(id) FROM {table}), 0) > COALESCE(pg_sequence_last_value(sequence), 0)
+  FROM (SELECT %s::regclass AS sequence) s WHERE has_sequence_privilege(sequence, 'USAGE, SELECT')
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Unfit:
+    """Something about a database that does not fit, and what its owner can do about it."""
+
+    problem: str
+    way_out: str
+
+    def __str__(self) -> str:
+        return f"{self.problem} {self.way_out} Nothing was written."
+
+
+def misfits(
+    connection: BaseDatabaseWrapper,
+    tables: Mapping[str, Table],
+    columns: Mapping[str, Sequence[str]],
+    *,
+    for_inserting: bool,
+    for_updating: bool,
+) -> Iterator[Unfit]:
+    """What does not fit, thing by thing; asks no more of the database than the caller takes.
+
+    `columns` are those that are read or written, by table; some may be missing.
+    `for_inserting` is for runs of the backfill: whoever verifies one or takes it back makes no contact.
+    """
+    yield from _of_encoding(connection)
+    yield from _of_names(connection, tables)
+    yield from _of_types(tables, {**columns, HISTORY: _WRITTEN[HISTORY]} if for_updating else columns)
+    yield from _of_collations(tables)
+    yield from _of_mixed_collations(tables)
+    yield from _of_sequences(connection)
+    if not for_inserting:
+        return
+    yield from _of_contacts(connection, tables[CONTACTS])
+    yield from _of_written_table(connection, CONTACTS, tables[CONTACTS])
+    if for_updating and HISTORY in tables:
+        yield from _of_history(connection, tables[HISTORY], tables[CONTACTS])
+        yield from _of_written_table(connection, HISTORY, tables[HISTORY])
+
+
+def _rows(connection: BaseDatabaseWrapper, query: str, *parameters: Any) -> list[tuple[Any, ...]]:
+    with connection.cursor() as cursor:
+        cursor.execute(query, parameters)
+        return list(cursor.fetchall())
+
+
+def _of_encoding(connection: BaseDatabaseWrapper) -> Iterator[Unfit]:
+    ((encoding,),) = _rows(connection, "SELECT current_setting('server_encoding')")
+    if encoding != "UTF8":
+        yield Unfit(
+            f"The encoding of this database is {encoding}, and the backfill reads and writes UTF8 alone.",
+            "Move it into a database with the encoding UTF8 (pg_dump, CREATE DATABASE ... ENCODING 'UTF8' TEMPLATE "
+            "template0).",
+        )
+
+
+def _of_names(connection: BaseDatabaseWrapper, tables: Mapping[str, Table]) -> Iterator[Unfit]:
+    """A table of the same name that comes first, or a temporary one, would be taken for the application's."""
+    for name, table in tables.items():
+        meant = _rows(connection, _MEANT, name)
+        if meant and meant[0][0] != table.oid:
+            yield Unfit(
+                f"The name {name} means {meant[0][1]} in this session, and not the table of the schema "
+                f"{settings.LEGACY_SCHEMA}.",
+                "Rename or drop the other one.",
+            )
+
+
+def types_of(table: str, column: str) -> tuple[str, tuple[str, ...]]:
+    """What the type of a column has to be, in words and by name."""
+    if column in MOMENTS:
+        return "a timestamp", MOMENT_TYPES
+    if column == RATE:
+        return "numeric", ("numeric",)
+    if column == CONFIDENCE:
+        return "an integer", WHOLE_TYPES
+    if column in LABELS.get(table, ()):
+        return "an enum or text", TEXT_TYPES
+    return "text", TEXT_TYPES
+
+
+def _of_types(tables: Mapping[str, Table], columns: Mapping[str, Sequence[str]]) -> Iterator[Unfit]:
+    for table, names in columns.items():
+        for name in names:
+            column = tables[table].columns.get(name) if table in tables else None
+            if column is None:
+                continue
+            words, types = types_of(table, name)
+            is_label = column.is_enum and name in LABELS.get(table, ())
+            if column.type not in types and not is_label:
+                yield Unfit(
+                    f"The column {table}.{name} is of the type {column.declared_type}, where the backfill reads or "
+                    f"writes {words}.",
+                    f"It is of a generation of the application that this version does not know; let the table's owner "
+                    f"change the type of {table}.{name}, or leave this database alone.",
+                )
+
+
+def _of_collations(tables: Mapping[str, Table]) -> Iterator[Unfit]:
+    names = [
+        f"{table}.{name}"
+        for table, keys in COMPARED.items()
+        for name in keys
+        if (column := tables[table].columns.get(name)) is not None and not column.is_deterministic
+    ]
+    if names:
+        yield Unfit(
+            f"The collation of {', '.join(names)} is not deterministic, so that different keys would be taken for one.",
+            "Let the owner give the column a deterministic collation (ALTER TABLE ... ALTER COLUMN ... TYPE text "
+            'COLLATE "default").',
+        )
+
+
+def _of_mixed_collations(tables: Mapping[str, Table]) -> Iterator[Unfit]:
+    """PostgreSQL compares no two columns of which each has another collation of its own."""
+    found = {
+        f"{table}.{name}": column.collation
+        for table, keys in COMPARED.items()
+        for name in keys
+        if (column := tables[table].columns.get(name)) is not None and column.collation
+    }
+    if len(set(found.values())) > 1:
+        yield Unfit(
+            f"The collations of {', '.join(f'{name} ({collation})' for name, collation in found.items())} are not one, "
+            "and PostgreSQL does not compare columns of different collations.",
+            "Let the owner give them the same one (ALTER TABLE ... ALTER COLUMN ... TYPE text COLLATE ...).",
+        )
+
+
+def _of_contacts(connection: BaseDatabaseWrapper, table: Table) -> Iterator[Unfit]:
+    if table.kind not in ("r", "p"):
+        yield Unfit(
+            f"{CONTACTS} is {_kind(table)}, and contacts cannot be inserted safely into anything but a table.",
+            "Give DATABASE_URL the database and the schema of the table itself.",
+        )
+        return
+    if table.kind == "r" and (children := [name for (name,) in _rows(connection, _CHILDREN, table.oid)]):
+        yield Unfit(
+            f"{', '.join(children)} inherits from {CONTACTS}, whose unique keys do not hold there: a person could be "
+            "there twice.",
+            f"Let the owner move the rows into {CONTACTS} and ALTER TABLE {children[0]} NO INHERIT {CONTACTS}.",
+        )
+    unique = {name for (name,) in _rows(connection, _UNIQUE, table.oid)}
+    if missing := [name for name in KEYS[CONTACTS] if name in table.columns and name not in unique]:
+        first = _quoted(missing[0])
+        yield Unfit(
+            f"{CONTACTS} has no unique key on {', '.join(missing)}: one that is valid, of this column alone, of all "
+            "rows and with as many NULLs as there are. Without it a person could be there twice.",
+            f"Let the owner CREATE UNIQUE INDEX CONCURRENTLY ON {CONTACTS} ({first}).",
+        )
+    if deferrable := [name for (name,) in _rows(connection, _DEFERRABLE, table.oid)]:
+        yield Unfit(
+            f"The constraint {', '.join(deferrable)} of {CONTACTS} is deferrable, and PostgreSQL inserts nothing past "
+            "such a one on conflict.",
+            "Let the table's owner make it NOT DEFERRABLE.",
+        )
+    if filled := [name for name in LEFT_BLANK if name in table.columns and table.columns[name].not_null]:
+        yield Unfit(
+            f"The column {', '.join(f'{CONTACTS}.{name}' for name in filled)} is NOT NULL, and not every person has a "
+            "value for it.",
+            f"Let the owner ALTER TABLE {CONTACTS} ALTER COLUMN {_quoted(filled[0])} DROP NOT NULL.",
+        )
+
+
+def _of_history(connection: BaseDatabaseWrapper, history: Table, contacts: Table) -> Iterator[Unfit]:
+    """Where a contact's step could not be recorded, PostgreSQL would refuse to move the contact, night after night."""
+    if history.kind not in ("r", "p"):
+        yield Unfit(
+            f"{HISTORY} is {_kind(history)}, and --update records in a table alone that a contact moved to another "
+            "stage.",
+            "Run without --update.",
+        )
+        return
+    if missing := [f"{HISTORY}.{name}" for name in sorted(_WRITTEN[HISTORY]) if name not in history.columns]:
+        yield Unfit(
+            f"This database has no column {', '.join(missing)}, in which --update records that a contact moved to "
+            "another stage: it is of a generation of the application that this version does not know.",
+            "Run without --update.",
+        )
+    for name in LABELS[HISTORY]:
+        column, stage = history.columns.get(name), contacts.columns["stage"]
+        if column is None or not column.is_enum or not stage.is_enum or column.type_oid == stage.type_oid:
+            continue
+        if lacking := _rows(connection, _LACKING_LABELS, stage.type_oid, column.type_oid):
+            yield Unfit(
+                f"The column {HISTORY}.{name} is of the type {column.declared_type}, which lacks the label "
+                f"{', '.join(label for (label,) in lacking)} of {CONTACTS}.stage: --update could not record such a "
+                "step.",
+                f"Let the owner ALTER TABLE {HISTORY} ALTER COLUMN {_quoted(name)} TYPE {stage.declared_type}, or run "
+                "without --update.",
+            )
+
+
+def _kind(table: Table) -> str:
+    return {"v": "a view", "m": "a materialized view", "f": "a foreign table"}.get(table.kind, "no table")
+
+
+def _of_written_table(connection: BaseDatabaseWrapper, name: str, table: Table) -> Iterator[Unfit]:
+    written = _WRITTEN[name]
+    if rules := [rule for (rule,) in _rows(connection, _RULES, table.oid)]:
+        yield Unfit(
+            f"The rule {', '.join(rules)} rewrites what is written into {name}, and PostgreSQL inserts nothing on "
+            "conflict past a rule.",
+            f"Let the owner DROP RULE {_quoted(rules[0])} ON {name}; a trigger does the same.",
+        )
+    if generated := [column for column in written if _is(table.columns.get(column), "is_generated")]:
+        yield Unfit(
+            f"The column {', '.join(f'{name}.{column}' for column in generated)} is generated by PostgreSQL, and the "
+            "backfill writes it.",
+            f"Let the owner ALTER TABLE {name} ALTER COLUMN {_quoted(generated[0])} DROP EXPRESSION, or DROP IDENTITY.",
+        )
+    for column, length in _LENGTHS[name].items():
+        found = table.columns.get(column)
+        if found is not None and found.room is not None and found.room < length:
+            yield Unfit(
+                f"The column {name}.{column} has room for {found.room} characters, and the backfill writes {length}.",
+                f"Let the owner ALTER TABLE {name} ALTER COLUMN {_quoted(column)} TYPE text.",
+            )
+    lacking = [
+        column.name
+        for column in table.columns.values()
+        if column.name not in written
+        and column.not_null
+        and not (column.has_default or column.is_generated or column.is_identity)
+    ]
+    if lacking and not _rows(connection, _FILLING_TRIGGERS, table.oid):
+        yield Unfit(
+            f"The column {', '.join(f'{name}.{column}' for column in lacking)} is NOT NULL without a default, and the "
+            "backfill does not fill it.",
+            f"Let the owner ALTER TABLE {name} ALTER COLUMN {_quoted(lacking[0])} SET DEFAULT a value.",
+        )
+
+
+def _is(column: Column | None, attribute: str) -> bool:
+    return column is not None and bool(getattr(column, attribute))
+
+
+def _of_sequences(connection: BaseDatabaseWrapper) -> Iterator[Unfit]:
+    """After a restore by hand, numbers of ours may be given out a second time."""
+    schema = _quoted(settings.BACKFILL_SCHEMA)
+    for table, sequence in _rows(connection, _SEQUENCES, settings.BACKFILL_SCHEMA, list(_NUMBERED)):
+        where = f"{schema}.{table}"
+        if sequence and _rows(connection, _IS_BEHIND.format(table=where), sequence) == [(True,)]:
+            yield Unfit(
+                f"The sequence {sequence} is behind the rows of {where}, so its next numbers are taken.",
+                f"Run SELECT setval('{sequence}', (SELECT max(id) FROM {where}));",
+            )
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'

@@ -1,0 +1,434 @@
+"""What this database has: tables, columns, enum labels, rights, generation. Read before anything is written.
+
+Three generations of the application are in the field, and databases in between. One code path serves all: an optional
+column that is missing reads as NULL, a required one that is missing stops the run before it starts.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from django.conf import settings
+from django.db.backends.base.base import BaseDatabaseWrapper
+
+from crm import try_execute
+from crm.errors import OperatorError
+from crm.models import BackfillBatch, BackfillRun, ConflictDecision, ContactUpdate, CRMContact, LedgerEntry
+from crm.outcome import Source
+from crm.postgres.facts.catalog import Column, read_tables
+from crm.postgres.facts.repeated_ids import find_repeated_ids
+from crm.postgres.facts.requirements import HISTORY, MOMENTS, RATE, Unfit, misfits
+from crm.postgres.facts.rights import require_rights
+from crm.rules.mapping import (
+    CONTACT_TYPE_OF_LEAD_TYPE,
+    CONTACT_TYPE_OF_SOURCE,
+    DISQUALIFIED,
+    EXCLUDED_ROLES,
+    SOURCE_OF_ROLE,
+    STAGES_OF_STATUS,
+    Rules,
+    normalised,
+)
+
+logger = logging.getLogger(__name__)
+
+ATTRIBUTION_COLUMNS = (
+    "referrerUsername",
+    "referrerType",
+    "commissionRate",
+    "commissionRateLockedAt",
+    "attributionMethod",
+    "attributionConfidence",
+)
+CONTACT_COLUMNS = tuple(str(field.column) for field in CRMContact._meta.concrete_fields)
+REQUIRED_COLUMNS: Mapping[str, tuple[str, ...]] = {
+    "users": ("id", "email"),
+    "profiles": ("id", "userId", "role", "firstName", "lastName", "phone", "companyName", "createdAt", "updatedAt"),
+    "leads": (
+        *("id", "type", "status", "firstName", "lastName", "email", "phone", "source", "assignedPreparerId"),
+        *("lastContactedAt", "createdAt", "updatedAt", *ATTRIBUTION_COLUMNS),
+    ),
+    "crm_contacts": tuple(column for column in CONTACT_COLUMNS if column not in ATTRIBUTION_COLUMNS),
+}
+OPTIONAL_COLUMNS: Mapping[str, tuple[str, ...]] = {"profiles": ("clerkUserId",), "crm_contacts": ATTRIBUTION_COLUMNS}
+COLUMNS_IN_USE: Mapping[str, tuple[str, ...]] = {
+    table: (*names, *OPTIONAL_COLUMNS.get(table, ())) for table, names in REQUIRED_COLUMNS.items()
+}
+#: The source that takes rows without a role or status, and ids that several rows have: all of them are errors.
+SOURCE_OF_STRAYS: Mapping[str, Source] = {"profiles": Source.CLIENTS, "leads": Source.ACTIVE_LEADS}
+REQUIRED_CONTACT_TYPES = sorted({*CONTACT_TYPE_OF_SOURCE.values(), *CONTACT_TYPE_OF_LEAD_TYPE.values()})
+#: What decides about a row of a table.
+LABEL_OF_TABLE = {"profiles": "role", "leads": "status"}
+#: The pipelines where a contact's stage is no enum that would say so.
+STAGES_OF_2025_10 = ("NEW", "CONTACTED", "DOCUMENTS", "PREPARING", "COMPLETE")
+STAGES_SINCE = ("NEW", "CONTACTED", "QUALIFIED", "DOCUMENTS", "FILED", "CLOSED", "LOST")
+#: Of the rate that `migrate` adds where there is none.
+DECIMALS_OF_OURS = 2
+#: What only --update writes in a contact that is there.
+PROMOTED_COLUMNS = ("firstName", "lastName", "email", "contactType", "source", "stage", "stageEnteredAt")
+#: What the ledger consists of for those who read it: what became of every row, and what updates changed later.
+LEDGER_TABLES = (LedgerEntry._meta.db_table, ContactUpdate._meta.db_table)
+_OUR_COLUMNS = [
+    (model._meta.db_table, str(field.column))
+    for model in (BackfillBatch, BackfillRun, ConflictDecision, ContactUpdate, LedgerEntry)
+    for field in model._meta.concrete_fields
+]
+#: A column that tells the generations apart, newest first.
+MARKS_OF_GENERATION = (("2025_12", "profiles", "crmEmailAutomation"), ("2025_11", "crm_contacts", "leadScore"))
+
+
+@dataclass(frozen=True, slots=True)
+class DatabaseFacts:
+    """What the backfill must know of the database it works on."""
+
+    generation: str
+    has_clerk_user_id: bool
+    has_attribution: bool
+    has_ledger: bool
+    roles: Mapping[str, tuple[str, ...]]
+    statuses: Mapping[str, tuple[str, ...]]
+    stages: Mapping[str, str]
+    #: To what labels are cast before they meet the roles of profiles and the statuses of leads.
+    label_types: Mapping[str, str]
+    #: How many digits of a second every timestamp of a contact keeps, and how many decimals its rate; None for all.
+    second_digits: int
+    rate_decimals: int | None
+    #: The columns that may be NULL, as `table.column`.
+    nullable: frozenset[str] = frozenset()
+    #: By table the ids that several of its rows have.
+    repeated_ids: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def rules(self) -> Rules:
+        """The rules of the mapping on this database."""
+        return Rules(
+            stages=self.stages,
+            placeholder_domain=settings.CRM_PLACEHOLDER_DOMAIN,
+            second_digits=self.second_digits,
+            rate_decimals=self.rate_decimals,
+        )
+
+    def source_of_role(self, label: str) -> Source | None:
+        """The source of a profile with this role; None when it is excluded. What nobody knows goes with the clients."""
+        role = normalised(label)
+        return None if role in EXCLUDED_ROLES else SOURCE_OF_ROLE.get(role, Source.CLIENTS)
+
+    def source_of_status(self, label: str) -> Source | None:
+        """The source of a lead with this status; None when it is excluded."""
+        status = normalised(label)
+        if status in STAGES_OF_STATUS and self.rules().stage_of(status) is None:
+            return None
+        return Source.CONVERTED_LEADS if status == "CONVERTED" else Source.ACTIVE_LEADS
+
+    def exclusion(self, table: str, label: str) -> str:
+        """The reason why rows of `table` with this role or status are excluded."""
+        return EXCLUDED_ROLES[normalised(label)] if table == "profiles" else DISQUALIFIED
+
+    def source_of(self, table: str, label: str | None) -> Source | None:
+        """The source of a row of `table` with this role or status; None when it is excluded."""
+        if label is None:
+            return SOURCE_OF_STRAYS[table]
+        return self.source_of_role(label) if table == "profiles" else self.source_of_status(label)
+
+    def labels_of(self, source: Source) -> list[str]:
+        """The roles or statuses, as the database spells them, whose rows a source reads."""
+        by_name = self.roles if source.table == "profiles" else self.statuses
+        labels = [label for spellings in by_name.values() for label in spellings]
+        return [label for label in labels if self.source_of(source.table, label) is source]
+
+
+def examine(
+    connection: BaseDatabaseWrapper,
+    *,
+    for_writing: bool,
+    for_inserting: bool = False,
+    for_updating: bool = False,
+    for_recreating: bool = False,
+) -> DatabaseFacts:
+    """Read the facts. Raises OperatorError where this database does not fit, with the names of what is missing.
+
+    `for_inserting` asks for what the backfill itself needs, `for_updating` for what --update needs besides, and
+    `for_recreating` for what --recreate-deleted does.
+
+    For a dry run, the right to SELECT is enough, and our own tables may be missing; where they are there, it warns of
+    the rights that its run would lack.
+    """
+    _require_schema(connection)
+    tables = read_tables(connection, (*REQUIRED_COLUMNS, HISTORY))
+    columns = {name: table.columns for name, table in tables.items()}
+    _require_tables(columns, for_updating=for_updating)
+    _require_columns(columns)
+    _require_all_rows(connection, [*REQUIRED_COLUMNS, *([HISTORY] if for_updating else [])])
+    for misfit in misfits(connection, tables, COLUMNS_IN_USE, for_inserting=for_inserting, for_updating=for_updating):
+        raise OperatorError(str(misfit))
+    has_attribution = all(column in columns["crm_contacts"] for column in ATTRIBUTION_COLUMNS)
+    ledger_is_readable = _ledger_is_readable(connection)
+    if for_writing:
+        _require_writable(connection)
+        _require_migrations(has_attribution=has_attribution, has_ledger=ledger_is_readable is not None)
+    elif for_inserting and ledger_is_readable is False:
+        logger.warning(
+            "this role may not read the ledger: the dry run takes every row for new, also those of earlier runs"
+        )
+    if for_writing or (for_inserting and ledger_is_readable is not None):
+        _require_rights(connection, for_updating=for_updating, for_recreating=for_recreating, dry_run=not for_writing)
+    roles = _labels(connection, columns, "profiles", "role")
+    statuses = _labels(connection, columns, "leads", "status")
+    generation = _generation(columns, roles)
+    contact_types = _labels_of_contacts(connection, columns, generation, "contactType")
+    stages = _labels_of_contacts(connection, columns, generation, "stage")
+    _require_labels(contact_types, stages)
+    contact = columns["crm_contacts"]
+    return DatabaseFacts(
+        generation=generation,
+        has_clerk_user_id="clerkUserId" in columns["profiles"],
+        has_attribution=has_attribution,
+        has_ledger=bool(ledger_is_readable),
+        roles=roles,
+        statuses=statuses,
+        stages={stage: spellings[0] for stage, spellings in stages.items()},
+        label_types={table: columns[table][name].cast for table, name in LABEL_OF_TABLE.items()},
+        second_digits=min(contact[name].second_digits for name in MOMENTS if name in contact),
+        rate_decimals=contact[RATE].scale if RATE in contact else DECIMALS_OF_OURS,
+        nullable=frozenset(
+            f"{table}.{name}"
+            for table, of_table in columns.items()
+            for name, column in of_table.items()
+            if not column.not_null
+        ),
+        repeated_ids=find_repeated_ids(connection, SOURCE_OF_STRAYS),
+    )
+
+
+def find_misfits(connection: BaseDatabaseWrapper) -> list[Unfit]:
+    """Everything that `examine` would refuse this database for but rights and what `migrate` makes."""
+    tables = read_tables(connection, (*REQUIRED_COLUMNS, HISTORY))
+    if not tables.keys() >= REQUIRED_COLUMNS.keys():
+        return []
+    return list(misfits(connection, tables, COLUMNS_IN_USE, for_inserting=True, for_updating=HISTORY in tables))
+
+
+def _require_schema(connection: BaseDatabaseWrapper) -> None:
+    """Without the right to look into the schema, PostgreSQL would not even say which tables are there."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT quote_ident(current_user) FROM pg_namespace "
+            "WHERE nspname = %s AND NOT has_schema_privilege(oid, 'USAGE')",
+            [settings.LEGACY_SCHEMA],
+        )
+        row = cursor.fetchone()
+    if row is not None:
+        raise OperatorError(
+            f"This role may not look into the schema {settings.LEGACY_SCHEMA}. Let its owner GRANT USAGE ON SCHEMA "
+            f"{connection.ops.quote_name(settings.LEGACY_SCHEMA)} TO {row[0]}. Nothing was written."
+        )
+
+
+def _require_tables(columns: Mapping[str, Mapping[str, Column]], *, for_updating: bool) -> None:
+    if missing := [table for table in REQUIRED_COLUMNS if table not in columns]:
+        raise OperatorError(
+            f"The schema {settings.LEGACY_SCHEMA} has no table {', '.join(missing)}: this is not the application's "
+            "database, or its tables are in another schema. Correct DATABASE_URL, or name the schema in it (?schema=)."
+        )
+    if for_updating and HISTORY not in columns:
+        raise OperatorError(
+            f"The schema {settings.LEGACY_SCHEMA} has no table {HISTORY}, in which --update records that a contact "
+            "moved to another stage: it is the application's to make. Run without --update. Nothing was written."
+        )
+
+
+def _require_columns(columns: Mapping[str, Mapping[str, Column]]) -> None:
+    wanted = [(table, column) for table, names in REQUIRED_COLUMNS.items() for column in names]
+    if missing := [f"{table}.{column}" for table, column in wanted if column not in columns[table]]:
+        raise OperatorError(
+            f"This database has no column {', '.join(missing)}, which the backfill needs: it is of a generation of the "
+            "application that this version does not know. Nothing was written."
+        )
+    optional = [(table, column) for table, names in OPTIONAL_COLUMNS.items() for column in names]
+    unreadable = [
+        f"{table}.{column}"
+        for table, column in [*wanted, *optional]
+        if column in columns[table] and not columns[table][column].readable
+    ]
+    if unreadable:
+        raise OperatorError(
+            f"This role may not read {', '.join(unreadable)}. Let the tables' owner GRANT SELECT on them. "
+            "Nothing was written."
+        )
+
+
+def _require_all_rows(connection: BaseDatabaseWrapper, tables: Sequence[str]) -> None:
+    """Rows that a policy hides would be missing without anybody being told."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT name FROM unnest(%s::text[]) AS name WHERE row_security_active(quote_ident(%s) || '.' || name)",
+            [list(tables), settings.LEGACY_SCHEMA],
+        )
+        hidden = [name for (name,) in cursor.fetchall()]
+    if hidden:
+        raise OperatorError(
+            f"The row-level security of {', '.join(hidden)} decides which rows this role sees, so some might be "
+            "missed. Let a superuser ALTER ROLE ... BYPASSRLS, or use the tables' owner. Nothing was written."
+        )
+
+
+def _require_writable(connection: BaseDatabaseWrapper) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT current_setting('transaction_read_only')::bool")
+        (read_only,) = cursor.fetchone()
+    if read_only:
+        raise OperatorError(
+            "Nothing can be written here: the server is a standby, or default_transaction_read_only is on for it, for "
+            "the database or for the role. Give DATABASE_URL the address of the primary, let the setting be off, or "
+            "look first with --dry-run. Nothing was written."
+        )
+
+
+def _labels(
+    connection: BaseDatabaseWrapper, columns: Mapping[str, Mapping[str, Column]], table: str, name: str
+) -> dict[str, tuple[str, ...]]:
+    """The labels of a column and their spellings: those of its enum, in its order, or those that are there."""
+    column = columns[table][name]
+    query, parameters = "SELECT enumlabel FROM pg_enum WHERE enumtypid = %s ORDER BY enumsortorder", [column.type_oid]
+    if not column.is_enum:
+        query, parameters = f'SELECT DISTINCT "{name}"::text FROM {table} WHERE "{name}" IS NOT NULL ORDER BY 1', []
+    with connection.cursor() as cursor:
+        cursor.execute(query, parameters)
+        return _spellings(label for (label,) in cursor.fetchall())
+
+
+def _labels_of_contacts(
+    connection: BaseDatabaseWrapper, columns: Mapping[str, Mapping[str, Column]], generation: str, name: str
+) -> dict[str, tuple[str, ...]]:
+    """What a contact's column may say. Text may say anything: then what its generation has an enum for."""
+    if columns["crm_contacts"][name].is_enum:
+        return _labels(connection, columns, "crm_contacts", name)
+    if name == "contactType":
+        return _spellings(REQUIRED_CONTACT_TYPES)
+    return _spellings(STAGES_OF_2025_10 if generation.startswith("2025_10") else STAGES_SINCE)
+
+
+def _spellings(labels: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    found: dict[str, tuple[str, ...]] = {}
+    for label in labels:
+        found[normalised(label)] = (*found.get(normalised(label), ()), label)
+    return found
+
+
+def _require_labels(contact_types: Mapping[str, Sequence[str]], stages: Mapping[str, object]) -> None:
+    # Written as they are: one that is spelled otherwise is another one to PostgreSQL.
+    missing = [
+        f'"ContactType" {label}' for label in REQUIRED_CONTACT_TYPES if label not in contact_types.get(label, ())
+    ]
+    for status in ("NEW", "CONTACTED", "CONVERTED"):
+        wanted = STAGES_OF_STATUS[status]
+        if not any(stage in stages for stage in wanted):
+            missing.append(f'"PipelineStage" {" or ".join(wanted)}')
+    if missing:
+        raise OperatorError(
+            f"This database lacks the enum label {', '.join(missing)}, which contacts of the backfill need: it is of a "
+            "generation of the application that this version does not know. Nothing was written."
+        )
+
+
+def _ledger_is_readable(connection: BaseDatabaseWrapper) -> bool | None:
+    """Whether the ledger may be read; None where there is none: a careful operator's dry run comes before `migrate`."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            """
+            SELECT bool_and(has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT'))
+              FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+             WHERE n.nspname = %s AND c.relname = ANY(%s)
+            HAVING count(*) = %s
+            """,
+            [settings.BACKFILL_SCHEMA, list(LEDGER_TABLES), len(LEDGER_TABLES)],
+        )
+        row = cursor.fetchone()
+    return None if row is None else bool(row[0])
+
+
+def _require_migrations(*, has_attribution: bool, has_ledger: bool) -> None:
+    if not has_attribution or not has_ledger:
+        missing = "the ledger" if not has_ledger else "the attribution columns of crm_contacts"
+        raise OperatorError(
+            f"This database lacks {missing}: run `python manage.py migrate` first. "
+            "Only --dry-run works without. Nothing was written."
+        )
+
+
+def _require_rights(
+    connection: BaseDatabaseWrapper, *, for_updating: bool, for_recreating: bool, dry_run: bool
+) -> None:
+    rights = {
+        "crm_contacts": ["INSERT", "UPDATE"],
+        BackfillRun._meta.db_table: ["SELECT", "INSERT", "UPDATE"],
+        BackfillBatch._meta.db_table: ["SELECT", "INSERT"],
+        LedgerEntry._meta.db_table: ["SELECT", "INSERT", "UPDATE"],
+        ContactUpdate._meta.db_table: ["SELECT"],
+        ConflictDecision._meta.db_table: ["SELECT"],
+    }
+    option = ""
+    if for_updating:
+        rights[ContactUpdate._meta.db_table].append("INSERT")
+        rights[HISTORY] = ["INSERT"]
+        option = "update"
+    if for_recreating:
+        # What updates changed in the contacts that are gone has to go.
+        rights[ContactUpdate._meta.db_table].append("DELETE")
+        option = "rollback"
+    require_rights(
+        connection,
+        [(table, right) for table, of_table in rights.items() for right in of_table],
+        updated_columns=PROMOTED_COLUMNS if for_updating else (),
+        option=option,
+        dry_run=dry_run,
+    )
+    if not dry_run:
+        _require_tables_of_ours(connection, rights)
+
+
+def _require_tables_of_ours(connection: BaseDatabaseWrapper, tables: Iterable[str]) -> None:
+    with connection.cursor() as cursor:
+        # A table of the application's schema that has the name of one of ours is none of ours.
+        cursor.execute(
+            """
+            WITH wanted(t, name) AS (
+              SELECT t, NULL FROM unnest(%(tables)s::text[]) AS t
+               UNION ALL
+              SELECT * FROM unnest(%(of)s::text[], %(columns)s::text[])
+            ), meant AS (
+              SELECT t, name, COALESCE(to_regclass(quote_ident(%(ours)s) || '.' || t),
+                                       to_regclass(quote_ident(%(theirs)s) || '.' || t)) AS oid FROM wanted
+            )
+            SELECT 'table ' || t FROM meant WHERE oid IS NULL AND name IS NULL
+             UNION ALL
+            SELECT 'column ' || t || '.' || name FROM meant
+             WHERE oid IS NOT NULL AND name IS NOT NULL
+               AND NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = oid AND attname = name)
+             UNION ALL
+            SELECT 'function ' || %(function)s WHERE to_regprocedure(%(function)s) IS NULL
+            """,
+            {
+                **dict(zip(("of", "columns"), map(list, zip(*_OUR_COLUMNS, strict=True)), strict=True)),
+                "tables": list(tables),
+                "ours": settings.BACKFILL_SCHEMA,
+                "theirs": settings.LEGACY_SCHEMA,
+                "function": try_execute.SIGNATURE,
+            },
+        )
+        missing = [name for (name,) in cursor.fetchall()]
+    if missing:
+        raise OperatorError(
+            f"This database lacks the {', '.join(missing)}, which came with this version: run `python manage.py "
+            "migrate` first. Nothing was written."
+        )
+
+
+def _generation(columns: Mapping[str, Mapping[str, Column]], roles: Mapping[str, tuple[str, ...]]) -> str:
+    if "clerkUserId" in columns["profiles"]:
+        return "2025_10" if all(len(spellings) == 1 for spellings in roles.values()) else "2025_10_mixed"
+    return next(
+        (generation for generation, table, mark in MARKS_OF_GENERATION if mark in columns[table]),
+        "unknown",
+    )

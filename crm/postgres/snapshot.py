@@ -1,0 +1,74 @@
+"""One consistent look at the database: a read-only transaction in which everything stands still, and streams in it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from django.db import transaction
+from django.db.backends.base.base import BaseDatabaseWrapper
+from django.db.models import Model, QuerySet
+
+from crm.postgres.limits import statement_timeout
+from crm.postgres.loaders import read_as_text
+
+Found = TypeVar("Found", bound=Model)
+
+#: Rows that are fetched at a time.
+PAGE = 2_000
+
+# A stream is read to its end, so its plan is to be the best one for all rows and not for the first ones.
+_MANNERS = """
+SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY;
+SET LOCAL statement_timeout = {statement};
+SET LOCAL cursor_tuple_fraction = 1
+"""
+
+
+@contextmanager
+def snapshot(connection: BaseDatabaseWrapper) -> Iterator[None]:
+    """A transaction that sees one moment of all tables, and in which PostgreSQL refuses every write."""
+    with _no_query_log(connection), transaction.atomic(using=connection.alias, durable=True):
+        with connection.cursor() as cursor:
+            cursor.execute(_MANNERS.format(statement=statement_timeout()))
+        yield
+
+
+@contextmanager
+def _no_query_log(connection: BaseDatabaseWrapper) -> Iterator[None]:
+    """With DEBUG on, Django would keep thousands of statements in memory, each with the ids of a page."""
+    log, connection.queries_log = connection.queries_log, deque(maxlen=0)
+    try:
+        yield
+    finally:
+        connection.queries_log = log
+
+
+def stream(
+    connection: BaseDatabaseWrapper, name: str, query: str, parameters: Mapping[str, Any] | None = None
+) -> Iterator[tuple[Any, ...]]:
+    """The rows of a query, a page at a time, in constant memory; timestamps and rates as text. Inside a snapshot only.
+
+    The cursor is declared in SQL: it lives and dies with the transaction, so it works through PgBouncer as well.
+    """
+    with connection.cursor() as cursor:
+        read_as_text(cursor)
+        cursor.execute(f"DECLARE {name} NO SCROLL CURSOR FOR {query}", parameters)
+        fetch = f"FETCH FORWARD {PAGE} FROM {name}"
+        cursor.execute(fetch)
+        while rows := cursor.fetchall():
+            yield from rows
+            if len(rows) < PAGE:
+                break
+            cursor.execute(fetch)
+        cursor.execute(f"CLOSE {name}")
+
+
+def in_pages(found: QuerySet[Found]) -> Iterator[Found]:
+    """The objects of a queryset by their key, in constant memory and without a cursor in the server."""
+    after = 0
+    while page := list(found.filter(pk__gt=after).order_by("pk")[:PAGE]):
+        yield from page
+        after = page[-1].pk

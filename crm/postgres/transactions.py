@@ -1,0 +1,93 @@
+"""A transaction whose end is known, also where the answer to its commit is lost.
+
+Whoever loses the connection while a commit is under way does not know whether it came through. To try the work again
+may do it twice or count it twice; not to try it may lose it. PostgreSQL remembers what became of every transaction by
+its number, so whoever wrote the number down asks, over a new connection, and then goes on as if the answer had come.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from django.db import Error as DjangoDatabaseError
+from django.db import transaction
+from django.db.backends.base.base import BaseDatabaseWrapper
+
+from crm.interruption import sleep_until_signal, stop_is_requested
+from crm.postgres import errors
+from crm.postgres.errors import UnknownEndError
+
+#: How long to wait before the server is asked again; seconds. In all, as long as a batch is tried again.
+WAITS = (0.05, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0)
+#: The longest of these waits once the operator asked to stop; seconds.
+LONGEST_WAIT_OF_A_STOP = 0.2
+
+_COMMITTED, _IN_PROGRESS = "committed", "in progress"
+#: The server crashed before anything of the transaction was on its disk, and does not know its number any more.
+_IN_THE_FUTURE = "22023"
+_NUMBER = "SELECT pg_current_xact_id()::text"
+_STATUS = "SELECT pg_xact_status(%s::xid8)"
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def certain_transaction(connection: BaseDatabaseWrapper, settings: str = "") -> Iterator[None]:
+    """A transaction of its own. It was committed where this is left without an error, and rolled back otherwise.
+
+    `settings` are statements that begin it; they are sent together with ours, in one round trip. A signal that would
+    break off the commit is passed over where the commit came through: whoever asks whether to stop asks after it.
+
+    Raises UnknownEndError where the answer to the commit was lost and the server cannot be asked for longer than WAITS,
+    or until a signal ends the waiting.
+    """
+    number, is_committing = "", False
+    try:
+        with transaction.atomic(using=connection.alias, durable=True):
+            number = _begin(connection, settings)
+            yield
+            is_committing = True
+    except (DjangoDatabaseError, KeyboardInterrupt) as error:
+        if not is_committing or not _is_committed_after_all(connection, number):
+            raise
+        logger.warning("%s at the commit, which had come through", errors.described(error))
+
+
+def _begin(connection: BaseDatabaseWrapper, settings: str) -> str:
+    with connection.cursor() as cursor:
+        cursor.execute(f"{settings}; {_NUMBER}" if settings else _NUMBER)
+        while cursor.nextset():
+            """The number is what was asked for last."""
+        (number,) = cursor.fetchone()
+    return str(number)
+
+
+def _is_committed_after_all(connection: BaseDatabaseWrapper, number: str) -> bool:
+    try:
+        return _is_committed(connection, number)
+    except KeyboardInterrupt as stop:
+        raise UnknownEndError from stop
+
+
+def _is_committed(connection: BaseDatabaseWrapper, number: str) -> bool:
+    """Whether a transaction was committed; waits until it has ended."""
+    for wait in WAITS:
+        connection.close()
+        try:
+            with connection.cursor() as cursor:
+                cursor.execute(_STATUS, [number])
+                (status,) = cursor.fetchone()
+        except DjangoDatabaseError as error:
+            if errors.sqlstate(error) == _IN_THE_FUTURE:
+                return False
+            if errors.bad_moment(error) is None:
+                raise UnknownEndError from error
+        else:
+            if status != _IN_PROGRESS:
+                return bool(status == _COMMITTED)
+        if stop_is_requested() and wait > LONGEST_WAIT_OF_A_STOP:
+            break
+        sleep_until_signal(wait)
+    raise UnknownEndError

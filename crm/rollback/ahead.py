@@ -1,0 +1,91 @@
+"""While the server undoes one page of lines, the next one and its source rows are read on a thread of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from django.db import Error as DjangoDatabaseError
+
+from crm.backfill.read.readahead import ReadingThread
+from crm.outcome import Outcome
+from crm.rollback.reader import Reader
+from crm.rules.reverting import Line, SourceRow
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Lines that are undone together, and the source rows that were read with them, by the lines' ids."""
+
+    lines: Sequence[Line]
+    source_rows: Mapping[str, SourceRow] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to undo."""
+        return bool(self.lines)
+
+    def rows_of(self, lines: Mapping[str, Line]) -> dict[str, SourceRow]:
+        """The source rows of lines, by their ids, as far as they were read as rows of the same source.
+
+        A row that went over to another source since, and was looked at again, has to be read as one of that.
+        """
+        return {
+            line.id: self.source_rows[line.id]
+            for line in self.lines
+            if line.id in lines and line.id in self.source_rows and lines[line.id].source == line.source
+        }
+
+    def without(self, gone: set[str]) -> Page:
+        """The page without the lines of these ids."""
+        return Page([line for line in self.lines if line.id not in gone], self.source_rows)
+
+
+class PagesAhead:
+    """Hands out the lines of a run page by page.
+
+    What is read ahead is only lines and source rows: a rollback changes neither, but for lines that it deletes, which
+    it tells. Contacts are read when it is their turn.
+    """
+
+    def __init__(self, reader: Reader, thread: ReadingThread) -> None:
+        self._reader = reader
+        self._thread = thread
+        self._asked: tuple[str, int] | None = None
+        self._coming: Future[Page] | None = None
+        self._gone: set[str] = set()
+
+    def page(self, after: str, size: int) -> Page:
+        """At most `size` lines, by id, from strictly after one on; none when there are no more.
+
+        Raises django.db.Error for what the reading of this page raised now. What went wrong while it was read ahead is
+        no matter: it is read again.
+        """
+        page = self._taken(after, size) or self._read(after, size)
+        if page:
+            self._ask(page.lines[-1].id, size)
+        return page
+
+    def note_deleted(self, lines: Iterable[str]) -> None:
+        """Take note of lines that were deleted: they may have been read ahead."""
+        self._gone = set(lines)
+
+    def _taken(self, after: str, size: int) -> Page | None:
+        coming, asked = self._coming, self._asked
+        self._coming = self._asked = None
+        if coming is None:
+            return None
+        try:
+            page = coming.result()
+        except DjangoDatabaseError:
+            return None
+        return page.without(self._gone) if asked == (after, size) else None
+
+    def _ask(self, after: str, size: int) -> None:
+        self._asked = (after, size)
+        self._coming = self._thread.ask(self._read, after, size)
+
+    def _read(self, after: str, size: int) -> Page:
+        lines = self._reader.page(after, size)
+        written = [line for line in lines if line.outcome in (Outcome.CREATED, Outcome.MERGED)]
+        return Page(lines, self._reader.source_rows(written))

@@ -1,0 +1,288 @@
+"""What a verdict needs: lines of the ledger, contacts with their version, and what source rows map to. Only reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from django.conf import settings
+from django.db.backends.base.base import BaseDatabaseWrapper
+
+from crm.backfill.read.resolutions import Resolutions
+from crm.backfill.read.rows import may_read_user_changes
+from crm.errors import OperatorError
+from crm.models import BackfillRun, CRMContact
+from crm.outcome import Outcome, Reason, Refusal, Source, UpdateOutcome
+from crm.postgres.apart import read_apart
+from crm.postgres.facts.schema import DatabaseFacts
+from crm.postgres.loaders import read_as_text
+from crm.rollback.updates import UpdateRecord
+from crm.rules.mapping import ContactDraft, MappedRow, contact_id, map_rows, rounded, trimmed, unmapped
+from crm.rules.reverting import Line, SourceRow, StoredContact
+from crm.runs.other_rules import OtherRules
+
+_LINE = """
+line.id, line.source, line.source_id, line.outcome, line.contact_id, line.run_id, line.source_updated_at, line.filled,
+line.contact_updated_at, line.confidence_before
+"""
+_PAGE = f"SELECT {_LINE} FROM ledger_entry line WHERE line.run_id = %s AND line.id > %s ORDER BY line.id LIMIT %s"
+# By the index of the contact, which holds no line that made one.
+_MERGES = f"""
+SELECT {_LINE} FROM ledger_entry line JOIN unnest(%s::text[]) AS met(id) ON line.contact_id = met.id
+ WHERE line.outcome = 'merged'
+"""
+_CREATORS = f"SELECT {_LINE} FROM ledger_entry line WHERE line.id = ANY(%s) AND line.outcome = 'created'"
+# A contact's changes come together, the last one first.
+_UPDATED_CONTACTS = """
+SELECT contact_id FROM contact_update WHERE run_id = %s AND contact_id COLLATE "C" > %s
+ GROUP BY contact_id ORDER BY contact_id COLLATE "C" LIMIT %s
+"""
+_UPDATE_COLUMNS = """
+SELECT change.id, change.line_id, change.source, change.source_id, change.contact_id, change.run_id,
+       change.source_updated_at, change.columns, change.contact_updated_at, change.from_type, change.from_stage,
+       change.to_stage, change.stage_entered_before, change.confidence_before, change.placeholder,
+       change.former
+  FROM contact_update change
+"""
+_UPDATES = f"{_UPDATE_COLUMNS} WHERE change.run_id = %s AND change.contact_id = ANY(%s) ORDER BY change.id DESC"
+_UPDATES_IN = f"{_UPDATE_COLUMNS} WHERE change.contact_id = ANY(%s) ORDER BY change.id"
+_LABELS = {
+    "profiles": "SELECT id, role::text FROM profiles WHERE id = ANY(%s)",
+    "leads": "SELECT id, status::text FROM leads WHERE id = ANY(%s)",
+}
+
+_COLUMNS = ", ".join(f'c."{field.column}"' for field in CRMContact._meta.concrete_fields)
+_CONTACTS = f"SELECT c.xmin::text, {{set_elsewhere}}, {_COLUMNS} FROM crm_contacts c WHERE c.id = ANY(%s)"
+# What the backfill does not write has its default, as long as nobody else wrote it. A default that is not a constant
+# says nothing afterwards, and a generated column is nobody's to write.
+_OTHER_COLUMNS = r"""
+SELECT a.attname, has_column_privilege(c.oid, a.attnum, 'SELECT'), format('CASE WHEN %%s THEN %%L END',
+       CASE WHEN d.adbin IS NULL THEN format('c.%%I IS NOT NULL', a.attname)
+            ELSE format('c.%%I::text IS DISTINCT FROM (%%s)::%%s::text', a.attname, pg_get_expr(d.adbin, d.adrelid),
+                        format_type(a.atttypid, a.atttypmod)) END, a.attname)
+  FROM pg_attribute a
+  JOIN pg_class c ON c.oid = a.attrelid
+  JOIN pg_namespace n ON n.oid = c.relnamespace
+  LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
+ WHERE n.nspname = %s AND c.relname = 'crm_contacts' AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = ''
+   AND a.attidentity = '' AND a.attname <> ALL(%s)
+   AND (d.adbin IS NULL OR pg_get_expr(d.adbin, d.adrelid) ~
+        $constant$^(true|false|-?[0-9.]+|\(-[0-9.]+\)|'[^']*'(::[^()']+)?)$$constant$)
+ ORDER BY a.attnum
+"""
+
+# The columns by name and never r.*: the role of the backfill may not read the secret ones. In the order of ProfileRow
+# and LeadRow, and then what else is needed. An account's address changes without a trace in the profile.
+_PROFILES = """
+SELECT r.id, r."createdAt", r."updatedAt", NULL, r.role, r."firstName", r."lastName", r.phone, r."companyName",
+       r."userId", {clerk_user_id}, u.email, {account_changed}
+  FROM profiles r LEFT JOIN users u ON u.id = r."userId"
+ WHERE r.id = ANY(%s)
+"""
+_LEADS = """
+SELECT r.id, r."createdAt", r."updatedAt", NULL, r.status, r.type, r.email, r."firstName", r."lastName", r.phone,
+       r.source, r."lastContactedAt", r."referrerUsername", r."referrerType", r."commissionRate",
+       r."commissionRateLockedAt", r."attributionMethod", r."attributionConfidence", r."assignedPreparerId",
+       COALESCE(p.id, r."assignedPreparerId")
+  FROM leads r
+       LEFT JOIN LATERAL (
+         SELECT id FROM profiles WHERE id = r."assignedPreparerId" OR "userId" = r."assignedPreparerId"
+          ORDER BY id <> r."assignedPreparerId" LIMIT 1
+       ) p ON r."assignedPreparerId" IS NOT NULL
+ WHERE r.id = ANY(%s)
+"""
+_RAW_PREPARER = -2
+_ACCOUNT_CHANGED = """COALESCE(u."updatedAt" >= %s AT TIME ZONE 'UTC', false)"""
+_NO_ACCOUNT_CHANGED = "%s::timestamptz IS NULL"
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Reads for the rollback of one run."""
+
+    connection: BaseDatabaseWrapper
+    facts: DatabaseFacts
+    run: BackfillRun
+    set_elsewhere: str
+    account_changed: str
+    resolutions: Resolutions
+    other_rules: OtherRules
+
+    @classmethod
+    def of(cls, connection: BaseDatabaseWrapper, facts: DatabaseFacts, run: BackfillRun) -> Reader:
+        """A reader for the rollback of `run`. Raises OperatorError where this role may not see what it must compare."""
+        account_changed = _ACCOUNT_CHANGED if may_read_user_changes(connection) else _NO_ACCOUNT_CHANGED
+        resolutions = Resolutions.every(connection)
+        other_rules = OtherRules.read(connection)
+        return cls(connection, facts, run, _set_elsewhere(connection), account_changed, resolutions, other_rules)
+
+    def page(self, after: str, size: int) -> list[Line]:
+        """At most `size` lines of the run, by id, from strictly after one on."""
+        return self._lines(_PAGE, self.run.pk, after, size)
+
+    def merges_into(self, contact_ids: Sequence[str]) -> list[Line]:
+        """The lines, of any run, of rows that were merged into these contacts."""
+        return self._lines(_MERGES, contact_ids) if contact_ids else []
+
+    def creators_of(self, contact_ids: Sequence[str]) -> dict[str, Line]:
+        """The lines that made these contacts, where the backfill did."""
+        return {line.id: line for line in self._lines(_CREATORS, contact_ids)} if contact_ids else {}
+
+    def updates(self, after: str, size: int) -> list[UpdateRecord]:
+        """What the run changed in at most `size` contacts, by id from strictly after one on."""
+        return self.updates_of_run([contact for (contact,) in self._rows(_UPDATED_CONTACTS, self.run.pk, after, size)])
+
+    def updates_of_run(self, contact_ids: Sequence[str]) -> list[UpdateRecord]:
+        """What the run changed in these contacts; of each, the last change first."""
+        return self._records(_UPDATES, self.run.pk, contact_ids) if contact_ids else []
+
+    def updates_in(self, contact_ids: Sequence[str]) -> list[Line]:
+        """What any run changed in these contacts, in its order."""
+        return [record.line for record in self._records(_UPDATES_IN, contact_ids)] if contact_ids else []
+
+    def _records(self, query: str, *parameters: Any) -> list[UpdateRecord]:
+        found = [
+            UpdateRecord(
+                number,
+                Line(
+                    identifier,
+                    source,
+                    source_id,
+                    UpdateOutcome.UPDATED,
+                    contact_id,
+                    run_id,
+                    updated_at,
+                    tuple(columns.split(",")),
+                    rounded(updated_at, self.facts.second_digits),
+                ),
+                *rest,
+            )
+            for number, identifier, source, source_id, contact_id, run_id, updated_at, columns, *rest in self._rows(
+                query, *parameters
+            )
+        ]
+        found = [record._replace(former_lines=_former_lines(record)) for record in found]
+        sources = self._sources_now([line for record in found for line in record.lines])
+
+        def now(line: Line) -> Line:
+            return line._replace(source=sources.get(line.id, line.source))
+
+        return [
+            record._replace(
+                line=now(record.line), former_lines={unit: now(line) for unit, line in record.former_lines.items()}
+            )
+            for record in found
+        ]
+
+    def _sources_now(self, lines: Sequence[Line]) -> dict[str, str]:
+        """The sources that the rows of lines are of by now: a lead that converted is of another one."""
+        found: dict[str, str] = {}
+        for table, query in _LABELS.items():
+            ids = {line.source_id: line.id for line in lines if Source(line.source).table == table}
+            for source_id, label in self._rows(query, list(ids)) if ids else ():
+                if (source := self.facts.source_of(table, label)) is not None:
+                    found[ids[source_id]] = source
+        return found
+
+    def contacts(self, contact_ids: Sequence[str]) -> dict[str, StoredContact]:
+        """Those of these contacts that are there."""
+        rows = self._rows(_CONTACTS.format(set_elsewhere=self.set_elsewhere), contact_ids)
+        contacts = (
+            StoredContact(version, ContactDraft._make(values), tuple(elsewhere)) for version, elsewhere, *values in rows
+        )
+        return {contact.values.id: contact for contact in contacts}
+
+    def source_rows(self, lines: Iterable[Line]) -> dict[str, SourceRow]:
+        """The source rows of these lines as they are now, by the lines' ids; of several lines of a row, the last."""
+        by_source: dict[Source, list[str]] = {}
+        for line in {line.id: line for line in lines}.values():
+            by_source.setdefault(Source(line.source), []).append(line.source_id)
+        found: dict[str, SourceRow] = {}
+        for source, source_ids in by_source.items():
+            repeated = set(self.facts.repeated_ids.get(source.table, ())) & set(source_ids)
+            read = partial(self._leads if source.table == "leads" else self._profiles, source)
+            rows, unreadable = read_apart(self.connection, [key for key in source_ids if key not in repeated], read)
+            faults = {source_id: (Reason.UNREADABLE, refusal) for source_id, refusal in unreadable.items()}
+            faults |= dict.fromkeys(repeated, (Reason.DUPLICATE_ID, Refusal()))
+            rows += [SourceRow(unmapped(source.table, source_id, None, *fault)) for source_id, fault in faults.items()]
+            found |= {row.mapped.id: row for row in rows}
+        return found
+
+    def _profiles(self, source: Source, source_ids: Sequence[str]) -> list[SourceRow]:
+        clerk_user_id = 'r."clerkUserId"' if self.facts.has_clerk_user_id else "NULL"
+        query = _PROFILES.format(clerk_user_id=clerk_user_id, account_changed=self.account_changed)
+        rows = self._rows(query, self.run.started_at, list(source_ids))
+        mapped = self._mapped(source, [row[:-1] for row in rows])
+        found = []
+        for (*_, account_changed), row in zip(rows, mapped, strict=True):
+            other_address = account_changed and not (row.resolution and row.resolution.separate_email)
+            found.append(SourceRow(row, may_differ=frozenset({"email"} if other_address else ())))
+        return found
+
+    def _leads(self, source: Source, source_ids: Sequence[str]) -> list[SourceRow]:
+        rows = self._rows(_LEADS, list(source_ids))
+        return [
+            SourceRow(row, raw_preparer=raw[_RAW_PREPARER] if trimmed(raw[_RAW_PREPARER]) else None)
+            for raw, row in zip(rows, self._mapped(source, rows), strict=True)
+        ]
+
+    def _mapped(self, source: Source, rows: list[tuple[Any, ...]]) -> list[MappedRow]:
+        return self.resolutions.applied(map_rows(source, rows, self.facts.rules()))
+
+    def _lines(self, query: str, *parameters: Any) -> list[Line]:
+        return [
+            Line(
+                identifier,
+                source,
+                source_id,
+                Outcome(outcome),
+                contact_id,
+                run_id,
+                updated_at,
+                tuple(filled.split(",")) if filled else (),
+                rounded(updated_at, self.facts.second_digits),
+                *was,
+            )
+            for identifier, source, source_id, outcome, contact_id, run_id, updated_at, filled, *was in self._rows(
+                query, *parameters
+            )
+        ]
+
+    def _rows(self, query: str, *parameters: Any) -> list[tuple[Any, ...]]:
+        with self.connection.cursor() as cursor:
+            read_as_text(cursor)
+            cursor.execute(query, parameters)
+            return list(cursor.fetchall())
+
+
+def _former_lines(record: UpdateRecord) -> dict[str, Line]:
+    """The rows that have what a change replaced, by its name."""
+    found: dict[str, Line] = {}
+    for unit, what in record.former_values.items():
+        if what is not None and "row" in what:
+            table, _, source_id = what["row"].partition(":")
+            found[unit] = record.line._replace(
+                id=contact_id(table, source_id),
+                source=Source.of_table(table)[0],
+                source_id=source_id,
+                updated_at=what["updated_at"],
+                filled=(unit,),
+            )
+    return found
+
+
+def _set_elsewhere(connection: BaseDatabaseWrapper) -> str:
+    """The SQL array of the names of those columns that the backfill does not write and somebody else did."""
+    mapped = [field.column for field in CRMContact._meta.concrete_fields]
+    with connection.cursor() as cursor:
+        cursor.execute(_OTHER_COLUMNS, [settings.LEGACY_SCHEMA, mapped])
+        columns = cursor.fetchall()
+    if hidden := [name for name, readable, _ in columns if not readable]:
+        raise OperatorError(
+            f"This role may not read crm_contacts.{', '.join(hidden)}. Let the owner GRANT SELECT on the whole table: "
+            "what somebody filled in there must be seen before a contact is deleted."
+        )
+    names = ", ".join(name_if_set for *_, name_if_set in columns)
+    return f"array_remove(ARRAY[{names}]::text[], NULL)".replace("%", "%%")

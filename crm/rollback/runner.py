@@ -1,0 +1,359 @@
+"""One rollback, from the first look at the run to the report.
+
+    find the run -> examine -> claim the fence -> batches of the run's lines, by id: judge, undo, commit
+            -> compare the counts with the ledger -> close -> RollbackReport
+
+A dry run takes the same way with an undoer that writes nothing, and claims no fence.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from functools import partial
+from typing import NamedTuple, Protocol
+
+from django.db import Error as DjangoDatabaseError
+from django.db import connection
+from django.db.models import Count
+from django.utils import timezone
+
+from crm.backfill.read.readahead import ReadingThread
+from crm.errors import OperatorError
+from crm.models import BackfillRun, ContactUpdate, LedgerEntry, Rollback
+from crm.models.ledger import RunStatus
+from crm.outcome import Outcome, Source, Totals
+from crm.postgres import errors
+from crm.postgres.facts.foreign_keys import find_references
+from crm.postgres.facts.rights import require_rights
+from crm.postgres.facts.schema import DatabaseFacts, examine
+from crm.rollback.ahead import PagesAhead
+from crm.rollback.reader import Reader
+from crm.rollback.undo import Counts, DatabaseUndoer, Rehearsal, RunDeletedError, Undoer, Undone, counted
+from crm.rules.reverting import Line
+from crm.runs import control, lease
+from crm.runs.lifecycle import Checked, Ending, Lifecycle, lifecycle
+from crm.runs.progress import Progress, Silence
+from crm.runs.retrying import Backoff
+
+DEFAULT_BATCH_SIZE = 2_000
+#: How many later runs a warning names one by one.
+MAX_NAMED = 10
+
+logger = logging.getLogger(__name__)
+
+
+class ListingError(Exception):
+    """The list of rows cannot be written, for the system's reason."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the list of rows cannot be written any more ({reason})")
+        self.reason = reason
+
+
+class Listener(Protocol):
+    """Is told what became of each batch, once it is committed. Raises ListingError."""
+
+    def __call__(self, undone: Undone) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RollbackReport:
+    """How a rollback went. `run_id` is None for a dry run; `balanced` is None where it did not get to its end.
+
+    `later_runs` stood when it began, the last one first: rows of the run may be in conflict with what they made. A run
+    that was taken back is not among them, even if something of it was kept: another rollback would keep it as well.
+    `of_recreation` tells whether the run that was taken back made contacts again that were gone.
+    """
+
+    run_id: int | None
+    rolls_back: int
+    later_runs: Sequence[int]
+    status: RunStatus
+    dry_run: bool
+    generation: str
+    counts: Counts
+    balanced: bool | None
+    started_at: datetime
+    seconds: float
+    failure: str | None = None
+    of_recreation: bool = False
+
+    @property
+    def finished_at(self) -> datetime:
+        """When it ended, by the clock of this machine."""
+        return self.started_at + timedelta(seconds=self.seconds)
+
+    @property
+    def exit_code(self) -> int:
+        """What a script is told: 0 all reversed or kept, 1 some failed, 4 stopped, 5 failed."""
+        if self.status == RunStatus.FAILED:
+            return 5
+        if self.status != RunStatus.FINISHED:
+            return 4
+        return 1 if self.counts.failed else 0
+
+
+def roll_back(
+    run_id: int,
+    *,
+    dry_run: bool = False,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    progress: Progress | None = None,
+    listener: Listener | None = None,
+) -> RollbackReport:
+    """Take a run back, as `crm.rollback` describes.
+
+    Raises OperatorError before anything is written: where there is no such run, where it is running or is a rollback
+    itself, where the ledger has nothing of it, where this role may not do or see what it must, and (AnotherRunError)
+    when another run is going. Everything that happens later is in the report.
+    """
+    started_at, started = timezone.now(), time.monotonic()
+    with errors.beginning():
+        facts = examine(connection, for_writing=not dry_run)
+        run = _require_run(run_id, facts, may_take_over=not dry_run)
+        lines = _require_lines(run)
+        later_runs, kept_of = _later_runs(run)
+        find_references(connection)
+        reader = Reader.of(connection, facts, run)
+        _require_rights(run, dry_run=dry_run)
+    if later_runs or kept_of:
+        logger.warning(_later_runs_stand(run, later_runs, kept_of))
+    with lifecycle() as life:
+        if not dry_run:
+            with errors.beginning():
+                life.claim(lambda: _claim(run, facts))
+        work = _Work(reader, batch_size, progress or Silence(), listener, life)
+        ending = work.close(life.carry_through(lambda: work.through(lines), ListingError, RunDeletedError))
+    return RollbackReport(
+        run_id=life.run.pk if life.run else None,
+        rolls_back=run_id,
+        later_runs=later_runs,
+        status=ending.status,
+        dry_run=dry_run,
+        generation=facts.generation,
+        counts=work.counts,
+        balanced=ending.balanced,
+        started_at=started_at,
+        seconds=time.monotonic() - started,
+        failure=ending.failure,
+        of_recreation=bool(run.options.get("recreate_deleted")),
+    )
+
+
+class _Done(NamedTuple):
+    """A batch, what became of it, and the key to go on after."""
+
+    lines: Sequence[Line]
+    undone: Undone
+    last: str
+
+
+#: Undoes what comes next after a key, of at most so many lines; None when nothing does.
+_Batch = Callable[[str, int], _Done | None]
+
+
+@dataclass(slots=True)
+class _Work:
+    """The way through the lines of a run."""
+
+    reader: Reader
+    batch_size: int
+    progress: Progress
+    listener: Listener | None
+    life: Lifecycle
+    counts: Counts = field(default_factory=Counts)
+    retries: Backoff = field(default_factory=Backoff)
+
+    def through(self, lines: dict[Source, int]) -> None:
+        """Undo every line. Raises what ends it before."""
+        rollback = self.life.run
+        undoer: Undoer = (
+            DatabaseUndoer(connection, self.reader, rollback.pk) if rollback else Rehearsal(connection, self.reader)
+        )
+        try:
+            self.progress.begin(lines)
+            # What --update changed goes first: a contact that the run made is as it made it then.
+            self._work_through(partial(self._batch_of_updates, undoer))
+            with ReadingThread(connection) as thread:
+                self._work_through(partial(self._batch, undoer, PagesAhead(self.reader, thread)))
+        finally:
+            self.progress.end()
+
+    def close(self, ending: Ending) -> Ending:
+        """End the rollback's record."""
+        rollback = self.life.run
+        if rollback is None:
+            return ending
+        return self.life.close(ending, lambda: self._count(rollback), lambda: self._check(rollback, ending))
+
+    def _count(self, rollback: BackfillRun) -> None:
+        """What the committed batches add up to: the truth, also when a commit's answer was lost."""
+        if (record := Rollback.objects.filter(pk=rollback.pk).first()) is not None:
+            self.counts = _counts_of(record)
+
+    def _check(self, rollback: BackfillRun, ending: Ending) -> Checked:
+        """Whether the counts agree with the ledger, when there is nothing left to do."""
+        if ending.status != RunStatus.FINISHED or lease.why_not_held(rollback.pk):
+            return Checked(None)
+        agree = self.counts.remaining == LedgerEntry.objects.filter(run=self.reader.run).count()
+        return Checked(agree, None if agree else "the counts do not agree with the ledger")
+
+    def _work_through(self, batch: _Batch) -> None:
+        after = ""
+        while True:
+            self.life.interruption.heed()
+            done = self._batch_with_retries(batch, after)
+            if done is None:
+                return
+            after = done.last
+            self.counts.add(counted(done.undone))
+            for source in {line.source for line in done.lines if isinstance(line.outcome, Outcome)}:
+                read = sum(line.source == source for line in done.lines)
+                self.progress.advance(Source(source), Totals(read=read))
+            if self.listener:
+                self.listener(done.undone)
+
+    def _batch_with_retries(self, batch: _Batch, after: str) -> _Done | None:
+        size = self.batch_size
+        attempt = 1
+        while True:
+            try:
+                return batch(after, size)
+            except DjangoDatabaseError as error:
+                cause = errors.bad_moment(error)
+                if cause is None or attempt > self.retries.max_retries or self.life.interruption.requested:
+                    raise
+                wait = self.retries.announce(cause, attempt)
+                attempt += not (errors.is_deadlock(error) and size > 1)
+                if errors.too_many_rows(error):
+                    size = max(1, size // 2)
+                connection.close_if_unusable_or_obsolete()
+                self.life.interruption.sleep(wait)
+                self.life.interruption.heed()
+
+    def _batch_of_updates(self, undoer: Undoer, after: str, size: int) -> _Done | None:
+        records = self.reader.updates(after, size)
+        if not records:
+            return None
+        lines = [record.line for record in records]
+        return _Done(lines, undoer.undo_updates(records), max(str(line.contact_id) for line in lines))
+
+    def _batch(self, undoer: Undoer, ahead: PagesAhead, after: str, size: int) -> _Done | None:
+        page = ahead.page(after, size)
+        if not page:
+            return None
+        undone = undoer.undo(page)
+        ahead.note_deleted(undone.reversed_ids)
+        return _Done(page.lines, undone, page.lines[-1].id)
+
+
+def _require_run(run_id: int, facts: DatabaseFacts, *, may_take_over: bool) -> BackfillRun:
+    """The run, if it is one that can be taken back."""
+    if not facts.has_ledger:
+        raise OperatorError(
+            f"There is no ledger that this role may read, so there is no run {run_id} to be found: `python manage.py "
+            "migrate` makes the ledger. Nothing was written."
+        )
+    run = control.find(run_id)
+    if run.kind == BackfillRun.Kind.ROLLBACK:
+        raise OperatorError(
+            f"Run {run_id} is a rollback itself. To have back what it took back, run backfill_crm_contacts, with "
+            "--update where it took an update back."
+        )
+    if run.status == RunStatus.RUNNING and not (may_take_over and lease.take_over_if_dead(run)):
+        raise OperatorError(
+            f"Run {run_id} is still going. Wait for it, or stop it with "
+            f"`python manage.py backfill_runs cancel {run_id}`. Nothing was written."
+        )
+    return run
+
+
+def _require_lines(run: BackfillRun) -> dict[Source, int]:
+    """How many lines the ledger has of the run, by source; none is fine only where a rollback has to be closed."""
+    counts = LedgerEntry.objects.filter(run=run).values_list("source").annotate(Count("id"))
+    lines = {Source(source): count for source, count in counts}
+    if not lines and not ContactUpdate.objects.filter(run=run).exists() and not _is_to_be_closed(run):
+        raise OperatorError(_nothing_left(run))
+    return lines
+
+
+def _later_runs(run: BackfillRun) -> tuple[list[int], dict[int, int]]:
+    """The later runs of which something stands in contacts, the last one first.
+
+    And those that were taken back, of which something was kept: each with the last rollback that got to its end.
+    """
+    lines = LedgerEntry.objects.filter(run_id__gt=run.pk, outcome__in=(Outcome.CREATED, Outcome.MERGED))
+    updates = ContactUpdate.objects.filter(run_id__gt=run.pk)
+    found = {number for stands in (lines, updates) for number in stands.values_list("run_id", flat=True).distinct()}
+    finished = Rollback.objects.filter(of__in=found, run__status=RunStatus.FINISHED).order_by("run")
+    taken_back = dict(finished.values_list("of_id", "run_id"))
+    return sorted(found - taken_back.keys(), reverse=True), taken_back
+
+
+def _later_runs_stand(run: BackfillRun, later: Sequence[int], kept_of: Mapping[int, int]) -> str:
+    parts = []
+    if later:
+        parts.append(
+            f"Later runs made or changed contacts, and were not rolled back ({len(later)}). To roll back the last one "
+            f"first, use this order: {_shortened(list(map(str, later)))}, and then {run.pk}."
+        )
+    if kept_of:
+        named = _shortened([f"{of} (rolled back by {by})" for of, by in sorted(kept_of.items(), reverse=True)])
+        parts.append(f"Later rollbacks kept a part of their runs, and another one would keep it as well: {named}.")
+    return (
+        f"{' '.join(parts)} When the rows of run {run.pk} are migrated again, they may be in conflict with the "
+        "contacts of later runs. Such a row is not lost: a later run can be rolled back afterwards, and a conflict can "
+        "be decided."
+    )
+
+
+def _shortened(names: Sequence[str]) -> str:
+    return ", ".join(names if len(names) <= MAX_NAMED else [*names[: MAX_NAMED - 1], "...", names[-1]])
+
+
+def _is_to_be_closed(run: BackfillRun) -> bool:
+    """Whether a rollback of the run came to its last batch, and not to its end."""
+    latest = Rollback.objects.filter(of=run).order_by("-run_id").select_related("run").first()
+    return latest is not None and latest.run.status != RunStatus.FINISHED
+
+
+def _nothing_left(run: BackfillRun) -> str:
+    by = Rollback.objects.filter(of=run, run__status=RunStatus.FINISHED).order_by("-run_id").first()
+    why = f"run {by.run_id} has taken it back" if by else "it decided no row, or later runs decided its rows anew"
+    return f"The ledger has no line of run {run.pk}: {why}. There is nothing to take back."
+
+
+def _require_rights(run: BackfillRun, *, dry_run: bool) -> None:
+    wanted = [
+        ("crm_contacts", "DELETE"),
+        ("crm_contacts", "UPDATE"),
+        (LedgerEntry._meta.db_table, "DELETE"),
+        (LedgerEntry._meta.db_table, "UPDATE"),
+        (ContactUpdate._meta.db_table, "DELETE"),
+        *([("crm_stage_history", "DELETE")] if ContactUpdate.objects.filter(run=run).exists() else []),
+        (Rollback._meta.db_table, "INSERT"),
+        (Rollback._meta.db_table, "UPDATE"),
+    ]
+    require_rights(connection, wanted, option="rollback", dry_run=dry_run)
+
+
+def _claim(run: BackfillRun, facts: DatabaseFacts) -> BackfillRun:
+    return lease.claim(
+        BackfillRun.Kind.ROLLBACK,
+        {"rolls_back": run.pk},
+        facts.generation,
+        also=lambda rollback: Rollback.objects.create(run=rollback, of=run),
+    )
+
+
+def _counts_of(record: Rollback) -> Counts:
+    counts = Counts()
+    for column in Rollback._meta.concrete_fields:
+        if isinstance(value := getattr(record, column.name), int):
+            counts.numbers[column.name] = value
+    counts.reasons.update(record.reasons)
+    return counts

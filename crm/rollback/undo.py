@@ -1,0 +1,571 @@
+"""Undoing a batch of lines: the only place that deletes contacts, one transaction a batch.
+
+lines -> judge (read and compare) -> lock -> delete contacts, take merges back -> delete lines -> counts and heartbeat
+
+Judging takes its time and no locks; what it saw is held to by the version of each row. Then the contacts are locked as
+a DELETE locks them, which waits for everybody who is just adding an interaction, and keeps out whoever would. The
+DELETE that follows is a statement of its own, so it sees what was committed while it waited: it deletes a contact only
+if it is the version that was compared, and no row of any table refers to it. A DELETE alone would wait as well, but
+after its look at the other tables, and would take away the interaction that it waited for.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from django.db.backends.base.base import BaseDatabaseWrapper
+
+from crm.backfill.update.writer import stage_history_id, write_contacts
+from crm.backfill.write.writer import Timeouts, lock_contacts
+from crm.models import CRMContact, CRMStageHistory, LedgerEntry, Rollback
+from crm.outcome import Outcome, Totals, UpdateOutcome
+from crm.postgres.apart import write_apart
+from crm.postgres.facts.foreign_keys import Reference, find_references, is_unreferenced, referring_tables
+from crm.postgres.transactions import certain_transaction
+from crm.rollback.ahead import Page
+from crm.rollback.reader import Reader
+from crm.rollback.updates import JudgedUpdates, Restored, UpdateRecord, judge_updates
+from crm.rules.reverting import (
+    Judgement,
+    Line,
+    Rows,
+    StoredContact,
+    Verdict,
+    Why,
+    columns_of,
+    confidence_before,
+    confidence_in,
+    differs_from_merge,
+    edited_columns,
+    is_unchanged,
+    maps_to_nothing,
+    merges_that_miss,
+    why_it_differs,
+)
+from crm.runs import lease
+from crm.runs.other_rules import OtherRules
+from crm.try_execute import try_execute
+
+# The first of these has to be the first statement of the transaction. With one snapshot for all of it, the DELETE would
+# not see what was committed while the locks were waited for; PostgreSQL would notice, and refuse the batch. The lock on
+# the table is that of any writer; it keeps out whoever would give the table one more foreign key.
+_MANNERS = """
+SET TRANSACTION ISOLATION LEVEL READ COMMITTED;
+SET LOCAL lock_timeout = {lock};
+SET LOCAL statement_timeout = {statement};
+SET CONSTRAINTS ALL IMMEDIATE;
+LOCK TABLE crm_contacts IN ROW EXCLUSIVE MODE
+"""
+_SEEN = "unnest(%s::text[], %s::text[]) AS seen(id, version)"
+_AS_SEEN = "c.id = seen.id AND c.xmin = seen.version::xid"
+_LOCK = f"SELECT c.id FROM crm_contacts c JOIN {_SEEN} ON {_AS_SEEN} ORDER BY c.id FOR UPDATE OF c"
+_DELETE = f"DELETE FROM crm_contacts c USING {_SEEN} WHERE {_AS_SEEN} AND {{unreferenced}} RETURNING c.id"
+_WHAT_KEEPS = f"""
+SELECT c.id, c.xmin::text = seen.version, {{tables}} FROM crm_contacts c JOIN {_SEEN} ON c.id = seen.id
+"""
+_FORGET_LINES = "DELETE FROM ledger_entry WHERE id = ANY(%s::text[]) AND former IS NULL"
+_FORGET_UPDATES_OF = "DELETE FROM contact_update WHERE contact_id = ANY(%s::text[])"
+_FORGET_UPDATES = "DELETE FROM contact_update WHERE id = ANY(%s::bigint[])"
+_LOOK_AGAIN_AT = "UPDATE ledger_entry SET seen_updated_at = NULL WHERE id = ANY(%s::text[])"
+_LOOK_AGAIN_AT_OTHERS = """
+UPDATE ledger_entry SET seen_updated_at = NULL
+ WHERE contact_id = ANY(%s::text[]) AND outcome IN ('merged', 'exists')
+"""
+
+_LINE_COLUMNS = ", ".join(f'"{column.column}"' for column in LedgerEntry._meta.concrete_fields)
+_FORMER_LINES = f"""
+UPDATE ledger_entry line SET ({_LINE_COLUMNS}) = (
+         SELECT {_LINE_COLUMNS} FROM jsonb_populate_record(NULL::ledger_entry, line.former))
+ WHERE id = ANY(%s::text[]) AND former IS NOT NULL
+"""
+_COLUMN = {column.attname: f'"{column.column}"' for column in CRMContact._meta.concrete_fields}
+_CONFIDENCE = "attribution_confidence"
+
+Versions = dict[str, str]
+
+
+@dataclass(slots=True)
+class TakeBack:
+    """What merges wrote into a contact and is to be taken out again, with what other runs merged on top of it."""
+
+    version: str
+    columns: set[str]
+    confidence: int
+    lines: list[Line]
+    later_merges: list[Line] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Judged:
+    """A batch of lines: those that are decided, and those whose contact the database is to be asked about."""
+
+    decided: list[Judgement] = field(default_factory=list)
+    creators: dict[str, Line] = field(default_factory=dict)
+    deletable: Versions = field(default_factory=dict)
+    merges: dict[str, list[Line]] = field(default_factory=dict)
+    updates: dict[str, list[Line]] = field(default_factory=dict)
+    take_backs: dict[str, TakeBack] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Undone:
+    """What became of the lines of a batch, and the merged lines of other runs that went with them."""
+
+    judgements: list[Judgement] = field(default_factory=list)
+    later_merges: list[Line] = field(default_factory=list)
+
+    def reversed_lines(self, outcome: Outcome) -> list[Line]:
+        """The lines of an outcome that are to go."""
+        gone = [judgement.line for judgement in self.judgements if judgement.verdict is Verdict.REVERSED]
+        return [line for line in gone if line.outcome is outcome]
+
+    @property
+    def reversed_ids(self) -> list[str]:
+        """The lines that are to go."""
+        gone = [judgement.line.id for judgement in self.judgements if judgement.verdict is Verdict.REVERSED]
+        return gone + [line.id for line in self.later_merges]
+
+
+class RunDeletedError(Exception):
+    """The record of the run that is taken back was deleted, and with it what counts the rollback."""
+
+    def __init__(self, run_id: int) -> None:
+        super().__init__(f"the record of run {run_id} was deleted meanwhile")
+
+
+class Undoer(Protocol):
+    """Undoes lines: for good, or in a dry run's mind."""
+
+    def undo(self, page: Page) -> Undone:
+        """Undo a batch."""
+
+    def undo_updates(self, records: Sequence[UpdateRecord]) -> Undone:
+        """Undo what --update changed, a batch."""
+
+
+def judge(page: Page, reader: Reader, restored: Mapping[str, Restored] | None = None) -> Judged:
+    """Compare the contacts of a batch of lines with what was written.
+
+    Lines that were merged into a contact of the same run are judged with the line that made it, and left out. The
+    contacts in `restored` are taken to be as they would be without what the run changed with --update.
+    """
+    lines, restored = page.lines, restored or {}
+    gone = {line for found in restored.values() for line in (*found.later_merges, *_lines_of(found.records))}
+    run_id = reader.run.pk
+    created = [line for line in lines if line.outcome is Outcome.CREATED]
+    contacts = reader.contacts([line.contact_id for line in lines if line.contact_id])
+    contacts |= {
+        contact_id: replace(contacts[contact_id], values=found.values) for contact_id, found in restored.items()
+    }
+    judged = Judged(creators={line.id: line for line in created})
+    foreign = [line for line in lines if line.outcome is Outcome.MERGED and line.contact_id not in judged.creators]
+    their_creators = reader.creators_of([line.contact_id for line in foreign if line.contact_id])
+    foreign = [line for line in foreign if not _is_made_by(run_id, their_creators.get(str(line.contact_id)))]
+    merges = reader.merges_into([*judged.creators, *{str(line.contact_id) for line in foreign}])
+    merges = [merge for merge in merges if merge not in gone]
+    for merge in merges:
+        judged.merges.setdefault(str(merge.contact_id), []).append(merge)
+    judged.updates = _by_contact(line for line in reader.updates_in(list(judged.creators)) if line not in gone)
+    updates = [update for updates in judged.updates.values() for update in updates]
+    wanted = {line.id: line for line in (*created, *merges, *foreign, *their_creators.values(), *updates)}
+    rows = page.rows_of(wanted)
+    rows |= reader.source_rows(line for line in wanted.values() if line.id not in rows)
+
+    for line in created:
+        _judge_created(line, contacts.get(line.id), judged, rows, reader.other_rules)
+    for line in foreign:
+        creator = their_creators.get(str(line.contact_id))
+        _judge_merged(line, contacts.get(str(line.contact_id)), creator, judged, rows, reader.other_rules)
+    for contact_id, take_back in judged.take_backs.items():
+        others = [merge for merge in judged.merges[contact_id] if merge.run_id != run_id]
+        take_back.later_merges = merges_that_miss(contacts[contact_id], take_back.columns, others, rows)
+        for merge in take_back.later_merges:
+            take_back.columns.update(columns_of(merge))
+            take_back.confidence = confidence_in(merge, take_back.confidence)
+    for line in lines:
+        if line.outcome is Outcome.ERROR or (line.outcome is Outcome.EXISTS and line.contact_id in contacts):
+            judged.decided.append(Judgement(line, Verdict.REVERSED))
+        elif line.outcome is Outcome.EXISTS:
+            judged.decided.append(Judgement(line, Verdict.KEPT, Why.DELETED))
+    return judged
+
+
+def _by_contact(lines: Iterable[Line]) -> dict[str, list[Line]]:
+    found: dict[str, list[Line]] = {}
+    for line in lines:
+        found.setdefault(str(line.contact_id), []).append(line)
+    return found
+
+
+def _lines_of(records: Iterable[UpdateRecord]) -> list[Line]:
+    return [record.line for record in records]
+
+
+def judge_changes(records: Sequence[UpdateRecord], reader: Reader) -> JudgedUpdates:
+    """Compare the contacts of a batch of changes with what was written."""
+    contact_ids = sorted({str(record.line.contact_id) for record in records})
+    merges = reader.merges_into(contact_ids)
+    rows = reader.source_rows([*merges, *(line for record in records for line in record.lines)])
+    return judge_updates(records, reader.contacts(contact_ids), _by_contact(merges), rows, reader.other_rules)
+
+
+def _judge_created(
+    line: Line, contact: StoredContact | None, judged: Judged, rows: Rows, other_rules: OtherRules
+) -> None:
+    merges = [merge for merge in judged.merges.get(line.id, ()) if merge.filled] + judged.updates.get(line.id, [])
+    by_other_rules = other_rules.of(writer.run_id for writer in (line, *merges)) is not None
+    if contact is None:
+        judged.decided.append(Judgement(line, Verdict.KEPT, Why.DELETED))
+    elif any(maps_to_nothing(writer, rows) for writer in (line, *merges)):
+        why = Why.OTHER_RULES if by_other_rules else Why.SOURCE_CHANGED
+        judged.decided.append(Judgement(line, Verdict.KEPT, why))
+    elif edited := edited_columns(contact, line, merges, rows):
+        why = why_it_differs(contact, line.written_at, by_other_rules=by_other_rules)
+        judged.decided.append(Judgement(line, Verdict.KEPT, why, _named(edited)))
+    else:
+        judged.deletable[line.id] = contact.version
+
+
+def _judge_merged(
+    line: Line,
+    contact: StoredContact | None,
+    creator: Line | None,
+    judged: Judged,
+    rows: Rows,
+    other_rules: OtherRules,
+) -> None:
+    if contact is None:
+        judged.decided.append(Judgement(line, Verdict.KEPT, Why.DELETED))
+    elif (marker := _marker_of(line, creator)) and contact.values.updated_at != marker:
+        judged.decided.append(Judgement(line, Verdict.KEPT, Why.EDITED, _named(["updated_at"])))
+    elif not line.filled:
+        judged.decided.append(Judgement(line, Verdict.REVERSED))
+    elif not is_unchanged(line, rows):
+        judged.decided.append(Judgement(line, Verdict.KEPT, Why.SOURCE_CHANGED))
+    elif differing := differs_from_merge(contact, line, rows):
+        by_other_rules = other_rules.of([line.run_id]) is not None
+        why = why_it_differs(contact, _marker_of(line, creator), by_other_rules=by_other_rules)
+        judged.decided.append(Judgement(line, Verdict.KEPT, why, _named(differing)))
+    else:
+        before = TakeBack(contact.version, set(), confidence_before(creator, rows), [])
+        take_back = judged.take_backs.setdefault(contact.values.id, before)
+        take_back.confidence = confidence_in(line, take_back.confidence)
+        take_back.columns.update(columns_of(line))
+        take_back.lines.append(line)
+
+
+class Rehearsal:
+    """Says what would be undone, and writes nothing at all."""
+
+    def __init__(self, connection: BaseDatabaseWrapper, reader: Reader) -> None:
+        self._connection = connection
+        self._reader = reader
+
+    def undo(self, page: Page) -> Undone:
+        """What would become of a batch; what the database itself would refuse nobody can tell.
+
+        What --update changed in its contacts would be undone by then.
+        """
+        records = self._reader.updates_of_run(sorted({line.contact_id for line in page.lines if line.contact_id}))
+        restored = judge_changes(records, self._reader).restored if records else {}
+        judged = judge(page, self._reader, restored)
+        references = _without(find_references(self._connection), _history_of(restored.values()))
+        kept = _what_keeps(self._connection, references, judged.deletable)
+        gone = {contact_id for contact_id in judged.deletable if kept.get(contact_id) == ""}
+        undone = Undone(judged.decided)
+        _conclude_created(judged, gone, {}, kept, undone)
+        _conclude_take_backs(judged, set(judged.take_backs), {}, undone)
+        return undone
+
+    def undo_updates(self, records: Sequence[UpdateRecord]) -> Undone:
+        """What would become of a batch of changes."""
+        judged = judge_changes(records, self._reader)
+        return _conclude_updates(judged, set(judged.restored), {})
+
+
+class DatabaseUndoer:
+    """Undoes lines for good, and counts them with the run that does it."""
+
+    def __init__(
+        self, connection: BaseDatabaseWrapper, reader: Reader, rollback_id: int, timeouts: Timeouts | None = None
+    ) -> None:
+        self._connection = connection
+        self._reader = reader
+        self._rollback_id = rollback_id
+        timeouts = timeouts or Timeouts()
+        self._manners = _MANNERS.format(lock=timeouts.lock, statement=timeouts.statement)
+
+    def undo(self, page: Page) -> Undone:
+        """Undo a batch; contacts, lines, counts and heartbeat commit together.
+
+        Raises lease.FenceLostError when the rollback is no longer the running run, and django.db.DatabaseError for a
+        bad moment. Nothing of the batch is undone then.
+        """
+        judged = judge(page, self._reader)
+        with certain_transaction(self._connection, self._manners):
+            undone = self._carry_out(judged)
+            self._forget_lines(undone.reversed_ids)
+            self._execute(_FORGET_UPDATES_OF, [line.id for line in undone.reversed_lines(Outcome.CREATED)])
+            lease.renew(self._rollback_id, Totals())
+            self._count(undone)
+        return undone
+
+    def undo_updates(self, records: Sequence[UpdateRecord]) -> Undone:
+        """Undo what --update changed; contacts, history, records, counts and heartbeat commit together.
+
+        Raises what `undo` does.
+        """
+        judged = judge_changes(records, self._reader)
+        with certain_transaction(self._connection, self._manners):
+            restored, refused = self._apart(sorted(judged.restored), lambda ids: self._restore(ids, judged))
+            undone = _conclude_updates(judged, restored, refused)
+            gone = [record for contact in sorted(restored) for record in judged.restored[contact].records]
+            self._execute(_FORGET_UPDATES, [record.number for record in gone])
+            # As if they had not been looked at.
+            self._execute(_LOOK_AGAIN_AT, list(restored))
+            self._execute(_LOOK_AGAIN_AT_OTHERS, list(restored))
+            self._forget_lines([line.id for line in undone.later_merges])
+            lease.renew(self._rollback_id, Totals())
+            self._count(undone)
+        return undone
+
+    def _forget_lines(self, ids: list[str]) -> None:
+        """Let rows be pending again, or what they were before they were made contacts again: of a contact that is gone.
+
+        So nobody whom people deleted comes back by the next run.
+        """
+        self._execute(_FORGET_LINES, ids)
+        self._execute(_FORMER_LINES, ids)
+
+    def _execute(self, statement: str, keys: list[str] | list[int]) -> None:
+        # The ORM would send each of some thousand keys as a parameter of its own.
+        with self._connection.cursor() as cursor:
+            cursor.execute(statement, [keys])
+
+    def _restore(self, contact_ids: Sequence[str], judged: JudgedUpdates) -> set[str]:
+        contacts = {
+            contact: (judged.restored[contact].version, judged.restored[contact].values) for contact in contact_ids
+        }
+        restored = write_contacts(self._connection, contacts)
+        if history := _history_of(judged.restored[contact] for contact in restored):
+            CRMStageHistory.objects.using(self._connection.alias).filter(pk__in=history).delete()
+        return restored
+
+    def _carry_out(self, judged: Judged) -> Undone:
+        undone = Undone(judged.decided)
+        references = find_references(self._connection)
+        gone, refused = self._apart(sorted(judged.deletable), lambda ids: self._delete(ids, judged, references))
+        stay = {contact_id: seen for contact_id, seen in judged.deletable.items() if contact_id not in gone}
+        _conclude_created(judged, gone, refused, _what_keeps(self._connection, references, stay), undone)
+        taken, refused = self._apart(sorted(judged.take_backs), lambda ids: self._take_back(ids, judged))
+        _conclude_take_backs(judged, taken, refused, undone)
+        return undone
+
+    def _apart(
+        self, contact_ids: Sequence[str], action: Callable[[Sequence[str]], set[str]]
+    ) -> tuple[set[str], dict[str, str]]:
+        """Do it to the contacts; return those to which it was done, and the SQLSTATE of those that were refused."""
+        written = write_apart(self._connection, contact_ids, action)
+        done = {contact_id for _, some in written.done for contact_id in some}
+        return done, {contact_id: refusal.sqlstate or "" for contact_id, refusal in written.refused}
+
+    def _delete(self, contact_ids: Sequence[str], judged: Judged, references: Sequence[Reference]) -> set[str]:
+        seen = [list(contact_ids), [judged.deletable[contact_id] for contact_id in contact_ids]]
+        with self._connection.cursor() as cursor:
+            cursor.execute(_LOCK, seen)
+        return set(try_execute(self._connection, _DELETE.format(unreferenced=is_unreferenced(references)), seen))
+
+    def _take_back(self, contact_ids: Sequence[str], judged: Judged) -> set[str]:
+        by_columns: dict[tuple[str, ...], list[tuple[str, str, int]]] = {}
+        for contact_id in contact_ids:
+            merge = judged.take_backs[contact_id]
+            by_columns.setdefault(tuple(sorted(merge.columns)), []).append(
+                (contact_id, merge.version, merge.confidence)
+            )
+        taken: set[str] = set()
+        lock_contacts(self._connection, contact_ids)
+        for columns, contacts in by_columns.items():
+            values = [list(column) for column in zip(*contacts, strict=True)]
+            taken.update(try_execute(self._connection, _take_back_statement(columns), values))
+        return taken
+
+    def _count(self, undone: Undone) -> None:
+        counts = counted(undone)
+        rollback = Rollback.objects.using(self._connection.alias).filter(pk=self._rollback_id).first()
+        if rollback is None:
+            raise RunDeletedError(self._reader.run.pk)
+        for name, count in counts.numbers.items():
+            setattr(rollback, name, getattr(rollback, name) + count)
+        for reason, count in counts.reasons.items():
+            rollback.reasons[reason] = rollback.reasons.get(reason, 0) + count
+        rollback.save(using=self._connection.alias)
+
+
+@dataclass(slots=True)
+class Counts:
+    """Lines by what became of them, under the names of `crm.models.Rollback`, and why some were not reversed."""
+
+    numbers: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: Counts) -> None:
+        """Add another's counts to these."""
+        self.numbers.update(other.numbers)
+        self.reasons.update(other.reasons)
+
+    @property
+    def failed(self) -> int:
+        """Lines that the database would not undo."""
+        return sum(self.numbers[f"{kind}_failed"] for kind in ("contacts", "merges", "updates"))
+
+    @property
+    def remaining(self) -> int:
+        """Lines of the run that are still in the ledger."""
+        failed = self.numbers["contacts_failed"] + self.numbers["merges_failed"]
+        return failed + sum(self.numbers[f"{kind}_kept"] for kind in ("contacts", "merges", "lines"))
+
+
+_KINDS: Mapping[Outcome | UpdateOutcome, str] = {
+    UpdateOutcome.UPDATED: "updates",
+    Outcome.CREATED: "contacts",
+    Outcome.MERGED: "merges",
+    Outcome.EXISTS: "lines",
+    Outcome.ERROR: "lines",
+}
+
+
+def counted(undone: Undone) -> Counts:
+    """Count what became of a batch."""
+    judgements = undone.judgements
+    numbers = Counter(f"{_KINDS[judgement.line.outcome]}_{judgement.verdict}" for judgement in judgements)
+    if undone.later_merges:
+        numbers["later_merges"] = len(undone.later_merges)
+    return Counts(numbers, Counter(judgement.reason for judgement in judgements if judgement.why))
+
+
+def _conclude_created(
+    judged: Judged, gone: set[str], refused: Mapping[str, str], kept: Mapping[str, str | None], undone: Undone
+) -> None:
+    """Say what became of contacts that could be deleted, and of what was merged into any contact of the batch."""
+    for contact_id in judged.deletable:
+        line = judged.creators[contact_id]
+        if contact_id in gone:
+            undone.judgements.append(Judgement(line, Verdict.REVERSED))
+        elif contact_id in refused:
+            undone.judgements.append(Judgement(line, Verdict.FAILED, Why.REFUSED, refused[contact_id]))
+        else:
+            undone.judgements.append(_stayed(line, kept, contact_id))
+    made = [judgement for judgement in undone.judgements if judgement.line.outcome is Outcome.CREATED]
+    for creator, verdict, *_ in made:
+        for merge in judged.merges.get(creator.id, ()):
+            if _is_made_by(creator.run_id, merge):
+                why = None if verdict is Verdict.REVERSED else Why.WITH_ITS_CONTACT
+                undone.judgements.append(Judgement(merge, verdict, why))
+            elif verdict is Verdict.REVERSED:
+                undone.later_merges.append(merge)
+
+
+def _stayed(line: Line, kept: Mapping[str, str | None], contact_id: str) -> Judgement:
+    """Why the DELETE passed a contact by."""
+    if contact_id not in kept:
+        return Judgement(line, Verdict.KEPT, Why.DELETED)
+    if (tables := kept[contact_id]) is None:
+        return Judgement(line, Verdict.KEPT, Why.EDITED, "meanwhile")
+    if tables:
+        return Judgement(line, Verdict.KEPT, Why.REFERENCED, tables)
+    # A trigger of the application's can silently swallow a DELETE.
+    return Judgement(line, Verdict.FAILED, Why.REFUSED, "not deleted")
+
+
+def _conclude_take_backs(judged: Judged, taken: set[str], refused: Mapping[str, str], undone: Undone) -> None:
+    for contact_id, take_back in judged.take_backs.items():
+        if contact_id in taken:
+            undone.later_merges.extend(take_back.later_merges)
+        for line in take_back.lines:
+            if contact_id in taken:
+                judgement = Judgement(line, Verdict.REVERSED)
+            elif contact_id in refused:
+                judgement = Judgement(line, Verdict.FAILED, Why.REFUSED, refused[contact_id])
+            else:
+                judgement = Judgement(line, Verdict.KEPT, Why.EDITED, "meanwhile")
+            undone.judgements.append(judgement)
+
+
+def _conclude_updates(judged: JudgedUpdates, restored: set[str], refused: Mapping[str, str]) -> Undone:
+    undone = Undone(judged.decided)
+    for contact, found in judged.restored.items():
+        if contact in restored:
+            undone.later_merges.extend(found.later_merges)
+        for record in found.records:
+            if contact in restored:
+                judgement = Judgement(record.line, Verdict.REVERSED)
+            elif contact in refused:
+                judgement = Judgement(record.line, Verdict.FAILED, Why.REFUSED, refused[contact])
+            else:
+                judgement = Judgement(record.line, Verdict.KEPT, Why.EDITED, "meanwhile")
+            undone.judgements.append(judgement)
+    return undone
+
+
+def _what_keeps(
+    connection: BaseDatabaseWrapper, references: Sequence[Reference], seen: Versions
+) -> dict[str, str | None]:
+    """For those of these contacts that are there: the tables that refer to it, or None when it is another version."""
+    if not seen:
+        return {}
+    with connection.cursor() as cursor:
+        cursor.execute(
+            _WHAT_KEEPS.format(tables=referring_tables(references)), [list(seen.keys()), list(seen.values())]
+        )
+        return {contact: ", ".join(tables) if as_seen else None for contact, as_seen, tables in cursor.fetchall()}
+
+
+def _history_of(restored: Iterable[Restored]) -> list[str]:
+    """The lines of the contacts' history that tell of what is undone."""
+    return [
+        stage_history_id(found.values.id, record.to_stage)
+        for found in restored
+        for record in found.records
+        if record.to_stage is not None
+    ]
+
+
+def _without(references: Sequence[Reference], history: Sequence[str]) -> Sequence[Reference]:
+    """The references, as they are when lines of the history are gone. Their ids are of letters and digits."""
+    if not history:
+        return references
+    others = f"r.id <> ALL ('{{{','.join(history)}}}')"
+    return [
+        replace(reference, condition=f"{reference.condition} AND {others}")
+        if reference.table == CRMStageHistory._meta.db_table
+        else reference
+        for reference in references
+    ]
+
+
+def _take_back_statement(columns: Iterable[str]) -> str:
+    assignments = ", ".join(
+        f"{_COLUMN[column]} = {'seen.confidence' if column == _CONFIDENCE else 'NULL'}" for column in columns
+    )
+    return (
+        f"UPDATE crm_contacts c SET {assignments} "
+        "FROM unnest(%s::text[], %s::text[], %s::bigint[]) AS seen(id, version, confidence) "
+        f"WHERE {_AS_SEEN} RETURNING c.id"
+    )
+
+
+def _marker_of(line: Line, creator: Line | None) -> str | None:
+    """The contact's `updatedAt` when the row was merged into it; older lines have only that of the row that made it."""
+    return line.contact_updated_at or (creator.written_at if creator else None)
+
+
+def _is_made_by(run_id: int, line: Line | None) -> bool:
+    return line is not None and line.run_id == run_id
+
+
+def _named(columns: Iterable[str]) -> str:
+    """The database's own names of columns."""
+    return ", ".join(_COLUMN.get(column, column).strip('"') for column in columns)

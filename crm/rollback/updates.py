@@ -1,0 +1,151 @@
+"""Taking back what a run with --update changed in contacts that are there. Pure: no database.
+
+A change is taken back where it still stands as it was written: the contact's `updatedAt` is the one that the change
+left, its columns are what the row says, and the row says what it said. Of several changes of one contact the last one
+is taken back first.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from crm.rules.mapping import FULL_CONFIDENCE, ContactDraft
+from crm.rules.reverting import (
+    Judgement,
+    Line,
+    Rows,
+    StoredContact,
+    Verdict,
+    Why,
+    columns_of,
+    confidence_in,
+    differs_from_merge,
+    is_unchanged,
+    merges_that_miss,
+    why_it_differs,
+)
+from crm.rules.updating import FIELDS_OF_CHANGE
+from crm.runs.other_rules import OtherRules
+
+
+class UpdateRecord(NamedTuple):
+    """A line of `contact_update`, as a ledger line of its row in `line`: what it filled is what was changed."""
+
+    number: int
+    line: Line
+    contact_updated_at: str
+    from_type: str | None
+    from_stage: str | None
+    to_stage: str | None
+    stage_entered_before: str | None
+    confidence_before: int | None
+    placeholder: str | None
+    former: str | None
+    former_lines: Mapping[str, Line] = {}
+
+    @property
+    def former_values(self) -> dict[str, Any]:
+        """By name of what was replaced: what was there, or the row that has it; None where no row did."""
+        return json.loads(self.former) if self.former else {}
+
+    @property
+    def lines(self) -> list[Line]:
+        """The row that it wrote from, and those that have what was there before."""
+        return [self.line, *self.former_lines.values()]
+
+    def before(self, rows: Rows) -> dict[str, Any] | None:
+        """What the columns were before it; None where a value was a person's and no row has it any more."""
+        was: dict[str, Any] = dict.fromkeys(columns_of(self.line))
+        for unit, what in self.former_values.items():
+            fields = FIELDS_OF_CHANGE[unit]
+            line = self.former_lines.get(unit)
+            if line is not None and is_unchanged(line, rows):
+                was |= {name: getattr(rows[line.id].mapped.draft, name) for name in fields}
+            elif what is not None and "values" in what:
+                was |= zip(fields, what["values"], strict=True)
+            else:
+                return None
+        known = {
+            "contact_type": self.from_type,
+            "stage": self.from_stage,
+            "stage_entered_at": self.stage_entered_before,
+            "attribution_confidence": self.confidence_before,
+            "email": self.placeholder,
+        }
+        return was | {name: value for name, value in known.items() if name in was}
+
+
+@dataclass(slots=True)
+class Restored:
+    """A contact as it was before changes of the run, which changes these are, and what other runs merged on top."""
+
+    version: str
+    values: ContactDraft
+    records: list[UpdateRecord] = field(default_factory=list)
+    later_merges: list[Line] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class JudgedUpdates:
+    """A batch of changes: those that stay, and the contacts from which the others are to be taken."""
+
+    decided: list[Judgement] = field(default_factory=list)
+    restored: dict[str, Restored] = field(default_factory=dict)
+
+
+def judge_updates(
+    records: Sequence[UpdateRecord],
+    contacts: Mapping[str, StoredContact],
+    merges: Mapping[str, list[Line]],
+    rows: Rows,
+    other_rules: OtherRules,
+) -> JudgedUpdates:
+    """Judge changes, of which those of one contact come the last one first."""
+    judged = JudgedUpdates()
+    for record in records:
+        contact = contacts.get(str(record.line.contact_id))
+        if contact is None:
+            judged.decided.append(Judgement(record.line, Verdict.KEPT, Why.DELETED))
+            continue
+        restored = judged.restored.get(contact.values.id) or Restored(contact.version, contact.values)
+        stands = StoredContact(contact.version, restored.values)
+        if reason := _why_it_stays(record, stands, rows, other_rules):
+            judged.decided.append(reason)
+            continue
+        judged.restored[contact.values.id] = restored
+        restored.records.append(record)
+        _restore(restored, stands, record, merges.get(contact.values.id, ()), rows)
+    return judged
+
+
+def _why_it_stays(
+    record: UpdateRecord, contact: StoredContact, rows: Rows, other_rules: OtherRules
+) -> Judgement | None:
+    if contact.values.updated_at != record.contact_updated_at:
+        return Judgement(record.line, Verdict.KEPT, Why.EDITED, "updatedAt")
+    if not is_unchanged(record.line, rows) or record.before(rows) is None:
+        return Judgement(record.line, Verdict.KEPT, Why.SOURCE_CHANGED)
+    if differing := differs_from_merge(contact, record.line, rows):
+        by_other_rules = other_rules.of([record.line.run_id]) is not None
+        why = why_it_differs(contact, record.contact_updated_at, by_other_rules=by_other_rules)
+        return Judgement(record.line, Verdict.KEPT, why, ", ".join(differing))
+    return None
+
+
+def _restore(
+    restored: Restored, stands: StoredContact, record: UpdateRecord, merges: Iterable[Line], rows: Rows
+) -> None:
+    """Take a change out, with what was merged on top of it: such a row would have filled it itself."""
+    before = record.before(rows) or {}
+    emptied = [name for name, value in before.items() if value is None]
+    others = [merge for merge in merges if merge.run_id != record.line.run_id and merge not in restored.later_merges]
+    missing = merges_that_miss(stands, emptied, others, rows)
+    nothing: dict[str, Any] = dict.fromkeys(column for merge in missing for column in columns_of(merge))
+    for merge in missing:
+        if "attribution_confidence" in columns_of(merge):
+            nothing["attribution_confidence"] = confidence_in(merge, FULL_CONFIDENCE)
+    restored.values = restored.values._replace(**(nothing | before))
+    restored.later_merges += missing

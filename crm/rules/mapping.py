@@ -1,0 +1,430 @@
+"""From a source row to a contact: the rules, and nothing else. Pure: no database, no settings.
+
+Timestamps and rates are the text that PostgreSQL printed; they are carried over, never computed with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from django.core.exceptions import ValidationError
+from django.core.validators import validate_email
+
+from crm.outcome import Reason, Refusal, Source
+from crm.rules.addresses import canonical_address, hides_something, trimmed_address
+
+UNKNOWN_NAME = "Unknown"
+PROFILE_ORIGIN = "backfill"
+LEAD_ORIGIN = "lead_form"
+FULL_CONFIDENCE = 100
+
+#: The five nullable columns of an attribution; with `attribution_confidence` they are one unit.
+ATTRIBUTION = (
+    "referrer_username",
+    "referrer_type",
+    "commission_rate",
+    "commission_rate_locked_at",
+    "attribution_method",
+)
+
+#: The timestamps of a contact, and as many digits of a second as PostgreSQL has.
+MOMENTS = (
+    *("stage_entered_at", "assigned_at", "commission_rate_locked_at", "created_at", "updated_at"),
+    "last_contacted_at",
+)
+MOST_SECOND_DIGITS = 6
+
+SOURCE_OF_ROLE = {"CLIENT": Source.CLIENTS, "TAX_PREPARER": Source.PREPARERS, "AFFILIATE": Source.AFFILIATES}
+EXCLUDED_ROLES = {"SUPER_ADMIN": "super_admin", "ADMIN": "admin", "LEAD": "lead"}
+DISQUALIFIED = "disqualified"
+CONTACT_TYPE_OF_SOURCE = {Source.CLIENTS: "CLIENT", Source.PREPARERS: "PREPARER", Source.AFFILIATES: "AFFILIATE"}
+CONTACT_TYPE_OF_LEAD_TYPE = {"CUSTOMER": "LEAD", "TAX_PREPARER": "PREPARER", "AFFILIATE": "AFFILIATE"}
+CONVERTED_CONTACT_TYPE = "CLIENT"
+
+#: The stage of a lead's status: the first that the database has. Where it has none, the rows are excluded.
+STAGES_OF_STATUS = {
+    "NEW": ("NEW",),
+    "CONTACTED": ("CONTACTED",),
+    "QUALIFIED": ("QUALIFIED", "CONTACTED"),
+    "CONVERTED": ("COMPLETE", "CLOSED"),
+    "DISQUALIFIED": ("LOST",),
+}
+
+
+class ProfileRow(NamedTuple):
+    """A profile with its user's email, as `crm.backfill.read.source` reads it.
+
+    Any column but the id may be NULL, whatever the application's own schema says.
+    """
+
+    id: str
+    created_at: str | None
+    updated_at: str | None
+    known_reason: str | None
+    role: str | None
+    first_name: str | None
+    last_name: str | None
+    phone: str | None
+    company_name: str | None
+    user_id: str | None
+    clerk_user_id: str | None
+    email: str | None
+
+
+class LeadRow(NamedTuple):
+    """A lead as `crm.backfill.read.source` reads it, its preparer resolved to a profile's id; NULLs as in a profile."""
+
+    id: str
+    created_at: str | None
+    updated_at: str | None
+    known_reason: str | None
+    status: str | None
+    type: str | None
+    email: str | None
+    first_name: str | None
+    last_name: str | None
+    phone: str | None
+    source: str | None
+    last_contacted_at: str | None
+    referrer_username: str | None
+    referrer_type: str | None
+    commission_rate: str | None
+    commission_rate_locked_at: str | None
+    attribution_method: str | None
+    attribution_confidence: int | None
+    raw_assigned_preparer_id: str | None
+    assigned_preparer_id: str | None
+
+
+class ContactDraft(NamedTuple):
+    """A contact, not yet written. The fields are those of `crm.models.CRMContact`, in its order."""
+
+    id: str
+    user_id: str | None
+    clerk_user_id: str | None
+    contact_type: str
+    first_name: str
+    last_name: str
+    email: str
+    phone: str | None
+    company: str | None
+    stage: str
+    stage_entered_at: str
+    source: str
+    assigned_preparer_id: str | None
+    assigned_at: str | None
+    referrer_username: str | None
+    referrer_type: str | None
+    commission_rate: str | None
+    commission_rate_locked_at: str | None
+    attribution_method: str | None
+    attribution_confidence: int
+    created_at: str
+    updated_at: str
+    last_contacted_at: str | None
+
+
+class Resolution(NamedTuple):
+    """What a person decided about a row in conflict: the contact that it belongs to, or an address of its own."""
+
+    contact_id: str | None
+    separate_email: str | None
+
+
+class MappedRow(NamedTuple):
+    """A source row with what it maps to: a draft, or the reason why it cannot be a contact.
+
+    `raw_email` is the address as the source has it, None where there is none. `updated_at` is None where the row has
+    none that is a moment.
+    """
+
+    id: str
+    source_id: str
+    updated_at: str | None
+    known_reason: str | None
+    raw_email: str | None
+    draft: ContactDraft | None
+    rejection: Reason | None
+    resolution: Resolution | None = None
+    refusal: Refusal | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What the mapping must know of the database and the settings."""
+
+    stages: Mapping[str, str]
+    placeholder_domain: str
+    second_digits: int = 6
+    rate_decimals: int | None = None
+
+    def stage_of(self, status: str) -> str | None:
+        """The label of the stage that a lead's normalised status comes to, if the database has one."""
+        wanted = STAGES_OF_STATUS.get(status, ())
+        return next((self.stages[stage] for stage in wanted if stage in self.stages), None)
+
+    def as_stored(self, moment: str) -> str:
+        """A timestamp as a contact keeps it: rounded to as many digits of a second as its columns have."""
+        return rounded(moment, self.second_digits)
+
+    def keeps(self, rate: str | None) -> bool:
+        """Whether a contact keeps a rate as it is: money is not rounded."""
+        if rate is None or self.rate_decimals is None:
+            return True
+        return len(rate.partition(".")[2].rstrip("0")) <= self.rate_decimals
+
+
+def rounded(moment: str, digits: int) -> str:
+    """PostgreSQL's text of a timestamp, with no more than so many digits of a second; halves go up.
+
+    A year that Python does not have is cut off instead.
+    """
+    whole, _, fraction = moment.partition(".")
+    if len(fraction) <= digits:
+        return moment
+    half = timedelta(microseconds=10 ** (6 - digits) // 2)
+    try:
+        whole, _, fraction = (datetime.fromisoformat(moment) + half).isoformat(" ", "microseconds").partition(".")
+        era = ""
+    except (ValueError, OverflowError):
+        fraction, blank, era = fraction.partition(" ")
+        era = blank + era
+    kept = fraction[:digits].rstrip("0")
+    return f"{whole}.{kept}{era}" if kept else f"{whole}{era}"
+
+
+def contact_id(table: str, source_id: str) -> str:
+    """The id of the contact that the row `source_id` of `table` makes: shaped like a cuid, the same for ever.
+
+    The same in SQL: `'c' || left(encode(sha256(convert_to('leads:' || id, 'UTF8')), 'hex'), 24)`.
+    """
+    return "c" + hashlib.sha256(f"{table}:{source_id}".encode()).hexdigest()[:24]
+
+
+def normalised(label: str) -> str:
+    """A role, status or type without its spelling: the generations write it in upper or lower case."""
+    return label.strip().upper().replace("-", "_").replace(" ", "_")
+
+
+def trimmed(text: str | None) -> str | None:
+    """Text without white space around it; None when nothing is left."""
+    return (text.strip() or None) if text else None
+
+
+# What nearly every address looks like. All of it is valid to Django's validator too, which takes six times as long.
+_ORDINARY_EMAIL = re.compile(
+    r"[a-z0-9_+-]{1,64}(?:\.[a-z0-9_+-]{1,64})*@(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]{2,63}"
+)
+_LONGEST_ORDINARY_EMAIL = 254
+
+
+def normalised_email(raw: str) -> str | None:
+    """The address in its canonical form; None when it is not one.
+
+    The part before the @ must be ASCII. Django's validator lets through a few letters that only become ASCII when
+    their case is folded, which would make one address of two; and in a domain, characters that nobody sees.
+    """
+    email = canonical_address(raw)
+    if len(email) <= _LONGEST_ORDINARY_EMAIL and _ORDINARY_EMAIL.fullmatch(email):
+        return email
+    if hides_something(email) or not email.rpartition("@")[0].isascii():
+        return None
+    try:
+        validate_email(email)
+    except ValidationError as error:
+        # It refers to itself, and its traceback to the whole batch, which would stay until the collector comes.
+        error.__traceback__ = None
+        return None
+    return email
+
+
+def _is_no_moment(text: str) -> bool:
+    """Whether PostgreSQL's text of a timestamp is none of the years 1 to 9999: the application could not read it."""
+    return text[4] != "-" or text[-1] == "C"
+
+
+def _fault(required: Mapping[str, str | None], optional: Mapping[str, str | None]) -> tuple[Reason, Refusal]:
+    """What is wrong with the first of these timestamps by column that is no moment; there is one."""
+    for column, text in required.items():
+        if text is None:
+            return Reason.MISSING_VALUE, Refusal(column=column)
+    moments = {column: text for column, text in {**required, **optional}.items() if text is not None}
+    return Reason.INVALID_VALUE, Refusal(column=next(column for column in moments if _is_no_moment(moments[column])))
+
+
+def _rejected(table: str, row: ProfileRow | LeadRow, reason: Reason, refusal: Refusal | None = None) -> MappedRow:
+    updated_at = None if row.updated_at is None or _is_no_moment(row.updated_at) else row.updated_at
+    identifier = contact_id(table, row.id)
+    return MappedRow(identifier, row.id, updated_at, row.known_reason, None, None, reason, None, refusal)
+
+
+#: An id that is in lower case, and short of everything that an address may not hold.
+_ORDINARY_ID = re.compile(r"[a-z0-9_-]+")
+
+
+def placeholder_name(kind: str, profile_id: str) -> str:
+    """What stands before the @ in the placeholder of a profile of a kind of contact, such as `client`.
+
+    It is `<kind>-<profile id>`. An id that is not in lower case is followed by a part of its hash, since addresses are
+    compared without case and ids are not: profiles whose ids differ in nothing but case are two people.
+    """
+    if _ORDINARY_ID.fullmatch(profile_id):
+        return f"{kind}-{profile_id}"
+    return f"{kind}-{profile_id.lower()}-{hashlib.sha256(profile_id.encode()).hexdigest()[:12]}"
+
+
+def profile_mapper(source: Source, rules: Rules) -> Callable[[ProfileRow], MappedRow]:
+    """The mapping of one profile source."""
+    contact_type = CONTACT_TYPE_OF_SOURCE[source]
+    kind = contact_type.lower()
+    domain = rules.placeholder_domain
+    label_belongs = lru_cache(lambda role: SOURCE_OF_ROLE.get(normalised(role)) is source)
+
+    def mapped(row: ProfileRow) -> MappedRow:
+        raw_email = row.email if row.email and trimmed_address(row.email) else None
+        email = normalised_email(raw_email) if raw_email else f"{placeholder_name(kind, row.id)}@{domain}"
+        if row.role is None:
+            return _rejected("profiles", row, Reason.MISSING_VALUE, Refusal(column="role"))
+        if not label_belongs(row.role):
+            return _rejected("profiles", row, Reason.UNKNOWN_ROLE)
+        if email is None:
+            return _rejected("profiles", row, Reason.INVALID_EMAIL)
+        created_at, updated_at = row.created_at, row.updated_at
+        if created_at is None or updated_at is None or _is_no_moment(created_at) or _is_no_moment(updated_at):
+            return _rejected("profiles", row, *_fault({"createdAt": created_at, "updatedAt": updated_at}, {}))
+        identifier = contact_id("profiles", row.id)
+        draft = ContactDraft(
+            identifier,
+            row.user_id,
+            row.clerk_user_id or None,
+            contact_type,
+            trimmed(row.first_name) or UNKNOWN_NAME,
+            trimmed(row.last_name) or UNKNOWN_NAME,
+            email,
+            trimmed(row.phone),
+            trimmed(row.company_name),
+            rules.stages["NEW"],
+            created_at,
+            PROFILE_ORIGIN,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            FULL_CONFIDENCE,
+            created_at,
+            updated_at,
+            None,
+        )
+        return MappedRow(identifier, row.id, updated_at, row.known_reason, raw_email, draft, None)
+
+    return mapped
+
+
+def lead_mapper(source: Source, rules: Rules) -> Callable[[LeadRow], MappedRow]:
+    """The mapping of one lead source."""
+    converted = source is Source.CONVERTED_LEADS
+    stage_of = lru_cache(lambda status: rules.stage_of(normalised(status)))
+    contact_type_of = lru_cache(
+        lambda label: CONVERTED_CONTACT_TYPE if converted else CONTACT_TYPE_OF_LEAD_TYPE.get(normalised(label or ""))
+    )
+    new, contacted = rules.stages["NEW"], rules.stages["CONTACTED"]
+
+    def mapped(row: LeadRow) -> MappedRow:
+        if row.status is None:
+            return _rejected("leads", row, Reason.MISSING_VALUE, Refusal(column="status"))
+        stage = stage_of(row.status)
+        if stage is None:
+            return _rejected("leads", row, Reason.UNKNOWN_STATUS)
+        contact_type = contact_type_of(row.type)
+        if contact_type is None:
+            missing = row.type is None
+            reason = Reason.MISSING_VALUE if missing else Reason.UNKNOWN_TYPE
+            return _rejected("leads", row, reason, Refusal(column="type") if missing else None)
+        email = normalised_email(row.email) if row.email is not None else None
+        if email is None or row.email is None:
+            return _rejected("leads", row, Reason.INVALID_EMAIL)
+        created_at, updated_at = row.created_at, row.updated_at
+        contacted_at, locked_at = row.last_contacted_at, row.commission_rate_locked_at
+        if (
+            created_at is None
+            or updated_at is None
+            or _is_no_moment(created_at)
+            or _is_no_moment(updated_at)
+            or (contacted_at is not None and _is_no_moment(contacted_at))
+            or (locked_at is not None and _is_no_moment(locked_at))
+        ):
+            required = {"createdAt": created_at, "updatedAt": updated_at}
+            optional = {"lastContactedAt": contacted_at, "commissionRateLockedAt": locked_at}
+            return _rejected("leads", row, *_fault(required, optional))
+        rate = row.commission_rate
+        if rate is not None and not (rate[-1:].isdigit() and rules.keeps(rate)):
+            return _rejected("leads", row, Reason.INVALID_VALUE, Refusal(column="commissionRate"))
+        identifier = contact_id("leads", row.id)
+        assigned = row.assigned_preparer_id if row.assigned_preparer_id and row.assigned_preparer_id.strip() else None
+        entered = created_at if stage == new else (contacted_at if stage == contacted else None) or updated_at
+        draft = ContactDraft(
+            identifier,
+            None,
+            None,
+            contact_type,
+            trimmed(row.first_name) or UNKNOWN_NAME,
+            trimmed(row.last_name) or UNKNOWN_NAME,
+            email,
+            trimmed(row.phone),
+            None,
+            stage,
+            entered,
+            trimmed(row.source) or LEAD_ORIGIN,
+            assigned,
+            updated_at if assigned else None,
+            row.referrer_username,
+            row.referrer_type,
+            row.commission_rate,
+            locked_at,
+            row.attribution_method,
+            FULL_CONFIDENCE if row.attribution_confidence is None else row.attribution_confidence,
+            created_at,
+            updated_at,
+            contacted_at,
+        )
+        return MappedRow(identifier, row.id, updated_at, row.known_reason, row.email, draft, None)
+
+    return mapped
+
+
+def unmapped(table: str, source_id: str, known_reason: str | None, reason: Reason, refusal: Refusal) -> MappedRow:
+    """A row of which nothing but the id can be told, and why."""
+    return MappedRow(contact_id(table, source_id), source_id, None, known_reason, None, None, reason, None, refusal)
+
+
+def map_rows(source: Source, rows: Iterable[tuple[object, ...]], rules: Rules) -> list[MappedRow]:
+    """Map a batch of rows as they came from the database."""
+    mapped = (
+        list(map(lead_mapper(source, rules), map(LeadRow._make, rows)))
+        if source.table == "leads"
+        else list(map(profile_mapper(source, rules), map(ProfileRow._make, rows)))
+    )
+    # The row's own `updated_at` stays as exact as it is: it tells whether the row changed.
+    return [_as_stored(row, rules) for row in mapped] if rules.second_digits < MOST_SECOND_DIGITS else mapped
+
+
+def _as_stored(row: MappedRow, rules: Rules) -> MappedRow:
+    draft = row.draft
+    if draft is None:
+        return row
+    longest = len("YYYY-MM-DD HH:MM:SS.") + rules.second_digits
+    found: dict[str, Any] = {
+        name: rules.as_stored(moment)
+        for name in MOMENTS
+        if (moment := getattr(draft, name)) is not None and len(moment) > longest
+    }
+    return row._replace(draft=draft._replace(**found)) if found else row

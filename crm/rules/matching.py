@@ -1,0 +1,322 @@
+"""From mapped rows and the contacts that are there to what happens to each row. Pure: no database.
+
+Rows are decided one after another, in their order: what an earlier row makes or fills is there for the later ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from crm.outcome import Decision, Outcome, Reason, Refusal
+from crm.rules.addresses import canonical_address
+from crm.rules.mapping import ATTRIBUTION, ContactDraft, MappedRow, Resolution
+
+#: The accounts of a person; at most one contact has each.
+ACCOUNTS = ("user_id", "clerk_user_id")
+#: What a profile fills in a contact of ours where nothing is.
+PROFILE_FILLS = (*ACCOUNTS, "phone", "company")
+ATTRIBUTION_UNIT = (*ATTRIBUTION, "attribution_confidence")
+ASSIGNMENT_UNIT = ("assigned_preparer_id", "assigned_at")
+_FILLED_ALONE = (*PROFILE_FILLS, "last_contacted_at")
+
+
+@dataclass(slots=True)
+class KnownContact:
+    """A contact that is there, as far as a decision must know it."""
+
+    id: str
+    email: str
+    user_id: str | None
+    clerk_user_id: str | None
+    ours: bool
+    phone: str | None = None
+    company: str | None = None
+    has_assignment: bool = False
+    last_contacted_at: str | None = None
+    has_attribution: bool = False
+    updated_at: str | None = None
+    confidence: int | None = None
+    fills: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of_draft(cls, draft: ContactDraft) -> KnownContact:
+        """The contact that a draft of this batch becomes."""
+        return cls(
+            draft.id,
+            draft.email,
+            draft.user_id,
+            draft.clerk_user_id,
+            ours=True,
+            phone=draft.phone,
+            company=draft.company,
+            has_assignment=draft.assigned_preparer_id is not None or draft.assigned_at is not None,
+            last_contacted_at=draft.last_contacted_at,
+            has_attribution=_has_attribution(draft),
+            updated_at=draft.updated_at,
+            confidence=draft.attribution_confidence,
+        )
+
+    def take(self, values: Mapping[str, Any]) -> None:
+        """Have these values where nothing is."""
+        for name in _FILLED_ALONE:
+            if getattr(self, name) is None:
+                setattr(self, name, values.get(name))
+        self.has_assignment = self.has_assignment or any(values.get(name) is not None for name in ASSIGNMENT_UNIT)
+        self.has_attribution = self.has_attribution or any(values.get(name) is not None for name in ATTRIBUTION)
+
+
+class Conflict(Exception):  # noqa: N818 - a verdict on a row, not a failure of the program
+    """The row's keys name two accounts, or what was decided about that holds no more: a person must decide."""
+
+    def __init__(
+        self, contact_id: str, identity_keys: Mapping[str, str | None], reason: Reason = Reason.CONFLICT
+    ) -> None:
+        super().__init__(reason)
+        self.contact_id = contact_id
+        self.identity_keys = identity_keys
+        self.reason = reason
+
+
+class ProfileOfAddress(NamedTuple):
+    """A settled profile whose user has an address. Sorted, the one comes first whose user has it in canonical form."""
+
+    address: str
+    is_spelled_otherwise: bool
+    profile_id: str
+    contact_id: str
+
+    @classmethod
+    def of(cls, raw_email: str, profile_id: str, contact_id: str) -> ProfileOfAddress:
+        """The profile with this id, whose user's address is stored like this."""
+        address = canonical_address(raw_email)
+        return cls(address, raw_email != address, profile_id, contact_id)
+
+
+class KnownContacts:
+    """The contacts that a batch may meet, by each key of identity."""
+
+    def __init__(self, contacts: Iterable[KnownContact] = (), profiles: Iterable[ProfileOfAddress] = ()) -> None:
+        """Take contacts ordered by creation: of several spellings of one address, the oldest comes first.
+
+        `profiles` are those whose users have an address of the batch's rows.
+        """
+        self._by_id: dict[str, KnownContact] = {}
+        self._by_user: dict[str, KnownContact] = {}
+        self._by_clerk: dict[str, KnownContact] = {}
+        self._by_email: dict[str, list[KnownContact]] = {}
+        self._by_profile: dict[str, list[str]] = {}
+        for profile in sorted(profiles):
+            self._by_profile.setdefault(profile.address, []).append(profile.contact_id)
+        for contact in contacts:
+            self.add(contact)
+
+    def add(self, contact: KnownContact) -> None:
+        """Make a contact known, in the place of what was known of it."""
+        if contact.id in self._by_id:
+            self._forget(self._by_id[contact.id])
+        self._by_id[contact.id] = contact
+        self.note_accounts(contact)
+        if not contact.email:  # somebody made the column nullable
+            return
+        address = canonical_address(contact.email)
+        spellings = self._by_email.get(address)
+        if spellings is None:
+            self._by_email[address] = [contact]
+        else:
+            # The spelling that we would write ourselves stands before all others.
+            spellings.insert(0 if contact.email == address else len(spellings), contact)
+
+    def note_accounts(self, contact: KnownContact) -> None:
+        """Let a contact that is known be found by its accounts, as they are now."""
+        if contact.user_id is not None:
+            self._by_user[contact.user_id] = contact
+        if contact.clerk_user_id is not None:
+            self._by_clerk[contact.clerk_user_id] = contact
+
+    def _forget(self, contact: KnownContact) -> None:
+        if self._by_user.get(contact.user_id or "") is contact:
+            del self._by_user[contact.user_id or ""]
+        if self._by_clerk.get(contact.clerk_user_id or "") is contact:
+            del self._by_clerk[contact.clerk_user_id or ""]
+        if contact.email:
+            self._by_email[canonical_address(contact.email)].remove(contact)
+
+    def __iter__(self) -> Iterator[KnownContact]:
+        """The contacts."""
+        return iter(self._by_id.values())
+
+    def find(self, draft: ContactDraft) -> KnownContact | None:
+        """The contact that the draft's person has, or None. Raises Conflict when its keys disagree."""
+        by_user = self._by_user.get(draft.user_id) if draft.user_id else None
+        by_clerk = self._by_clerk.get(draft.clerk_user_id) if draft.clerk_user_id else None
+        by_email = self._by_email.get(draft.email)
+        if by_user and by_clerk and by_user is not by_clerk:
+            raise Conflict(by_user.id, self._identity_keys(draft))
+        candidate = by_user or by_clerk
+        if by_email:
+            if candidate and candidate not in by_email:
+                raise Conflict(by_email[0].id, self._identity_keys(draft))
+            candidate = candidate or by_email[0]
+            if _is_another(candidate.user_id, draft.user_id) or _is_another(
+                candidate.clerk_user_id, draft.clerk_user_id
+            ):
+                raise Conflict(candidate.id, self._identity_keys(draft))
+        # Then the row's own contact under keys that people changed since: a row never makes two contacts. Last, that
+        # of the person's profile, which may have met one under another address.
+        return candidate or self._by_id.get(draft.id) or self._of_profile(draft)
+
+    def _identity_keys(self, draft: ContactDraft) -> dict[str, str | None]:
+        """The contact to which each key of the draft leads, by the key's column; None where no contact has the key."""
+        accounts = {"userId": (draft.user_id, self._by_user), "clerkUserId": (draft.clerk_user_id, self._by_clerk)}
+        found = {column: known.get(value) for column, (value, known) in accounts.items() if value}
+        by_email = self._by_email.get(draft.email, [])
+        # Of several spellings the one to which another key leads as well.
+        first = min(by_email, key=lambda contact: contact not in found.values(), default=None)
+        by_key = {"email": first, **found}
+        if draft.id in self._by_id:
+            by_key["id"] = self._by_id[draft.id]
+        return {column: contact.id if contact else None for column, contact in by_key.items()}
+
+    def _of_profile(self, draft: ContactDraft) -> KnownContact | None:
+        """The contact of the profile whose user has the address of a draft that brings no account of its own."""
+        if draft.user_id is not None:
+            return None
+        theirs = map(self._by_id.get, self._by_profile.get(draft.email, ()))
+        return next((contact for contact in theirs if contact is not None), None)
+
+    def find_decided(self, draft: ContactDraft, resolution: Resolution) -> KnownContact | None:
+        """The contact that a person decided on; None where the row gets one of its own.
+
+        Raises Conflict where that contact is gone, and where the address of its own has become somebody else's.
+        """
+        if resolution.contact_id is None:
+            for contact in self._by_email.get(draft.email, ()):
+                if contact.id != draft.id:
+                    raise Conflict(contact.id, self._identity_keys(draft), Reason.STALE_DECISION)
+            return self._by_id.get(draft.id)
+        if resolution.contact_id not in self._by_id:
+            raise Conflict(resolution.contact_id, self._identity_keys(draft), Reason.STALE_DECISION)
+        return self._by_id[resolution.contact_id]
+
+    def without_others_accounts(self, draft: ContactDraft, contact: KnownContact | None) -> ContactDraft:
+        """The draft of a row whose contact a person decided on: an account that another contact has stays there."""
+        by_user = self._by_user.get(draft.user_id or "", contact)
+        by_clerk = self._by_clerk.get(draft.clerk_user_id or "", contact)
+        return draft._replace(
+            user_id=draft.user_id if by_user is contact else None,
+            clerk_user_id=draft.clerk_user_id if by_clerk is contact else None,
+        )
+
+
+@dataclass(slots=True)
+class Plan:
+    """What is to be done for the rows of a batch."""
+
+    decisions: list[Decision] = field(default_factory=list)
+    creates: list[ContactDraft] = field(default_factory=list)
+    fills: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def decide(rows: Iterable[MappedRow], known: KnownContacts) -> Plan:
+    """Decide what happens to each row. `known` grows by what the rows make."""
+    plan = Plan()
+    made: dict[str, KnownContact] = {}
+    for row in rows:
+        draft = row.draft
+        if draft is None:
+            plan.decisions.append(_decision(row, Outcome.ERROR, reason=row.rejection, refusal=row.refusal))
+            continue
+        try:
+            contact = known.find_decided(draft, row.resolution) if row.resolution else known.find(draft)
+        except Conflict as conflict:
+            decision = _decision(row, Outcome.ERROR, reason=conflict.reason, contact_id=conflict.contact_id)
+            plan.decisions.append(decision._replace(identity_keys=conflict.identity_keys))
+            continue
+        if row.resolution:
+            draft = known.without_others_accounts(draft, contact)
+        if contact is None:
+            made[draft.id] = contact = KnownContact.of_draft(draft)
+            known.add(contact)
+            plan.creates.append(draft)
+            plan.decisions.append(_decision(row, Outcome.CREATED, contact_id=draft.id, filled=_filled_in(contact)))
+        elif contact.ours or contact.id == draft.id:
+            filled = fill(contact, draft)
+            known.note_accounts(contact)
+            decision = _decision(row, Outcome.MERGED, contact_id=contact.id, filled=filled)
+            plan.decisions.append(_with_what_was(decision, contact))
+            if contact.fills and contact.id not in made:
+                plan.fills[contact.id] = contact.fills
+        else:
+            plan.decisions.append(_decision(row, Outcome.EXISTS, contact_id=contact.id))
+    plan.creates = [draft._replace(**made[draft.id].fills) if made[draft.id].fills else draft for draft in plan.creates]
+    return plan
+
+
+def fill(contact: KnownContact, draft: ContactDraft) -> tuple[str, ...]:
+    """Fill what is missing in the contact from a draft of its person; what was filled, by field or unit.
+
+    The identity keys come from profiles alone, attribution and assignment from leads alone: the other kind has none.
+    """
+    filled: dict[str, Any] = {}
+    names: list[str] = []
+    for name in _FILLED_ALONE:
+        if getattr(contact, name) is None and (value := getattr(draft, name)) is not None:
+            filled[name] = value
+            names.append(name)
+            setattr(contact, name, value)
+    if not contact.has_assignment and draft.assigned_preparer_id is not None:
+        filled |= {name: getattr(draft, name) for name in ASSIGNMENT_UNIT}
+        names.append("assignment")
+        contact.has_assignment = True
+    if not contact.has_attribution and _has_attribution(draft):
+        filled |= {name: getattr(draft, name) for name in ATTRIBUTION_UNIT}
+        names.append("attribution")
+        contact.has_attribution = True
+    contact.fills |= filled
+    return tuple(names)
+
+
+def _filled_in(contact: KnownContact) -> tuple[str, ...]:
+    """What is there in a contact that was just made, by the same names: a blank elsewhere is nobody's decision."""
+    names = [name for name in _FILLED_ALONE if getattr(contact, name) is not None]
+    if contact.has_assignment:
+        names.append("assignment")
+    if contact.has_attribution:
+        names.append("attribution")
+    return tuple(names)
+
+
+def _has_attribution(draft: ContactDraft) -> bool:
+    return not (
+        draft.referrer_username is None
+        and draft.referrer_type is None
+        and draft.commission_rate is None
+        and draft.commission_rate_locked_at is None
+        and draft.attribution_method is None
+    )
+
+
+def _is_another(theirs: str | None, ours: str | None) -> bool:
+    return theirs is not None and ours is not None and theirs != ours
+
+
+def _with_what_was(decision: Decision, contact: KnownContact) -> Decision:
+    """What a rollback of the fill must know of the contact: whether it changed since, and what was replaced in it."""
+    confidence = contact.confidence if "attribution" in decision.filled else None
+    return decision._replace(contact_updated_at=contact.updated_at, confidence_before=confidence)
+
+
+def _decision(
+    row: MappedRow,
+    outcome: Outcome,
+    *,
+    reason: Reason | None = None,
+    contact_id: str | None = None,
+    filled: tuple[str, ...] = (),
+    refusal: Refusal | None = None,
+) -> Decision:
+    return Decision(
+        row.id, row.source_id, row.updated_at, row.known_reason, outcome, reason, contact_id, filled, refusal
+    )

@@ -1,0 +1,65 @@
+"""What an operator may ask of a run. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from crm.outcome import Source
+from crm.rules.throttling import ErrorCeiling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """What was asked.
+
+    `batch_size` None adapts the batches to the server; `since` is an ISO timestamp in UTC; `limit` counts source rows
+    that are looked at; `max_rate` is rows a second; `max_replica_lag` is seconds.
+    """
+
+    dry_run: bool = False
+    update: bool = False
+    recreate_deleted: bool = False
+    batch_size: int | None = None
+    only: tuple[Source, ...] = ()
+    limit: int | None = None
+    since: str | None = None
+    workers: int = 1
+    max_rate: int | None = None
+    max_errors: ErrorCeiling | None = None
+    max_replica_lag: float | None = None
+
+    @property
+    def sources(self) -> list[Source]:
+        """The sources that are asked for, in the order of a run."""
+        return [source for source in Source if not self.only or source in self.only]
+
+    def recorded(self) -> dict[str, Any]:
+        """The options for the run's record."""
+        return {
+            "update": self.update,
+            "recreate_deleted": self.recreate_deleted,
+            "batch_size": self.batch_size,
+            "only": [source.value for source in self.only],
+            "limit": self.limit,
+            "since": self.since,
+            "workers": self.workers,
+            "max_rate": self.max_rate,
+            "max_errors": str(self.max_errors) if self.max_errors else None,
+            "max_replica_lag": self.max_replica_lag,
+        }
+
+
+def as_arguments(recorded: Mapping[str, Any]) -> list[str]:
+    """The arguments by which a command asks for what a run's record says; what is the default is left out."""
+    flags = [name for name in ("update", "recreate_deleted") if recorded.get(name)]
+    arguments = [f"--{name.replace('_', '-')}" for name in flags]
+    if recorded.get("only"):
+        arguments += ["--only", *recorded["only"]]
+    if recorded.get("workers", 1) != 1:
+        arguments += ["--workers", str(recorded["workers"])]
+    for name in ("batch_size", "limit", "since", "max_rate", "max_errors", "max_replica_lag"):
+        if recorded.get(name) is not None:
+            arguments += [f"--{name.replace('_', '-')}", str(recorded[name])]
+    return arguments

@@ -1,0 +1,195 @@
+"""Whether a contact still is as the backfill wrote it, and what of it a merge wrote. Pure: no database.
+
+What is compared is the contact's stored text with what its source rows map to now. A source row that changed since its
+line was written, or is gone, says nothing about what was written: its columns are taken as they are, and the contact's
+`updatedAt` alone decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+from crm.outcome import Outcome, UpdateOutcome
+from crm.rules.mapping import FULL_CONFIDENCE, ContactDraft, MappedRow
+from crm.rules.matching import ACCOUNTS, KnownContact, fill
+from crm.rules.updating import FIELDS_OF_CHANGE
+
+
+class Verdict(StrEnum):
+    """What becomes of a line of the run that is taken back."""
+
+    REVERSED = "reversed"  # what it did is undone, and the line is gone: the row is pending again
+    KEPT = "kept"  # somebody relies on what it did
+    FAILED = "failed"  # the database would not undo it
+
+
+class Why(StrEnum):
+    """Why a line is not reversed."""
+
+    EDITED = "edited"  # the contact is no longer as it was written
+    REFERENCED = "referenced"  # another table's row refers to the contact
+    DELETED = "deleted"  # the contact was deleted in the CRM, and is not to be brought back
+    SOURCE_CHANGED = "source_changed"  # its row does not tell any more what was written
+    OTHER_RULES = "other_rules"  # by the rules of this version its rows do not tell what was written
+    WITH_ITS_CONTACT = "with_its_contact"  # it was merged into a contact of the same run that stays
+    REFUSED = "refused"  # PostgreSQL's SQLSTATE is the detail
+
+
+class Line(NamedTuple):
+    """A line of the ledger; or what an update changed, in the form of one that was merged."""
+
+    id: str
+    source: str
+    source_id: str
+    outcome: Outcome | UpdateOutcome
+    contact_id: str | None
+    run_id: int
+    updated_at: str
+    filled: tuple[str, ...]
+    #: `updated_at` as the contact keeps it.
+    written_at: str
+    contact_updated_at: str | None = None
+    confidence_before: int | None = None
+
+
+class Judgement(NamedTuple):
+    """A line with what becomes of it. `detail` names columns, tables or a SQLSTATE, never a value."""
+
+    line: Line
+    verdict: Verdict
+    why: Why | None = None
+    detail: str = ""
+
+    @property
+    def reason(self) -> str:
+        """Why it is not reversed, to be counted by."""
+        return f"{self.why} {self.detail}" if self.why is Why.REFUSED else str(self.why)
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRow:
+    """A source row as it is now.
+
+    `may_differ` are columns of which the row does not tell what they were; `raw_preparer` is the assignment before it
+    was resolved to a profile, which may since have come or gone.
+    """
+
+    mapped: MappedRow
+    raw_preparer: str | None = None
+    may_differ: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class StoredContact:
+    """A contact as it is now. `version` is PostgreSQL's own mark of the row's version (`xmin`); `set_elsewhere` are
+    columns that the backfill never writes and that do not have their default."""
+
+    version: str
+    values: ContactDraft
+    set_elsewhere: tuple[str, ...] = ()
+
+
+Rows = Mapping[str, SourceRow]
+
+
+def edited_columns(contact: StoredContact, creator: Line, merges: Iterable[Line], rows: Rows) -> list[str]:
+    """The columns in which the contact is not what the line that made it, and those merged into it, have written."""
+    if contact.values.updated_at != creator.written_at:
+        return ["updated_at"]
+    written = _possible_values(creator, ContactDraft._fields, rows)
+    for merge in merges:
+        written |= _possible_values(merge, columns_of(merge), rows)
+    return [*_differences(contact, written), *contact.set_elsewhere]
+
+
+def differs_from_merge(contact: StoredContact, merge: Line, rows: Rows) -> list[str]:
+    """The columns in which the contact is not what the merge has written."""
+    return _differences(contact, _possible_values(merge, columns_of(merge), rows))
+
+
+def why_it_differs(contact: StoredContact, written_at: str | None, *, by_other_rules: bool) -> Why:
+    """Why a contact is not what its lines have written: by the rules of this version, as long as nobody touched it."""
+    is_touched = contact.set_elsewhere or contact.values.updated_at != written_at
+    return Why.OTHER_RULES if by_other_rules and not is_touched else Why.EDITED
+
+
+def is_unchanged(line: Line, rows: Rows) -> bool:
+    """Whether the row of a line says what it said when the line was written."""
+    row = rows.get(line.id)
+    return row is not None and row.mapped.draft is not None and row.mapped.updated_at == line.updated_at
+
+
+def maps_to_nothing(line: Line, rows: Rows) -> bool:
+    """Whether the row of a line makes no contact any more, although its `updatedAt` says that it is unchanged."""
+    row = rows.get(line.id)
+    return row is not None and row.mapped.draft is None and row.mapped.updated_at == line.updated_at
+
+
+def columns_of(merge: Line) -> tuple[str, ...]:
+    """The columns that a merge filled."""
+    return _columns_of(merge.filled)
+
+
+def merges_that_miss(contact: StoredContact, emptied: Iterable[str], merges: Iterable[Line], rows: Rows) -> list[Line]:
+    """The merges that found columns filled which are to be emptied, and would have filled them themselves.
+
+    What one of these filled is to be emptied with it, so others may miss that in turn. Left out is what cannot be taken
+    back: its row changed since, or the contact does not have what it filled.
+    """
+    gone = set(emptied)
+    waiting = [merge for merge in merges if is_unchanged(merge, rows) and not differs_from_merge(contact, merge, rows)]
+    found: list[Line] = []
+    while missing := [merge for merge in waiting if _would_fill(contact, gone, rows[merge.id])]:
+        found += missing
+        gone.update(column for merge in missing for column in columns_of(merge))
+        waiting = [merge for merge in waiting if merge not in missing]
+    return found
+
+
+def _would_fill(contact: StoredContact, emptied: set[str], row: SourceRow) -> bool:
+    """Whether a row would fill one of these columns, were they empty."""
+    nothing: dict[str, Any] = dict.fromkeys(emptied)
+    known = KnownContact.of_draft(contact.values._replace(**nothing))
+    return row.mapped.draft is not None and not emptied.isdisjoint(_columns_of(fill(known, row.mapped.draft)))
+
+
+def _columns_of(filled: Iterable[str]) -> tuple[str, ...]:
+    return tuple(column for name in filled for column in FIELDS_OF_CHANGE[name])
+
+
+def confidence_before(creator: Line | None, rows: Rows) -> int:
+    """The confidence that a contact without attribution had: that of the row that made it, which has none either."""
+    row = rows.get(creator.id) if creator else None
+    return row.mapped.draft.attribution_confidence if row and row.mapped.draft else FULL_CONFIDENCE
+
+
+def confidence_in(merge: Line, otherwise: int) -> int:
+    """The confidence that stood in a contact before a merge, where it filled the attribution and its line says so."""
+    return otherwise if merge.confidence_before is None else merge.confidence_before
+
+
+def _possible_values(line: Line, columns: Iterable[str], rows: Rows) -> dict[str, tuple[Any, ...] | None]:
+    """For each column what the line may have written; None is anything."""
+    row = rows.get(line.id)
+    if row is None or row.mapped.draft is None or row.mapped.updated_at != line.updated_at:
+        return dict.fromkeys(columns)
+    draft = row.mapped.draft
+    values: dict[str, tuple[Any, ...] | None] = {column: (getattr(draft, column),) for column in columns}
+    values |= {column: None for column in row.may_differ if column in values}
+    if row.mapped.resolution is not None:
+        # An account that another contact had was left there.
+        values |= {column: (getattr(draft, column), None) for column in ACCOUNTS if column in values}
+    if draft.assigned_preparer_id is not None and "assigned_preparer_id" in values:
+        values["assigned_preparer_id"] = (draft.assigned_preparer_id, row.raw_preparer)
+    return values
+
+
+def _differences(contact: StoredContact, written: Mapping[str, tuple[Any, ...] | None]) -> list[str]:
+    return [
+        column
+        for column, possible in written.items()
+        if possible is not None and getattr(contact.values, column) not in possible
+    ]

@@ -1,0 +1,421 @@
+"""What a row that is looked at again changes in its contact. Pure: no database.
+
+Rows are decided one after another, in their order: what an earlier row fills or promotes is so for the later ones.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from crm.outcome import Outcome, Source, Totals, UpdateOutcome
+from crm.rules.fold import FILLED_UNITS, STAGE, UNITS_OF_FIRST, fold, stage_order
+from crm.rules.mapping import (
+    ATTRIBUTION,
+    CONTACT_TYPE_OF_SOURCE,
+    STAGES_OF_STATUS,
+    ContactDraft,
+    MappedRow,
+    Rules,
+    placeholder_name,
+)
+from crm.rules.matching import Conflict, KnownContact, KnownContacts
+
+LEAD = "LEAD"
+#: What a row's keys disagree in, and what PostgreSQL refused: kept under these names.
+IDENTITY, REFUSED = "identity", "refused"
+EMAIL, TYPE, STAGE_ENTERED = "email", "contact_type", "stage_entered_at"
+#: The fields of everything that an update may write, by the name under which it is told.
+FIELDS_OF_CHANGE: Mapping[str, tuple[str, ...]] = {
+    **FILLED_UNITS,
+    **{name: (name,) for name in UNITS_OF_FIRST},
+    EMAIL: ("email",),
+    STAGE: ("stage", "stage_entered_at"),
+    STAGE_ENTERED: ("stage_entered_at",),
+}
+#: What a record of a change may repeat, since it says nothing of a person: ids, labels and moments.
+_NOTHING_PERSONAL = ("user_id", "clerk_user_id", "last_contacted_at", "assignment")
+#: What a record of a change has a column of its own for.
+_RECORDED_APART = (EMAIL, TYPE, STAGE, STAGE_ENTERED)
+# The fields that tell whether a unit is there: a confidence alone is no attribution.
+_TELLING = {**FIELDS_OF_CHANGE, "attribution": ATTRIBUTION}
+# When a lead was assigned moves with every change of its row: the preparer tells whether it is another assignment.
+_COMPARED = {**FIELDS_OF_CHANGE, "assignment": ("assigned_preparer_id",)}
+
+
+class SeenLine(NamedTuple):
+    """A settled line of the ledger: the row's `updatedAt` then, and when it was last looked at, if it ever was."""
+
+    id: str
+    outcome: Outcome
+    contact_id: str
+    settled_at: str
+    looked_at: str | None = None
+
+    @property
+    def seen(self) -> str:
+        """The row's `updatedAt` as it was last seen."""
+        return self.looked_at or self.settled_at
+
+    def is_due(self, updated_at: str | None) -> bool:
+        """Whether its row is to be looked at: it has changed since, or came to a contact and never was looked at."""
+        if updated_at is None:
+            return False  # nobody can tell, and the row can be no contact
+        return updated_at != self.seen or (self.looked_at is None and self.outcome is not Outcome.CREATED)
+
+
+class RowOfContact(NamedTuple):
+    """A row that made a contact or came to it, as it maps now."""
+
+    line: SeenLine
+    source: Source
+    row: MappedRow
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is to be looked at again itself."""
+        return self.line.is_due(self.row.updated_at)
+
+
+@dataclass(slots=True)
+class StandingContact:
+    """A contact as it stands.
+
+    `version` is PostgreSQL's own mark of the row's version. `made_at` is the `updatedAt` of the row that made it; None
+    where somebody else did. `left_at` is the contact's `updatedAt` when updates changed it; None where none did.
+    `given` are the units that the backfill once filled, as far as it matters. `rows` are in canonical order;
+    `has_all_rows` tells whether none of them is gone, or not to be migrated any more.
+    """
+
+    version: str
+    values: ContactDraft
+    made_at: str | None = None
+    left_at: str | None = None
+    given: set[str] = field(default_factory=set)
+    rows: Sequence[RowOfContact] = ()
+    has_all_rows: bool = True
+
+    @property
+    def is_as_written(self) -> bool:
+        """Whether it is of our making and nobody touched it: the application moves `updatedAt` with every write."""
+        return self.made_at is not None and self.values.updated_at == self.made_at
+
+    @property
+    def is_as_left(self) -> bool:
+        """Whether it is somebody else's, and nobody touched it since we filled something in it."""
+        return self.made_at is None and self.values.updated_at == self.left_at
+
+
+class Change(NamedTuple):
+    """What becomes of a row that is looked at again, and the contact as it was seen and before this row.
+
+    `origins` are names of what is written, each with the row that its value comes from; `kept` of what is left as it
+    is although the row has something else. `former` tells where to find what was there before, by name: what it was
+    if that says nothing of a person, else the row that has it; None where no row does.
+    """
+
+    row: MappedRow
+    line: SeenLine
+    version: str
+    before: ContactDraft
+    values: dict[str, Any]
+    origins: Mapping[str, RowOfContact]
+    kept: tuple[str, ...] = ()
+    former: Mapping[str, Any] = {}
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names of what is written."""
+        return tuple(self.origins)
+
+    @property
+    def contact_id(self) -> str:
+        """The contact."""
+        return self.before.id
+
+    @property
+    def outcome(self) -> UpdateOutcome:
+        """How the row is counted: what it changed outweighs what it kept."""
+        if self.columns:
+            return UpdateOutcome.UPDATED
+        return UpdateOutcome.KEPT if self.kept else UpdateOutcome.UNCHANGED
+
+    def refused(self) -> Change:
+        """The same, where PostgreSQL would not have it."""
+        return self._replace(values={}, origins={}, kept=(*self.kept, REFUSED))
+
+
+class _Speaker(NamedTuple):
+    """A row of a contact that still is a row of its person, and the contact that it would make alone."""
+
+    origin: RowOfContact
+    draft: ContactDraft
+
+
+@dataclass(frozen=True, slots=True)
+class _Expected:
+    """What a contact is to be, and the row that each unit comes from; and what it were by its rows alone."""
+
+    values: ContactDraft
+    origins: Mapping[str, RowOfContact]
+    by_rows: ContactDraft
+    origins_by_rows: Mapping[str, RowOfContact]
+
+
+@dataclass(slots=True)
+class Look:
+    """Everything that the rows of a batch are held against."""
+
+    lines: Mapping[str, SeenLine]
+    contacts: Mapping[str, StandingContact]
+    known: KnownContacts
+    looked_at: set[str] = field(default_factory=set)
+    expected: dict[str, _Expected] = field(default_factory=dict)
+
+
+def decide(source: Source, rows: Iterable[MappedRow], look: Look, rules: Rules) -> Iterator[Change]:
+    """Decide the rows that are to be looked at again; the others have no change. What `look` has changes along."""
+    for row in rows:
+        line = look.lines.get(row.id)
+        contact = look.contacts.get(line.contact_id) if line else None
+        if line is None or contact is None:
+            continue
+        change = _change(RowOfContact(line, source, row), contact, look, rules)
+        if line.is_due(row.updated_at) or EMAIL in change.columns:
+            look.looked_at.add(line.id)
+            _apply(change, contact, look)
+            yield change
+
+
+def rows_of(contacts: Mapping[str, StandingContact], rows: Iterable[MappedRow]) -> list[MappedRow]:
+    """These rows, and those of the contacts, each once."""
+    others = {found.row.id: found.row for contact in contacts.values() for found in contact.rows}
+    return list((others | {row.id: row for row in rows}).values())
+
+
+def totals_of(changes: Collection[Change]) -> Totals:
+    """Count a batch of rows that were looked at again."""
+    outcomes = Counter(change.outcome for change in changes)
+    return Totals(
+        revisited=len(changes),
+        updated=outcomes[UpdateOutcome.UPDATED],
+        kept=outcomes[UpdateOutcome.KEPT],
+        unchanged=outcomes[UpdateOutcome.UNCHANGED],
+        updated_and_kept=sum(bool(change.columns and change.kept) for change in changes),
+        updated_by_column=Counter(column for change in changes for column in change.columns),
+        kept_by_column=Counter(column for change in changes for column in change.kept),
+    )
+
+
+def _change(looked: RowOfContact, contact: StandingContact, look: Look, rules: Rules) -> Change:
+    """What the row changes in its contact: what comes from itself, and what comes from rows that are not due."""
+    row, line = looked.row, looked.line
+    nothing = Change(row, line, contact.version, contact.values, {}, {})
+    if row.draft is None:
+        return nothing
+    draft = _of_this_contact(row, row.draft, contact, look.known)
+    if draft is None:
+        return nothing._replace(kept=(IDENTITY,))
+    expected = _expected(contact, look, rules)
+    written: dict[str, RowOfContact] = {}
+    kept: list[str] = []
+    values: dict[str, Any] = {}
+    for name, origin in expected.origins.items():
+        is_its_own = origin.line.id == line.id
+        if not is_its_own and origin.is_due and origin.line.id not in look.looked_at:
+            continue
+        told = STAGE_ENTERED if name == STAGE and expected.values.stage == contact.values.stage else name
+        verdict = _verdict(told, expected, contact, rules)
+        if verdict:
+            written[told] = origin
+            values |= {each: getattr(expected.values, each) for each in FIELDS_OF_CHANGE[told]}
+        elif verdict is False and is_its_own:
+            kept.append(told)
+    kept += _kept_from(looked, expected, contact, rules)
+    if (verdict := _of_email(looked, draft, contact)) is not None:
+        if verdict:
+            written[EMAIL] = looked
+            values["email"] = draft.email
+        else:
+            kept.append(EMAIL)
+    former = {name: _former(name, contact) for name in written if name not in _RECORDED_APART}
+    return nothing._replace(
+        values=values,
+        origins=written,
+        kept=tuple(kept),
+        former={name: what for name, what in former.items() if not _lacks(contact.values, name)},
+    )
+
+
+def _expected(contact: StandingContact, look: Look, rules: Rules) -> _Expected:
+    """What the contact is to be: the same for all rows of a batch, as long as nobody's keys change."""
+    expected = look.expected.get(contact.values.id)
+    if expected is None:
+        expected = look.expected[contact.values.id] = _fold(contact, look.known, rules)
+    return expected
+
+
+def _fold(contact: StandingContact, known: KnownContacts, rules: Rules) -> _Expected:
+    """Fold the rows of a contact: after what is there and not ours to replace, and alone."""
+    speakers = [
+        _Speaker(origin, draft)
+        for origin in contact.rows
+        if origin.row.draft and (draft := _of_this_contact(origin.row, origin.row.draft, contact, known))
+    ]
+    if not speakers:
+        return _Expected(contact.values, {}, contact.values, {})
+    by_rows = fold([speaker.draft for speaker in speakers], rules)
+    origins_by_rows = {name: speakers[number].origin for name, number in by_rows.origins.items()}
+    is_complete = contact.has_all_rows and len(speakers) == len(contact.rows)
+    if contact.is_as_written and is_complete:
+        return _Expected(by_rows.values, origins_by_rows, by_rows.values, origins_by_rows)
+    folded = fold([_not_ours(contact), *(speaker.draft for speaker in speakers)], rules)
+    origins = {name: speakers[number - 1].origin for name, number in folded.origins.items() if number > 0}
+    values = folded.values
+    if contact.is_as_written and (promoting := _promoting(contact, speakers)):
+        values = values._replace(contact_type=promoting.draft.contact_type)
+        origins[TYPE] = promoting.origin
+    return _Expected(values, origins, by_rows.values, origins_by_rows)
+
+
+def _not_ours(contact: StandingContact) -> ContactDraft:
+    """The contact without what updates filled in it: as long as nobody touched it since, that is ours to replace."""
+    if not contact.is_as_left:
+        return contact.values
+    ours: dict[str, Any] = dict.fromkeys(
+        each for unit in contact.given & FILLED_UNITS.keys() for each in _TELLING[unit]
+    )
+    return contact.values._replace(**ours)
+
+
+def _promoting(contact: StandingContact, speakers: Iterable[_Speaker]) -> _Speaker | None:
+    """The row that promotes a contact which is a lead, although not all of its rows are there."""
+    if contact.values.contact_type != LEAD:
+        return None
+    return next((speaker for speaker in speakers if speaker.origin.source is not Source.ACTIVE_LEADS), None)
+
+
+def _of_this_contact(
+    row: MappedRow, draft: ContactDraft, contact: StandingContact, known: KnownContacts
+) -> ContactDraft | None:
+    """The draft, without accounts that a decision left to others; None where its keys name another contact by now."""
+    try:
+        found = known.find_decided(draft, row.resolution) if row.resolution else known.find(draft)
+    except Conflict:
+        return None
+    if found is not None and found.id != contact.values.id:
+        return None
+    return known.without_others_accounts(draft, found) if row.resolution else draft
+
+
+# A verdict on a unit that comes from a row: True writes it, False keeps what is there, None finds nothing to do.
+
+
+def _lacks(values: ContactDraft, unit: str) -> bool:
+    return all(getattr(values, name) is None for name in _TELLING[unit])
+
+
+def _differs(one: ContactDraft, other: ContactDraft, fields: Iterable[str]) -> bool:
+    return any(getattr(one, name) != getattr(other, name) for name in fields)
+
+
+def _verdict(name: str, expected: _Expected, contact: StandingContact, rules: Rules) -> bool | None:
+    if name not in FILLED_UNITS:
+        return _of_written(name, expected, contact, rules) if contact.is_as_written else None
+    if _lacks(contact.values, name):
+        return name not in contact.given
+    return True if _differs(expected.values, contact.values, FIELDS_OF_CHANGE[name]) else None
+
+
+def _of_written(name: str, expected: _Expected, contact: StandingContact, rules: Rules) -> bool | None:
+    """What the rows of a contact that nobody touched say of its stage, and what its first row alone does."""
+    step = _step(expected.values, contact, rules)
+    if name == STAGE:
+        return None if step <= 0 else _is_of_a_lead(contact.values.stage, rules)
+    if name == TYPE and step < 0:
+        return None  # nobody is taken back along the pipeline
+    return True if getattr(expected.values, name) != getattr(contact.values, name) else None
+
+
+def _step(expected: ContactDraft, contact: StandingContact, rules: Rules) -> int:
+    before = stage_order(contact.values.stage, rules)
+    return stage_order(expected.stage, rules) - before if before >= 0 else 0
+
+
+def _is_of_a_lead(stage: str, rules: Rules) -> bool:
+    return stage in {rules.stage_of(status) for status in STAGES_OF_STATUS}
+
+
+def _kept_from(looked: RowOfContact, expected: _Expected, contact: StandingContact, rules: Rules) -> list[str]:
+    """What would come from the row, had nobody touched the contact, or made it."""
+    if contact.is_as_written:
+        return []
+    kept = []
+    for name, origin in expected.origins_by_rows.items():
+        if origin.line.id != looked.line.id:
+            continue
+        if name not in FILLED_UNITS:
+            differs = contact.made_at is not None and _would_promote(name, looked, expected.by_rows, contact, rules)
+        else:
+            differs = (
+                name not in expected.origins
+                and not _lacks(contact.values, name)
+                and _differs(expected.by_rows, contact.values, _COMPARED[name])
+            )
+        if differs:
+            kept.append(name)
+    return kept
+
+
+def _would_promote(
+    name: str, looked: RowOfContact, by_rows: ContactDraft, contact: StandingContact, rules: Rules
+) -> bool:
+    if name == STAGE:
+        return _step(by_rows, contact, rules) > 0
+    if name == TYPE and looked.source is Source.ACTIVE_LEADS:
+        return False
+    return bool(getattr(by_rows, name) != getattr(contact.values, name))
+
+
+def _of_email(looked: RowOfContact, draft: ContactDraft, contact: StandingContact) -> bool | None:
+    row = looked.row
+    if looked.source.table != "profiles" or row.raw_email is None:
+        return None
+    if (contact.values.email or "").rpartition("@")[0] in _placeholders(row):
+        return True
+    is_its_own = contact.values.id == row.id
+    differs = is_its_own and contact.values.email != draft.email
+    return False if differs and not contact.is_as_written else None
+
+
+def _placeholders(row: MappedRow) -> frozenset[str]:
+    """What stands before the @ in a placeholder of this profile, whatever its role and the domain were."""
+    kinds = [kind.lower() for kind in CONTACT_TYPE_OF_SOURCE.values()]
+    # Earlier versions lower-cased every id and left it at that.
+    of_earlier_versions = {f"{kind}-{row.source_id.lower()}" for kind in kinds}
+    return frozenset(of_earlier_versions | {placeholder_name(kind, row.source_id) for kind in kinds})
+
+
+def _former(unit: str, contact: StandingContact) -> Any:
+    """Where what a contact has is to be found when it is another value: no value of a person's is repeated."""
+    fields = FIELDS_OF_CHANGE[unit]
+    if unit in _NOTHING_PERSONAL:
+        return {"values": [getattr(contact.values, name) for name in fields]}
+    for origin in contact.rows:
+        if origin.row.draft and not _differs(origin.row.draft, contact.values, fields):
+            reference = f"{origin.source.table}:{origin.row.source_id}"
+            return {"row": reference, "updated_at": origin.row.updated_at}
+    return None
+
+
+def _apply(change: Change, contact: StandingContact, look: Look) -> None:
+    if not change.columns:
+        return
+    contact.values = contact.values._replace(**change.values)
+    contact.given.update(change.columns)
+    if change.values.keys() & {"email", "user_id", "clerk_user_id"}:
+        look.known.add(KnownContact.of_draft(contact.values))
+        # Whose a row is goes by these keys.
+        look.expected.clear()

@@ -1,0 +1,1 @@
+"""What every run needs, of whatever kind: lease, control, retries, progress."""

@@ -1,0 +1,252 @@
+"""From the claim of a run to its close, whatever its kind: a backfill, or the rollback of one.
+
+    with lifecycle() as life: claim -> carry_through(work) -> close(check)
+
+From the claim to the close a signal never leaves a run behind that nobody runs. The claim and the end of the record are
+short, and are never broken off; the work and the check of the reconciliation are. Both ends are retried after a bad
+moment.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
+
+from django.conf import settings
+from django.db import Error as DjangoDatabaseError
+from django.db import connection
+
+from crm.errors import OperatorError
+from crm.interruption import STOPPED_IN_A_BATCH, InterruptedRunError, Interruption, StoppedError
+from crm.models import BackfillRun
+from crm.models.ledger import RunStatus
+from crm.postgres import errors
+from crm.postgres.errors import UnknownEndError
+from crm.runs import lease
+from crm.runs.garbage import seldom_collected
+from crm.runs.lease import FenceLostError
+
+logger = logging.getLogger(__name__)
+
+#: How long the beginning and the end of a run wait after a bad moment; seconds.
+WAITS_BEFORE_ANOTHER_LOOK = (0.5, 1.0, 2.0, 4.0)
+#: How long the check of its reconciliation and the end of its record may take where a run is to stop; seconds. With
+#: the grace of the batch they are the two seconds that an operator waits.
+GRACE_OF_THE_CHECK, GRACE_OF_THE_END = 0.3, 0.6
+Answer = TypeVar("Answer")
+
+
+class Ending(NamedTuple):
+    """How a run ended, and why it did not finish.
+
+    `balanced` is None where its reconciliation was not checked; `not_checked` says why.
+    """
+
+    status: RunStatus
+    failure: str | None = None
+    balanced: bool | None = None
+    not_checked: str | None = None
+
+
+class Checked(NamedTuple):
+    """What the check of a reconciliation found, and what the run's record is to remember of it.
+
+    `failure` is set where the run fails by it.
+    """
+
+    balanced: bool | None
+    failure: str | None = None
+    not_checked: str | None = None
+    recorded: Mapping[str, Any] = {}
+
+
+@dataclass(slots=True)
+class Lifecycle:
+    """One run. `run` is None for a dry run, and until it is claimed."""
+
+    interruption: Interruption = field(default_factory=Interruption)
+    run: BackfillRun | None = None
+
+    def claim(self, claim: Callable[[], BackfillRun]) -> BackfillRun:
+        """Claim the run. Raises what `lease.claim` does, and StoppedError where the operator asked to stop before."""
+        try:
+            self.run = claim()
+        except DjangoDatabaseError:
+            if self.interruption.requested:
+                # Whatever it was that failed: it may well have been cancelled.
+                raise StoppedError("Interrupted at the start. No row was touched; run the command again.") from None
+            raise
+        return self.run
+
+    def carry_through(self, work: Callable[[], None], *failures: type[Exception]) -> Ending:
+        """Do the work of a run; how it ended. `failures` are errors whose text is for the run's record."""
+        expected: tuple[type[Exception], ...] = (*failures, OperatorError)
+        try:
+            with self.interruption.breakable():
+                self.interruption.heed()
+                work()
+        except InterruptedRunError as stopped:
+            connection.close()
+            return Ending(RunStatus.INTERRUPTED, str(stopped) or None)
+        except KeyboardInterrupt:
+            connection.close()
+            return Ending(RunStatus.INTERRUPTED, STOPPED_IN_A_BATCH)
+        except FenceLostError:
+            # What the record says is what happened.
+            return Ending(RunStatus.INTERRUPTED)
+        except expected as error:
+            # A new connection may be refused in the middle of a run, too.
+            return Ending(RunStatus.FAILED, str(error))
+        except UnknownEndError as error:
+            connection.close()
+            status = RunStatus.INTERRUPTED if self.interruption.requested else RunStatus.FAILED
+            return Ending(status, errors.described(error))
+        except DjangoDatabaseError as error:
+            if self.interruption.requested:
+                # Whatever it was that failed: it may well have been cancelled.
+                connection.close()
+                return Ending(RunStatus.INTERRUPTED, STOPPED_IN_A_BATCH)
+            logger.error("the run failed: %s", errors.described(error))  # noqa: TRY400 - a traceback may quote people's data
+            connection.close()
+            return Ending(RunStatus.FAILED, errors.described(error))
+        return Ending(RunStatus.FINISHED)
+
+    def close(self, ending: Ending, count: Callable[[], None], check: Callable[[], Checked]) -> Ending:
+        """End the run's record; how the run ended after all.
+
+        `count` reads what was committed, and `check` the reconciliation.
+        """
+        recorded: Mapping[str, Any] = {}
+        self.interruption.grant(GRACE_OF_THE_CHECK)
+        try:
+            with self.interruption.breakable(at_once=True):
+                self.counting(count)
+                checked = self.counting(check)
+                ending, recorded = _with_check(ending, checked), checked.recorded
+        except KeyboardInterrupt:
+            connection.close()
+            ending = _stopped_before_the_check(ending)
+        except DjangoDatabaseError as error:
+            connection.close()
+            if self.interruption.requested:
+                ending = _stopped_before_the_check(ending)
+            else:
+                ending = _failed(ending, errors.described(error))
+        try:
+            return self._end_patiently(ending, recorded)
+        except DjangoDatabaseError as error:
+            if self._was_cancelled(error):
+                return _stopped_before_the_end(ending)
+            return _failed(ending, errors.described(error))
+
+    def _was_cancelled(self, error: DjangoDatabaseError) -> bool:
+        return self.interruption.requested and errors.sqlstate(error) in errors.TIMEOUTS
+
+    def counting(self, look: Callable[[], Answer]) -> Answer:
+        """Do the same as `patiently`, and keep the lease as long as it takes."""
+
+        def counted() -> Answer:
+            with lease.kept(self.run.pk if self.run else None):
+                return look()
+
+        return self.patiently(counted)
+
+    def _end_patiently(self, ending: Ending, recorded: Mapping[str, Any]) -> Ending:
+        def end() -> Ending:
+            # Somebody may have locked the record; whoever comes next takes it over then.
+            self.interruption.grant(GRACE_OF_THE_END)
+            return self._end(ending, recorded)
+
+        return self.patiently(end, even_if_stopped=True)
+
+    def _end(self, ending: Ending, recorded: Mapping[str, Any]) -> Ending:
+        """End the record, unless it was ended, or deleted, by another process: what it says then is what happened."""
+        if self.run is None:
+            return ending
+        results = {"balanced": ending.balanced, **recorded}
+        if lease.release(self.run.pk, ending.status, failure=ending.failure, **results):
+            return ending
+        record = BackfillRun.objects.filter(pk=self.run.pk)
+        found = record.values_list("status", "failure").first()
+        if found is None:
+            return _failed(ending._replace(failure=None), f"the record of run {self.run.pk} was deleted meanwhile")
+        # Whoever ended it did not count.
+        record.update(**results)
+        if ending.status == RunStatus.FAILED:
+            return ending
+        status, failure = found
+        return ending._replace(status=RunStatus(status), failure=failure)
+
+    def patiently(self, look: Callable[[], Answer], *, even_if_stopped: bool = False) -> Answer:
+        """Look over a fresh connection again when a bad moment came in between; a batch has its own way to retry."""
+        for wait in WAITS_BEFORE_ANOTHER_LOOK:
+            try:
+                return look()
+            except DjangoDatabaseError as error:
+                cause = errors.bad_moment(error)
+                if cause is None or self._was_cancelled(error) or (self.interruption.requested and not even_if_stopped):
+                    raise
+                logger.warning("%s: looking again in %.1f s", cause, wait)
+                connection.close()
+                self.interruption.sleep(wait)
+        return look()
+
+    def abandon(self, error: BaseException) -> None:
+        """Close a run that ends by an error that nobody foresaw."""
+        if self.run is not None:
+            ending = Ending(RunStatus.FAILED, f"an error in the program ({type(error).__name__})")
+            connection.close()
+            try:
+                self._end_patiently(ending, {})
+            except DjangoDatabaseError as told:
+                logger.warning("run %s could not be closed: %s", self.run.pk, errors.described(told))
+
+
+@contextmanager
+def lifecycle() -> Iterator[Lifecycle]:
+    """A run, from before its claim until after its close."""
+    life = Lifecycle()
+    with life.interruption.heeded(), _no_query_log(), seldom_collected():
+        try:
+            yield life
+        except BaseException as error:
+            life.abandon(error)
+            raise
+
+
+@contextmanager
+def _no_query_log() -> Iterator[None]:
+    """With DEBUG on, Django would keep the statement of every batch in memory, with all of its parameters."""
+    debug, settings.DEBUG = settings.DEBUG, False
+    try:
+        yield
+    finally:
+        settings.DEBUG = debug
+
+
+def _with_check(ending: Ending, checked: Checked) -> Ending:
+    ending = ending._replace(balanced=checked.balanced, not_checked=checked.not_checked)
+    if checked.failure is None:
+        return ending
+    failure = f"{ending.failure}; {checked.failure}" if ending.failure else checked.failure
+    return ending._replace(status=RunStatus.FAILED, failure=failure)
+
+
+def _stopped_before_the_check(ending: Ending) -> Ending:
+    ending = ending._replace(not_checked="the run was stopped")
+    if ending.status == RunStatus.FINISHED:
+        return ending._replace(status=RunStatus.INTERRUPTED, failure="stopped before its reconciliation was checked")
+    return ending
+
+
+def _stopped_before_the_end(ending: Ending) -> Ending:
+    status = RunStatus.INTERRUPTED if ending.status == RunStatus.FINISHED else ending.status
+    why = "its record is locked and could not be ended; the next run takes it over"
+    return ending._replace(status=status, failure=f"{ending.failure}; {why}" if ending.failure else why)
+
+
+def _failed(ending: Ending, why: str) -> Ending:
+    return ending._replace(status=RunStatus.FAILED, failure=ending.failure or why, balanced=None, not_checked=why)

@@ -1,0 +1,370 @@
+"""What happened to one person: source rows, contacts, ledger lines, updates, decisions, runs and rollbacks. Only reads.
+
+A trace begins with a contact, a source row or an address, and goes on to whatever the tables of the backfill connect
+with it. It names rows, contacts, runs, outcomes, columns and moments, and never a value of a person's: whoever asks by
+an address knows it, and nobody else learns it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from django.db.backends.base.base import BaseDatabaseWrapper
+
+from crm.errors import OperatorError
+from crm.outcome import Outcome, Source
+from crm.postgres.facts.schema import DatabaseFacts, examine
+from crm.postgres.loaders import read_as_text
+from crm.postgres.snapshot import snapshot
+from crm.rules.addresses import canonical_address, canonical_address_sql
+from crm.rules.row_reference import RowReference
+
+#: How many of the last rollbacks are listed that may have reversed a row or an update here: they leave no trace of it.
+MAX_ROLLBACKS = 20
+
+_CONTACTS_OF_ADDRESS = f"SELECT id FROM crm_contacts WHERE {canonical_address_sql('email')} = %s"
+_ROWS_OF_ADDRESS = f"""
+SELECT 'profiles', p.id FROM users u JOIN profiles p ON p."userId" = u.id WHERE {canonical_address_sql("u.email")} = %s
+ UNION ALL
+SELECT 'leads', id FROM leads WHERE {canonical_address_sql("email")} = %s
+"""
+_DECIDED_FOR_ADDRESS = 'SELECT "row" FROM conflict_decision WHERE separate_email = %s'
+_LEAD_SOURCES = ", ".join(f"'{source}'" for source in Source.of_table("leads"))
+_TABLE = f"CASE WHEN source IN ({_LEAD_SOURCES}) THEN 'leads' ELSE 'profiles' END"
+_CONTACTS = 'SELECT id, "createdAt", "updatedAt" FROM crm_contacts WHERE id = ANY(%s) ORDER BY id'
+# One by its key, one by the index of the contact, and the few errors by themselves.
+_LINES = f"""
+SELECT {_TABLE}, source_id, id, source, outcome, reason, contact_id, filled, run_id, source_updated_at, seen_updated_at,
+       sqlstate, "constraint", "column", "table", "trigger"
+  FROM (SELECT * FROM ledger_entry WHERE id = ANY(%(keys)s)
+         UNION
+        SELECT * FROM ledger_entry WHERE contact_id = ANY(%(contacts)s) AND outcome IN ('merged', 'exists')
+         UNION
+        SELECT * FROM ledger_entry WHERE contact_id = ANY(%(contacts)s) AND outcome = 'error') line
+ ORDER BY run_id, id
+"""
+_UPDATES = f"""
+SELECT {_TABLE}, source_id, contact_id, run_id, columns, from_type, to_type, from_stage, to_stage
+  FROM contact_update WHERE contact_id = ANY(%(contacts)s) OR line_id = ANY(%(keys)s) ORDER BY id
+"""
+_DECISIONS = """
+SELECT "row", contact_id, decided_at FROM conflict_decision
+ WHERE id = ANY(%(keys)s) OR contact_id = ANY(%(contacts)s) ORDER BY decided_at
+"""
+_ROWS = {
+    "profiles": 'SELECT id, role::text, "updatedAt" FROM profiles WHERE id = ANY(%s)',
+    "leads": 'SELECT id, status::text, "updatedAt" FROM leads WHERE id = ANY(%s)',
+}
+_COMPUTED_ID = "'c' || left(encode(sha256(convert_to('{table}:' || id, 'UTF8')), 'hex'), 24)"
+# A scan of both tables: only for contacts of which nothing else is known.
+_ROWS_THAT_WOULD_MAKE = " UNION ALL ".join(
+    f"SELECT '{table}', id FROM {table} WHERE {_COMPUTED_ID.format(table=table)} = ANY(%(contacts)s)" for table in _ROWS
+)
+_IS_COMPUTED = re.compile("c[0-9a-f]{24}")
+_RUNS = """
+SELECT id, kind, status, started_at, finished_at, version FROM backfill_run WHERE id = ANY(%s) ORDER BY id
+"""
+_ROLLBACKS = """
+SELECT of_id, run_id, status, started_at, updates_reversed FROM rollback JOIN backfill_run run ON run.id = run_id
+ WHERE of_id = ANY(%(runs)s)
+    OR run_id IN (SELECT run_id FROM rollback WHERE %(is_pending)s OR updates_reversed > 0
+                   ORDER BY run_id DESC LIMIT %(most)s)
+ ORDER BY run_id
+"""
+
+Found = dict[str, Any]
+
+
+@dataclass(slots=True)
+class _Trail:
+    """What is known to belong together, as far as it has been followed."""
+
+    contacts: set[str] = field(default_factory=set)
+    rows: set[RowReference] = field(default_factory=set)
+
+    @property
+    def keys(self) -> list[str]:
+        """The keys of the rows' lines; and of contacts, the lines that made them."""
+        return sorted({row.line_id for row in self.rows} | self.contacts)
+
+
+def trace_reference(connection: BaseDatabaseWrapper, text: str) -> dict[str, Any]:
+    """What happened to a contact, by its id, or to a source row, by its reference.
+
+    Raises OperatorError for an address, which everybody could read in the list of processes, and where the database
+    does not fit.
+    """
+    _require_text(text)
+    if text.startswith(("profiles:", "leads:")):
+        return _trace(connection, _Trail(rows={RowReference.parse(text)}))
+    if "@" in text:
+        raise OperatorError(
+            "An email address is no argument, since every user of this machine could read it: write - instead, and "
+            "give the address on standard input."
+        )
+    if ":" in text:
+        # Refuses it, with the two tables that there are.
+        RowReference.parse(text)
+    return _trace(connection, _Trail(contacts={text}))
+
+
+def trace_address(connection: BaseDatabaseWrapper, text: str) -> dict[str, Any]:
+    """What happened to whoever has an email address, however it is spelled. Raises OperatorError, as above."""
+    _require_text(text)
+    address = canonical_address(text)
+    if not address:
+        raise OperatorError("There is no email address on standard input.")
+    return _trace(connection, _Trail(), address)
+
+
+def _require_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise OperatorError("That is no text in UTF-8.") from None
+    if "\0" in text:
+        raise OperatorError("That is no text that PostgreSQL can hold.")
+
+
+def _trace(connection: BaseDatabaseWrapper, trail: _Trail, address: str | None = None) -> dict[str, Any]:
+    with snapshot(connection):
+        facts = examine(connection, for_writing=False)
+        if not facts.has_ledger:
+            raise OperatorError(
+                "There is no ledger that this role may read, so nothing is known of anybody: run `python manage.py "
+                "migrate` and `backfill_crm_contacts` first, or GRANT SELECT on its tables."
+            )
+        reader = _Reader(connection, facts)
+        if address is not None:
+            reader.add_people_of(trail, address)
+        trace = reader.follow(trail)
+        # A rollback leaves no line that names the contact it deleted; the row that made it is still there.
+        unknown = [contact["contact_id"] for contact in trace["contacts"] if contact["state"] == "unknown"]
+        return reader.follow(trail) if reader.add_rows_that_would_make(trail, unknown) else trace
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    connection: BaseDatabaseWrapper
+    facts: DatabaseFacts
+
+    def add_people_of(self, trail: _Trail, address: str) -> None:
+        trail.contacts.update(contact for (contact,) in self._rows(_CONTACTS_OF_ADDRESS, [address]))
+        trail.rows.update(RowReference(*row) for row in self._rows(_ROWS_OF_ADDRESS, [address, address]))
+        trail.rows.update(RowReference.parse(row) for (row,) in self._rows(_DECIDED_FOR_ADDRESS, [address]))
+
+    def add_rows_that_would_make(self, trail: _Trail, contacts: Iterable[str]) -> bool:
+        """Add the rows from which the ids of contacts are computed; whether there are any."""
+        if not (ids := [contact for contact in contacts if _IS_COMPUTED.fullmatch(contact)]):
+            return False
+        rows = {RowReference(*row) for row in self._rows(_ROWS_THAT_WOULD_MAKE, {"contacts": ids})}
+        trail.rows.update(rows)
+        return bool(rows)
+
+    def follow(self, trail: _Trail) -> dict[str, Any]:
+        """Go from rows to contacts and back, until there is nothing new; what was found."""
+        before: tuple[int, int] | None = None
+        lines: list[Found] = []
+        updates: list[Found] = []
+        decisions: list[Found] = []
+        while before != (len(trail.contacts), len(trail.rows)):
+            before = len(trail.contacts), len(trail.rows)
+            asked = {"keys": trail.keys, "contacts": sorted(trail.contacts)}
+            lines = [_line(row) for row in self._rows(_LINES, asked)]
+            updates = [_update(row) for row in self._rows(_UPDATES, asked)]
+            decisions = [_decision(row) for row in self._rows(_DECISIONS, asked)]
+            found = [*lines, *updates, *decisions]
+            trail.rows.update(RowReference.parse(each["row"]) for each in found)
+            trail.contacts.update(each["contact_id"] for each in found if each["contact_id"] is not None)
+        by_row = {line["row"]: line for line in lines}
+        contacts = self._contacts(trail, lines)
+        rows = self._source_rows(trail.rows, by_row)
+        runs = sorted({each["run"] for each in (*lines, *updates)})
+        is_pending = any(row["state"] == "pending" for row in rows)
+        rollbacks = [
+            dict(zip(("rolls_back", "run", "status", "started_at", "updates_reversed"), rollback, strict=True))
+            for rollback in self._rows(_ROLLBACKS, {"runs": runs, "is_pending": is_pending, "most": MAX_ROLLBACKS})
+        ]
+        return {
+            "found": bool(lines or updates or decisions)
+            or any(contact["state"] != "unknown" for contact in contacts)
+            or any(row["state"] != "unknown" for row in rows),
+            "contacts": contacts,
+            "rows": rows,
+            "lines": lines,
+            "updates": updates,
+            "decisions": decisions,
+            "runs": [
+                dict(zip(("run", "kind", "status", "started_at", "finished_at", "version"), run, strict=True))
+                for run in self._rows(_RUNS, [runs])
+            ],
+            "rollbacks": rollbacks,
+        }
+
+    def _contacts(self, trail: _Trail, lines: Iterable[Found]) -> list[Found]:
+        """The contacts; and those that rows would make, where they are there although no line says so."""
+        there = {contact: moments for contact, *moments in self._rows(_CONTACTS, [trail.keys])}
+        made_by = {line["contact_id"]: line["row"] for line in lines if line["outcome"] == Outcome.CREATED}
+        known = {line["contact_id"] for line in lines}
+        return [
+            {
+                "contact_id": contact,
+                "state": "there" if contact in there else "deleted" if contact in known else "unknown",
+                "made_by": made_by.get(contact),
+                "created_at": there[contact][0] if contact in there else None,
+                "updated_at": there[contact][1] if contact in there else None,
+            }
+            for contact in sorted(trail.contacts | there.keys())
+        ]
+
+    def _source_rows(self, rows: Iterable[RowReference], lines: Mapping[str, Found]) -> list[Found]:
+        there: dict[RowReference, tuple[str | None, str | None]] = {}
+        for table, query in _ROWS.items():
+            ids = [row.source_id for row in rows if row.table == table]
+            for source_id, label, updated_at in self._rows(query, [ids]) if ids else ():
+                there[RowReference(table, source_id)] = label, updated_at
+        found = []
+        for row in sorted(rows):
+            label, updated_at = there.get(row, (None, None))
+            source = self.facts.source_of(row.table, label) if row in there else None
+            found.append(
+                {
+                    "row": str(row),
+                    "state": self._state(row, lines.get(str(row)), label, is_there=row in there, source=source),
+                    "source": source.value if source else None,
+                    "updated_at": updated_at,
+                }
+            )
+        return found
+
+    def _state(
+        self, row: RowReference, line: Found | None, label: str | None, *, is_there: bool, source: Source | None
+    ) -> str:
+        """What has become of a row, in a word or two."""
+        if not is_there:
+            return "gone" if line else "unknown"
+        if source is None:
+            return f"excluded ({self.facts.exclusion(row.table, str(label))})"
+        return "in the ledger" if line else "pending"
+
+    def _rows(self, query: str, parameters: Sequence[Any] | Mapping[str, Any]) -> list[tuple[Any, ...]]:
+        with self.connection.cursor() as cursor:
+            read_as_text(cursor)
+            cursor.execute(query, parameters)
+            return list(cursor.fetchall())
+
+
+def _line(row: tuple[Any, ...]) -> Found:
+    table, source_id, key, source, outcome, reason, contact, filled, run, settled_at, seen_at, *refusal = row
+    names = ("sqlstate", "constraint", "column", "table", "trigger")
+    return {
+        "row": f"{table}:{source_id}",
+        "line": key,
+        "source": source,
+        "outcome": outcome,
+        "reason": reason,
+        "contact_id": contact,
+        "filled": filled.split(",") if filled else [],
+        "run": run,
+        "row_updated_at": settled_at,
+        "row_seen_at": seen_at,
+        "refusal": {name: value for name, value in zip(names, refusal, strict=True) if value is not None},
+    }
+
+
+def _update(row: tuple[Any, ...]) -> Found:
+    table, source_id, contact, run, columns, from_type, to_type, from_stage, to_stage = row
+    return {
+        "row": f"{table}:{source_id}",
+        "contact_id": contact,
+        "run": run,
+        "columns": columns.split(","),
+        "type": [from_type, to_type] if to_type else None,
+        "stage": [from_stage, to_stage] if to_stage else None,
+    }
+
+
+def _decision(row: tuple[Any, ...]) -> Found:
+    reference, contact, decided_at = row
+    # The address of a contact of the row's own is a person's: that there is one says enough.
+    return {"row": reference, "contact_id": contact, "is_separate": contact is None, "decided_at": decided_at}
+
+
+def as_lines(trace: Mapping[str, Any]) -> list[str]:
+    """A trace for people: contacts, rows with their lines, changes, decisions, runs."""
+    return [
+        *map(_contact_line, trace["contacts"]),
+        *(line for row in trace["rows"] for line in _row_lines(row, trace["lines"])),
+        *map(_update_line, trace["updates"]),
+        *map(_decision_line, trace["decisions"]),
+        *map(_run_line, trace["runs"]),
+        *map(_rollback_line, trace["rollbacks"]),
+    ]
+
+
+def _contact_line(contact: Found) -> str:
+    made_by = f"made by {contact['made_by']}" if contact["made_by"] else "not made by the backfill"
+    told = {
+        "there": f"in the CRM, {made_by}, created {_utc(contact['created_at'])}, updated {_utc(contact['updated_at'])}",
+        "deleted": f"not in the CRM any more, {made_by}: what was deleted stays deleted",
+        "unknown": "not in the CRM, and no line of the ledger names it",
+    }[contact["state"]]
+    return f"Contact {contact['contact_id']}: {told}"
+
+
+def _row_lines(row: Found, lines: Iterable[Found]) -> list[str]:
+    told = {
+        "gone": "not in the source any more",
+        "unknown": "neither in the source nor in the ledger",
+        "pending": "pending: no run has migrated it, or a rollback took it back; the next run takes it",
+    }.get(row["state"], row["state"])
+    head = f"Row {row['row']}: {told}"
+    if row["updated_at"] is not None:
+        head += f", updated {_utc(row['updated_at'])}"
+    return [head, *(f"  {_line_line(line)}" for line in lines if line["row"] == row["row"])]
+
+
+def _line_line(line: Found) -> str:
+    told = f"Run {line['run']}, {line['source']}: {line['outcome']}"
+    if line["reason"]:
+        told += f" {line['reason']}"
+    if line["contact_id"]:
+        told += f", contact {line['contact_id']}"
+    if line["filled"]:
+        told += f", filled {', '.join(line['filled'])}"
+    told += "".join(f", {name} {value}" for name, value in line["refusal"].items())
+    if line["row_seen_at"]:
+        told += f"; looked at again as of {_utc(line['row_seen_at'])}"
+    return told
+
+
+def _update_line(update: Found) -> str:
+    told = f"Update in run {update['run']} of contact {update['contact_id']} from {update['row']}: "
+    told += ", ".join(update["columns"])
+    steps = [f"{step[0]} -> {step[1]}" for step in (update["type"], update["stage"]) if step]
+    return f"{told} ({', '.join(steps)})" if steps else told
+
+
+def _decision_line(decision: Found) -> str:
+    whose = "a contact of its own" if decision["is_separate"] else f"contact {decision['contact_id']}"
+    return f"Decision on {decision['row']} at {_utc(decision['decided_at'])}: {whose}"
+
+
+def _run_line(run: Found) -> str:
+    started = _utc(run["started_at"])
+    return f"Run {run['run']}: {run['kind']}, {run['status']}, started {started}, version {run['version']}"
+
+
+def _rollback_line(rollback: Found) -> str:
+    by, of = rollback["run"], rollback["rolls_back"]
+    reversed_updates = rollback["updates_reversed"]
+    updates = f", reversed {reversed_updates:,} updates of contacts" if reversed_updates else ""
+    return f"Run {by}: rollback of run {of}, {rollback['status']}, started {_utc(rollback['started_at'])}{updates}"
+
+
+def _utc(moment: str | None) -> str:
+    """A moment as PostgreSQL writes it in UTC: with the zone's offset, or without a zone."""
+    return f"{moment.removesuffix('+00')} UTC" if moment else "an unknown time"

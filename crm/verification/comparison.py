@@ -1,0 +1,233 @@
+"""Every contact that we made, column by column, against what its source row maps to now.
+
+What a contact is to be comes from its rows, unit by unit: from the row whose line says last that it wrote the unit, be
+it the one that made the contact, a merged one or one that updated it; where no line says so, from the first that has
+it, since a row that was merged left nothing behind. Attribution is one unit: its columns are never of two rows.
+
+Where contact and expectation differ, the markers say who changed: `updatedAt` of the contact and of the source row are
+both what was recorded, as long as nobody touched them. So `updatedAt` itself is not compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from django.db.backends.base.base import BaseDatabaseWrapper
+
+from crm.backfill.read.rows import (
+    CHANGED,
+    COLUMN,
+    NONE_PROVEN,
+    NOT_LINKED,
+    NOT_THERE,
+    FoundContact,
+    FoundRow,
+    Line,
+    LinesOfContact,
+    RowReader,
+    lines_of_contacts,
+)
+from crm.outcome import Reason
+from crm.postgres.snapshot import PAGE
+from crm.rules.mapping import ContactDraft, MappedRow
+from crm.rules.matching import KnownContact, fill
+from crm.rules.updating import FIELDS_OF_CHANGE
+from crm.runs.other_rules import OtherRules
+from crm.verification.findings import Check, Finding, Kind, unexplained
+from crm.verification.proof import proven_contacts
+
+_MARKER = "updated_at"
+#: The column that speaks of why a row that made a contact could not make it today.
+_COLUMN_OF_REASON = {
+    Reason.INVALID_EMAIL: "email",
+    Reason.UNKNOWN_ROLE: "contact_type",
+    Reason.UNKNOWN_TYPE: "contact_type",
+    Reason.UNKNOWN_STATUS: "stage",
+}
+_FIELD_OF_COLUMN = {"role": "contact_type", "type": "contact_type", "status": "stage"}
+#: Stands for the value of a row that cannot be read any more; equal to nothing.
+_UNKNOWN = object()
+
+
+@dataclass(slots=True)
+class Comparison:
+    """How many contacts of ours were compared, how many are what their rows map to, how many somebody touched.
+
+    Not compared is a contact whose row is gone, or is not to be migrated any more.
+    """
+
+    compared: int = 0
+    alike: int = 0
+    touched: int = 0
+
+
+def compare_contacts(
+    connection: BaseDatabaseWrapper,
+    reader: RowReader,
+    other_rules: OtherRules,
+    counts: Comparison,
+    on_page: Callable[[int], None],
+) -> Iterator[Finding]:
+    """Compare every contact of ours: on the server where that is enough, by the rules of the mapping otherwise.
+
+    Counts on the way, and calls `on_page` with the contacts of each page.
+    """
+    compared = [name for name, column in COLUMN.items() if column not in reader.missing_columns and name != _MARKER]
+    query = (NONE_PROVEN, {}) if reader.missing_columns else proven_contacts(reader.facts, reader.resolutions.by_id)
+    proven, others = lines_of_contacts(connection, reader.facts, query)
+    counts.compared += proven.contacts
+    counts.alike += proven.contacts
+    counts.touched += proven.touched
+    on_page(proven.contacts)
+    while page := list(islice(others, PAGE)):
+        contacts = reader.contacts(lines.creator.contact_id for lines in page)
+        rows = reader.source_rows(line for lines in page for line in (lines.creator, *lines.later))
+        for lines in page:
+            contact = contacts.get(lines.creator.contact_id)
+            if contact is None:
+                continue  # deleted in the CRM: the reconciliation counts it
+            counts.touched += _is_touched(contact, lines)
+            row = rows.get(lines.creator.row)
+            if row is None:
+                yield _gone(contact, lines)
+            elif row.mapped is not None:  # a row that is not to be migrated is the reconciliation's
+                counts.compared += 1
+                findings = _compare(contact, row.mapped, lines, rows, compared, other_rules)
+                counts.alike += not findings
+                yield from findings
+        on_page(len(page))
+
+
+def _gone(contact: FoundContact, lines: LinesOfContact) -> Finding:
+    kind = Kind.CRM_CHANGED if _is_touched(contact, lines) else Kind.SOURCE_CHANGED
+    return Finding(Check.ROW_GONE, kind, lines.creator.row, lines.creator.contact_id)
+
+
+def _compare(
+    contact: FoundContact,
+    mapped: MappedRow,
+    lines: LinesOfContact,
+    rows: Mapping[str, FoundRow],
+    compared: Collection[str],
+    other_rules: OtherRules,
+) -> list[Finding]:
+    if mapped.draft is not None:
+        differing = _differing(contact, _without_left_accounts(mapped, mapped.draft, contact), lines, rows, compared)
+    else:
+        differing = {_field_of_rejection(mapped): lines.creator}
+    return list(_findings(differing, contact, lines, rows, other_rules)) if differing else []
+
+
+def _field_of_rejection(mapped: MappedRow) -> str:
+    """The contact's field that speaks of why its row could not make it today."""
+    column = mapped.refusal.column if mapped.refusal else None
+    of_column = next((name for name, its_column in COLUMN.items() if its_column == column), None)
+    of_reason = _COLUMN_OF_REASON.get(mapped.rejection, "id") if mapped.rejection else "id"
+    return of_column or _FIELD_OF_COLUMN.get(column or "", of_reason)
+
+
+def _differing(
+    contact: FoundContact,
+    draft: ContactDraft,
+    lines: LinesOfContact,
+    rows: Mapping[str, FoundRow],
+    compared: Collection[str],
+) -> dict[str, Line]:
+    """The fields that are not as expected, each with the line of the row that its value should come from."""
+    origin: dict[str, Line] = {}
+    expected = draft
+    if lines.later:
+        values, origin = _brought_by_rows(contact, draft, lines, rows)
+        expected = draft._replace(**values)
+    if expected == contact.values:
+        return {}
+    return {
+        name: origin.get(name, lines.creator)
+        for name in compared
+        if getattr(contact.values, name) != getattr(expected, name)
+    }
+
+
+def _brought_by_rows(
+    contact: FoundContact, draft: ContactDraft, lines: LinesOfContact, rows: Mapping[str, FoundRow]
+) -> tuple[dict[str, Any], dict[str, Line]]:
+    """What rows bring to a contact, and the line of the row that each value comes from, unit by unit.
+
+    A unit comes from the row of the last line that says that it wrote it. Where no line says so, from the first row
+    that has it: a row that was merged leaves nothing behind.
+    """
+    origin: dict[str, Line] = {}
+    known = KnownContact.of_draft(draft)
+    for line in lines.merged:
+        mapped = _mapped(line, rows)
+        if mapped is not None and mapped.draft is not None:
+            filled = fill(known, _without_left_accounts(mapped, mapped.draft, contact))
+            origin |= {name: line for unit in filled for name in FIELDS_OF_CHANGE[unit]}
+    values = dict(known.fills)
+    for line in (lines.creator, *lines.later):
+        mapped = _mapped(line, rows)
+        # Whole: what a line says that it wrote was not left to another contact.
+        theirs = mapped.draft if mapped else None
+        for unit in line.filled.split(",") if line.filled else ():
+            for name in FIELDS_OF_CHANGE[unit]:
+                values[name] = getattr(theirs, name) if theirs else _UNKNOWN
+                origin[name] = line
+    return values, origin
+
+
+def _without_left_accounts(mapped: MappedRow, draft: ContactDraft, contact: FoundContact) -> ContactDraft:
+    """The draft without what a row that a person decided on left to other contacts: accounts that they had."""
+    if mapped.resolution is None:
+        return draft
+    values = contact.values
+    return draft._replace(
+        user_id=draft.user_id if values.user_id is not None else None,
+        clerk_user_id=draft.clerk_user_id if values.clerk_user_id is not None else None,
+    )
+
+
+def _mapped(line: Line, rows: Mapping[str, FoundRow]) -> MappedRow | None:
+    row = rows.get(line.row)
+    return row.mapped if row else None
+
+
+def _may_differ(line: Line, row: FoundRow | None, contact: FoundContact, name: str) -> bool:
+    """Whether the value that a row gives to a field may be another one since the row was migrated."""
+    if row is None or row.mapped is None or row.updated_at != line.source_updated_at:
+        return True
+    if line.table == "profiles":
+        # Without an address that is one, a profile maps to nothing at all.
+        is_decided = row.mapped.resolution is not None and row.mapped.resolution.separate_email is not None
+        of_address = row.mapped.draft is None or (name == "email" and not is_decided)
+        return row.other == CHANGED and of_address
+    # A lead may name its preparer by user: without the profile, nobody can tell any more who that was.
+    is_lost = row.other == NOT_THERE and not contact.preparer_is_there
+    # The profile may be there, and be linked to another user by now.
+    is_linked_otherwise = row.other == NOT_LINKED and contact.values.assigned_preparer_id is not None
+    return name == "assigned_preparer_id" and (row.other == CHANGED or is_lost or is_linked_otherwise)
+
+
+def _findings(
+    differing: Mapping[str, Line],
+    contact: FoundContact,
+    lines: LinesOfContact,
+    rows: Mapping[str, FoundRow],
+    other_rules: OtherRules,
+) -> Iterator[Finding]:
+    touched = _is_touched(contact, lines)
+    # Of all of its rows: which of them a value comes from is a matter of the rules, too.
+    written_by = other_rules.of(line.run_id for line in (lines.creator, *lines.later))
+    of_kind: dict[tuple[Kind, str | None], list[str]] = {}
+    for name, line in differing.items():
+        changed = touched or _may_differ(line, rows.get(line.row), contact, name)
+        by_people = (Kind.CRM_CHANGED if touched else Kind.SOURCE_CHANGED), None
+        of_kind.setdefault(by_people if changed else unexplained(written_by), []).append(COLUMN[name])
+    for (kind, by), columns in of_kind.items():
+        yield Finding(Check.FIELDS, kind, lines.creator.row, lines.creator.contact_id, tuple(columns), by)
+
+
+def _is_touched(contact: FoundContact, lines: LinesOfContact) -> bool:
+    return contact.values.updated_at != lines.creator.written_at

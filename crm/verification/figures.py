@@ -1,0 +1,64 @@
+"""The figures that the business asks for: contacts by type and by source, and how many have an attribution."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from django.db.backends.base.base import BaseDatabaseWrapper
+
+from crm.postgres.loaders import read_as_text
+
+#: The source of contacts that somebody else made.
+OTHERS = "others"
+
+_FIGURES = """
+SELECT CASE WHEN GROUPING(c."contactType") = 0 THEN c."contactType"::text END,
+       CASE WHEN GROUPING(line.source) = 0 THEN COALESCE(line.source, %(others)s) END,
+       count(*), {with_attribution}, min(c."createdAt"), max(c."createdAt")
+  FROM crm_contacts c LEFT JOIN ledger_entry line ON line.id = c.id AND line.outcome = 'created'
+ GROUP BY GROUPING SETS ((c."contactType", line.source), (c."contactType"), (line.source), ())
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Contacts of one type, or of one source, or both. `oldest` and `newest` are of their creation, in UTC.
+
+    `with_attribution` counts those that have a referrer; None where the table has no such column.
+    """
+
+    total: int
+    with_attribution: int | None
+    oldest: str | None
+    newest: str | None
+
+    @property
+    def percent(self) -> float | None:
+        """How many in a hundred have an attribution, to one place; None where there is no contact."""
+        if self.with_attribution is None or not self.total:
+            return None
+        return round(100 * self.with_attribution / self.total, 1)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "total": self.total,
+            "with_attribution": self.with_attribution,
+            "percent": self.percent,
+            "oldest": self.oldest,
+            "newest": self.newest,
+        }
+
+
+#: By contact type and source; None stands for all of them.
+FiguresTable = dict[tuple[str | None, str | None], Figures]
+
+
+def count_contacts(connection: BaseDatabaseWrapper, *, has_referrer: bool) -> FiguresTable:
+    """The figures of every contact of the CRM, ours and others', in one pass."""
+    query = _FIGURES.format(with_attribution='count(c."referrerUsername")' if has_referrer else "NULL")
+    with connection.cursor() as cursor:
+        read_as_text(cursor)
+        cursor.execute(query, {"others": OTHERS})
+        return {(contact_type, source): Figures(*figures) for contact_type, source, *figures in cursor.fetchall()}

@@ -1,0 +1,186 @@
+"""Contacts of which the server alone can tell that they are what their source row maps to. Only reads.
+
+Nearly every contact comes from one row, whose values are of the plain kind: for those, the whole comparison is one pass
+on the server. What is said here must be no more than what `crm.rules.mapping` says: a contact that is proven is not
+looked at again. What cannot be proven, for whatever reason, is compared in Python by the rules themselves; so a rule
+that is missing here costs time, and never a finding.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from crm.backfill.read.source import WHITE_SPACE
+from crm.outcome import Source
+from crm.postgres.facts.schema import DatabaseFacts
+from crm.rules.mapping import (
+    CONTACT_TYPE_OF_LEAD_TYPE,
+    CONTACT_TYPE_OF_SOURCE,
+    CONVERTED_CONTACT_TYPE,
+    FULL_CONFIDENCE,
+    LEAD_ORIGIN,
+    PROFILE_ORIGIN,
+    SOURCE_OF_ROLE,
+    STAGES_OF_STATUS,
+    UNKNOWN_NAME,
+)
+
+# No more than what is an address to `crm.rules.mapping` as well. Without bounds in it, which cost PostgreSQL
+# a hundred times as much: what stands before and after the @ is so short that none of its parts can be too long.
+_PLAIN_EMAIL = "^[a-z0-9_+-]+([.][a-z0-9_+-]+)*@([a-z0-9]+(-+[a-z0-9]+)*[.])+[a-z][a-z]+$"
+_LONGEST_PART = 60
+
+
+def _trimmed(column: str) -> str:
+    return f"NULLIF(btrim({column}, %(white_space)s), '')"
+
+
+def _is(contact: str, value: str) -> str:
+    """That a column of the contact has a value, or both are nothing."""
+    return f'c."{contact}" IS NOT DISTINCT FROM {value}'
+
+
+def _is_address(given: str) -> str:
+    """That the contact has the address that was given, and that it is one."""
+    return (
+        f'(lower(btrim({given}, %(white_space)s) COLLATE "C") = c.email AND octet_length(c.email) = length(c.email) '
+        "AND position('@' IN c.email) <= %(longest_part)s "
+        "AND length(c.email) - position('@' IN c.email) <= %(longest_part)s "
+        'AND c.email COLLATE "C" ~ %(plain_email)s)'
+    )
+
+
+def _or(given: str, otherwise: str) -> str:
+    return f"COALESCE({_trimmed(given)}, %({otherwise})s)"
+
+
+def _is_moment(column: str) -> str:
+    return f"{column} BETWEEN '0001-01-01' AND '9999-12-31 23:59:59.999999'"
+
+
+_OF_EVERY_ROW = [
+    _is_moment('r."createdAt"'),
+    _is_moment('r."updatedAt"'),
+    _is("firstName", _or('r."firstName"', "unknown_name")),
+    _is("lastName", _or('r."lastName"', "unknown_name")),
+    _is("phone", _trimmed("r.phone")),
+    _is("createdAt", 'r."createdAt"'),
+]
+_ATTRIBUTION = ("referrerUsername", "referrerType", "commissionRate", "commissionRateLockedAt", "attributionMethod")
+_NOTHING = ("assignedPreparerId", "assignedAt", "lastContactedAt", *_ATTRIBUTION)
+
+_OF_PROFILE = [
+    *_OF_EVERY_ROW,
+    _is("userId", 'r."userId"'),
+    _is("clerkUserId", "{clerk_user_id}"),
+    _is("company", _trimmed('r."companyName"')),
+    'c."contactType"::text = (%(type_of_role)s::jsonb ->> r.role::text)',
+    "c.stage::text = %(new)s",
+    _is("stageEnteredAt", 'r."createdAt"'),
+    "c.source = %(profile_origin)s",
+    'c."attributionConfidence" = %(full_confidence)s',
+    *(f'c."{name}" IS NULL' for name in _NOTHING),
+    f"""CASE WHEN btrim(u.email, %(white_space)s) <> '' THEN {_is_address("u.email")}
+             ELSE c.email = lower(c."contactType"::text) || '-' || r.id || '@' || %(placeholder_domain)s
+              AND r.id = lower(r.id COLLATE "C") AND octet_length(r.id) = length(r.id) END""",
+]
+_OF_LEAD = [
+    *_OF_EVERY_ROW,
+    *(f'c."{name}" IS NULL' for name in ("userId", "clerkUserId", "company")),
+    """c."contactType"::text = CASE WHEN r.status::text = ANY(%(converted)s) THEN %(converted_type)s
+                                   ELSE %(type_of_type)s::jsonb ->> r.type::text END""",
+    "c.stage::text = (%(stage_of_status)s::jsonb ->> r.status::text)",
+    """c."stageEnteredAt" = CASE c.stage::text WHEN %(new)s THEN r."createdAt"
+                             WHEN %(contacted)s THEN COALESCE(r."lastContactedAt", r."updatedAt")
+                             ELSE r."updatedAt" END""",
+    _is("source", _or("r.source", "lead_origin")),
+    # A preparer who is given by the profile's own id; whoever is given otherwise, Python looks for.
+    """CASE WHEN r."assignedPreparerId" IS NULL THEN c."assignedPreparerId" IS NULL AND c."assignedAt" IS NULL
+            ELSE p.id = c."assignedPreparerId" AND c."assignedAt" = r."updatedAt"
+             AND btrim(p.id, %(white_space)s) <> '' END""",
+    *(_is(name, f'r."{name}"') for name in (*_ATTRIBUTION, "attributionConfidence", "lastContactedAt")),
+    *(f"COALESCE({_is_moment(column)}, true)" for column in ('r."lastContactedAt"', 'r."commissionRateLockedAt"')),
+    'COALESCE(r."commissionRate" BETWEEN -1e9 AND 1e9, true)',
+    _is_address("r.email"),
+]
+_MADE = """
+SELECT c.id, c."updatedAt" IS DISTINCT FROM line.source_updated_at::timestamp({second_digits}) AS touched
+  FROM ledger_entry line
+  JOIN crm_contacts c ON c.id = line.id
+  {rows}
+ WHERE line.outcome = 'created' AND line.contact_id = line.id AND line.source = ANY(%({sources})s)
+   AND line.id <> ALL(%(decided)s) AND line.source_id <> ALL(%({repeated})s)
+   AND NOT EXISTS (SELECT FROM ledger_entry merged WHERE merged.outcome = 'merged' AND merged.contact_id = line.id)
+   AND NOT EXISTS (SELECT FROM contact_update change WHERE change.contact_id = line.id)
+   AND {conditions}
+"""
+_PROFILES = _MADE.format(
+    second_digits="{second_digits}",
+    rows='JOIN profiles r ON r.id = line.source_id LEFT JOIN users u ON u.id = r."userId"',
+    sources="profile_sources",
+    repeated="repeated_profiles",
+    conditions="\n   AND ".join(_OF_PROFILE),
+)
+_LEADS = _MADE.format(
+    second_digits="{second_digits}",
+    rows='JOIN leads r ON r.id = line.source_id LEFT JOIN profiles p ON p.id = r."assignedPreparerId"',
+    sources="lead_sources",
+    repeated="repeated_leads",
+    conditions="\n   AND ".join(_OF_LEAD),
+)
+
+
+def proven_contacts(facts: DatabaseFacts, decided: Mapping[str, object]) -> tuple[str, dict[str, Any]]:
+    """The query of the contacts that are as they should be, with whether somebody touched them; and its parameters.
+
+    `decided` has the keys of the rows that people decided on, which are never proven here. PostgreSQL may refuse the
+    query where a row cannot be read, or a column is of another type.
+    """
+    rules = facts.rules()
+    clerk_user_id = "NULLIF(r.\"clerkUserId\", '')" if facts.has_clerk_user_id else "NULL"
+    query = f"{_PROFILES} UNION ALL {_LEADS}".replace("{clerk_user_id}", clerk_user_id)
+    query = query.replace("{second_digits}", str(facts.second_digits))
+    return query, {
+        "white_space": WHITE_SPACE,
+        "plain_email": _PLAIN_EMAIL,
+        "longest_part": _LONGEST_PART,
+        "unknown_name": UNKNOWN_NAME,
+        "profile_origin": PROFILE_ORIGIN,
+        "lead_origin": LEAD_ORIGIN,
+        "full_confidence": FULL_CONFIDENCE,
+        "placeholder_domain": rules.placeholder_domain,
+        "new": rules.stages["NEW"],
+        "contacted": rules.stages["CONTACTED"],
+        "profile_sources": [source.value for source in Source.of_table("profiles")],
+        "lead_sources": [source.value for source in Source.of_table("leads")],
+        "decided": list(decided),
+        "repeated_profiles": list(facts.repeated_ids.get("profiles", ())),
+        "repeated_leads": list(facts.repeated_ids.get("leads", ())),
+        "converted": list(facts.statuses.get("CONVERTED", ())),
+        "converted_type": CONVERTED_CONTACT_TYPE,
+        "type_of_role": json.dumps(
+            {
+                label: CONTACT_TYPE_OF_SOURCE[SOURCE_OF_ROLE[role]]
+                for role, labels in facts.roles.items()
+                if role in SOURCE_OF_ROLE
+                for label in labels
+            }
+        ),
+        "type_of_type": json.dumps(
+            {
+                spelling: contact_type
+                for label, contact_type in CONTACT_TYPE_OF_LEAD_TYPE.items()
+                for spelling in (label, label.lower())
+            }
+        ),
+        "stage_of_status": json.dumps(
+            {
+                label: rules.stage_of(status)
+                for status, labels in facts.statuses.items()
+                if status in STAGES_OF_STATUS
+                for label in labels
+            }
+        ),
+    }

@@ -1,0 +1,194 @@
+"""Rows, ledger lines and contacts held against each other, in SQL. Only reads.
+
+A contact counts as ours when there is a ledger line with its id and the outcome `created`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from django.conf import settings
+from django.db.backends.base.base import BaseDatabaseWrapper
+
+from crm.backfill.latecomers import last_finished
+from crm.outcome import Outcome, Source
+from crm.postgres.facts.schema import DatabaseFacts
+from crm.postgres.snapshot import stream
+from crm.rules.addresses import canonical_address_sql
+from crm.runs.other_rules import OtherRules
+from crm.verification.findings import Check, Finding, Kind, unexplained
+
+TABLES = ("profiles", "leads")
+_LABEL = {"profiles": "role", "leads": "status"}
+
+_LEAD_SOURCES = ", ".join(f"'{source}'" for source in Source.of_table("leads"))
+_REFERENCE = f"CASE WHEN line.source IN ({_LEAD_SOURCES}) THEN 'leads:' ELSE 'profiles:' END || line.source_id"
+_DERIVED = "'c' || left(encode(sha256(convert_to({reference}, 'UTF8')), 'hex'), 24)"
+_DERIVED_OF_LINE = _DERIVED.format(reference=_REFERENCE)
+
+_LINES_BY_OUTCOME = """
+SELECT line.outcome, count(*),
+       count(*) FILTER (WHERE line.outcome <> 'error' AND line.contact_id IS NOT NULL AND c.id IS NULL)
+  FROM ledger_entry line LEFT JOIN crm_contacts c ON c.id = line.contact_id
+ GROUP BY 1
+"""
+_ROWS_GONE = """
+SELECT line.outcome, count(*) FROM ledger_entry line
+ WHERE line.source = ANY(%s) AND NOT EXISTS (SELECT FROM {table} r WHERE r.id = line.source_id)
+ GROUP BY 1
+"""
+
+_MISSING_LINES = """
+SELECT '{table}:' || r.id, c.id FROM {table} r JOIN crm_contacts c ON c.id = {derived}
+ WHERE NOT EXISTS (SELECT FROM ledger_entry line WHERE line.id = c.id)
+"""
+_WRONG_IDS = f"SELECT {_REFERENCE}, line.contact_id FROM ledger_entry line WHERE line.id <> {_DERIVED_OF_LINE}"
+_NO_CONTACTS = f"""
+SELECT {_REFERENCE}, NULL FROM ledger_entry line
+ WHERE line.outcome IN ('created', 'merged', 'exists') AND line.contact_id IS NULL
+"""
+_OUTCOMES = ", ".join(f"'{outcome}'" for outcome in Outcome)
+_UNKNOWN_OUTCOMES = f"""
+SELECT {_REFERENCE}, line.contact_id FROM ledger_entry line WHERE line.outcome NOT IN ({_OUTCOMES})
+"""
+_TWO_CREATORS = f"""
+SELECT {_REFERENCE}, line.contact_id FROM ledger_entry line
+ WHERE line.outcome = 'created' AND line.contact_id <> line.id
+"""
+# A row that met somebody else's contact made nothing; but it was not to be looked at, either.
+_EXCLUDED_MIGRATED = """
+SELECT '{table}:' || r.id, c.id, r."updatedAt" IS DISTINCT FROM line.source_updated_at, line.run_id
+  FROM {table} r
+  JOIN ledger_entry line ON line.id = {derived} AND line.outcome <> 'error'
+  JOIN crm_contacts c ON c.id = line.contact_id
+ WHERE r.{label} = ANY(%(labels)s::{label_type}[])
+"""
+# Somebody else's contact is no fault of ours when it came, or was changed, after the run that made ours had begun.
+_CONTACTS_TWICE = f"""
+WITH twice AS (SELECT {{key}} AS key FROM crm_contacts c WHERE {{key}} <> '' GROUP BY 1 HAVING count(*) > 1),
+     theirs AS (
+       SELECT twice.key, c.id, c."createdAt", c."updatedAt", line.id IS NOT NULL AS ours, {_REFERENCE} AS reference,
+              c."updatedAt" IS DISTINCT FROM line.source_updated_at::timestamp({{second_digits}}) AS changed,
+              run.started_at AT TIME ZONE 'UTC' AS begun, line.run_id
+         FROM twice JOIN crm_contacts c ON {{key}} = twice.key
+              LEFT JOIN ledger_entry line ON line.id = c.id AND line.outcome = 'created'
+              LEFT JOIN backfill_run run ON run.id = line.run_id
+     )
+SELECT our.reference, our.id,
+       our.changed OR bool_and(
+         CASE WHEN other.ours THEN other.changed
+              ELSE COALESCE(greatest(other."createdAt", other."updatedAt") >= our.begun, false) END),
+       pg_catalog.array_agg(other.run_id) OPERATOR(pg_catalog.||) our.run_id
+  FROM theirs our JOIN theirs other ON other.key = our.key AND other.id <> our.id
+ WHERE our.ours
+ GROUP BY our.reference, our.id, our.changed, our.run_id
+"""
+_KEYS_OF_PERSON = {
+    "email": canonical_address_sql("c.email"),
+    "userId": 'c."userId"',
+    "clerkUserId": 'c."clerkUserId"',
+}
+# Nothing refers to a line of the history, and deleting it leaves the contact as it is.
+_HISTORY_GONE = f"""
+SELECT {_REFERENCE.replace("line.", "change.")}, change.contact_id
+  FROM contact_update change
+  JOIN crm_contacts c ON c.id = change.contact_id
+ WHERE change.to_stage IS NOT NULL
+   AND NOT EXISTS (SELECT FROM crm_stage_history step WHERE step.id = {{step}})
+"""
+_STEP = _DERIVED.format(reference="'crm_stage_history:' || change.contact_id || ':' || change.to_stage")
+_HISTORY = """
+SELECT EXISTS (SELECT FROM contact_update WHERE to_stage IS NOT NULL),
+       has_column_privilege(to_regclass(quote_ident(%s) || '.crm_stage_history'), 'id', 'SELECT')
+"""
+
+
+class History(NamedTuple):
+    """What the contacts' history tells of our promotions: whether there are any, and whether this role may read it."""
+
+    has_promotions: bool
+    is_readable: bool
+
+    @classmethod
+    def of(cls, connection: BaseDatabaseWrapper) -> History:
+        """Ask."""
+        with connection.cursor() as cursor:
+            cursor.execute(_HISTORY, [settings.LEGACY_SCHEMA])
+            return cls(*map(bool, cursor.fetchone()))
+
+    @property
+    def is_hidden(self) -> bool:
+        """Whether there is something to check, and nobody can."""
+        return self.has_promotions and not self.is_readable
+
+
+def history_gone(connection: BaseDatabaseWrapper, history: History) -> Iterator[Finding]:
+    """The promotions of which the history does not tell any more: somebody deleted the line."""
+    if history.is_hidden or not history.has_promotions:
+        return
+    for reference, contact_id in stream(connection, "history", _HISTORY_GONE.format(step=_STEP)):
+        yield Finding(Check.HISTORY_GONE, Kind.CRM_CHANGED, reference, contact_id, ("stage",))
+
+
+def count_lines(connection: BaseDatabaseWrapper) -> tuple[dict[str, int], dict[str, int]]:
+    """By outcome: the ledger's lines, and those whose contact was deleted since."""
+    with connection.cursor() as cursor:
+        cursor.execute(_LINES_BY_OUTCOME)
+        rows = sorted(cursor.fetchall())
+    lines = {outcome: count for outcome, count, _ in rows}
+    return lines, {outcome: deleted for outcome, _, deleted in rows if deleted}
+
+
+def count_rows_gone(connection: BaseDatabaseWrapper) -> dict[str, int]:
+    """The ledger's lines whose source row is gone, by outcome."""
+    gone: dict[str, int] = {}
+    with connection.cursor() as cursor:
+        for table in TABLES:
+            cursor.execute(_ROWS_GONE.format(table=table), [[source.value for source in Source.of_table(table)]])
+            for outcome, count in cursor.fetchall():
+                gone[outcome] = gone.get(outcome, 0) + count
+    return gone
+
+
+def reconcile(connection: BaseDatabaseWrapper, facts: DatabaseFacts, other_rules: OtherRules) -> Iterator[Finding]:
+    """Everything in which rows, lines and contacts disagree."""
+    # Whoever added the other one: a run that was at work had to leave both, and reports them until one is gone.
+    left_twice = frozenset(last_finished(connection).left)
+    for table in TABLES:
+        derived = _DERIVED.format(reference=f"'{table}:' || r.id")
+        yield from _defects(connection, Check.MISSING_LINE, _MISSING_LINES.format(table=table, derived=derived))
+        yield from _excluded_migrated(connection, facts, other_rules, table, derived)
+    for check, query in (
+        (Check.WRONG_ID, _WRONG_IDS),
+        (Check.UNKNOWN_OUTCOME, _UNKNOWN_OUTCOMES),
+        (Check.NO_CONTACT, _NO_CONTACTS),
+        (Check.TWO_CREATORS, _TWO_CREATORS),
+    ):
+        yield from _defects(connection, check, query)
+    for column, key in _KEYS_OF_PERSON.items():
+        query = _CONTACTS_TWICE.format(key=key, second_digits=facts.second_digits)
+        for reference, contact_id, changed, runs in stream(connection, "twice", query):
+            if contact_id in left_twice:
+                kind, by = Kind.DEFECT, None
+            else:
+                kind, by = (Kind.CRM_CHANGED, None) if changed else unexplained(other_rules.of(runs))
+            yield Finding(Check.CONTACT_TWICE, kind, reference, contact_id, (column,), by)
+
+
+def _defects(connection: BaseDatabaseWrapper, check: Check, query: str) -> Iterator[Finding]:
+    for reference, contact_id in stream(connection, check.value, query):
+        yield Finding(check, Kind.DEFECT, reference, contact_id)
+
+
+def _excluded_migrated(
+    connection: BaseDatabaseWrapper, facts: DatabaseFacts, other_rules: OtherRules, table: str, derived: str
+) -> Iterator[Finding]:
+    label = _LABEL[table]
+    by_name = facts.roles if table == "profiles" else facts.statuses
+    labels = [spelling for spellings in by_name.values() for spelling in spellings]
+    excluded = [spelling for spelling in labels if facts.source_of(table, spelling) is None]
+    query = _EXCLUDED_MIGRATED.format(table=table, derived=derived, label=label, label_type=facts.label_types[table])
+    for reference, contact_id, changed, run in stream(connection, "excluded", query, {"labels": excluded}):
+        kind, by = (Kind.SOURCE_CHANGED, None) if changed else unexplained(other_rules.of([run]))
+        yield Finding(Check.EXCLUDED_MIGRATED, kind, reference, contact_id, (label,), by)

@@ -1,0 +1,238 @@
+"""What people see of a verification, with rich; one JSON object for machines; and the findings as CSV."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from crm.outcome import Outcome, Source
+from crm.output.spreadsheet import row_writer
+from crm.postgres.target import target, target_line
+from crm.verification.figures import OTHERS, Figures
+from crm.verification.findings import Check, Finding, Kind
+from crm.verification.runner import VerificationReport
+from crm.version import RULES, VERSION
+
+#: How many findings of a sort are listed for people.
+LISTED = 10
+
+_TITLE_OF_KIND = {
+    Kind.DEFECT: "Defects: nobody changed anything since, and yet",
+    Kind.RULES_CHANGED: "Written by other rules than those of this version: no defect",
+    Kind.CRM_CHANGED: "Changed in the CRM since: stays as people made it",
+    Kind.SOURCE_CHANGED: "Changed in the source since the migration",
+}
+_CSV_COLUMNS = ("kind", "check", "row", "contact_id", "columns", "written_by")
+
+
+def findings_writer(file: TextIO) -> Callable[[Finding], None]:
+    """Write the head of the CSV; the answer writes a finding, one line each."""
+    write = row_writer(file)
+    write(_CSV_COLUMNS)
+
+    def write_finding(finding: Finding) -> None:
+        names = (finding.row, finding.contact_id, " ".join(finding.columns), finding.written_by)
+        write((finding.kind.value, finding.check.value, *names))
+
+    return write_finding
+
+
+def as_json(report: VerificationReport) -> str:
+    """The report as one JSON object on one line. `findings` has the first hundred of each sort, `found` counts all."""
+    census, comparison, findings = report.census, report.comparison, report.findings
+    answer: dict[str, Any] = {
+        "ok": not report.exit_code,
+        "defects": report.defects,
+        "database": target(),
+        "generation": report.generation,
+        "rows": census.rows,
+        "excluded": census.excluded,
+        "in_ledger": census.in_ledger,
+        "pending": sum(census.pending.values()),
+        "pending_by_source": census.pending,
+        "balanced": census.balances,
+        "ledger": report.lines,
+        "deleted_in_crm": report.deleted,
+        "source_row_gone": report.rows_gone,
+        "compared": comparison.compared,
+        "alike": comparison.alike,
+        "touched_in_crm": comparison.touched,
+        "found": {check.value: findings.of_check(check) for check in Check if findings.of_check(check)},
+        "rules": RULES,
+        "written_by_other_rules": dict(sorted(findings.written_by.items())),
+        "findings": [
+            {
+                "kind": finding.kind,
+                "check": finding.check,
+                "row": finding.row,
+                "contact_id": finding.contact_id,
+                "columns": finding.columns,
+                "written_by": finding.written_by,
+            }
+            for finding in findings.kept
+        ],
+        "contacts": _figures(report, None),
+        "contacts_by_type": {name: _figures(report, name) for name in _types(report)},
+        "notes": list(_notes(report)),
+        "started_at": report.started_at.isoformat(),
+        "finished_at": report.finished_at.isoformat(),
+        "seconds": round(report.seconds, 3),
+    }
+    return json.dumps(answer)
+
+
+def news(report: VerificationReport) -> str | None:
+    """What whoever reads stderr alone must know; None where the verification ends with exit code 0."""
+    if not report.exit_code:
+        return None
+    counts = {check: report.findings.counts[check, Kind.DEFECT] for check in Check}
+    what = [f"{check.value} {count:,}" for check, count in counts.items() if count]
+    if not report.census.balances:
+        what.append("the identity does not hold")
+    return f"verification: {_count_of_defects(report)} ({', '.join(what)}); --csv lists them"
+
+
+def print_report(report: VerificationReport, console: Console) -> None:
+    """The report for people: what was proven, what was found, what the business asks for."""
+    console.print(_proof(report))
+    for kind in Kind:
+        if report.findings.of_kind(kind):
+            console.print(_found(report, kind), "")
+    console.print(_business(report))
+    for note in _notes(report):
+        console.print(note, highlight=False, soft_wrap=True)
+
+
+def _count_of_defects(report: VerificationReport) -> str:
+    return f"{report.defects:,} {'defect' if report.defects == 1 else 'defects'}"
+
+
+def _proof(report: VerificationReport) -> Group:
+    verdict = _count_of_defects(report) if report.defects else "no defect"
+    table = Table(
+        title=f"Verified in {report.seconds:,.1f} s on generation {report.generation}: {verdict}",
+        title_justify="left",
+        title_style="bold red" if report.defects else "bold",
+        show_header=False,
+        box=None,
+        pad_edge=False,
+    )
+    table.add_column(min_width=32)
+    table.add_column(justify="right")
+    table.add_column(style="dim")
+    for label, count, remark in _proof_rows(report):
+        table.add_row(label, f"{count:,}", remark)
+    census = report.census
+    identity = (
+        f"Identity: {census.rows:,} rows = {sum(census.excluded.values()):,} excluded + {census.in_ledger:,} in the "
+        f"ledger + {sum(census.pending.values()):,} pending  {'(holds)' if census.balances else '(DOES NOT HOLD)'}"
+    )
+    return Group(table, Text(identity), Text(target_line()), "")
+
+
+def _proof_rows(report: VerificationReport) -> Iterator[tuple[str, int, str]]:
+    census, comparison = report.census, report.comparison
+    yield "Source rows", census.rows, ""
+    for reason, count in sorted(census.excluded.items()):
+        yield f"  excluded: {reason}", count, "not to be migrated"
+    for outcome in Outcome:
+        yield f"  {outcome.value}", report.lines.get(outcome, 0), _remark(report, outcome)
+    yield "  pending", sum(census.pending.values()), "no defect: the next run of the backfill takes them"
+    for source, count in census.pending.items():
+        if count:
+            yield f"    {source.title}", count, ""
+    yield "Contacts compared", comparison.compared, "made by the backfill, every column but updatedAt"
+    yield "  as their source row has them", comparison.alike, ""
+    yield "  touched in the CRM since", comparison.touched, "updatedAt is not what was written"
+
+
+def _remark(report: VerificationReport, outcome: Outcome) -> str:
+    if outcome is Outcome.ERROR:
+        return "listed by python manage.py export_backfill_errors"
+    parts = [
+        f"{count:,} {what}"
+        for count, what in (
+            (report.deleted.get(outcome, 0), "deleted in the CRM since"),
+            (report.rows_gone.get(outcome, 0), "whose source row is gone"),
+        )
+        if count
+    ]
+    return ", ".join(parts)
+
+
+def _found(report: VerificationReport, kind: Kind) -> Group:
+    table = Table(
+        title=_TITLE_OF_KIND[kind], title_justify="left", title_style="bold red" if kind is Kind.DEFECT else "bold"
+    )
+    for name in ("Check", "Row", "Contact", "Columns"):
+        table.add_column(name, overflow="fold")
+    remaining = []
+    for check in Check:
+        theirs = [finding for finding in report.findings.kept if (finding.check, finding.kind) == (check, kind)]
+        for finding in theirs[:LISTED]:
+            table.add_row(
+                check.statement, Text(finding.row or ""), Text(finding.contact_id or ""), " ".join(finding.columns)
+            )
+        if (count := report.findings.counts[check, kind]) > LISTED:
+            remaining.append(f"... and {count - LISTED:,} more: {check.statement} (--csv FILE lists all)")
+    return Group(table, *remaining)
+
+
+def _business(report: VerificationReport) -> Table:
+    table = Table(title="Contacts in the CRM, by type and by what made them", title_justify="left")
+    table.add_column("")
+    for name in ("Total", "With attribution", "Percent", "Oldest", "Newest"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for contact_type in (*_types(report), None):
+        of_type = report.figures.get((contact_type, None))
+        if of_type is None:
+            continue
+        table.add_row(contact_type or "All", *_cells(of_type), style="bold")
+        for source in (*Source, OTHERS):
+            if (figures := report.figures.get((contact_type, source))) is not None:
+                table.add_row(f"  {source.title if isinstance(source, Source) else 'Others'}", *_cells(figures))
+    return table
+
+
+def _cells(figures: Figures) -> list[str]:
+    percent = "" if figures.percent is None else f"{figures.percent:.1f} %"
+    with_attribution = "" if figures.with_attribution is None else f"{figures.with_attribution:,}"
+    moments = ((moment or "")[:16] for moment in (figures.oldest, figures.newest))
+    return [f"{figures.total:,}", with_attribution, percent, *moments]
+
+
+def _types(report: VerificationReport) -> list[str]:
+    return sorted({name for name, _ in report.figures if name is not None})
+
+
+def _figures(report: VerificationReport, contact_type: str | None) -> dict[str, Any]:
+    of_source = {
+        source: figures.as_dict()
+        for (name, source), figures in sorted(report.figures.items(), key=lambda item: item[0][1] or "")
+        if name == contact_type and source is not None
+    }
+    of_all = report.figures.get((contact_type, None), Figures(0, 0, None, None))
+    return of_all.as_dict() | {"by_source": of_source}
+
+
+def _notes(report: VerificationReport) -> Iterator[str]:
+    for written_by, count in sorted(report.findings.written_by.items()):
+        yield (
+            f"{count:,} of what was found was written by {written_by}; this is version {VERSION}, rules {RULES}. It "
+            'stays as it is: see "Install a new version" in docs/runbook.md.'
+        )
+    if not report.sees_user_changes:
+        yield (
+            "This role may not read users.updatedAt, so a user's new address cannot be told from a defect. Let the "
+            'owner of the table GRANT SELECT ("updatedAt") ON users.'
+        )
+    if report.history_is_hidden:
+        yield (
+            "This role may not read crm_stage_history.id, so it was not checked whether the history tells of every "
+            'promotion. Let the owner of the table GRANT SELECT ("id") ON crm_stage_history.'
+        )

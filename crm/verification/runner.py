@@ -1,0 +1,112 @@
+"""One verification, from the first look at the database to the report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from django.db.backends.base.base import BaseDatabaseWrapper
+from django.utils import timezone
+
+from crm.backfill.read.census import take_census
+from crm.backfill.read.resolutions import Resolutions
+from crm.backfill.read.rows import RowReader, may_read_user_changes
+from crm.errors import OperatorError
+from crm.outcome import Census
+from crm.postgres.facts.schema import ATTRIBUTION_COLUMNS, examine
+from crm.postgres.snapshot import snapshot
+from crm.runs.other_rules import OtherRules
+from crm.verification.comparison import Comparison, compare_contacts
+from crm.verification.figures import FiguresTable, count_contacts
+from crm.verification.findings import Finding, Findings, Kind
+from crm.verification.reconciliation import History, count_lines, count_rows_gone, history_gone, reconcile
+from crm.verification.schema import REFERRER, check_schema, present_columns
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerificationReport:
+    """What a verification saw. The counts of lines are by outcome."""
+
+    generation: str
+    census: Census
+    lines: dict[str, int]
+    deleted: dict[str, int]
+    rows_gone: dict[str, int]
+    comparison: Comparison
+    findings: Findings
+    figures: FiguresTable
+    sees_user_changes: bool
+    history_is_hidden: bool
+    started_at: datetime
+    seconds: float
+
+    @property
+    def finished_at(self) -> datetime:
+        """When it ended, by the clock of this machine."""
+        return self.started_at + timedelta(seconds=self.seconds)
+
+    @property
+    def defects(self) -> int:
+        """How many findings nobody's change explains."""
+        return self.findings.of_kind(Kind.DEFECT)
+
+    @property
+    def exit_code(self) -> int:
+        """0 when there is no defect and the census balances, else 1. What changed since, be it a row, a contact or the
+        rules, and what is pending is fine."""
+        return 1 if self.defects or not self.census.balances else 0
+
+
+def verify(
+    connection: BaseDatabaseWrapper,
+    *,
+    on_finding: Callable[[Finding], None] | None = None,
+    on_page: Callable[[int], None] = lambda _contacts: None,
+) -> VerificationReport:
+    """Look at everything at one moment; writes nothing. Needs nothing but the right to SELECT.
+
+    Every finding is passed to `on_finding` as it comes, the number of contacts of each page to `on_page`. Raises
+    OperatorError where this database does not fit, and django.db.DatabaseError for a bad moment. Until it ends, the
+    transaction keeps an ALTER TABLE on the application's tables waiting, as pg_dump does.
+    """
+    started_at, started = timezone.now(), time.monotonic()
+    findings = Findings(on_finding)
+    comparison = Comparison()
+    with snapshot(connection):
+        facts = examine(connection, for_writing=False)
+        if not facts.has_ledger:
+            raise OperatorError(
+                "There is no ledger that this role may read, so there is nothing to verify: run `python manage.py "
+                "migrate` and `backfill_crm_contacts` first, or GRANT SELECT on its tables."
+            )
+        present = present_columns(connection)
+        sees_user_changes = may_read_user_changes(connection)
+        history = History.of(connection)
+        missing = [column for column in ATTRIBUTION_COLUMNS if column not in present]
+        reader = RowReader(connection, facts, sees_user_changes, missing, Resolutions.every(connection))
+        other_rules = OtherRules.read(connection)
+        for found in (
+            check_schema(connection, present),
+            reconcile(connection, facts, other_rules),
+            history_gone(connection, history),
+            compare_contacts(connection, reader, other_rules, comparison, on_page),
+        ):
+            for finding in found:
+                findings.add(finding)
+        lines, deleted = count_lines(connection)
+        return VerificationReport(
+            generation=facts.generation,
+            census=take_census(connection, facts),
+            lines=lines,
+            deleted=deleted,
+            rows_gone=count_rows_gone(connection),
+            comparison=comparison,
+            findings=findings,
+            figures=count_contacts(connection, has_referrer=REFERRER in present),
+            sees_user_changes=sees_user_changes,
+            history_is_hidden=history.is_hidden,
+            started_at=started_at,
+            seconds=time.monotonic() - started,
+        )
