@@ -21,9 +21,10 @@ MINUTES ?= 600
 
 # PostgreSQL as Debian installs it, beside the newer one that is embedded.
 INSTALLED_SERVER ?= $(lastword $(wildcard /usr/lib/postgresql/*/bin))
-MAIN_PATHS := tests/test_backfill.py tests/test_orders.py tests/hostile tests/test_runbook.py
+MAIN_PATHS := tests/property/test_backfill.py tests/property/test_orders.py tests/integration/hostile \
+	tests/integration/test_runbook.py
 
-.PHONY: help install demo test test-installed check soak bench lock clean
+.PHONY: help install demo test test-unit test-installed check soak bench lock clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -51,6 +52,9 @@ demo: install ## Sample people in a fresh embedded database, backfilled before y
 test: install ## Run the tests (ARGS="-k mapping" for some of them)
 	$(PYTEST) $(ARGS)
 
+test-unit: install ## Run the tests of the pure modules, which need no server
+	$(EMBEDDED) $(BIN)/python -m pytest -q tests/unit $(ARGS)
+
 test-installed: install ## Run the tests of the main paths on the PostgreSQL of this machine, such as Debian's
 	@if [ -n "$(INSTALLED_SERVER)" ]; then \
 		echo "On $$($(INSTALLED_SERVER)/postgres --version):"; \
@@ -68,7 +72,7 @@ check: install ## Lint, types, migrations and tests: what has to pass
 	$(MAKE) test-installed
 
 soak: install ## Every property test with thousands of examples, and the longest tests (MINUTES=600)
-	$(EMBEDDED) HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest -p tests.soak --minutes $(MINUTES) \
+	$(EMBEDDED) HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest -p tests.support.soak --minutes $(MINUTES) \
 		-m "hypothesis or soak or sampled" --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 bench: install ## Measure the backfill on the embedded server

@@ -25,9 +25,9 @@ from config import embedded
 from crm.legacy_schema import create_legacy_tables
 from crm.models import BackfillBatch, BackfillRun, ConflictDecision, ContactUpdate, LedgerEntry, Rollback
 from crm.runs import lifecycle, retrying
-from tests import installed_server
-from tests.populations import add_labels
-from tests.profiles import load_profile, share_examples
+from tests.support import installed_server
+from tests.support.populations import add_labels
+from tests.support.profiles import load_profile, share_examples
 
 load_profile()
 

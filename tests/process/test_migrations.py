@@ -1,0 +1,86 @@
+"""What an existing installation becomes: its ledger remembers the schema, keeps what is in it, and serves on."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from crm.legacy_schema import ddl
+from tests.support.processes import manage
+from tests.support.scratch import scratch_database
+
+BEFORE, SINCE = "0005_update", "0006_exact_timestamps"
+RUN = """
+INSERT INTO crm_backfill.backfill_run (kind, status, options, version, generation, operator, host, process_id, read,
+  created, merged, exists, error, error_new, revisited, updated, kept, unchanged, finished_at)
+VALUES ('backfill', 'finished', '{{}}', '1', '2025_12', 'o', 'h', 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, now());
+INSERT INTO crm_backfill.ledger_entry (id, source, source_id, outcome, run_id, source_updated_at, seen_updated_at)
+SELECT 'c1', 'clients', '1', 'created', id, '2025-01-02 03:04:05.678', '2025-01-02 03:04:05.679'
+  FROM crm_backfill.backfill_run;
+INSERT INTO crm_backfill.ledger_entry (id, source, source_id, outcome, reason, contact_id, run_id, source_updated_at)
+SELECT 'c2', 'clients', '2', 'error', 'conflict', 'k1', id, 'infinity' FROM crm_backfill.backfill_run;
+INSERT INTO crm_backfill.contact_update (run_id, line_id, source, source_id, contact_id, columns, source_updated_at,
+  contact_updated_at, stage_entered_before, confidence_before)
+SELECT id, 'c1', 'clients', '1', 'c1', 'phone', '2025-01-02 03:04:05.678', '-infinity', '0044-03-15 BC', 90
+  FROM crm_backfill.backfill_run
+"""
+LEDGER = """
+SELECT concat_ws(' | ', line.source_updated_at, seen_updated_at, change.source_updated_at, change.contact_updated_at,
+                 stage_entered_before, change.confidence_before)
+  FROM crm_backfill.ledger_entry line JOIN crm_backfill.contact_update change ON line_id = line.id
+"""
+KNOWN_SINCE = "SELECT num_nulls(rules, updated_and_kept) FROM crm_backfill.backfill_run"
+PRECISIONS = """
+SELECT DISTINCT format_type(atttypid, atttypmod) FROM pg_attribute
+ WHERE attrelid IN ('crm_backfill.ledger_entry'::regclass, 'crm_backfill.contact_update'::regclass)
+   AND attname ~ '_updated_at|_entered_before'
+"""
+CONFIDENCES = """
+SELECT DISTINCT format_type(atttypid, atttypmod) FROM pg_attribute
+ WHERE attrelid IN ('crm_backfill.ledger_entry'::regclass, 'crm_backfill.contact_update'::regclass)
+   AND attname = 'confidence_before'
+"""
+IS_THERE = """
+SELECT true FROM pg_attribute
+ WHERE attrelid = 'crm_backfill.backfill_run'::regclass AND attname = 'legacy_schema'
+"""
+
+
+@pytest.mark.process
+def test_an_existing_installation_keeps_its_data_and_remembers_its_schema(django_test_environment: None) -> None:
+    with scratch_database("older") as database:
+        database.execute("CREATE SCHEMA app; SET search_path = app; " + ddl("2025_12"))
+        url = database.url(parameters="&schema=app")
+        assert manage("migrate", "crm", BEFORE, "--verbosity", "0", url=url).returncode == 0
+        assert database.execute(IS_THERE) == []
+        database.execute(RUN)
+        before = database.execute(LEDGER)
+
+        migrated = manage("migrate", "crm", SINCE, "--verbosity", "0", url=url)
+        assert migrated.returncode == 0, migrated.stderr
+        assert database.execute(LEDGER) == before
+        assert database.execute("SELECT legacy_schema FROM crm_backfill.backfill_run") == ["app"]
+        assert database.execute(PRECISIONS) == ["timestamp without time zone"]
+        database.execute("UPDATE crm_backfill.ledger_entry SET source_updated_at = '2025-01-02 03:04:05.678901'")
+        assert "678901" in database.execute(LEDGER)[0]
+        refused = manage("backfill_runs", "list", url=database.url())
+        assert (refused.returncode, "schema app" in refused.stderr) == (2, True)
+
+        newest = manage("migrate", "--verbosity", "0", url=url)
+        assert newest.returncode == 0, newest.stderr
+        assert database.execute(KNOWN_SINCE) == [2], "of a run of then nobody knows what was not recorded"
+        assert "678901" in database.execute(LEDGER)[0]
+        assert database.execute(LEDGER)[0].endswith(" | 90")
+        assert database.execute(CONFIDENCES) == ["bigint"]
+        exported = manage("export_backfill_errors", url=url)
+        assert (exported.returncode, "profiles:2,2,conflict," in exported.stdout) == (0, True), exported.stderr
+        assert ",k1,k1," in exported.stdout, "of the other contact of an older conflict nothing is known"
+        assert database.execute("SELECT report_lost::text FROM crm_backfill.backfill_run") == ["false"]
+        assert database.execute("SELECT count(*) FROM crm_backfill.ledger_entry WHERE former IS NOT NULL") == [0]
+        undone = manage("rollback_crm_backfill", "1", "--dry-run", "--json", url=url)
+        assert undone.returncode == 0, undone.stderr
+        assert json.loads(undone.stdout)["failure"] is None
+
+        back = manage("migrate", "crm", BEFORE, "--verbosity", "0", url=url)
+        assert back.returncode == 0, back.stderr

@@ -1,0 +1,199 @@
+"""The backfill against the judge: whatever the population, contacts, ledger and counts are the reference's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from datetime import datetime
+from typing import Any
+
+import pytest
+from django.db import connection
+from hypothesis import given
+from hypothesis import strategies as st
+
+from crm.backfill.report import as_json
+from crm.backfill.runner import run_backfill
+from crm.outcome import Source
+from crm.rules.mapping import contact_id
+from crm.rules.options import RunOptions
+from tests.conftest import Database
+from tests.support import builders, reference
+from tests.support.populations import (
+    GENERATIONS,
+    aftermaths,
+    insert_population,
+    populations,
+    read_contacts,
+    read_ledger,
+    replace_population,
+)
+from tests.support.profiles import against_the_database
+
+BATCH_SIZES = (1, 2, 7, 1000)
+
+
+def run(**options: Any) -> dict[str, Any]:
+    """Run and return what --json prints."""
+    answer: dict[str, Any] = json.loads(as_json(run_backfill(RunOptions(**options))))
+    return answer
+
+
+def load(population: reference.Population) -> None:
+    with connection.cursor() as cursor:
+        insert_population(cursor, population)
+
+
+def contacts_and_ledger() -> tuple[dict[str, Any], dict[str, Any]]:
+    with connection.cursor() as cursor:
+        return read_contacts(cursor), read_ledger(cursor)
+
+
+def without_zeros(counts: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: without_zeros(value) if isinstance(value, dict) else value for key, value in counts.items() if value != 0
+    }
+
+
+def counts_of(answer: dict[str, Any]) -> dict[str, Any]:
+    names = ("read", "created", "merged", "exists", "error", "error_new", "already")
+    breakdowns = ("excluded", "created_by_type", "by_source", "by_reason")
+    return {name: answer[name] for name in names} | {name: without_zeros(answer[name]) for name in breakdowns}
+
+
+def expected_counts(counts: reference.Counts) -> dict[str, Any]:
+    return {
+        name: without_zeros({key: dict(value) if isinstance(value, dict) else value for key, value in counted.items()})
+        if isinstance(counted, dict)
+        else counted
+        for name, counted in vars(counts).items()
+    }
+
+
+def assert_as_the_reference(answer: dict[str, Any], result: reference.Result, *, exact: bool = True) -> None:
+    contacts, ledger = contacts_and_ledger()
+    assert contacts == result.contacts
+    assert ledger == result.ledger
+    assert counts_of(answer) == expected_counts(result.counts)
+    assert answer["status"] == "finished"
+    assert answer["balanced"] is True
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+@against_the_database(60)
+@given(data=st.data(), batch_size=st.sampled_from(BATCH_SIZES))
+def test_every_run_ends_as_the_reference_does(
+    database: Database, generation: str, data: st.DataObject, batch_size: int
+) -> None:
+    database.use(generation)
+    population = data.draw(populations(generation))
+    load(population)
+    expected = reference.backfill(population)
+
+    before = database.dump()
+    rehearsal = run(dry_run=True, batch_size=batch_size)
+    assert database.dump() == before
+    assert counts_of(rehearsal) == expected_counts(expected.counts)
+
+    first = run(batch_size=batch_size)
+    assert_as_the_reference(first, expected)
+    assert database.dump(*("users", "profiles", "leads")) == {t: before[t] for t in ("users", "profiles", "leads")}
+
+    again = run(batch_size=batch_size)
+    second = reference.backfill(with_contacts(population, expected), ledger=expected.ledger)
+    assert_as_the_reference(again, second)
+    assert again["created"] == again["merged"] == again["exists"] == again["error_new"] == 0
+
+
+@pytest.mark.parametrize("generation", ["2025_10", "2025_11"])
+@against_the_database(25)
+@given(data=st.data(), workers=st.sampled_from([2, 4]), batch_size=st.sampled_from([1, 2, 7]))
+def test_the_end_is_the_same_for_every_number_of_workers(
+    database: Database, generation: str, data: st.DataObject, workers: int, batch_size: int
+) -> None:
+    database.use(generation)
+    population = data.draw(populations(generation))
+    load(population)
+    expected = reference.backfill(population)
+    rehearsal = run(dry_run=True, workers=workers, batch_size=batch_size)
+    assert counts_of(rehearsal) == expected_counts(expected.counts)
+    assert_as_the_reference(run(workers=workers, batch_size=batch_size), expected)
+
+
+def with_contacts(population: reference.Population, result: reference.Result) -> reference.Population:
+    return reference.Population(
+        population.generation,
+        population.stages,
+        population.has_clerk_user_id,
+        population.users,
+        population.profiles,
+        population.leads,
+        list(result.contacts.values()),
+    )
+
+
+@pytest.mark.parametrize("generation", ["2025_10_mixed", "2025_12"])
+@against_the_database(60)
+@given(data=st.data(), batch_size=st.sampled_from(BATCH_SIZES))
+def test_a_rerun_after_the_world_has_moved_on_ends_as_the_reference_does(
+    database: Database, generation: str, data: st.DataObject, batch_size: int
+) -> None:
+    database.use(generation)
+    population = data.draw(populations(generation))
+    load(population)
+    first = reference.backfill(population)
+    run(batch_size=batch_size)
+    later = data.draw(aftermaths(population, first))
+    with connection.cursor() as cursor:
+        replace_population(cursor, later)
+    expected = reference.backfill(later, ledger=first.ledger)
+    assert counts_of(run(batch_size=batch_size, dry_run=True)) == expected_counts(expected.counts)
+    assert_as_the_reference(run(batch_size=batch_size), expected)
+
+
+@against_the_database(60)
+@given(
+    data=st.data(),
+    only=st.sets(st.sampled_from([source.value for source in Source]), min_size=1, max_size=4),
+)
+def test_a_run_of_some_sources_and_then_of_all_ends_as_the_reference_does(
+    database: Database, data: st.DataObject, only: Collection[str]
+) -> None:
+    database.use("2025_10")
+    population = data.draw(populations("2025_10"))
+    load(population)
+    first = reference.backfill(population, only=only)
+    assert_as_the_reference(run(only=tuple(source for source in Source if source in only)), first)
+    expected = reference.backfill(with_contacts(population, first), ledger=first.ledger)
+    assert_as_the_reference(run(), expected)
+
+
+@pytest.mark.parametrize("generation", ["2025_10", "2025_11"])
+@against_the_database(60)
+@given(data=st.data(), batch_size=st.sampled_from(BATCH_SIZES))
+def test_labels_that_nobody_knows_are_errors_and_never_a_guess(
+    database: Database, generation: str, data: st.DataObject, batch_size: int
+) -> None:
+    database.use(generation, added_labels=True)
+    population = data.draw(populations(generation, added_labels=True))
+    load(population)
+    expected = reference.backfill(population)
+    assert counts_of(run(dry_run=True, batch_size=batch_size)) == expected_counts(expected.counts)
+    assert_as_the_reference(run(batch_size=batch_size), expected)
+
+
+def test_when_a_contact_was_assigned_is_never_overwritten(database: Database) -> None:
+    first = builders.add_lead("ann@example.com")
+    run()
+    contact = contact_id("leads", first)
+    # Somebody took the preparer away in the CRM and left the date.
+    database.rows(
+        """UPDATE crm_contacts SET "assignedAt" = '2025-06-01' WHERE id = %s RETURNING id""",
+        contact,
+    )
+    builders.add_lead("ann@example.com", assignedPreparerId="somebody", referrerUsername="ref", phone="1")
+    assert run()["merged"] == 1
+    ((preparer, assigned_at, referrer),) = database.rows(
+        'SELECT "assignedPreparerId", "assignedAt", "referrerUsername" FROM crm_contacts WHERE id = %s', contact
+    )
+    assert (preparer, assigned_at, referrer) == (None, datetime(2025, 6, 1), "ref")  # noqa: DTZ001 - as it is stored

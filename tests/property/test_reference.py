@@ -1,0 +1,647 @@
+"""The judge is judged: every rule as an example that a reader can check by eye."""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support.populations import GENERATIONS, HAS_CLERK_USER_ID, STAGE_LABELS, aftermaths, populations
+from tests.support.reference import (
+    ATTRIBUTION,
+    CONTACT_COLUMNS,
+    NULLABLE_ATTRIBUTION,
+    SOURCES,
+    Line,
+    Population,
+    Result,
+    Row,
+    backfill,
+    contact_id_of,
+    exclusion,
+)
+
+DAY = [datetime(2024, 1, 1, tzinfo=UTC) + timedelta(days=number) for number in range(10)]
+NO_ATTRIBUTION: Row = {**dict.fromkeys(NULLABLE_ATTRIBUTION), "attributionConfidence": 100}
+REFERRED: Row = {
+    "referrerUsername": "ref",
+    "referrerType": "AFFILIATE",
+    "commissionRate": Decimal("12.50"),
+    "commissionRateLockedAt": DAY[1],
+    "attributionMethod": "cookie",
+    "attributionConfidence": 85,
+}
+ALSO_REFERRED: Row = {**REFERRED, "referrerUsername": "other", "attributionConfidence": 90}
+
+
+def user(identifier: str = "u1", email: str = "ann@example.com") -> Row:
+    return {"id": identifier, "email": email, "createdAt": DAY[0], "updatedAt": DAY[0]}
+
+
+def profile(identifier: str = "p1", role: str = "CLIENT", **columns: Any) -> Row:
+    row: Row = {"id": identifier, "role": role, "userId": None, "clerkUserId": None, "phone": None, "companyName": None}
+    row |= {"firstName": "Ann", "lastName": "Lee", "createdAt": DAY[0], "updatedAt": DAY[1]}
+    return row | columns
+
+
+def lead(identifier: str = "l1", email: str = "ann@example.com", **columns: Any) -> Row:
+    row: Row = {
+        "id": identifier,
+        "email": email,
+        "type": "CUSTOMER",
+        "status": "NEW",
+        "firstName": "Ann",
+        "lastName": "Lee",
+    }
+    row |= {"phone": "", "source": None, "assignedPreparerId": None, "lastContactedAt": None, **NO_ATTRIBUTION}
+    return row | {"createdAt": DAY[0], "updatedAt": DAY[2]} | columns
+
+
+def contact(identifier: str = "k1", email: str = "ann@example.com", **columns: Any) -> Row:
+    row: Row = {**dict.fromkeys(CONTACT_COLUMNS), "id": identifier, "email": email, "contactType": "LEAD"}
+    row |= {"firstName": "There", "lastName": "Before", "stage": "NEW", "attributionConfidence": 100}
+    return row | {"stageEnteredAt": DAY[5], "createdAt": DAY[5], "updatedAt": DAY[5]} | columns
+
+
+def run(
+    *rows: Row, generation: str = "2025_10", ledger: dict[str, Line] | None = None, only: set[str] | None = None
+) -> Result:
+    """Run on rows as the builders above make them; each is recognised by its columns."""
+    return backfill(population_of(*rows, generation=generation), ledger=ledger, only=only)
+
+
+def population_of(*rows: Row, generation: str = "2025_10") -> Population:
+    return Population(
+        generation=generation,
+        stages=STAGE_LABELS[generation],
+        has_clerk_user_id=generation in HAS_CLERK_USER_ID,
+        users=[row for row in rows if len(row) == len(user())],
+        profiles=[row for row in rows if "role" in row],
+        leads=[row for row in rows if "status" in row],
+        contacts=[row for row in rows if "stage" in row],
+    )
+
+
+def outcomes(result: Result) -> dict[str, str | None]:
+    return {reference: line["reason"] or line["outcome"] for reference, line in result.ledger.items()}
+
+
+def made_by(result: Result, reference: str) -> Row:
+    return result.contacts[contact_id_of(reference)]
+
+
+# Which rows, and as what
+
+
+@pytest.mark.parametrize(
+    ("role", "contact_type", "source"),
+    [
+        ("CLIENT", "CLIENT", "clients"),
+        ("TAX_PREPARER", "PREPARER", "preparers"),
+        ("AFFILIATE", "AFFILIATE", "affiliates"),
+    ],
+)
+@pytest.mark.parametrize("spelling", [str.upper, str.lower])
+def test_a_role_decides_the_type_in_either_spelling(role: str, contact_type: str, source: str, spelling: Any) -> None:
+    result = run(profile(role=spelling(role)), generation="2025_10_mixed")
+    assert made_by(result, "profiles:p1")["contactType"] == contact_type
+    assert result.ledger["profiles:p1"]["source"] == source
+    assert result.counts.created_by_type == {contact_type: 1}
+
+
+@pytest.mark.parametrize("role", ["SUPER_ADMIN", "super_admin", "Super-Admin", "super admin"])
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_a_super_admin_never_becomes_a_contact(role: str, generation: str) -> None:
+    result = run(user(), profile(role=role, userId="u1"), generation=generation)
+    assert (result.contacts, result.ledger, result.counts.read) == ({}, {}, 0)
+    assert result.counts.excluded == {"super_admin": 1}
+
+
+def test_admins_and_pending_profiles_are_excluded_by_reason() -> None:
+    result = run(profile("p1", "ADMIN"), profile("p2", "lead"), profile("p3", "LEAD"))
+    assert result.counts.excluded == {"admin": 1, "lead": 2}
+    assert not result.ledger
+
+
+def test_an_unknown_role_is_an_error_of_the_first_source_whatever_its_email() -> None:
+    result = run(user(email="nonsense"), profile(role="PARTNER", userId="u1"))
+    expected = {"source": "clients", "outcome": "error", "reason": "unknown_role", "contact_id": None}
+    expected["keys"] = None
+    assert result.ledger == {"profiles:p1": expected}
+
+
+@pytest.mark.parametrize(
+    ("columns", "reason"),
+    [
+        ({"status": "ARCHIVED", "type": "FRANCHISE", "email": "nonsense"}, "unknown_status"),
+        ({"type": "FRANCHISE", "email": "nonsense"}, "unknown_type"),
+        ({"email": "nonsense"}, "invalid_email"),
+        ({"email": " "}, "invalid_email"),
+        ({"email": "jösé@example.com"}, "invalid_email"),
+        ({"email": "\N{LATIN SMALL LETTER LONG S}am@example.com"}, "invalid_email"),
+    ],
+)
+def test_the_first_fault_of_a_lead_is_the_one_named(columns: Row, reason: str) -> None:
+    result = run(lead() | columns)
+    assert result.ledger["leads:l1"] == {
+        "source": "active_leads",
+        "outcome": "error",
+        "reason": reason,
+        "contact_id": None,
+        "keys": None,
+    }
+    assert result.counts.by_reason == {reason: 1}
+
+
+@pytest.mark.parametrize(
+    ("lead_type", "contact_type"),
+    [("CUSTOMER", "LEAD"), ("TAX_PREPARER", "PREPARER"), ("tax-preparer", "PREPARER"), ("AFFILIATE", "AFFILIATE")],
+)
+def test_an_active_lead_goes_by_its_type(lead_type: str, contact_type: str) -> None:
+    assert made_by(run(lead(type=lead_type)), "leads:l1")["contactType"] == contact_type
+
+
+@pytest.mark.parametrize("lead_type", ["CUSTOMER", "TAX_PREPARER", "AFFILIATE", "FRANCHISE"])
+def test_a_converted_lead_is_a_client_of_whatever_type_it_was(lead_type: str) -> None:
+    assert made_by(run(lead(status="CONVERTED", type=lead_type)), "leads:l1")["contactType"] == "CLIENT"
+
+
+# Stages
+
+
+@pytest.mark.parametrize(
+    ("status", "old", "new"),
+    [
+        ("NEW", "NEW", "NEW"),
+        ("CONTACTED", "CONTACTED", "CONTACTED"),
+        ("QUALIFIED", "CONTACTED", "QUALIFIED"),
+        ("CONVERTED", "COMPLETE", "CLOSED"),
+        ("DISQUALIFIED", None, "LOST"),
+    ],
+)
+def test_the_stage_is_the_nearest_that_the_database_has(status: str, old: str | None, new: str) -> None:
+    for generation, stage in zip(GENERATIONS, (old, old, new, new), strict=True):
+        result = run(lead(status=status), generation=generation)
+        assert [row["stage"] for row in result.contacts.values()] == ([] if stage is None else [stage])
+
+
+def test_a_converted_lead_is_complete_where_there_is_closed_as_well() -> None:
+    both = Population("", stages=("CLOSED", "COMPLETE"), has_clerk_user_id=True, leads=[lead(status="CONVERTED")])
+    assert made_by(backfill(both), "leads:l1")["stage"] == "COMPLETE"
+
+
+def test_a_disqualified_lead_is_excluded_before_its_faults_are_seen_where_there_is_no_stage_for_it() -> None:
+    result = run(lead(status="DISQUALIFIED", email="nonsense"))
+    assert (result.counts.excluded, result.ledger) == ({"disqualified": 1}, {})
+
+
+@pytest.mark.parametrize(
+    ("status", "last_contacted", "generation", "expected"),
+    [
+        ("NEW", DAY[4], "2025_10", DAY[0]),
+        ("CONTACTED", DAY[4], "2025_10", DAY[4]),
+        ("CONTACTED", None, "2025_10", DAY[2]),
+        ("QUALIFIED", DAY[4], "2025_10", DAY[4]),
+        ("QUALIFIED", DAY[4], "2025_11", DAY[2]),
+        ("CONVERTED", DAY[4], "2025_10", DAY[2]),
+        ("DISQUALIFIED", DAY[4], "2025_12", DAY[2]),
+    ],
+)
+def test_a_stage_was_entered_at_the_closest_recorded_moment(
+    status: str, last_contacted: datetime | None, generation: str, expected: datetime
+) -> None:
+    result = run(lead(status=status, lastContactedAt=last_contacted), generation=generation)
+    assert made_by(result, "leads:l1")["stageEnteredAt"] == expected
+
+
+# Columns
+
+
+def test_every_column_of_a_profile_contact() -> None:
+    columns = {"userId": "u1", "clerkUserId": "user_1", "firstName": " Ann ", "lastName": "\t", "phone": " 1 "}
+    result = run(user(email="  ANN@Example.COM "), profile(**columns, companyName=" Lee Ltd "))
+    assert made_by(result, "profiles:p1") == {
+        "id": contact_id_of("profiles:p1"),
+        "userId": "u1",
+        "clerkUserId": "user_1",
+        "contactType": "CLIENT",
+        "firstName": "Ann",
+        "lastName": "Unknown",
+        "email": "ann@example.com",
+        "phone": "1",
+        "company": "Lee Ltd",
+        "stage": "NEW",
+        "stageEnteredAt": DAY[0],
+        "source": "backfill",
+        "assignedPreparerId": None,
+        "assignedAt": None,
+        **NO_ATTRIBUTION,
+        "createdAt": DAY[0],
+        "updatedAt": DAY[1],
+        "lastContactedAt": None,
+    }
+
+
+def test_every_column_of_a_lead_contact() -> None:
+    columns: Row = {"phone": " 1 ", "source": " web ", "lastContactedAt": DAY[3], "assignedPreparerId": "p1"}
+    result = run(profile(), lead(**columns, **REFERRED))
+    assert made_by(result, "leads:l1") == {
+        "id": contact_id_of("leads:l1"),
+        "userId": None,
+        "clerkUserId": None,
+        "contactType": "LEAD",
+        "firstName": "Ann",
+        "lastName": "Lee",
+        "email": "ann@example.com",
+        "phone": "1",
+        "company": None,
+        "stage": "NEW",
+        "stageEnteredAt": DAY[0],
+        "source": "web",
+        "assignedPreparerId": "p1",
+        "assignedAt": DAY[2],
+        **REFERRED,
+        "createdAt": DAY[0],
+        "updatedAt": DAY[2],
+        "lastContactedAt": DAY[3],
+    }
+
+
+def test_a_contact_id_is_a_known_function_of_the_row() -> None:
+    assert contact_id_of("leads:l1") == "c55ba79a2e7b33c1bf1a4ec4b"
+
+
+@pytest.mark.parametrize("source", [None, "", " \n"])
+def test_a_lead_without_a_source_came_by_the_form(source: str | None) -> None:
+    assert made_by(run(lead(source=source)), "leads:l1")["source"] == "lead_form"
+
+
+@pytest.mark.parametrize(
+    ("stored", "expected"),
+    [("p1", "p1"), ("u1", "p1"), ("gone", "gone"), ("", None), (" ", None), (None, None)],
+)
+def test_an_assigned_preparer_is_a_profile_id_even_if_a_user_id_was_stored(
+    stored: str | None, expected: str | None
+) -> None:
+    result = run(user(email="b@b.io"), profile(role="ADMIN", userId="u1"), lead(assignedPreparerId=stored))
+    made = made_by(result, "leads:l1")
+    assert (made["assignedPreparerId"], made["assignedAt"]) == (expected, DAY[2] if expected else None)
+
+
+@pytest.mark.parametrize("role", ["CLIENT", "TAX_PREPARER", "AFFILIATE"])
+@pytest.mark.parametrize("email", [None, "", " \t"])
+def test_a_profile_without_user_or_email_gets_an_address_that_nobody_can_have(role: str, email: str | None) -> None:
+    rows = [profile("p1", role)] if email is None else [user(email=email), profile("p1", role, userId="u1")]
+    prefix = {"CLIENT": "client", "TAX_PREPARER": "preparer", "AFFILIATE": "affiliate"}[role]
+    assert made_by(run(*rows), "profiles:p1")["email"] == f"{prefix}-p1@crm-backfill.invalid"
+
+
+def test_the_placeholder_domain_is_a_setting() -> None:
+    result = backfill(population_of(profile()), placeholder_domain="none.invalid")
+    assert made_by(result, "profiles:p1")["email"] == "client-p1@none.invalid"
+
+
+def test_a_profile_whose_email_is_none_is_an_error() -> None:
+    assert outcomes(run(user(email="nonsense"), profile(userId="u1"))) == {"profiles:p1": "invalid_email"}
+
+
+def test_a_database_without_clerk_ids_has_none() -> None:
+    row = profile()
+    del row["clerkUserId"]
+    assert made_by(run(row, generation="2025_11"), "profiles:p1")["clerkUserId"] is None
+
+
+# Identity of a profile
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"email": "other@example.com", "userId": "u1"},
+        {"email": "other@example.com", "clerkUserId": "user_1"},
+        {"email": "ANN@example.com"},
+        {"email": "ann@example.com", "userId": "u1", "clerkUserId": "user_1"},
+        {"email": "other@example.com", "userId": "u1", "clerkUserId": "user_9"},
+    ],
+)
+def test_any_key_of_a_profile_finds_a_contact_that_others_made_and_leaves_it_alone(columns: Row) -> None:
+    before = contact() | columns
+    result = run(user(), profile(userId="u1", clerkUserId="user_1", phone="1", companyName="Lee Ltd"), before)
+    assert result.contacts == {"k1": before}
+    assert result.ledger["profiles:p1"] == {
+        "source": "clients",
+        "outcome": "exists",
+        "reason": None,
+        "contact_id": "k1",
+        "keys": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("contacts", "named", "keys"),
+    [
+        ([{"userId": "u1", "email": "a@a.io"}, {"clerkUserId": "user_1", "email": "b@b.io"}], "k1", ("k1", "k2", None)),
+        ([{"clerkUserId": "user_1", "email": "b@b.io"}, {"userId": "u1", "email": "a@a.io"}], "k2", ("k2", "k1", None)),
+        ([{"userId": "u1", "email": "a@a.io"}, {}], "k2", ("k1", None, "k2")),
+        ([{"clerkUserId": "user_1", "email": "a@a.io"}, {"email": "Ann@example.com"}], "k2", (None, "k1", "k2")),
+        ([{"userId": "u9"}], "k1", (None, None, "k1")),
+        ([{"clerkUserId": "user_9"}], "k1", (None, None, "k1")),
+        ([{"clerkUserId": "user_9", "userId": "u1"}], "k1", ("k1", None, "k1")),
+    ],
+    ids=["user-vs-clerk", "clerk-vs-user", "user-vs-email", "clerk-vs-email", "other-user", "other-clerk", "own-email"],
+)
+def test_keys_that_name_two_accounts_are_a_conflict_that_says_where_each_key_leads(
+    contacts: list[Row], named: str, keys: tuple[str | None, str | None, str | None]
+) -> None:
+    before = [contact(f"k{number}") | columns for number, columns in enumerate(contacts, start=1)]
+    result = run(user(), profile(userId="u1", clerkUserId="user_1"), *before)
+    assert list(result.contacts.values()) == before
+    expected = {"source": "clients", "outcome": "error", "reason": "conflict", "contact_id": named}
+    by_key = dict(zip(("userId", "clerkUserId", "email"), keys, strict=True))
+    assert result.ledger == {"profiles:p1": {**expected, "keys": by_key}}
+
+
+def test_of_several_spellings_a_conflict_names_the_one_to_which_another_key_leads_and_the_row_s_own_contact() -> None:
+    own = contact(contact_id_of("profiles:p1"), "moved@example.com")
+    spellings = [contact("k1"), contact("k2", "Ann@example.com", userId="u1", clerkUserId="user_9")]
+    result = run(user(), profile(userId="u1", clerkUserId="user_1"), *spellings, own)
+    assert result.ledger["profiles:p1"]["contact_id"] == "k2"
+    assert result.ledger["profiles:p1"]["keys"] == {
+        "userId": "k2",
+        "clerkUserId": None,
+        "email": "k2",
+        "id": own["id"],
+    }
+
+
+def test_an_account_on_the_contact_alone_is_no_conflict() -> None:
+    assert outcomes(run(user(), profile(userId="u1"), contact(clerkUserId="user_9"))) == {"profiles:p1": "exists"}
+
+
+def test_two_profiles_whose_emails_differ_by_case_are_two_accounts() -> None:
+    users = [user("u1"), user("u2", "ANN@EXAMPLE.COM")]
+    result = run(*users, profile("p1", userId="u1"), profile("p2", userId="u2"))
+    assert outcomes(result) == {"profiles:p1": "created", "profiles:p2": "conflict"}
+    assert result.ledger["profiles:p2"]["contact_id"] == contact_id_of("profiles:p1")
+
+
+def test_profiles_go_by_source_then_id() -> None:
+    users = [user("u1"), user("u2", "ANN@EXAMPLE.COM"), user("u3", "Ann@example.com")]
+    older, younger = profile("p3", userId="u3"), profile("p2", userId="u2", createdAt=DAY[9])
+    result = run(*users, older, younger, profile("p1", "AFFILIATE", userId="u1"))
+    assert outcomes(result) == {"profiles:p2": "created", "profiles:p3": "conflict", "profiles:p1": "conflict"}
+
+
+def test_of_contacts_that_differ_by_case_the_lower_one_is_met_then_the_oldest_then_the_first_id() -> None:
+    exact, upper = contact("k3"), contact("k2", "ANN@EXAMPLE.COM", createdAt=DAY[4])
+    title, padded = contact("k1", "Ann@Example.com"), contact("k0", " ann@example.com ")
+    assert run(lead(), title, upper, exact, padded).ledger["leads:l1"]["contact_id"] == "k3"
+    assert run(lead(), title, padded, upper).ledger["leads:l1"]["contact_id"] == "k2"
+    assert run(lead(), title, padded).ledger["leads:l1"]["contact_id"] == "k0"
+
+
+def test_a_placeholder_address_meets_the_contact_that_has_it() -> None:
+    assert outcomes(run(profile(), contact(email="Client-P1@crm-backfill.invalid"))) == {"profiles:p1": "exists"}
+
+
+# Leads that meet contacts
+
+
+def test_of_two_leads_of_one_person_the_converted_one_wins_even_if_it_is_younger() -> None:
+    result = run(lead("l1"), lead("l2", status="CONVERTED", createdAt=DAY[9]))
+    assert outcomes(result) == {"leads:l1": "merged", "leads:l2": "created"}
+    assert [(row["id"], row["stage"]) for row in result.contacts.values()] == [(contact_id_of("leads:l2"), "COMPLETE")]
+
+
+def test_otherwise_the_oldest_lead_wins_and_the_id_breaks_a_tie() -> None:
+    assert outcomes(run(lead("l1", createdAt=DAY[1]), lead("l2")))["leads:l2"] == "created"
+    assert outcomes(run(lead("l2"), lead("l1")))["leads:l1"] == "created"
+
+
+def test_a_lead_that_meets_a_contact_which_others_made_leaves_it_alone() -> None:
+    before = contact(email="ANN@example.com")
+    result = run(lead(phone="1", **REFERRED), before)
+    assert result.contacts == {"k1": before}
+    assert outcomes(result) == {"leads:l1": "exists"}
+
+
+def test_a_lead_fills_the_blanks_of_a_contact_that_the_backfill_made_and_nothing_else() -> None:
+    columns: Row = {"phone": "1", "source": "web", "lastContactedAt": DAY[3], "assignedPreparerId": "p9"}
+    result = run(user(), profile(userId="u1"), lead(email=" ANN@example.com", firstName="Anna", **columns, **REFERRED))
+    alone = made_by(run(user(), profile(userId="u1")), "profiles:p1")
+    filled = {"phone": "1", "lastContactedAt": DAY[3], "assignedPreparerId": "p9", "assignedAt": DAY[2], **REFERRED}
+    assert result.contacts == {alone["id"]: alone | filled}
+    assert outcomes(result) == {"profiles:p1": "created", "leads:l1": "merged"}
+
+
+def test_what_is_there_is_not_filled() -> None:
+    first: Row = {"phone": "1", "lastContactedAt": DAY[3], "assignedPreparerId": "p9", **REFERRED}
+    second: Row = {"phone": "2", "lastContactedAt": DAY[4], "assignedPreparerId": "p8", **ALSO_REFERRED}
+    result = run(lead("l1", **first), lead("l2", createdAt=DAY[1], **second))
+    assert result.contacts == run(lead("l1", **first)).contacts
+
+
+@pytest.mark.parametrize("column", NULLABLE_ATTRIBUTION)
+def test_attribution_is_filled_as_a_unit_or_not_at_all(column: str) -> None:
+    partial = NO_ATTRIBUTION | {column: REFERRED[column], "attributionConfidence": 7}
+    taken = run(lead("l1"), lead("l2", createdAt=DAY[1], **partial))
+    assert {key: made_by(taken, "leads:l1")[key] for key in ATTRIBUTION} == partial
+    kept = run(lead("l1", **partial), lead("l2", createdAt=DAY[1], **ALSO_REFERRED))
+    assert {key: made_by(kept, "leads:l1")[key] for key in ATTRIBUTION} == partial
+
+
+def test_a_lead_without_attribution_does_not_bring_its_confidence() -> None:
+    result = run(lead("l1"), lead("l2", createdAt=DAY[1], attributionConfidence=7))
+    assert made_by(result, "leads:l1")["attributionConfidence"] == 100
+
+
+def test_the_first_lead_that_has_something_fills_it() -> None:
+    later = [lead("l2", createdAt=DAY[1], **REFERRED), lead("l3", createdAt=DAY[3], phone="3", **ALSO_REFERRED)]
+    made = made_by(run(lead("l1"), *later), "leads:l1")
+    assert (made["referrerUsername"], made["phone"]) == ("ref", "3")
+
+
+# Later runs
+
+
+def test_a_second_run_changes_nothing() -> None:
+    rows = [user(), profile(userId="u1"), profile("p2", "ADMIN"), lead(), lead("l2", "nonsense"), lead("l3", "b@b.io")]
+    first = run(*rows, contact(email="b@b.io"))
+    second = run(*rows, *first.contacts.values(), ledger=first.ledger)
+    assert (second.contacts, second.ledger) == (first.contacts, first.ledger)
+    counts = second.counts
+    assert (counts.already, counts.read, counts.error, counts.error_new) == (3, 1, 1, 0)
+    assert counts.excluded == {"admin": 1}
+
+
+def test_a_profile_that_comes_after_its_lead_fills_the_keys_too() -> None:
+    first = run(lead(**REFERRED))
+    account = profile(userId="u1", clerkUserId="user_1", phone="1", companyName="Lee Ltd", firstName="Anna")
+    second = run(user(), account, lead(**REFERRED), *first.contacts.values(), ledger=first.ledger)
+    filled = {"userId": "u1", "clerkUserId": "user_1", "phone": "1", "company": "Lee Ltd"}
+    assert second.contacts == {contact_id_of("leads:l1"): made_by(first, "leads:l1") | filled}
+    assert outcomes(second)["profiles:p1"] == "merged"
+
+
+def test_a_contact_that_was_deleted_stays_deleted() -> None:
+    first = run(lead())
+    second = run(lead(), ledger=first.ledger)
+    assert (second.contacts, second.ledger, second.counts.already) == ({}, first.ledger, 1)
+
+
+def test_what_people_changed_stays_although_the_row_says_otherwise() -> None:
+    first = run(lead())
+    edited = made_by(first, "leads:l1") | {"email": "new@example.com", "lastName": "Changed"}
+    second = run(lead(status="CONVERTED"), edited, ledger=first.ledger)
+    assert second.contacts == {edited["id"]: edited}
+
+
+def test_an_error_is_tried_again_and_is_new_only_if_the_reason_is() -> None:
+    first = run(user(email="nonsense"), profile(userId="u1"))
+    assert first.counts.error_new == 1
+    other_fault = run(user(), profile(userId="u1"), contact(userId="u9"), ledger=first.ledger)
+    assert (other_fault.counts.by_reason, other_fault.counts.error_new) == ({"conflict": 1}, 1)
+    mended = run(user(), profile(userId="u1"), ledger=other_fault.ledger)
+    assert outcomes(mended) == {"profiles:p1": "created"}
+
+
+def test_a_pending_profile_that_became_a_client_is_migrated_by_the_next_run() -> None:
+    first = run(profile(role="LEAD"))
+    assert outcomes(run(profile(role="CLIENT"), ledger=first.ledger)) == {"profiles:p1": "created"}
+
+
+def test_a_row_finds_its_own_contact_again_when_the_ledger_was_lost() -> None:
+    made = made_by(run(lead()), "leads:l1")
+    moved = made | {"email": "new@example.com"}
+    for there in (made, moved):
+        result = run(lead(phone="1"), there)
+        assert outcomes(result) == {"leads:l1": "merged"}
+        assert result.contacts == {made["id"]: there | {"phone": "1"}}
+
+
+def test_only_some_sources() -> None:
+    result = run(profile(), profile("p2", "ADMIN"), lead(), lead("l2", "b@b.io", status="CONVERTED"), only={"clients"})
+    assert outcomes(result) == {"profiles:p1": "created"}
+    assert (result.counts.read, result.counts.excluded) == (1, {"admin": 1})
+
+
+def test_no_more_rows_than_the_limit_are_looked_at_and_settled_ones_do_not_count() -> None:
+    rows = [profile(), lead(email="b@b.io"), lead("l2", "nonsense"), lead("l3", "c@c.io")]
+    first = backfill(population_of(*rows), limit=2)
+    assert outcomes(first) == {"profiles:p1": "created", "leads:l1": "created"}
+    second = backfill(population_of(*rows, *first.contacts.values()), ledger=first.ledger, limit=1)
+    assert (outcomes(second)["leads:l2"], second.counts.read, second.counts.already) == ("invalid_email", 1, 2)
+
+
+# Decisions
+
+
+def decide(*rows: Row, **decisions: tuple[str | None, str | None]) -> Result:
+    return backfill(population_of(*rows), decisions={f"profiles:{row}": made for row, made in decisions.items()})
+
+
+def test_a_row_that_belongs_to_a_contact_is_merged_or_linked_and_leaves_the_accounts_of_others() -> None:
+    account = profile(userId="u1", clerkUserId="user_1")
+    others = [contact("k1", "b@b.io"), contact("k2", "c@c.io", userId="u1")]
+    linked = decide(user(), account, *others, p1=("k1", None))
+    assert linked.ledger["profiles:p1"]["contact_id"] == "k1"
+    assert list(linked.contacts.values()) == others
+    merged = decide(user(), account, profile("p2"), *others, p1=(contact_id_of("profiles:p2"), None))
+    made = made_by(merged, "profiles:p2")
+    assert (made["userId"], made["clerkUserId"]) == (None, "user_1")
+    assert outcomes(merged) == {"profiles:p2": "created", "profiles:p1": "merged"}
+
+
+def test_a_row_that_is_separate_gets_a_contact_with_that_address() -> None:
+    result = decide(user(), profile(userId="u1"), contact(userId="u9"), p1=(None, "own@example.com"))
+    assert made_by(result, "profiles:p1")["email"] == "own@example.com"
+    assert len(result.contacts) == 2
+
+
+@pytest.mark.parametrize("decision", [("gone", None), (None, "b@b.io")])
+def test_a_decision_that_holds_no_more_is_an_error(decision: tuple[str | None, str | None]) -> None:
+    result = decide(user(), profile(userId="u1"), contact("k1", "B@b.io"), p1=decision)
+    assert outcomes(result) == {"profiles:p1": "stale_decision"}
+    assert result.ledger["profiles:p1"]["contact_id"] == (decision[0] or "k1")
+
+
+# Faults of the script that this replaces
+
+
+def test_no_key_at_all_does_not_crash_the_row() -> None:
+    assert outcomes(run(profile())) == {"profiles:p1": "created"}
+
+
+def test_a_profile_is_checked_by_email() -> None:
+    assert outcomes(run(user(), profile(userId="u1"), contact())) == {"profiles:p1": "exists"}
+
+
+def test_one_key_does_not_mask_another() -> None:
+    by_user = contact(email="other@example.com", userId="u1")
+    assert outcomes(run(user(), profile(userId="u1", clerkUserId="user_1"), by_user)) == {"profiles:p1": "exists"}
+
+
+@pytest.mark.parametrize("stored", ["ANN@EXAMPLE.COM", " Ann@example.com "])
+def test_emails_are_compared_without_case(stored: str) -> None:
+    assert outcomes(run(lead(email="aNN@example.com\n"), contact(email=stored))) == {"leads:l1": "exists"}
+
+
+def test_a_lead_that_meets_its_profile_keeps_its_attribution() -> None:
+    result = run(user(), profile(userId="u1"), lead(**REFERRED))
+    assert {key: made_by(result, "profiles:p1")[key] for key in ATTRIBUTION} == REFERRED
+
+
+def test_a_converted_lead_keeps_its_attribution_before_an_older_active_one() -> None:
+    result = run(lead("l1", **REFERRED), lead("l2", status="CONVERTED", createdAt=DAY[9], **ALSO_REFERRED))
+    assert made_by(result, "leads:l2")["referrerUsername"] == "other"
+
+
+@pytest.mark.parametrize("blank", [None, "", "   ", "\t\n", "\N{NO-BREAK SPACE}"])
+def test_a_name_of_white_space_is_unknown(blank: str | None) -> None:
+    made = made_by(run(profile(firstName=blank, lastName=blank)), "profiles:p1")
+    assert (made["firstName"], made["lastName"]) == ("Unknown", "Unknown")
+
+
+# Any population
+
+
+def check(population: Population, result: Result, ledger: dict[str, Line]) -> None:
+    """What must hold after any run over all sources, whatever the rows are."""
+    counts = result.counts
+    rows = [("profiles", row) for row in population.profiles] + [("leads", row) for row in population.leads]
+    assert counts.read == counts.created + counts.merged + counts.exists + counts.error
+    assert len(rows) == counts.excluded.total() + counts.already + counts.read
+    migrated = {f"{table}:{row['id']}" for table, row in rows if not exclusion(table, row, population.stages)}
+    assert set(result.ledger) == migrated | set(ledger)
+    by_outcome = sum(counts.by_source.values(), Counter())
+    assert by_outcome == +Counter({name: getattr(counts, name) for name in ("created", "merged", "exists", "error")})
+    assert set(counts.by_source) <= set(SOURCES)
+    assert counts.created_by_type.total() == counts.created == len(result.contacts) - len(population.contacts)
+    for key in ("email", "userId", "clerkUserId"):
+        values = [row[key] for row in result.contacts.values() if row[key] is not None]
+        assert len(values) == len(set(values)), "the database would refuse this"
+    made = {line["contact_id"] for line in result.ledger.values() if line["outcome"] == "created"}
+    for row in population.contacts:
+        own = any(contact_id_of(reference) == row["id"] for reference in migrated)
+        if row["id"] not in made and not own:
+            assert result.contacts[row["id"]] == row
+    assert all(set(row) == set(CONTACT_COLUMNS) for row in result.contacts.values())
+
+
+@settings(deadline=None)
+@given(populations(added_labels=True))
+def test_in_any_population_the_identity_holds_and_no_key_is_twice(population: Population) -> None:
+    check(population, backfill(population), {})
+
+
+@settings(deadline=None)
+@given(st.data(), populations())
+def test_some_time_later_the_same_holds(data: st.DataObject, population: Population) -> None:
+    first = backfill(population)
+    later = data.draw(aftermaths(population, first))
+    check(later, backfill(later, ledger=first.ledger), first.ledger)

@@ -1,0 +1,348 @@
+"""The judge of --update: what a second look must do, one row after another, on plain dicts.
+
+Beside `tests.support.reference`, and as independent of the project: it shares no code with it. It remembers what the
+ledger remembers: what each row's `updatedAt` was when it was settled and last looked at, who made a contact, what was
+filled once, and what the contact's `updatedAt` was then.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from tests.support import reference
+from tests.support.reference import ATTRIBUTION, NULLABLE_ATTRIBUTION, Line, Population, Row
+
+#: What is filled together, by the name in the report; for each, the columns that tell whether something is there.
+UNITS: dict[str, tuple[str, ...]] = {
+    "user_id": ("userId",),
+    "clerk_user_id": ("clerkUserId",),
+    "phone": ("phone",),
+    "company": ("company",),
+    "last_contacted_at": ("lastContactedAt",),
+    "assignment": ("assignedPreparerId", "assignedAt"),
+    "attribution": ATTRIBUTION,
+}
+#: What the row alone says that counts first.
+FIRST = {
+    "first_name": ("firstName",),
+    "last_name": ("lastName",),
+    "contact_type": ("contactType",),
+    "source": ("source",),
+}
+STAGE = {"stage": ("stage", "stageEnteredAt"), "stage_entered_at": ("stageEnteredAt",)}
+COLUMNS = {**UNITS, **FIRST, **STAGE, "email": ("email",)}
+STAGES_OF_LEADS = ("NEW", "CONTACTED", "QUALIFIED", "COMPLETE", "CLOSED", "LOST")
+PLACEHOLDER_KINDS = ("client", "preparer", "affiliate")
+
+
+@dataclass
+class Made:
+    """The row that made a contact of ours: its `updatedAt`, and what it had to give, by column."""
+
+    updated_at: Any
+    gave: set[str]
+
+
+@dataclass
+class Looks:
+    """What updates counted. Dicts hold no zeros."""
+
+    revisited: int = 0
+    updated: int = 0
+    kept: int = 0
+    unchanged: int = 0
+    updated_and_kept: int = 0
+    updated_by_column: Counter[str] = field(default_factory=Counter)
+    kept_by_column: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass
+class World:
+    """Everything that runs leave behind: contacts, ledger, and what the ledger remembers of rows and contacts.
+
+    `left` are the contacts' `updatedAt` at each update of theirs.
+    """
+
+    contacts: dict[str, Row] = field(default_factory=dict)
+    ledger: dict[str, Line] = field(default_factory=dict)
+    seen: dict[str, Any] = field(default_factory=dict)
+    looked: set[str] = field(default_factory=set)
+    made: dict[str, Made] = field(default_factory=dict)
+    given: dict[str, set[str]] = field(default_factory=dict)
+    left: dict[str, set[Any]] = field(default_factory=dict)
+    merged_in: dict[str, set[str]] = field(default_factory=dict)
+    history: set[tuple[str, str, str]] = field(default_factory=set)
+
+    def is_untouched(self, contact: Row) -> bool:
+        """Whether it is of our making, and nobody saved it since."""
+        made = self.made.get(contact["id"])
+        return made is not None and contact["updatedAt"] == made.updated_at
+
+    def is_due(self, ref: str, row: Row) -> bool:
+        """Whether a row is to be looked at: it changed, or came to a contact and never was looked at."""
+        came = self.ledger[ref]["outcome"] != "created"
+        return bool(self.seen[ref] != row["updatedAt"] or (came and ref not in self.looked))
+
+
+class Speaker(NamedTuple):
+    """A row of a contact, and what it would make of its person alone."""
+
+    ref: str
+    source: str
+    row: Row
+    draft: Row
+
+
+def run(world: World, population: Population, *, update: bool) -> Looks:
+    """Backfill, and look again if asked to. `population.contacts` are the contacts as they stand before."""
+    result = reference.backfill(population, ledger=world.ledger)
+    rows = {f"{table}:{row['id']}": row for table in ("profiles", "leads") for row in getattr(population, table)}
+    for ref, line in result.ledger.items():
+        if line["outcome"] in reference.SETTLED and world.ledger.get(ref, {}).get("outcome") not in reference.SETTLED:
+            world.seen[ref] = rows[ref]["updatedAt"]
+            if line["outcome"] == "created":
+                draft = _draft(population, str(reference.source_of(ref.split(":")[0], rows[ref])), rows[ref])
+                gave = {column for column, value in draft.items() if value is not None} - {"attributionConfidence"}
+                world.made[str(line["contact_id"])] = Made(rows[ref]["updatedAt"], gave)
+    for contact_id, columns in result.filled.items():
+        world.merged_in.setdefault(contact_id, set()).update(columns)
+    world.contacts, world.ledger = result.contacts, result.ledger
+    looks = Looks()
+    if update:
+        for source, table, row in list(_in_order(population)):
+            _one_row(world, population, source, table, row, looks)
+    return looks
+
+
+def _in_order(population: Population) -> Iterator[tuple[str, str, Row]]:
+    """The rows that are to be migrated, in the one order in which they count."""
+    for source in reference.SOURCES:
+        for table, row in reference._rows_in_order(population):
+            is_excluded = reference.exclusion(table, row, population.stages)
+            if not is_excluded and reference.source_of(table, row) == source:
+                yield source, table, row
+
+
+def _one_row(world: World, population: Population, source: str, table: str, row: Row, looks: Looks) -> None:
+    ref = f"{table}:{row['id']}"
+    line = world.ledger.get(ref)
+    if not line or line["outcome"] not in reference.SETTLED or line["contact_id"] not in world.contacts:
+        return
+    contact = world.contacts[str(line["contact_id"])]
+    wanted, kept = _verdict(world, population, source, ref, row, contact)
+    if not world.is_due(ref, row) and "email" not in wanted:
+        return
+    world.seen[ref] = row["updatedAt"]
+    world.looked.add(ref)
+    looks.revisited += 1
+    if wanted:
+        looks.updated += 1
+        looks.updated_and_kept += bool(kept)
+    elif kept:
+        looks.kept += 1
+    else:
+        looks.unchanged += 1
+    looks.updated_by_column.update(wanted.keys())
+    looks.kept_by_column.update(kept)
+    if "stage" in wanted:
+        world.history.add((contact["id"], contact["stage"], wanted["stage"]["stage"]))
+    for name, values in wanted.items():
+        contact.update(values)
+        world.given.setdefault(contact["id"], set()).add(name)
+        world.left.setdefault(contact["id"], set()).add(contact["updatedAt"])
+
+
+def _draft(population: Population, source: str, row: Row) -> Row:
+    if source in reference.PROFILE_TYPES:
+        return reference.contact_of_profile(population, source, row, reference.PLACEHOLDER_DOMAIN)
+    return reference.contact_of_lead(population, source, row)
+
+
+def _is_of(world: World, population: Population, source: str, row: Row, contact: Row) -> Row | None:
+    """What the row makes; None where its keys name another contact by now. Raises Rejected where it makes nothing."""
+    draft = _draft(population, source, row)
+    try:
+        theirs = None
+        if source not in reference.PROFILE_TYPES:
+            theirs = reference.contact_of_the_profile(population, world.ledger, world.contacts, draft)
+        found = reference.find(draft, world.contacts, theirs)
+    except reference.Rejected:
+        return None
+    return draft if found is None or found["id"] == contact["id"] else None
+
+
+def _verdict(
+    world: World, population: Population, source: str, ref: str, row: Row, contact: Row
+) -> tuple[dict[str, Row], list[str]]:
+    """What is written, by name, and the names of what is kept."""
+    try:
+        draft = _is_of(world, population, source, row, contact)
+    except reference.Rejected:
+        return {}, []
+    if draft is None:
+        return {}, ["identity"]
+    wanted: dict[str, Row] = {}
+    kept: list[str] = []
+    untouched = world.is_untouched(contact)
+    expected, origins, by_rows, origins_by_rows = _expected(world, population, contact)
+    for name, origin in origins.items():
+        mine = origin.ref == ref
+        if not mine and world.is_due(origin.ref, origin.row):
+            continue
+        told = "stage_entered_at" if name == "stage" and expected["stage"] == contact["stage"] else name
+        verdict = _of(told, expected, contact, world, population)
+        if verdict:
+            wanted[told] = {column: expected[column] for column in COLUMNS[told]}
+        elif verdict is False and mine:
+            kept.append(told)
+    if not untouched:
+        is_ours = contact["id"] in world.made
+        kept += [
+            name
+            for name, origin in origins_by_rows.items()
+            if origin.ref == ref
+            and (name not in origins or name not in UNITS)
+            and _would_change(name, source, by_rows, contact, population, is_ours=is_ours)
+        ]
+    if source in reference.PROFILE_TYPES:
+        _email(population, row, draft, contact, wanted, kept, untouched=untouched)
+    return wanted, kept
+
+
+def _expected(
+    world: World, population: Population, contact: Row
+) -> tuple[Row, dict[str, Speaker], Row, dict[str, Speaker]]:
+    """What a contact is to be, and what it were by its rows alone; each with the rows that it comes from."""
+    speakers, is_complete = _speakers(world, population, contact)
+    by_rows = _fold(None, speakers, population)
+    if world.is_untouched(contact) and is_complete:
+        return *by_rows, *by_rows
+    expected, origins = _fold(_not_ours(world, contact), speakers, population)
+    if world.is_untouched(contact):
+        _promote_a_lead(contact, speakers, expected, origins)
+    return expected, origins, *by_rows
+
+
+def _speakers(world: World, population: Population, contact: Row) -> tuple[list[Speaker], bool]:
+    """The rows of a contact that still are its person's, in order; and whether these are all that it ever had."""
+    refs = {
+        ref
+        for ref, line in world.ledger.items()
+        if line["outcome"] in reference.SETTLED and line["contact_id"] == contact["id"]
+    }
+    found = []
+    for source, table, row in _in_order(population):
+        ref = f"{table}:{row['id']}"
+        if ref in refs:
+            try:
+                draft = _is_of(world, population, source, row, contact)
+            except reference.Rejected:
+                continue
+            if draft is not None:
+                found.append(Speaker(ref, source, row, draft))
+    return found, len(found) == len(refs)
+
+
+def _fold(base: Row | None, speakers: list[Speaker], population: Population) -> tuple[Row, dict[str, Speaker]]:
+    """What one run over these rows makes, on top of what is there; for each unit and for what is first, the row."""
+    origins: dict[str, Speaker] = {}
+    result = base
+    for speaker in speakers:
+        before = dict.fromkeys(speaker.draft) if result is None else dict(result)
+        if result is None:
+            result = dict(speaker.draft)
+            origins |= dict.fromkeys((*FIRST, "stage"), speaker)
+        elif speaker.source in reference.PROFILE_TYPES:
+            reference.fill_from_profile(result, speaker.draft)
+        else:
+            reference.fill_from_lead(result, speaker.draft)
+        if population.stages.index(speaker.draft["stage"]) > population.stages.index(result["stage"]):
+            result |= {column: speaker.draft[column] for column in STAGE["stage"]}
+            origins["stage"] = speaker
+        for name, columns in UNITS.items():
+            telling = NULLABLE_ATTRIBUTION if name == "attribution" else columns
+            if any(result[column] != before[column] for column in telling):
+                origins[name] = speaker
+    return result or {}, origins
+
+
+def _not_ours(world: World, contact: Row) -> Row:
+    """Somebody else's contact that nobody saved since we filled something, without that."""
+    if contact["id"] in world.made or world.left.get(contact["id"]) != {contact["updatedAt"]}:
+        return dict(contact)
+    ours = world.given[contact["id"]] & UNITS.keys()
+    telling = {column for name in ours for column in UNITS[name]} - {"attributionConfidence"}
+    return contact | dict.fromkeys(telling)
+
+
+def _promote_a_lead(contact: Row, speakers: list[Speaker], expected: Row, origins: dict[str, Speaker]) -> None:
+    """A profile or a converted lead makes something of a lead also where not all rows are there to be asked."""
+    promoting = next((speaker for speaker in speakers if speaker.source != "active_leads"), None)
+    if contact["contactType"] == "LEAD" and promoting is not None:
+        expected["contactType"] = promoting.draft["contactType"]
+        origins["contact_type"] = promoting
+
+
+def _of(name: str, expected: Row, contact: Row, world: World, population: Population) -> bool | None:
+    columns = COLUMNS[name]
+    if name in UNITS:
+        telling = NULLABLE_ATTRIBUTION if name == "attribution" else columns
+        if all(contact[column] is None for column in telling):
+            return _may_fill(world, contact, name)
+        return any(expected[column] != contact[column] for column in columns) or None
+    if not world.is_untouched(contact):
+        return None
+    step = population.stages.index(expected["stage"]) - population.stages.index(contact["stage"])
+    if name == "stage":
+        return None if step <= 0 else contact["stage"] in STAGES_OF_LEADS
+    if name == "contact_type" and step < 0:
+        return None
+    return any(expected[column] != contact[column] for column in columns) or None
+
+
+def _would_change(name: str, source: str, by_rows: Row, contact: Row, population: Population, *, is_ours: bool) -> bool:
+    if name in UNITS:
+        telling = NULLABLE_ATTRIBUTION if name == "attribution" else UNITS[name]
+        compared = ("assignedPreparerId",) if name == "assignment" else UNITS[name]
+        is_there = any(contact[column] is not None for column in telling)
+        return is_there and any(by_rows[column] != contact[column] for column in compared)
+    if not is_ours:
+        return False
+    if name == "stage":
+        return population.stages.index(by_rows["stage"]) > population.stages.index(contact["stage"])
+    if name == "contact_type" and source == "active_leads":
+        return False
+    return bool(by_rows[COLUMNS[name][0]] != contact[COLUMNS[name][0]])
+
+
+def _may_fill(world: World, contact: Row, name: str) -> bool:
+    """Whether nobody can have emptied it."""
+    if name in world.given.get(contact["id"], set()):
+        return False
+    made = world.made.get(contact["id"])
+    if made is None or contact["updatedAt"] == made.updated_at:
+        return True
+    return not set(UNITS[name]) & (made.gave | world.merged_in.get(contact["id"], set()))
+
+
+def _email(
+    population: Population,
+    row: Row,
+    draft: Row,
+    contact: Row,
+    wanted: dict[str, Row],
+    kept: list[str],
+    *,
+    untouched: bool,
+) -> None:
+    raw = next((user["email"] for user in population.users if user["id"] == row["userId"]), "")
+    if not reference.address_of(raw):
+        return
+    names = {reference.placeholder_name(kind, row["id"]) for kind in PLACEHOLDER_KINDS}
+    if contact["email"].rpartition("@")[0] in names:
+        wanted["email"] = {"email": draft["email"]}
+    elif contact["id"] == draft["id"] and not untouched and contact["email"] != draft["email"]:
+        kept.append("email")
