@@ -31,11 +31,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 #: How long a batch may go on when the run is to stop, before what it is at is cancelled; seconds.
 GRACE = 1.0
 #: After what time it is cancelled again, and how often in vain before its connection is cut; seconds.
-AGAIN_AFTER, MOST_IN_VAIN = 0.15, 3
+AGAIN_AFTER, MAX_IN_VAIN = 0.15, 3
 #: How long a cancellation may take to reach the server; seconds.
 TO_REACH_THE_SERVER = 0.2
 #: How often whoever waits looks up to see whether the wait is over; seconds.
-_LOOK_UP_EVERY = 0.1
+_POLL_INTERVAL = 0.1
 
 
 #: Why a run ended that was stopped while a batch was going.
@@ -130,7 +130,7 @@ class Interruption:
         for wrapper in list(self._connections.values()):
             if wrapper.connection is not None:
                 with suppress(psycopg.Error, OSError):
-                    _end_statement(wrapper.connection, with_connection=self._cancelled > MOST_IN_VAIN)
+                    _end_statement(wrapper.connection, with_connection=self._cancelled > MAX_IN_VAIN)
 
 
 def _end_statement(connection: psycopg.Connection, *, with_connection: bool) -> None:
@@ -147,7 +147,7 @@ def sleep_until(is_over: Callable[[], bool], seconds: float) -> None:
     """Wait so many seconds, or until it is over."""
     until = time.monotonic() + seconds
     while (left := until - time.monotonic()) > 0 and not is_over():
-        time.sleep(min(left, _LOOK_UP_EVERY))
+        time.sleep(min(left, _POLL_INTERVAL))
 
 
 def stop_is_requested() -> bool:

@@ -218,7 +218,7 @@ _STATEMENTS = {
 
 
 @dataclass(slots=True)
-class Census:
+class RowCounts:
     """The source rows as they stand in the tables at one moment. Each term is counted by itself.
 
     `lines` are the ledger's lines of rows that are to be migrated, by outcome; `faults` those that may not be.

@@ -57,8 +57,8 @@ from crm.runs import control
 admin.site.site_header = admin.site.site_title = "CRM contacts backfill"
 admin.site.index_title = "What the backfill did"
 
-MOST_LINES = 100
-MOST_BATCHES = 100
+MAX_ENTRIES = 100
+MAX_BATCHES = 100
 
 UPDATE_COUNTS = (
     UpdateOutcome.UPDATED.value,
@@ -144,7 +144,9 @@ class ContactAdmin(ReadOnlyAdmin):
     @admin.display(description="ledger lines")
     def ledger(self, contact: CRMContact) -> str:
         """The source rows that made it, were merged into it, met it or are in conflict with it."""
-        lines = LedgerEntry.objects.filter(_names_contact(contact.pk)).order_by("source", "source_id")[: MOST_LINES + 1]
+        lines = LedgerEntry.objects.filter(_names_contact(contact.pk)).order_by("source", "source_id")[
+            : MAX_ENTRIES + 1
+        ]
         found = [
             {
                 "entry": line,
@@ -155,13 +157,13 @@ class ContactAdmin(ReadOnlyAdmin):
             for line in lines
         ]
         return render_to_string(
-            "crm/ledger_lines.html", {"lines": found[:MOST_LINES], "has_more": len(found) > MOST_LINES}
+            "crm/ledger_lines.html", {"lines": found[:MAX_ENTRIES], "has_more": len(found) > MAX_ENTRIES}
         )
 
     @admin.display
     def updates(self, contact: CRMContact) -> str:
         """What --update changed in it, the last change first."""
-        changes = ContactUpdate.objects.filter(contact_id=contact.pk).order_by("-pk")[: MOST_LINES + 1]
+        changes = ContactUpdate.objects.filter(contact_id=contact.pk).order_by("-pk")[: MAX_ENTRIES + 1]
         found = [
             {
                 "address": _address_of(ContactUpdate, change.pk),
@@ -171,7 +173,7 @@ class ContactAdmin(ReadOnlyAdmin):
             for change in changes
         ]
         return render_to_string(
-            "crm/contact_updates.html", {"updates": found[:MOST_LINES], "has_more": len(found) > MOST_LINES}
+            "crm/contact_updates.html", {"updates": found[:MAX_ENTRIES], "has_more": len(found) > MAX_ENTRIES}
         )
 
 
@@ -181,7 +183,7 @@ class LatestBatches(BaseInlineFormSet):  # type: ignore[type-arg] # django-stubs
     def get_queryset(self) -> QuerySet[Any]:
         """The last ones."""
         if not hasattr(self, "_queryset"):
-            self._queryset = super().get_queryset()[:MOST_BATCHES]
+            self._queryset = super().get_queryset()[:MAX_BATCHES]
         return self._queryset
 
 
@@ -190,7 +192,7 @@ class BatchInline(NothingToChange, admin.TabularInline):  # type: ignore[type-ar
 
     model = BackfillBatch
     formset = LatestBatches
-    verbose_name_plural = f"the last batches, {MOST_BATCHES} at most"
+    verbose_name_plural = f"the last batches, {MAX_BATCHES} at most"
     ordering = ("-id",)
     readonly_fields = (
         *("source", "read", *OUTCOMES, "error_new", "revisited", *UPDATE_COUNTS),

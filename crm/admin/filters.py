@@ -16,7 +16,7 @@ from crm.models.ledger import RunStatus
 from crm.outcome import Outcome, Reason, Source
 from crm.rules.mapping import ATTRIBUTION
 
-MOST_RUNS_TO_CHOOSE = 25
+MAX_RUNS_TO_CHOOSE = 25
 
 OUTCOMES = tuple(outcome.value for outcome in Outcome)
 MADE_BY_BACKFILL = Exists(LedgerEntry.objects.filter(pk=OuterRef("pk"), outcome=Outcome.CREATED))
@@ -145,7 +145,7 @@ class RunFilter(ValueFilter):
 
     def values(self) -> Iterable[str]:
         """The runs, the newest first."""
-        runs = [str(run) for run in BackfillRun.objects.values_list("pk", flat=True)[:MOST_RUNS_TO_CHOOSE]]
+        runs = [str(run) for run in BackfillRun.objects.values_list("pk", flat=True)[:MAX_RUNS_TO_CHOOSE]]
         asked = self.value()
         is_older = asked is not None and asked.isascii() and asked.isdigit() and len(asked) < 19 and asked not in runs
         return [*runs, str(asked)] if is_older else runs

@@ -11,7 +11,7 @@ from django.http import HttpRequest
 from django.utils.functional import cached_property
 
 #: Lists count no further, and lead no further.
-MOST_COUNTED = 10_000
+MAX_COUNTED = 10_000
 
 
 class BoundedPaginator(Paginator):  # type: ignore[type-arg] # django-stubs' paginator is generic, Django's is not
@@ -21,12 +21,12 @@ class BoundedPaginator(Paginator):  # type: ignore[type-arg] # django-stubs' pag
     def count(self) -> int:
         """How many rows there are, or the bound."""
         rows: Any = self.object_list
-        return int(rows.order_by()[:MOST_COUNTED].count())
+        return int(rows.order_by()[:MAX_COUNTED].count())
 
     @property
     def is_bounded(self) -> bool:
         """Whether there may be more rows than were counted."""
-        return self.count == MOST_COUNTED
+        return self.count == MAX_COUNTED
 
 
 class BoundedChangeList(ChangeList):
@@ -35,7 +35,7 @@ class BoundedChangeList(ChangeList):
     def get_results(self, request: HttpRequest) -> None:
         """Fetch the page."""
         super().get_results(request)
-        if self.result_count == MOST_COUNTED:
+        if self.result_count == MAX_COUNTED:
             # The search box tells the number where the two differ.
             self.full_result_count = self.result_count
 

@@ -24,21 +24,21 @@ from typing import NamedTuple
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models import QuerySet
 
-from crm.backfill.read.contacts import ContactLookup
+from crm.backfill.read.contacts import ContactIndex
 from crm.backfill.read.resolutions import Resolutions
 from crm.backfill.read.source import EVERY_ROW, SourceReader
 from crm.backfill.read.spellings import noncanonical_addresses
 from crm.backfill.update.reader import Present
-from crm.backfill.write.writer import MANNERS, BatchWriter, Timeouts
+from crm.backfill.write.writer import TRANSACTION_SETTINGS, BatchWriter, Timeouts
 from crm.errors import OperatorError
 from crm.models import BackfillBatch, BackfillRun, ContactUpdate, LedgerEntry
 from crm.models.ledger import RunStatus
 from crm.outcome import Outcome, Source, Totals
-from crm.postgres.facts.foreign_keys import find_references, is_unreferenced
+from crm.postgres.facts.foreign_keys import find_foreign_keys, is_unreferenced
 from crm.postgres.facts.schema import DatabaseFacts
 from crm.postgres.transactions import certain_transaction
 from crm.rules.mapping import ContactDraft, MappedRow, map_rows
-from crm.rules.matching import KnownContact, fill
+from crm.rules.matching import ExistingContact, fill
 from crm.runs import lease
 
 #: How many contacts are settled in one transaction.
@@ -123,7 +123,7 @@ class Latecomers:
         return created > 0 or bool(left) or unfinished.exists() or replaced.exists()
 
     def settle(self) -> Iterator[None]:
-        """Settle them, step by step: a caller may stop between two of them. Raises lease.FenceLostError.
+        """Settle them, step by step: a caller may stop between two of them. Raises lease.LeaseLostError.
 
         What a step did is committed: after a bad moment, the next call goes on where this one stopped.
         """
@@ -134,7 +134,7 @@ class Latecomers:
             self.twice = ContactsTwice(twice, obstacle)
             return
         stay: list[str] = []
-        writer = BatchWriter(self.connection, ContactLookup(self.connection, self.facts), self.run_id, Timeouts())
+        writer = BatchWriter(self.connection, ContactIndex(self.connection, self.facts), self.run_id, Timeouts())
         for first in range(0, len(twice), CONTACTS_AT_ONCE):
             some = twice[first : first + CONTACTS_AT_ONCE]
             stay += self._settle(some, writer)
@@ -161,7 +161,7 @@ class Latecomers:
             if cursor.fetchone() != (True,):
                 return "this role may not delete contacts (docs/least_privilege.sql, rollback=on)"
         try:
-            find_references(self.connection)
+            find_foreign_keys(self.connection)
         except OperatorError:
             return "this role cannot see everything that may refer to a contact"
         return None
@@ -169,7 +169,7 @@ class Latecomers:
     def _settle(self, ids: Sequence[str], writer: BatchWriter) -> list[str]:
         """Settle some of them in one transaction; those that stay."""
         started = time.monotonic()
-        manners = MANNERS.format(lock=Timeouts().lock, statement=Timeouts().statement)
+        manners = TRANSACTION_SETTINGS.format(lock=Timeouts().lock, statement=Timeouts().statement)
         with certain_transaction(self.connection, manners):
             with self.connection.cursor() as cursor:
                 cursor.execute("LOCK TABLE crm_contacts IN ROW EXCLUSIVE MODE")
@@ -221,7 +221,7 @@ class Latecomers:
 
     def _deleted(self, ids: list[str]) -> dict[str, str]:
         """Delete those of the contacts that nobody refers to; their types by id."""
-        unreferenced = is_unreferenced(find_references(self.connection))
+        unreferenced = is_unreferenced(find_foreign_keys(self.connection))
         with self.connection.cursor() as cursor:
             cursor.execute(
                 f'DELETE FROM crm_contacts c WHERE c.id = ANY(%s) AND {unreferenced} RETURNING c.id, c."contactType"',
@@ -262,7 +262,7 @@ def _written(lines: Iterable[_Line], rows: dict[tuple[str, str], MappedRow]) -> 
     makers = [row.draft for key, row in theirs if outcomes[key] == Outcome.CREATED]
     if len(theirs) < len(outcomes) or len(makers) != 1 or makers[0] is None:
         return None
-    contact = KnownContact.of_draft(makers[0])
+    contact = ExistingContact.of_draft(makers[0])
     for key, row in theirs:
         if row.draft is None or row.resolution is not None:
             return None

@@ -22,7 +22,7 @@ from crm.interruption import STOPPED_IN_A_BATCH, InterruptedRunError, sleep_unti
 from crm.outcome import Source, Totals
 from crm.postgres import errors
 from crm.rules.mapping import MappedRow, Rules
-from crm.rules.throttling import LONGEST_PAUSE, BatchSizer, Throttle
+from crm.rules.throttling import MAX_PAUSE, BatchSizer, Throttle
 from crm.runs.retrying import Backoff
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class Writer(Protocol):
         """Write a batch, page by page."""
 
     def keep_alive(self) -> None:
-        """Show that the run is alive while it waits. Raises fence.FenceLostError."""
+        """Show that the run is alive while it waits. Raises fence.LeaseLostError."""
 
 
 class StopRequest(Protocol):
@@ -65,7 +65,7 @@ class Pipeline:
     def work_through(self, reader: SourceReader, turn: int = 0) -> None:
         """Read, map and write every batch of a source, where the rate is limited after `turn` other processes.
 
-        Raises InterruptedRunError, fence.FenceLostError, and django.db.Error for what trying again did not cure.
+        Raises InterruptedRunError, fence.LeaseLostError, and django.db.Error for what trying again did not cure.
         """
         for throttle in self.throttles:
             throttle.begin(time.monotonic(), min(self.sizer.size, self.limit or self.sizer.size), turn)
@@ -100,7 +100,7 @@ class Pipeline:
                 self._keep_pace()
                 return self._batch(ahead, source, after)
             except DjangoDatabaseError as error:
-                cause = errors.bad_moment(error)
+                cause = errors.transient_cause(error)
                 if cause is None or attempt > self.retries.max_retries or self.stop.requested:
                     raise
                 self._give_way(cause, attempt)
@@ -139,7 +139,7 @@ class Pipeline:
         for throttle in self.throttles:
             while pause := throttle.wait_reason(time.monotonic()):
                 logger.info(pause.reason)
-                self._sleep(min(pause.seconds, LONGEST_PAUSE))
+                self._sleep(min(pause.seconds, MAX_PAUSE))
                 self._heed_stop()
                 self.writer.keep_alive()
 

@@ -25,7 +25,7 @@ from crm.runs.progress import Silence
 #: Without a terminal, a line about this often; seconds.
 LINE_EVERY = 10.0
 #: How many contacts a line names.
-MOST_NAMED = 10
+MAX_NAMED = 10
 
 _LABELS_OF_TYPE = (("Clients", "CLIENT"), ("Tax Preparers", "PREPARER"), ("Affiliates", "AFFILIATE"), ("Leads", "LEAD"))
 
@@ -207,11 +207,11 @@ def print_summary(report: RunReport, console: Console) -> None:
             kept = f"{totals.kept_by_column[column]:,} kept" if totals.kept_by_column[column] else ""
             row(f"  {column}", totals.updated_by_column[column], kept)
     console.print(table)
-    console.print(identity_lines(report), highlight=False, soft_wrap=True)
+    console.print(reconciliation_lines(report), highlight=False, soft_wrap=True)
     console.print(target_line(), highlight=False, soft_wrap=True, markup=False)
 
 
-def identity_lines(report: RunReport) -> str:
+def reconciliation_lines(report: RunReport) -> str:
     """The identity of the run and that of the tables, in figures."""
     totals = report.totals
     parts = " + ".join(f"{count:,} {name}" for name, count in totals.outcomes.items())
@@ -278,11 +278,11 @@ def _words_on_gone_contacts(gone: GoneContacts) -> str:
 
 
 def _words_on_contacts_twice(twice: ContactsTwice) -> str:
-    count, more = len(twice.contacts), ", ..." if len(twice.contacts) > MOST_NAMED else ""
+    count, more = len(twice.contacts), ", ..." if len(twice.contacts) > MAX_NAMED else ""
     return (
         f"{count:,} {'contact has' if count == 1 else 'contacts have'} another one beside, with the same address in "
         f"another spelling, which was stored while a run was at work. Both stay, since {twice.why}: "
-        f"{', '.join(twice.contacts[:MOST_NAMED])}{more}. Keep one of each two in the CRM: every run reports them "
+        f"{', '.join(twice.contacts[:MAX_NAMED])}{more}. Keep one of each two in the CRM: every run reports them "
         "until then."
     )
 

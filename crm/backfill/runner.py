@@ -23,14 +23,14 @@ from django.utils import timezone
 from crm.backfill.gone_contacts import RECORDED, GoneContacts, look_for_gone_contacts
 from crm.backfill.latecomers import NOBODY_TWICE, ContactsTwice, Latecomers
 from crm.backfill.latecomers import RECORDED as RECORDED_TWICE
-from crm.backfill.read.census import survey, take_census
+from crm.backfill.read.census import count_rows, survey
 from crm.backfill.read.resolutions import Resolutions
-from crm.backfill.workers import Alone, Assignment, Crew, OnBatch, WorkerError
+from crm.backfill.workers import Assignment, InProcess, OnBatch, WorkerError, WorkerPool
 from crm.errors import OperatorError
 from crm.interruption import Interruption
 from crm.models import BackfillBatch, BackfillRun, ContactUpdate, LedgerEntry
 from crm.models.ledger import RunStatus
-from crm.outcome import Census, Source, Totals
+from crm.outcome import RowCounts, Source, Totals
 from crm.postgres import errors
 from crm.postgres.facts.schema import DatabaseFacts, examine
 from crm.postgres.snapshot import in_pages
@@ -41,7 +41,7 @@ from crm.runs.lost_reports import LostReport, lost_reports
 from crm.runs.progress import Progress, Silence
 
 #: How long a run that was stopped waits for a table that it counts.
-LONGEST_WAIT_OF_A_STOP = "500ms"
+MAX_WAIT_OF_A_STOP = "500ms"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +62,7 @@ class RunReport:
     by_source: dict[Source, Totals]
     already: int
     excluded: dict[str, int]
-    census: Census | None
+    census: RowCounts | None
     balanced: bool | None
     started_at: datetime
     seconds: float
@@ -127,7 +127,7 @@ def run_backfill(options: RunOptions, progress: Progress | None = None) -> RunRe
                 life.claim(lambda: _claim(options, facts))
         work = _Work(options, facts, life, watcher)
         with _closing(watcher):
-            ending = life.carry_through(work.through, WorkerError, CeilingReachedError, errors.EveryRowRefusedError)
+            ending = life.carry_through(work.through, WorkerError, ErrorBudgetError, errors.EveryRowRefusedError)
         report = work.close(ending)
     return replace(report, started_at=started_at, seconds=time.monotonic() - started)
 
@@ -153,8 +153,8 @@ class _Work:
     life: Lifecycle
     watcher: Progress
     tally: _Tally = field(default_factory=_Tally)
-    before: Census | None = None
-    after: Census | None = None
+    before: RowCounts | None = None
+    after: RowCounts | None = None
     recreated: int = 0
     gone: GoneContacts | None = None
     twice: ContactsTwice = NOBODY_TWICE
@@ -178,7 +178,7 @@ class _Work:
             for source in rows:
                 hands.work_through(source)
             for source in resolutions.among(rows):
-                hands.work_through_decided(source)
+                hands.work_through_resolved(source)
             if self.options.update:
                 # Before, so that the second look fills the contacts that were met; after, since it writes addresses.
                 self.life.patiently(self._settle_latecomers)
@@ -187,7 +187,7 @@ class _Work:
         if run_id is None and self.facts.has_ledger:
             self.gone = self.life.patiently(lambda: self._look_for_gone_contacts(before))
 
-    def _look_for_gone_contacts(self, census: Census) -> GoneContacts:
+    def _look_for_gone_contacts(self, census: RowCounts) -> GoneContacts:
         settled = sum(census.settled.values())
         return look_for_gone_contacts(connection, settled, run_id=self.life.run.pk if self.life.run else None)
 
@@ -276,40 +276,40 @@ class _Work:
             recorded={"census": _recorded(after, self.gone, self.twice) if after else None},
         )
 
-    def _census_of_the_end(self, run: BackfillRun, ending: Ending) -> Census | None:
+    def _census_of_the_end(self, run: BackfillRun, ending: Ending) -> RowCounts | None:
         """The census after the last batch; None where somebody who stops a run would have to wait for a lock."""
         if ending.status == RunStatus.FINISHED:
-            return take_census(connection, self.facts, run.pk)
+            return count_rows(connection, self.facts, run.pk)
         try:
             with transaction.atomic():
                 with connection.cursor() as cursor:
-                    cursor.execute(f"SET LOCAL lock_timeout = '{LONGEST_WAIT_OF_A_STOP}'")
-                return take_census(connection, self.facts, run.pk)
+                    cursor.execute(f"SET LOCAL lock_timeout = '{MAX_WAIT_OF_A_STOP}'")
+                return count_rows(connection, self.facts, run.pk)
         except DjangoDatabaseError as error:
             if errors.sqlstate(error) not in errors.TIMEOUTS:
                 raise
             return None
 
 
-def _hands(assignment: Assignment, interruption: Interruption, on_batch: OnBatch) -> Alone | Crew:
+def _hands(assignment: Assignment, interruption: Interruption, on_batch: OnBatch) -> InProcess | WorkerPool:
     if assignment.run_id is None and (assignment.resolutions.by_id or assignment.options.update):
         # What a dry run would have made is known to the process alone that would have made it.
         assignment = replace(assignment, options=replace(assignment.options, workers=1))
-    hands = Crew if assignment.options.workers > 1 else Alone
+    hands = WorkerPool if assignment.options.workers > 1 else InProcess
     return hands(assignment, interruption, on_batch)
 
 
-class CeilingReachedError(Exception):
+class ErrorBudgetError(Exception):
     """The run goes wrong: it has more new errors than it may."""
 
 
 def _heed_ceiling(options: RunOptions, totals: Totals) -> None:
     reason = options.max_errors and options.max_errors.exceeded(totals.read, totals.error_new)
     if reason:
-        raise CeilingReachedError(reason)
+        raise ErrorBudgetError(reason)
 
 
-def _faults_of(census: Census) -> Iterator[str]:
+def _faults_of(census: RowCounts) -> Iterator[str]:
     """What is wrong with the tables, in words."""
     for fault, count in census.faults.items():
         yield f"{count:,} ledger lines {fault.statement}"
@@ -335,7 +335,7 @@ def _faults_of_run(run: BackfillRun, totals: Totals) -> Iterator[str]:
         yield "the record of changes is not what the batches counted"
 
 
-def _recorded(census: Census, gone: GoneContacts | None, twice: ContactsTwice) -> dict[str, object]:
+def _recorded(census: RowCounts, gone: GoneContacts | None, twice: ContactsTwice) -> dict[str, object]:
     return {
         **({RECORDED: gone.rows} if gone else {}),
         **({RECORDED_TWICE: list(twice.contacts)} if twice.contacts else {}),

@@ -23,7 +23,7 @@ from django.db import Error as DjangoDatabaseError
 from django.db import connection, connections
 
 from crm.backfill.pipeline import Pipeline, StopRequest, Writer
-from crm.backfill.read.contacts import ContactLookup
+from crm.backfill.read.contacts import ContactIndex
 from crm.backfill.read.readahead import ReadingThread
 from crm.backfill.read.resolutions import Resolutions
 from crm.backfill.read.source import (
@@ -37,9 +37,9 @@ from crm.backfill.read.source import (
     SourceReader,
 )
 from crm.backfill.update.reader import DueReader, Present, rows_to_revisit
-from crm.backfill.update.rehearsal import UpdateRehearsal
+from crm.backfill.update.rehearsal import DryRunUpdateWriter
 from crm.backfill.update.writer import UpdateWriter
-from crm.backfill.write.rehearsal import RehearsalWriter
+from crm.backfill.write.rehearsal import DryRunWriter
 from crm.backfill.write.writer import BatchWriter, Timeouts
 from crm.errors import OperatorError
 from crm.interruption import InterruptedRunError, Interruption
@@ -48,15 +48,15 @@ from crm.postgres import errors
 from crm.postgres.facts.schema import DatabaseFacts
 from crm.rules.options import RunOptions
 from crm.rules.throttling import BatchSizer, RateLimit, Throttle
-from crm.runs.lease import FenceLostError
+from crm.runs.lease import LeaseLostError
 from crm.runs.replication import ReplicaLagLimit
 
 logger = logging.getLogger(__name__)
 
 #: How often the partition of a dead worker is taken up again, in all.
-MOST_REPLACEMENTS = 3
+MAX_REPLACEMENTS = 3
 #: How often the crew looks up from its messages to see whether it is to stop; seconds.
-LOOK_UP_EVERY = 0.05
+POLL_INTERVAL = 0.05
 #: What asks a worker to stop. One that has not got so far as to listen for it ends by it.
 STOP = signal.SIGUSR1
 #: How long a worker may take to stop, which includes the grace of what it is at, before it is killed; and how long
@@ -85,19 +85,19 @@ class Assignment:
     left: Mapping[Source, Sequence[str]]
     untouched: Collection[Source]
 
-    def writer(self) -> BatchWriter | RehearsalWriter:
+    def writer(self) -> BatchWriter | DryRunWriter:
         """What brings rows to an outcome, on this process' connection."""
-        lookup = ContactLookup(connection, self.facts)
+        lookup = ContactIndex(connection, self.facts)
         if self.run_id is None:
-            return RehearsalWriter(connection, lookup, with_update=self.options.update)
+            return DryRunWriter(connection, lookup, with_update=self.options.update)
         return BatchWriter(connection, lookup, self.run_id, Timeouts(), replaces_lines=self.options.recreate_deleted)
 
-    def updater(self, before: BatchWriter | RehearsalWriter) -> Writer:
+    def updater(self, before: BatchWriter | DryRunWriter) -> Writer:
         """What looks at rows again; a dry run must know what it would have done `before`."""
         present = Present(connection, self.facts, self.every_resolution, with_versions=self.run_id is not None)
-        if isinstance(before, RehearsalWriter):
-            return UpdateRehearsal(before.store, before.imagined, present, self.facts.rules())
-        lookup = ContactLookup(connection, self.facts)
+        if isinstance(before, DryRunWriter):
+            return DryRunUpdateWriter(before.store, before.imagined, present, self.facts.rules())
+        lookup = ContactIndex(connection, self.facts)
         return UpdateWriter(connection, lookup, present, self.facts.rules(), before.run_id, Timeouts())
 
     def pipeline(
@@ -137,7 +137,7 @@ class Assignment:
         decided = self.resolutions.source_ids.get(source.table)
         return self._reader(source, partition, Apart(decided, alone=False) if decided else None)
 
-    def reader_of_decided(self, source: Source) -> SourceReader:
+    def reader_of_resolved(self, source: Source) -> SourceReader:
         """The reader of those rows of a source that people decided on, of all partitions."""
         return self._reader(source, EVERYBODY, Apart(self.resolutions.source_ids.get(source.table, ()), alone=True))
 
@@ -164,7 +164,7 @@ class Assignment:
         most = None
         if self.options.max_rate is not None:
             rate = RateLimit(self.options.max_rate, shares)
-            most = rate.most_rows if self.options.batch_size else min(rate.most_rows, rate.rows_of_a_target)
+            most = rate.max_rows if self.options.batch_size else min(rate.max_rows, rate.rows_of_a_target)
             throttles.append(rate)
         if self.options.max_replica_lag is not None:
             throttles.append(ReplicaLagLimit(connection, self.options.max_replica_lag))
@@ -217,7 +217,7 @@ def _is_behind_pgbouncer() -> bool:
     return bool(connection.settings_dict.get("DISABLE_SERVER_SIDE_CURSORS"))
 
 
-def most_workers() -> int:
+def max_workers() -> int:
     """One a processor, as far as there are connections: a worker reads on one and writes on another."""
     return max(1, min(os.cpu_count() or 1, (_room().connections - 1) // CONNECTIONS_OF_A_WORKER))
 
@@ -239,7 +239,7 @@ def require_room_for(workers: int) -> None:
         )
 
 
-class Alone:
+class InProcess:
     """This process does everything."""
 
     def __init__(self, assignment: Assignment, stop: StopRequest, on_batch: OnBatch) -> None:
@@ -259,9 +259,9 @@ class Alone:
         """Take a source through to its end. Raises what Pipeline.work_through does."""
         self._pipeline.work_through(self._assignment.reader(source, EVERYBODY))
 
-    def work_through_decided(self, source: Source) -> None:
+    def work_through_resolved(self, source: Source) -> None:
         """The same for the rows of a source that people decided on."""
-        self._pipeline.work_through(self._assignment.reader_of_decided(source))
+        self._pipeline.work_through(self._assignment.reader_of_resolved(source))
 
     def look_again(self, sources: Iterable[Source]) -> None:
         """Look again at the rows of sources, when all are through. Raises what Pipeline.work_through does."""
@@ -305,7 +305,7 @@ class _Worker:
             os.kill(self.process.pid, STOP)
 
 
-class Crew:
+class WorkerPool:
     """Worker processes. One that dies is replaced, and its task given to the next one.
 
     All of them are there before the first begins, those too that replace others: a fork is safe only as long as no
@@ -328,7 +328,7 @@ class Crew:
         connections.close_all()
         count = self._assignment.options.workers
         try:
-            for _ in range(count + MOST_REPLACEMENTS):
+            for _ in range(count + MAX_REPLACEMENTS):
                 self._hire()
         except OSError as error:
             self._dismiss(at_once=True)
@@ -342,19 +342,19 @@ class Crew:
     def work_through(self, source: Source) -> None:
         """Take every partition of a source through to its end.
 
-        Raises InterruptedRunError, FenceLostError, OperatorError, and WorkerError for what a worker could not
+        Raises InterruptedRunError, LeaseLostError, OperatorError, and WorkerError for what a worker could not
         cure. The other workers have ended their batch by then.
         """
         count = len(self._at_work)
         self._share_out([_Task(source, Partition(number, count), turn=number) for number in range(count)])
 
-    def work_through_decided(self, source: Source) -> None:
+    def work_through_resolved(self, source: Source) -> None:
         """Let one worker take the rows of a source that people decided on through to their end. Raises the same."""
         self._share_out([_Task(source, EVERYBODY, decided=True)])
 
     def look_again(self, sources: Iterable[Source]) -> None:
         """Let this process look again at the rows of sources: which row fills first must not depend on the workers."""
-        with Alone(self._assignment, self._stop, self._on_batch) as alone:
+        with InProcess(self._assignment, self._stop, self._on_batch) as alone:
             alone.look_again(sources)
 
     def _share_out(self, tasks: Sequence[_Task]) -> None:
@@ -364,7 +364,7 @@ class Crew:
         while busy := [worker for worker in self._at_work if worker.task]:
             if self._stop.requested or trouble:
                 self._ask_to_stop(busy)
-            for ready in wait([worker.messages for worker in busy], timeout=LOOK_UP_EVERY):
+            for ready in wait([worker.messages for worker in busy], timeout=POLL_INTERVAL):
                 worker = next(worker for worker in busy if worker.messages is ready)
                 heard = self._hear(worker)
                 # The first is the cause; the others stop because they were asked to.
@@ -488,7 +488,7 @@ def _work(assignment: Assignment, messages: Connection, inherited: Sequence[Conn
             while True:
                 task: _Task = messages.recv()
                 reader = (
-                    assignment.reader_of_decided(task.source)
+                    assignment.reader_of_resolved(task.source)
                     if task.decided
                     else assignment.reader(task.source, task.partition)
                 )
@@ -501,8 +501,8 @@ def _outcome_of(pipeline: Pipeline, reader: SourceReader, turn: int) -> _Heard:
     """What ended the work, as something that may be sent to the parent: never a database error, which quotes rows."""
     try:
         pipeline.work_through(reader, turn)
-    except (InterruptedRunError, FenceLostError, OperatorError, errors.EveryRowRefusedError) as error:
+    except (InterruptedRunError, LeaseLostError, OperatorError, errors.EveryRowRefusedError) as error:
         return _Heard(error)
     except DjangoDatabaseError as error:
-        return _Heard(WorkerError(errors.described(error)))
+        return _Heard(WorkerError(errors.describe(error)))
     return _Heard(None)

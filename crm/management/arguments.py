@@ -7,13 +7,13 @@ import argparse
 from crm.runs import control
 
 #: What PostgreSQL takes for a number of rows, with room to spare.
-MOST_ROWS = 2**31 - 1
+MAX_ROWS = 2**31 - 1
 
 
 def positive(text: str) -> int:
     """A whole number from 1 on. Raises ArgumentTypeError."""
-    if not (text.isascii() and text.isdigit() and len(text) <= len(str(MOST_ROWS)) and 1 <= int(text) <= MOST_ROWS):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {MOST_ROWS}")
+    if not (text.isascii() and text.isdigit() and len(text) <= len(str(MAX_ROWS)) and 1 <= int(text) <= MAX_ROWS):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {MAX_ROWS}")
     return int(text)
 
 

@@ -12,7 +12,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.outcome import Refusal
 from crm.postgres.errors import row_refusal
-from crm.postgres.refusals import MOST_ALIKE, AlikeRefusals
+from crm.postgres.refusals import MAX_ALIKE, AlikeRefusals
 
 #: So many rows in succession that cannot be read, and none that can, are no coincidence.
 MAX_UNREADABLE = 100
@@ -93,7 +93,7 @@ def write_apart(
             written.refused.append((some[0], found))
             if alike.note(found):
                 left = [item for others in reversed(waiting) for item in others]
-                sample = left[:: math.ceil(len(left) / MOST_ALIKE) or 1]
+                sample = left[:: math.ceil(len(left) / MAX_ALIKE) or 1]
                 if all(_try(connection, item, write) == found for item in sample):
                     written.refused += [(item, found) for item in left]
                     break

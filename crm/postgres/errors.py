@@ -111,10 +111,10 @@ def told(
         if never_connected(error) or is_too_old(error):
             raise
         if isinstance(error, UnknownEndError):
-            raise kind(f"The database broke off: {described(error)}. Look what is there, then try again.") from None
+            raise kind(f"The database broke off: {describe(error)}. Look what is there, then try again.") from None
         if remedy := {**REMEDIES, **(known or {})}.get(sqlstate(error) or ""):
             raise OperatorError(remedy) from None
-        raise kind(message.format(described(error))) from None
+        raise kind(message.format(describe(error))) from None
 
 
 def beginning() -> AbstractContextManager[None]:
@@ -158,7 +158,7 @@ def row_refusal(error: DatabaseError) -> Refusal | None:
         # psycopg's own refusal to send a value, such as a text with a NUL.
         return Refusal() if isinstance(error, DataError) else None
     cause = error if isinstance(error, psycopg.Error) else error.__cause__
-    if bad_moment(error) or not isinstance(cause, psycopg.Error):
+    if transient_cause(error) or not isinstance(cause, psycopg.Error):
         return None
     functions = [name or quoted for name, quoted in _FUNCTION.findall(cause.diag.context or "")]
     # Ours around them says nothing of a trigger.
@@ -175,7 +175,7 @@ def row_refusal(error: DatabaseError) -> Refusal | None:
     )
 
 
-def bad_moment(error: BaseException) -> str | None:
+def transient_cause(error: BaseException) -> str | None:
     """The cause, in words, of an error that may pass by itself; None for any other."""
     if isinstance(error, SettledMeanwhileError) or _refused_by(error) == _LEDGER_KEY:
         return SETTLED_MEANWHILE
@@ -201,7 +201,7 @@ def is_deadlock(error: BaseException) -> bool:
     return sqlstate(error) == DEADLOCK
 
 
-def described(error: BaseException) -> str:
+def describe(error: BaseException) -> str:
     """An error for a log line or a run's record: its kind and SQLSTATE, without a word of its text."""
     if isinstance(error, UnknownEndError):
         return "it is not known whether the last transaction was committed"

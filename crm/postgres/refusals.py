@@ -11,7 +11,7 @@ from crm.outcome import Refusal
 from crm.postgres.errors import EveryRowRefusedError
 
 #: So many rows in succession that are refused for one reason, and none between them that lands, are no coincidence.
-MOST_ALIKE = 100
+MAX_ALIKE = 100
 
 _NAMES = """
 SELECT (SELECT conname FROM pg_constraint WHERE conname = %(constraint)s::text
@@ -75,7 +75,7 @@ class AlikeRefusals:
         """Note a refused row; whether there are so many alike that the rows after it are to be asked."""
         self.count = self.count + 1 if refusal == self.refusal else 1
         self.refusal = refusal
-        return self.count % MOST_ALIKE == 0
+        return self.count % MAX_ALIKE == 0
 
     def end(self) -> None:
         """A row has landed."""

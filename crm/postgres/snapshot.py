@@ -20,7 +20,7 @@ Found = TypeVar("Found", bound=Model)
 PAGE = 2_000
 
 # A stream is read to its end, so its plan is to be the best one for all rows and not for the first ones.
-_MANNERS = """
+_SETTINGS = """
 SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY;
 SET LOCAL statement_timeout = {statement};
 SET LOCAL cursor_tuple_fraction = 1
@@ -32,7 +32,7 @@ def snapshot(connection: BaseDatabaseWrapper) -> Iterator[None]:
     """A transaction that sees one moment of all tables, and in which PostgreSQL refuses every write."""
     with _no_query_log(connection), transaction.atomic(using=connection.alias, durable=True):
         with connection.cursor() as cursor:
-            cursor.execute(_MANNERS.format(statement=statement_timeout()))
+            cursor.execute(_SETTINGS.format(statement=statement_timeout()))
         yield
 
 

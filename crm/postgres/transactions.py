@@ -22,7 +22,7 @@ from crm.postgres.errors import UnknownEndError
 #: How long to wait before the server is asked again; seconds. In all, as long as a batch is tried again.
 WAITS = (0.05, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0)
 #: The longest of these waits once the operator asked to stop; seconds.
-LONGEST_WAIT_OF_A_STOP = 0.2
+MAX_WAIT_OF_A_STOP = 0.2
 
 _COMMITTED, _IN_PROGRESS = "committed", "in progress"
 #: The server crashed before anything of the transaction was on its disk, and does not know its number any more.
@@ -52,7 +52,7 @@ def certain_transaction(connection: BaseDatabaseWrapper, settings: str = "") -> 
     except (DjangoDatabaseError, KeyboardInterrupt) as error:
         if not is_committing or not _is_committed_after_all(connection, number):
             raise
-        logger.warning("%s at the commit, which had come through", errors.described(error))
+        logger.warning("%s at the commit, which had come through", errors.describe(error))
 
 
 def _begin(connection: BaseDatabaseWrapper, settings: str) -> str:
@@ -82,12 +82,12 @@ def _is_committed(connection: BaseDatabaseWrapper, number: str) -> bool:
         except DjangoDatabaseError as error:
             if errors.sqlstate(error) == _IN_THE_FUTURE:
                 return False
-            if errors.bad_moment(error) is None:
+            if errors.transient_cause(error) is None:
                 raise UnknownEndError from error
         else:
             if status != _IN_PROGRESS:
                 return bool(status == _COMMITTED)
-        if stop_is_requested() and wait > LONGEST_WAIT_OF_A_STOP:
+        if stop_is_requested() and wait > MAX_WAIT_OF_A_STOP:
             break
         sleep_until_signal(wait)
     raise UnknownEndError

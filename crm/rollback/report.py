@@ -22,8 +22,8 @@ from crm.output.files import new_file
 from crm.output.spreadsheet import row_writer
 from crm.postgres.target import target, target_line
 from crm.rollback.runner import Listener, ListingError, RollbackReport
-from crm.rollback.undo import Undone
-from crm.rules.reverting import Line, Verdict, Why
+from crm.rollback.undo import Reverted
+from crm.rules.reverting import KeepReason, Line, Verdict
 
 CSV_COLUMNS = ("row", "was", "contact_id", "outcome", "why", "detail")
 LATER_RUN = "merged_by_a_later_run"
@@ -168,7 +168,7 @@ def listing(path: Path | None) -> Iterator[Listener | None]:
             file.close()
 
 
-def _rows_of(undone: Undone) -> Iterator[tuple[str, ...]]:
+def _rows_of(undone: Reverted) -> Iterator[tuple[str, ...]]:
     for judgement in undone.judgements:
         yield (*_cells(judgement.line), judgement.verdict, judgement.why or "", judgement.detail)
     for line in undone.later_merges:
@@ -194,7 +194,7 @@ def news(report: RollbackReport) -> list[str]:
 def _failures(report: RollbackReport) -> str | None:
     if not report.counts.failed:
         return None
-    refusals = [item for item in sorted(report.counts.reasons.items()) if item[0].startswith(Why.REFUSED)]
+    refusals = [item for item in sorted(report.counts.reasons.items()) if item[0].startswith(KeepReason.REFUSED)]
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in refusals)
     what = f"run {report.run_id}: {report.counts.failed:,} of what run {report.rolls_back} did could not be taken back"
     return f"{what} ({reasons}); --csv lists them"

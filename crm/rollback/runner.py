@@ -27,12 +27,12 @@ from crm.models import BackfillRun, ContactUpdate, LedgerEntry, Rollback
 from crm.models.ledger import RunStatus
 from crm.outcome import Outcome, Source, Totals
 from crm.postgres import errors
-from crm.postgres.facts.foreign_keys import find_references
+from crm.postgres.facts.foreign_keys import find_foreign_keys
 from crm.postgres.facts.rights import require_rights
 from crm.postgres.facts.schema import DatabaseFacts, examine
 from crm.rollback.ahead import PagesAhead
 from crm.rollback.reader import Reader
-from crm.rollback.undo import Counts, DatabaseUndoer, Rehearsal, RunDeletedError, Undoer, Undone, counted
+from crm.rollback.undo import Counts, DatabaseUndoer, DryRunUndoer, Reverted, RunDeletedError, Undoer, counted
 from crm.rules.reverting import Line
 from crm.runs import control, lease
 from crm.runs.lifecycle import Checked, Ending, Lifecycle, lifecycle
@@ -57,7 +57,7 @@ class ListingError(Exception):
 class Listener(Protocol):
     """Is told what became of each batch, once it is committed. Raises ListingError."""
 
-    def __call__(self, undone: Undone) -> None: ...
+    def __call__(self, undone: Reverted) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +117,7 @@ def roll_back(
         run = _require_run(run_id, facts, may_take_over=not dry_run)
         lines = _require_lines(run)
         later_runs, kept_of = _later_runs(run)
-        find_references(connection)
+        find_foreign_keys(connection)
         reader = Reader.of(connection, facts, run)
         _require_rights(run, dry_run=dry_run)
     if later_runs or kept_of:
@@ -148,7 +148,7 @@ class _Done(NamedTuple):
     """A batch, what became of it, and the key to go on after."""
 
     lines: Sequence[Line]
-    undone: Undone
+    undone: Reverted
     last: str
 
 
@@ -172,7 +172,7 @@ class _Work:
         """Undo every line. Raises what ends it before."""
         rollback = self.life.run
         undoer: Undoer = (
-            DatabaseUndoer(connection, self.reader, rollback.pk) if rollback else Rehearsal(connection, self.reader)
+            DatabaseUndoer(connection, self.reader, rollback.pk) if rollback else DryRunUndoer(connection, self.reader)
         )
         try:
             self.progress.begin(lines)
@@ -224,7 +224,7 @@ class _Work:
             try:
                 return batch(after, size)
             except DjangoDatabaseError as error:
-                cause = errors.bad_moment(error)
+                cause = errors.transient_cause(error)
                 if cause is None or attempt > self.retries.max_retries or self.life.interruption.requested:
                     raise
                 wait = self.retries.announce(cause, attempt)

@@ -23,18 +23,18 @@ from crm.backfill.write.writer import Timeouts, lock_contacts
 from crm.models import CRMContact, CRMStageHistory, LedgerEntry, Rollback
 from crm.outcome import Outcome, Totals, UpdateOutcome
 from crm.postgres.apart import write_apart
-from crm.postgres.facts.foreign_keys import Reference, find_references, is_unreferenced, referring_tables
+from crm.postgres.facts.foreign_keys import Reference, find_foreign_keys, is_unreferenced, referring_tables
 from crm.postgres.transactions import certain_transaction
 from crm.rollback.ahead import Page
 from crm.rollback.reader import Reader
 from crm.rollback.updates import JudgedUpdates, Restored, UpdateRecord, judge_updates
 from crm.rules.reverting import (
-    Judgement,
+    Assessment,
+    KeepReason,
     Line,
     Rows,
     StoredContact,
     Verdict,
-    Why,
     columns_of,
     confidence_before,
     confidence_in,
@@ -52,7 +52,7 @@ from crm.try_execute import try_execute
 # The first of these has to be the first statement of the transaction. With one snapshot for all of it, the DELETE would
 # not see what was committed while the locks were waited for; PostgreSQL would notice, and refuse the batch. The lock on
 # the table is that of any writer; it keeps out whoever would give the table one more foreign key.
-_MANNERS = """
+_SETTINGS = """
 SET TRANSACTION ISOLATION LEVEL READ COMMITTED;
 SET LOCAL lock_timeout = {lock};
 SET LOCAL statement_timeout = {statement};
@@ -102,7 +102,7 @@ class TakeBack:
 class Judged:
     """A batch of lines: those that are decided, and those whose contact the database is to be asked about."""
 
-    decided: list[Judgement] = field(default_factory=list)
+    decided: list[Assessment] = field(default_factory=list)
     creators: dict[str, Line] = field(default_factory=dict)
     deletable: Versions = field(default_factory=dict)
     merges: dict[str, list[Line]] = field(default_factory=dict)
@@ -111,10 +111,10 @@ class Judged:
 
 
 @dataclass(slots=True)
-class Undone:
+class Reverted:
     """What became of the lines of a batch, and the merged lines of other runs that went with them."""
 
-    judgements: list[Judgement] = field(default_factory=list)
+    judgements: list[Assessment] = field(default_factory=list)
     later_merges: list[Line] = field(default_factory=list)
 
     def reversed_lines(self, outcome: Outcome) -> list[Line]:
@@ -139,10 +139,10 @@ class RunDeletedError(Exception):
 class Undoer(Protocol):
     """Undoes lines: for good, or in a dry run's mind."""
 
-    def undo(self, page: Page) -> Undone:
+    def undo(self, page: Page) -> Reverted:
         """Undo a batch."""
 
-    def undo_updates(self, records: Sequence[UpdateRecord]) -> Undone:
+    def undo_updates(self, records: Sequence[UpdateRecord]) -> Reverted:
         """Undo what --update changed, a batch."""
 
 
@@ -187,9 +187,9 @@ def judge(page: Page, reader: Reader, restored: Mapping[str, Restored] | None = 
             take_back.confidence = confidence_in(merge, take_back.confidence)
     for line in lines:
         if line.outcome is Outcome.ERROR or (line.outcome is Outcome.EXISTS and line.contact_id in contacts):
-            judged.decided.append(Judgement(line, Verdict.REVERSED))
+            judged.decided.append(Assessment(line, Verdict.REVERSED))
         elif line.outcome is Outcome.EXISTS:
-            judged.decided.append(Judgement(line, Verdict.KEPT, Why.DELETED))
+            judged.decided.append(Assessment(line, Verdict.KEPT, KeepReason.DELETED))
     return judged
 
 
@@ -218,13 +218,13 @@ def _judge_created(
     merges = [merge for merge in judged.merges.get(line.id, ()) if merge.filled] + judged.updates.get(line.id, [])
     by_other_rules = other_rules.of(writer.run_id for writer in (line, *merges)) is not None
     if contact is None:
-        judged.decided.append(Judgement(line, Verdict.KEPT, Why.DELETED))
+        judged.decided.append(Assessment(line, Verdict.KEPT, KeepReason.DELETED))
     elif any(maps_to_nothing(writer, rows) for writer in (line, *merges)):
-        why = Why.OTHER_RULES if by_other_rules else Why.SOURCE_CHANGED
-        judged.decided.append(Judgement(line, Verdict.KEPT, why))
+        why = KeepReason.OTHER_RULES if by_other_rules else KeepReason.SOURCE_CHANGED
+        judged.decided.append(Assessment(line, Verdict.KEPT, why))
     elif edited := edited_columns(contact, line, merges, rows):
         why = why_it_differs(contact, line.written_at, by_other_rules=by_other_rules)
-        judged.decided.append(Judgement(line, Verdict.KEPT, why, _named(edited)))
+        judged.decided.append(Assessment(line, Verdict.KEPT, why, _named(edited)))
     else:
         judged.deletable[line.id] = contact.version
 
@@ -238,17 +238,17 @@ def _judge_merged(
     other_rules: OtherRules,
 ) -> None:
     if contact is None:
-        judged.decided.append(Judgement(line, Verdict.KEPT, Why.DELETED))
+        judged.decided.append(Assessment(line, Verdict.KEPT, KeepReason.DELETED))
     elif (marker := _marker_of(line, creator)) and contact.values.updated_at != marker:
-        judged.decided.append(Judgement(line, Verdict.KEPT, Why.EDITED, _named(["updated_at"])))
+        judged.decided.append(Assessment(line, Verdict.KEPT, KeepReason.EDITED, _named(["updated_at"])))
     elif not line.filled:
-        judged.decided.append(Judgement(line, Verdict.REVERSED))
+        judged.decided.append(Assessment(line, Verdict.REVERSED))
     elif not is_unchanged(line, rows):
-        judged.decided.append(Judgement(line, Verdict.KEPT, Why.SOURCE_CHANGED))
+        judged.decided.append(Assessment(line, Verdict.KEPT, KeepReason.SOURCE_CHANGED))
     elif differing := differs_from_merge(contact, line, rows):
         by_other_rules = other_rules.of([line.run_id]) is not None
         why = why_it_differs(contact, _marker_of(line, creator), by_other_rules=by_other_rules)
-        judged.decided.append(Judgement(line, Verdict.KEPT, why, _named(differing)))
+        judged.decided.append(Assessment(line, Verdict.KEPT, why, _named(differing)))
     else:
         before = TakeBack(contact.version, set(), confidence_before(creator, rows), [])
         take_back = judged.take_backs.setdefault(contact.values.id, before)
@@ -257,14 +257,14 @@ def _judge_merged(
         take_back.lines.append(line)
 
 
-class Rehearsal:
+class DryRunUndoer:
     """Says what would be undone, and writes nothing at all."""
 
     def __init__(self, connection: BaseDatabaseWrapper, reader: Reader) -> None:
         self._connection = connection
         self._reader = reader
 
-    def undo(self, page: Page) -> Undone:
+    def undo(self, page: Page) -> Reverted:
         """What would become of a batch; what the database itself would refuse nobody can tell.
 
         What --update changed in its contacts would be undone by then.
@@ -272,15 +272,15 @@ class Rehearsal:
         records = self._reader.updates_of_run(sorted({line.contact_id for line in page.lines if line.contact_id}))
         restored = judge_changes(records, self._reader).restored if records else {}
         judged = judge(page, self._reader, restored)
-        references = _without(find_references(self._connection), _history_of(restored.values()))
+        references = _without(find_foreign_keys(self._connection), _history_of(restored.values()))
         kept = _what_keeps(self._connection, references, judged.deletable)
         gone = {contact_id for contact_id in judged.deletable if kept.get(contact_id) == ""}
-        undone = Undone(judged.decided)
+        undone = Reverted(judged.decided)
         _conclude_created(judged, gone, {}, kept, undone)
         _conclude_take_backs(judged, set(judged.take_backs), {}, undone)
         return undone
 
-    def undo_updates(self, records: Sequence[UpdateRecord]) -> Undone:
+    def undo_updates(self, records: Sequence[UpdateRecord]) -> Reverted:
         """What would become of a batch of changes."""
         judged = judge_changes(records, self._reader)
         return _conclude_updates(judged, set(judged.restored), {})
@@ -296,12 +296,12 @@ class DatabaseUndoer:
         self._reader = reader
         self._rollback_id = rollback_id
         timeouts = timeouts or Timeouts()
-        self._manners = _MANNERS.format(lock=timeouts.lock, statement=timeouts.statement)
+        self._manners = _SETTINGS.format(lock=timeouts.lock, statement=timeouts.statement)
 
-    def undo(self, page: Page) -> Undone:
+    def undo(self, page: Page) -> Reverted:
         """Undo a batch; contacts, lines, counts and heartbeat commit together.
 
-        Raises lease.FenceLostError when the rollback is no longer the running run, and django.db.DatabaseError for a
+        Raises lease.LeaseLostError when the rollback is no longer the running run, and django.db.DatabaseError for a
         bad moment. Nothing of the batch is undone then.
         """
         judged = judge(page, self._reader)
@@ -313,7 +313,7 @@ class DatabaseUndoer:
             self._count(undone)
         return undone
 
-    def undo_updates(self, records: Sequence[UpdateRecord]) -> Undone:
+    def undo_updates(self, records: Sequence[UpdateRecord]) -> Reverted:
         """Undo what --update changed; contacts, history, records, counts and heartbeat commit together.
 
         Raises what `undo` does.
@@ -354,9 +354,9 @@ class DatabaseUndoer:
             CRMStageHistory.objects.using(self._connection.alias).filter(pk__in=history).delete()
         return restored
 
-    def _carry_out(self, judged: Judged) -> Undone:
-        undone = Undone(judged.decided)
-        references = find_references(self._connection)
+    def _carry_out(self, judged: Judged) -> Reverted:
+        undone = Reverted(judged.decided)
+        references = find_foreign_keys(self._connection)
         gone, refused = self._apart(sorted(judged.deletable), lambda ids: self._delete(ids, judged, references))
         stay = {contact_id: seen for contact_id, seen in judged.deletable.items() if contact_id not in gone}
         _conclude_created(judged, gone, refused, _what_keeps(self._connection, references, stay), undone)
@@ -392,7 +392,7 @@ class DatabaseUndoer:
             taken.update(try_execute(self._connection, _take_back_statement(columns), values))
         return taken
 
-    def _count(self, undone: Undone) -> None:
+    def _count(self, undone: Reverted) -> None:
         counts = counted(undone)
         rollback = Rollback.objects.using(self._connection.alias).filter(pk=self._rollback_id).first()
         if rollback is None:
@@ -437,7 +437,7 @@ _KINDS: Mapping[Outcome | UpdateOutcome, str] = {
 }
 
 
-def counted(undone: Undone) -> Counts:
+def counted(undone: Reverted) -> Counts:
     """Count what became of a batch."""
     judgements = undone.judgements
     numbers = Counter(f"{_KINDS[judgement.line.outcome]}_{judgement.verdict}" for judgement in judgements)
@@ -447,65 +447,65 @@ def counted(undone: Undone) -> Counts:
 
 
 def _conclude_created(
-    judged: Judged, gone: set[str], refused: Mapping[str, str], kept: Mapping[str, str | None], undone: Undone
+    judged: Judged, gone: set[str], refused: Mapping[str, str], kept: Mapping[str, str | None], undone: Reverted
 ) -> None:
     """Say what became of contacts that could be deleted, and of what was merged into any contact of the batch."""
     for contact_id in judged.deletable:
         line = judged.creators[contact_id]
         if contact_id in gone:
-            undone.judgements.append(Judgement(line, Verdict.REVERSED))
+            undone.judgements.append(Assessment(line, Verdict.REVERSED))
         elif contact_id in refused:
-            undone.judgements.append(Judgement(line, Verdict.FAILED, Why.REFUSED, refused[contact_id]))
+            undone.judgements.append(Assessment(line, Verdict.FAILED, KeepReason.REFUSED, refused[contact_id]))
         else:
             undone.judgements.append(_stayed(line, kept, contact_id))
     made = [judgement for judgement in undone.judgements if judgement.line.outcome is Outcome.CREATED]
     for creator, verdict, *_ in made:
         for merge in judged.merges.get(creator.id, ()):
             if _is_made_by(creator.run_id, merge):
-                why = None if verdict is Verdict.REVERSED else Why.WITH_ITS_CONTACT
-                undone.judgements.append(Judgement(merge, verdict, why))
+                why = None if verdict is Verdict.REVERSED else KeepReason.WITH_ITS_CONTACT
+                undone.judgements.append(Assessment(merge, verdict, why))
             elif verdict is Verdict.REVERSED:
                 undone.later_merges.append(merge)
 
 
-def _stayed(line: Line, kept: Mapping[str, str | None], contact_id: str) -> Judgement:
+def _stayed(line: Line, kept: Mapping[str, str | None], contact_id: str) -> Assessment:
     """Why the DELETE passed a contact by."""
     if contact_id not in kept:
-        return Judgement(line, Verdict.KEPT, Why.DELETED)
+        return Assessment(line, Verdict.KEPT, KeepReason.DELETED)
     if (tables := kept[contact_id]) is None:
-        return Judgement(line, Verdict.KEPT, Why.EDITED, "meanwhile")
+        return Assessment(line, Verdict.KEPT, KeepReason.EDITED, "meanwhile")
     if tables:
-        return Judgement(line, Verdict.KEPT, Why.REFERENCED, tables)
+        return Assessment(line, Verdict.KEPT, KeepReason.REFERENCED, tables)
     # A trigger of the application's can silently swallow a DELETE.
-    return Judgement(line, Verdict.FAILED, Why.REFUSED, "not deleted")
+    return Assessment(line, Verdict.FAILED, KeepReason.REFUSED, "not deleted")
 
 
-def _conclude_take_backs(judged: Judged, taken: set[str], refused: Mapping[str, str], undone: Undone) -> None:
+def _conclude_take_backs(judged: Judged, taken: set[str], refused: Mapping[str, str], undone: Reverted) -> None:
     for contact_id, take_back in judged.take_backs.items():
         if contact_id in taken:
             undone.later_merges.extend(take_back.later_merges)
         for line in take_back.lines:
             if contact_id in taken:
-                judgement = Judgement(line, Verdict.REVERSED)
+                judgement = Assessment(line, Verdict.REVERSED)
             elif contact_id in refused:
-                judgement = Judgement(line, Verdict.FAILED, Why.REFUSED, refused[contact_id])
+                judgement = Assessment(line, Verdict.FAILED, KeepReason.REFUSED, refused[contact_id])
             else:
-                judgement = Judgement(line, Verdict.KEPT, Why.EDITED, "meanwhile")
+                judgement = Assessment(line, Verdict.KEPT, KeepReason.EDITED, "meanwhile")
             undone.judgements.append(judgement)
 
 
-def _conclude_updates(judged: JudgedUpdates, restored: set[str], refused: Mapping[str, str]) -> Undone:
-    undone = Undone(judged.decided)
+def _conclude_updates(judged: JudgedUpdates, restored: set[str], refused: Mapping[str, str]) -> Reverted:
+    undone = Reverted(judged.decided)
     for contact, found in judged.restored.items():
         if contact in restored:
             undone.later_merges.extend(found.later_merges)
         for record in found.records:
             if contact in restored:
-                judgement = Judgement(record.line, Verdict.REVERSED)
+                judgement = Assessment(record.line, Verdict.REVERSED)
             elif contact in refused:
-                judgement = Judgement(record.line, Verdict.FAILED, Why.REFUSED, refused[contact])
+                judgement = Assessment(record.line, Verdict.FAILED, KeepReason.REFUSED, refused[contact])
             else:
-                judgement = Judgement(record.line, Verdict.KEPT, Why.EDITED, "meanwhile")
+                judgement = Assessment(record.line, Verdict.KEPT, KeepReason.EDITED, "meanwhile")
             undone.judgements.append(judgement)
     return undone
 

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 from crm.rules.mapping import FULL_CONFIDENCE, ContactDraft
 from crm.rules.reverting import (
-    Judgement,
+    Assessment,
+    KeepReason,
     Line,
     Rows,
     StoredContact,
     Verdict,
-    Why,
     columns_of,
     confidence_in,
     differs_from_merge,
@@ -92,7 +92,7 @@ class Restored:
 class JudgedUpdates:
     """A batch of changes: those that stay, and the contacts from which the others are to be taken."""
 
-    decided: list[Judgement] = field(default_factory=list)
+    decided: list[Assessment] = field(default_factory=list)
     restored: dict[str, Restored] = field(default_factory=dict)
 
 
@@ -108,7 +108,7 @@ def judge_updates(
     for record in records:
         contact = contacts.get(str(record.line.contact_id))
         if contact is None:
-            judged.decided.append(Judgement(record.line, Verdict.KEPT, Why.DELETED))
+            judged.decided.append(Assessment(record.line, Verdict.KEPT, KeepReason.DELETED))
             continue
         restored = judged.restored.get(contact.values.id) or Restored(contact.version, contact.values)
         stands = StoredContact(contact.version, restored.values)
@@ -123,15 +123,15 @@ def judge_updates(
 
 def _why_it_stays(
     record: UpdateRecord, contact: StoredContact, rows: Rows, other_rules: OtherRules
-) -> Judgement | None:
+) -> Assessment | None:
     if contact.values.updated_at != record.contact_updated_at:
-        return Judgement(record.line, Verdict.KEPT, Why.EDITED, "updatedAt")
+        return Assessment(record.line, Verdict.KEPT, KeepReason.EDITED, "updatedAt")
     if not is_unchanged(record.line, rows) or record.before(rows) is None:
-        return Judgement(record.line, Verdict.KEPT, Why.SOURCE_CHANGED)
+        return Assessment(record.line, Verdict.KEPT, KeepReason.SOURCE_CHANGED)
     if differing := differs_from_merge(contact, record.line, rows):
         by_other_rules = other_rules.of([record.line.run_id]) is not None
         why = why_it_differs(contact, record.contact_updated_at, by_other_rules=by_other_rules)
-        return Judgement(record.line, Verdict.KEPT, why, ", ".join(differing))
+        return Assessment(record.line, Verdict.KEPT, why, ", ".join(differing))
     return None
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from crm.rules.mapping import ContactDraft, Rules
-from crm.rules.matching import ASSIGNMENT_UNIT, ATTRIBUTION_UNIT, PROFILE_FILLS, KnownContact, fill
+from crm.rules.matching import ASSIGNMENT_UNIT, ATTRIBUTION_UNIT, PROFILE_FILLS, ExistingContact, fill
 
 #: What one row fills where another left it empty, by the name under which it is told.
 FILLED_UNITS: Mapping[str, tuple[str, ...]] = {
@@ -38,7 +38,7 @@ class Folded(NamedTuple):
 def fold(drafts: Sequence[ContactDraft], rules: Rules) -> Folded:
     """Fold the rows of one contact, at least one, in the order in which they count."""
     first = drafts[0]
-    contact = KnownContact.of_draft(first)
+    contact = ExistingContact.of_draft(first)
     origins = dict.fromkeys((*UNITS_OF_FIRST, *first_fills(first)), 0)
     for number, draft in enumerate(drafts[1:], start=1):
         origins |= dict.fromkeys(fill(contact, draft), number)
@@ -50,7 +50,7 @@ def fold(drafts: Sequence[ContactDraft], rules: Rules) -> Folded:
 def first_fills(draft: ContactDraft) -> tuple[str, ...]:
     """The units that a contact has as soon as this row made it."""
     lacking: dict[str, Any] = dict.fromkeys(name for fields in FILLED_UNITS.values() for name in fields)
-    return fill(KnownContact.of_draft(draft._replace(**lacking)), draft)
+    return fill(ExistingContact.of_draft(draft._replace(**lacking)), draft)
 
 
 def furthest_stage(drafts: Sequence[ContactDraft], rules: Rules) -> int:

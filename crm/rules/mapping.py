@@ -38,7 +38,7 @@ MOMENTS = (
     *("stage_entered_at", "assigned_at", "commission_rate_locked_at", "created_at", "updated_at"),
     "last_contacted_at",
 )
-MOST_SECOND_DIGITS = 6
+MAX_SECOND_DIGITS = 6
 
 SOURCE_OF_ROLE = {"CLIENT": Source.CLIENTS, "TAX_PREPARER": Source.PREPARERS, "AFFILIATE": Source.AFFILIATES}
 EXCLUDED_ROLES = {"SUPER_ADMIN": "super_admin", "ADMIN": "admin", "LEAD": "lead"}
@@ -414,7 +414,7 @@ def map_rows(source: Source, rows: Iterable[tuple[object, ...]], rules: Rules) -
         else list(map(profile_mapper(source, rules), map(ProfileRow._make, rows)))
     )
     # The row's own `updated_at` stays as exact as it is: it tells whether the row changed.
-    return [_as_stored(row, rules) for row in mapped] if rules.second_digits < MOST_SECOND_DIGITS else mapped
+    return [_as_stored(row, rules) for row in mapped] if rules.second_digits < MAX_SECOND_DIGITS else mapped
 
 
 def _as_stored(row: MappedRow, rules: Rules) -> MappedRow:

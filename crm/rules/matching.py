@@ -23,7 +23,7 @@ _FILLED_ALONE = (*PROFILE_FILLS, "last_contacted_at")
 
 
 @dataclass(slots=True)
-class KnownContact:
+class ExistingContact:
     """A contact that is there, as far as a decision must know it."""
 
     id: str
@@ -41,7 +41,7 @@ class KnownContact:
     fills: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of_draft(cls, draft: ContactDraft) -> KnownContact:
+    def of_draft(cls, draft: ContactDraft) -> ExistingContact:
         """The contact that a draft of this batch becomes."""
         return cls(
             draft.id,
@@ -94,25 +94,25 @@ class ProfileOfAddress(NamedTuple):
         return cls(address, raw_email != address, profile_id, contact_id)
 
 
-class KnownContacts:
+class ExistingContacts:
     """The contacts that a batch may meet, by each key of identity."""
 
-    def __init__(self, contacts: Iterable[KnownContact] = (), profiles: Iterable[ProfileOfAddress] = ()) -> None:
+    def __init__(self, contacts: Iterable[ExistingContact] = (), profiles: Iterable[ProfileOfAddress] = ()) -> None:
         """Take contacts ordered by creation: of several spellings of one address, the oldest comes first.
 
         `profiles` are those whose users have an address of the batch's rows.
         """
-        self._by_id: dict[str, KnownContact] = {}
-        self._by_user: dict[str, KnownContact] = {}
-        self._by_clerk: dict[str, KnownContact] = {}
-        self._by_email: dict[str, list[KnownContact]] = {}
+        self._by_id: dict[str, ExistingContact] = {}
+        self._by_user: dict[str, ExistingContact] = {}
+        self._by_clerk: dict[str, ExistingContact] = {}
+        self._by_email: dict[str, list[ExistingContact]] = {}
         self._by_profile: dict[str, list[str]] = {}
         for profile in sorted(profiles):
             self._by_profile.setdefault(profile.address, []).append(profile.contact_id)
         for contact in contacts:
             self.add(contact)
 
-    def add(self, contact: KnownContact) -> None:
+    def add(self, contact: ExistingContact) -> None:
         """Make a contact known, in the place of what was known of it."""
         if contact.id in self._by_id:
             self._forget(self._by_id[contact.id])
@@ -128,14 +128,14 @@ class KnownContacts:
             # The spelling that we would write ourselves stands before all others.
             spellings.insert(0 if contact.email == address else len(spellings), contact)
 
-    def note_accounts(self, contact: KnownContact) -> None:
+    def note_accounts(self, contact: ExistingContact) -> None:
         """Let a contact that is known be found by its accounts, as they are now."""
         if contact.user_id is not None:
             self._by_user[contact.user_id] = contact
         if contact.clerk_user_id is not None:
             self._by_clerk[contact.clerk_user_id] = contact
 
-    def _forget(self, contact: KnownContact) -> None:
+    def _forget(self, contact: ExistingContact) -> None:
         if self._by_user.get(contact.user_id or "") is contact:
             del self._by_user[contact.user_id or ""]
         if self._by_clerk.get(contact.clerk_user_id or "") is contact:
@@ -143,11 +143,11 @@ class KnownContacts:
         if contact.email:
             self._by_email[canonical_address(contact.email)].remove(contact)
 
-    def __iter__(self) -> Iterator[KnownContact]:
+    def __iter__(self) -> Iterator[ExistingContact]:
         """The contacts."""
         return iter(self._by_id.values())
 
-    def find(self, draft: ContactDraft) -> KnownContact | None:
+    def find(self, draft: ContactDraft) -> ExistingContact | None:
         """The contact that the draft's person has, or None. Raises Conflict when its keys disagree."""
         by_user = self._by_user.get(draft.user_id) if draft.user_id else None
         by_clerk = self._by_clerk.get(draft.clerk_user_id) if draft.clerk_user_id else None
@@ -179,14 +179,14 @@ class KnownContacts:
             by_key["id"] = self._by_id[draft.id]
         return {column: contact.id if contact else None for column, contact in by_key.items()}
 
-    def _of_profile(self, draft: ContactDraft) -> KnownContact | None:
+    def _of_profile(self, draft: ContactDraft) -> ExistingContact | None:
         """The contact of the profile whose user has the address of a draft that brings no account of its own."""
         if draft.user_id is not None:
             return None
         theirs = map(self._by_id.get, self._by_profile.get(draft.email, ()))
         return next((contact for contact in theirs if contact is not None), None)
 
-    def find_decided(self, draft: ContactDraft, resolution: Resolution) -> KnownContact | None:
+    def find_resolved(self, draft: ContactDraft, resolution: Resolution) -> ExistingContact | None:
         """The contact that a person decided on; None where the row gets one of its own.
 
         Raises Conflict where that contact is gone, and where the address of its own has become somebody else's.
@@ -200,7 +200,7 @@ class KnownContacts:
             raise Conflict(resolution.contact_id, self._identity_keys(draft), Reason.STALE_DECISION)
         return self._by_id[resolution.contact_id]
 
-    def without_others_accounts(self, draft: ContactDraft, contact: KnownContact | None) -> ContactDraft:
+    def without_others_accounts(self, draft: ContactDraft, contact: ExistingContact | None) -> ContactDraft:
         """The draft of a row whose contact a person decided on: an account that another contact has stays there."""
         by_user = self._by_user.get(draft.user_id or "", contact)
         by_clerk = self._by_clerk.get(draft.clerk_user_id or "", contact)
@@ -211,7 +211,7 @@ class KnownContacts:
 
 
 @dataclass(slots=True)
-class Plan:
+class MatchPlan:
     """What is to be done for the rows of a batch."""
 
     decisions: list[Decision] = field(default_factory=list)
@@ -219,17 +219,17 @@ class Plan:
     fills: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def decide(rows: Iterable[MappedRow], known: KnownContacts) -> Plan:
+def decide(rows: Iterable[MappedRow], known: ExistingContacts) -> MatchPlan:
     """Decide what happens to each row. `known` grows by what the rows make."""
-    plan = Plan()
-    made: dict[str, KnownContact] = {}
+    plan = MatchPlan()
+    made: dict[str, ExistingContact] = {}
     for row in rows:
         draft = row.draft
         if draft is None:
             plan.decisions.append(_decision(row, Outcome.ERROR, reason=row.rejection, refusal=row.refusal))
             continue
         try:
-            contact = known.find_decided(draft, row.resolution) if row.resolution else known.find(draft)
+            contact = known.find_resolved(draft, row.resolution) if row.resolution else known.find(draft)
         except Conflict as conflict:
             decision = _decision(row, Outcome.ERROR, reason=conflict.reason, contact_id=conflict.contact_id)
             plan.decisions.append(decision._replace(identity_keys=conflict.identity_keys))
@@ -237,7 +237,7 @@ def decide(rows: Iterable[MappedRow], known: KnownContacts) -> Plan:
         if row.resolution:
             draft = known.without_others_accounts(draft, contact)
         if contact is None:
-            made[draft.id] = contact = KnownContact.of_draft(draft)
+            made[draft.id] = contact = ExistingContact.of_draft(draft)
             known.add(contact)
             plan.creates.append(draft)
             plan.decisions.append(_decision(row, Outcome.CREATED, contact_id=draft.id, filled=_filled_in(contact)))
@@ -254,7 +254,7 @@ def decide(rows: Iterable[MappedRow], known: KnownContacts) -> Plan:
     return plan
 
 
-def fill(contact: KnownContact, draft: ContactDraft) -> tuple[str, ...]:
+def fill(contact: ExistingContact, draft: ContactDraft) -> tuple[str, ...]:
     """Fill what is missing in the contact from a draft of its person; what was filled, by field or unit.
 
     The identity keys come from profiles alone, attribution and assignment from leads alone: the other kind has none.
@@ -278,7 +278,7 @@ def fill(contact: KnownContact, draft: ContactDraft) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _filled_in(contact: KnownContact) -> tuple[str, ...]:
+def _filled_in(contact: ExistingContact) -> tuple[str, ...]:
     """What is there in a contact that was just made, by the same names: a blank elsewhere is nobody's decision."""
     names = [name for name in _FILLED_ALONE if getattr(contact, name) is not None]
     if contact.has_assignment:
@@ -302,7 +302,7 @@ def _is_another(theirs: str | None, ours: str | None) -> bool:
     return theirs is not None and ours is not None and theirs != ours
 
 
-def _with_what_was(decision: Decision, contact: KnownContact) -> Decision:
+def _with_what_was(decision: Decision, contact: ExistingContact) -> Decision:
     """What a rollback of the fill must know of the contact: whether it changed since, and what was replaced in it."""
     confidence = contact.confidence if "attribution" in decision.filled else None
     return decision._replace(contact_updated_at=contact.updated_at, confidence_before=confidence)

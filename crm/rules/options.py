@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from crm.outcome import Source
-from crm.rules.throttling import ErrorCeiling
+from crm.rules.throttling import ErrorBudget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +27,7 @@ class RunOptions:
     since: str | None = None
     workers: int = 1
     max_rate: int | None = None
-    max_errors: ErrorCeiling | None = None
+    max_errors: ErrorBudget | None = None
     max_replica_lag: float | None = None
 
     @property

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from crm.outcome import Outcome, UpdateOutcome
 from crm.rules.mapping import FULL_CONFIDENCE, ContactDraft, MappedRow
-from crm.rules.matching import ACCOUNTS, KnownContact, fill
+from crm.rules.matching import ACCOUNTS, ExistingContact, fill
 from crm.rules.updating import FIELDS_OF_CHANGE
 
 
@@ -26,7 +26,7 @@ class Verdict(StrEnum):
     FAILED = "failed"  # the database would not undo it
 
 
-class Why(StrEnum):
+class KeepReason(StrEnum):
     """Why a line is not reversed."""
 
     EDITED = "edited"  # the contact is no longer as it was written
@@ -55,18 +55,18 @@ class Line(NamedTuple):
     confidence_before: int | None = None
 
 
-class Judgement(NamedTuple):
+class Assessment(NamedTuple):
     """A line with what becomes of it. `detail` names columns, tables or a SQLSTATE, never a value."""
 
     line: Line
     verdict: Verdict
-    why: Why | None = None
+    why: KeepReason | None = None
     detail: str = ""
 
     @property
     def reason(self) -> str:
         """Why it is not reversed, to be counted by."""
-        return f"{self.why} {self.detail}" if self.why is Why.REFUSED else str(self.why)
+        return f"{self.why} {self.detail}" if self.why is KeepReason.REFUSED else str(self.why)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +110,10 @@ def differs_from_merge(contact: StoredContact, merge: Line, rows: Rows) -> list[
     return _differences(contact, _possible_values(merge, columns_of(merge), rows))
 
 
-def why_it_differs(contact: StoredContact, written_at: str | None, *, by_other_rules: bool) -> Why:
+def why_it_differs(contact: StoredContact, written_at: str | None, *, by_other_rules: bool) -> KeepReason:
     """Why a contact is not what its lines have written: by the rules of this version, as long as nobody touched it."""
     is_touched = contact.set_elsewhere or contact.values.updated_at != written_at
-    return Why.OTHER_RULES if by_other_rules and not is_touched else Why.EDITED
+    return KeepReason.OTHER_RULES if by_other_rules and not is_touched else KeepReason.EDITED
 
 
 def is_unchanged(line: Line, rows: Rows) -> bool:
@@ -152,7 +152,7 @@ def merges_that_miss(contact: StoredContact, emptied: Iterable[str], merges: Ite
 def _would_fill(contact: StoredContact, emptied: set[str], row: SourceRow) -> bool:
     """Whether a row would fill one of these columns, were they empty."""
     nothing: dict[str, Any] = dict.fromkeys(emptied)
-    known = KnownContact.of_draft(contact.values._replace(**nothing))
+    known = ExistingContact.of_draft(contact.values._replace(**nothing))
     return row.mapped.draft is not None and not emptied.isdisjoint(_columns_of(fill(known, row.mapped.draft)))
 
 

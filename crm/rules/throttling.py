@@ -12,7 +12,7 @@ from decimal import Decimal, InvalidOperation
 from typing import NamedTuple, Protocol, Self
 
 #: The sizes between which batches are adapted, and the one to begin with; rows.
-LEAST_ROWS, MOST_ROWS, FIRST_ROWS = 100, 20_000, 5_000
+LEAST_ROWS, MAX_ROWS, FIRST_ROWS = 100, 20_000, 5_000
 #: How long a batch should take; seconds.
 TARGET_SECONDS = 1.0
 #: What a batch's size is changed by at most from one batch to the next.
@@ -22,7 +22,7 @@ FAR_OVER = 5.0
 #: A share of errors says nothing before so many rows were read.
 ROWS_OF_A_SHARE = 1_000
 #: A limited rate never makes a pause longer than this, so that the heartbeat of a run stays fresh; seconds.
-LONGEST_PAUSE = 30.0
+MAX_PAUSE = 30.0
 
 
 class Pause(NamedTuple):
@@ -55,7 +55,7 @@ class BatchSizer:
 
     def __init__(self, *, fixed: int | None = None, most: int | None = None, target: float = TARGET_SECONDS) -> None:
         """`fixed` is the size that the operator asked for, `most` what a limited rate allows a batch to be."""
-        bounds = [bound for bound in (fixed or MOST_ROWS, most) if bound is not None]
+        bounds = [bound for bound in (fixed or MAX_ROWS, most) if bound is not None]
         if 0 in (fixed, most) or min(bounds) < 1 or target <= 0:
             raise ValueError("a batch has at least one row and some time")
         self._is_fixed = fixed is not None
@@ -124,9 +124,9 @@ class RateLimit:
         return max(1, math.floor(self.share * TARGET_SECONDS))
 
     @property
-    def most_rows(self) -> int:
+    def max_rows(self) -> int:
         """What a batch may be at most, whatever size was asked for: its pause would be too long."""
-        return max(1, math.floor(self.share * LONGEST_PAUSE))
+        return max(1, math.floor(self.share * MAX_PAUSE))
 
     def begin(self, now: float, rows: int, turn: int) -> None:
         """Wait until the batches of those whose turn is before have taken their time at the whole rate."""
@@ -152,7 +152,7 @@ class RateLimit:
 
 
 @dataclass(frozen=True, slots=True)
-class ErrorCeiling:
+class ErrorBudget:
     """How many new errors a run may have: a number of rows, or a share of the rows that were read.
 
     Errors that earlier runs had with the same reason do not count: they say nothing of this run.

@@ -21,7 +21,7 @@ from crm.rules.mapping import (
     Rules,
     placeholder_name,
 )
-from crm.rules.matching import Conflict, KnownContact, KnownContacts
+from crm.rules.matching import Conflict, ExistingContact, ExistingContacts
 
 LEAD = "LEAD"
 #: What a row's keys disagree in, and what PostgreSQL refused: kept under these names.
@@ -170,7 +170,7 @@ class Look:
 
     lines: Mapping[str, SeenLine]
     contacts: Mapping[str, StandingContact]
-    known: KnownContacts
+    known: ExistingContacts
     looked_at: set[str] = field(default_factory=set)
     expected: dict[str, _Expected] = field(default_factory=dict)
 
@@ -257,7 +257,7 @@ def _expected(contact: StandingContact, look: Look, rules: Rules) -> _Expected:
     return expected
 
 
-def _fold(contact: StandingContact, known: KnownContacts, rules: Rules) -> _Expected:
+def _fold(contact: StandingContact, known: ExistingContacts, rules: Rules) -> _Expected:
     """Fold the rows of a contact: after what is there and not ours to replace, and alone."""
     speakers = [
         _Speaker(origin, draft)
@@ -298,11 +298,11 @@ def _promoting(contact: StandingContact, speakers: Iterable[_Speaker]) -> _Speak
 
 
 def _of_this_contact(
-    row: MappedRow, draft: ContactDraft, contact: StandingContact, known: KnownContacts
+    row: MappedRow, draft: ContactDraft, contact: StandingContact, known: ExistingContacts
 ) -> ContactDraft | None:
     """The draft, without accounts that a decision left to others; None where its keys name another contact by now."""
     try:
-        found = known.find_decided(draft, row.resolution) if row.resolution else known.find(draft)
+        found = known.find_resolved(draft, row.resolution) if row.resolution else known.find(draft)
     except Conflict:
         return None
     if found is not None and found.id != contact.values.id:
@@ -416,6 +416,6 @@ def _apply(change: Change, contact: StandingContact, look: Look) -> None:
     contact.values = contact.values._replace(**change.values)
     contact.given.update(change.columns)
     if change.values.keys() & {"email", "user_id", "clerk_user_id"}:
-        look.known.add(KnownContact.of_draft(contact.values))
+        look.known.add(ExistingContact.of_draft(contact.values))
         # Whose a row is goes by these keys.
         look.expected.clear()

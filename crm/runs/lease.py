@@ -40,7 +40,7 @@ class AnotherRunError(OperatorError):
     exit_code = 3
 
 
-class FenceLostError(Exception):
+class LeaseLostError(Exception):
     """The run is no longer the running one: it was paused, cancelled, taken over, or its record was deleted."""
 
 
@@ -100,7 +100,7 @@ def require_silence() -> None:
 
 
 def renew(run_id: int, totals: Totals) -> None:
-    """Renew the heartbeat and add a batch to the run's counters. Raises FenceLostError. In the batch's transaction."""
+    """Renew the heartbeat and add a batch to the run's counters. Raises LeaseLostError. In the batch's transaction."""
     updated = (
         BackfillRun.objects.running()
         .filter(pk=run_id)
@@ -113,7 +113,7 @@ def renew(run_id: int, totals: Totals) -> None:
         )
     )
     if not updated:
-        raise FenceLostError(run_id)
+        raise LeaseLostError(run_id)
 
 
 def why_not_held(run_id: int) -> str | None:

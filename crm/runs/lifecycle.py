@@ -27,7 +27,7 @@ from crm.postgres import errors
 from crm.postgres.errors import UnknownEndError
 from crm.runs import lease
 from crm.runs.garbage import seldom_collected
-from crm.runs.lease import FenceLostError
+from crm.runs.lease import LeaseLostError
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class Lifecycle:
         except KeyboardInterrupt:
             connection.close()
             return Ending(RunStatus.INTERRUPTED, STOPPED_IN_A_BATCH)
-        except FenceLostError:
+        except LeaseLostError:
             # What the record says is what happened.
             return Ending(RunStatus.INTERRUPTED)
         except expected as error:
@@ -103,15 +103,15 @@ class Lifecycle:
         except UnknownEndError as error:
             connection.close()
             status = RunStatus.INTERRUPTED if self.interruption.requested else RunStatus.FAILED
-            return Ending(status, errors.described(error))
+            return Ending(status, errors.describe(error))
         except DjangoDatabaseError as error:
             if self.interruption.requested:
                 # Whatever it was that failed: it may well have been cancelled.
                 connection.close()
                 return Ending(RunStatus.INTERRUPTED, STOPPED_IN_A_BATCH)
-            logger.error("the run failed: %s", errors.described(error))  # noqa: TRY400 - a traceback may quote people's data
+            logger.error("the run failed: %s", errors.describe(error))  # noqa: TRY400 - a traceback may quote people's data
             connection.close()
-            return Ending(RunStatus.FAILED, errors.described(error))
+            return Ending(RunStatus.FAILED, errors.describe(error))
         return Ending(RunStatus.FINISHED)
 
     def close(self, ending: Ending, count: Callable[[], None], check: Callable[[], Checked]) -> Ending:
@@ -134,13 +134,13 @@ class Lifecycle:
             if self.interruption.requested:
                 ending = _stopped_before_the_check(ending)
             else:
-                ending = _failed(ending, errors.described(error))
+                ending = _failed(ending, errors.describe(error))
         try:
             return self._end_patiently(ending, recorded)
         except DjangoDatabaseError as error:
             if self._was_cancelled(error):
                 return _stopped_before_the_end(ending)
-            return _failed(ending, errors.described(error))
+            return _failed(ending, errors.describe(error))
 
     def _was_cancelled(self, error: DjangoDatabaseError) -> bool:
         return self.interruption.requested and errors.sqlstate(error) in errors.TIMEOUTS
@@ -186,7 +186,7 @@ class Lifecycle:
             try:
                 return look()
             except DjangoDatabaseError as error:
-                cause = errors.bad_moment(error)
+                cause = errors.transient_cause(error)
                 if cause is None or self._was_cancelled(error) or (self.interruption.requested and not even_if_stopped):
                     raise
                 logger.warning("%s: looking again in %.1f s", cause, wait)
@@ -202,7 +202,7 @@ class Lifecycle:
             try:
                 self._end_patiently(ending, {})
             except DjangoDatabaseError as told:
-                logger.warning("run %s could not be closed: %s", self.run.pk, errors.described(told))
+                logger.warning("run %s could not be closed: %s", self.run.pk, errors.describe(told))
 
 
 @contextmanager

@@ -62,8 +62,8 @@ class ReplicaLagLimit:
     connection: BaseDatabaseWrapper
     most_seconds: float
 
-    LEAST_PAUSE: ClassVar[float] = 1.0
-    LONGEST_PAUSE: ClassVar[float] = 10.0
+    MIN_PAUSE: ClassVar[float] = 1.0
+    MAX_PAUSE: ClassVar[float] = 10.0
 
     def begin(self, now: float, rows: int, turn: int) -> None:
         """Nothing: every process sees the same lag."""
@@ -81,6 +81,6 @@ class ReplicaLagLimit:
             )
         if isinstance(lag, NoReplicas) or lag.seconds <= self.most_seconds:
             return None
-        seconds = min(self.LONGEST_PAUSE, max(self.LEAST_PAUSE, lag.seconds - self.most_seconds))
+        seconds = min(self.MAX_PAUSE, max(self.MIN_PAUSE, lag.seconds - self.most_seconds))
         figure = "a replica is catching up, by an unknown lag" if math.isinf(lag.seconds) else f"{lag.seconds:,.1f} s"
         return Pause(f"max-replica-lag: {figure} > {self.most_seconds:g} s: waiting {seconds:.1f} s", seconds)

@@ -33,7 +33,7 @@ from crm.backfill.read.rows import (
 from crm.outcome import Reason
 from crm.postgres.snapshot import PAGE
 from crm.rules.mapping import ContactDraft, MappedRow
-from crm.rules.matching import KnownContact, fill
+from crm.rules.matching import ExistingContact, fill
 from crm.rules.updating import FIELDS_OF_CHANGE
 from crm.runs.other_rules import OtherRules
 from crm.verification.findings import Check, Finding, Kind, unexplained
@@ -160,7 +160,7 @@ def _brought_by_rows(
     that has it: a row that was merged leaves nothing behind.
     """
     origin: dict[str, Line] = {}
-    known = KnownContact.of_draft(draft)
+    known = ExistingContact.of_draft(draft)
     for line in lines.merged:
         mapped = _mapped(line, rows)
         if mapped is not None and mapped.draft is not None:

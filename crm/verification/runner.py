@@ -10,11 +10,11 @@ from datetime import datetime, timedelta
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.utils import timezone
 
-from crm.backfill.read.census import take_census
+from crm.backfill.read.census import count_rows
 from crm.backfill.read.resolutions import Resolutions
 from crm.backfill.read.rows import RowReader, may_read_user_changes
 from crm.errors import OperatorError
-from crm.outcome import Census
+from crm.outcome import RowCounts
 from crm.postgres.facts.schema import ATTRIBUTION_COLUMNS, examine
 from crm.postgres.snapshot import snapshot
 from crm.runs.other_rules import OtherRules
@@ -30,7 +30,7 @@ class VerificationReport:
     """What a verification saw. The counts of lines are by outcome."""
 
     generation: str
-    census: Census
+    census: RowCounts
     lines: dict[str, int]
     deleted: dict[str, int]
     rows_gone: dict[str, int]
@@ -98,7 +98,7 @@ def verify(
         lines, deleted = count_lines(connection)
         return VerificationReport(
             generation=facts.generation,
-            census=take_census(connection, facts),
+            census=count_rows(connection, facts),
             lines=lines,
             deleted=deleted,
             rows_gone=count_rows_gone(connection),

@@ -102,7 +102,7 @@ def test_a_contact_that_the_backfill_never_met_says_so(browser: Client) -> None:
 
 
 def test_a_contact_with_more_lines_than_fit_says_so(browser: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crm_admin, "MOST_LINES", 1)
+    monkeypatch.setattr(crm_admin, "MAX_ENTRIES", 1)
     contact = add_contact("ann@example.com")
     add_lead("ann@example.com")
     add_lead("ann@example.com")
@@ -320,7 +320,7 @@ def test_a_contact_is_shown_with_what_updates_changed_the_last_first(database: D
 def test_a_contact_with_more_updates_than_fit_says_so(
     database: Database, browser: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(crm_admin, "MOST_LINES", 1)
+    monkeypatch.setattr(crm_admin, "MAX_ENTRIES", 1)
     contact = add_contact("ann@example.com")
     add_lead("ann@example.com", phone="555 0101")
     add_lead("ann@example.com", phone=" ", referrerUsername="ref")
@@ -356,7 +356,7 @@ def test_a_run_that_is_going_is_shown(browser: Client) -> None:
 
 
 def test_a_long_run_shows_its_last_batches(browser: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crm_admin, "MOST_BATCHES", 2)
+    monkeypatch.setattr(crm_admin, "MAX_BATCHES", 2)
     add_many_leads(6)
     number = run(batch_size=1)["run"]
     answer = browser.get(address(BackfillRun, "change", number))
@@ -471,7 +471,7 @@ def test_a_list_asks_as_much_for_many_rows_as_for_few(browser: Client, model: ty
 
 
 def test_a_list_counts_only_so_far(browser: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(read_only, "MOST_COUNTED", 3)
+    monkeypatch.setattr(read_only, "MAX_COUNTED", 3)
     add_many_leads(3)
     run()
     assert "3 or more contacts" in text(browser.get(address(CRMContact)).content.decode())

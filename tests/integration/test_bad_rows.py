@@ -13,7 +13,7 @@ import pytest
 from django.db import connection
 
 from crm.models import BackfillRun
-from crm.postgres.refusals import MOST_ALIKE
+from crm.postgres.refusals import MAX_ALIKE
 from tests.conftest import Database
 from tests.support.builders import add_contact, add_lead, add_many_leads, add_profile, contact_with, contacts, ledger
 from tests.support.commands import backfill, run, statements
@@ -320,8 +320,8 @@ def test_where_every_row_is_refused_for_one_reason_the_run_fails_and_says_so_onc
     )
     # Why it failed, and what is newly in error, if a batch was committed before.
     assert finished.stderr.count("\n") == 1 + bool(finished.answer["error_new"])
-    assert finished.answer["read"] == len(refusals(database)) <= 2 * MOST_ALIKE * workers
-    assert len(sent) <= 2 * 2 * MOST_ALIKE * (MOST_STATEMENTS_A_TRY + 1)
+    assert finished.answer["read"] == len(refusals(database)) <= 2 * MAX_ALIKE * workers
+    assert len(sent) <= 2 * 2 * MAX_ALIKE * (MOST_STATEMENTS_A_TRY + 1)
     database.change(NO_TRIGGER)
     assert run()["created"] == 1000
 

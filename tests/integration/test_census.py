@@ -66,7 +66,7 @@ def terminate_this_session() -> None:
         cursor.execute("SELECT pg_terminate_backend(pg_backend_pid())")
 
 
-def look() -> census.Survey:
+def look() -> census.Inventory:
     return survey(connection, examine(connection, for_writing=False))
 
 
@@ -218,7 +218,7 @@ def test_a_run_that_lost_its_fence_counts_the_tables_and_does_not_judge_its_own_
 
 def test_what_could_not_be_counted_is_not_checked(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lifecycle, "WAITS_BEFORE_ANOTHER_LOOK", ())
-    monkeypatch.setattr(runner, "take_census", lambda *_: terminate_this_session())
+    monkeypatch.setattr(runner, "count_rows", lambda *_: terminate_this_session())
     add_many_leads(3)
     ended = backfill()
     assert ended.code == 5

@@ -16,7 +16,7 @@ from django.utils import timezone
 
 from config import embedded
 from crm.legacy_schema import ddl
-from crm.management.arguments import MOST_ROWS
+from crm.management.arguments import MAX_ROWS
 from crm.models import BackfillBatch, BackfillRun, LedgerEntry
 from crm.models.ledger import RunStatus
 from crm.runs.lease import HEARTBEAT_LASTS
@@ -321,7 +321,7 @@ def test_exit_code_2_for_an_argument_that_is_none(database: Database, arguments:
 def test_a_number_of_workers_that_is_none_is_told_what_is_possible(given: str) -> None:
     finished = backfill(f"--workers={given}")
     assert finished.code == 2
-    assert f"{given!r} is neither a whole number from 1 to {MOST_ROWS} nor auto" in finished.stderr
+    assert f"{given!r} is neither a whole number from 1 to {MAX_ROWS} nor auto" in finished.stderr
 
 
 @pytest.mark.parametrize("given", ["two", "-1", "0", "9" * 20])

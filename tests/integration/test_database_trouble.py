@@ -191,9 +191,9 @@ def test_a_connection_that_was_never_made_is_none_that_was_lost() -> None:
 def test_an_answer_that_makes_no_sense_is_a_connection_that_was_lost() -> None:
     error = InternalError()
     error.__cause__ = psycopg.InternalError("received 0 results from command 'COMMIT'")
-    assert errors.bad_moment(error) == errors.LOST_CONNECTION
+    assert errors.transient_cause(error) == errors.LOST_CONNECTION
     error.__cause__ = psycopg.errors.InFailedSqlTransaction()
-    assert errors.bad_moment(error) is None
+    assert errors.transient_cause(error) is None
 
 
 def test_what_the_operator_can_put_right_is_never_a_failure_of_the_run() -> None:

@@ -82,7 +82,7 @@ def test_a_batch_ends_early_rather_than_wait_for_a_page_that_does_not_come(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(readahead, "PAGE_ROWS", 4)
-    monkeypatch.setattr(readahead, "LONGEST_WAIT", 0.01)
+    monkeypatch.setattr(readahead, "MAX_WAIT", 0.01)
     add_many_leads(12)
     may_go_on = threading.Event()
     page = SourceReader.page
@@ -96,6 +96,6 @@ def test_a_batch_ends_early_rather_than_wait_for_a_page_that_does_not_come(
     with ahead(database) as reading:
         first, key = taken(reading, None, 12)
         may_go_on.set()
-        monkeypatch.setattr(readahead, "LONGEST_WAIT", 60)
+        monkeypatch.setattr(readahead, "MAX_WAIT", 60)
         rest, _ = taken(reading, key, 12)
     assert (first, rest) == ([4], [4, 4])

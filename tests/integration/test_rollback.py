@@ -23,13 +23,13 @@ from hypothesis import strategies as st
 from crm.interruption import StoppedError
 from crm.models import BackfillRun, LedgerEntry, Rollback
 from crm.models.ledger import RunStatus
-from crm.postgres.facts.foreign_keys import KNOWN, find_references
-from crm.postgres.refusals import MOST_ALIKE
+from crm.postgres.facts.foreign_keys import KNOWN, find_foreign_keys
+from crm.postgres.refusals import MAX_ALIKE
 from crm.rollback import runner
 from crm.rollback.reader import Reader
 from crm.rollback.report import MEANING_OF_REASONS, listing, news
 from crm.rollback.runner import roll_back
-from crm.rollback.undo import Undone
+from crm.rollback.undo import Reverted
 from crm.rules.reverting import Line
 from crm.runs import retrying
 from crm.sample_data.loader import load as load_people
@@ -589,7 +589,7 @@ def test_a_contact_in_use_stays_where_the_database_has_no_foreign_keys(
 def test_every_table_of_the_application_that_refers_to_contacts_is_known_by_name(database: Database) -> None:
     for generation in GENERATIONS:
         database.use(generation)
-        found = {(r.table.removeprefix("public."), r.condition) for r in find_references(connection)}
+        found = {(r.table.removeprefix("public."), r.condition) for r in find_foreign_keys(connection)}
         known = {(table, f'r."{column}" = c.id') for table, column in KNOWN}
         assert known <= found
         catalogue = database.rows(
@@ -738,7 +738,7 @@ def test_a_table_that_gives_up_no_contact_is_not_asked_contact_by_contact(databa
         finished = rollback(str(made), "--json")
     assert (finished.code, finished.answer["reversed"], finished.answer["failed"]) == (1, 0, 600)
     assert finished.answer["by_reason"] == {"refused P0001": 600}
-    assert sum(statement.sql.startswith("DELETE FROM crm_contacts") for statement in sent) < 4 * MOST_ALIKE
+    assert sum(statement.sql.startswith("DELETE FROM crm_contacts") for statement in sent) < 4 * MAX_ALIKE
     assert len(contacts()) == 600
 
 
@@ -1129,7 +1129,7 @@ def test_one_that_was_paused_says_that_it_is_to_be_resumed_first(database: Datab
         add_lead(f"n{number}@example.com")
     made = run()["run"]
 
-    def pause(undone: Undone) -> None:
+    def pause(undone: Reverted) -> None:
         BackfillRun.objects.running().update(status=RunStatus.PAUSED)
 
     stopped = roll_back(made, batch_size=1, listener=pause)

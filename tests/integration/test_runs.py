@@ -18,7 +18,7 @@ from crm.models import BackfillRun, Rollback
 from crm.models.ledger import RunStatus
 from crm.outcome import Source, Totals
 from crm.rules.options import RunOptions
-from crm.rules.throttling import ErrorCeiling
+from crm.rules.throttling import ErrorBudget
 from crm.runs import control
 from crm.runs.progress import Silence
 from tests.conftest import Database
@@ -121,7 +121,7 @@ def test_there_is_no_latest_run_before_the_first(database: Database, action: str
         (
             RunOptions(
                 update=True, batch_size=500, only=(Source.CLIENTS, Source.PREPARERS), since="2025-11-01 22:00:00",
-                workers=2, max_rate=100, max_errors=ErrorCeiling.parse("5%"), max_replica_lag=1.5,
+                workers=2, max_rate=100, max_errors=ErrorBudget.parse("5%"), max_replica_lag=1.5,
             ),
             EVERYTHING_ASKED,
         ),

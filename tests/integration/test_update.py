@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from crm.models import BackfillBatch, BackfillRun, ContactUpdate
 from crm.models.ledger import RunStatus
 from crm.outcome import Source
-from crm.postgres.refusals import MOST_ALIKE
+from crm.postgres.refusals import MAX_ALIKE
 from crm.rollback.report import as_json as rollback_as_json
 from crm.rollback.runner import roll_back
 from crm.rules.mapping import contact_id
@@ -771,7 +771,7 @@ def test_a_table_that_takes_no_change_is_not_asked_contact_by_contact(database: 
     with statements() as sent:
         report = run(update=True)
     assert (report["status"], report["updated"], report["kept_by_column"]) == ("finished", 0, {"refused": 600})
-    assert sum(statement.sql.startswith("UPDATE crm_contacts") for statement in sent) < 4 * MOST_ALIKE
+    assert sum(statement.sql.startswith("UPDATE crm_contacts") for statement in sent) < 4 * MAX_ALIKE
     database.change("ALTER TABLE crm_contacts DROP CONSTRAINT nobody")
     assert run(update=True)["updated_by_column"] == {"last_contacted_at": 600}
 

@@ -16,8 +16,8 @@ from django.db import connection
 from pytest_django import Settings
 
 from crm.backfill.runner import run_backfill
-from crm.backfill.workers import MOST_REPLACEMENTS, most_workers, require_room_for
-from crm.backfill.write.rehearsal import RehearsalWriter
+from crm.backfill.workers import MAX_REPLACEMENTS, max_workers, require_room_for
+from crm.backfill.write.rehearsal import DryRunWriter
 from crm.backfill.write.writer import BatchWriter
 from crm.errors import OperatorError
 from crm.models import BackfillRun
@@ -91,17 +91,17 @@ def test_a_dry_run_whose_worker_dies_fails_rather_than_count_its_rows_twice(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     add_many_leads(40)
-    write = RehearsalWriter.write
+    write = DryRunWriter.write
     batches = 0
 
-    def write_or_die(self: RehearsalWriter, source: Source, pages: Iterable[Sequence[MappedRow]]) -> Totals:
+    def write_or_die(self: DryRunWriter, source: Source, pages: Iterable[Sequence[MappedRow]]) -> Totals:
         nonlocal batches
         batches += 1
         if batches > 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return write(self, source, pages)
 
-    monkeypatch.setattr(RehearsalWriter, "write", write_or_die)
+    monkeypatch.setattr(DryRunWriter, "write", write_or_die)
     answer = run(workers=2, batch_size=5, dry_run=True)
     assert (answer["status"], answer["read"] <= 10) == ("failed", True)
     assert "a worker died" in answer["failure"]
@@ -112,7 +112,7 @@ def test_a_run_whose_workers_keep_dying_ends_and_the_next_one_goes_on(
     database: Database, dying: Callable[[int, Callable[..., Totals]], None]
 ) -> None:
     add_many_leads(40)
-    dying(MOST_REPLACEMENTS + 1, killed_before)
+    dying(MAX_REPLACEMENTS + 1, killed_before)
     ended = backfill("--workers", "2", "--batch-size", "5", "--json")
     assert (ended.code, ended.answer["status"], ended.answer["failure"]) == (5, "failed", "workers kept dying")
     assert BackfillRun.objects.holding().count() == 0
@@ -231,10 +231,10 @@ def test_what_others_have_is_counted_by_a_role_that_may_not_see_what_they_do(
 ) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: MANY_CORES)
     with reading_role(database) as role, acting_as(role), ExitStack() as sessions:
-        alone = most_workers()
+        alone = max_workers()
         for _ in range(20):
             sessions.enter_context(session())
-        assert most_workers() == alone - 10
+        assert max_workers() == alone - 10
 
 
 def test_a_role_may_have_a_limit_of_its_own(database: Database) -> None:
@@ -260,17 +260,17 @@ def test_auto_needs_no_more_connections_than_the_url_allows(
 ) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: MANY_CORES)
     settings.DATABASE_CONNECTION_LIMIT = limit
-    assert most_workers() == most
+    assert max_workers() == most
 
 
 def test_auto_needs_no_more_connections_than_the_server_has_left(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: MANY_CORES)
-    alone = most_workers()
+    alone = max_workers()
     ((connections,),) = database.rows("SELECT current_setting('max_connections')::int")
     assert 1 <= alone < connections / 2
     with ExitStack() as sessions:
         for _ in range(20):
             sessions.enter_context(session())
-        assert most_workers() == alone - 10
+        assert max_workers() == alone - 10

@@ -20,7 +20,7 @@ from crm.backfill import runner
 from crm.backfill.pipeline import Pipeline, StopRequest
 from crm.backfill.read.readahead import ReadingThread
 from crm.backfill.read.source import Partition
-from crm.backfill.workers import Alone, Assignment, OnBatch
+from crm.backfill.workers import Assignment, InProcess, OnBatch
 from crm.outcome import Source, Totals
 from tests.conftest import Database
 from tests.property.test_backfill import assert_as_the_reference, load, run
@@ -60,14 +60,14 @@ class ByTurns:
             if not self._writes_a_batch(source, *worker):
                 at_work.remove(worker)
 
-    def work_through_decided(self, source: Source) -> None:
+    def work_through_resolved(self, source: Source) -> None:
         """As the crew does."""
-        with Alone(self._assignment, self._stop, self._on_batch) as alone:
-            alone.work_through_decided(source)
+        with InProcess(self._assignment, self._stop, self._on_batch) as alone:
+            alone.work_through_resolved(source)
 
     def look_again(self, sources: Iterable[Source]) -> None:
         """As the crew does."""
-        with Alone(self._assignment, self._stop, self._on_batch) as alone:
+        with InProcess(self._assignment, self._stop, self._on_batch) as alone:
             alone.look_again(sources)
 
     def _writes_a_batch(self, source: Source, partition: Partition, pipeline: Pipeline) -> bool:
@@ -83,7 +83,7 @@ class ByTurns:
 
 def run_by_turns(chance: Random, **options: Any) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "Crew", partial(ByTurns, chance))
+        patch.setattr(runner, "WorkerPool", partial(ByTurns, chance))
         return run(**options)
 
 

@@ -241,7 +241,7 @@ def test_the_rows_of_contacts_are_found_by_an_index(database: Database) -> None:
 def test_what_is_due_is_found_whether_it_is_listed_or_not(
     database: Database, monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
-    monkeypatch.setattr("crm.backfill.update.reader.MOST_LISTED", most)
+    monkeypatch.setattr("crm.backfill.update.reader.MAX_LISTED", most)
     first, _ = (add_lead(f"{name}@example.com", phone=" ") for name in ("ann", "bob"))
     user = add_user("")
     add_profile(userId=user)

@@ -203,7 +203,7 @@ def _land(
         theirs = contact_of_the_profile(population, result.ledger, result.contacts, draft) if is_lead else None
         contact = find(draft, result.contacts, theirs)
     else:
-        contact = find_decided(draft, result.contacts, decision)
+        contact = find_resolved(draft, result.contacts, decision)
         for key in ("userId", "clerkUserId"):
             if _holder(result.contacts, key, draft[key]) not in (None, contact):
                 draft[key] = None
@@ -357,7 +357,7 @@ def _with_the_address(email: str, contacts: Mapping[str, Row]) -> list[Row]:
     )
 
 
-def find_decided(draft: Row, contacts: Mapping[str, Row], decision: Decision) -> Row | None:
+def find_resolved(draft: Row, contacts: Mapping[str, Row], decision: Decision) -> Row | None:
     """The contact that a person decided on. Raises Rejected if it is gone, or the address of its own taken."""
     contact_id, email = decision
     if contact_id is not None:

@@ -17,7 +17,7 @@ from crm.management.operator_command import OperatorCommand
 from crm.models.ledger import RunStatus
 from crm.outcome import Reason
 from crm.rollback.report import MEANING_OF_REASONS
-from crm.rules.reverting import Why
+from crm.rules.reverting import KeepReason
 from crm.version import VERSION
 
 ROOT = Path(settings.BASE_DIR)
@@ -122,7 +122,7 @@ def test_the_help_the_readme_and_the_runbook_say_that_max_errors_counts_new_erro
 
 
 def test_the_runbook_explains_each_reason_for_which_a_rollback_keeps_a_row() -> None:
-    assert first_cells(section(MEANING_OF_REASONS, RUNBOOK)) == [why.value for why in Why]
+    assert first_cells(section(MEANING_OF_REASONS, RUNBOOK)) == [why.value for why in KeepReason]
 
 
 def test_no_command_of_the_runbook_has_a_password() -> None:

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from crm.outcome import Decision, Outcome, Reason
 from crm.rules.mapping import ContactDraft, MappedRow, contact_id
-from crm.rules.matching import ATTRIBUTION_UNIT, PROFILE_FILLS, KnownContact, KnownContacts, Plan, decide, fill
+from crm.rules.matching import (
+    ATTRIBUTION_UNIT,
+    PROFILE_FILLS,
+    ExistingContact,
+    ExistingContacts,
+    MatchPlan,
+    decide,
+    fill,
+)
 
 CREATED, UPDATED, CALLED, LOCKED = (f"2025-01-0{day} 00:00:00.123" for day in range(1, 5))
 ATTRIBUTED: dict[str, Any] = {
@@ -58,16 +66,16 @@ def rejected(source_id: str, reason: Reason) -> MappedRow:
     return MappedRow(contact_id("leads", source_id), source_id, UPDATED, None, None, None, reason)
 
 
-def contact(identifier: str, email: str = "other@example.com", **fields: Any) -> KnownContact:
+def contact(identifier: str, email: str = "other@example.com", **fields: Any) -> ExistingContact:
     fields = {"user_id": None, "clerk_user_id": None, "ours": False} | fields
-    return KnownContact(identifier, email, **fields)
+    return ExistingContact(identifier, email, **fields)
 
 
-def decided(rows: list[MappedRow], *known: KnownContact) -> Plan:
-    return decide(rows, KnownContacts(known))
+def decided(rows: list[MappedRow], *known: ExistingContact) -> MatchPlan:
+    return decide(rows, ExistingContacts(known))
 
 
-def only(mapped: MappedRow, *known: KnownContact) -> Decision:
+def only(mapped: MappedRow, *known: ExistingContact) -> Decision:
     (decision,) = decided([mapped], *known).decisions
     return decision
 
@@ -99,7 +107,7 @@ def test_who_meets_nobody_makes_a_contact() -> None:
         contact("a", "ann@example.com", user_id="u"),
     ],
 )
-def test_any_key_alone_or_all_of_them_together_find_the_contact(known: KnownContact) -> None:
+def test_any_key_alone_or_all_of_them_together_find_the_contact(known: ExistingContact) -> None:
     decision = only(row(user_id="u", clerk_user_id="k"), known)
     assert told(decision) == (Outcome.EXISTS, None, "a")
 
@@ -122,7 +130,7 @@ def test_any_key_alone_or_all_of_them_together_find_the_contact(known: KnownCont
     ],
 )
 def test_keys_that_disagree_are_a_conflict_that_says_where_each_key_leads(
-    known: list[KnownContact], named: str, keys: tuple[str | None, ...]
+    known: list[ExistingContact], named: str, keys: tuple[str | None, ...]
 ) -> None:
     decision = only(row(user_id="u", clerk_user_id="k"), *known)
     assert told(decision) == (Outcome.ERROR, Reason.CONFLICT, named)
@@ -225,7 +233,7 @@ def test_any_one_of_the_five_makes_an_attribution(name: str) -> None:
     attributed: dict[str, Any] = {name: "x"}
     assert fill(known, BARE._replace(**attributed)) == ("attribution",)
     assert set(known.fills) == set(ATTRIBUTION_UNIT)
-    assert KnownContact.of_draft(BARE._replace(**attributed)).has_attribution
+    assert ExistingContact.of_draft(BARE._replace(**attributed)).has_attribution
 
 
 def test_a_confidence_alone_is_no_attribution() -> None:

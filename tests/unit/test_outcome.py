@@ -7,7 +7,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crm.outcome import Census, Decision, Outcome, Reason, Source, Totals
+from crm.outcome import Decision, Outcome, Reason, RowCounts, Source, Totals
 
 reasons = st.sampled_from(list(Reason))
 known_reasons = st.none() | reasons.map(str)
@@ -72,14 +72,14 @@ def test_the_census_balances_exactly_when_every_row_is_somewhere(
     excluded: dict[str, int], settled: dict[Source, int], errors: dict[Source, int], pending: dict[Source, int]
 ) -> None:
     rows = sum(sum(counts.values()) for counts in (excluded, settled, errors, pending))
-    assert Census(rows, excluded, settled, errors, pending).balances
-    assert not Census(rows + 1, excluded, settled, errors, pending).balances
-    assert not Census(rows - 1, excluded, settled, errors, pending).balances
+    assert RowCounts(rows, excluded, settled, errors, pending).balances
+    assert not RowCounts(rows + 1, excluded, settled, errors, pending).balances
+    assert not RowCounts(rows - 1, excluded, settled, errors, pending).balances
 
 
 def test_what_is_pending_or_in_error_is_to_be_read() -> None:
     zeros = dict.fromkeys(Source, 0)
-    census = Census(6, {}, zeros | {Source.CLIENTS: 3}, zeros | {Source.CLIENTS: 2}, zeros | {Source.CLIENTS: 1})
+    census = RowCounts(6, {}, zeros | {Source.CLIENTS: 3}, zeros | {Source.CLIENTS: 2}, zeros | {Source.CLIENTS: 1})
     assert census.untouched == [source for source in Source if source is not Source.CLIENTS]
     assert census.to_read(Source.CLIENTS) == 3
     assert census.to_read(Source.PREPARERS) == 0

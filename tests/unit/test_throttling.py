@@ -15,11 +15,11 @@ from crm.rules.throttling import (
     FAR_OVER,
     FIRST_ROWS,
     LEAST_ROWS,
-    LONGEST_PAUSE,
-    MOST_ROWS,
+    MAX_PAUSE,
+    MAX_ROWS,
     STEP,
     BatchSizer,
-    ErrorCeiling,
+    ErrorBudget,
     Pause,
     RateLimit,
     Throttle,
@@ -43,7 +43,7 @@ def test_the_size_stays_in_its_bounds_and_grows_by_half_at_most(seconds: list[fl
     sizer = BatchSizer()
     before = sizer.size
     for size in after_batches(sizer, seconds):
-        assert LEAST_ROWS <= size <= MOST_ROWS
+        assert LEAST_ROWS <= size <= MAX_ROWS
         assert size <= math.ceil(before * STEP)
         before = size
 
@@ -54,7 +54,7 @@ def test_a_steady_speed_leads_to_the_target_time(rows_per_second: int) -> None:
     assert sizer.size == FIRST_ROWS
     for _ in range(20):
         sizer.after_batch(sizer.size, sizer.size / rows_per_second)
-    assert sizer.size == pytest.approx(min(MOST_ROWS, max(LEAST_ROWS, rows_per_second)), abs=1)
+    assert sizer.size == pytest.approx(min(MAX_ROWS, max(LEAST_ROWS, rows_per_second)), abs=1)
 
 
 @given(st.floats(FAR_OVER * 1.01, 1_000))
@@ -150,7 +150,7 @@ def test_the_rate_is_that_of_all_who_share_it_from_their_first_batch_on(
     rows_per_second: int, shares: int, size: int, sources: list[int]
 ) -> None:
     limits = [RateLimit(rows_per_second, shares) for _ in range(shares)]
-    rows = min(size, limits[0].most_rows)
+    rows = min(size, limits[0].max_rows)
     begin = 1_000.0
     for batches in sources:
         begun: list[float] = []
@@ -180,9 +180,9 @@ def test_a_pause_names_its_reason_and_its_figures() -> None:
 @given(st.integers(1, 100_000))
 def test_a_batch_of_a_limited_rate_never_pauses_so_long_that_the_run_seems_dead(rows_per_second: int) -> None:
     limit = RateLimit(rows_per_second)
-    assert 1 <= limit.rows_of_a_target <= limit.most_rows
+    assert 1 <= limit.rows_of_a_target <= limit.max_rows
     assert limit.rows_of_a_target / rows_per_second <= 1
-    assert limit.most_rows / rows_per_second <= LONGEST_PAUSE
+    assert limit.max_rows / rows_per_second <= MAX_PAUSE
 
 
 def test_a_rate_of_nothing_is_refused() -> None:
@@ -192,28 +192,28 @@ def test_a_rate_of_nothing_is_refused() -> None:
 
 @given(st.integers(0, 10**6), st.integers(0, 10**6), st.integers(0, 10**6))
 def test_a_ceiling_in_rows_is_exceeded_by_one_row_more(most: int, read: int, error_new: int) -> None:
-    ceiling = ErrorCeiling.parse(str(most))
+    ceiling = ErrorBudget.parse(str(most))
     assert (ceiling.exceeded(read, error_new) is not None) == (error_new > most)
 
 
 @given(st.decimals(0, 100, places=2), st.integers(0, 10**6), st.data())
 def test_a_ceiling_in_percent_is_judged_from_a_thousand_rows_on(share: Decimal, read: int, data: st.DataObject) -> None:
     error_new = data.draw(st.integers(0, read))
-    ceiling = ErrorCeiling.parse(f"{share}%")
+    ceiling = ErrorBudget.parse(f"{share}%")
     is_over = read >= 1_000 and Decimal(error_new) / max(read, 1) * 100 > share
     assert (ceiling.exceeded(read, error_new) is not None) == is_over
 
 
 def test_an_exceeded_ceiling_is_told_with_its_figures() -> None:
-    assert ErrorCeiling.parse("50").exceeded(5_000, 50) is None
-    assert ErrorCeiling.parse("50").exceeded(5_000, 51) == "max-errors: 51 new errors in 5,000 rows, more than 50"
-    share = ErrorCeiling.parse(" 2.50 %")
+    assert ErrorBudget.parse("50").exceeded(5_000, 50) is None
+    assert ErrorBudget.parse("50").exceeded(5_000, 51) == "max-errors: 51 new errors in 5,000 rows, more than 50"
+    share = ErrorBudget.parse(" 2.50 %")
     assert str(share) == "2.5%"
     assert share.exceeded(999, 999) is None
     assert share.exceeded(1_000, 25) is None
     assert share.exceeded(2_000, 1_234) == "max-errors: 1,234 new errors in 2,000 rows, 61.70% and more than 2.5%"
-    assert ErrorCeiling.parse("0").exceeded(10, 0) is None
-    assert ErrorCeiling.parse("0").exceeded(10, 1) is not None
+    assert ErrorBudget.parse("0").exceeded(10, 0) is None
+    assert ErrorBudget.parse("0").exceeded(10, 1) is not None
 
 
 @pytest.mark.parametrize(
@@ -237,11 +237,11 @@ def test_an_exceeded_ceiling_is_told_with_its_figures() -> None:
 )
 def test_what_is_no_ceiling_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="is neither a number of rows, such as 50, nor a share of them"):
-        ErrorCeiling.parse(text)
+        ErrorBudget.parse(text)
 
 
 @given(st.integers(0, 10**6) | st.decimals(0, 100, places=3).map("{}%".format))
 def test_a_ceiling_is_written_as_it_is_read(number: object) -> None:
-    ceiling = ErrorCeiling.parse(str(number))
-    again = ErrorCeiling.parse(str(ceiling))
+    ceiling = ErrorBudget.parse(str(number))
+    again = ErrorBudget.parse(str(ceiling))
     assert (again.most, again.is_share) == (ceiling.most, ceiling.is_share)

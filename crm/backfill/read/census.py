@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from django.db.backends.base.base import BaseDatabaseWrapper
 
-from crm.outcome import WITH_CONTACT, Census, Fault, Outcome, Source
+from crm.outcome import WITH_CONTACT, Fault, Outcome, RowCounts, Source
 from crm.postgres.facts.schema import DatabaseFacts
 
 #: How many rows of a table, and what share of them, may be left for them to be read by their ids. Where more are left,
@@ -85,13 +85,13 @@ SELECT count(*)
 """
 
 
-class Survey(NamedTuple):
+class Inventory(NamedTuple):
     """The census, and the ids of the rows to read, for the sources that have few of them.
 
     `gone` counts, by source, the settled rows whose contact is gone. It is empty unless `survey` was asked for them.
     """
 
-    census: Census
+    census: RowCounts
     left: Mapping[Source, Sequence[str]]
     gone: Mapping[Source, int]
 
@@ -112,13 +112,13 @@ class _Table:
         return sum(self.lines[label, outcome, named] for outcome in outcomes for named in (True, False))
 
 
-def take_census(connection: BaseDatabaseWrapper, facts: DatabaseFacts, run_id: int | None = None) -> Census:
+def count_rows(connection: BaseDatabaseWrapper, facts: DatabaseFacts, run_id: int | None = None) -> RowCounts:
     """Count the source rows by what they are and by what the ledger says of them; each term by itself.
 
     With a run, its lines of rows that are not to be migrated are a fault.
     """
     settled, errors, pending = (dict.fromkeys(Source, 0) for _ in range(3))
-    census = Census(0, {}, settled, errors, pending)
+    census = RowCounts(0, {}, settled, errors, pending)
     for table in _NAMES:
         counted = _count(connection, facts, table)
         _add(census, facts, table, counted)
@@ -128,12 +128,12 @@ def take_census(connection: BaseDatabaseWrapper, facts: DatabaseFacts, run_id: i
     return census
 
 
-def survey(connection: BaseDatabaseWrapper, facts: DatabaseFacts, *, with_gone: bool = False) -> Survey:
+def survey(connection: BaseDatabaseWrapper, facts: DatabaseFacts, *, with_gone: bool = False) -> Inventory:
     """Take the census, and list the rows to read where they are few.
 
     `with_gone` includes the settled rows whose contact is gone.
     """
-    census = take_census(connection, facts)
+    census = count_rows(connection, facts)
     left: dict[Source, list[str]] = {}
     gone = dict.fromkeys(Source, 0)
     for table in _NAMES:
@@ -153,7 +153,7 @@ def survey(connection: BaseDatabaseWrapper, facts: DatabaseFacts, *, with_gone: 
                 source = facts.source_of(table, label)
                 if source is not None:
                     left[source].append(identifier)
-    return Survey(census, left, gone)
+    return Inventory(census, left, gone)
 
 
 def _count(connection: BaseDatabaseWrapper, facts: DatabaseFacts, table: str) -> _Table:
@@ -176,7 +176,7 @@ def _count(connection: BaseDatabaseWrapper, facts: DatabaseFacts, table: str) ->
     return counted
 
 
-def _add(census: Census, facts: DatabaseFacts, table: str, counted: _Table) -> None:
+def _add(census: RowCounts, facts: DatabaseFacts, table: str, counted: _Table) -> None:
     census.rows += counted.labels.total() + counted.without_line.total()
     for reason, count in counted.without_line.items():
         if count:
@@ -200,7 +200,7 @@ def _add(census: Census, facts: DatabaseFacts, table: str, counted: _Table) -> N
                     _add_fault(census, Fault.NO_CONTACT, count)
 
 
-def _add_fault(census: Census, fault: Fault, count: int) -> None:
+def _add_fault(census: RowCounts, fault: Fault, count: int) -> None:
     if count:
         census.faults[fault] = census.faults.get(fault, 0) + count
 

@@ -11,7 +11,7 @@ from crm.postgres.facts.schema import DatabaseFacts
 from crm.postgres.loaders import read_as_text
 from crm.rules.addresses import canonical_address, trimmed_address
 from crm.rules.mapping import MappedRow
-from crm.rules.matching import KnownContact, KnownContacts, ProfileOfAddress
+from crm.rules.matching import ExistingContact, ExistingContacts, ProfileOfAddress
 
 # A contact is found by index under each key; one OR over all of them would be left to the planner's luck.
 _CONTACTS = """
@@ -46,7 +46,7 @@ SELECT u.email, line.contact_id, p.id
 """
 
 
-class ContactLookup:
+class ContactIndex:
     """Finds the contacts that rows of a batch may meet, whatever the spelling of their stored email.
 
     There is no index on lower(email) and none is added to a table that Prisma owns. The canonical form is looked up by
@@ -90,17 +90,17 @@ class ContactLookup:
         """Whether a row of the batch with this address is to be looked up before an insert is tried."""
         return address in self._spelled or address in self._with_profile
 
-    def contacts_met_by(self, rows: Sequence[MappedRow]) -> KnownContacts:
+    def contacts_met_by(self, rows: Sequence[MappedRow]) -> ExistingContacts:
         """The contacts that have a key of one of the rows, as they are now. Their batch was noticed before."""
         profiles = self.profiles_of(rows)
-        return KnownContacts(self.contacts(rows, [profile.contact_id for profile in profiles]), profiles)
+        return ExistingContacts(self.contacts(rows, [profile.contact_id for profile in profiles]), profiles)
 
     def profiles_of(self, rows: Iterable[MappedRow]) -> list[ProfileOfAddress]:
         """The settled profiles whose users have the address of one of the rows that bring no account."""
         addresses = without_account(rows)
         return [profile for profile in self._profiles if profile.address in addresses]
 
-    def contacts(self, rows: Sequence[MappedRow], ids: Iterable[str] = ()) -> list[KnownContact]:
+    def contacts(self, rows: Sequence[MappedRow], ids: Iterable[str] = ()) -> list[ExistingContact]:
         """The contacts that have a key of one of the rows, or one of these ids; the oldest first."""
         drafts = [row.draft for row in rows if row.draft]
         emails = {draft.email for draft in drafts}
@@ -113,12 +113,12 @@ class ContactLookup:
             "emails": sorted(emails),
             "user_ids": [draft.user_id for draft in drafts if draft.user_id],
             "clerk_user_ids": [draft.clerk_user_id for draft in drafts if draft.clerk_user_id],
-            "ids": [*(draft.id for draft in drafts), *decided_contacts(rows), *spelled, *ids],
+            "ids": [*(draft.id for draft in drafts), *resolved_contacts(rows), *spelled, *ids],
         }
         with self._connection.cursor() as cursor:
             read_as_text(cursor)
             cursor.execute(query, parameters)
-            return [KnownContact(*row) for row in cursor.fetchall()]
+            return [ExistingContact(*row) for row in cursor.fetchall()]
 
 
 def likely_spellings(row: MappedRow) -> Iterable[str]:
@@ -136,6 +136,6 @@ def without_account(rows: Iterable[MappedRow]) -> set[str]:
     return {row.draft.email for row in rows if row.draft and row.draft.user_id is None}
 
 
-def decided_contacts(rows: Iterable[MappedRow]) -> list[str]:
+def resolved_contacts(rows: Iterable[MappedRow]) -> list[str]:
     """The contacts that people decided on for rows of a batch."""
     return [row.resolution.contact_id for row in rows if row.resolution and row.resolution.contact_id]

@@ -17,7 +17,7 @@ from crm.rules.mapping import MappedRow, Rules, map_rows, unmapped
 PAGE_ROWS = 5_000
 #: How long a transaction may wait for its next page; seconds. Where connections are scarce, the page may be waiting for
 #: the very connection that the transaction holds.
-LONGEST_WAIT = 1.0
+MAX_WAIT = 1.0
 
 Answer = TypeVar("Answer")
 
@@ -102,7 +102,7 @@ class ReadAhead:
             if page is None or not page.rows:
                 return
             left -= len(page.rows)
-            after, patience = page.key, LONGEST_WAIT
+            after, patience = page.key, MAX_WAIT
             if new_rows is not None:
                 new_rows -= page.new_rows
             if new_rows != 0:

@@ -188,9 +188,9 @@ def lines_of_contacts(
         with transaction.atomic(using=connection.alias):
             summary, lines = _proven_and_others(connection, facts, *proven)
     except DatabaseError as error:
-        if errors.bad_moment(error) is not None:
+        if errors.transient_cause(error) is not None:
             raise
-        logger.warning("%s: every contact is compared by itself", errors.described(error))
+        logger.warning("%s: every contact is compared by itself", errors.describe(error))
         summary, lines = _proven_and_others(connection, facts, NONE_PROVEN, {})
     return Proven(int(summary.id), int(summary.source_id)), _contact_by_contact(lines)
 

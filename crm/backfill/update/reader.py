@@ -78,7 +78,7 @@ SELECT line.source_id FROM crm_contacts c
  WHERE c.email ~ '{_PLACEHOLDER}'
 """
 #: More rows than these are not listed.
-MOST_LISTED = 50_000
+MAX_LISTED = 50_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +102,9 @@ class DueReader(SourceReader):
         if table == "profiles":
             query += f" UNION {_MAY_HAVE_EMAIL}"
         with self.connection.cursor() as cursor:
-            cursor.execute(f"{query} LIMIT {MOST_LISTED + 1}", {"sources": list(map(str, Source.of_table(table)))})
+            cursor.execute(f"{query} LIMIT {MAX_LISTED + 1}", {"sources": list(map(str, Source.of_table(table)))})
             found = [identifier for (identifier,) in cursor.fetchall()]
-        return found if len(found) <= MOST_LISTED else None
+        return found if len(found) <= MAX_LISTED else None
 
 
 _LINE = "line.id, line.outcome, line.contact_id, line.source_updated_at, line.seen_updated_at"

@@ -6,17 +6,17 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from crm.backfill.update.reader import LineOfContact, Present
-from crm.backfill.write.rehearsal import Imagined, RehearsalStore
+from crm.backfill.write.rehearsal import DryRunStore, Imagined
 from crm.outcome import Outcome, Source, Totals
 from crm.rules.fold import FILLED_UNITS
 from crm.rules.mapping import MappedRow, Rules
 from crm.rules.updating import Change, Look, SeenLine, StandingContact, decide, rows_of, totals_of
 
 
-class UpdateRehearsal:
+class DryRunUpdateWriter:
     """Takes the place of the update's writer in a dry run, after the rehearsal of the ordinary sources."""
 
-    def __init__(self, store: RehearsalStore, imagined: Imagined, present: Present, rules: Rules) -> None:
+    def __init__(self, store: DryRunStore, imagined: Imagined, present: Present, rules: Rules) -> None:
         self._store = store
         self._imagined = imagined
         self._present = present

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 
 from django.db.backends.base.base import BaseDatabaseWrapper
 
-from crm.backfill.read.contacts import ContactLookup
+from crm.backfill.read.contacts import ContactIndex
 from crm.backfill.update.reader import Present
-from crm.backfill.write.settle import MOST_ATTEMPTS
-from crm.backfill.write.writer import MANNERS, Timeouts, first_trigger, lock_contacts
+from crm.backfill.write.settle import MAX_ATTEMPTS
+from crm.backfill.write.writer import TRANSACTION_SETTINGS, Timeouts, first_trigger, lock_contacts
 from crm.fields import array_type
 from crm.models import BackfillBatch, CRMContact, CRMStageHistory
 from crm.outcome import Refusal, Source, Totals
@@ -100,7 +100,7 @@ class UpdateWriter:
     def __init__(
         self,
         connection: BaseDatabaseWrapper,
-        lookup: ContactLookup,
+        lookup: ContactIndex,
         present: Present,
         rules: Rules,
         run_id: int,
@@ -112,12 +112,12 @@ class UpdateWriter:
         self._rules = rules
         self._run_id = run_id
         self._told: set[Refusal] = set()
-        self._manners = MANNERS.format(lock=timeouts.lock, statement=timeouts.statement)
+        self._manners = TRANSACTION_SETTINGS.format(lock=timeouts.lock, statement=timeouts.statement)
 
     def write(self, source: Source, pages: Iterable[Sequence[MappedRow]]) -> Totals:
         """Look at a batch again, page by page; contacts, history, record, lines, counts and heartbeat commit together.
 
-        Raises lease.FenceLostError when the run is no longer the running one, and django.db.DatabaseError for a bad
+        Raises lease.LeaseLostError when the run is no longer the running one, and django.db.DatabaseError for a bad
         moment. Nothing of the batch is written then.
         """
         started = time.monotonic()
@@ -135,7 +135,7 @@ class UpdateWriter:
         return totals
 
     def keep_alive(self) -> None:
-        """Renew the heartbeat without a batch. Raises lease.FenceLostError."""
+        """Renew the heartbeat without a batch. Raises lease.LeaseLostError."""
         lease.renew(self._run_id, Totals())
 
     def _settle(self, source: Source, rows: Sequence[MappedRow]) -> list[Change]:
@@ -154,7 +154,7 @@ class UpdateWriter:
             written = self._write_apart(changes)
             settled += written.changes
             left = [change for change in changes if change.contact_id in written.changed_meanwhile]
-            if left and attempts == MOST_ATTEMPTS:
+            if left and attempts == MAX_ATTEMPTS:
                 self._tell([Refusal(trigger=first_trigger(self._connection, "UPDATE"))])
                 return settled + [change.refused() for change in left]
             waiting = [change.row for change in left]

@@ -14,11 +14,11 @@ from typing import Any
 
 from django.db.backends.base.base import BaseDatabaseWrapper
 
-from crm.backfill.read.contacts import ContactLookup, decided_contacts, without_account
+from crm.backfill.read.contacts import ContactIndex, resolved_contacts, without_account
 from crm.backfill.write.settle import settle
 from crm.outcome import Decision, Outcome, Source, Totals
 from crm.rules.mapping import ContactDraft, MappedRow
-from crm.rules.matching import KnownContact, KnownContacts, ProfileOfAddress
+from crm.rules.matching import ExistingContact, ExistingContacts, ProfileOfAddress
 
 _KEYS = ("email", "user_id", "clerk_user_id")
 _KEYS_TAKEN = """
@@ -92,17 +92,17 @@ class Imagined:
             ],
         )
 
-    def made_with(self, emails: Iterable[str]) -> list[KnownContact]:
+    def made_with(self, emails: Iterable[str]) -> list[ExistingContact]:
         """The contacts that would have been made with one of the addresses."""
         return [
-            KnownContact(identifier, email, user_id, clerk_user_id, ours=True)
+            ExistingContact(identifier, email, user_id, clerk_user_id, ours=True)
             for email, identifier, user_id, clerk_user_id in self._rows("SELECT * FROM made WHERE email", emails)
         ]
 
-    def made_as(self, contacts: Iterable[str]) -> list[KnownContact]:
+    def made_as(self, contacts: Iterable[str]) -> list[ExistingContact]:
         """The contacts that would have been made with one of the ids. Reads all of them: few rows ask for this."""
         return [
-            KnownContact(identifier, email, user_id, clerk_user_id, ours=True)
+            ExistingContact(identifier, email, user_id, clerk_user_id, ours=True)
             for email, identifier, user_id, clerk_user_id in self._rows("SELECT * FROM made WHERE id", contacts)
         ]
 
@@ -187,10 +187,10 @@ class Imagined:
         ).fetchall()
 
 
-class RehearsalStore:
+class DryRunStore:
     """The contacts of the database, and those that the run would have made by now."""
 
-    def __init__(self, connection: BaseDatabaseWrapper, lookup: ContactLookup, imagined: Imagined) -> None:
+    def __init__(self, connection: BaseDatabaseWrapper, lookup: ContactIndex, imagined: Imagined) -> None:
         self._connection = connection
         self._lookup = lookup
         self._imagined = imagined
@@ -224,13 +224,13 @@ class RehearsalStore:
         self._imagined.write(fills)
         self._imagined.change(fills)
 
-    def contacts_met_by(self, rows: Sequence[MappedRow]) -> KnownContacts:
+    def contacts_met_by(self, rows: Sequence[MappedRow]) -> ExistingContacts:
         """The contacts that have a key of one of the rows, made or to be made, with the keys that they would have."""
         emails = _emails(rows)
         profiles = self._lookup.profiles_of(rows) + self._imagined.profiles_with(without_account(rows))
         others = {profile.contact_id for profile in profiles} | set(self._imagined.changed_to(emails).values())
         contacts = self._lookup.contacts(rows, others) + self._imagined.made_with(emails)
-        if missing := (others | set(decided_contacts(rows))) - {contact.id for contact in contacts}:
+        if missing := (others | set(resolved_contacts(rows))) - {contact.id for contact in contacts}:
             contacts += self._imagined.made_as(missing)
         changed = self._imagined.changed(contact.id for contact in contacts)
         for contact in contacts:
@@ -239,9 +239,9 @@ class RehearsalStore:
             contact.user_id = contact.user_id or user_id
             contact.clerk_user_id = contact.clerk_user_id or clerk_user_id
         self._add_values(contacts)
-        return KnownContacts(contacts, profiles)
+        return ExistingContacts(contacts, profiles)
 
-    def _add_values(self, found: Iterable[KnownContact]) -> None:
+    def _add_values(self, found: Iterable[ExistingContact]) -> None:
         """What else the contacts would have by now, as far as it is remembered: --update must know who filled what."""
         contacts = {contact.id: contact for contact in found}
         made = [(draft.id, draft._asdict()) for draft in self._imagined.drafts(contacts)]
@@ -261,13 +261,13 @@ class RehearsalStore:
             return {(name, value) for row in cursor.fetchall() for name, value in zip(names, row, strict=True)}
 
 
-class RehearsalWriter:
+class DryRunWriter:
     """Takes the place of the writer in a dry run."""
 
-    def __init__(self, connection: BaseDatabaseWrapper, lookup: ContactLookup, *, with_update: bool = False) -> None:
+    def __init__(self, connection: BaseDatabaseWrapper, lookup: ContactIndex, *, with_update: bool = False) -> None:
         """`with_update`: a rehearsal of an update comes after."""
         self.imagined = Imagined(with_update=with_update)
-        self.store = RehearsalStore(connection, lookup, self.imagined)
+        self.store = DryRunStore(connection, lookup, self.imagined)
 
     def write(self, source: Source, pages: Iterable[Sequence[MappedRow]]) -> Totals:
         """Bring the rows to the outcome that they would have."""

@@ -16,10 +16,10 @@ from django.db import DatabaseError
 
 from crm.outcome import Decision
 from crm.rules.mapping import ContactDraft, MappedRow
-from crm.rules.matching import KnownContacts, decide
+from crm.rules.matching import ExistingContacts, decide
 
 #: A contact that was deleted under our eyes may be met again; more often than this is no coincidence.
-MOST_ATTEMPTS = 10
+MAX_ATTEMPTS = 10
 
 
 class ContactStore(Protocol):
@@ -37,12 +37,12 @@ class ContactStore(Protocol):
     def fill(self, fills: dict[str, dict[str, Any]]) -> None:
         """Fill what is NULL in contacts that are there."""
 
-    def contacts_met_by(self, rows: Sequence[MappedRow]) -> KnownContacts:
+    def contacts_met_by(self, rows: Sequence[MappedRow]) -> ExistingContacts:
         """The contacts that have a key of one of the rows."""
 
 
 @dataclass(frozen=True, slots=True)
-class Settled:
+class UpsertResult:
     """Rows that have an outcome, and the contacts that they made: by type, and their ids."""
 
     decisions: list[Decision] = field(default_factory=list)
@@ -50,18 +50,18 @@ class Settled:
     made: set[str] = field(default_factory=set)
 
 
-def settle(rows: Sequence[MappedRow], store: ContactStore, made_before: Collection[str] = ()) -> Settled:
+def settle(rows: Sequence[MappedRow], store: ContactStore, made_before: Collection[str] = ()) -> UpsertResult:
     """Bring every row to an outcome. `made_before` are contacts of the same transaction, without a line as yet."""
-    settled = Settled(made=set(made_before))
+    settled = UpsertResult(made=set(made_before))
     store.notice(rows)
     at_first = _without_second_accounts(
         [row for row in rows if not (row.draft and (row.resolution or store.is_likely_met(row)))]
     )
-    waiting = _carry_out(at_first, KnownContacts(), store, settled)
+    waiting = _carry_out(at_first, ExistingContacts(), store, settled)
     if len(at_first) < len(rows):
         tried = {row.id for row in at_first} - {row.id for row in waiting}
         waiting = [row for row in rows if row.id not in tried]
-    for _ in range(MOST_ATTEMPTS):
+    for _ in range(MAX_ATTEMPTS):
         if not waiting:
             return settled
         known = store.contacts_met_by(waiting)
@@ -87,7 +87,7 @@ def _without_second_accounts(rows: Sequence[MappedRow]) -> list[MappedRow]:
 
 
 def _carry_out(
-    rows: Sequence[MappedRow], known: KnownContacts, store: ContactStore, settled: Settled
+    rows: Sequence[MappedRow], known: ExistingContacts, store: ContactStore, settled: UpsertResult
 ) -> list[MappedRow]:
     """Do what the plan says; the rows that met a contact which the plan did not know of."""
     plan = decide(rows, known)

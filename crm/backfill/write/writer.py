@@ -15,13 +15,13 @@ from typing import Any
 from django.db import DatabaseError, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
 
-from crm.backfill.read.contacts import ContactLookup
-from crm.backfill.write.settle import Settled, UnsettledError, settle
+from crm.backfill.read.contacts import ContactIndex
+from crm.backfill.write.settle import UnsettledError, UpsertResult, settle
 from crm.fields import array_type
 from crm.models import BackfillBatch, CRMContact
 from crm.outcome import Decision, Outcome, Reason, Refusal, Source, Totals
 from crm.postgres.errors import RewrittenError, SettledMeanwhileError, row_refusal
-from crm.postgres.refusals import MOST_ALIKE, AlikeRefusals, names_of_the_schema
+from crm.postgres.refusals import MAX_ALIKE, AlikeRefusals, names_of_the_schema
 from crm.postgres.transactions import certain_transaction
 from crm.rules.mapping import ATTRIBUTION, ContactDraft, MappedRow
 from crm.rules.matching import ASSIGNMENT_UNIT, ATTRIBUTION_UNIT, PROFILE_FILLS
@@ -29,7 +29,9 @@ from crm.runs import lease
 from crm.try_execute import try_execute
 
 # Deferred constraints would speak up at the commit, when nobody can tell which row they mean.
-MANNERS = "SET LOCAL lock_timeout = {lock}; SET LOCAL statement_timeout = {statement}; SET CONSTRAINTS ALL IMMEDIATE"
+TRANSACTION_SETTINGS = (
+    "SET LOCAL lock_timeout = {lock}; SET LOCAL statement_timeout = {statement}; SET CONSTRAINTS ALL IMMEDIATE"
+)
 
 _COLUMN = {field.attname: f'"{field.column}"' for field in CRMContact._meta.concrete_fields}
 _FILLED_ALONE = (*PROFILE_FILLS, "last_contacted_at")
@@ -123,7 +125,7 @@ SELECT c.id FROM crm_contacts c
 class DatabaseStore:
     """The contacts of the database."""
 
-    def __init__(self, connection: BaseDatabaseWrapper, lookup: ContactLookup) -> None:
+    def __init__(self, connection: BaseDatabaseWrapper, lookup: ContactIndex) -> None:
         self._connection = connection
         self._lookup = lookup
         self.contacts_met_by = lookup.contacts_met_by
@@ -191,7 +193,7 @@ class BatchWriter:
     def __init__(
         self,
         connection: BaseDatabaseWrapper,
-        lookup: ContactLookup,
+        lookup: ContactIndex,
         run_id: int,
         timeouts: Timeouts,
         *,
@@ -202,7 +204,7 @@ class BatchWriter:
         self._store = DatabaseStore(connection, lookup)
         self._replaces_lines = replaces_lines
         self.run_id = run_id
-        self._manners = MANNERS.format(lock=timeouts.lock, statement=timeouts.statement)
+        self._manners = TRANSACTION_SETTINGS.format(lock=timeouts.lock, statement=timeouts.statement)
         self._alike = AlikeRefusals()
 
     def write(self, source: Source, pages: Iterable[Sequence[MappedRow]]) -> Totals:
@@ -210,7 +212,7 @@ class BatchWriter:
 
         The rows come page by page, so that a batch of any size takes the memory of a page.
 
-        Raises lease.FenceLostError when the run is no longer the running one, errors.EveryRowRefusedError where it is
+        Raises lease.LeaseLostError when the run is no longer the running one, errors.EveryRowRefusedError where it is
         not the rows that are wrong, and django.db.DatabaseError for a bad moment. Nothing of the batch is written then.
         """
         started = time.monotonic()
@@ -236,20 +238,20 @@ class BatchWriter:
         return Totals.of(settled.decisions, settled.created_by_type)
 
     def keep_alive(self) -> None:
-        """Renew the heartbeat without a batch. Raises lease.FenceLostError."""
+        """Renew the heartbeat without a batch. Raises lease.LeaseLostError."""
         lease.renew(self.run_id, Totals())
 
-    def _settle_apart(self, rows: Sequence[MappedRow], alike: AlikeRefusals) -> Settled:
+    def _settle_apart(self, rows: Sequence[MappedRow], alike: AlikeRefusals) -> UpsertResult:
         """Settle the rows; where PostgreSQL refuses one, halve until it stands alone, so that the others land.
 
         Raises EveryRowRefusedError where it seems to refuse all of them for one reason.
         """
-        settled = Settled()
+        settled = UpsertResult()
         waiting = [rows]
         while waiting:
             some = waiting.pop()
             found = self._settle_or_refusal(some, settled.made)
-            if isinstance(found, Settled):
+            if isinstance(found, UpsertResult):
                 if any(decision.outcome is not Outcome.ERROR for decision in found.decisions):
                     alike.end()
                 settled.decisions.extend(found.decisions)
@@ -265,7 +267,7 @@ class BatchWriter:
                     alike.fail()
         return settled
 
-    def _settle_or_refusal(self, rows: Sequence[MappedRow], made_before: Collection[str]) -> Settled | Refusal:
+    def _settle_or_refusal(self, rows: Sequence[MappedRow], made_before: Collection[str]) -> UpsertResult | Refusal:
         try:
             with transaction.atomic(using=self._connection.alias):
                 settled = settle(rows, self._store, made_before)
@@ -293,12 +295,12 @@ class BatchWriter:
         left = [row for rows in reversed(waiting) for row in rows if row.draft is not None and _is_new(row)]
         if not left:
             # The page had no more rows than that: the next one is to say the same.
-            return alike.count > MOST_ALIKE
-        for row in left[:: math.ceil(len(left) / MOST_ALIKE)]:
+            return alike.count > MAX_ALIKE
+        for row in left[:: math.ceil(len(left) / MAX_ALIKE)]:
             with transaction.atomic(using=self._connection.alias):
                 found = self._settle_or_refusal([row], made_before)
                 transaction.set_rollback(True, using=self._connection.alias)
-            if isinstance(found, Settled) or names_of_the_schema(self._connection, found) != alike.refusal:
+            if isinstance(found, UpsertResult) or names_of_the_schema(self._connection, found) != alike.refusal:
                 return False
         return True
 

@@ -18,15 +18,15 @@ from crm.backfill.report import (
     progress_on_stderr,
 )
 from crm.backfill.runner import RunReport, run_backfill
-from crm.backfill.workers import most_workers, require_room_for
+from crm.backfill.workers import max_workers, require_room_for
 from crm.errors import OperatorError
-from crm.management.arguments import MOST_ROWS, positive
+from crm.management.arguments import MAX_ROWS, positive
 from crm.management.operator_command import OperatorCommand
 from crm.outcome import Source
 from crm.output.streams import OutputError
 from crm.postgres.errors import beginning
 from crm.rules.options import RunOptions
-from crm.rules.throttling import FIRST_ROWS, ErrorCeiling
+from crm.rules.throttling import FIRST_ROWS, ErrorBudget
 from crm.runs.lost_reports import noted
 
 
@@ -122,7 +122,7 @@ class Command(OperatorCommand):
         since: str | None,
         workers: int | None,
         max_rate: int | None,
-        max_errors: ErrorCeiling | None,
+        max_errors: ErrorBudget | None,
         max_replica_lag: float | None,
         strict: bool,
         json: bool,
@@ -136,7 +136,7 @@ class Command(OperatorCommand):
             raise CommandError("--recreate-deleted first, and --update in a run of its own after it.", returncode=2)
         try:
             with beginning():
-                workers = workers or most_workers()
+                workers = workers or max_workers()
                 require_room_for(workers)
             options = RunOptions(
                 dry_run=dry_run,
@@ -180,7 +180,7 @@ def _workers(text: str) -> int | None:
     try:
         return positive(text)
     except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number from 1 to {MOST_ROWS} nor auto") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number from 1 to {MAX_ROWS} nor auto") from None
 
 
 def _seconds(text: str) -> float:
@@ -193,9 +193,9 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def _ceiling(text: str) -> ErrorCeiling:
+def _ceiling(text: str) -> ErrorBudget:
     try:
-        return ErrorCeiling.parse(text)
+        return ErrorBudget.parse(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

@@ -73,7 +73,7 @@ class Reference:
         return _escaped("'" + self.table.replace("'", "''") + "'")
 
 
-def find_references(connection: BaseDatabaseWrapper) -> list[Reference]:
+def find_foreign_keys(connection: BaseDatabaseWrapper) -> list[Reference]:
     """Every foreign key to `crm_contacts`, and what is known to refer to it without one.
 
     Raises OperatorError where this role could not see all the rows that refer to a contact.
