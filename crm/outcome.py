@@ -245,7 +245,7 @@ class RowCounts:
         )
 
     @property
-    def untouched(self) -> list[Source]:
+    def unstarted(self) -> list[Source]:
         """The sources of which no row has a line."""
         return [source for source in Source if not self.settled[source] + self.errors[source]]
 

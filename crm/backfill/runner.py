@@ -1,9 +1,9 @@
 """One run, from the first look at the database to the report.
 
-    examine -> claim the fence -> census -> for each source: Alone or Crew -> Pipeline (page -> map -> settle -> commit)
-            -> census and identity -> close the run -> RunReport
+    examine -> claim the lease -> count rows -> for each task: an executor -> Pipeline (page -> map -> upsert)
+            -> count rows again and reconcile -> close the run -> RunReport
 
-A dry run takes the same way with a writer that writes nothing, and claims no fence.
+A dry run takes the same way with a writer that writes nothing, and claims no lease.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from django.db import connection, transaction
 from django.db.models import Count
 from django.utils import timezone
 
+from crm.backfill.context import OnBatch, Phase, RunContext, Task
 from crm.backfill.gone_contacts import RECORDED, GoneContacts, look_for_gone_contacts
 from crm.backfill.latecomers import NOBODY_TWICE, ContactsTwice, Latecomers
 from crm.backfill.latecomers import RECORDED as RECORDED_TWICE
 from crm.backfill.read.census import count_rows, survey
 from crm.backfill.read.resolutions import Resolutions
-from crm.backfill.workers import Assignment, InProcess, OnBatch, WorkerError, WorkerPool
+from crm.backfill.workers import Executor, InProcess, WorkerError, WorkerPool
 from crm.errors import OperatorError
 from crm.interruption import Interruption
 from crm.models import BackfillBatch, BackfillRun, ContactUpdate, LedgerEntry
@@ -162,7 +163,7 @@ class _Work:
 
     def through(self) -> None:
         """Bring every row to an outcome. Raises what ends it before."""
-        before, left, gone = self.life.counting(
+        before, pending_ids, gone = self.life.counting(
             lambda: survey(connection, self.facts, with_gone=self.options.recreate_deleted)
         )
         self.before = before
@@ -172,17 +173,18 @@ class _Work:
         rows = {source: count for source, count in to_read.items() if count}
         resolutions, every = self.life.patiently(self._resolutions)
         run_id = self.life.run.pk if self.life.run else None
-        assignment = Assignment(self.options, self.facts, run_id, resolutions, every, left, before.untouched)
-        with _hands(assignment, self.life.interruption, self._on_batch) as hands:
+        context = RunContext(self.options, self.facts, run_id, resolutions, every, pending_ids, before.unstarted)
+        with _executor(context, self.life.interruption, self._on_batch) as executor:
             self.watcher.begin(rows)
             for source in rows:
-                hands.work_through(source)
+                executor.run(Task(source, Phase.PENDING))
             for source in resolutions.among(rows):
-                hands.work_through_resolved(source)
+                executor.run(Task(source, Phase.RESOLVED))
             if self.options.update:
-                # Before, so that the second look fills the contacts that were met; after, since it writes addresses.
+                # Before, so that the second pass fills the contacts that were met; after, since it writes addresses.
                 self.life.patiently(self._settle_latecomers)
-                hands.look_again(self.options.sources)
+                for source in self.options.sources:
+                    executor.run(Task(source, Phase.REVISIT))
             self.life.patiently(self._settle_latecomers)
         if run_id is None and self.facts.has_ledger:
             self.gone = self.life.patiently(lambda: self._look_for_gone_contacts(before))
@@ -291,12 +293,12 @@ class _Work:
             return None
 
 
-def _hands(assignment: Assignment, interruption: Interruption, on_batch: OnBatch) -> InProcess | WorkerPool:
-    if assignment.run_id is None and (assignment.resolutions.by_id or assignment.options.update):
-        # What a dry run would have made is known to the process alone that would have made it.
-        assignment = replace(assignment, options=replace(assignment.options, workers=1))
-    hands = WorkerPool if assignment.options.workers > 1 else InProcess
-    return hands(assignment, interruption, on_batch)
+def _executor(context: RunContext, interruption: Interruption, on_batch: OnBatch) -> Executor:
+    if context.run_id is None and (context.resolutions.by_id or context.options.update):
+        # Only the process that would have made a contact in a dry run knows of it.
+        context = replace(context, options=replace(context.options, workers=1))
+    executor = WorkerPool if context.options.workers > 1 else InProcess
+    return executor(context, interruption, on_batch)
 
 
 class ErrorBudgetError(Exception):

@@ -14,7 +14,7 @@ import psycopg
 import pytest
 from django.db import OperationalError, connection
 
-from crm.backfill import runner, workers
+from crm.backfill import context, runner
 from crm.backfill.update.writer import UpdateWriter
 from crm.backfill.write.writer import BatchWriter, Timeouts
 from crm.models import BackfillRun
@@ -315,7 +315,7 @@ def test_a_late_commit_of_errors_that_are_known_is_not_written_over(
 def test_a_lock_that_somebody_holds(
     database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(workers, "Timeouts", lambda: Timeouts(lock=50))
+    monkeypatch.setattr(context, "Timeouts", lambda: Timeouts(lock=50))
     with as_an_undisturbed_run_ends(database), session() as somebody:
         somebody.execute(
             'INSERT INTO public.crm_contacts (id, "contactType", "firstName", "lastName", email, "updatedAt") '
@@ -342,7 +342,7 @@ def test_a_lock_that_somebody_holds(
 def test_a_batch_that_takes_too_long_is_halved_until_it_gets_through(
     database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(workers, "Timeouts", lambda: Timeouts(statement=500))
+    monkeypatch.setattr(context, "Timeouts", lambda: Timeouts(statement=500))
     database.change(
         """
         CREATE FUNCTION public.slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN

@@ -19,7 +19,7 @@ from django.db.models import Model
 from django.test import Client
 from django.urls import reverse
 
-from crm.backfill import workers
+from crm.backfill import context
 from crm.backfill.write.writer import Timeouts
 from crm.models import BackfillRun, CRMContact, LedgerEntry
 from crm.runs import retrying
@@ -318,7 +318,7 @@ def test_runs_that_fail(
     name: str,
     arguments: tuple[str, ...],
 ) -> None:
-    monkeypatch.setattr(workers, "Timeouts", lambda: Timeouts(lock=20))
+    monkeypatch.setattr(context, "Timeouts", lambda: Timeouts(lock=20))
     populate()
     with FAILURES[name]():
         code = overheard.command(*arguments)

@@ -6,7 +6,7 @@ nobody begins the next source before all are through with this one. Chance says 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from contextlib import ExitStack
 from functools import partial
 from random import Random
 from typing import Any, Self
@@ -17,10 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crm.backfill import runner
+from crm.backfill.context import OnBatch, Phase, RunContext, Task
 from crm.backfill.pipeline import Pipeline, StopRequest
 from crm.backfill.read.readahead import ReadingThread
 from crm.backfill.read.source import Partition
-from crm.backfill.workers import Assignment, InProcess, OnBatch
+from crm.backfill.workers import InProcess
 from crm.outcome import Source, Totals
 from tests.conftest import Database
 from tests.property.test_backfill import assert_as_the_reference, load, run
@@ -30,50 +31,43 @@ from tests.support.profiles import against_the_database
 
 
 class ByTurns:
-    """The hands of as many workers, in one process: a batch of one of them, then of another one, as chance has it."""
+    """An executor with as many workers, in one process: a batch of one, then of another, as chance has it."""
 
-    def __init__(self, chance: Random, assignment: Assignment, stop: StopRequest, on_batch: OnBatch) -> None:
+    def __init__(self, chance: Random, context: RunContext, stop: StopRequest, on_batch: OnBatch) -> None:
         self._chance = chance
-        self._assignment = assignment
-        self._stop = stop
+        self._context = context
         self._on_batch = on_batch
         self._has_written = False
-        count = assignment.options.workers
-        self._threads = [ReadingThread(connection) for _ in range(count)]
+        count = context.options.workers
+        self._exits = ExitStack()
+        self._threads = [self._exits.enter_context(ReadingThread(connection)) for _ in range(count)]
         self._workers = [
-            (Partition(number, count), assignment.pipeline(thread, assignment.writer(), stop, self._note))
+            (Partition(number, count), context.pipeline(thread, context.writer(), stop, self._note))
             for number, thread in enumerate(self._threads)
         ]
+        self._in_process = self._exits.enter_context(InProcess(context, stop, on_batch))
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        for thread in self._threads:
-            thread.__exit__(*error)
+    def __exit__(self, *_error: object) -> None:
+        self._exits.close()
 
-    def work_through(self, source: Source) -> None:
-        """Take every partition of a source through to its end, batch by batch."""
+    def run(self, task: Task) -> None:
+        """Run every partition of pending rows to its end, batch by batch; what one process does, as the pool does."""
+        if task.phase is not Phase.PENDING:
+            self._in_process.run(task)
+            return
         at_work = list(self._workers)
         while at_work:
             worker = self._chance.choice(at_work)
-            if not self._writes_a_batch(source, *worker):
+            if not self._writes_a_batch(task, *worker):
                 at_work.remove(worker)
 
-    def work_through_resolved(self, source: Source) -> None:
-        """As the crew does."""
-        with InProcess(self._assignment, self._stop, self._on_batch) as alone:
-            alone.work_through_resolved(source)
-
-    def look_again(self, sources: Iterable[Source]) -> None:
-        """As the crew does."""
-        with InProcess(self._assignment, self._stop, self._on_batch) as alone:
-            alone.look_again(sources)
-
-    def _writes_a_batch(self, source: Source, partition: Partition, pipeline: Pipeline) -> bool:
+    def _writes_a_batch(self, task: Task, partition: Partition, pipeline: Pipeline) -> bool:
         self._has_written = False
-        pipeline.limit = self._assignment.options.batch_size
-        pipeline.work_through(self._assignment.reader(source, partition))
+        pipeline.limit = self._context.options.batch_size
+        pipeline.work_through(self._context.reader(task, partition))
         return self._has_written
 
     def _note(self, source: Source, totals: Totals) -> None:

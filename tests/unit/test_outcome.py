@@ -80,7 +80,7 @@ def test_the_census_balances_exactly_when_every_row_is_somewhere(
 def test_what_is_pending_or_in_error_is_to_be_read() -> None:
     zeros = dict.fromkeys(Source, 0)
     census = RowCounts(6, {}, zeros | {Source.CLIENTS: 3}, zeros | {Source.CLIENTS: 2}, zeros | {Source.CLIENTS: 1})
-    assert census.untouched == [source for source in Source if source is not Source.CLIENTS]
+    assert census.unstarted == [source for source in Source if source is not Source.CLIENTS]
     assert census.to_read(Source.CLIENTS) == 3
     assert census.to_read(Source.PREPARERS) == 0
     assert census.in_ledger == 5

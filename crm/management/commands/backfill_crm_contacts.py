@@ -9,6 +9,7 @@ from typing import Any
 from django.core.management.base import CommandError, CommandParser
 from django.utils.dateparse import parse_date, parse_datetime
 
+from crm.backfill.capacity import max_workers, require_room_for
 from crm.backfill.report import (
     as_json,
     console_on,
@@ -18,7 +19,6 @@ from crm.backfill.report import (
     progress_on_stderr,
 )
 from crm.backfill.runner import RunReport, run_backfill
-from crm.backfill.workers import max_workers, require_room_for
 from crm.errors import OperatorError
 from crm.management.arguments import MAX_ROWS, positive
 from crm.management.operator_command import OperatorCommand
