@@ -20,6 +20,7 @@ from crm import try_execute
 from crm.models import (
     BackfillBatch,
     BackfillRun,
+    CommittedTransaction,
     ConflictDecision,
     ContactUpdate,
     CRMContact,
@@ -54,6 +55,7 @@ OWN_RIGHTS: Mapping[str, Sequence[str]] = {
     ConflictDecision._meta.db_table: ("SELECT", "INSERT", "UPDATE"),
     ContactUpdate._meta.db_table: ("SELECT", "INSERT"),
     Rollback._meta.db_table: ("SELECT",),
+    CommittedTransaction._meta.db_table: ("SELECT", "INSERT", "DELETE"),
 }
 #: What makes a role more than an ordinary one, in the order of the queries.
 ATTRIBUTES = ("SUPERUSER", "CREATEROLE", "CREATEDB", "REPLICATION", "BYPASSRLS")

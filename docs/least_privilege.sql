@@ -252,6 +252,8 @@ SELECT format('GRANT %s (%s) ON %I.%I TO %I', privilege, string_agg(quote_ident(
 -- Our own tables.
 GRANT SELECT, INSERT, UPDATE ON crm_backfill.backfill_run, crm_backfill.ledger_entry TO :"role";
 GRANT SELECT, INSERT ON crm_backfill.backfill_batch, crm_backfill.contact_update TO :"role";
+-- Whether a commit came through whose answer was lost.
+GRANT SELECT, INSERT, DELETE ON crm_backfill.committed_transaction TO :"role";
 -- A run reads what was decided about rows in conflict; resolve_crm_conflict records it under this role too.
 GRANT SELECT, INSERT, UPDATE ON crm_backfill.conflict_decision TO :"role";
 -- The list of runs and the trace of a contact show what was taken back.

@@ -23,7 +23,15 @@ from pytest_django import DjangoDbBlocker
 
 from config import embedded
 from crm.legacy_schema import create_legacy_tables
-from crm.models import BackfillBatch, BackfillRun, ConflictDecision, ContactUpdate, LedgerEntry, Rollback
+from crm.models import (
+    BackfillBatch,
+    BackfillRun,
+    CommittedTransaction,
+    ConflictDecision,
+    ContactUpdate,
+    LedgerEntry,
+    Rollback,
+)
 from crm.runs import lifecycle, retrying
 from tests.support import installed_server
 from tests.support.populations import add_labels
@@ -42,6 +50,8 @@ installed_server.use_where_asked_for()
 
 LEGACY_TABLES = ("crm_stage_history", "crm_interactions", "crm_contacts", "leads", "profiles", "users")
 OWN_MODELS = (LedgerEntry, ContactUpdate, BackfillBatch, Rollback, ConflictDecision, BackfillRun)
+#: Tokens of commits say nothing of what was done.
+TOKENS = CommittedTransaction._meta.db_table
 OWN_TABLES = tuple(model._meta.db_table for model in OWN_MODELS)
 DEFAULT_GENERATION = "2025_10"
 
@@ -85,7 +95,7 @@ class Database:
     def empty(self) -> None:
         """Delete every row of every table."""
         with connection.cursor() as cursor:
-            cursor.execute("; ".join(f"DELETE FROM {table}" for table in (*OWN_TABLES, *LEGACY_TABLES)))
+            cursor.execute("; ".join(f"DELETE FROM {table}" for table in (TOKENS, *OWN_TABLES, *LEGACY_TABLES)))
 
     def rows(self, query: str, *parameters: Any) -> list[tuple[Any, ...]]:
         """The answer to a query."""

@@ -5,6 +5,7 @@ from crm.models.decision import ConflictDecision
 from crm.models.ledger import BackfillBatch, BackfillRun, LedgerEntry
 from crm.models.legacy import Lead, Profile, User
 from crm.models.rollback import Rollback
+from crm.models.transaction import CommittedTransaction
 from crm.models.update import ContactUpdate
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "CRMContact",
     "CRMInteraction",
     "CRMStageHistory",
+    "CommittedTransaction",
     "ConflictDecision",
     "ContactUpdate",
     "Lead",

@@ -2,7 +2,9 @@
 
 Whoever loses the connection while a commit is under way does not know whether it came through. To try the work again
 may do it twice or count it twice; not to try it may lose it. PostgreSQL remembers what became of every transaction by
-its number, so whoever wrote the number down asks, over a new connection, and then goes on as if the answer had come.
+its number, so whoever wrote the number down asks, over a new connection, when it has ended. The number alone does not
+tell how: a server that crashed forgets the last transactions that were not on its disk yet, and gives their numbers to
+others. So each transaction leaves a token of its own behind, which is there exactly when it was committed.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from uuid import uuid4
 
 from django.db import Error as DjangoDatabaseError
 from django.db import transaction
@@ -24,11 +27,12 @@ WAITS = (0.05, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0)
 #: The longest of these waits once the operator asked to stop; seconds.
 MAX_WAIT_OF_A_STOP = 0.2
 
-_COMMITTED, _IN_PROGRESS = "committed", "in progress"
+_IN_PROGRESS = "in progress"
 #: The server crashed before anything of the transaction was on its disk, and does not know its number any more.
 _IN_THE_FUTURE = "22023"
 _NUMBER = "SELECT pg_current_xact_id()::text"
 _STATUS = "SELECT pg_xact_status(%s::xid8)"
+_HAS_COME_THROUGH = "SELECT EXISTS (SELECT FROM committed_transaction WHERE token = %s)"
 
 logger = logging.getLogger(__name__)
 
@@ -43,35 +47,36 @@ def certain_transaction(connection: BaseDatabaseWrapper, settings: str = "") -> 
     Raises UnknownEndError where the answer to the commit was lost and the server cannot be asked for longer than WAITS,
     or until a signal ends the waiting.
     """
-    number, is_committing = "", False
+    token, number, is_committing = str(uuid4()), "", False
     try:
         with transaction.atomic(using=connection.alias, durable=True):
-            number = _begin(connection, settings)
+            number = _begin(connection, settings, token)
             yield
             is_committing = True
     except (DjangoDatabaseError, KeyboardInterrupt) as error:
-        if not is_committing or not _is_committed_after_all(connection, number):
+        if not is_committing or not _is_committed_after_all(connection, number, token):
             raise
         logger.warning("%s at the commit, which had come through", errors.describe(error))
 
 
-def _begin(connection: BaseDatabaseWrapper, settings: str) -> str:
+def _begin(connection: BaseDatabaseWrapper, settings: str, token: str) -> str:
+    statements = [settings, f"INSERT INTO committed_transaction (token) VALUES ('{token}')", _NUMBER]
     with connection.cursor() as cursor:
-        cursor.execute(f"{settings}; {_NUMBER}" if settings else _NUMBER)
+        cursor.execute("; ".join(filter(None, statements)))
         while cursor.nextset():
             """The number is what was asked for last."""
         (number,) = cursor.fetchone()
     return str(number)
 
 
-def _is_committed_after_all(connection: BaseDatabaseWrapper, number: str) -> bool:
+def _is_committed_after_all(connection: BaseDatabaseWrapper, number: str, token: str) -> bool:
     try:
-        return _is_committed(connection, number)
+        return _is_committed(connection, number, token)
     except KeyboardInterrupt as stop:
         raise UnknownEndError from stop
 
 
-def _is_committed(connection: BaseDatabaseWrapper, number: str) -> bool:
+def _is_committed(connection: BaseDatabaseWrapper, number: str, token: str) -> bool:
     """Whether a transaction was committed; waits until it has ended."""
     for wait in WAITS:
         connection.close()
@@ -79,14 +84,16 @@ def _is_committed(connection: BaseDatabaseWrapper, number: str) -> bool:
             with connection.cursor() as cursor:
                 cursor.execute(_STATUS, [number])
                 (status,) = cursor.fetchone()
+                if status != _IN_PROGRESS:
+                    # By a statement of its own, whose snapshot is younger than the answer.
+                    cursor.execute(_HAS_COME_THROUGH, [token])
+                    (is_there,) = cursor.fetchone()
+                    return bool(is_there)
         except DjangoDatabaseError as error:
             if errors.sqlstate(error) == _IN_THE_FUTURE:
                 return False
             if errors.transient_cause(error) is None:
                 raise UnknownEndError from error
-        else:
-            if status != _IN_PROGRESS:
-                return bool(status == _COMMITTED)
         if stop_is_requested() and wait > MAX_WAIT_OF_A_STOP:
             break
         sleep_until_signal(wait)

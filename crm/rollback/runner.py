@@ -23,7 +23,7 @@ from django.utils import timezone
 
 from crm.backfill.read.readahead import ReadingThread
 from crm.errors import OperatorError
-from crm.models import BackfillRun, ContactUpdate, LedgerEntry, Rollback
+from crm.models import BackfillRun, CommittedTransaction, ContactUpdate, LedgerEntry, Rollback
 from crm.models.ledger import RunStatus
 from crm.outcome import Outcome, Source, Totals
 from crm.postgres import errors
@@ -337,6 +337,7 @@ def _require_rights(run: BackfillRun, *, dry_run: bool) -> None:
         *([("crm_stage_history", "DELETE")] if ContactUpdate.objects.filter(run=run).exists() else []),
         (Rollback._meta.db_table, "INSERT"),
         (Rollback._meta.db_table, "UPDATE"),
+        *((CommittedTransaction._meta.db_table, right) for right in ("SELECT", "INSERT", "DELETE")),
     ]
     require_rights(connection, wanted, option="rollback", dry_run=dry_run)
 

@@ -20,7 +20,7 @@ from django.db.models import F, Value
 from django.db.models.functions import Now, Replace
 
 from crm.errors import OperatorError
-from crm.models import BackfillRun
+from crm.models import BackfillRun, CommittedTransaction
 from crm.models.ledger import RunStatus
 from crm.outcome import Totals
 from crm.postgres import errors
@@ -29,6 +29,8 @@ from crm.runs.process import ProcessIdentity
 from crm.version import RULES, VERSION
 
 HEARTBEAT_LASTS = timedelta(minutes=5)
+#: How long the tokens of committed transactions are kept, at least.
+TOKENS_LAST = timedelta(days=1)
 _TAKEN_OVER = "taken over"
 
 logger = logging.getLogger(__name__)
@@ -77,6 +79,7 @@ def claim(
                 dead.append(holder.pk)
             run.save(force_insert=True)
             also(run)
+            CommittedTransaction.objects.filter(committed_at__lt=Now() - TOKENS_LAST).delete()
             by = Replace("failure", Value(_TAKEN_OVER), Value(f"{_TAKEN_OVER} by run {run.pk}"))
             if dead:
                 BackfillRun.objects.filter(pk__in=dead).update(failure=by)

@@ -18,6 +18,7 @@ from crm.backfill import context, runner
 from crm.backfill.update.writer import UpdateWriter
 from crm.backfill.write.writer import BatchWriter, Timeouts
 from crm.models import BackfillRun
+from crm.postgres import transactions
 from crm.runs import lifecycle, retrying
 from tests.conftest import Database
 from tests.integration.test_rollback import rollback
@@ -224,6 +225,19 @@ def a_commit_that_comes_through_late(number: int) -> Iterator[None]:
     with losing_the_answer_to_commit(number, lose):
         yield
     committing[0].join()
+
+
+@pytest.mark.parametrize("batch", range(1, BATCHES + 1))
+def test_a_commit_that_a_crash_lost_is_not_taken_for_the_one_that_got_its_number(
+    database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, batch: int
+) -> None:
+    # What the server says of the number after a crash: another transaction has it by then, and was committed.
+    monkeypatch.setattr(transactions, "_STATUS", "SELECT 'committed' FROM (SELECT %s) AS number")
+    with as_an_undisturbed_run_ends(database):
+        with losing_the_answer_to_commit(COMMITS_BEFORE + batch, psycopg.Connection.close):
+            answer = run(batch_size=SIZE)
+        assert (answer["status"], answer["balanced"]) == ("finished", True)
+        assert len(retries_told(caplog)) == 1
 
 
 def assert_nothing_was_tried_again(caplog: pytest.LogCaptureFixture) -> None:

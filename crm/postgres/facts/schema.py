@@ -15,7 +15,15 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm import try_execute
 from crm.errors import OperatorError
-from crm.models import BackfillBatch, BackfillRun, ConflictDecision, ContactUpdate, CRMContact, LedgerEntry
+from crm.models import (
+    BackfillBatch,
+    BackfillRun,
+    CommittedTransaction,
+    ConflictDecision,
+    ContactUpdate,
+    CRMContact,
+    LedgerEntry,
+)
 from crm.outcome import Source
 from crm.postgres.facts.catalog import Column, read_tables
 from crm.postgres.facts.repeated_ids import find_repeated_ids
@@ -72,7 +80,7 @@ PROMOTED_COLUMNS = ("firstName", "lastName", "email", "contactType", "source", "
 LEDGER_TABLES = (LedgerEntry._meta.db_table, ContactUpdate._meta.db_table)
 _OUR_COLUMNS = [
     (model._meta.db_table, str(field.column))
-    for model in (BackfillBatch, BackfillRun, ConflictDecision, ContactUpdate, LedgerEntry)
+    for model in (BackfillBatch, BackfillRun, CommittedTransaction, ConflictDecision, ContactUpdate, LedgerEntry)
     for field in model._meta.concrete_fields
 ]
 #: A column that tells the generations apart, newest first.
@@ -367,6 +375,7 @@ def _require_rights(
         LedgerEntry._meta.db_table: ["SELECT", "INSERT", "UPDATE"],
         ContactUpdate._meta.db_table: ["SELECT"],
         ConflictDecision._meta.db_table: ["SELECT"],
+        CommittedTransaction._meta.db_table: ["SELECT", "INSERT", "DELETE"],
     }
     option = ""
     if for_updating:
