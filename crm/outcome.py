@@ -86,7 +86,7 @@ class Refusal(NamedTuple):
     trigger: str | None = None
 
 
-class Decision(NamedTuple):
+class RowOutcome(NamedTuple):
     """What happens to one source row: a line of the ledger in the making."""
 
     id: str
@@ -130,19 +130,19 @@ class Totals:
     updated_and_kept: int = 0
 
     @classmethod
-    def of(cls, decisions: list[Decision], created_types: Counter[str]) -> Self:
+    def of(cls, row_outcomes: list[RowOutcome], created_types: Counter[str]) -> Self:
         """Count a batch: its decisions, and the types of the contacts that it created."""
-        outcomes = Counter(decision.outcome for decision in decisions)
-        errors = [decision for decision in decisions if decision.outcome is Outcome.ERROR]
-        new = Counter(str(decision.reason) for decision in errors if decision.is_new_error)
+        outcomes = Counter(row_outcome.outcome for row_outcome in row_outcomes)
+        errors = [row_outcome for row_outcome in row_outcomes if row_outcome.outcome is Outcome.ERROR]
+        new = Counter(str(row_outcome.reason) for row_outcome in errors if row_outcome.is_new_error)
         return cls(
-            read=len(decisions),
+            read=len(row_outcomes),
             created=outcomes[Outcome.CREATED],
             merged=outcomes[Outcome.MERGED],
             exists=outcomes[Outcome.EXISTS],
             error=len(errors),
             error_new=new.total(),
-            errors_by_reason=Counter(str(decision.reason) for decision in errors),
+            errors_by_reason=Counter(str(row_outcome.reason) for row_outcome in errors),
             errors_new_by_reason=new,
             created_by_type=created_types,
         )

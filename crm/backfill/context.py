@@ -22,10 +22,10 @@ from crm.backfill.read.source import (
     Partition,
     SourceReader,
 )
+from crm.backfill.update.dry_run import DryRunUpdateWriter
 from crm.backfill.update.reader import DueReader, Present, rows_to_revisit
-from crm.backfill.update.rehearsal import DryRunUpdateWriter
 from crm.backfill.update.writer import UpdateWriter
-from crm.backfill.write.rehearsal import DryRunWriter
+from crm.backfill.write.dry_run import DryRunWriter
 from crm.backfill.write.writer import BatchWriter, Timeouts
 from crm.outcome import Source, Totals
 from crm.postgres.facts.schema import DatabaseFacts

@@ -25,9 +25,9 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models import QuerySet
 
 from crm.backfill.read.contacts import ContactIndex
+from crm.backfill.read.noncanonical_emails import noncanonical_addresses
 from crm.backfill.read.resolutions import Resolutions
 from crm.backfill.read.source import EVERY_ROW, SourceReader
-from crm.backfill.read.spellings import noncanonical_addresses
 from crm.backfill.update.reader import Present
 from crm.backfill.write.writer import TRANSACTION_SETTINGS, BatchWriter, Timeouts
 from crm.errors import OperatorError
@@ -245,7 +245,7 @@ class Latecomers:
         theirs = {(line.source, line.source_id): line for line in lines if line.source == source}
         if not theirs:
             return None
-        totals = writer.settle_page(source, [row for key, row in rows.items() if key in theirs])
+        totals = writer.upsert_page(source, [row for key, row in rows.items() if key in theirs])
         before = [line for line in theirs.values() if line.run_id == self.run_id]
         made = [line for line in before if line.outcome == Outcome.CREATED]
         totals.read -= len(before)

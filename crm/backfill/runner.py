@@ -24,7 +24,7 @@ from crm.backfill.context import OnBatch, Phase, RunContext, Task
 from crm.backfill.gone_contacts import RECORDED, GoneContacts, look_for_gone_contacts
 from crm.backfill.latecomers import NOBODY_TWICE, ContactsTwice, Latecomers
 from crm.backfill.latecomers import RECORDED as RECORDED_TWICE
-from crm.backfill.read.census import count_rows, survey
+from crm.backfill.read.inventory import count_rows, survey
 from crm.backfill.read.resolutions import Resolutions
 from crm.backfill.workers import Executor, InProcess, WorkerError, WorkerPool
 from crm.errors import OperatorError

@@ -21,13 +21,13 @@ from crm.try_execute import try_execute
 class ColumnwiseQuerySet(models.QuerySet[Any]):
     """A queryset whose `bulk_create` takes its values column by column, as they are, and inserts in its own order.
 
-    `landed` are the primary keys of the rows that it inserted. Django itself reports every object as written when it
+    `inserted_ids` are the primary keys of the rows that it inserted. Django reports every object as written when it
     ignores conflicts; only PostgreSQL knows.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.landed: set[Any] = set()
+        self.inserted_ids: set[Any] = set()
 
     def _insert(
         self,
@@ -59,5 +59,5 @@ class ColumnwiseQuerySet(models.QuerySet[Any]):
             f"{suffix} RETURNING {key}"
         )
         keys = try_execute(connection, statement, [list(map(attrgetter(field.attname), objs)) for field in fields])
-        self.landed.update(keys)
+        self.inserted_ids.update(keys)
         return [(key,) for key in keys]

@@ -78,7 +78,7 @@ class AlikeRefusals:
         return self.count % MAX_ALIKE == 0
 
     def end(self) -> None:
-        """A row has landed."""
+        """A row was written."""
         self.refusal, self.count = None, 0
 
     def fail(self) -> None:

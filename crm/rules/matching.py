@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from crm.outcome import Decision, Outcome, Reason, Refusal
+from crm.outcome import Outcome, Reason, Refusal, RowOutcome
 from crm.rules.addresses import canonical_address
 from crm.rules.mapping import ATTRIBUTION, ContactDraft, MappedRow, Resolution
 
@@ -214,7 +214,7 @@ class ExistingContacts:
 class MatchPlan:
     """What is to be done for the rows of a batch."""
 
-    decisions: list[Decision] = field(default_factory=list)
+    row_outcomes: list[RowOutcome] = field(default_factory=list)
     creates: list[ContactDraft] = field(default_factory=list)
     fills: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -226,13 +226,13 @@ def decide(rows: Iterable[MappedRow], known: ExistingContacts) -> MatchPlan:
     for row in rows:
         draft = row.draft
         if draft is None:
-            plan.decisions.append(_decision(row, Outcome.ERROR, reason=row.rejection, refusal=row.refusal))
+            plan.row_outcomes.append(_outcome_of(row, Outcome.ERROR, reason=row.rejection, refusal=row.refusal))
             continue
         try:
             contact = known.find_resolved(draft, row.resolution) if row.resolution else known.find(draft)
         except Conflict as conflict:
-            decision = _decision(row, Outcome.ERROR, reason=conflict.reason, contact_id=conflict.contact_id)
-            plan.decisions.append(decision._replace(identity_keys=conflict.identity_keys))
+            row_outcome = _outcome_of(row, Outcome.ERROR, reason=conflict.reason, contact_id=conflict.contact_id)
+            plan.row_outcomes.append(row_outcome._replace(identity_keys=conflict.identity_keys))
             continue
         if row.resolution:
             draft = known.without_others_accounts(draft, contact)
@@ -240,16 +240,16 @@ def decide(rows: Iterable[MappedRow], known: ExistingContacts) -> MatchPlan:
             made[draft.id] = contact = ExistingContact.of_draft(draft)
             known.add(contact)
             plan.creates.append(draft)
-            plan.decisions.append(_decision(row, Outcome.CREATED, contact_id=draft.id, filled=_filled_in(contact)))
+            plan.row_outcomes.append(_outcome_of(row, Outcome.CREATED, contact_id=draft.id, filled=_filled_in(contact)))
         elif contact.ours or contact.id == draft.id:
             filled = fill(contact, draft)
             known.note_accounts(contact)
-            decision = _decision(row, Outcome.MERGED, contact_id=contact.id, filled=filled)
-            plan.decisions.append(_with_what_was(decision, contact))
+            row_outcome = _outcome_of(row, Outcome.MERGED, contact_id=contact.id, filled=filled)
+            plan.row_outcomes.append(_with_what_was(row_outcome, contact))
             if contact.fills and contact.id not in made:
                 plan.fills[contact.id] = contact.fills
         else:
-            plan.decisions.append(_decision(row, Outcome.EXISTS, contact_id=contact.id))
+            plan.row_outcomes.append(_outcome_of(row, Outcome.EXISTS, contact_id=contact.id))
     plan.creates = [draft._replace(**made[draft.id].fills) if made[draft.id].fills else draft for draft in plan.creates]
     return plan
 
@@ -302,13 +302,13 @@ def _is_another(theirs: str | None, ours: str | None) -> bool:
     return theirs is not None and ours is not None and theirs != ours
 
 
-def _with_what_was(decision: Decision, contact: ExistingContact) -> Decision:
+def _with_what_was(row_outcome: RowOutcome, contact: ExistingContact) -> RowOutcome:
     """What a rollback of the fill must know of the contact: whether it changed since, and what was replaced in it."""
-    confidence = contact.confidence if "attribution" in decision.filled else None
-    return decision._replace(contact_updated_at=contact.updated_at, confidence_before=confidence)
+    confidence = contact.confidence if "attribution" in row_outcome.filled else None
+    return row_outcome._replace(contact_updated_at=contact.updated_at, confidence_before=confidence)
 
 
-def _decision(
+def _outcome_of(
     row: MappedRow,
     outcome: Outcome,
     *,
@@ -316,7 +316,7 @@ def _decision(
     contact_id: str | None = None,
     filled: tuple[str, ...] = (),
     refusal: Refusal | None = None,
-) -> Decision:
-    return Decision(
+) -> RowOutcome:
+    return RowOutcome(
         row.id, row.source_id, row.updated_at, row.known_reason, outcome, reason, contact_id, filled, refusal
     )

@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.utils import timezone
 
-from crm.backfill.read.census import count_rows
+from crm.backfill.read.inventory import count_rows
 from crm.backfill.read.resolutions import Resolutions
 from crm.backfill.read.rows import RowReader, may_read_user_changes
 from crm.errors import OperatorError

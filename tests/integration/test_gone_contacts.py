@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from crm.backfill import gone_contacts
 from crm.backfill.gone_contacts import GoneContacts, is_more_than_expected, look_for_gone_contacts
-from crm.backfill.read import census
+from crm.backfill.read import inventory
 from crm.models import BackfillRun, ContactUpdate, LedgerEntry
 from crm.outcome import Source
 from crm.verification import verify
@@ -268,12 +268,12 @@ def test_a_decision_of_a_person_holds_for_what_is_made_again(database: Database)
     assert contact_with("ann.other@example.com")["id"] == ledger()[row]["contact_id"]
 
 
-@pytest.mark.parametrize("share", [census.FEW_SHARE, 2])
+@pytest.mark.parametrize("share", [inventory.FEW_SHARE, 2])
 @pytest.mark.parametrize("options", [{}, {"workers": 2}, {"batch_size": 7}, {"only": (Source.ACTIVE_LEADS,)}])
 def test_however_it_is_read_everybody_is_made_again(
     database: Database, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], share: float
 ) -> None:
-    monkeypatch.setattr(census, "FEW_SHARE", share)
+    monkeypatch.setattr(inventory, "FEW_SHARE", share)
     add_many_leads(40)
     run()
     before = contacts()

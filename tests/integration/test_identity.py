@@ -14,8 +14,8 @@ from django.db.backends.utils import CursorWrapper
 from django.db.models import Sum
 
 from crm.backfill import latecomers
-from crm.backfill.read import spellings
-from crm.backfill.read.spellings import NoncanonicalAddresses
+from crm.backfill.read import noncanonical_emails
+from crm.backfill.read.noncanonical_emails import NoncanonicalAddresses
 from crm.errors import OperatorError
 from crm.models import BackfillRun, LedgerEntry
 from crm.rules.mapping import contact_id
@@ -349,8 +349,8 @@ def test_what_is_stored_in_another_spelling_is_seen_before_the_end(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(latecomers, "_MAY_DELETE", "SELECT false")
-    monkeypatch.setattr(spellings, "MIN_AGE", 0.0)
-    monkeypatch.setattr(spellings, "READINGS", 0)
+    monkeypatch.setattr(noncanonical_emails, "MIN_AGE", 0.0)
+    monkeypatch.setattr(noncanonical_emails, "READINGS", 0)
     add_many_leads(6)
     with after_batch(1, lambda: store("pErson-5@example.com")):
         report = run(batch_size=2)

@@ -265,7 +265,7 @@ def test_contacts_are_inserted_in_the_order_of_the_queryset(database: Database) 
     contacts = CRMContact.bulk.order_by("email")
     contacts.bulk_create([contact("a", email="zoe@example.com"), contact("b", email="ann@example.com")])
     assert database.rows("SELECT id FROM crm_contacts ORDER BY ctid") == [("b",), ("a",)]
-    assert contacts.landed == {"a", "b"}
+    assert contacts.inserted_ids == {"a", "b"}
 
 
 def test_an_enum_field_survives_a_migration() -> None:

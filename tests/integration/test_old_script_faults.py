@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pytest_django import Settings
 
-from crm.backfill.read import census
+from crm.backfill.read import inventory
 from crm.outcome import Source
 from crm.rules.mapping import contact_id, normalised
 from tests.conftest import Database
@@ -219,7 +219,7 @@ def test_no_statement_returns_more_rows_than_a_batch_has(
     database: Database, monkeypatch: pytest.MonkeyPatch, *, dry_run: bool
 ) -> None:
     # The ids of the last few rows alone are read together, and no more of them than this.
-    monkeypatch.setattr(census, "FEW_ROWS", 10)
+    monkeypatch.setattr(inventory, "FEW_ROWS", 10)
     add_many_leads(120, "CONVERTED")
     add_many_leads(120, "NEW", first=61)
     for number in range(120):

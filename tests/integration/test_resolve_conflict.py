@@ -10,7 +10,7 @@ import pytest
 from django.db import IntegrityError, OperationalError, connection
 from django.db.models.functions import Now
 
-from crm.conflicts import decisions
+from crm.conflicts import resolving
 from crm.models import BackfillRun, ConflictDecision
 from crm.models.ledger import RunStatus
 from crm.rollback.runner import roll_back
@@ -181,7 +181,7 @@ def test_what_the_database_breaks_off_while_a_conflict_is_shown_was_not_to_be_re
     def broken(*_: object) -> None:
         raise OperationalError("gone")
 
-    monkeypatch.setattr(decisions, "_require_conflict", broken)
+    monkeypatch.setattr(resolving, "_require_conflict", broken)
     shown, recorded = resolve("leads:1"), resolve("leads:1", "--contact", "c")
     assert (shown.code, recorded.code) == (2, 2)
     assert ("recorded" in shown.stderr, "Nothing was recorded" in recorded.stderr) == (False, True)

@@ -18,7 +18,7 @@ from pytest_django import Settings
 from crm.backfill.capacity import max_workers, require_room_for
 from crm.backfill.runner import run_backfill
 from crm.backfill.workers import MAX_REPLACEMENTS
-from crm.backfill.write.rehearsal import DryRunWriter
+from crm.backfill.write.dry_run import DryRunWriter
 from crm.backfill.write.writer import BatchWriter
 from crm.errors import OperatorError
 from crm.models import BackfillRun

@@ -27,7 +27,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from crm.conflicts import decisions
+from crm.conflicts import resolving
 from crm.errors import OperatorError
 from crm.outcome import Source
 from crm.rollback.report import as_json
@@ -184,10 +184,10 @@ class Machine(RuleBasedStateMachine):
         contacts = sorted(self.world.state().contacts)
         belongs = data.draw(st.booleans(), label="belongs to a contact")
         if contacts and belongs:
-            decisions.belongs_to(row, data.draw(st.sampled_from(contacts), label="contact"))
+            resolving.belongs_to(row, data.draw(st.sampled_from(contacts), label="contact"))
         else:
             with suppress(OperatorError):  # somebody has that address
-                decisions.is_separate(row, data.draw(st.sampled_from(SEPARATE_EMAILS), label="address"))
+                resolving.is_separate(row, data.draw(st.sampled_from(SEPARATE_EMAILS), label="address"))
 
     def _undecided(self) -> list[str]:
         lines = self.world.state().lines.values()

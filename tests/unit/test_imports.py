@@ -149,5 +149,5 @@ def test_nothing_prints() -> None:
 
 
 def test_the_walk_sees_what_there_is() -> None:
-    assert "crm.rules.matching" in imports_of("crm.backfill.write.settle")
+    assert "crm.rules.matching" in imports_of("crm.backfill.write.upsert")
     assert "crm.runs.lease" in imports_of("crm.backfill.runner"), "from crm.runs import lease"

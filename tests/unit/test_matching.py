@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crm.outcome import Decision, Outcome, Reason
+from crm.outcome import Outcome, Reason, RowOutcome
 from crm.rules.mapping import ContactDraft, MappedRow, contact_id
 from crm.rules.matching import (
     ATTRIBUTION_UNIT,
@@ -75,13 +75,13 @@ def decided(rows: list[MappedRow], *known: ExistingContact) -> MatchPlan:
     return decide(rows, ExistingContacts(known))
 
 
-def only(mapped: MappedRow, *known: ExistingContact) -> Decision:
-    (decision,) = decided([mapped], *known).decisions
-    return decision
+def only(mapped: MappedRow, *known: ExistingContact) -> RowOutcome:
+    (each,) = decided([mapped], *known).row_outcomes
+    return each
 
 
-def told(decision: Decision) -> tuple[Outcome, Reason | None, str | None]:
-    return decision.outcome, decision.reason, decision.contact_id
+def told(each: RowOutcome) -> tuple[Outcome, Reason | None, str | None]:
+    return each.outcome, each.reason, each.contact_id
 
 
 # Identity
@@ -91,7 +91,7 @@ def test_who_meets_nobody_makes_a_contact() -> None:
     mapped = row(user_id="u", clerk_user_id="k")
     plan = decided([mapped], contact("a", user_id="x", clerk_user_id="y"))
     assert plan.creates == [mapped.draft]
-    assert told(plan.decisions[0]) == (Outcome.CREATED, None, mapped.id)
+    assert told(plan.row_outcomes[0]) == (Outcome.CREATED, None, mapped.id)
 
 
 @pytest.mark.parametrize(
@@ -108,8 +108,8 @@ def test_who_meets_nobody_makes_a_contact() -> None:
     ],
 )
 def test_any_key_alone_or_all_of_them_together_find_the_contact(known: ExistingContact) -> None:
-    decision = only(row(user_id="u", clerk_user_id="k"), known)
-    assert told(decision) == (Outcome.EXISTS, None, "a")
+    each = only(row(user_id="u", clerk_user_id="k"), known)
+    assert told(each) == (Outcome.EXISTS, None, "a")
 
 
 @pytest.mark.parametrize(
@@ -132,9 +132,9 @@ def test_any_key_alone_or_all_of_them_together_find_the_contact(known: ExistingC
 def test_keys_that_disagree_are_a_conflict_that_says_where_each_key_leads(
     known: list[ExistingContact], named: str, keys: tuple[str | None, ...]
 ) -> None:
-    decision = only(row(user_id="u", clerk_user_id="k"), *known)
-    assert told(decision) == (Outcome.ERROR, Reason.CONFLICT, named)
-    assert decision.identity_keys == dict(zip(("email", "userId", "clerkUserId"), keys, strict=True))
+    each = only(row(user_id="u", clerk_user_id="k"), *known)
+    assert told(each) == (Outcome.ERROR, Reason.CONFLICT, named)
+    assert each.identity_keys == dict(zip(("email", "userId", "clerkUserId"), keys, strict=True))
 
 
 def test_of_several_spellings_a_conflict_names_the_one_to_which_another_key_leads() -> None:
@@ -149,14 +149,14 @@ def test_of_several_spellings_a_conflict_names_the_one_to_which_another_key_lead
 def test_a_conflict_names_the_row_s_own_contact_where_there_is_one() -> None:
     mapped = row(user_id="u")
     known = [contact(mapped.id, "moved@example.com"), contact("a", "ann@example.com", user_id="x")]
-    decision = only(mapped, *known)
-    assert decision.contact_id == "a"
-    assert decision.identity_keys == {"email": "a", "userId": None, "id": mapped.id}
+    each = only(mapped, *known)
+    assert each.contact_id == "a"
+    assert each.identity_keys == {"email": "a", "userId": None, "id": mapped.id}
 
 
 def test_only_a_row_that_a_person_must_decide_on_says_where_its_keys_lead() -> None:
     plan = decided([row(), row("2", email="b@example.com"), rejected("3", Reason.INVALID_EMAIL)], contact("a"))
-    assert [decision.identity_keys for decision in plan.decisions] == [None, None, None]
+    assert [each.identity_keys for each in plan.row_outcomes] == [None, None, None]
 
 
 def test_two_contacts_without_any_key_are_not_one_another() -> None:
@@ -181,11 +181,11 @@ def test_whose_email_was_changed_in_the_crm_still_has_one_contact() -> None:
 def test_a_contact_of_ours_is_merged_and_anybody_elses_left_alone() -> None:
     fields = {"phone": "1", "company": "Co", "user_id": "u"}
     theirs = decided([row(**fields)], contact("a", "ann@example.com"))
-    assert (theirs.decisions[0].outcome, theirs.fills, theirs.decisions[0].filled) == (Outcome.EXISTS, {}, ())
+    assert (theirs.row_outcomes[0].outcome, theirs.fills, theirs.row_outcomes[0].filled) == (Outcome.EXISTS, {}, ())
     ours = decided([row(**fields)], contact("a", "ann@example.com", ours=True))
-    assert ours.decisions[0].outcome is Outcome.MERGED
+    assert ours.row_outcomes[0].outcome is Outcome.MERGED
     assert ours.fills == {"a": fields}
-    assert ours.decisions[0].filled == ("user_id", "phone", "company")
+    assert ours.row_outcomes[0].filled == ("user_id", "phone", "company")
 
 
 # Within a batch
@@ -195,8 +195,12 @@ def test_rows_of_one_person_in_one_batch_make_one_contact_with_what_each_brings(
     lead = row("1", table="leads", **ATTRIBUTED)
     profile = row("2", user_id="u", phone="1")
     plan = decided([lead, profile, row("3", table="leads", phone="2", last_contacted_at=CALLED)])
-    assert [decision.outcome for decision in plan.decisions] == [Outcome.CREATED, Outcome.MERGED, Outcome.MERGED]
-    assert {decision.contact_id for decision in plan.decisions} == {lead.id}
+    assert [each.outcome for each in plan.row_outcomes] == [
+        Outcome.CREATED,
+        Outcome.MERGED,
+        Outcome.MERGED,
+    ]
+    assert {each.contact_id for each in plan.row_outcomes} == {lead.id}
     assert lead.draft is not None
     assert plan.creates == [lead.draft._replace(user_id="u", phone="1", last_contacted_at=CALLED)]
     assert plan.fills == {}, "what is not there yet is created whole"
@@ -204,13 +208,17 @@ def test_rows_of_one_person_in_one_batch_make_one_contact_with_what_each_brings(
 
 def test_an_account_that_an_earlier_row_brought_counts_for_the_later_ones() -> None:
     plan = decided([row("1", table="leads"), row("2", user_id="u"), row("3", user_id="other")])
-    assert [decision.outcome for decision in plan.decisions] == [Outcome.CREATED, Outcome.MERGED, Outcome.ERROR]
-    assert plan.decisions[2].contact_id == plan.decisions[0].contact_id
+    assert [each.outcome for each in plan.row_outcomes] == [
+        Outcome.CREATED,
+        Outcome.MERGED,
+        Outcome.ERROR,
+    ]
+    assert plan.row_outcomes[2].contact_id == plan.row_outcomes[0].contact_id
 
 
 def test_a_rejected_row_takes_no_key() -> None:
     plan = decided([rejected("1", Reason.INVALID_EMAIL), row("2")])
-    assert [told(decision)[:2] for decision in plan.decisions] == [
+    assert [told(each)[:2] for each in plan.row_outcomes] == [
         (Outcome.ERROR, Reason.INVALID_EMAIL),
         (Outcome.CREATED, None),
     ]
@@ -293,11 +301,11 @@ def test_every_row_gets_one_decision_and_no_key_is_taken_twice(people: list[Any]
         for number, (email, user, clerk, ours) in enumerate(there)
     ]
     plan = decided(rows, *known)
-    assert [decision.id for decision in plan.decisions] == [mapped.id for mapped in rows]
-    created = [decision.contact_id for decision in plan.decisions if decision.outcome is Outcome.CREATED]
+    assert [each.id for each in plan.row_outcomes] == [mapped.id for mapped in rows]
+    created = [each.contact_id for each in plan.row_outcomes if each.outcome is Outcome.CREATED]
     assert created == [draft.id for draft in plan.creates]
     for key in ("id", "email", "user_id"):
         taken = [value for draft in plan.creates if (value := getattr(draft, key)) is not None]
         assert len(taken) == len(set(taken))
     assert plan.fills.keys() <= {one.id for one in known if one.ours}
-    assert all((decision.reason is None) == (decision.outcome is not Outcome.ERROR) for decision in plan.decisions)
+    assert all((each.reason is None) == (each.outcome is not Outcome.ERROR) for each in plan.row_outcomes)

@@ -7,13 +7,13 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crm.outcome import Decision, Outcome, Reason, RowCounts, Source, Totals
+from crm.outcome import Outcome, Reason, RowCounts, RowOutcome, Source, Totals
 
 reasons = st.sampled_from(list(Reason))
 known_reasons = st.none() | reasons.map(str)
-errors = st.builds(Decision, st.text(), st.text(), st.text(), known_reasons, st.just(Outcome.ERROR), reason=reasons)
+errors = st.builds(RowOutcome, st.text(), st.text(), st.text(), known_reasons, st.just(Outcome.ERROR), reason=reasons)
 successes = st.builds(
-    Decision,
+    RowOutcome,
     *(st.text(), st.text(), st.text(), known_reasons),
     st.sampled_from([outcome for outcome in Outcome if outcome is not Outcome.ERROR]),
 )
@@ -21,15 +21,15 @@ batches = st.lists(errors | successes, max_size=12)
 counts_by_source = st.fixed_dictionaries({source: st.integers(0, 9) for source in Source})
 
 
-def totals(decisions: list[Decision]) -> Totals:
-    types = Counter("CLIENT" for decision in decisions if decision.outcome is Outcome.CREATED)
-    return Totals.of(decisions, types)
+def totals(row_outcomes: list[RowOutcome]) -> Totals:
+    types = Counter("CLIENT" for row_outcome in row_outcomes if row_outcome.outcome is Outcome.CREATED)
+    return Totals.of(row_outcomes, types)
 
 
 @given(batches)
-def test_every_row_of_a_batch_is_counted_once(decisions: list[Decision]) -> None:
-    counted = totals(decisions)
-    assert counted.read == len(decisions) == counted.created + counted.merged + counted.exists + counted.error
+def test_every_row_of_a_batch_is_counted_once(row_outcomes: list[RowOutcome]) -> None:
+    counted = totals(row_outcomes)
+    assert counted.read == len(row_outcomes) == counted.created + counted.merged + counted.exists + counted.error
     assert counted.balances
     assert counted.errors_by_reason.total() == counted.error
     assert counted.errors_new_by_reason.total() == counted.error_new <= counted.error
@@ -37,19 +37,19 @@ def test_every_row_of_a_batch_is_counted_once(decisions: list[Decision]) -> None
 
 
 @given(st.lists(batches, max_size=4))
-def test_batches_add_up_to_what_they_are_together(parts: list[list[Decision]]) -> None:
+def test_batches_add_up_to_what_they_are_together(parts: list[list[RowOutcome]]) -> None:
     added = Totals()
     for part in parts:
         added.add(totals(part))
-    assert added == totals([decision for part in parts for decision in part])
+    assert added == totals([row_outcome for part in parts for row_outcome in part])
 
 
 @given(batches)
-def test_adding_leaves_the_other_as_it_was(decisions: list[Decision]) -> None:
-    other, everything = totals(decisions), Totals()
+def test_adding_leaves_the_other_as_it_was(row_outcomes: list[RowOutcome]) -> None:
+    other, everything = totals(row_outcomes), Totals()
     everything.add(other)
     everything.add(other)
-    assert other == totals(decisions)
+    assert other == totals(row_outcomes)
 
 
 def test_a_row_that_is_not_accounted_for_shows() -> None:
@@ -59,7 +59,7 @@ def test_a_row_that_is_not_accounted_for_shows() -> None:
 
 def test_an_error_is_new_unless_the_same_one_was_known() -> None:
     def is_new(outcome: Outcome, reason: Reason | None, known: str | None) -> bool:
-        return Decision("c1", "1", "2025-01-01", known, outcome, reason).is_new_error
+        return RowOutcome("c1", "1", "2025-01-01", known, outcome, reason).is_new_error
 
     assert is_new(Outcome.ERROR, Reason.CONFLICT, None)
     assert is_new(Outcome.ERROR, Reason.CONFLICT, "invalid_email")

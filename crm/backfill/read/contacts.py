@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from django.db.backends.base.base import BaseDatabaseWrapper
 
-from crm.backfill.read.spellings import NoncanonicalAddresses
+from crm.backfill.read.noncanonical_emails import NoncanonicalAddresses
 from crm.postgres.facts.schema import DatabaseFacts
 from crm.postgres.loaders import read_as_text
 from crm.rules.addresses import canonical_address, trimmed_address

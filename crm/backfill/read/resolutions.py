@@ -1,4 +1,4 @@
-"""What people decided about rows in conflict, for whoever maps these rows. `crm.conflicts.decisions` records it.
+"""What people decided about rows in conflict, for whoever maps these rows. `crm.conflicts.resolving` records it.
 
 A run takes the rows that people decided on last, and in one place: whose contact they are must not depend on which
 worker is faster, and what they refer to may be made by this very run.

@@ -15,7 +15,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill.read.contacts import ContactIndex
 from crm.backfill.update.reader import Present
-from crm.backfill.write.settle import MAX_ATTEMPTS
+from crm.backfill.write.upsert import MAX_ATTEMPTS
 from crm.backfill.write.writer import TRANSACTION_SETTINGS, Timeouts, first_trigger, lock_contacts
 from crm.fields import array_type
 from crm.models import BackfillBatch, CRMContact, CRMStageHistory
@@ -181,9 +181,9 @@ class UpdateWriter:
                 to_write.append(group)
             else:
                 written.changes += group
-        for groups, landed in (apart := write_apart(self._connection, to_write, self._write_groups)).done:
+        for groups, ids in (apart := write_apart(self._connection, to_write, self._write_groups)).done:
             for group in groups:
-                if group[0].contact_id in landed:
+                if group[0].contact_id in ids:
                     written.changes += group
                 else:
                     written.changed_meanwhile.add(group[0].contact_id)
@@ -203,9 +203,9 @@ class UpdateWriter:
             )
 
     def _write_groups(self, groups: Sequence[list[Change]]) -> set[str]:
-        landed = self._write_contacts(groups)
-        self._write_history(change for group in groups for change in group if change.contact_id in landed)
-        return landed
+        written = self._write_contacts(groups)
+        self._write_history(change for group in groups for change in group if change.contact_id in written)
+        return written
 
     def _write_contacts(self, groups: Sequence[list[Change]]) -> set[str]:
         """Write the contacts that still are what was decided on; their ids."""

@@ -16,10 +16,10 @@ from django.db import DatabaseError, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill.read.contacts import ContactIndex
-from crm.backfill.write.settle import UnsettledError, UpsertResult, settle
+from crm.backfill.write.upsert import StillUnmatchedError, UpsertResult, upsert
 from crm.fields import array_type
 from crm.models import BackfillBatch, CRMContact
-from crm.outcome import Decision, Outcome, Reason, Refusal, Source, Totals
+from crm.outcome import Outcome, Reason, Refusal, RowOutcome, Source, Totals
 from crm.postgres.errors import RewrittenError, SettledMeanwhileError, row_refusal
 from crm.postgres.refusals import MAX_ALIKE, AlikeRefusals, names_of_the_schema
 from crm.postgres.transactions import certain_transaction
@@ -136,13 +136,13 @@ class DatabaseStore:
         return row.draft is not None and self._lookup.is_likely_met(row.draft.email)
 
     def insert(self, drafts: Sequence[ContactDraft]) -> set[str]:
-        """Insert contacts; the ids of those that landed."""
+        """Insert contacts; return the ids of those that were inserted."""
         # Two indexes are of the address: in its order, an insert walks along them instead of jumping about.
         contacts = CRMContact.bulk.using(self._connection.alias).order_by("email")
         contacts.bulk_create(map(CRMContact.of_draft, drafts), ignore_conflicts=True)
-        if not contacts.landed <= {draft.id for draft in drafts}:
+        if not contacts.inserted_ids <= {draft.id for draft in drafts}:
             raise RewrittenError(first_trigger(self._connection, "INSERT"), "id")
-        return contacts.landed
+        return contacts.inserted_ids
 
     def find_new(self, ids: Collection[str]) -> list[str]:
         """Those of these contacts that this transaction itself may have made, by a trigger that told nothing of it."""
@@ -221,66 +221,66 @@ class BatchWriter:
             # A batch that is tried again begins with what the one before it has left.
             alike = replace(self._alike)
             for rows in pages:
-                totals.add(self.settle_page(source, rows, alike))
+                totals.add(self.upsert_page(source, rows, alike))
             self._write_batch(source, totals, time.monotonic() - started)
             lease.renew(self.run_id, totals)
         self._alike = alike
         return totals
 
-    def settle_page(self, source: Source, rows: Sequence[MappedRow], alike: AlikeRefusals | None = None) -> Totals:
+    def upsert_page(self, source: Source, rows: Sequence[MappedRow], alike: AlikeRefusals | None = None) -> Totals:
         """Bring rows to an outcome and write their lines, inside a transaction of the caller's."""
-        settled = self._settle_apart(rows, alike or AlikeRefusals())
-        self._write_ledger(source, settled.decisions)
-        if self._replaces_lines and settled.made:
+        result = self._upsert_apart(rows, alike or AlikeRefusals())
+        self._write_ledger(source, result.row_outcomes)
+        if self._replaces_lines and result.made:
             # What updates changed in the contacts that are gone was not changed in these.
             with self._connection.cursor() as cursor:
-                cursor.execute(_FORGET_UPDATES, [list(settled.made)])
-        return Totals.of(settled.decisions, settled.created_by_type)
+                cursor.execute(_FORGET_UPDATES, [list(result.made)])
+        return Totals.of(result.row_outcomes, result.created_by_type)
 
     def keep_alive(self) -> None:
         """Renew the heartbeat without a batch. Raises lease.LeaseLostError."""
         lease.renew(self.run_id, Totals())
 
-    def _settle_apart(self, rows: Sequence[MappedRow], alike: AlikeRefusals) -> UpsertResult:
+    def _upsert_apart(self, rows: Sequence[MappedRow], alike: AlikeRefusals) -> UpsertResult:
         """Settle the rows; where PostgreSQL refuses one, halve until it stands alone, so that the others land.
 
         Raises EveryRowRefusedError where it seems to refuse all of them for one reason.
         """
-        settled = UpsertResult()
+        result = UpsertResult()
         waiting = [rows]
         while waiting:
             some = waiting.pop()
-            found = self._settle_or_refusal(some, settled.made)
+            found = self._upsert_or_refusal(some, result.made)
             if isinstance(found, UpsertResult):
-                if any(decision.outcome is not Outcome.ERROR for decision in found.decisions):
+                if any(row_outcome.outcome is not Outcome.ERROR for row_outcome in found.row_outcomes):
                     alike.end()
-                settled.decisions.extend(found.decisions)
-                settled.created_by_type.update(found.created_by_type)
-                settled.made.update(found.made)
+                result.row_outcomes.extend(found.row_outcomes)
+                result.created_by_type.update(found.created_by_type)
+                result.made.update(found.made)
             elif len(some) > 1:
                 middle = len(some) // 2
                 waiting += [some[middle:], some[:middle]]
             else:
                 refusal = names_of_the_schema(self._connection, found)
-                settled.decisions.append(_refused(some[0], refusal))
-                if _is_new(some[0]) and alike.note(refusal) and self._refuses_all(waiting, alike, settled.made):
+                result.row_outcomes.append(_refused(some[0], refusal))
+                if _is_new(some[0]) and alike.note(refusal) and self._refuses_all(waiting, alike, result.made):
                     alike.fail()
-        return settled
+        return result
 
-    def _settle_or_refusal(self, rows: Sequence[MappedRow], made_before: Collection[str]) -> UpsertResult | Refusal:
+    def _upsert_or_refusal(self, rows: Sequence[MappedRow], made_before: Collection[str]) -> UpsertResult | Refusal:
         try:
             with transaction.atomic(using=self._connection.alias):
-                settled = settle(rows, self._store, made_before)
-                met = {decision.contact_id for decision in settled.decisions if decision.outcome in _MET}
-                new = self._store.find_new({identifier for identifier in met if identifier} - settled.made)
+                result = upsert(rows, self._store, made_before)
+                met = {row_outcome.contact_id for row_outcome in result.row_outcomes if row_outcome.outcome in _MET}
+                new = self._store.find_new({identifier for identifier in met if identifier} - result.made)
                 transaction.set_rollback(bool(new), using=self._connection.alias)
             if not new:
-                return settled
+                return result
             # What is there without these rows was not made by their insert.
             self._store.require_there(new)
             with transaction.atomic(using=self._connection.alias):
-                return settle(rows, self._store, made_before)
-        except UnsettledError:
+                return upsert(rows, self._store, made_before)
+        except StillUnmatchedError:
             return self._silent_refusal(rows)
         except DatabaseError as error:
             refusal = row_refusal(error)
@@ -298,7 +298,7 @@ class BatchWriter:
             return alike.count > MAX_ALIKE
         for row in left[:: math.ceil(len(left) / MAX_ALIKE)]:
             with transaction.atomic(using=self._connection.alias):
-                found = self._settle_or_refusal([row], made_before)
+                found = self._upsert_or_refusal([row], made_before)
                 transaction.set_rollback(True, using=self._connection.alias)
             if isinstance(found, UpsertResult) or names_of_the_schema(self._connection, found) != alike.refusal:
                 return False
@@ -323,18 +323,18 @@ class BatchWriter:
             return refusal
         return _NO_REFUSAL
 
-    def _write_ledger(self, source: Source, decisions: Sequence[Decision]) -> None:
-        may_have_line = [self._replaces_lines or decision.known_reason is not None for decision in decisions]
-        fresh = [decision for decision, may in zip(decisions, may_have_line, strict=True) if not may]
-        again = [decision for decision, may in zip(decisions, may_have_line, strict=True) if may]
+    def _write_ledger(self, source: Source, row_outcomes: Sequence[RowOutcome]) -> None:
+        may_have_line = [self._replaces_lines or row_outcome.known_reason is not None for row_outcome in row_outcomes]
+        fresh = [row_outcome for row_outcome, may in zip(row_outcomes, may_have_line, strict=True) if not may]
+        again = [row_outcome for row_outcome, may in zip(row_outcomes, may_have_line, strict=True) if may]
         self._write_lines(_LEDGER, source, fresh)
         if self._write_lines(_LEDGER + _LEDGER_AGAIN, source, again) < len(again):
             raise SettledMeanwhileError
 
-    def _write_lines(self, statement: str, source: Source, decisions: Sequence[Decision]) -> int:
-        if not decisions:
+    def _write_lines(self, statement: str, source: Source, row_outcomes: Sequence[RowOutcome]) -> int:
+        if not row_outcomes:
             return 0
-        columns = [list(column) for column in zip(*map(_line, decisions), strict=True)]
+        columns = [list(column) for column in zip(*map(_line, row_outcomes), strict=True)]
         with self._connection.cursor() as cursor:
             cursor.execute(statement, [source.value, self.run_id, *columns])
             written: int = cursor.rowcount
@@ -344,21 +344,21 @@ class BatchWriter:
         BackfillBatch.of(self.run_id, source, totals, seconds).save(using=self._connection.alias, force_insert=True)
 
 
-def _line(decision: Decision) -> tuple[str | int | None, ...]:
+def _line(row_outcome: RowOutcome) -> tuple[str | int | None, ...]:
     """A decision's values for the columns of _LINE."""
-    refusal = decision.refusal or _NO_REFUSAL
+    refusal = row_outcome.refusal or _NO_REFUSAL
     return (
-        decision.id,
-        decision.source_id,
-        decision.outcome,
-        decision.reason,
-        decision.contact_id,
-        decision.updated_at,
-        ",".join(decision.filled) or None,
+        row_outcome.id,
+        row_outcome.source_id,
+        row_outcome.outcome,
+        row_outcome.reason,
+        row_outcome.contact_id,
+        row_outcome.updated_at,
+        ",".join(row_outcome.filled) or None,
         *refusal,
-        decision.contact_updated_at,
-        decision.confidence_before,
-        json.dumps(decision.identity_keys) if decision.identity_keys else None,
+        row_outcome.contact_updated_at,
+        row_outcome.confidence_before,
+        json.dumps(row_outcome.identity_keys) if row_outcome.identity_keys else None,
     )
 
 
@@ -367,7 +367,7 @@ def _is_new(row: MappedRow) -> bool:
     return row.known_reason != Reason.DATA_ERROR
 
 
-def _refused(row: MappedRow, refusal: Refusal) -> Decision:
-    return Decision(
+def _refused(row: MappedRow, refusal: Refusal) -> RowOutcome:
+    return RowOutcome(
         row.id, row.source_id, row.updated_at, row.known_reason, Outcome.ERROR, Reason.DATA_ERROR, refusal=refusal
     )

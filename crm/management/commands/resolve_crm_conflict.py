@@ -6,7 +6,7 @@ from typing import Any
 
 from django.core.management.base import CommandError, CommandParser
 
-from crm.conflicts import decisions
+from crm.conflicts import resolving
 from crm.errors import OperatorError
 from crm.management.operator_command import OperatorCommand
 from crm.rules.row_reference import RowReference
@@ -37,13 +37,13 @@ class Command(OperatorCommand):
         try:
             reference = RowReference.parse(row)
             if contact is not None:
-                decisions.belongs_to(reference, contact)
+                resolving.belongs_to(reference, contact)
                 decided = f"belongs to the contact {contact}"
             elif separate is not None:
-                decisions.is_separate(reference, separate)
+                resolving.is_separate(reference, separate)
                 decided = f"gets a contact of its own, {reference.line_id}"
             else:
-                self.stdout.write(decisions.conflict_of(reference))
+                self.stdout.write(resolving.conflict_of(reference))
                 return
         except OperatorError as error:
             raise CommandError(str(error), returncode=error.exit_code) from None

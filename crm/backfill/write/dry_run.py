@@ -15,8 +15,8 @@ from typing import Any
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill.read.contacts import ContactIndex, resolved_contacts, without_account
-from crm.backfill.write.settle import settle
-from crm.outcome import Decision, Outcome, Source, Totals
+from crm.backfill.write.upsert import upsert
+from crm.outcome import Outcome, RowOutcome, Source, Totals
 from crm.rules.mapping import ContactDraft, MappedRow
 from crm.rules.matching import ExistingContact, ExistingContacts, ProfileOfAddress
 
@@ -119,21 +119,21 @@ class Imagined:
         rows = self._rows("SELECT email, otherwise, id, contact_id FROM profile WHERE email", addresses)
         return [ProfileOfAddress(address, bool(otherwise), *ids) for address, otherwise, *ids in rows]
 
-    def note_profiles(self, rows: Iterable[MappedRow], decisions: Iterable[Decision]) -> None:
+    def note_profiles(self, rows: Iterable[MappedRow], row_outcomes: Iterable[RowOutcome]) -> None:
         """Remember the profiles that would have met a contact: it may have another address than they."""
         by_id = {row.id: row for row in rows}
-        met = [decision for decision in decisions if decision.outcome in (Outcome.MERGED, Outcome.EXISTS)]
-        profiles = ((decision, by_id[decision.id]) for decision in met)
+        met = [row_outcome for row_outcome in row_outcomes if row_outcome.outcome in (Outcome.MERGED, Outcome.EXISTS)]
+        profiles = ((row_outcome, by_id[row_outcome.id]) for row_outcome in met)
         self._database.executemany(
             "INSERT OR REPLACE INTO profile VALUES (?, ?, ?, ?)",
             [
-                (row.draft.email, row.raw_email != row.draft.email, row.source_id, decision.contact_id)
-                for decision, row in profiles
+                (row.draft.email, row.raw_email != row.draft.email, row.source_id, row_outcome.contact_id)
+                for row_outcome, row in profiles
                 if row.draft and not row.resolution
             ],
         )
 
-    def note(self, source: Source, decisions: Iterable[Decision]) -> None:
+    def note(self, source: Source, row_outcomes: Iterable[RowOutcome]) -> None:
         """Remember the lines that --update would find."""
         if not self._with_update:
             return
@@ -141,16 +141,16 @@ class Imagined:
             "INSERT OR REPLACE INTO line VALUES (?, ?, ?, ?, ?, ?, ?)",
             [
                 (
-                    decision.id,
-                    decision.outcome,
-                    decision.contact_id,
-                    decision.updated_at,
+                    row_outcome.id,
+                    row_outcome.outcome,
+                    row_outcome.contact_id,
+                    row_outcome.updated_at,
                     source,
-                    decision.source_id,
-                    ",".join(decision.filled),
+                    row_outcome.source_id,
+                    ",".join(row_outcome.filled),
                 )
-                for decision in decisions
-                if decision.outcome is not Outcome.ERROR
+                for row_outcome in row_outcomes
+                if row_outcome.outcome is not Outcome.ERROR
             ],
         )
 
@@ -215,9 +215,9 @@ class DryRunStore:
         if not drafts:
             return set()
         taken = self._keys_taken(drafts)
-        landed = [draft for draft in drafts if not taken or taken.isdisjoint(_keys(draft))]
-        self._imagined.make(landed)
-        return {draft.id for draft in landed}
+        inserted = [draft for draft in drafts if not taken or taken.isdisjoint(_keys(draft))]
+        self._imagined.make(inserted)
+        return {draft.id for draft in inserted}
 
     def fill(self, fills: dict[str, dict[str, Any]]) -> None:
         """Remember what contacts would get: the next row with their address may be another account's."""
@@ -274,11 +274,11 @@ class DryRunWriter:
         totals = Totals()
         with self.imagined.batch():
             for rows in pages:
-                settled = settle(rows, self.store)
+                result = upsert(rows, self.store)
                 if source.table == "profiles":
-                    self.imagined.note_profiles(rows, settled.decisions)
-                self.imagined.note(source, settled.decisions)
-                totals.add(Totals.of(settled.decisions, settled.created_by_type))
+                    self.imagined.note_profiles(rows, result.row_outcomes)
+                self.imagined.note(source, result.row_outcomes)
+                totals.add(Totals.of(result.row_outcomes, result.created_by_type))
         return totals
 
     def keep_alive(self) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from django.db import DatabaseError
 
-from crm.outcome import Decision
+from crm.outcome import RowOutcome
 from crm.rules.mapping import ContactDraft, MappedRow
 from crm.rules.matching import ExistingContacts, decide
 
@@ -32,7 +32,7 @@ class ContactStore(Protocol):
         """Take a first look at a batch."""
 
     def insert(self, drafts: Sequence[ContactDraft]) -> set[str]:
-        """Insert what meets no contact; the ids of the drafts that landed."""
+        """Insert what meets no contact; return the ids of those that were inserted."""
 
     def fill(self, fills: dict[str, dict[str, Any]]) -> None:
         """Fill what is NULL in contacts that are there."""
@@ -45,31 +45,31 @@ class ContactStore(Protocol):
 class UpsertResult:
     """Rows that have an outcome, and the contacts that they made: by type, and their ids."""
 
-    decisions: list[Decision] = field(default_factory=list)
+    row_outcomes: list[RowOutcome] = field(default_factory=list)
     created_by_type: Counter[str] = field(default_factory=Counter)
     made: set[str] = field(default_factory=set)
 
 
-def settle(rows: Sequence[MappedRow], store: ContactStore, made_before: Collection[str] = ()) -> UpsertResult:
+def upsert(rows: Sequence[MappedRow], store: ContactStore, made_before: Collection[str] = ()) -> UpsertResult:
     """Bring every row to an outcome. `made_before` are contacts of the same transaction, without a line as yet."""
-    settled = UpsertResult(made=set(made_before))
+    result = UpsertResult(made=set(made_before))
     store.notice(rows)
     at_first = _without_second_accounts(
         [row for row in rows if not (row.draft and (row.resolution or store.is_likely_met(row)))]
     )
-    waiting = _carry_out(at_first, ExistingContacts(), store, settled)
+    waiting = _insert_and_match(at_first, ExistingContacts(), store, result)
     if len(at_first) < len(rows):
         tried = {row.id for row in at_first} - {row.id for row in waiting}
         waiting = [row for row in rows if row.id not in tried]
     for _ in range(MAX_ATTEMPTS):
         if not waiting:
-            return settled
+            return result
         known = store.contacts_met_by(waiting)
         for contact in known:
             # The ledger does not say so yet: its lines are written with the end of the batch.
-            contact.ours = contact.ours or contact.id in settled.made
-        waiting = _carry_out(waiting, known, store, settled)
-    raise UnsettledError(len(waiting))
+            contact.ours = contact.ours or contact.id in result.made
+        waiting = _insert_and_match(waiting, known, store, result)
+    raise StillUnmatchedError(len(waiting))
 
 
 def _without_second_accounts(rows: Sequence[MappedRow]) -> list[MappedRow]:
@@ -86,23 +86,23 @@ def _without_second_accounts(rows: Sequence[MappedRow]) -> list[MappedRow]:
     return found
 
 
-def _carry_out(
-    rows: Sequence[MappedRow], known: ExistingContacts, store: ContactStore, settled: UpsertResult
+def _insert_and_match(
+    rows: Sequence[MappedRow], known: ExistingContacts, store: ContactStore, result: UpsertResult
 ) -> list[MappedRow]:
     """Do what the plan says; the rows that met a contact which the plan did not know of."""
     plan = decide(rows, known)
-    landed = store.insert(plan.creates)
+    inserted_ids = store.insert(plan.creates)
     store.fill(plan.fills)
-    lost = {draft.id for draft in plan.creates} - landed if len(landed) < len(plan.creates) else set()
-    settled.made.update(landed)
-    settled.created_by_type.update(draft.contact_type for draft in plan.creates if draft.id not in lost)
-    settled.decisions.extend(decision for decision in plan.decisions if decision.contact_id not in lost)
+    lost = {draft.id for draft in plan.creates} - inserted_ids if len(inserted_ids) < len(plan.creates) else set()
+    result.made.update(inserted_ids)
+    result.created_by_type.update(draft.contact_type for draft in plan.creates if draft.id not in lost)
+    result.row_outcomes.extend(row_outcome for row_outcome in plan.row_outcomes if row_outcome.contact_id not in lost)
     if not lost:
         return []
-    return [row for row, decision in zip(rows, plan.decisions, strict=True) if decision.contact_id in lost]
+    return [row for row, row_outcome in zip(rows, plan.row_outcomes, strict=True) if row_outcome.contact_id in lost]
 
 
-class UnsettledError(DatabaseError):
+class StillUnmatchedError(DatabaseError):
     """Contacts came and went faster than they could be looked up."""
 
     def __init__(self, rows: int) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from crm.backfill.update.reader import LineOfContact, Present
-from crm.backfill.write.rehearsal import DryRunStore, Imagined
+from crm.backfill.write.dry_run import DryRunStore, Imagined
 from crm.outcome import Outcome, Source, Totals
 from crm.rules.fold import FILLED_UNITS
 from crm.rules.mapping import MappedRow, Rules

@@ -12,8 +12,8 @@ from django.db import connection
 
 from config import embedded
 from crm.backfill import runner
-from crm.backfill.read import census
-from crm.backfill.read.census import survey
+from crm.backfill.read import inventory
+from crm.backfill.read.inventory import survey
 from crm.models import BackfillRun
 from crm.models.ledger import RunStatus
 from crm.outcome import Fault, Outcome, Source
@@ -66,7 +66,7 @@ def terminate_this_session() -> None:
         cursor.execute("SELECT pg_terminate_backend(pg_backend_pid())")
 
 
-def look() -> census.Inventory:
+def look() -> inventory.Inventory:
     return survey(connection, examine(connection, for_writing=False))
 
 
@@ -90,7 +90,7 @@ def test_the_census_is_the_same_where_the_rows_are_too_many_to_be_named(
     run()
     add_lead("new@example.com")
     named = look()
-    monkeypatch.setattr(census, "FEW_ROWS", few)
+    monkeypatch.setattr(inventory, "FEW_ROWS", few)
     assert look().census == named.census
     assert (Source.ACTIVE_LEADS in look().left) is (few == 2)
 
