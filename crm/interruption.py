@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first asks a run to end with its batch, the second ends it now.
+"""Ctrl-C, SIGTERM and the SIGHUP of a terminal that is gone: the first asks a run to end with its batch, the second ends it now.
 
 Neither breaks off what must not be: the claim of a run and the end of its record, see `crm.runs.lifecycle`.
 
@@ -27,7 +27,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.signals import connection_created
 from psycopg.pq import TransactionStatus
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 #: How long a batch may go on when the run is to stop, before what it is at is cancelled; seconds.
 GRACE = 1.0
 #: After what time it is cancelled again, and how often in vain before its connection is cut; seconds.
@@ -92,7 +92,7 @@ class Interruption:
             return
         self._note(connections[DEFAULT_DB_ALIAS])
         connection_created.connect(self._note, weak=False)
-        before = {number: signal.signal(number, self._request) for number in signals}
+        before = {number: signal.signal(number, self._request) for number in _heard(signals)}
         before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._cancel)
         _heeding.append(self)
         try:
@@ -150,6 +150,13 @@ def sleep_until(is_over: Callable[[], bool], seconds: float) -> None:
         time.sleep(min(left, _POLL_INTERVAL))
 
 
+def _heard(signals: Collection[signal.Signals]) -> Iterator[signal.Signals]:
+    """All but the SIGHUP that `nohup` has the process ignore."""
+    for number in signals:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            yield number
+
+
 def stop_is_requested() -> bool:
     """Whether the operator asked a run to stop, for whoever does not know which run it is part of."""
     return bool(_heeding) and _heeding[-1].requested
@@ -171,11 +178,11 @@ class StoppedError(Exception):
 
 @contextmanager
 def stopped_by_signals() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end what is inside at once: its statement is cancelled. Raises StoppedError."""
+    """Let SIGNALS end what is inside at once: its statement is cancelled. Raises StoppedError."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, _stop) for number in SIGNALS}
+    before = {number: signal.signal(number, _stop) for number in _heard(SIGNALS)}
     try:
         yield
     except KeyboardInterrupt as stop:

@@ -49,6 +49,7 @@ from crm.models import (
     LedgerEntry,
     Profile,
 )
+from crm.models.ledger import RunStatus
 from crm.outcome import Outcome, Source, UpdateOutcome
 from crm.postgres.snapshot import in_pages
 from crm.rules.mapping import ATTRIBUTION, contact_id
@@ -223,7 +224,7 @@ class RunAdmin(ReadOnlyAdmin):
     list_filter = (KindFilter, StatusFilter)
     inlines = (BatchInline,)
     fieldsets = (
-        (None, {"fields": ("kind", "status", "failure", "report_lost", "ledger")}),
+        (None, {"fields": ("kind", "status", "failure", "report_is_lost", "ledger")}),
         ("Rows", {"fields": ("read", *OUTCOMES, "error_new", "balanced", "tables")}),
         ("Looked at again", {"fields": ("revisited", *UPDATE_COUNTS, "changed_by_column", "changed")}),
         ("Rollback", {"fields": ("taken_back", "rollback_runs", "counts_of_the_rollback")}),
@@ -236,6 +237,11 @@ class RunAdmin(ReadOnlyAdmin):
     def duration(self, run: BackfillRun) -> str:
         """How long it took, or has been at work."""
         return str(timedelta(seconds=round(((run.finished_at or run.heartbeat_at) - run.started_at).total_seconds())))
+
+    @admin.display(description="report lost", boolean=True)
+    def report_is_lost(self, run: BackfillRun) -> bool:
+        """Whether it ended without a report, and no later run has told of it; one that is at work has yet to write."""
+        return run.report_lost and run.status != RunStatus.RUNNING
 
     @admin.display(description="options")
     def asked(self, run: BackfillRun) -> str:

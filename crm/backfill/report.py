@@ -289,7 +289,7 @@ def _words_on_contacts_twice(twice: ContactsTwice) -> str:
 
 def _told_again(lost: LostReport) -> str:
     return (
-        f"Run {lost.run_id} could not write its report. Rows newly in error in it: {lost.error_new:,}; "
+        f"Run {lost.run_id} did not write its report. Rows newly in error in it: {lost.error_new:,}; "
         "`python manage.py export_backfill_errors` lists those that still are."
     )
 

@@ -265,7 +265,7 @@ class _Work:
         take_anew = self.before is None or totals.decided
         self.after = after = self._census_of_the_end(run, ending) if take_anew else self.before
         faults = list(_faults_of(after)) if after else []
-        self.lost_reports = lost_reports()
+        self.lost_reports = lost_reports(run.pk)
         not_checked = lease.why_not_held(run.pk) or (None if after else "the tables are locked")
         if not_checked is None:
             faults += _faults_of_run(run, totals)

@@ -278,8 +278,9 @@ class _StopOfWorker:
 
 def _work(context: RunContext, messages: Connection, inherited: Sequence[Connection]) -> None:
     """Run shares in a worker process: shares come in, the counts of batches go out."""
-    # Ctrl-C reaches the whole group of processes; the parent decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C and a terminal that is gone reach the whole group of processes; the parent decides what they mean.
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     # With a copy of the parent's end the pipe would never read as closed.
     for end in inherited:

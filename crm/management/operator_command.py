@@ -13,7 +13,7 @@ EPILOG = "Exit code 6, of every command: standard output could not be written (a
 
 
 class OperatorCommand(BaseCommand):
-    """A command that Ctrl-C and SIGTERM end with exit code 4, and whose statements have limits."""
+    """A command that Ctrl-C, SIGTERM and SIGHUP end with exit code 4, and whose statements have limits."""
 
     def create_parser(self, prog_name: str, subcommand: str, **kwargs: Any) -> CommandParser:
         """The parser, with the exit code that all commands have. `--up` is to be no --update."""

@@ -63,6 +63,8 @@ def claim(
         version=VERSION,
         rules=RULES,
         generation=generation,
+        # Until it is written: whatever ends a run, the next one tells what was news in a report that nobody saw.
+        report_lost=kind == BackfillRun.Kind.BACKFILL,
         operator=operator(),
         host=process.host,
         process_id=process.process_id,

@@ -1,4 +1,7 @@
-"""Reports that could not be written: the next run tells what was news in them, so that no error is known unseen."""
+"""Reports that were not written: the next run tells what was news in them, so that no error is known unseen.
+
+A run owes its report from its claim on. So one that is killed, or whose output is full, needs no note of its own.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,6 @@ from typing import NamedTuple
 from django.db import DatabaseError
 
 from crm.models import BackfillRun
-from crm.output.streams import OutputError
 
 
 class LostReport(NamedTuple):
@@ -19,28 +21,19 @@ class LostReport(NamedTuple):
     error_new: int
 
 
-def lost_reports() -> list[LostReport]:
-    """The reports that were lost and that no run has told of since."""
-    lost = BackfillRun.objects.filter(report_lost=True).order_by("pk")
+def lost_reports(run_id: int) -> list[LostReport]:
+    """The reports of earlier runs that were lost and that no run has told of since."""
+    lost = BackfillRun.objects.filter(pk__lt=run_id, report_lost=True).order_by("pk")
     return [LostReport(*run) for run in lost.values_list("pk", "error_new")]
 
 
 @contextmanager
 def noted(run_id: int | None, told: Sequence[LostReport]) -> Iterator[None]:
-    """Write the report of a run inside. Notes whether it was lost; if not, those that it told of are no longer.
+    """Write the report of a run inside. Notes then that it is not lost, nor are those that it told of.
 
-    Raises what comes from inside. A note that cannot be made is no reason to fail: what was lost is told twice then, or
-    by standard error and the exit code alone.
+    A note that cannot be made is no reason to fail: what was written is told twice then.
     """
-    try:
-        yield
-    except OutputError:
-        _note([run_id] if run_id else [], lost=True)
-        raise
-    _note([report.run_id for report in told], lost=False)
-
-
-def _note(run_ids: Sequence[int], *, lost: bool) -> None:
-    if run_ids:
+    yield
+    if run_id is not None:
         with suppress(DatabaseError):
-            BackfillRun.objects.filter(pk__in=run_ids).update(report_lost=lost)
+            BackfillRun.objects.filter(pk__in=[run_id, *(lost.run_id for lost in told)]).update(report_lost=False)

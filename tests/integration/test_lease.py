@@ -23,12 +23,12 @@ from crm.models import BackfillRun
 from crm.models.ledger import RunStatus
 from crm.outcome import Source, Totals
 from crm.rules.options import RunOptions
-from crm.runs import lease
+from crm.runs import control, lease
 from crm.runs.process import ProcessIdentity
 from crm.runs.progress import Silence
 from tests.conftest import Database
 from tests.support import builders
-from tests.support.commands import run
+from tests.support.commands import backfill, run
 from tests.support.processes import database_url, manage, session, start
 from tests.support.profiles import SOAKING
 
@@ -446,6 +446,27 @@ def test_a_run_that_is_stopped_in_the_middle_of_a_batch_rolls_it_back(
 
     BackfillRun.objects.filter(status="paused").update(status="interrupted")
     assert (run()["created"], len(builders.contacts()), len(builders.ledger())) == (6, 9, 9)
+
+
+@pytest.mark.parametrize(
+    ("status", "actions"),
+    [("running", ()), ("running", ("cancel",)), ("running", ("pause", "resume")), ("finished", ())],
+)
+def test_rows_newly_in_error_in_a_run_that_wrote_no_report_are_news_to_the_next(
+    database: Database, status: str, actions: tuple[str, ...]
+) -> None:
+    builders.add_lead("nobody")
+    killed = run_backfill(RunOptions()).run_id
+    assert killed is not None
+    BackfillRun.objects.filter(pk=killed).update(status=status, **neighbour())
+    for action in actions:
+        control.act(action, killed)
+    ended = backfill("--json", "--no-progress")
+    assert (ended.code, ended.answer["error_new"]) == (1, 0)
+    assert ended.answer["lost_reports"] == [{"run_id": killed, "error_new": 1}]
+    assert f"Run {killed} did not write its report. Rows newly in error in it: 1;" in ended.stderr
+    ended = backfill("--json", "--no-progress")
+    assert (ended.code, ended.answer["lost_reports"], ended.stderr) == (0, [], "")
 
 
 @pytest.mark.process

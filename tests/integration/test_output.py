@@ -84,7 +84,7 @@ def test_errors_whose_report_was_lost_are_news_to_the_next_run(database: Databas
     ended: Finished = backfill("--json", "--no-progress")
     assert (ended.code, ended.answer["error_new"]) == (1, 0)
     assert ended.answer["lost_reports"][0] == {"run_id": lost.pk, "error_new": 1}
-    assert ended.stderr.startswith(f"Run {lost.pk} could not write its report. Rows newly in error in it: 1;")
+    assert ended.stderr.startswith(f"Run {lost.pk} did not write its report. Rows newly in error in it: 1;")
 
     ended = backfill("--json", "--no-progress")
     assert (ended.code, ended.answer["lost_reports"], ended.stderr) == (0, [], "")

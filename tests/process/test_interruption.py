@@ -144,6 +144,28 @@ def test_signals_mean_what_they_meant_before_once_the_run_is_over(database: Data
     assert signal.getsignal(number) is before
 
 
+@pytest.fixture
+def hangup() -> Iterator[Callable[[Any], None]]:
+    """Sets what SIGHUP does when a command starts."""
+    before = signal.getsignal(signal.SIGHUP)
+    yield lambda handler: signal.signal(signal.SIGHUP, handler)
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(("handler", "code"), [(signal.SIG_DFL, 4), (signal.SIG_IGN, 0)])
+def test_a_terminal_that_is_gone_ends_a_run_with_its_batch_unless_nohup_was_asked_for(
+    database: Database, hangup: Callable[[Any], None], handler: signal.Handlers, code: int
+) -> None:
+    hangup(handler)
+    add_many_leads(3 * SIZE)
+    with in_batch(1, send(signal.SIGHUP)):
+        assert backfill("--batch-size", str(SIZE), "--no-progress").code == code
+    assert the_run().batches.count() == (1 if code else 3)
+    assert signal.getsignal(signal.SIGHUP) == handler
+    backfill()
+    assert len(contacts()) == 3 * SIZE
+
+
 # In a process of its own, as an operator meets it
 
 

@@ -16,6 +16,7 @@ from django.db.backends.utils import CursorWrapper
 from crm.backfill.report import as_json
 from crm.backfill.runner import run_backfill
 from crm.rules.options import RunOptions
+from crm.runs.lost_reports import noted
 from crm.try_execute import QUOTE
 
 
@@ -59,7 +60,9 @@ def backfill(*arguments: str) -> Finished:
 
 def run(**options: Any) -> dict[str, Any]:
     """Run with these options, and return what --json prints."""
-    answer: dict[str, Any] = json.loads(as_json(run_backfill(RunOptions(**options))))
+    report = run_backfill(RunOptions(**options))
+    with noted(report.run_id, report.lost_reports):
+        answer: dict[str, Any] = json.loads(as_json(report))
     return answer
 
 
