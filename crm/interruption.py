@@ -1,4 +1,6 @@
-"""Ctrl-C, SIGTERM and the SIGHUP of a terminal that is gone: the first asks a run to end with its batch, the second ends it now.
+"""Ctrl-C, SIGTERM, and SIGHUP from a terminal that is gone.
+
+The first asks a run to end with its batch, the second ends it now.
 
 Neither breaks off what must not be: the claim of a run and the end of its record, see `crm.runs.lifecycle`.
 

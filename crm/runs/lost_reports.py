@@ -31,9 +31,10 @@ def lost_reports(run_id: int) -> list[LostReport]:
 def noted(run_id: int | None, told: Sequence[LostReport]) -> Iterator[None]:
     """Write the report of a run inside. Notes then that it is not lost, nor are those that it told of.
 
-    A note that cannot be made is no reason to fail: what was written is told twice then.
+    A note that cannot be made, or that a signal breaks off, changes nothing for a run that is over: what was written is
+    told twice then.
     """
     yield
     if run_id is not None:
-        with suppress(DatabaseError):
+        with suppress(DatabaseError, KeyboardInterrupt):
             BackfillRun.objects.filter(pk__in=[run_id, *(lost.run_id for lost in told)]).update(report_lost=False)
