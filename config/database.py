@@ -138,8 +138,10 @@ def parse(url: str, *, backfill_schema: str) -> Database:
     credentials, _, address = parts.netloc.rpartition("@")
     user, _, password = credentials.partition(":")
     host, port = _address(address)
+    host = _decoded(parameters.get("host") or host, "host", encoded="host" not in parameters) or DEFAULT_HOST
+    _require_one_host(host)
     return Database(
-        host=_decoded(parameters.get("host") or host, "host", encoded="host" not in parameters) or DEFAULT_HOST,
+        host=host,
         port=_port(parameters["port"]) if "port" in parameters else port,
         name=_name(parts.path),
         user=_decoded(user, "user"),
@@ -230,8 +232,7 @@ def _is_plain_word(name: str) -> bool:
 
 
 def _address(address: str) -> tuple[str, int]:
-    if "," in address:
-        raise DatabaseUrlError("it names several hosts", "Give the one of the primary server.")
+    _require_one_host(address)
     host, colon, port = address.rpartition(":")
     if not colon or port.endswith("]"):
         host, port = address, ""
@@ -240,6 +241,11 @@ def _address(address: str) -> tuple[str, int]:
     elif set(host) & set("[]:"):
         raise DatabaseUrlError("its host cannot be read", _PERCENT_ENCODE)
     return host, _port(port) if port else DEFAULT_PORT
+
+
+def _require_one_host(text: str) -> None:
+    if "," in text:
+        raise DatabaseUrlError("it names several hosts", "Give the one of the primary server.")
 
 
 def _port(port: str) -> int:

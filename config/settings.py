@@ -8,6 +8,7 @@ every variable.
 
 import os
 import secrets
+import stat
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -40,6 +41,12 @@ def _read_dotenv(path: Path) -> None:
     if os.environ.get("CRM_DOTENV") == "off" or not os.path.lexists(path):
         return
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            # A pipe would be waited for without end.
+            raise ImproperlyConfigured(
+                f"{path} cannot be read, since it is no regular file: put one in its place, or set CRM_DOTENV=off to "
+                "go without it."
+            )
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ImproperlyConfigured(

@@ -261,18 +261,25 @@ def advice(report: RunReport) -> str | None:
     """What else is to be known of a run: why it did not get to its end and how to go on, who is there twice, what
     earlier ones lost."""
     ended = _advice_on_the_end(report)
-    gone = _words_on_gone_contacts(report.gone) if report.gone and report.gone.is_news else None
+    gone = _words_on_gone_contacts(report.gone, report) if report.gone and report.gone.is_news else None
     twice = _words_on_contacts_twice(report.twice) if report.twice.contacts else None
     lost = map(_told_again, (lost for lost in report.lost_reports if lost.error_new))
     words = [*(text for text in (ended, gone, twice) if text), *lost]
     return "\n".join(words) or None
 
 
-def _words_on_gone_contacts(gone: GoneContacts) -> str:
+def _words_on_gone_contacts(gone: GoneContacts, report: RunReport) -> str:
     since = f", {gone.rows - gone.known:,} of them since run {gone.known_to}" if gone.known_to else ""
+    lost = (
+        f"{gone.rows:,} of {gone.settled:,} settled rows have lost their contact: it is gone from crm_contacts{since}."
+    )
+    if report.options.dry_run and report.options.recreate_deleted:
+        return (
+            f"{lost} This dry run looked at {report.recreated:,} of them again; its summary counts what a run would "
+            "make of them."
+        )
     return (
-        f"{gone.rows:,} of {gone.settled:,} settled rows have lost their contact: it is gone from crm_contacts{since}. "
-        "What people deleted stays deleted. If the table was restored or purged, `python manage.py "
+        f"{lost} What people deleted stays deleted. If the table was restored or purged, `python manage.py "
         "backfill_crm_contacts --recreate-deleted --dry-run` tells what it would make again."
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from crm.runs import control
 
@@ -15,6 +16,13 @@ def positive(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= len(str(MAX_ROWS)) and 1 <= int(text) <= MAX_ROWS):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {MAX_ROWS}")
     return int(text)
+
+
+def new_file(text: str) -> Path:
+    """The name of a file to write. Raises ArgumentTypeError for `-`, which would be the name of one as well."""
+    if text == "-":
+        raise argparse.ArgumentTypeError("'-' is no file: without this option the output goes to standard output")
+    return Path(text)
 
 
 def run_number(text: str) -> int | str:

@@ -13,9 +13,22 @@ _STARTS_OF_FORMULA = ("=", "+", "-", "@")
 _PART = re.compile(r"(?:^|(?<=[;|\t\r\n；｜]))[^;|\t\r\n；｜]+")  # noqa: RUF001 - the wide ones are meant
 
 
+_LINE_END = "\r\n"
+
+
+class _Lines:
+    """Writes the lines of a CSV writer, which has quoted each cell that holds a character of _LINE_END, with `\\n`."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+
+    def write(self, line: str) -> None:
+        self._file.write(f"{line.removesuffix(_LINE_END)}\n")
+
+
 def row_writer(file: IO[str]) -> Callable[[Iterable[object]], None]:
     """Return what writes one row to the file, cell by cell. Every CSV of the project is written by it."""
-    writer = csv.writer(file, lineterminator="\n")
+    writer = csv.writer(_Lines(file), lineterminator=_LINE_END)
 
     def write(values: Iterable[object]) -> None:
         writer.writerow(map(cell, values))

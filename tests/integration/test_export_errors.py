@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 from django.db import connection
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from crm.conflicts import dead_letters
 from crm.outcome import Reason, Source
-from crm.output.spreadsheet import cell
+from crm.output.spreadsheet import cell, row_writer
 from crm.postgres import snapshot
 from tests.conftest import Database
 from tests.support import builders
@@ -154,6 +154,31 @@ def test_whatever_a_cell_is_split_at_no_part_begins_a_formula_and_nothing_is_los
         seen = [character for character in part if unicodedata.category(character)[0] not in "CZ" and character != '"']
         assert unicodedata.normalize("NFKC", "".join(seen[:1]))[:1] not in {"=", "+", "-", "@"}
     assert shown.replace("'", "") == text.replace("'", "")
+
+
+@given(st.lists(st.text(st.sampled_from("\r\na,\"' ;=\N{LINE SEPARATOR}"), max_size=4), min_size=2, max_size=4))
+@example(["a\rb", "c"])
+def test_every_row_is_read_as_it_was_written(values: list[str]) -> None:
+    file = StringIO(newline="")
+    write = row_writer(file)
+    names = [str(number) for number in range(len(values))]
+    write(names)
+    write(values)
+    assert rows_of(file.getvalue()) == [dict(zip(names, map(cell, values), strict=True))]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("export_backfill_errors", ("--output", "-")),
+        ("verify_crm_contacts", ("--csv", "-")),
+        ("rollback_crm_backfill", ("1", "--csv", "-")),
+    ],
+)
+def test_a_dash_is_no_file(name: str, arguments: tuple[str, ...]) -> None:
+    ended = called(name, *arguments)
+    assert (ended.code, ended.stdout) == (2, "")
+    assert "without this option the output goes to standard output" in ended.stderr
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,10 @@ def test_contacts_that_are_gone_in_number_are_told_once_with_the_figure(database
     assert ended.answer["contacts_gone"] == {**told._asdict(), "is_news": True}
     assert "12 of 30 settled rows have lost their contact" in ended.stderr
     assert "--recreate-deleted --dry-run" in ended.stderr
+    predicted = backfill("--recreate-deleted", "--dry-run", "--no-progress")
+    assert predicted.stderr.endswith(
+        "This dry run looked at 12 of them again; its summary counts what a run would make of them.\n"
+    )
 
     ended = backfill("--json", "--no-progress")
     assert (ended.stderr, ended.answer["contacts_gone"]["rows"]) == ("", 12)

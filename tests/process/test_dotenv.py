@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -129,13 +130,15 @@ def test_a_file_without_a_usable_address_is_refused(checkout: Path, text: str) -
     assert "hunter2" not in shown.stderr
 
 
-@pytest.mark.parametrize("kind", ["folder", "dangling", "utf-16"])
+@pytest.mark.parametrize("kind", ["folder", "dangling", "utf-16", "pipe"])
 def test_a_file_that_cannot_be_read_is_refused(checkout: Path, kind: str) -> None:
     path = checkout / ".env"
     if kind == "folder":
         path.mkdir()
     elif kind == "dangling":
         path.symlink_to("nowhere")
+    elif kind == "pipe":
+        os.mkfifo(path)
     else:
         path.write_text(f"DATABASE_URL={URL}\n", encoding="utf-16")
     shown = show(checkout)

@@ -158,6 +158,8 @@ class TestRefusal:
             ("postgresql://crm:hunter2@db/", "names no database"),
             ("postgresql://crm:hunter2@db/tax/app", "a / in the name"),
             ("postgresql://crm:hunter2@one,two/tax", "several hosts"),
+            ("postgresql://crm:hunter2@one%2Ctwo/tax", "several hosts"),
+            (f"{PLAIN}?host=hunter2,two", "several hosts"),
             ("postgresql://crm:hunter2@db:99999/tax", "port"),
             ("postgresql://crm:hunter2@db:x/tax", "port"),
             ("postgresql://crm:hun#ter2@db/tax", "#"),

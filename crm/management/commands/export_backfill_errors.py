@@ -14,6 +14,7 @@ from django.db import connection
 
 from crm.conflicts.dead_letters import DeadLetter, dead_letters
 from crm.errors import OperatorError
+from crm.management.arguments import new_file
 from crm.management.operator_command import OperatorCommand
 from crm.output.files import file_of_option
 from crm.output.spreadsheet import row_writer
@@ -35,7 +36,7 @@ class Command(OperatorCommand):
         parser.add_argument("--csv", action="store_true", help="as CSV, which is the only form and the default")
         parser.add_argument(
             "--output",
-            type=Path,
+            type=new_file,
             metavar="FILE",
             help="write to this new file, which only this user may then read, instead of stdout",
         )

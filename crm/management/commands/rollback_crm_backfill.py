@@ -10,7 +10,7 @@ from django.core.management.base import CommandError, CommandParser
 
 from crm.backfill.report import console_on, progress_on_stderr
 from crm.errors import OperatorError
-from crm.management.arguments import run_number
+from crm.management.arguments import new_file, run_number
 from crm.management.operator_command import OperatorCommand
 from crm.rollback.report import as_json, listing, news, print_summary
 from crm.rollback.runner import DEFAULT_BATCH_SIZE, roll_back
@@ -42,7 +42,7 @@ class Command(OperatorCommand):
         parser.add_argument("--dry-run", action="store_true", help="tell what would be done, and write nothing at all")
         parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
         parser.add_argument(
-            "--csv", type=Path, metavar="FILE", help="list in a new file what becomes of each row, by its reference"
+            "--csv", type=new_file, metavar="FILE", help="list in a new file what becomes of each row, by its reference"
         )
         parser.add_argument(
             "--batch-size",

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from crm.backfill.report import console_on
 from crm.errors import OperatorError
+from crm.management.arguments import new_file
 from crm.management.operator_command import OperatorCommand
 from crm.output.files import file_of_option
 from crm.postgres.errors import told
@@ -40,7 +41,7 @@ class Command(OperatorCommand):
         )
         parser.add_argument(
             "--csv",
-            type=Path,
+            type=new_file,
             metavar="FILE",
             help="write every finding to this new file: kind, check, row, contact id, names of columns",
         )
