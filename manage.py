@@ -69,10 +69,9 @@ def main(arguments: list[str]) -> int:
     except OperationalError as error:
         if not _is_connection_failure(error):
             raise
-        reason = str(error).strip().removesuffix(".")
         return _refuse(
-            f"The database cannot be reached: {reason}. Check DATABASE_URL, the line for it in ~/.pgpass where the "
-            "password is kept there, and that the server runs."
+            f"The database cannot be reached: {_reason(error)}. Check DATABASE_URL, the line for it in ~/.pgpass where "
+            "the password is kept there, and that the server runs."
         )
     except ProgrammingError as error:
         if not isinstance(error.__cause__, InsufficientPrivilege):
@@ -89,6 +88,12 @@ def main(arguments: list[str]) -> int:
 def _refuse(message: str) -> int:
     sys.stderr.write(" ".join(message.split()) + "\n")
     return OperatorError.exit_code
+
+
+def _reason(error: OperationalError) -> str:
+    """What libpq says, as sentences of one line; its question whether the server runs is left to our own advice."""
+    lines = [line.strip().removesuffix(".") for line in str(error).splitlines()]
+    return ". ".join(line for line in lines if line and not line.endswith("?")).replace(":. ", ": ")
 
 
 def _is_connection_failure(error: OperationalError) -> bool:

@@ -320,8 +320,8 @@ def _advice_on_the_end(report: RunReport) -> str | None:
         return f"The run failed: {why}. What was committed stays; run the command again and it goes on from there."
     if report.status == RunStatus.PAUSED:
         return (
-            f"The run was paused. `python manage.py backfill_runs resume {report.run_id}` lets the next run go on, "
-            "from where this one stopped."
+            "The run was paused. Unless it is resumed by now, `python manage.py backfill_runs resume "
+            f"{report.run_id}` lets the next run go on, from where this one stopped."
         )
     if report.status != RunStatus.FINISHED:
         why = f": {report.failure}" if report.failure else ""

@@ -73,7 +73,7 @@ def print_summary(report: RollbackReport, console: Console) -> None:
     contacts = [numbers[f"contacts_{verdict}"] for verdict in Verdict]
     row("Contacts that the run created", sum(contacts), style="bold")
     row("  reversed", contacts[0], f"{deleted}: nobody had touched them")
-    row("  kept", contacts[1], "somebody touched them, or refers to them")
+    row("  kept", contacts[1], "somebody changed or deleted them, or refers to them")
     row("  failed", contacts[2], "the database refused", "red" if contacts[2] else "")
     merges = [numbers[f"merges_{verdict}"] for verdict in Verdict]
     row("Rows that it merged", sum(merges), style="bold")
@@ -210,7 +210,7 @@ def _advice(report: RollbackReport) -> str | None:
         why = f": {report.failure}" if report.failure else ""
         first = ""
         if report.status == RunStatus.PAUSED:
-            first = f"`python manage.py backfill_runs resume {report.run_id}` first, then "
+            first = f"unless it is resumed by now, `python manage.py backfill_runs resume {report.run_id}`; then "
         return (
             f"The rollback was {report.status.value}{why}. What is reversed stays so; {first}run the command again and "
             "it goes on."

@@ -255,8 +255,8 @@ def _require_run(run_id: int, facts: DatabaseFacts, *, may_take_over: bool) -> B
     """The run, if it is one that can be taken back."""
     if not facts.has_ledger:
         raise OperatorError(
-            f"There is no ledger that this role may read, so there is no run {run_id} to be found: `python manage.py "
-            "migrate` makes the ledger. Nothing was written."
+            f"There is no ledger that this role may read, so there is no run {run_id} to be found: run `python "
+            "manage.py migrate` first, or GRANT SELECT on its tables. Nothing was written."
         )
     run = control.find(run_id)
     if run.kind == BackfillRun.Kind.ROLLBACK:
@@ -289,7 +289,7 @@ def _later_runs(run: BackfillRun) -> tuple[list[int], dict[int, int]]:
     lines = LedgerEntry.objects.filter(run_id__gt=run.pk, outcome__in=(Outcome.CREATED, Outcome.MERGED))
     updates = ContactUpdate.objects.filter(run_id__gt=run.pk)
     found = {number for stands in (lines, updates) for number in stands.values_list("run_id", flat=True).distinct()}
-    finished = Rollback.objects.filter(of__in=found, run__status=RunStatus.FINISHED).order_by("run")
+    finished = Rollback.objects.filter(of__in=found, run__status=RunStatus.FINISHED).order_by("run_id")
     taken_back = dict(finished.values_list("of_id", "run_id"))
     return sorted(found - taken_back.keys(), reverse=True), taken_back
 
@@ -304,10 +304,12 @@ def _later_runs_stand(run: BackfillRun, later: Sequence[int], kept_of: Mapping[i
     if kept_of:
         named = _shortened([f"{of} (rolled back by {by})" for of, by in sorted(kept_of.items(), reverse=True)])
         parts.append(f"Later rollbacks kept a part of their runs, and another one would keep it as well: {named}.")
+    ways_out = "the conflict can be decided (`resolve_crm_conflict`)"
+    if later:
+        ways_out = f"a later run can be rolled back afterwards, and {ways_out}"
     return (
         f"{' '.join(parts)} When the rows of run {run.pk} are migrated again, they may be in conflict with the "
-        "contacts of later runs. Such a row is not lost: a later run can be rolled back afterwards, and a conflict can "
-        "be decided."
+        f"contacts of later runs. Such a row is not lost: {ways_out}."
     )
 
 

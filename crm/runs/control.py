@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
+from django.conf import settings
 from django.db import connection
 from django.db.models import Prefetch, QuerySet
 from django.db.models.functions import Coalesce, Now
@@ -60,7 +61,7 @@ def latest(count: int) -> list[BackfillRun]:
 def with_rollbacks(runs: QuerySet[BackfillRun]) -> QuerySet[BackfillRun]:
     """The same runs, each with what `rollback_of` and `rolled_back_by` tell of it, in one query for all."""
     return runs.select_related("rollback").prefetch_related(
-        Prefetch("rollbacks", Rollback.objects.select_related("run").order_by("run"))
+        Prefetch("rollbacks", Rollback.objects.select_related("run").order_by("run_id"))
     )
 
 
@@ -235,6 +236,9 @@ def told_to_the_operator(run_id: int | None = None) -> AbstractContextManager[No
     """Turn what the database refuses into what can be done about it."""
     known = {
         errors.LOCK_TIMEOUT: f"Run {run_id} has been committing for {PATIENCE:g} s. Nothing was changed: try again.",
-        errors.NO_SUCH_TABLE: "There are no runs that this role can see: `python manage.py migrate` makes the tables.",
+        errors.NO_SUCH_TABLE: (
+            "There are no runs that this role can see: run `python manage.py migrate` first, or GRANT SELECT on the "
+            f"tables in {settings.BACKFILL_SCHEMA}."
+        ),
     }
     return errors.told("The database broke off: {}. Nothing was changed: try again.", known=known)

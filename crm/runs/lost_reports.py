@@ -9,9 +9,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
-from django.db import DatabaseError
+from django.db import DatabaseError, connection, transaction
 
 from crm.models import BackfillRun
+
+#: How long the note of a report waits for whoever has locked the run's record.
+MAX_WAIT = "100ms"
 
 
 class LostReport(NamedTuple):
@@ -31,10 +34,13 @@ def lost_reports(run_id: int) -> list[LostReport]:
 def noted(run_id: int | None, told: Sequence[LostReport]) -> Iterator[None]:
     """Write the report of a run inside. Notes then that it is not lost, nor are those that it told of.
 
-    A note that cannot be made, or that a signal breaks off, changes nothing for a run that is over: what was written is
-    told twice then.
+    A note that cannot be made at once, or that a signal breaks off, changes nothing for a run that is over: what was
+    written is told twice then.
     """
     yield
-    if run_id is not None:
-        with suppress(DatabaseError, KeyboardInterrupt):
+    # Without a connection the record could not be ended, and a new one may have to wait for the same lock.
+    if run_id is not None and connection.connection is not None:
+        with suppress(DatabaseError, KeyboardInterrupt), transaction.atomic():
+            with connection.cursor() as cursor:
+                cursor.execute(f"SET LOCAL lock_timeout = '{MAX_WAIT}'")
             BackfillRun.objects.filter(pk__in=[run_id, *(lost.run_id for lost in told)]).update(report_lost=False)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
+import django
 import pytest
 from django.core.exceptions import ImproperlyConfigured
 from django.core.management.base import SystemCheckError
@@ -14,6 +15,7 @@ from pytest_django import Settings
 import manage
 from crm import checks
 from crm.errors import OperatorError
+from crm.version import VERSION
 from tests.conftest import Database
 from tests.process.test_settings import SECRET, run
 from tests.support.commands import ended
@@ -50,8 +52,14 @@ def test_a_database_that_does_not_answer() -> None:
     result = run("manage.py", "migrate", DATABASE_URL="postgresql://crm:hunter2@127.0.0.1:1/tax", SECRET_KEY=SECRET)
     assert result.returncode == 2
     assert result.stderr.startswith("The database cannot be reached: ")
+    assert "Connection refused. Check DATABASE_URL" in result.stderr
     assert result.stderr.count("\n") == 1
     assert "hunter2" not in result.stderr
+
+
+def test_a_command_of_ours_says_our_version_and_djangos() -> None:
+    told = ended(partial(manage.main, ["manage.py", "backfill_crm_contacts", "--version"]))
+    assert told == (0, f"crm-contacts-backfill {VERSION}, Django {django.get_version()}\n", "")
 
 
 def test_help_needs_no_database() -> None:

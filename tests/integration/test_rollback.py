@@ -173,6 +173,7 @@ def test_a_later_run_of_which_a_rollback_kept_something_is_not_to_be_rolled_back
     assert taken_back(first)["later_runs"] == []
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert warning.startswith("Later rollbacks kept a part of their runs, and another one would keep it as well: ")
+    assert warning.endswith("Such a row is not lost: the conflict can be decided (`resolve_crm_conflict`).")
     assert f": {second} (rolled back by {taken['run']}). When" in warning
     assert "use this order" not in warning
 

@@ -12,6 +12,7 @@ import pytest
 from django.core.management import load_command_class
 from django.db import connection
 
+from crm.backfill.report import advice
 from crm.backfill.runner import run_backfill
 from crm.errors import OperatorError
 from crm.models import BackfillRun, Rollback
@@ -177,12 +178,28 @@ class Meddler(Silence):
             self._action = None
 
 
+def test_a_run_that_was_resumed_before_it_noticed_the_pause_does_not_ask_for_it(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    builders.add_many_leads(9)
+    pause, resume = Meddler("pause"), Meddler("resume")
+
+    def pause_and_resume(_progress: Silence, source: Source, totals: Totals) -> None:
+        pause.advance(source, totals)
+        resume.advance(source, totals)
+
+    monkeypatch.setattr(Silence, "advance", pause_and_resume)
+    ended = backfill("--batch-size", "3", "--no-progress")
+    assert (ended.code, "resume" in ended.stderr, "run the command again" in ended.stderr) == (4, False, True)
+
+
 @pytest.mark.parametrize(("action", "status"), [("pause", "paused"), ("cancel", "cancelled")])
 def test_a_run_ends_at_its_next_batch(database: Database, action: str, status: str) -> None:
     builders.add_many_leads(9)
     report = run_backfill(RunOptions(batch_size=3), Meddler(action))
     assert report.status == status
     assert report.exit_code(strict=False) == 4
+    assert ("Unless it is resumed by now" in (advice(report) or "")) == (action == "pause")
     assert report.totals.created == 3
     assert len(builders.contacts()) == len(builders.ledger()) == 3
     (run,) = control.latest(1)
@@ -307,6 +324,10 @@ def test_runs_are_listed_and_shown_for_machines(database: Database) -> None:
     lines = dict(line.split(maxsplit=1) for line in backfill_runs("show", str(listed["run"])).stdout.splitlines())
     assert (lines["status"], lines["read"], lines["balanced"]) == ("finished", "6", "true")
     assert "failure" not in lines
+    taken = called("rollback_crm_backfill", str(listed["run"]), "--json").answer["run"]
+    names = [line.split()[0] for line in backfill_runs("show", str(taken)).stdout.splitlines()]
+    assert {"status", "took_back"} <= set(names), "and no line of what a backfill counts"
+    assert not {"read", "created", "error_new", "unchanged", "batches", "by_source"} & set(names)
 
 
 def test_runs_say_of_which_something_stands_and_which_rollback_did_not_come_to_its_end(database: Database) -> None:
@@ -318,6 +339,9 @@ def test_runs_say_of_which_something_stands_and_which_rollback_did_not_come_to_i
     assert said == [f"0 of run {made}: contacts 2; kept 1", f"0 by run {taken} (1 kept)"]
     BackfillRun.objects.filter(pk=taken).update(status="interrupted")
     assert f"by run {taken} (interrupted, 1 kept)" in backfill_runs("list").stdout
+    again = called("rollback_crm_backfill", str(made), "--json").answer["run"]
+    assert f"by run {taken} (interrupted, 1 kept), {again} (1 kept)" in backfill_runs("list").stdout
+    assert backfill_runs("show", str(made), "--json").answer["rolled_back_by"] == [taken, again]
 
 
 def test_runs_say_what_an_update_changed_and_what_was_taken_back_by_which(database: Database) -> None:
@@ -371,7 +395,7 @@ def test_before_migrate(database: Database, arguments: tuple[str, ...]) -> None:
         with connection.cursor() as cursor:
             cursor.execute("ALTER TABLE elsewhere RENAME TO backfill_run")
     assert finished.code == 2
-    assert "There are no runs that this role can see: `python manage.py migrate` makes the tables." in finished.stderr
+    assert "run `python manage.py migrate` first, or GRANT SELECT on the tables in crm_backfill." in finished.stderr
 
 
 def test_without_an_action_the_usage_is_shown() -> None:

@@ -75,6 +75,14 @@ def test_it_is_shared_and_outlives_all_but_the_last(data: Path) -> None:
     assert not is_running(data)
 
 
+def test_dbshell_is_on_the_embedded_server(data: Path, tmp_path: Path) -> None:
+    client = tmp_path / "psql"
+    client.write_text('#!/bin/sh\necho "$@"\n', encoding="ascii")
+    client.chmod(0o700)
+    shell = run("manage.py", "dbshell", CRM_EMBEDDED_DATA=str(data), PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert (shell.returncode, shell.stdout) == (0, f"-U postgres -h {data} -p 5432 crm\n")
+
+
 def test_a_killed_process_does_not_keep_it_alive(data: Path) -> None:
     with user_of(data) as process:
         first_line(process)

@@ -17,7 +17,7 @@ from crm.management.arguments import positive, run_number
 from crm.management.operator_command import OperatorCommand
 from crm.models import BackfillRun
 from crm.models.ledger import RunStatus
-from crm.outcome import Outcome
+from crm.outcome import Outcome, UpdateOutcome
 from crm.rules.options import as_arguments
 from crm.runs import control, lease
 from crm.runs.watching import POLL_INTERVAL, watch
@@ -33,6 +33,11 @@ _EXIT_CODES_OF_WATCH = {RunStatus.FINISHED: 0, RunStatus.FAILED: 5, RunStatus.RU
 _COLUMNS = (
     *("run", "kind", "status", "started (UTC)", "read", *Outcome, "new errors", "changed", "last heartbeat (UTC)"),
     "taken back",
+)
+#: What a rollback has none of.
+_OF_A_BACKFILL = (
+    *("read", *Outcome, "error_new", "revisited", *UpdateOutcome, "updated_and_kept"),
+    *("batches", "by_source", "by_reason", "new_by_reason", "updated_by_column"),
 )
 #: What is a name in digits, and no count of anything.
 _NUMBERS_OF_THINGS = ("run", "rolls_back", "process_id")
@@ -177,9 +182,14 @@ def _cells(run: BackfillRun) -> tuple[str, ...]:
 
 
 def _lines(details: dict[str, Any]) -> str:
-    """A name and a value a line; what is nested as JSON, what is unknown not at all."""
+    """A name and a value a line; what is nested as JSON, what is unknown or of no concern not at all."""
+    left_out = _OF_A_BACKFILL if details["kind"] == BackfillRun.Kind.ROLLBACK else ()
     width = max(map(len, details))
-    return "\n".join(f"{name:<{width}}  {_shown(name, value)}" for name, value in details.items() if value is not None)
+    return "\n".join(
+        f"{name:<{width}}  {_shown(name, value)}"
+        for name, value in details.items()
+        if value is not None and name not in left_out
+    )
 
 
 def _shown(name: str, value: Any) -> str:

@@ -80,12 +80,12 @@ def require_rights(
     script = f"docs/least_privilege.sql again{f' with --set {option}=on' if option else ''}"
     if dry_run:
         logger.warning(
-            "a run without --dry-run would be refused: this role may not %s. Let the tables' owner run %s",
+            "a run without --dry-run would be refused, since this role lacks: %s. Let the tables' owner run %s",
             lacked,
             script,
         )
         return
     raise OperatorError(
-        f"This role may not {lacked}. Let the tables' owner run {script}, or look first with --dry-run. "
+        f"This role lacks: {lacked}. Let the tables' owner run {script}, or look first with --dry-run. "
         "Nothing was written."
     )
