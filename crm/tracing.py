@@ -15,11 +15,13 @@ from typing import Any
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.errors import OperatorError
+from crm.models.ledger import RunStatus
 from crm.outcome import Outcome, Source
 from crm.postgres.facts.schema import DatabaseFacts, examine
 from crm.postgres.loaders import read_as_text
 from crm.postgres.snapshot import snapshot
 from crm.rules.addresses import canonical_address, canonical_address_sql
+from crm.rules.mapping import normalised_email
 from crm.rules.row_reference import RowReference
 
 #: How many of the last rollbacks are listed that may have reversed a row or an update here: they leave no trace of it.
@@ -55,8 +57,8 @@ SELECT "row", contact_id, decided_at FROM conflict_decision
  WHERE id = ANY(%(keys)s) OR contact_id = ANY(%(contacts)s) ORDER BY decided_at
 """
 _ROWS = {
-    "profiles": 'SELECT id, role::text, "updatedAt" FROM profiles WHERE id = ANY(%s)',
-    "leads": 'SELECT id, status::text, "updatedAt" FROM leads WHERE id = ANY(%s)',
+    "profiles": 'SELECT id, role::text, "createdAt", "updatedAt" FROM profiles WHERE id = ANY(%s)',
+    "leads": 'SELECT id, status::text, "createdAt", "updatedAt" FROM leads WHERE id = ANY(%s)',
 }
 _COMPUTED_ID = "'c' || left(encode(sha256(convert_to('{table}:' || id, 'UTF8')), 'hex'), 24)"
 # A scan of both tables: only for contacts of which nothing else is known.
@@ -68,9 +70,13 @@ _RUNS = """
 SELECT id, kind, status, started_at, finished_at, version FROM backfill_run WHERE id = ANY(%s) ORDER BY id
 """
 _ROLLBACKS = """
-SELECT of_id, run_id, status, started_at, updates_reversed FROM rollback JOIN backfill_run run ON run.id = run_id
+SELECT of_id, run_id, status, started_at, updates_reversed, of_id = ANY(%(runs)s)
+  FROM rollback JOIN backfill_run run ON run.id = run_id
  WHERE of_id = ANY(%(runs)s)
-    OR run_id IN (SELECT run_id FROM rollback WHERE %(is_pending)s OR updates_reversed > 0
+    OR run_id IN (SELECT run_id FROM rollback JOIN backfill_run run ON run.id = run_id
+                   WHERE (%(is_pending)s OR updates_reversed > 0)
+                     AND started_at >= COALESCE((SELECT min(moment::timestamp) FROM unnest(%(created)s::text[]) moment)
+                                                AT TIME ZONE 'UTC', '-infinity')
                    ORDER BY run_id DESC LIMIT %(most)s)
  ORDER BY run_id
 """
@@ -112,12 +118,21 @@ def trace_reference(connection: BaseDatabaseWrapper, text: str) -> dict[str, Any
 
 
 def trace_address(connection: BaseDatabaseWrapper, text: str) -> dict[str, Any]:
-    """What happened to whoever has an email address, however it is spelled. Raises OperatorError, as above."""
+    """What happened to whoever has an email address, however it is spelled.
+
+    Raises OperatorError, as above, and for a text that is no address alone, unless that very text is stored somewhere.
+    """
     _require_text(text)
     address = canonical_address(text)
     if not address:
         raise OperatorError("There is no email address on standard input.")
-    return _trace(connection, _Trail(), address)
+    trace = _trace(connection, _Trail(), address)
+    if not trace["found"] and normalised_email(text) is None:
+        raise OperatorError(
+            "What is on standard input is not an email address alone, and nothing is known of it: give the plain "
+            "address, without a name, < > or mailto:."
+        )
+    return trace
 
 
 def _require_text(text: str) -> None:
@@ -183,11 +198,16 @@ class _Reader:
         contacts = self._contacts(trail, lines)
         rows = self._source_rows(trail.rows, by_row)
         runs = sorted({each["run"] for each in (*lines, *updates)})
-        is_pending = any(row["state"] == "pending" for row in rows)
-        rollbacks = [
-            dict(zip(("rolls_back", "run", "status", "started_at", "updates_reversed"), rollback, strict=True))
-            for rollback in self._rows(_ROLLBACKS, {"runs": runs, "is_pending": is_pending, "most": MAX_ROLLBACKS})
-        ]
+        names = ("rolls_back", "run", "status", "started_at", "updates_reversed", "run_stands_here")
+        created = [row["created_at"] for row in rows]
+        asked_of_rollbacks = {
+            "runs": runs,
+            "is_pending": any(row["state"] == "pending" for row in rows),
+            # Of a row that is gone nobody knows since when it had been there.
+            "created": [] if None in created else created,
+            "most": MAX_ROLLBACKS,
+        }
+        rollbacks = [dict(zip(names, each, strict=True)) for each in self._rows(_ROLLBACKS, asked_of_rollbacks)]
         return {
             "found": bool(lines or updates or decisions)
             or any(contact["state"] != "unknown" for contact in contacts)
@@ -221,20 +241,21 @@ class _Reader:
         ]
 
     def _source_rows(self, rows: Iterable[RowReference], lines: Mapping[str, Found]) -> list[Found]:
-        there: dict[RowReference, tuple[str | None, str | None]] = {}
+        there: dict[RowReference, tuple[str | None, ...]] = {}
         for table, query in _ROWS.items():
             ids = [row.source_id for row in rows if row.table == table]
-            for source_id, label, updated_at in self._rows(query, [ids]) if ids else ():
-                there[RowReference(table, source_id)] = label, updated_at
+            for source_id, *told in self._rows(query, [ids]) if ids else ():
+                there[RowReference(table, source_id)] = tuple(told)
         found = []
         for row in sorted(rows):
-            label, updated_at = there.get(row, (None, None))
+            label, created_at, updated_at = there.get(row, (None, None, None))
             source = self.facts.source_of(row.table, label) if row in there else None
             found.append(
                 {
                     "row": str(row),
                     "state": self._state(row, lines.get(str(row)), label, is_there=row in there, source=source),
                     "source": source.value if source else None,
+                    "created_at": created_at,
                     "updated_at": updated_at,
                 }
             )
@@ -361,8 +382,16 @@ def _run_line(run: Found) -> str:
 def _rollback_line(rollback: Found) -> str:
     by, of = rollback["run"], rollback["rolls_back"]
     reversed_updates = rollback["updates_reversed"]
-    updates = f", reversed {reversed_updates:,} updates of contacts" if reversed_updates else ""
-    return f"Run {by}: rollback of run {of}, {rollback['status']}, started {_utc(rollback['started_at'])}{updates}"
+    updates = f", reversed {_updates(reversed_updates)}" if reversed_updates else ""
+    head = f"Run {by}: rollback of run {of}, {rollback['status']}, started {_utc(rollback['started_at'])}{updates}. "
+    if rollback["run_stands_here"]:
+        verb = "was kept" if rollback["status"] == RunStatus.FINISHED else "stands"
+        return f"{head}What run {of} did here, as told above, {verb}"
+    return f"{head}It may have reversed something here: a rollback leaves no trace in single rows"
+
+
+def _updates(count: int) -> str:
+    return f"{count:,} {'update of a contact' if count == 1 else 'updates of contacts'}"
 
 
 def _utc(moment: str | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 import sys
+from itertools import chain, islice
 from typing import Any, TextIO, cast
 
 from django.core.management.base import CommandError, CommandParser
@@ -43,7 +44,7 @@ class Command(OperatorCommand):
         try:
             with told("The database broke the trace off: {}. Try again."):
                 if whom == ON_STANDARD_INPUT:
-                    trace = trace_address(connection, _first_line())
+                    trace = trace_address(connection, _only_line())
                 else:
                     trace = trace_reference(connection, whom)
         except OperatorError as error:
@@ -57,16 +58,21 @@ class Command(OperatorCommand):
             raise SystemExit(1)
 
 
-def _first_line() -> str:
+def _only_line() -> str:
     # Python has none where the shell closed it.
     if (stdin := cast("TextIO | None", sys.stdin)) is None:
         raise _unreadable("it is closed")
     try:
-        return stdin.readline().strip()
+        # On a terminal the end would be waited for.
+        lines = [stdin.readline()] if stdin.isatty() else stdin
+        address, more = islice(chain(filter(None, map(str.strip, lines)), ("", "")), 2)
     except UnicodeDecodeError:
         raise OperatorError("Standard input is no text in UTF-8.") from None
     except OSError as error:
         raise _unreadable(error.strerror or str(error)) from None
+    if more:
+        raise OperatorError("There is more than one line on standard input: give one email address alone.")
+    return address
 
 
 def _unreadable(why: str) -> OperatorError:
