@@ -27,7 +27,7 @@ MAIN_PATHS := tests/property/test_backfill.py tests/property/test_orders.py test
 .PHONY: help install demo test test-unit test-installed check soak bench lock clean
 
 help: ## Show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
 
 install: $(VENV)/.installed ## Make .venv with all that development and the demo need
 
@@ -43,7 +43,7 @@ demo: install ## Sample people in a fresh embedded database, backfilled before y
 	$(MANAGE) migrate --verbosity 0
 	$(MANAGE) backfill_crm_contacts || test $$? -eq 1
 	@printf '%s\n' '' 'The rows in error are part of the sample. What to type next:' '' \
-		'  # again: nothing is left to do' \
+		'  # again: nothing new; only the rows in error are tried once more' \
 		'  $(NEXT) backfill_crm_contacts' \
 		'  # an account for the admin, and then a look at http://127.0.0.1:8000/admin/' \
 		'  $(NEXT) createsuperuser' \

@@ -90,7 +90,7 @@ def _secret_key() -> str:
         else "is not set: the admin signs its sessions with it, and there is no default in production"
     )
     raise ImproperlyConfigured(
-        f'SECRET_KEY {problem}. Make one with `python -c "import secrets; print(secrets.token_urlsafe(50))"` and put '
+        f'SECRET_KEY {problem}. Make one with `python3 -c "import secrets; print(secrets.token_urlsafe(50))"` and put '
         "it into the environment or into .env."
     )
 

@@ -193,7 +193,8 @@ def print_summary(report: RunReport, console: Console) -> None:
     for reason, count in sorted(totals.errors_by_reason.items()):
         new = totals.errors_new_by_reason[reason]
         row(f"  {reason}", count, f"{new:,} new, {count - new:,} known")
-    row("Excluded", sum(report.excluded.values()), "not to be migrated")
+    of_all = "; of all sources" if report.options.only else ""
+    row("Excluded", sum(report.excluded.values()), f"not to be migrated{of_all}")
     for reason, count in sorted(report.excluded.items()):
         row(f"  {reason}", count)
     if report.options.update:
