@@ -119,6 +119,9 @@ def test_the_summary_has_the_labels_that_people_know_and_what_is_new(database: D
     assert re.search(r"13 rows = 3 excluded \+ 10 in the ledger \+ 0 pending +\(holds\)", finished.stdout)
     assert re.search(r"Run \d+: finished in [\d.]+ s on generation 2025_10", finished.stdout)
     assert re.search(r"[\d,]+ rows/s", finished.stdout)
+    assert re.search(r"Excluded +3 +not to be migrated *\n", finished.stdout)
+    of_clients = backfill("--only", "clients", "--no-progress").stdout
+    assert re.search(r"Excluded +3 +not to be migrated; of all sources *\n", of_clients)
 
 
 def test_the_summary_of_a_second_run_says_that_there_was_nothing_to_do(database: Database) -> None:

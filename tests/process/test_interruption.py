@@ -148,7 +148,11 @@ def test_signals_mean_what_they_meant_before_once_the_run_is_over(database: Data
 def hangup() -> Iterator[Callable[[Any], None]]:
     """Sets what SIGHUP does when a command starts."""
     before = signal.getsignal(signal.SIGHUP)
-    yield lambda handler: signal.signal(signal.SIGHUP, handler)
+
+    def do(handler: Any) -> None:
+        signal.signal(signal.SIGHUP, handler)
+
+    yield do
     signal.signal(signal.SIGHUP, before)
 
 
