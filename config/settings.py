@@ -1,6 +1,6 @@
 """The settings of the project, one file. The environment decides, and a file .env beside manage.py where there is one.
 
-With DATABASE_URL this is production unless DEBUG says otherwise: a missing SECRET_KEY is an error, and the admin is
+With DATABASE_URL this is production unless DEBUG says otherwise: serving the admin needs a SECRET_KEY, and the admin is
 served over HTTPS only. With CRM_EMBEDDED_DATA in its place this is development, on the embedded PostgreSQL in that
 folder. Without either there is no database: a lost DATABASE_URL must not turn a server into a demo. .env.example names
 every variable.
@@ -75,24 +75,27 @@ def _development_key(path: Path) -> str:
     return path.read_text(encoding="ascii")
 
 
+HOW_TO_MAKE_A_KEY = (
+    'Make one with `python3 -c "import secrets; print(secrets.token_urlsafe(50))"` and put it into the environment or '
+    "into .env."
+)
+
+
 def _secret_key() -> str:
     # Read without django-environ: a value that begins with $ is the name of another variable to it.
     key = os.environ.get("SECRET_KEY", "").strip()
     is_strong = len(key) >= SHORTEST_KEY and len(set(key)) >= FEWEST_DIFFERENT
     if key and (DEBUG or is_strong):
         return key
-    if not key and (DEBUG or IS_DEVELOPMENT):
+    if key:
+        raise ImproperlyConfigured(
+            f"SECRET_KEY is easily guessed: the admin signs its sessions with it, so it needs {SHORTEST_KEY} "
+            f"characters, {FEWEST_DIFFERENT} different ones among them. {HOW_TO_MAKE_A_KEY}"
+        )
+    if DEBUG or IS_DEVELOPMENT:
         return _development_key(BASE_DIR / ".secret-key.development")
-    problem = (
-        f"is easily guessed: the admin signs its sessions with it, so it needs {SHORTEST_KEY} characters, "
-        f"{FEWEST_DIFFERENT} different ones among them"
-        if key
-        else "is not set: the admin signs its sessions with it, and there is no default in production"
-    )
-    raise ImproperlyConfigured(
-        f'SECRET_KEY {problem}. Make one with `python3 -c "import secrets; print(secrets.token_urlsafe(50))"` and put '
-        "it into the environment or into .env."
-    )
+    # Only serving the admin needs one, and refuses to go without: a cron line has no use for a secret.
+    return ""
 
 
 def _embedded_data() -> Path | None:
@@ -175,6 +178,13 @@ CRM_STATEMENT_TIMEOUT = _timeout("CRM_STATEMENT_TIMEOUT", default=600)
 
 DEBUG = _switch("DEBUG", default=False)
 SECRET_KEY = _secret_key()
+#: Why the admin cannot be served, if it cannot.
+NOT_SERVED = (
+    None
+    if SECRET_KEY
+    else "SECRET_KEY is not set: the admin signs its sessions with it, and there is no default in production. "
+    f"{HOW_TO_MAKE_A_KEY}"
+)
 ALLOWED_HOSTS = env.list("ALLOWED_HOSTS", default=[])
 CSRF_TRUSTED_ORIGINS = env.list("CSRF_TRUSTED_ORIGINS", default=[])
 

@@ -14,4 +14,7 @@ if settings.IS_DEVELOPMENT:
         "or in .env. `python manage.py runserver` shows the embedded development database."
     )
 
+if settings.NOT_SERVED:
+    raise ImproperlyConfigured(settings.NOT_SERVED)
+
 application = get_wsgi_application()

@@ -173,7 +173,7 @@ def django_db_setup(django_test_environment: None, django_db_blocker: DjangoDbBl
     pre_migrate.connect(_load_legacy_tables, dispatch_uid="tests.legacy_tables")
     with django_db_blocker.unblock():
         # A connection that a test of a module made before is not ours.
-        names = setup_databases(verbosity=0, interactive=False, aliases=["default"])
+        names = setup_databases(verbosity=0, interactive=False, aliases={"default": False})
         with connection.cursor() as cursor:
             # Nothing is to survive a crash of the server: tests need not wait for the disk.
             cursor.execute(f"ALTER DATABASE {connection.settings_dict['NAME']} SET synchronous_commit = off")

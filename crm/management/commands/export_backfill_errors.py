@@ -33,7 +33,6 @@ class Command(OperatorCommand):
 
     def add_arguments(self, parser: CommandParser) -> None:
         """What may be asked."""
-        parser.add_argument("--csv", action="store_true", help="as CSV, which is the only form and the default")
         parser.add_argument(
             "--output",
             type=new_file,

@@ -22,6 +22,8 @@ class Command(runserver.Command):
         if os.environ.get(DJANGO_AUTORELOAD_ENV) != "true":
             MigrationRecorder(connection).applied_migrations()
             connections.close_all()
+        if settings.NOT_SERVED:
+            raise OperatorError(settings.NOT_SERVED)
         if not (settings.DEBUG or settings.ALLOWED_HOSTS):
             raise OperatorError(
                 "The admin is served to no host: set DEBUG=on for a look at it on this machine, or, on a server, "
