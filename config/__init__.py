@@ -1,0 +1,1 @@
+"""The settings, and how the database is reached."""

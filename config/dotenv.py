@@ -1,10 +1,10 @@
-"""A file `.env`, read by the conventions of dotenv as python-dotenv has them. Pure: text in, names and values out.
+r"""A file `.env`, read by the conventions of dotenv as python-dotenv has them. Pure: text in, names and values out.
 
     NAME=value            white space around the name, the = and the value is not part of them
     export NAME=value     the same
     NAME=value # comment  a # after white space begins a comment; one within a value is part of it
     NAME='value'          as it is, also # and white space
-    NAME="value"          the same, with \\n, \\t, \\", \\\\ and the like
+    NAME="value"          the same, with \n, \t, \", \\ and the like
 
 A byte order mark and the line ends of Windows do no harm, and the last line of a name counts. ${NAME}, which other
 tools would expand, is refused outside single quotation marks.

@@ -1,0 +1,1 @@
+"""Brings the people of a web application into its CRM."""

@@ -19,6 +19,7 @@ class CrmConfig(AppConfig):
     default_auto_field = "django.db.models.BigAutoField"
 
     def ready(self) -> None:
+        """Register the checks, and what each new connection has to pass."""
         # The rights that a role needs are read off the models, so the checks come after them.
         from crm import checks, file_checks  # noqa: F401 - registers them
 

@@ -95,18 +95,22 @@ class Table:
 
     @property
     def missing_columns(self) -> list[str]:
+        """The attribution columns that the table does not have."""
         return [name for name in COLUMNS if name not in self.columns]
 
     @property
     def lacks_index(self) -> bool:
+        """Whether there is no valid index of them."""
         return self.index is None or not self.index.valid
 
     @property
     def marked_columns(self) -> list[str]:
+        """The columns that our migration added, by their comment."""
         return [name for name, column in self.columns.items() if column.marked]
 
     @property
     def has_marked_index(self) -> bool:
+        """Whether our migration made the index."""
         return self.index is not None and self.index.marked
 
 

@@ -18,6 +18,7 @@ class DatabaseClient(client.DatabaseClient):
     """`dbshell`, on the embedded server and no other."""
 
     def runshell(self, parameters: Iterable[str]) -> None:
+        """Start psql."""
         # Where the server listens is known once it has been connected to; it runs as long as this process.
         with self.connection.temporary_connection():
             pass
@@ -30,6 +31,7 @@ class DatabaseWrapper(base.DatabaseWrapper):
     client_class = DatabaseClient
 
     def get_connection_params(self) -> dict[str, Any]:
+        """Start the server where it does not run, and return where it listens."""
         data = self.settings_dict["EMBEDDED_DATA"]
         address = embedded.start(data)
         _announce(data)

@@ -142,8 +142,10 @@ class Latecomers:
             yield
 
     def _with_company(self) -> set[str]:
-        """The contacts whose address was written since the last run that finished, or that stayed then, and whose
-        address another one has."""
+        """Return the contacts whose address another one has, in another spelling.
+
+        Of these, those that were written since the last run that finished, or that stayed then.
+        """
         since, left = last_finished(self.connection, self.run_id)
         found: set[str] = set()
         for page in noncanonical_addresses(self.connection, "crm_contacts"):

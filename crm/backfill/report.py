@@ -259,8 +259,10 @@ def _errors(report: RunReport, *, strict: bool) -> str | None:
 
 
 def advice(report: RunReport) -> str | None:
-    """What else is to be known of a run: why it did not get to its end and how to go on, who is there twice, what
-    earlier ones lost."""
+    """Return what else an operator has to know of a run; None where there is nothing.
+
+    Why it did not get to its end and how to go on, which contacts are gone or there twice, which reports were lost.
+    """
     ended = _advice_on_the_end(report)
     gone = _words_on_gone_contacts(report.gone, report) if report.gone and report.gone.is_news else None
     twice = _words_on_contacts_twice(report.twice) if report.twice.contacts else None

@@ -107,10 +107,11 @@ class _Tally:
 
 
 def run_backfill(options: RunOptions, progress: Progress | None = None) -> RunReport:
-    """Run once. Raises OperatorError before anything is written: AnotherRunError when another run is going,
-    BrokenStartError when the database breaks off.
+    """Run once; return the report, also of a run that failed, was stopped or was taken over.
 
-    Everything that happens later is in the report: a run that failed, was stopped or was taken over.
+    Raises:
+        OperatorError: before anything is written; AnotherRunError when another run is going, BrokenStartError when the
+            database breaks off.
     """
     started_at, started = timezone.now(), time.monotonic()
     with errors.beginning():

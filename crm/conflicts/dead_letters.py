@@ -83,8 +83,11 @@ _DECISIONS = " LEFT JOIN conflict_decision decision ON decision.id = line.id"
 
 
 class DeadLetter(NamedTuple):
-    """A row in error. `row_gone` says so of a row that is no longer there. `decision` is what a person decided, without
-    the address of a contact of the row's own. `email` is as it is stored, and None unless it was asked for."""
+    """A row in error.
+
+    `row_gone` is true for a row that is no longer there. `decision` is what a person decided, without the address of a
+    contact of the row's own. `email` is as it is stored, and None unless it was asked for.
+    """
 
     source: str
     row: str

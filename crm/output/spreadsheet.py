@@ -17,7 +17,7 @@ _LINE_END = "\r\n"
 
 
 class _Lines:
-    """Writes the lines of a CSV writer, which has quoted each cell that holds a character of _LINE_END, with `\\n`."""
+    """Writes the lines of a CSV writer, which quotes each cell with a character of _LINE_END, with a line feed."""
 
     def __init__(self, file: IO[str]) -> None:
         self._file = file

@@ -69,8 +69,10 @@ class EveryRowRefusedError(Exception):
 
 
 class SettledMeanwhileError(DatabaseError):
-    """This run has settled rows of the batch already: the last commit of a killed worker came through after all, or a
-    row has gone over to another source since."""
+    """This run has settled rows of the batch already.
+
+    The last commit of a killed worker came through after all, or a row has gone over to another source since.
+    """
 
 
 class RewrittenError(DatabaseError):

@@ -57,7 +57,8 @@ class ListingError(Exception):
 class Listener(Protocol):
     """Is told what became of each batch, once it is committed. Raises ListingError."""
 
-    def __call__(self, undone: Reverted) -> None: ...
+    def __call__(self, undone: Reverted) -> None:
+        """Take note of a batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -84,8 +84,11 @@ class SourceRow:
 
 @dataclass(frozen=True, slots=True)
 class StoredContact:
-    """A contact as it is now. `version` is PostgreSQL's own mark of the row's version (`xmin`); `set_elsewhere` are
-    columns that the backfill never writes and that do not have their default."""
+    """A contact as it is now.
+
+    `version` is PostgreSQL's own mark of the row's version (`xmin`); `set_elsewhere` are columns that the backfill
+    never writes and that do not have their default.
+    """
 
     version: str
     values: ContactDraft

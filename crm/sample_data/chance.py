@@ -59,6 +59,7 @@ class Chance:
         return self.random() < share
 
     def pick(self, values: Sequence[T]) -> T:
+        """One of the values."""
         return values[int(self.random() * len(values))]
 
     def maybe(self, share: float, values: Sequence[T]) -> T | None:
@@ -66,6 +67,7 @@ class Chance:
         return values[int(self.random() * len(values))] if self.random() < share else None
 
     def number(self, below: int) -> int:
+        """A whole number from 0 on."""
         return int(self.random() * below)
 
     def after(self, moment: int, longest: int) -> int:
@@ -77,6 +79,7 @@ class Chance:
         return max(0, moment - int(self.random() * longest))
 
     def timestamp(self, moment: int) -> str:
+        """A moment as PostgreSQL writes it."""
         day, rest = divmod(moment, DAY)
         second, millisecond = divmod(rest, SECOND)
         return f"{self._days[day]} {self._clock[second]}.{millisecond:03d}"

@@ -36,6 +36,8 @@ class _Card:
 
 
 class Crm:
+    """The contacts, interactions and stage history that the application's users made."""
+
     def __init__(self, chance: Chance, shape: Shape) -> None:
         self._chance = chance
         self._stages = shape.stages
@@ -44,6 +46,7 @@ class Crm:
         self._free_user: str | None = None
 
     def in_another_case(self, email: str) -> str:
+        """The same address, sometimes with other capitals."""
         chance = self._chance
         luck = chance.random()
         if luck < 0.3:

@@ -31,6 +31,7 @@ class Loaded:
 
     @property
     def total(self) -> int:
+        """The number of rows of all tables."""
         return sum(self.rows.values())
 
 

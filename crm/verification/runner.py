@@ -54,8 +54,10 @@ class VerificationReport:
 
     @property
     def exit_code(self) -> int:
-        """0 when there is no defect and the census balances, else 1. What changed since, be it a row, a contact or the
-        rules, and what is pending is fine."""
+        """Return 0 when there is no defect and the row counts balance, else 1.
+
+        Rows, contacts and rules that changed since are no defects, and neither are pending rows.
+        """
         return 1 if self.defects or not self.census.balances else 0
 
 

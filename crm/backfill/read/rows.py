@@ -150,9 +150,9 @@ class LinesOfContact(NamedTuple):
 
 
 class FoundRow(NamedTuple):
-    """A source row as it is now. `mapped` is None when it is one that is not to be migrated; `updated_at` is None where
-    nobody can tell.
+    """A source row as it is now.
 
+    `mapped` is None for a row that is not to be migrated; `updated_at` is None where it is not known.
     `other` is CHANGED, for the user of a profile and for the preparer of a lead; for the preparer alone also NOT_THERE,
     or NOT_LINKED where the lead names a user who has no profile.
     """

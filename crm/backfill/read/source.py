@@ -163,8 +163,10 @@ class Fault(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Source rows that were read at once, as they came from the database, the key to go on after, and whether there
-    are no more. `faults` are rows that stand in no order among the others."""
+    """Source rows that were read at once, as they came from the database.
+
+    `key` is the one to go on after; `faults` are rows that stand in no order among the others.
+    """
 
     rows: list[tuple[Any, ...]]
     key: Key | None
@@ -197,8 +199,9 @@ class SourceReader:
         return replace(self, choice=UNSETTLED) if self.choice == EVERY_ROW else self
 
     def page(self, after: Key | None, size: int, most_new: int | None = None) -> Page:
-        """At most `size` rows that are to be looked at, from strictly after a key on; of rows that no run has looked
-        at, at most `most_new`. Fewer where they are long.
+        """Return at most `size` of the rows to read, from strictly after a key on; fewer where they are long.
+
+        Of rows that no run has read yet, at most `most_new`.
 
         An error is tried again by every run, and once by each: a batch may have been committed though nobody heard so.
         A row that cannot be read is a fault of the page, and ids that several rows have come last, as faults as well.

@@ -83,8 +83,10 @@ MAX_LISTED = 50_000
 
 @dataclass(frozen=True, slots=True)
 class DueReader(SourceReader):
-    """Reads the rows of a source that are due. Where they are few, they are listed first, so that the others are passed
-    over; else it walks along all of them."""
+    """Reads the rows of a source that are due.
+
+    Where they are few, it lists them first and skips the others; otherwise it goes through all rows.
+    """
 
     listed: list[Sequence[str] | None] = field(default_factory=list, compare=False)
 

@@ -253,8 +253,10 @@ class UpdateWriter:
 
 
 def _recorded(change: Change) -> Iterator[tuple[str | int | None, ...]]:
-    """What a change writes, for the columns of _RECORDED: row by row that something comes from, and what cannot be
-    taken back apart from what can."""
+    """Return what a change writes, as values for the columns of _RECORDED.
+
+    One for each row that something comes from, and what cannot be taken back apart from what can.
+    """
     apart: dict[tuple[str, bool], list[str]] = {}
     for name, origin in change.origins.items():
         is_lost = name in change.former and change.former[name] is None

@@ -10,6 +10,8 @@ from crm.sample_data.loader import load
 
 
 class Command(BaseCommand):
+    """Arguments, one call, print."""
+
     help = (
         "Make the application's tables where they are missing, and fill them with made-up people as they really are. "
         "A database whose tables hold rows is never touched."
@@ -18,6 +20,7 @@ class Command(BaseCommand):
     requires_migrations_checks = False
 
     def add_arguments(self, parser: CommandParser) -> None:
+        """Add how many people, of which generation, from which seed."""
         parser.add_argument(
             "--people",
             type=int,
@@ -42,6 +45,7 @@ class Command(BaseCommand):
         )
 
     def handle(self, *_args: Any, people: int, generation: str, seed: int, **_options: Any) -> None:
+        """Load the sample data."""
         try:
             loaded = load(people, generation, seed)
         except OperatorError as error:

@@ -1,5 +1,7 @@
-"""Who refers to `crm_contacts`: every foreign key that the catalogue knows, whatever its table, schema or columns; and
-the application's own tables, which have none where Prisma keeps the relations (`relationMode = "prisma"`).
+"""Who refers to `crm_contacts`: foreign keys, and the application's own tables.
+
+Every foreign key counts that the catalogue knows, whatever its table, schema or columns. The application's tables have
+none where Prisma keeps the relations (`relationMode = "prisma"`).
 
 The application grows tables that this project has never heard of. Whether their rows go with a contact (CASCADE), lose
 it (SET NULL) or keep it (RESTRICT) makes no difference here: a contact that somebody refers to is in use.
