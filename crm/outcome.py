@@ -1,6 +1,6 @@
 """What becomes of source rows, and how it is counted. Pure: no database, no Django.
 
-The identity of a run is `read = created + merged + exists + error`; over the tables it is
+The reconciliation of a run is `read = created + merged + exists + error`; over the tables it is
 `rows = excluded + in the ledger + pending`. Rows that --update looks at again have one of their own:
 `revisited = updated + kept + unchanged`. A row that changed its contact is updated, whatever it kept besides.
 """

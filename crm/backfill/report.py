@@ -27,6 +27,9 @@ LINE_EVERY = 10.0
 #: How many contacts a line names.
 MAX_NAMED = 10
 
+#: The lines of the reconciliation stand under one another.
+_INDENT = " " * len("Reconciliation: ")
+
 _LABELS_OF_TYPE = (("Clients", "CLIENT"), ("Tax Preparers", "PREPARER"), ("Affiliates", "AFFILIATE"), ("Leads", "LEAD"))
 
 
@@ -213,18 +216,18 @@ def print_summary(report: RunReport, console: Console) -> None:
 
 
 def reconciliation_lines(report: RunReport) -> str:
-    """The identity of the run and that of the tables, in figures."""
+    """Return the reconciliation of the run and that of the tables, in figures."""
     totals = report.totals
     parts = " + ".join(f"{count:,} {name}" for name, count in totals.outcomes.items())
-    lines = [f"Identity: {totals.read:,} read = {parts}"]
+    lines = [f"Reconciliation: {totals.read:,} read = {parts}"]
     if (census := report.census) is not None:
         lines.append(
-            f"          {census.rows:,} rows = {sum(census.excluded.values()):,} excluded + "
+            f"{_INDENT}{census.rows:,} rows = {sum(census.excluded.values()):,} excluded + "
             f"{census.in_ledger:,} in the ledger + {sum(census.pending.values()):,} pending"
         )
     if report.options.update:
         parts = f"{totals.updated:,} changed + {totals.kept:,} kept only + {totals.unchanged:,} unchanged"
-        lines.append(f"          {totals.revisited:,} looked at again = {parts}")
+        lines.append(f"{_INDENT}{totals.revisited:,} looked at again = {parts}")
     if report.balanced is not None:
         lines[-1] += "  (holds)" if report.balanced else "  (DOES NOT HOLD)"
     elif report.not_checked:
@@ -319,7 +322,7 @@ def in_place_of_the_report(report: RunReport) -> str:
 
 def _advice_on_the_end(report: RunReport) -> str | None:
     if report.status == RunStatus.FAILED:
-        why = report.failure or "the identity does not hold"
+        why = report.failure or "the reconciliation does not hold"
         return f"The run failed: {why}. What was committed stays; run the command again and it goes on from there."
     if report.status == RunStatus.PAUSED:
         return (

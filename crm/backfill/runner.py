@@ -49,9 +49,9 @@ MAX_WAIT_OF_A_STOP = "500ms"
 class RunReport:
     """How a run went. `run_id` is None for a dry run.
 
-    `census` is of its end, and None where nothing could be counted any more. `balanced` is None where the identity was
-    not checked; `not_checked` says why. `recreated` are the rows that were to be looked at again since their contact
-    was gone; `gone` are those that have lost theirs, at the end, None where that was not looked at. `twice` are
+    `census` is of its end, and None where nothing could be counted any more. `balanced` is None where the
+    reconciliation was not checked; `not_checked` says why. `recreated` are the rows that were read again since their
+    contact was gone; `gone` are those that have lost theirs, at the end, None where that was not looked at. `twice` are
     contacts that have another one beside them with the same address in another spelling.
     """
 
@@ -260,7 +260,7 @@ class _Work:
         self.tally = counted
 
     def _check(self, run: BackfillRun, ending: Ending) -> Checked:
-        """Check the identity against the tables."""
+        """Check the reconciliation against the tables."""
         totals = self.tally.totals
         # Where nothing was decided anew, the ledger is as it was.
         take_anew = self.before is None or totals.decided
@@ -274,7 +274,9 @@ class _Work:
             self.gone = self._look_for_gone_contacts(after)
         return Checked(
             balanced=False if faults else None if not_checked else True,
-            failure=f"the identity does not hold: {'; '.join(faults)}" if faults and not_checked is None else None,
+            failure=f"the reconciliation does not hold: {'; '.join(faults)}"
+            if faults and not_checked is None
+            else None,
             not_checked=not_checked,
             recorded={"census": _recorded(after, self.gone, self.twice) if after else None},
         )

@@ -93,7 +93,7 @@ def news(report: VerificationReport) -> str | None:
     counts = {check: report.findings.counts[check, Kind.DEFECT] for check in Check}
     what = [f"{check.value} {count:,}" for check, count in counts.items() if count]
     if not report.census.balances:
-        what.append("the identity does not hold")
+        what.append("the reconciliation does not hold")
     return f"verification: {_count_of_defects(report)} ({', '.join(what)}); --csv lists them"
 
 
@@ -128,11 +128,11 @@ def _proof(report: VerificationReport) -> Group:
     for label, count, remark in _proof_rows(report):
         table.add_row(label, f"{count:,}", remark)
     census = report.census
-    identity = (
-        f"Identity: {census.rows:,} rows = {sum(census.excluded.values()):,} excluded + {census.in_ledger:,} in the "
-        f"ledger + {sum(census.pending.values()):,} pending  {'(holds)' if census.balances else '(DOES NOT HOLD)'}"
+    reconciliation = (
+        f"Reconciliation: {census.rows:,} rows = {sum(census.excluded.values()):,} excluded + {census.in_ledger:,} in "
+        f"the ledger + {sum(census.pending.values()):,} pending  {'(holds)' if census.balances else '(DOES NOT HOLD)'}"
     )
-    return Group(table, Text(identity), Text(target_line()), "")
+    return Group(table, Text(reconciliation), Text(target_line()), "")
 
 
 def _proof_rows(report: VerificationReport) -> Iterator[tuple[str, int, str]]:

@@ -115,7 +115,7 @@ def test_the_summary_has_the_labels_that_people_know_and_what_is_new(database: D
     }
     assert re.search(r"Errors +2 +2 new", finished.stdout)
     assert re.search(r"invalid_email +2 +2 new, 0 known", finished.stdout)
-    assert "Identity: 10 read = 6 created + 1 merged + 1 exists + 2 error" in finished.stdout
+    assert "Reconciliation: 10 read = 6 created + 1 merged + 1 exists + 2 error" in finished.stdout
     assert re.search(r"13 rows = 3 excluded \+ 10 in the ledger \+ 0 pending +\(holds\)", finished.stdout)
     assert re.search(r"Run \d+: finished in [\d.]+ s on generation 2025_10", finished.stdout)
     assert re.search(r"[\d,]+ rows/s", finished.stdout)
@@ -377,24 +377,24 @@ def test_exit_code_5_for_what_waiting_does_not_cure(database: Database) -> None:
     assert len(contacts()) == 1
 
 
-def test_exit_code_5_when_the_identity_does_not_hold(database: Database) -> None:
+def test_exit_code_5_when_the_reconciliation_does_not_hold(database: Database) -> None:
     add_many_leads(3)
     with losing_ledger_lines():
         finished = backfill("--no-progress")
     assert finished.code == 5
     assert "(DOES NOT HOLD)" in finished.stdout
-    why = "the identity does not hold: the batches counted 3 rows, the ledger has 0 lines of this run"
+    why = "the reconciliation does not hold: the batches counted 3 rows, the ledger has 0 lines of this run"
     assert f"The run failed: {why}." in finished.stderr
     (record,) = BackfillRun.objects.all()
     assert (record.status, record.balanced, record.failure) == (RunStatus.FAILED, False, why)
 
 
-def test_json_tells_that_the_identity_does_not_hold(database: Database) -> None:
+def test_json_tells_that_the_reconciliation_does_not_hold(database: Database) -> None:
     add_many_leads(3)
     with losing_ledger_lines():
         answer = backfill("--json", "--no-progress").answer
     assert (answer["status"], answer["balanced"]) == ("failed", False)
-    assert answer["failure"].startswith("the identity does not hold: ")
+    assert answer["failure"].startswith("the reconciliation does not hold: ")
 
 
 # What was asked

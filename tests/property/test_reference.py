@@ -635,7 +635,7 @@ def check(population: Population, result: Result, ledger: dict[str, Line]) -> No
 
 @settings(deadline=None)
 @given(populations(added_labels=True))
-def test_in_any_population_the_identity_holds_and_no_key_is_twice(population: Population) -> None:
+def test_in_any_population_the_reconciliation_holds_and_no_key_is_twice(population: Population) -> None:
     check(population, backfill(population), {})
 
 
