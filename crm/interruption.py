@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import psycopg
 from django.db import DEFAULT_DB_ALIAS, connections
@@ -49,6 +49,14 @@ _heeding: list[Interruption] = []
 
 class InterruptedRunError(Exception):
     """The operator asked to stop; what was committed stays. The message is for the run's record, if there is one."""
+
+
+class StopRequest(Protocol):
+    """Whether a run was asked to stop."""
+
+    @property
+    def requested(self) -> bool:
+        """Asked between batches and while waiting."""
 
 
 class Interruption:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from django.db import connection
 
-from crm.backfill.pipeline import Pipeline, StopRequest, Writer
+from crm.backfill.pipeline import Pipeline, Writer
 from crm.backfill.read.contacts import ContactIndex
 from crm.backfill.read.readahead import ReadingThread
 from crm.backfill.read.resolutions import Resolutions
@@ -27,6 +27,7 @@ from crm.backfill.update.reader import DueReader, Present, rows_to_revisit
 from crm.backfill.update.writer import UpdateWriter
 from crm.backfill.write.dry_run import DryRunWriter
 from crm.backfill.write.writer import BatchWriter, Timeouts
+from crm.interruption import StopRequest
 from crm.outcome import Source, Totals
 from crm.postgres.facts.schema import DatabaseFacts
 from crm.rules.options import RunOptions

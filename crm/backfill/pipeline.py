@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import Protocol
 
@@ -18,12 +19,12 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from crm.backfill.read.readahead import ReadAhead, ReadingThread
 from crm.backfill.read.resolutions import Resolutions
 from crm.backfill.read.source import Key, SourceReader
-from crm.interruption import STOPPED_IN_A_BATCH, InterruptedRunError, sleep_until
+from crm.interruption import STOPPED_IN_A_BATCH, InterruptedRunError, StopRequest, sleep_until
 from crm.outcome import Source, Totals
 from crm.postgres import errors
 from crm.rules.mapping import MappedRow, Rules
 from crm.rules.throttling import MAX_PAUSE, BatchSizer, Throttle
-from crm.runs.retrying import Backoff
+from crm.runs.retrying import Retries
 
 logger = logging.getLogger(__name__)
 
@@ -35,15 +36,7 @@ class Writer(Protocol):
         """Write a batch, page by page."""
 
     def keep_alive(self) -> None:
-        """Show that the run is alive while it waits. Raises fence.LeaseLostError."""
-
-
-class StopRequest(Protocol):
-    """Whether somebody asked the run to stop."""
-
-    @property
-    def requested(self) -> bool:
-        """Asked between batches and while waiting."""
+        """Show that the run is alive while it waits. Raises LeaseLostError."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -60,12 +53,15 @@ class Pipeline:
     throttles: Sequence[Throttle] = ()
     resolutions: Resolutions = field(default_factory=Resolutions)
     limit: int | None = None
-    retries: Backoff = field(default_factory=Backoff)
+    _retries: Retries = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._retries = Retries(self.connection, self.stop, self.sizer)
 
     def work_through(self, reader: SourceReader, turn: int = 0) -> None:
         """Read, map and write every batch of a source, where the rate is limited after `turn` other processes.
 
-        Raises InterruptedRunError, fence.LeaseLostError, and django.db.Error for what trying again did not cure.
+        Raises InterruptedRunError, LeaseLostError, and django.db.Error for what trying again did not cure.
         """
         for throttle in self.throttles:
             throttle.begin(time.monotonic(), min(self.sizer.size, self.limit or self.sizer.size), turn)
@@ -85,32 +81,15 @@ class Pipeline:
         with ReadAhead(reader, self.rules, self.reading) as ahead:
             while self.limit is None or self.limit > 0:
                 self._heed_stop()
-                totals, after = self._batch_with_retries(ahead, reader.source, after)
+                batch = partial(self._batch, ahead, reader.source, after)
+                totals, after = self._retries.run(batch, before_retry=ahead.ask_the_ledger)
                 if totals is None:
                     return
                 if totals.rows:
                     self.on_batch(reader.source, totals)
 
-    def _batch_with_retries(
-        self, ahead: ReadAhead, source: Source, after: Key | None
-    ) -> tuple[Totals | None, Key | None]:
-        attempt = 1
-        while True:
-            try:
-                self._keep_pace()
-                return self._batch(ahead, source, after)
-            except DjangoDatabaseError as error:
-                cause = errors.transient_cause(error)
-                if cause is None or attempt > self.retries.max_retries or self.stop.requested:
-                    raise
-                self._give_way(cause, attempt)
-                ahead.ask_the_ledger()
-                # Sessions that lock in any order go on doing so: what ends their deadlocks is a batch of one row.
-                attempt += not (errors.is_deadlock(error) and self.sizer.size > 1)
-                if reason := errors.too_many_rows(error):
-                    logger.warning(self.sizer.halve(reason))
-
     def _batch(self, ahead: ReadAhead, source: Source, after: Key | None) -> tuple[Totals | None, Key | None]:
+        self._keep_pace()
         started = time.monotonic()
         pages = ahead.pages(after, self.sizer.size, self.limit)
         first = next(pages, None)
@@ -142,12 +121,6 @@ class Pipeline:
                 self._sleep(min(pause.seconds, MAX_PAUSE))
                 self._heed_stop()
                 self.writer.keep_alive()
-
-    def _give_way(self, cause: str, attempt: int) -> None:
-        wait = self.retries.announce(cause, attempt)
-        self.connection.close_if_unusable_or_obsolete()
-        self._sleep(wait)
-        self._heed_stop()
 
     def _sleep(self, seconds: float) -> None:
         sleep_until(lambda: self.stop.requested, seconds)

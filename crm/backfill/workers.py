@@ -22,11 +22,11 @@ from django.db import Error as DjangoDatabaseError
 from django.db import connection, connections
 
 from crm.backfill.context import OnBatch, Phase, RunContext, Task
-from crm.backfill.pipeline import Pipeline, StopRequest
+from crm.backfill.pipeline import Pipeline
 from crm.backfill.read.readahead import ReadingThread
 from crm.backfill.read.source import EVERYBODY, Partition
 from crm.errors import OperatorError
-from crm.interruption import InterruptedRunError, Interruption
+from crm.interruption import InterruptedRunError, Interruption, StopRequest
 from crm.postgres import errors
 from crm.runs.lease import LeaseLostError
 

@@ -16,7 +16,6 @@ from datetime import datetime, timedelta
 from functools import partial
 from typing import NamedTuple, Protocol
 
-from django.db import Error as DjangoDatabaseError
 from django.db import connection
 from django.db.models import Count
 from django.utils import timezone
@@ -34,10 +33,11 @@ from crm.rollback.ahead import PagesAhead
 from crm.rollback.reader import Reader
 from crm.rollback.undo import Counts, DatabaseUndoer, DryRunUndoer, Reverted, RunDeletedError, Undoer, counted
 from crm.rules.reverting import Line
+from crm.rules.throttling import BatchSizer
 from crm.runs import control, lease
 from crm.runs.lifecycle import Checked, Ending, Lifecycle, lifecycle
 from crm.runs.progress import Progress, Silence
-from crm.runs.retrying import Backoff
+from crm.runs.retrying import Retries
 
 DEFAULT_BATCH_SIZE = 2_000
 #: How many later runs a warning names one by one.
@@ -167,7 +167,10 @@ class _Work:
     listener: Listener | None
     life: Lifecycle
     counts: Counts = field(default_factory=Counts)
-    retries: Backoff = field(default_factory=Backoff)
+    _retries: Retries = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._retries = Retries(connection, self.life.interruption, BatchSizer(fixed=self.batch_size))
 
     def through(self, lines: dict[Source, int]) -> None:
         """Undo every line. Raises what ends it before."""
@@ -207,9 +210,10 @@ class _Work:
         after = ""
         while True:
             self.life.interruption.heed()
-            done = self._batch_with_retries(batch, after)
+            done = self._retries.run(partial(self._batch_after, batch, after))
             if done is None:
                 return
+            self._retries.sizer.after_batch(len(done.lines), seconds=0)
             after = done.last
             self.counts.add(counted(done.undone))
             for source in {line.source for line in done.lines if isinstance(line.outcome, Outcome)}:
@@ -218,23 +222,8 @@ class _Work:
             if self.listener:
                 self.listener(done.undone)
 
-    def _batch_with_retries(self, batch: _Batch, after: str) -> _Done | None:
-        size = self.batch_size
-        attempt = 1
-        while True:
-            try:
-                return batch(after, size)
-            except DjangoDatabaseError as error:
-                cause = errors.transient_cause(error)
-                if cause is None or attempt > self.retries.max_retries or self.life.interruption.requested:
-                    raise
-                wait = self.retries.announce(cause, attempt)
-                attempt += not (errors.is_deadlock(error) and size > 1)
-                if errors.too_many_rows(error):
-                    size = max(1, size // 2)
-                connection.close_if_unusable_or_obsolete()
-                self.life.interruption.sleep(wait)
-                self.life.interruption.heed()
+    def _batch_after(self, batch: _Batch, after: str) -> _Done | None:
+        return batch(after, self._retries.sizer.size)
 
     def _batch_of_updates(self, undoer: Undoer, after: str, size: int) -> _Done | None:
         records = self.reader.updates(after, size)

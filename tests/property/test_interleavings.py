@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 
 from crm.backfill import runner
 from crm.backfill.context import OnBatch, Phase, RunContext, Task
-from crm.backfill.pipeline import Pipeline, StopRequest
+from crm.backfill.pipeline import Pipeline
 from crm.backfill.read.readahead import ReadingThread
 from crm.backfill.read.source import Partition
 from crm.backfill.workers import InProcess
+from crm.interruption import StopRequest
 from crm.outcome import Source, Totals
 from tests.conftest import Database
 from tests.property.test_backfill import assert_as_the_reference, load, run
