@@ -27,7 +27,7 @@ from crm.models import (
     LedgerEntry,
     Rollback,
 )
-from crm.postgres.errors import told
+from crm.postgres.errors import as_operator_error
 from crm.postgres.facts.schema import (
     CONTACT_COLUMNS,
     OPTIONAL_COLUMNS,
@@ -141,7 +141,7 @@ def _of_roles(
 
 
 def _told() -> AbstractContextManager[None]:
-    return told("The database broke the check off: {}. Try again.")
+    return as_operator_error("The database broke the check off: {}. Try again.")
 
 
 def _is_migrated(rights: _Rights) -> bool:

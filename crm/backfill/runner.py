@@ -114,7 +114,7 @@ def run_backfill(options: RunOptions, progress: Progress | None = None) -> RunRe
             database breaks off.
     """
     started_at, started = timezone.now(), time.monotonic()
-    with errors.beginning():
+    with errors.refusing_to_start():
         facts = examine(
             connection,
             for_writing=not options.dry_run,
@@ -125,11 +125,11 @@ def run_backfill(options: RunOptions, progress: Progress | None = None) -> RunRe
     watcher = progress or Silence()
     with lifecycle() as life:
         if not options.dry_run:
-            with errors.beginning():
+            with errors.refusing_to_start():
                 life.claim(lambda: _claim(options, facts))
         work = _Work(options, facts, life, watcher)
         with _closing(watcher):
-            ending = life.carry_through(work.through, WorkerError, ErrorBudgetError, errors.EveryRowRefusedError)
+            ending = life.carry_out(work.through, WorkerError, ErrorBudgetError, errors.EveryRowRefusedError)
         report = work.close(ending)
     return replace(report, started_at=started_at, seconds=time.monotonic() - started)
 
@@ -164,7 +164,7 @@ class _Work:
 
     def through(self) -> None:
         """Bring every row to an outcome. Raises what ends it before."""
-        before, pending_ids, gone = self.life.counting(
+        before, pending_ids, gone = self.life.keeping_the_lease(
             lambda: survey(connection, self.facts, with_gone=self.options.recreate_deleted)
         )
         self.before = before
@@ -172,7 +172,7 @@ class _Work:
         self.life.interruption.heed()
         to_read = {source: before.to_read(source) + gone[source] for source in self.options.sources}
         rows = {source: count for source, count in to_read.items() if count}
-        resolutions, every = self.life.patiently(self._resolutions)
+        resolutions, every = self.life.retrying(self._resolutions)
         run_id = self.life.run.pk if self.life.run else None
         context = RunContext(self.options, self.facts, run_id, resolutions, every, pending_ids, before.unstarted)
         with _executor(context, self.life.interruption, self._on_batch) as executor:
@@ -183,12 +183,12 @@ class _Work:
                 executor.run(Task(source, Phase.RESOLVED))
             if self.options.update:
                 # Before, so that the second pass fills the contacts that were met; after, since it writes addresses.
-                self.life.patiently(self._settle_latecomers)
+                self.life.retrying(self._settle_latecomers)
                 for source in self.options.sources:
                     executor.run(Task(source, Phase.REVISIT))
-            self.life.patiently(self._settle_latecomers)
+            self.life.retrying(self._settle_latecomers)
         if run_id is None and self.facts.has_ledger:
-            self.gone = self.life.patiently(lambda: self._look_for_gone_contacts(before))
+            self.gone = self.life.retrying(lambda: self._look_for_gone_contacts(before))
 
     def _look_for_gone_contacts(self, census: RowCounts) -> GoneContacts:
         settled = sum(census.settled.values())

@@ -79,7 +79,7 @@ def conflict_of(row: RowReference) -> str:
 
     Raises OperatorError where the row is not in conflict.
     """
-    with _told_to_the_operator("Try again."):
+    with _as_operator_error("Try again."):
         line = _require_conflict(row)
         decision = ConflictDecision.objects.filter(pk=row.line_id).first()
         whose = decision and decision.contact_id
@@ -139,7 +139,7 @@ def _record(row: RowReference, contact: str | None, email: str | None) -> None:
 @contextmanager
 def _between_runs() -> Iterator[None]:
     """A transaction in which no run is going or begins; what is refused in it says that nothing was recorded."""
-    with _told_to_the_operator("Nothing was recorded: try again."), certain_transaction(connection):
+    with _as_operator_error("Nothing was recorded: try again."), certain_transaction(connection):
         lease.require_silence()
         try:
             yield
@@ -147,7 +147,7 @@ def _between_runs() -> Iterator[None]:
             raise OperatorError(f"{error} Nothing was recorded.") from None
 
 
-def _told_to_the_operator(what_now: str) -> AbstractContextManager[None]:
+def _as_operator_error(what_now: str) -> AbstractContextManager[None]:
     """Turn what the database refuses into what can be done about it, without the address that it quotes."""
     known = {
         errors.NO_SUCH_TABLE: (
@@ -158,4 +158,4 @@ def _told_to_the_operator(what_now: str) -> AbstractContextManager[None]:
             "This role may not look for the row or record a decision: docs/least_privilege.sql gives the rights."
         ),
     }
-    return errors.told(f"The database broke off: {{}}. {what_now}", known=known)
+    return errors.as_operator_error(f"The database broke off: {{}}. {what_now}", known=known)

@@ -25,7 +25,7 @@ class RunStatus(models.TextChoices):
     FINISHED = "finished"  # went through to its end
 
 
-#: Who holds the fence: no other run starts meanwhile.
+#: Who holds the lease: no other run starts meanwhile.
 HOLDING = (RunStatus.RUNNING, RunStatus.PAUSED)
 
 

@@ -97,7 +97,7 @@ class BrokenStartError(OperatorError):
 
 
 @contextmanager
-def told(
+def as_operator_error(
     message: str, *, known: Mapping[str, str] | None = None, kind: type[OperatorError] = OperatorError
 ) -> Iterator[None]:
     """Tell the operator in one line what the database had against something.
@@ -119,9 +119,9 @@ def told(
         raise kind(message.format(describe(error))) from None
 
 
-def beginning() -> AbstractContextManager[None]:
+def refusing_to_start() -> AbstractContextManager[None]:
     """Tell in one line what the database had against the beginning of a run. Raises BrokenStartError."""
-    return told(
+    return as_operator_error(
         "The database broke the start off: {}. No row was touched; run the command again.", kind=BrokenStartError
     )
 

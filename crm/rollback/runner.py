@@ -1,9 +1,9 @@
 """One rollback, from the first look at the run to the report.
 
-    find the run -> examine -> claim the fence -> batches of the run's lines, by id: judge, undo, commit
+    find the run -> examine -> claim the lease -> batches of the run's lines, by id: judge, undo, commit
             -> compare the counts with the ledger -> close -> RollbackReport
 
-A dry run takes the same way with an undoer that writes nothing, and claims no fence.
+A dry run takes the same way with an undoer that writes nothing, and claims no lease.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def roll_back(
     when another run is going. Everything that happens later is in the report.
     """
     started_at, started = timezone.now(), time.monotonic()
-    with errors.beginning():
+    with errors.refusing_to_start():
         facts = examine(connection, for_writing=not dry_run)
         run = _require_run(run_id, facts, may_take_over=not dry_run)
         lines = _require_lines(run)
@@ -125,10 +125,10 @@ def roll_back(
         logger.warning(_later_runs_stand(run, later_runs, kept_of))
     with lifecycle() as life:
         if not dry_run:
-            with errors.beginning():
+            with errors.refusing_to_start():
                 life.claim(lambda: _claim(run, facts))
         work = _Work(reader, batch_size, progress or Silence(), listener, life)
-        ending = work.close(life.carry_through(lambda: work.through(lines), ListingError, RunDeletedError))
+        ending = work.close(life.carry_out(lambda: work.through(lines), ListingError, RunDeletedError))
     return RollbackReport(
         run_id=life.run.pk if life.run else None,
         rolls_back=run_id,

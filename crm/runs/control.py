@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 
 def latest(count: int) -> list[BackfillRun]:
     """The last runs, the newest first. Raises OperatorError before `migrate`, and where they may not be read."""
-    with told_to_the_operator():
+    with as_operator_error():
         return list(with_rollbacks(BackfillRun.objects.all())[:count])
 
 
@@ -138,7 +138,7 @@ def act(action: str, run_id: int) -> BackfillRun:
     target = ACTIONS[action]
     allowed = [status for status, targets in TRANSITIONS.items() if target in targets]
     settings = f"SET LOCAL lock_timeout = {PATIENCE * 1000:.0f}"
-    with told_to_the_operator(run_id), certain_transaction(connection, settings):
+    with as_operator_error(run_id), certain_transaction(connection, settings):
         changed = BackfillRun.objects.filter(pk=run_id, status__in=allowed).update(
             status=target, finished_at=Coalesce("finished_at", Now())
         )
@@ -203,7 +203,7 @@ def details(run_id: int) -> dict[str, Any]:
     new_by_reason: Counter[str] = Counter()
     updated_by_column: Counter[str] = Counter()
     batches = 0
-    with told_to_the_operator():
+    with as_operator_error():
         run = find(run_id)
         told = summary(run)
         for batch in in_pages(BackfillBatch.objects.filter(run=run)):
@@ -232,7 +232,7 @@ def details(run_id: int) -> dict[str, Any]:
     }
 
 
-def told_to_the_operator(run_id: int | None = None) -> AbstractContextManager[None]:
+def as_operator_error(run_id: int | None = None) -> AbstractContextManager[None]:
     """Turn what the database refuses into what can be done about it."""
     known = {
         errors.LOCK_TIMEOUT: f"Run {run_id} has been committing for {PATIENCE:g} s. Nothing was changed: try again.",
@@ -241,4 +241,4 @@ def told_to_the_operator(run_id: int | None = None) -> AbstractContextManager[No
             f"tables in {settings.BACKFILL_SCHEMA}."
         ),
     }
-    return errors.told("The database broke off: {}. Nothing was changed: try again.", known=known)
+    return errors.as_operator_error("The database broke off: {}. Nothing was changed: try again.", known=known)

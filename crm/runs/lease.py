@@ -1,6 +1,6 @@
 """At most one run at a time, and every batch asks whether it is still the one.
 
-The fence is a partial unique index over the runs that are `running` or `paused`, not a session lock: those do not
+The lease is a partial unique index over the runs that are `running` or `paused`, not a session lock: those do not
 survive PgBouncer. Each batch renews the heartbeat `WHERE status = 'running'` in its own transaction. When no row is
 updated, the run was paused, cancelled or taken over: the batch is rolled back and the run stops.
 """
@@ -54,7 +54,7 @@ def claim(
 ) -> BackfillRun:
     """Begin a run, and do `also` what belongs to its record, in the same transaction.
 
-    Raises AnotherRunError when another one holds the fence; a dead one is taken over.
+    Raises AnotherRunError when another one holds the lease; a dead one is taken over.
     """
     process = ProcessIdentity.own()
     run = BackfillRun(

@@ -1,6 +1,6 @@
 """From the claim of a run to its close, whatever its kind: a backfill, or the rollback of one.
 
-    with lifecycle() as life: claim -> carry_through(work) -> close(check)
+    with lifecycle() as life: claim -> carry_out(work) -> close(check)
 
 From the claim to the close a signal never leaves a run behind that nobody runs. The claim and the end of the record are
 short, and are never broken off; the work and the check of the reconciliation are. Both ends are retried after a bad
@@ -81,7 +81,7 @@ class Lifecycle:
             raise
         return self.run
 
-    def carry_through(self, work: Callable[[], None], *failures: type[Exception]) -> Ending:
+    def carry_out(self, work: Callable[[], None], *failures: type[Exception]) -> Ending:
         """Do the work of a run; how it ended. `failures` are errors whose text is for the run's record."""
         expected: tuple[type[Exception], ...] = (*failures, OperatorError)
         try:
@@ -123,8 +123,8 @@ class Lifecycle:
         self.interruption.grant(GRACE_OF_THE_CHECK)
         try:
             with self.interruption.breakable(at_once=True):
-                self.counting(count)
-                checked = self.counting(check)
+                self.keeping_the_lease(count)
+                checked = self.keeping_the_lease(check)
                 ending, recorded = _with_check(ending, checked), checked.recorded
         except KeyboardInterrupt:
             connection.close()
@@ -136,7 +136,7 @@ class Lifecycle:
             else:
                 ending = _failed(ending, errors.describe(error))
         try:
-            return self._end_patiently(ending, recorded)
+            return self._end_with_retries(ending, recorded)
         except DjangoDatabaseError as error:
             if self._was_cancelled(error):
                 return _stopped_before_the_end(ending)
@@ -145,22 +145,22 @@ class Lifecycle:
     def _was_cancelled(self, error: DjangoDatabaseError) -> bool:
         return self.interruption.requested and errors.sqlstate(error) in errors.TIMEOUTS
 
-    def counting(self, look: Callable[[], Answer]) -> Answer:
-        """Do the same as `patiently`, and keep the lease as long as it takes."""
+    def keeping_the_lease(self, look: Callable[[], Answer]) -> Answer:
+        """Do the same as `retrying`, and keep the lease as long as it takes."""
 
         def counted() -> Answer:
             with lease.kept(self.run.pk if self.run else None):
                 return look()
 
-        return self.patiently(counted)
+        return self.retrying(counted)
 
-    def _end_patiently(self, ending: Ending, recorded: Mapping[str, Any]) -> Ending:
+    def _end_with_retries(self, ending: Ending, recorded: Mapping[str, Any]) -> Ending:
         def end() -> Ending:
             # Somebody may have locked the record; whoever comes next takes it over then.
             self.interruption.grant(GRACE_OF_THE_END)
             return self._end(ending, recorded)
 
-        return self.patiently(end, even_if_stopped=True)
+        return self.retrying(end, even_if_stopped=True)
 
     def _end(self, ending: Ending, recorded: Mapping[str, Any]) -> Ending:
         """End the record, unless it was ended, or deleted, by another process: what it says then is what happened."""
@@ -180,7 +180,7 @@ class Lifecycle:
         status, failure = found
         return ending._replace(status=RunStatus(status), failure=failure)
 
-    def patiently(self, look: Callable[[], Answer], *, even_if_stopped: bool = False) -> Answer:
+    def retrying(self, look: Callable[[], Answer], *, even_if_stopped: bool = False) -> Answer:
         """Look over a fresh connection again when a bad moment came in between; a batch has its own way to retry."""
         for wait in WAITS_BEFORE_ANOTHER_LOOK:
             try:
@@ -200,7 +200,7 @@ class Lifecycle:
             ending = Ending(RunStatus.FAILED, f"an error in the program ({type(error).__name__})")
             connection.close()
             try:
-                self._end_patiently(ending, {})
+                self._end_with_retries(ending, {})
             except DjangoDatabaseError as told:
                 logger.warning("run %s could not be closed: %s", self.run.pk, errors.describe(told))
 

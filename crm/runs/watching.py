@@ -37,7 +37,7 @@ def watch(run_id: int, wait: Callable[[], object]) -> Generator[str, None, Backf
     shown: dict[str, str] = {}
     beginning: str | None = None
     while True:
-        with control.told_to_the_operator():
+        with control.as_operator_error():
             # The run before its batches: when it has ended, none of them is missing.
             run = control.find(run_id)
             progress = dict(_progress(run))

@@ -197,6 +197,6 @@ def test_an_answer_that_makes_no_sense_is_a_connection_that_was_lost() -> None:
 
 
 def test_what_the_operator_can_put_right_is_never_a_failure_of_the_run() -> None:
-    with pytest.raises(OperatorError) as told, errors.beginning():
+    with pytest.raises(OperatorError) as told, errors.refusing_to_start():
         raise OperationalError from psycopg.errors.InsufficientPrivilege()
     assert told.value.exit_code == 2

@@ -3,7 +3,7 @@
     page of rows that are due -> map -> lines, contacts, all of their rows and keys as they are now
         -> decide (pure) -> contacts, stage history, record of changes, lines, counts, heartbeat -> commit
 
-1. Runs after the ordinary sources, source by source, in the same run and through the same pipeline: the same fence,
+1. Runs after the ordinary sources, source by source, in the same run and through the same pipeline: the same lease,
    batches, retries, throttles and stops. One process does it, whatever --workers says: rows of one contact may be of
    different people by now, and what fills first must not depend on who is faster.
 2. A row is due when its `updatedAt` is not the one that its line saw last, when it came to a contact and no update has

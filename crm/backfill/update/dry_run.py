@@ -31,7 +31,7 @@ class DryRunUpdateWriter:
         return totals
 
     def keep_alive(self) -> None:
-        """Nothing: a dry run claims no fence."""
+        """Nothing: a dry run claims no lease."""
 
     def _look_at(self, source: Source, rows: Sequence[MappedRow]) -> list[Change]:
         lines = self._lines(rows)

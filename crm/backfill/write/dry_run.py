@@ -282,7 +282,7 @@ class DryRunWriter:
         return totals
 
     def keep_alive(self) -> None:
-        """Nothing: a dry run claims no fence."""
+        """Nothing: a dry run claims no lease."""
 
 
 def _emails(rows: Iterable[MappedRow]) -> set[str]:

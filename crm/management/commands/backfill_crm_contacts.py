@@ -24,7 +24,7 @@ from crm.management.arguments import MAX_ROWS, positive
 from crm.management.operator_command import OperatorCommand
 from crm.outcome import Source
 from crm.output.streams import OutputError
-from crm.postgres.errors import beginning
+from crm.postgres.errors import refusing_to_start
 from crm.rules.options import RunOptions
 from crm.rules.throttling import FIRST_ROWS, ErrorBudget
 from crm.runs.lost_reports import noted
@@ -135,7 +135,7 @@ class Command(OperatorCommand):
         if update and recreate_deleted:
             raise CommandError("--recreate-deleted first, and --update in a run of its own after it.", returncode=2)
         try:
-            with beginning():
+            with refusing_to_start():
                 workers = workers or max_workers()
                 require_room_for(workers)
             options = RunOptions(

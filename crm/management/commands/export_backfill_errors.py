@@ -18,7 +18,7 @@ from crm.management.arguments import new_file
 from crm.management.operator_command import OperatorCommand
 from crm.output.files import file_of_option
 from crm.output.spreadsheet import row_writer
-from crm.postgres.errors import told
+from crm.postgres.errors import as_operator_error
 
 
 class Command(OperatorCommand):
@@ -49,7 +49,7 @@ class Command(OperatorCommand):
         try:
             with (
                 self._file(output) as file,
-                told("The database broke the export off: {}. Try again."),
+                as_operator_error("The database broke the export off: {}. Try again."),
                 closing(dead_letters(connection, with_email=with_email)) as letters,
             ):
                 counts = self._write(file, columns, letters)

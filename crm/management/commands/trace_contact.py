@@ -12,7 +12,7 @@ from django.db import connection
 
 from crm.errors import OperatorError
 from crm.management.operator_command import OperatorCommand
-from crm.postgres.errors import told
+from crm.postgres.errors import as_operator_error
 from crm.tracing import as_lines, trace_address, trace_reference
 
 ON_STANDARD_INPUT = "-"
@@ -42,7 +42,7 @@ class Command(OperatorCommand):
     def handle(self, *_args: Any, whom: str, json: bool, **_options: Any) -> None:
         """Trace. The exit codes are in the help."""
         try:
-            with told("The database broke the trace off: {}. Try again."):
+            with as_operator_error("The database broke the trace off: {}. Try again."):
                 if whom == ON_STANDARD_INPUT:
                     trace = trace_address(connection, _only_line())
                 else:

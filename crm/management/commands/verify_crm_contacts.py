@@ -16,7 +16,7 @@ from crm.errors import OperatorError
 from crm.management.arguments import new_file
 from crm.management.operator_command import OperatorCommand
 from crm.output.files import file_of_option
-from crm.postgres.errors import told
+from crm.postgres.errors import as_operator_error
 from crm.verification import verify
 from crm.verification.findings import Finding
 from crm.verification.report import as_json, findings_writer, news, print_report
@@ -50,7 +50,7 @@ class Command(OperatorCommand):
         """Verify. The exit codes are in the help."""
         try:
             with (
-                told("The database broke the verification off: {}. Nothing was proven; try again."),
+                as_operator_error("The database broke the verification off: {}. Nothing was proven; try again."),
                 _written_to(csv) as on_finding,
                 _counted(Console(stderr=True)) as on_page,
             ):
