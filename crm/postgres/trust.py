@@ -1,12 +1,24 @@
-"""Nobody but its owner may put functions and operators into a schema of the search path.
+"""Only roles that are trusted have code called by our statements, which runs with the rights of whoever calls it.
+
+Trusted are those who could do as much without it: superusers, the database's owner, the owner of `crm_contacts`, whose
+triggers run with the same rights, the members of these, and the session's own role.
 
 PostgreSQL calls the function or operator whose arguments fit best, wherever in the search path it is: one for
 `(varchar, text)` or `(text[])` in the application's schema comes before PostgreSQL's own, which take `text` and any
-array. It runs with the rights of whoever calls it. So a schema in which others may create is refused, and so is one
-that still holds what they have created under a name of PostgreSQL's. The owner of a schema is trusted, with its members
-and superusers, where it is somebody who could do as much without it: a superuser, the database's owner, the owner of
-`crm_contacts`, whose triggers run with the same rights, a member of these, or the session's own role. Whoever may make
-schemas in the database may have made ours before we did.
+array. So a schema in which others may create is refused, and so is one that still holds what they have created under a
+name of PostgreSQL's. The owner of a schema is trusted, with its members and superusers, where it is a trusted role.
+Whoever may make schemas in the database may have made ours before we did.
+
+Other code is called whatever the search path says, and belongs to a table, a foreign key or a type:
+
+- The functions of a view, and those in the indexes of a table, which the planner calls as soon as they have only
+  constants as arguments. So every table that is read or written must belong to a trusted role.
+- A rollback reads the table of a foreign key. Where the key says CASCADE, that table's deferred triggers run at the end
+  of our transaction, up to PostgreSQL 17 as our role. So it must belong to a trusted role as well.
+- The functions of triggers, which whoever has TRIGGER on a table can put there. One that is SECURITY DEFINER runs with
+  its owner's rights.
+- The casts and the CHECK constraints of a type, both made by its owner. A cast stays with its function when the type
+  gets another owner.
 
 Temporary objects are no way in: PostgreSQL looks for no function and no operator among them, and tables of ours or of
 the application come before them.
@@ -14,10 +26,11 @@ the application come before them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import psycopg
+from django.conf import settings
 
 from config.database import quoted_name
 from crm.errors import OperatorError
@@ -25,17 +38,13 @@ from crm.errors import OperatorError
 #: What to set before anything is asked: then no other schema has a say.
 SAFE_SEARCH_PATH = "pg_catalog, pg_temp"
 
-# pg_has_role() is true of superusers for any role, and of the database's owner for pg_database_owner.
-_OTHERS = """
-SELECT n.nspname, pg_get_userbyid(n.nspowner), g.rolname, a.grantor <> n.nspowner
-  FROM pg_namespace n
- CROSS JOIN LATERAL aclexplode(n.nspacl) a
-  LEFT JOIN pg_roles g ON g.oid = a.grantee
- WHERE n.nspname = ANY($1) AND a.privilege_type = 'CREATE'
-   AND COALESCE(g.rolname <> current_user AND NOT pg_has_role(g.oid, n.nspowner, 'MEMBER'), true)
- ORDER BY 1, g.rolname NULLS FIRST
-"""
-_STRANGERS = """
+_APPLICATION = ("users", "profiles", "leads", "crm_contacts", "crm_stage_history", "crm_interactions")
+#: The tables of the application that are written.
+_WRITTEN = ("crm_contacts", "crm_stage_history")
+
+# In one round trip: every connection asks. pg_has_role() is true of superusers for any role, and of the database's
+# owner for pg_database_owner. An array belongs to whom its elements belong to.
+_UNTRUSTED = """
 WITH RECURSIVE trusted(role) AS (
   SELECT oid FROM pg_roles WHERE rolname IN ('pg_database_owner', current_user) OR rolsuper
    UNION
@@ -45,13 +54,42 @@ WITH RECURSIVE trusted(role) AS (
    WHERE relname = 'crm_contacts' AND relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = $2)
    UNION
   SELECT member FROM trusted JOIN pg_auth_members ON roleid = role
+), untrusted(role) AS (
+  SELECT oid FROM pg_roles WHERE oid NOT IN (SELECT role FROM trusted)
+), tables AS (
+  SELECT c.oid, relkind, relowner, format('%I.%I', nspname, relname) AS name,
+         nspname = $3 OR relname = ANY($5) AS is_written
+    FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
+   WHERE relkind IN ('r', 'p', 'v', 'm', 'f') AND (nspname = $2 AND relname = ANY($4) OR nspname = $3)
+), foreign_keys AS (
+  SELECT conname, conrelid, conkey, relowner, format('%I.%I', nspname, relname) AS name
+    FROM pg_constraint k JOIN pg_class c ON c.oid = conrelid JOIN pg_namespace n ON n.oid = relnamespace
+   WHERE contype = 'f' AND confrelid IN (SELECT oid FROM tables WHERE is_written)
+), types(type) AS (
+  SELECT atttypid FROM pg_attribute
+   WHERE attrelid IN (SELECT oid FROM tables) AND attnum > 0 AND NOT attisdropped
+   UNION
+  SELECT atttypid FROM foreign_keys JOIN pg_attribute ON attrelid = conrelid AND attnum = ANY (conkey)
+   UNION
+  SELECT part FROM types JOIN pg_type t ON t.oid = type, LATERAL (VALUES (typbasetype), (typelem)) AS parts(part)
+   WHERE part <> 0
+), own_types AS (
+  SELECT t.oid, typowner, format('%I.%I', nspname, typname) AS name
+    FROM pg_type t JOIN pg_namespace n ON n.oid = typnamespace
+   WHERE nspname <> 'pg_catalog' AND t.oid IN (SELECT type FROM types) AND NOT (typcategory = 'A' AND typelem <> 0)
 )
-SELECT nspname, pg_get_userbyid(nspowner) FROM pg_namespace
+SELECT 'stranger', nspname::text, NULL::text, pg_get_userbyid(nspowner)::text, NULL::text FROM pg_namespace
  WHERE nspname = ANY($1) AND nspowner NOT IN (SELECT role FROM trusted)
- ORDER BY 1
-"""
-_PLANTED = """
-SELECT kind, format('%I.', n.nspname) || name, pg_get_userbyid(owner)
+ UNION ALL
+SELECT 'grant', n.nspname::text, g.rolname::text, pg_get_userbyid(n.nspowner),
+       CASE WHEN a.grantor <> n.nspowner THEN ' CASCADE' ELSE '' END
+  FROM pg_namespace n
+ CROSS JOIN LATERAL aclexplode(n.nspacl) a
+  LEFT JOIN pg_roles g ON g.oid = a.grantee
+ WHERE n.nspname = ANY($1) AND a.privilege_type = 'CREATE'
+   AND COALESCE(g.rolname <> current_user AND NOT pg_has_role(g.oid, n.nspowner, 'MEMBER'), true)
+ UNION ALL
+SELECT 'planted', kind, format('%I.', n.nspname) || name, pg_get_userbyid(owner), NULL
   FROM (SELECT 'ROUTINE' AS kind, pronamespace AS namespace, proowner AS owner,
                format('%I(%s)', proname, pg_get_function_identity_arguments(p.oid)) AS name
           FROM pg_proc p
@@ -68,35 +106,63 @@ SELECT kind, format('%I.', n.nspname) || name, pg_get_userbyid(owner)
   JOIN pg_namespace n ON n.oid = namespace
  WHERE n.nspname = ANY($1) AND pg_get_userbyid(owner) <> current_user
    AND NOT pg_has_role(owner, n.nspowner, 'MEMBER')
- ORDER BY 1 DESC, 2
+ UNION ALL
+SELECT 'called', name, NULL, pg_get_userbyid(relowner), format('ALTER TABLE %s OWNER TO ...;', name)
+  FROM tables WHERE relowner IN (SELECT role FROM untrusted)
+ UNION ALL
+SELECT 'called', format('the foreign key %I of %s', conname, name), NULL, pg_get_userbyid(relowner),
+       format('ALTER TABLE %1$s DROP CONSTRAINT %2$I; or ALTER TABLE %1$s OWNER TO ...;', name, conname)
+  FROM foreign_keys WHERE relowner IN (SELECT role FROM untrusted)
+ UNION ALL
+SELECT 'called', format('the function %s in the trigger %I of %s', function, tgname, name), NULL,
+       pg_get_userbyid(proowner),
+       format('DROP TRIGGER %I ON %s; or ALTER FUNCTION %s OWNER TO ...;', tgname, name, function)
+  FROM tables JOIN pg_trigger ON tgrelid = tables.oid JOIN pg_proc p ON p.oid = tgfoid
+  JOIN pg_namespace n ON n.oid = pronamespace, format('%I.%I()', nspname, proname) AS function
+ WHERE is_written AND NOT tgisinternal AND tgenabled <> 'D' AND NOT prosecdef
+   AND proowner IN (SELECT role FROM untrusted) AND nspname <> 'pg_catalog'
+ UNION ALL
+SELECT 'called', format('the type %s', name), NULL, pg_get_userbyid(typowner),
+       format('ALTER TYPE %s OWNER TO ...;', name)
+  FROM own_types WHERE typowner IN (SELECT role FROM untrusted)
+ UNION ALL
+-- With a type of somebody else's no statement has to do.
+SELECT 'called', format('the function of the cast (%s AS %s)', f.name, t.name), NULL, pg_get_userbyid(proowner),
+       format('DROP CAST (%s AS %s);', f.name, t.name)
+  FROM pg_cast JOIN pg_proc p ON p.oid = castfunc
+  JOIN pg_type source ON source.oid = castsource JOIN pg_type target ON target.oid = casttarget,
+       format_type(castsource, NULL) AS f(name), format_type(casttarget, NULL) AS t(name)
+ WHERE (castsource IN (SELECT oid FROM own_types) OR casttarget IN (SELECT oid FROM own_types))
+   AND proowner IN (SELECT role FROM untrusted) AND pronamespace <> 'pg_catalog'::regnamespace
+   AND source.typowner NOT IN (SELECT role FROM untrusted) AND target.typowner NOT IN (SELECT role FROM untrusted)
+ ORDER BY 1, 2, 3 NULLS FIRST
 """
 _NAMED = 10
 
 
-class UntrustedSchemaError(OperatorError):
-    """Others than its owner may create in a schema of the search path, or have."""
+class UntrustedCodeError(OperatorError):
+    """Our statements would call code of a role that is not trusted."""
 
 
 def require_trusted(session: psycopg.Connection, schemas: Sequence[str], legacy_schema: str) -> None:
-    """Raise UntrustedSchemaError where others could have their code called, with the statements that mend it.
+    """Raise UntrustedCodeError where others could have their code called, with the statements that mend it.
 
-    In a session whose search path is SAFE_SEARCH_PATH. Schemas that are not there are passed over. `legacy_schema` is
-    the one of the application's tables.
+    Of `schemas`, those of the search path, those that are not there are passed over. `legacy_schema` is the one of the
+    application's tables. For the schemas to be looked at safely, the search path has to be SAFE_SEARCH_PATH.
     """
+    found: dict[str, list[tuple[Any, ...]]] = {}
+    parameters = [list(schemas), legacy_schema, settings.BACKFILL_SCHEMA, list(_APPLICATION), list(_WRITTEN)]
     with psycopg.RawCursor(session) as cursor:
-        if strangers := cursor.execute(_STRANGERS.encode(), [list(schemas), legacy_schema]).fetchall():
-            raise UntrustedSchemaError(_told_of_strangers(strangers))
-        others = cursor.execute(_OTHERS.encode(), [list(schemas)]).fetchall()
-        planted = [] if others else cursor.execute(_PLANTED.encode(), [list(schemas)]).fetchall()
-    if others:
-        raise UntrustedSchemaError(_told_of_others(others))
-    if planted:
-        raise UntrustedSchemaError(_told_of_planted(planted))
+        for kind, *row in cursor.execute(_UNTRUSTED.encode(), parameters).fetchall():
+            found.setdefault(kind, []).append(tuple(row))
+    for kind, message in _MESSAGES.items():
+        if kind in found:
+            raise UntrustedCodeError(message(found[kind]))
 
 
 def _told_of_strangers(found: Sequence[tuple[Any, ...]]) -> str:
-    whose = ", ".join(f"{schema} belongs to {owner}" for schema, owner in found)
-    statements = " ".join(f"ALTER SCHEMA {quoted_name(schema)} OWNER TO ...;" for schema, _ in found)
+    whose = ", ".join(f"{schema} belongs to {owner}" for schema, _, owner, _ in found)
+    statements = " ".join(f"ALTER SCHEMA {quoted_name(schema)} OWNER TO ...;" for schema, *_ in found)
     return (
         "The search path holds a schema of somebody who owns neither the database nor crm_contacts, and is no member "
         f"of their owners: {whose}. A function or operator in it would be called in the place of PostgreSQL's own, "
@@ -107,14 +173,14 @@ def _told_of_strangers(found: Sequence[tuple[Any, ...]]) -> str:
 
 
 def _told_of_others(found: Sequence[tuple[Any, ...]]) -> str:
-    by_schema: dict[tuple[str, str], list[tuple[str | None, bool]]] = {}
-    for schema, owner, role, is_granted_on in found:
-        by_schema.setdefault((schema, owner), []).append((role, is_granted_on))
+    by_schema: dict[tuple[str, str], list[tuple[str | None, str]]] = {}
+    for schema, role, owner, cascade in found:
+        by_schema.setdefault((schema, owner), []).append((role, cascade))
     whose, statements = [], []
     for (schema, owner), grants in by_schema.items():
         roles = list(dict.fromkeys(role for role, _ in grants))
         whose.append(f"{schema} of {owner} ({', '.join(role or 'PUBLIC, which is everyone' for role in roles)})")
-        cascade = " CASCADE" if any(is_granted_on for _, is_granted_on in grants) else ""
+        cascade = max(cascade for _, cascade in grants)
         statements.append(
             f"REVOKE CREATE ON SCHEMA {quoted_name(schema)} "
             f"FROM {', '.join(quoted_name(role) if role else 'PUBLIC' for role in roles)}{cascade};"
@@ -131,8 +197,8 @@ def _told_of_others(found: Sequence[tuple[Any, ...]]) -> str:
 
 
 def _told_of_planted(found: Sequence[tuple[Any, ...]]) -> str:
-    named = ", ".join(f"{name} of {owner}" for _, name, owner in found[:_NAMED])
-    statements = " ".join(f"DROP {kind} {name};" for kind, name, _ in found[:_NAMED])
+    named = ", ".join(f"{name} of {owner}" for _, name, owner, _ in found[:_NAMED])
+    statements = " ".join(f"DROP {kind} {name};" for kind, name, *_ in found[:_NAMED])
     more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
     return (
         f"The search path holds {named}{more}, which would be called in the place of PostgreSQL's own, with the rights "
@@ -140,3 +206,22 @@ def _told_of_planted(found: Sequence[tuple[Any, ...]]) -> str:
         f"Then let a superuser run {statements} or, where it is to stay, ALTER ... OWNER TO the owner of the schema. "
         "Nothing was written."
     )
+
+
+def _told_of_called(found: Sequence[tuple[Any, ...]]) -> str:
+    named = ", ".join(f"{what} of {owner}" for what, _, owner, _ in found[:_NAMED])
+    statements = " ".join(dict.fromkeys(statement for *_, statement in found[:_NAMED]))
+    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    return (
+        f"The backfill would call code that is not to be trusted, with the rights of this role, through {named}{more}. "
+        "Its owner is no superuser, owns neither the database nor crm_contacts, and is no member of their owners. Have "
+        f"a look at it. Then let its owner or a superuser run {statements} Nothing was written."
+    )
+
+
+_MESSAGES: Mapping[str, Callable[[Sequence[tuple[Any, ...]]], str]] = {
+    "stranger": _told_of_strangers,
+    "grant": _told_of_others,
+    "planted": _told_of_planted,
+    "called": _told_of_called,
+}

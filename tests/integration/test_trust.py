@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import pytest
+from django.db import connection
 
+from crm.postgres.facts.foreign_keys import find_foreign_keys
+from crm.postgres.trust import UntrustedCodeError
 from tests.conftest import Database
 from tests.integration.test_least_privilege import role_made_by_script
 from tests.integration.test_session import COMMANDS, assert_refused, ended_on, role_with
-from tests.support.builders import add_lead, contacts
+from tests.support.builders import add_lead, add_profile, add_user, contacts
 from tests.support.processes import database_url, session
 
 ATTACKER = "mallory"
@@ -192,3 +196,173 @@ def test_the_script_that_gives_rights_calls_nothing_that_others_have_made(own_pu
         plant("public")
         with role_made_by_script(update="on", rollback="on"):
             assert not was_called("public")
+
+
+# What others own, and what would be called through it
+
+#: A function that says that it was called, in a schema of the attacker's. A sequence goes on although the transaction
+#: is rolled back.
+EVIL = """
+CREATE SEQUENCE evil.calls;
+GRANT USAGE ON SCHEMA evil TO PUBLIC;
+GRANT USAGE ON SEQUENCE evil.calls TO PUBLIC;
+CREATE FUNCTION evil.called() RETURNS trigger LANGUAGE plpgsql AS
+  $$ BEGIN IF current_user <> 'mallory' THEN PERFORM nextval('evil.calls'); END IF; RETURN NEW; END $$;
+CREATE FUNCTION evil.called(int) RETURNS int LANGUAGE plpgsql IMMUTABLE AS
+  $$ BEGIN IF current_user <> 'mallory' THEN PERFORM nextval('evil.calls'); END IF; RETURN 1; END $$;
+CREATE TYPE evil.e AS ENUM ('c');
+"""
+CAST = """
+CREATE FUNCTION evil.as_text({type}) RETURNS text LANGUAGE plpgsql AS
+  $$ BEGIN PERFORM nextval('evil.calls'); RETURN textin(enum_out($1)); END $$;
+CREATE CAST ({type} AS text) WITH FUNCTION evil.as_text({type}) AS IMPLICIT;
+"""
+RUN, UPDATE, ROLLBACK = (
+    ("backfill_crm_contacts", "--no-progress"),
+    ("backfill_crm_contacts", "--update", "--no-progress"),
+    ("rollback_crm_backfill", "--no-progress"),
+)
+
+
+class Attack(NamedTuple):
+    """What a superuser allows, what the attacker makes of it, what calls it, how it is named and the ways out."""
+
+    allowed: str
+    made: str
+    command: tuple[str, ...]
+    named: str
+    ways_out: tuple[str, ...]
+
+
+ATTACKS = {
+    "a foreign key from a table with an index that calls": Attack(
+        "GRANT REFERENCES ON crm_contacts TO mallory",
+        """CREATE TABLE evil.refs (contact text CONSTRAINT pin REFERENCES public.crm_contacts);
+           CREATE INDEX ON evil.refs ((evil.called(1)));
+           GRANT SELECT ON evil.refs TO PUBLIC""",
+        ROLLBACK,
+        "the foreign key pin of evil.refs of mallory",
+        ("ALTER TABLE evil.refs DROP CONSTRAINT pin;",),
+    ),
+    "a foreign key that sets off a trigger at the end of our transaction": Attack(
+        "GRANT REFERENCES (email) ON crm_contacts TO mallory; GRANT SELECT (email) ON crm_contacts TO mallory",
+        """CREATE TABLE evil.refs (email text REFERENCES public.crm_contacts (email) ON UPDATE CASCADE);
+           INSERT INTO evil.refs SELECT email FROM public.crm_contacts;
+           CREATE CONSTRAINT TRIGGER late AFTER UPDATE ON evil.refs DEFERRABLE INITIALLY DEFERRED
+             FOR EACH ROW EXECUTE FUNCTION evil.called();""",
+        UPDATE,
+        "the foreign key refs_email_fkey of evil.refs of mallory",
+        ("ALTER TABLE evil.refs DROP CONSTRAINT refs_email_fkey;",),
+    ),
+    "a cast of an enum": Attack(
+        'ALTER TYPE "UserRole" OWNER TO mallory',
+        CAST.format(type='public."UserRole"'),
+        RUN,
+        'the type public."UserRole" of mallory',
+        ('ALTER TYPE public."UserRole" OWNER TO ...;', 'DROP CAST (public."UserRole" AS text);'),
+    ),
+    "the check of a domain": Attack(
+        "CREATE DOMAIN public.tel AS text; ALTER DOMAIN public.tel OWNER TO mallory; ALTER TABLE crm_contacts ALTER phone TYPE public.tel",
+        "ALTER DOMAIN public.tel ADD CHECK (evil.called(length(value)) = 1)",
+        RUN,
+        "the type public.tel of mallory",
+        ("ALTER TYPE public.tel OWNER TO ...;",),
+    ),
+    "the function of a trigger": Attack(
+        "GRANT TRIGGER ON crm_contacts TO mallory",
+        """CREATE TRIGGER mine BEFORE INSERT ON public.crm_contacts FOR EACH ROW EXECUTE FUNCTION evil.called()""",
+        RUN,
+        "the function evil.called() in the trigger mine of public.crm_contacts of mallory",
+        ("DROP TRIGGER mine ON public.crm_contacts;",),
+    ),
+    "an index of a table": Attack(
+        "GRANT CREATE ON SCHEMA public TO mallory; ALTER TABLE leads OWNER TO mallory",
+        "CREATE INDEX ON public.leads ((evil.called(1)))",
+        RUN,
+        "public.leads of mallory",
+        ("ALTER TABLE public.leads OWNER TO ...;",),
+    ),
+    "a view": Attack(
+        "DROP TABLE crm_interactions; "
+        """CREATE VIEW public.crm_interactions AS SELECT ''::text AS "contactId"; ALTER VIEW public.crm_interactions OWNER TO mallory;
+           GRANT CREATE ON SCHEMA public TO mallory""",
+        """CREATE OR REPLACE VIEW public.crm_interactions AS
+             SELECT 'c'::text AS "contactId" FROM pg_am WHERE evil.called(oid::int) = 1""",
+        ROLLBACK,
+        "public.crm_interactions of mallory",
+        ("ALTER TABLE public.crm_interactions OWNER TO ...;",),
+    ),
+}
+
+
+@contextmanager
+def attack(name: str) -> Iterator[tuple[Attack, tuple[str, ...]]]:
+    """An attack on a database with a contact that --update or a rollback would write, and the command that it waits for."""
+    profile = add_profile()
+    assert ended_on(database_url(), *RUN) == (0, "")
+    user = add_user("pat@example.com")
+    as_owner(f"""UPDATE profiles SET "userId" = '{user}', "updatedAt" = now() WHERE id = '{profile}'""")
+    add_lead("lee@example.com")
+    found = ATTACKS[name]
+    with session() as observer:
+        run = str(observer.execute("SELECT max(id) FROM backfill_run").fetchone()[0])
+    command = (*found.command, run) if found.command == ROLLBACK else found.command
+    try:
+        with attacker(
+            f"GRANT USAGE ON SCHEMA public TO {ATTACKER}",
+            *found.allowed.split("; "),
+            f"CREATE SCHEMA evil AUTHORIZATION {ATTACKER}",
+        ):
+            with session(ATTACKER) as own:
+                own.execute((EVIL + found.made).encode())
+                own.commit()
+            as_owner(f"REVOKE CREATE ON SCHEMA public FROM {ATTACKER}")
+            yield found, command
+    finally:
+        as_owner("DROP SCHEMA IF EXISTS evil CASCADE")
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_what_others_could_have_called_is_refused_until_it_is_mended(own_public: Database, name: str) -> None:
+    with attack(name) as (found, command):
+        for refused in (ended_on(database_url(), *command), ended_on(database_url(), *command, "--dry-run")):
+            assert_refused(refused, found.named, found.ways_out[0], "Nothing was written.")
+        assert not was_called("evil")
+        for way_out in found.ways_out:
+            assert_refused(ended_on(database_url(), *command), way_out)
+            as_owner(way_out.replace("...", "CURRENT_USER"))
+        assert ended_on(database_url(), *command) == (0, "")
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_what_is_refused_would_be_called_otherwise(
+    own_public: Database, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    for module in ("session", "facts.foreign_keys"):
+        monkeypatch.setattr(f"crm.postgres.{module}.require_trusted", lambda *_: None, raising=False)
+    with attack(name) as (_, command):
+        ended_on(database_url(), *command)
+        with session() as observer:
+            # Since PostgreSQL 18 a trigger runs as the role that set it off, also at the end of a transaction.
+            is_safe = "at the end" in name and observer.info.server_version >= 180000
+        assert was_called("evil") is not is_safe
+
+
+def test_a_foreign_key_that_comes_later_than_the_connection_is_not_asked(own_public: Database) -> None:
+    assert find_foreign_keys(connection) != []
+    with attack("a foreign key from a table with an index that calls") as (found, _):
+        with pytest.raises(UntrustedCodeError) as refused:
+            find_foreign_keys(connection)
+        assert found.named in str(refused.value)
+        assert not was_called("evil")
+
+
+def test_a_column_of_a_type_of_others_that_refers_to_a_contact_is_refused(own_public: Database) -> None:
+    with attacker(f"CREATE SCHEMA evil AUTHORIZATION {ATTACKER}"):
+        as_owner(
+            "CREATE DOMAIN evil.word AS text",
+            f"ALTER DOMAIN evil.word OWNER TO {ATTACKER}",
+            "CREATE TABLE public.notes (contact evil.word REFERENCES crm_contacts)",
+        )
+        refused = ended_on(database_url(), "backfill_runs", "list")
+        assert_refused(refused, f"the type evil.word of {ATTACKER}", "ALTER TYPE evil.word OWNER TO ...;")

@@ -16,6 +16,7 @@ from django.conf import settings
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.errors import OperatorError
+from crm.postgres.trust import require_trusted
 
 #: The tables and columns of the application, in any generation, that refer to a contact's id.
 KNOWN = (("crm_interactions", "contactId"), ("crm_stage_history", "contactId"))
@@ -78,9 +79,11 @@ class Reference:
 def find_foreign_keys(connection: BaseDatabaseWrapper) -> list[Reference]:
     """Every foreign key to `crm_contacts`, and what is known to refer to it without one.
 
-    Raises OperatorError where this role could not see all the rows that refer to a contact.
+    Raises OperatorError where this role could not see all the rows that refer to a contact, and UntrustedCodeError
+    where a table that refers to one belongs to a role that is not trusted: it may be newer than the connection.
     """
     with connection.cursor() as cursor:
+        require_trusted(connection.connection, [], settings.LEGACY_SCHEMA)
         cursor.execute(_FOREIGN_KEYS, [settings.LEGACY_SCHEMA])
         found = cursor.fetchall()
         cursor.execute(_KNOWN_COLUMNS, [*map(list, zip(*KNOWN, strict=True)), settings.LEGACY_SCHEMA])
