@@ -67,6 +67,7 @@ DECLARE
   making text := format('ALTER ROLE %I IN DATABASE %I SET search_path = crm_backfill, %I;',
                         job, current_database(), app);
   others text;
+  whose record;
 BEGIN
   FOREACH option IN ARRAY ARRAY['update', 'rollback'] LOOP
     IF current_setting('least_privilege.' || option) NOT IN ('on', 'off') THEN
@@ -82,6 +83,47 @@ BEGIN
   IF contacts IS NULL THEN
     RAISE EXCEPTION 'There is no table crm_contacts in the schema %: name another one with --set schema=...', app;
   END IF;
+
+  -- What is taken away from the role below, whoever owns or administers something would miss.
+  SELECT string_agg(what, ', ') INTO others FROM (
+    SELECT 'a superuser' FROM pg_roles WHERE oid = job_oid AND rolsuper
+     UNION ALL
+    SELECT 'the role that runs this' WHERE job IN (current_user, session_user)
+     UNION ALL
+    SELECT 'the owner of the database' FROM pg_database WHERE datname = current_database() AND datdba = job_oid
+     UNION ALL
+    (SELECT format('the owner of the schema %I', nspname) FROM pg_namespace
+      WHERE nspname IN (app, 'crm_backfill') AND nspowner = job_oid ORDER BY 1)
+     UNION ALL
+    (SELECT format('the owner of %I.%I', nspname, relname) FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
+      WHERE nspname IN (app, 'crm_backfill') AND relkind IN ('r', 'p', 'v', 'm', 'f') AND relowner = job_oid
+      ORDER BY 1 LIMIT 3)) AS found(what);
+  IF others IS NOT NULL THEN
+    RAISE EXCEPTION 'The role % is %: this script is for a role that owns nothing and administers nothing. Name '
+      'another one, or one that is to be made, with --set role=... Nothing was changed.', job, others;
+  END IF;
+
+  -- As in crm/postgres/trust.py: what belongs to others would be read or written with the rights of the backfill.
+  FOR whose IN
+    WITH RECURSIVE trusted(role) AS (
+      SELECT oid FROM pg_roles WHERE rolname IN ('pg_database_owner', job) OR rolsuper
+       UNION
+      SELECT datdba FROM pg_database WHERE datname = current_database()
+       UNION
+      SELECT relowner FROM pg_class WHERE oid = contacts
+       UNION
+      SELECT member FROM trusted JOIN pg_auth_members ON roleid = role
+    )
+    SELECT format('%I.%I', nspname, relname) AS name, pg_get_userbyid(relowner) AS owner, conname
+      FROM pg_constraint k JOIN pg_class c ON c.oid = conrelid JOIN pg_namespace n ON n.oid = relnamespace
+     WHERE contype = 'f' AND confrelid = contacts AND relowner NOT IN (SELECT role FROM trusted)
+     ORDER BY 1, 3
+  LOOP
+    RAISE EXCEPTION 'The table % of %, who is no superuser and owns neither the database nor crm_contacts, refers to '
+      'crm_contacts: a rollback would read it, and call what its owner wants. Have a look at it. Then run % '
+      'Nothing was changed.', whose.name, whose.owner,
+      format('ALTER TABLE %1$s DROP CONSTRAINT %2$I; or ALTER TABLE %1$s OWNER TO ...;', whose.name, whose.conname);
+  END LOOP;
 
   SELECT string_agg(format('%I.%I (owner %s)', nspname, relname, pg_get_userbyid(relowner)), ', '
                     ORDER BY nspname, relname)

@@ -369,7 +369,7 @@ def test_the_check_warns_of_what_is_too_much(
             [
                 "ALTER ROLE {role} NOINHERIT",
                 "GRANT {other} TO {role}",
-                "ALTER TABLE public.crm_interactions OWNER TO {other}",
+                "ALTER TABLE public.crm_contacts OWNER TO {other}",
             ],
             "member of more rights (owner of tables)",
             "REVOKE {other} FROM {role};",
@@ -792,6 +792,61 @@ def test_what_only_others_can_take_away_is_told_and_nothing_is_done(database: Da
     assert (refused.returncode, refused.stdout) == (3, "")
     assert f"pg_ls_logdir() (owner {embedded.USER}) can only be taken away by the owner" in refused.stderr
     assert may(database, "public.crm_contacts", "DELETE")
+
+
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [
+        ("ALTER ROLE {other} SUPERUSER", "a superuser"),
+        ("ALTER DATABASE {database} OWNER TO {other}", "the owner of the database"),
+        ("ALTER SCHEMA public OWNER TO {other}", "the owner of the schema public"),
+        ("ALTER TABLE public.leads OWNER TO {other}", "the owner of public.leads"),
+        ("ALTER TABLE crm_backfill.ledger_entry OWNER TO {other}", "the owner of crm_backfill.ledger_entry"),
+    ],
+)
+def test_the_script_takes_no_role_that_owns_or_administers_something(database: Database, given: str, what: str) -> None:
+    with role_of_others():
+        as_owner(given.replace("{database}", quoted(str(connection.settings_dict["NAME"]))))
+        refused = run_script(role=OTHERS)
+        assert (refused.returncode, refused.stdout) == (3, "")
+        assert f"The role {OTHERS} is {what}: " in refused.stderr
+        assert database.rows("SELECT FROM pg_db_role_setting WHERE setrole = to_regrole(%s)", quoted(OTHERS)) == []
+
+
+def test_the_script_takes_not_the_role_that_runs_it(database: Database, plain_owner: None) -> None:
+    as_owner("ALTER ROLE {owner} CREATEROLE")
+    for role, user in ((embedded.USER, embedded.USER), (OWNER, OWNER)):
+        refused = run_script(user=user, role=role)
+        assert (refused.returncode, refused.stdout) == (3, "")
+        assert "the role that runs this" in refused.stderr
+    roles = [embedded.USER, OWNER]
+    assert (
+        database.rows(
+            "SELECT FROM pg_db_role_setting JOIN pg_roles r ON r.oid = setrole WHERE rolname = ANY(%s)", roles
+        )
+        == []
+    )
+
+
+@pytest.mark.parametrize("rollback", ["on", "off"])
+def test_the_script_grants_nothing_where_a_table_of_somebody_else_refers_to_contacts(
+    database: Database, rollback: str
+) -> None:
+    drop_role()
+    with role_of_others():
+        as_owner(
+            "CREATE SCHEMA elsewhere AUTHORIZATION {other}",
+            "CREATE TABLE elsewhere.notes (contact text CONSTRAINT pin REFERENCES public.crm_contacts)",
+            "ALTER TABLE elsewhere.notes OWNER TO {other}",
+        )
+        try:
+            refused = run_script(role=ROLE, rollback=rollback)
+            assert (refused.returncode, refused.stdout) == (3, "")
+            assert f"The table elsewhere.notes of {OTHERS}, " in refused.stderr
+            assert "ALTER TABLE elsewhere.notes DROP CONSTRAINT pin;" in refused.stderr
+            assert database.rows("SELECT FROM pg_roles WHERE rolname = %s", ROLE) == []
+        finally:
+            as_owner("DROP SCHEMA elsewhere CASCADE")
 
 
 # What is not for the role

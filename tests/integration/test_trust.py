@@ -262,7 +262,8 @@ ATTACKS = {
         ('ALTER TYPE public."UserRole" OWNER TO ...;', 'DROP CAST (public."UserRole" AS text);'),
     ),
     "the check of a domain": Attack(
-        "CREATE DOMAIN public.tel AS text; ALTER DOMAIN public.tel OWNER TO mallory; ALTER TABLE crm_contacts ALTER phone TYPE public.tel",
+        "CREATE DOMAIN public.tel AS text; ALTER DOMAIN public.tel OWNER TO mallory; "
+        "ALTER TABLE crm_contacts ALTER phone TYPE public.tel",
         "ALTER DOMAIN public.tel ADD CHECK (evil.called(length(value)) = 1)",
         RUN,
         "the type public.tel of mallory",
@@ -284,7 +285,8 @@ ATTACKS = {
     ),
     "a view": Attack(
         "DROP TABLE crm_interactions; "
-        """CREATE VIEW public.crm_interactions AS SELECT ''::text AS "contactId"; ALTER VIEW public.crm_interactions OWNER TO mallory;
+        """CREATE VIEW public.crm_interactions AS SELECT ''::text AS "contactId";
+           ALTER VIEW public.crm_interactions OWNER TO mallory;
            GRANT CREATE ON SCHEMA public TO mallory""",
         """CREATE OR REPLACE VIEW public.crm_interactions AS
              SELECT 'c'::text AS "contactId" FROM pg_am WHERE evil.called(oid::int) = 1""",
@@ -297,7 +299,7 @@ ATTACKS = {
 
 @contextmanager
 def attack(name: str) -> Iterator[tuple[Attack, tuple[str, ...]]]:
-    """An attack on a database with a contact that --update or a rollback would write, and the command that it waits for."""
+    """A database under attack, with contacts to make, update and take back, and the command that would fall for it."""
     profile = add_profile()
     assert ended_on(database_url(), *RUN) == (0, "")
     user = add_user("pat@example.com")
@@ -310,7 +312,7 @@ def attack(name: str) -> Iterator[tuple[Attack, tuple[str, ...]]]:
     try:
         with attacker(
             f"GRANT USAGE ON SCHEMA public TO {ATTACKER}",
-            *found.allowed.split("; "),
+            *found.allowed.split(";"),
             f"CREATE SCHEMA evil AUTHORIZATION {ATTACKER}",
         ):
             with session(ATTACKER) as own:
