@@ -68,6 +68,8 @@ HARMLESS_ROLES = (
 EXCESS = "excess_rights"
 #: How many names a warning lists.
 _NAMED = 10
+#: The only advice for a role that the server or the application depends on.
+KEEP = "Do not change this role: docs/least_privilege.sql makes one that may do what is needed and nothing else."
 SCRIPT = "docs/least_privilege.sql makes a role that may do what is needed and nothing else."
 
 
@@ -87,7 +89,7 @@ class _Rights:
         self._connection = connection
         ((self.role, self.logged_in),) = self.ask("SELECT current_user, session_user")
 
-    def ask(self, query: str, parameters: Sequence[Any] | None = None) -> list[tuple[Any, ...]]:
+    def ask(self, query: str, parameters: Sequence[Any] | Mapping[str, Any] | None = None) -> list[tuple[Any, ...]]:
         with self._connection.cursor() as cursor:
             cursor.execute(query, parameters)
             return list(cursor.fetchall())
@@ -164,7 +166,7 @@ def _excessive(connection: BaseDatabaseWrapper, rights: _Rights) -> list[CheckMe
         with transaction.atomic(using=connection.alias):
             rights.ask("SELECT set_config('role', 'none', true)")
             messages += _too_much(_Rights(connection), f"{rights.logged_in} (after RESET ROLE)")
-    return [*messages, *_triggers_of_others(rights)]
+    return [*messages, *_triggers_of_others(rights), *_references_of_others(rights)]
 
 
 @register(Tags.database)
@@ -305,11 +307,24 @@ def _too_much(rights: _Rights, role: str) -> list[CheckMessage]:
         messages.append(
             Warning(
                 f"The role {role} is more than an ordinary role: {', '.join(power.name for power in powers)}.",
-                hint=" ".join(dict.fromkeys(power.way_out for power in powers)),
+                hint=KEEP if _is_needed_elsewhere(rights) else " ".join(dict.fromkeys(p.way_out for p in powers)),
                 id="crm.W005",
             )
         )
     return messages
+
+
+def _is_needed_elsewhere(rights: _Rights) -> bool:
+    """Whether the role is a superuser, or owns the database, one of the schemas or a relation in them."""
+    query = """
+        SELECT FROM pg_roles me
+         WHERE rolname = current_user
+           AND (rolsuper OR EXISTS (SELECT FROM pg_database WHERE datname = current_database() AND datdba = me.oid)
+                OR EXISTS (SELECT FROM pg_namespace WHERE nspname = ANY(%(schemas)s) AND nspowner = me.oid)
+                OR EXISTS (SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
+                            WHERE nspname = ANY(%(schemas)s) AND relowner = me.oid))
+    """
+    return bool(rights.ask(query, {"schemas": [settings.LEGACY_SCHEMA, settings.BACKFILL_SCHEMA]}))
 
 
 def _writable(rights: _Rights, tables: Sequence[str]) -> list[str]:
@@ -404,6 +419,36 @@ def _triggers_of_others(rights: _Rights) -> list[CheckMessage]:
             hint=" ".join(statements),
             id="crm.W009",
         )
+    ]
+
+
+def _references_of_others(rights: _Rights) -> list[CheckMessage]:
+    """Who may refer to contacts by a foreign key, and so have every command refuse the database."""
+    query = """
+        SELECT array_agg(DISTINCT COALESCE(g.rolname::text, '') ORDER BY COALESCE(g.rolname::text, '')),
+               bool_or(grantor <> relowner)
+          FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
+         CROSS JOIN LATERAL (
+               SELECT * FROM aclexplode(relacl)
+                UNION ALL
+               SELECT acl.* FROM pg_attribute, aclexplode(attacl) AS acl WHERE attrelid = c.oid AND NOT attisdropped
+               ) a LEFT JOIN pg_roles g ON g.oid = grantee
+         WHERE nspname = %s AND relname = %s AND relkind IN ('r', 'p')
+           AND privilege_type = 'REFERENCES' AND grantee <> relowner AND g.rolsuper IS NOT TRUE
+        HAVING count(*) > 0
+    """
+    return [
+        Warning(
+            f"Others than the owner may refer to {CONTACTS} by a foreign key: "
+            f"{_listed([role or 'PUBLIC' for role in roles])}. A contact that a row refers to is never taken back, and "
+            "a foreign key of a role that is not trusted is refused.",
+            # It takes away what was granted on columns as well.
+            hint=f"REVOKE REFERENCES ON {quoted_name(settings.LEGACY_SCHEMA)}.{quoted_name(CONTACTS)} "
+            f"FROM {', '.join(quoted_name(role) if role else 'PUBLIC' for role in roles)}"
+            f"{' CASCADE' if is_granted_on else ''};",
+            id="crm.W012",
+        )
+        for roles, is_granted_on in rights.ask(query, [settings.LEGACY_SCHEMA, CONTACTS])
     ]
 
 

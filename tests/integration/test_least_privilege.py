@@ -340,9 +340,9 @@ def test_the_check_warns_of_what_is_too_much(
     [
         (["ALTER ROLE {role} CREATEROLE"], "CREATEROLE", "ALTER ROLE {role} NOCREATEROLE;"),
         (
-            ["ALTER ROLE {role} SUPERUSER REPLICATION BYPASSRLS"],
-            "SUPERUSER, REPLICATION, BYPASSRLS",
-            "ALTER ROLE {role} NOSUPERUSER; ALTER ROLE {role} NOREPLICATION; ALTER ROLE {role} NOBYPASSRLS;",
+            ["ALTER ROLE {role} REPLICATION BYPASSRLS"],
+            "REPLICATION, BYPASSRLS",
+            "ALTER ROLE {role} NOREPLICATION; ALTER ROLE {role} NOBYPASSRLS;",
         ),
         (
             ["GRANT pg_execute_server_program, pg_write_server_files TO {role}"],
@@ -386,6 +386,28 @@ def test_the_check_names_what_makes_a_role_more_than_an_ordinary_one(
         assert [said for said in check(django_db_blocker) if said.startswith("crm.W005")] == [expected]
         as_owner(ways_out)
         assert check(django_db_blocker) == []
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "ALTER ROLE {role} SUPERUSER",
+        "ALTER ROLE {role} CREATEROLE; ALTER TABLE public.leads OWNER TO {role}",
+        "ALTER ROLE {role} CREATEROLE; ALTER SCHEMA public OWNER TO {role}",
+        "ALTER ROLE {role} CREATEROLE; ALTER DATABASE {database} OWNER TO {role}",
+    ],
+)
+def test_the_check_never_advises_to_change_a_role_that_others_depend_on(
+    database: Database, django_db_blocker: DjangoDbBlocker, given: str
+) -> None:
+    name = quoted(str(connection.settings_dict["NAME"]))
+    with role_made_by_script():
+        try:
+            as_owner(*given.replace("{database}", name).split("; "))
+            (said,) = [said for said in check(django_db_blocker) if said.startswith("crm.W005")]
+            assert said.endswith(f" {checks.KEEP}")
+        finally:
+            as_owner(f"REASSIGN OWNED BY {{role}} TO {embedded.USER}")
 
 
 def test_what_a_role_needs_is_no_power(database: Database, django_db_blocker: DjangoDbBlocker) -> None:
@@ -467,6 +489,20 @@ def test_the_check_warns_of_others_who_may_put_triggers_on_what_the_backfill_wri
             "crm.W009 Others than the owner may put triggers, which run with the rights of the backfill, "
             f"on {table} (PUBLIC, {OTHERS}). {way_out}"
         )
+        as_owner(way_out)
+        assert check(django_db_blocker) == []
+
+
+@pytest.mark.parametrize("what", ["REFERENCES", "REFERENCES (email)"])
+def test_the_check_warns_of_others_who_may_refer_to_contacts(
+    database: Database, django_db_blocker: DjangoDbBlocker, what: str
+) -> None:
+    with role_made_by_script(), role_of_others():
+        as_owner(f"GRANT {what} ON public.crm_contacts TO {{other}}")
+        (said,) = check(django_db_blocker)
+        assert said.startswith(f"crm.W012 Others than the owner may refer to crm_contacts by a foreign key: {OTHERS}. ")
+        way_out = f'REVOKE REFERENCES ON "public"."crm_contacts" FROM {quoted(OTHERS)};'
+        assert said.endswith(f" {way_out}")
         as_owner(way_out)
         assert check(django_db_blocker) == []
 
