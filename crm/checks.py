@@ -1,7 +1,7 @@
 """`python manage.py check --database default`: what the role of the backfill lacks, and what it should not have.
 
 The rights that are asked for are those that `docs/least_privilege.sql` grants. Before `migrate`, and in a database
-without the application's tables, nothing is said of rights.
+without the application's tables, nothing is said of rights. Whatever else a run would be refused for is an error.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 
 from config.database import quoted_name
 from crm import try_execute
+from crm.errors import OperatorError
 from crm.models import (
     BackfillBatch,
     BackfillRun,
@@ -33,6 +34,7 @@ from crm.postgres.facts.schema import (
     OPTIONAL_COLUMNS,
     PROMOTED_COLUMNS,
     REQUIRED_COLUMNS,
+    examine,
     find_misfits,
 )
 from crm.rules.matching import ASSIGNMENT_UNIT, ATTRIBUTION_UNIT, PROFILE_FILLS
@@ -66,6 +68,10 @@ HARMLESS_ROLES = (
 )  # fmt: skip
 #: The tag of the check that warns of rights which the backfill does not need: who migrates has and needs them.
 EXCESS = "excess_rights"
+#: The tag of the check for what a run would refuse and `migrate` may be the remedy for.
+RUN = "run"
+#: The tags of the checks that `migrate` does without.
+NOT_FOR_MIGRATE = (EXCESS, RUN)
 #: How many names a warning lists.
 _NAMED = 10
 #: The only advice for a role that the server or the application depends on.
@@ -179,6 +185,22 @@ def check_fit(databases: Sequence[str] | None = None, **_options: Any) -> list[C
             if connections[alias].vendor == "postgresql"
             for misfit in find_misfits(connections[alias])
         ]
+
+
+@register(RUN)
+def check_run(databases: Sequence[str] | None = None, **_options: Any) -> list[CheckMessage]:
+    """What else a run would be refused for, such as a ledger or a column that `migrate` makes."""
+    messages: list[CheckMessage] = []
+    with _told():
+        for alias in databases or ():
+            # A run names one thing at a time. What the other checks tell in full comes first.
+            if connections[alias].vendor != "postgresql" or check_rights([alias]) or check_fit([alias]):
+                continue
+            try:
+                examine(connections[alias], for_writing=True, for_inserting=True)
+            except OperatorError as error:
+                messages.append(Error(str(error), id="crm.E005"))
+    return messages
 
 
 def _missing_schemas(rights: _Rights) -> list[CheckMessage]:

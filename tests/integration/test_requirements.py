@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+
 import pytest
 from django.db import connection
 from django.db.backends.base import base
@@ -11,7 +15,9 @@ from crm.postgres.facts.catalog import read_tables
 from crm.rules.mapping import Rules, rounded
 from manage import main
 from tests.conftest import Database
+from tests.support.circumstances import without_own_schema
 from tests.support.commands import backfill, ended
+from tests.support.processes import session
 
 
 def test_the_system_checks_name_everything_that_a_run_would_refuse(database: Database) -> None:
@@ -62,6 +68,47 @@ def test_a_history_in_which_an_update_could_record_no_step(
         assert (refused.code, refused.stdout) == (2, "")
         assert f"{message.msg} {message.hint}" in refused.stderr
     assert backfill().code == 0, "without --update nothing is recorded there"
+
+
+@pytest.mark.parametrize(
+    "lacking", ["the attribution column", "the ledger", "a column of the ledger", "a required one"]
+)
+def test_what_a_run_is_refused_for_is_no_clean_check_and_migrate_makes_what_it_can(
+    database: Database, lacking: str
+) -> None:
+    check = partial(main, ["manage.py", "check", "--database", "default"])
+    with (
+        without_own_schema()
+        if lacking == "the ledger"
+        else renamed_column("crm_backfill.ledger_entry", "reason")
+        if lacking == "a column of the ledger"
+        else nullcontext()
+    ):
+        if lacking == "the attribution column":
+            database.change('ALTER TABLE crm_contacts DROP "referrerType"')
+        elif lacking == "a required one":
+            database.change("ALTER TABLE leads DROP status CASCADE")
+        refused = backfill()
+        assert (refused.code, refused.stdout) == (2, "")
+        checked = ended(check)
+        assert checked.code == 1
+        assert "(crm.E005) " + refused.stderr.removeprefix("CommandError: ").strip() in checked.stderr
+        connection.close()
+        assert "crm.E005" not in ended(lambda: main(["manage.py", "migrate", "--plan"])).stderr
+    if lacking == "the attribution column":
+        assert ended(lambda: main(["manage.py", "migrate", "--verbosity", "0"])).code == 0
+        assert ended(check).stderr.count("crm.E") == 0
+
+
+@contextmanager
+def renamed_column(table: str, name: str) -> Iterator[None]:
+    with session() as owner:
+        owner.autocommit = True
+        owner.execute(f"ALTER TABLE {table} RENAME {name} TO aside".encode())
+        try:
+            yield
+        finally:
+            owner.execute(f"ALTER TABLE {table} RENAME aside TO {name}".encode())
 
 
 def test_the_system_checks_say_nothing_of_a_database_without_the_tables(database: Database) -> None:
