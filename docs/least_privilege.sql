@@ -15,7 +15,9 @@
 -- again at any time: whatever the role was granted in this database is taken away, in every schema (also by default
 -- privileges), and what it needs is granted anew, in one transaction. What the role owns, and what roles it is a member
 -- of, stays as it is, and so do rights that belong to the whole server: on parameters (PostgreSQL 15 and later), on
--- tablespaces and on other databases. Then give it a password (\password crm_backfill_job), put it into DATABASE_URL, and let
+-- tablespaces and on other databases. A superuser, whoever runs this, and the owner of the database, of a schema or of
+-- a table is refused: such a role has other work. So is a table of somebody who is not trusted (docs/runbook.md) that
+-- refers to contacts. Then give it a password (\password crm_backfill_job), put it into DATABASE_URL, and let
 --
 --   python manage.py check --database default
 --

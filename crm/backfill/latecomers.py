@@ -37,6 +37,7 @@ from crm.outcome import Outcome, Source, Totals
 from crm.postgres.facts.foreign_keys import find_foreign_keys, is_unreferenced
 from crm.postgres.facts.schema import DatabaseFacts
 from crm.postgres.transactions import certain_transaction
+from crm.postgres.trust import UntrustedCodeError
 from crm.rules.mapping import ContactDraft, MappedRow, map_rows
 from crm.rules.matching import ExistingContact, fill
 from crm.runs import lease
@@ -164,6 +165,8 @@ class Latecomers:
                 return "this role may not delete contacts (docs/least_privilege.sql, rollback=on)"
         try:
             find_foreign_keys(self.connection)
+        except UntrustedCodeError:
+            return "a table that refers to contacts belongs to a role that is not trusted"
         except OperatorError:
             return "this role cannot see everything that may refer to a contact"
         return None

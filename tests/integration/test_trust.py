@@ -307,7 +307,7 @@ def attack(name: str) -> Iterator[tuple[Attack, tuple[str, ...]]]:
     add_lead("lee@example.com")
     found = ATTACKS[name]
     with session() as observer:
-        run = str(observer.execute("SELECT max(id) FROM backfill_run").fetchone()[0])
+        ((run,),) = observer.execute("SELECT max(id)::text FROM backfill_run").fetchall()
     command = (*found.command, run) if found.command == ROLLBACK else found.command
     try:
         with attacker(
