@@ -16,6 +16,7 @@ from crm.outcome import Source
 from crm.verification import verify
 from tests.conftest import Database
 from tests.integration.test_update import change, told, update
+from tests.support import reference
 from tests.support.builders import add_contact, add_lead, add_profile, add_user, contact_with, contacts, ledger
 from tests.support.commands import run
 from tests.support.populations import (
@@ -55,7 +56,7 @@ def people(draw: st.DrawFn, generation: str) -> Population:
     population = draw(populations(generation))
     accounts: dict[str, str] = {}
     for user in population.users:
-        accounts.setdefault(user["email"].strip().lower() or user["id"], user["id"])
+        accounts.setdefault(reference.address_of(user["email"]) or user["id"], user["id"])
     profiles = [row for row in population.profiles if row["userId"] in (None, *accounts.values())]
     addresses = draw(st.lists(st.sampled_from(ADDRESSES), unique=True, max_size=2))
     theirs = [_theirs(draw, f"theirs{number}", address) for number, address in enumerate(addresses)]
