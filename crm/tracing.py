@@ -21,7 +21,7 @@ from crm.postgres.facts.schema import DatabaseFacts, examine
 from crm.postgres.loaders import read_as_text
 from crm.postgres.snapshot import snapshot
 from crm.rules.addresses import canonical_address, canonical_address_sql
-from crm.rules.mapping import normalised_email
+from crm.rules.mapping import contact_id_sql, normalised_email
 from crm.rules.row_reference import RowReference
 
 #: How many of the last rollbacks are listed that may have reversed a row or an update here: they leave no trace of it.
@@ -60,10 +60,11 @@ _ROWS = {
     "profiles": 'SELECT id, role::text, "createdAt", "updatedAt" FROM profiles WHERE id = ANY(%s)',
     "leads": 'SELECT id, status::text, "createdAt", "updatedAt" FROM leads WHERE id = ANY(%s)',
 }
-_COMPUTED_ID = "'c' || left(encode(sha256(convert_to('{table}:' || id, 'UTF8')), 'hex'), 24)"
 # A scan of both tables: only for contacts of which nothing else is known.
 _ROWS_THAT_WOULD_MAKE = " UNION ALL ".join(
-    f"SELECT '{table}', id FROM {table} WHERE {_COMPUTED_ID.format(table=table)} = ANY(%(contacts)s)" for table in _ROWS
+    f"SELECT '{table}', id FROM {table} WHERE {computed} = ANY(%(contacts)s)"
+    for table in _ROWS
+    for computed in [contact_id_sql(f"'{table}:' || id")]
 )
 _IS_COMPUTED = re.compile("c[0-9a-f]{24}")
 _RUNS = """

@@ -200,11 +200,13 @@ def rounded(moment: str, digits: int) -> str:
 
 
 def contact_id(table: str, source_id: str) -> str:
-    """The id of the contact that the row `source_id` of `table` makes: shaped like a cuid, the same for ever.
-
-    The same in SQL: `'c' || left(encode(sha256(convert_to('leads:' || id, 'UTF8')), 'hex'), 24)`.
-    """
+    """Return the id of the contact that the row `source_id` of `table` makes: shaped like a cuid, the same for ever."""
     return "c" + hashlib.sha256(f"{table}:{source_id}".encode()).hexdigest()[:24]
+
+
+def contact_id_sql(reference: str) -> str:
+    """Return the same in SQL, of an expression whose value is `<table>:<source id>`."""
+    return f"'c' || left(encode(sha256(convert_to({reference}, 'UTF8')), 'hex'), 24)"
 
 
 def normalised(label: str) -> str:

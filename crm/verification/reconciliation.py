@@ -16,6 +16,7 @@ from crm.outcome import Outcome, Source
 from crm.postgres.facts.schema import DatabaseFacts
 from crm.postgres.snapshot import stream
 from crm.rules.addresses import canonical_address_sql
+from crm.rules.mapping import contact_id_sql
 from crm.runs.other_rules import OtherRules
 from crm.verification.findings import Check, Finding, Kind, unexplained
 
@@ -24,8 +25,6 @@ _LABEL = {"profiles": "role", "leads": "status"}
 
 _LEAD_SOURCES = ", ".join(f"'{source}'" for source in Source.of_table("leads"))
 _REFERENCE = f"CASE WHEN line.source IN ({_LEAD_SOURCES}) THEN 'leads:' ELSE 'profiles:' END || line.source_id"
-_DERIVED = "'c' || left(encode(sha256(convert_to({reference}, 'UTF8')), 'hex'), 24)"
-_DERIVED_OF_LINE = _DERIVED.format(reference=_REFERENCE)
 
 _LINES_BY_OUTCOME = """
 SELECT line.outcome, count(*),
@@ -43,7 +42,9 @@ _MISSING_LINES = """
 SELECT '{table}:' || r.id, c.id FROM {table} r JOIN crm_contacts c ON c.id = {derived}
  WHERE NOT EXISTS (SELECT FROM ledger_entry line WHERE line.id = c.id)
 """
-_WRONG_IDS = f"SELECT {_REFERENCE}, line.contact_id FROM ledger_entry line WHERE line.id <> {_DERIVED_OF_LINE}"
+_WRONG_IDS = (
+    f"SELECT {_REFERENCE}, line.contact_id FROM ledger_entry line WHERE line.id <> {contact_id_sql(_REFERENCE)}"
+)
 _NO_CONTACTS = f"""
 SELECT {_REFERENCE}, NULL FROM ledger_entry line
  WHERE line.outcome IN ('created', 'merged', 'exists') AND line.contact_id IS NULL
@@ -97,7 +98,7 @@ SELECT {_REFERENCE.replace("line.", "change.")}, change.contact_id
  WHERE change.to_stage IS NOT NULL
    AND NOT EXISTS (SELECT FROM crm_stage_history step WHERE step.id = {{step}})
 """
-_STEP = _DERIVED.format(reference="'crm_stage_history:' || change.contact_id || ':' || change.to_stage")
+_STEP = contact_id_sql("'crm_stage_history:' || change.contact_id || ':' || change.to_stage")
 _HISTORY = """
 SELECT EXISTS (SELECT FROM contact_update WHERE to_stage IS NOT NULL),
        has_column_privilege(to_regclass(quote_ident(%s) || '.crm_stage_history'), 'id', 'SELECT')
@@ -156,7 +157,7 @@ def reconcile(connection: BaseDatabaseWrapper, facts: DatabaseFacts, other_rules
     # Whoever added the other one: a run that was at work had to leave both, and reports them until one is gone.
     left_twice = frozenset(last_finished(connection).left)
     for table in TABLES:
-        derived = _DERIVED.format(reference=f"'{table}:' || r.id")
+        derived = contact_id_sql(f"'{table}:' || r.id")
         yield from _defects(connection, Check.MISSING_LINE, _MISSING_LINES.format(table=table, derived=derived))
         yield from _excluded_migrated(connection, facts, other_rules, table, derived)
     for check, query in (

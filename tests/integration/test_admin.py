@@ -486,7 +486,7 @@ def test_every_column_is_shown(model: type[models.Model]) -> None:
     shown_otherwise = {"options": "asked", "census": "tables", "run": "run_link", "commission_rate": "rate"}
     shown_otherwise |= {"contact_id": "contacts" if model is LedgerEntry else "contact", "identity_keys": "contacts"}
     shown_otherwise |= {"filled": "what_was_filled", "line": "line_link", "columns": "what_was_changed"}
-    shown_otherwise |= {"former": "former_values"}
+    shown_otherwise |= {"former": "former_values", "report_lost": "report_is_lost"}
     shown_otherwise |= {f"{end}_{what}": f"{what}_change" for end in ("from", "to") for what in ("type", "stage")}
     page_of = admin.site._registry[model]
     shown = set(flatten_fieldsets(page_of.fieldsets or [(None, {"fields": page_of.fields or ()})]))

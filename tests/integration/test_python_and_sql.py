@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from crm.backfill.read.source import WHITE_SPACE
-from crm.rules.mapping import contact_id
+from crm.rules.mapping import contact_id, contact_id_sql
 from tests.conftest import Database
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
@@ -20,11 +20,7 @@ against_postgresql = settings(deadline=None, suppress_health_check=[HealthCheck.
 @given(st.lists(TEXT, min_size=1, max_size=20), st.sampled_from(["profiles", "leads"]))
 @example(["", "1", "é", "李", "'", "\\", "a:b"], "leads")
 def test_postgresql_makes_the_same_id(database: Database, source_ids: list[str], table: str) -> None:
-    rows = database.rows(
-        "SELECT 'c' || left(encode(sha256(convert_to(%s || id, 'UTF8')), 'hex'), 24) FROM unnest(%s::text[]) AS id",
-        f"{table}:",
-        source_ids,
-    )
+    rows = database.rows(f"SELECT {contact_id_sql('%s || id')} FROM unnest(%s::text[]) AS id", f"{table}:", source_ids)
     assert [identifier for (identifier,) in rows] == [contact_id(table, source_id) for source_id in source_ids]
 
 

@@ -10,7 +10,7 @@ from crm.backfill.read.noncanonical_emails import NoncanonicalAddresses
 from crm.postgres.facts.schema import DatabaseFacts
 from crm.postgres.loaders import read_as_text
 from crm.rules.addresses import canonical_address, trimmed_address
-from crm.rules.mapping import MappedRow
+from crm.rules.mapping import MappedRow, contact_id_sql
 from crm.rules.matching import ExistingContact, ExistingContacts, ProfileOfAddress
 
 # A contact is found by index under each key; one OR over all of them would be left to the planner's luck.
@@ -33,16 +33,15 @@ c."commissionRateLockedAt"::text, c."attributionMethod") IS NOT NULL, c."updated
 _NO_ATTRIBUTION = f'{_ASSIGNMENT}, false, c."updatedAt", NULL'
 _SPELLED = "SELECT email, id, NULL AS profile_id FROM crm_contacts WHERE email = ANY(%(spellings)s)"
 # Each LATERAL with its LIMIT is one index probe, whatever the planner believes.
-_AND_PROFILES = """
+_AND_PROFILES = f"""
  UNION ALL
 SELECT u.email, line.contact_id, p.id
   FROM (SELECT id, email FROM users WHERE email = ANY(%(emails)s)
          UNION SELECT id, email FROM users WHERE id = ANY(%(user_ids)s)) u
  CROSS JOIN LATERAL (SELECT id FROM profiles WHERE "userId" = u.id LIMIT 1) p
  CROSS JOIN LATERAL (
-   SELECT contact_id FROM ledger_entry
-    WHERE id = 'c' || left(encode(sha256(convert_to('profiles:' || p.id, 'UTF8')), 'hex'), 24)
-      AND outcome <> 'error' LIMIT 1) line
+   SELECT contact_id FROM ledger_entry WHERE id = {contact_id_sql("'profiles:' || p.id")} AND outcome <> 'error' LIMIT 1
+ ) line
 """
 
 

@@ -24,7 +24,7 @@ from crm.postgres.apart import MAX_UNREADABLE, refusal_of_reading
 from crm.postgres.facts.schema import SOURCE_OF_STRAYS, DatabaseFacts
 from crm.postgres.loaders import read_as_text
 from crm.rules.addresses import trimmed_address_sql
-from crm.rules.mapping import contact_id
+from crm.rules.mapping import contact_id, contact_id_sql
 
 Key = tuple[str | None, ...]
 
@@ -36,10 +36,12 @@ _REPEATED = "\0repeated"
 #: What Python's str.strip() takes away, for PostgreSQL's btrim(): both must see the same text.
 WHITE_SPACE = "".join(character for character in map(chr, range(0x3001)) if character.isspace())
 
-_LINE_OF_ROW = """
+
+def entry_of_row(columns: str = "outcome, reason, run_id") -> str:
+    """Return what joins to a row `r` of `{table}` its entry in the ledger, as `line` with these columns."""
+    return f"""
        LEFT JOIN LATERAL (
-         SELECT outcome, reason, run_id FROM ledger_entry
-          WHERE id = 'c' || left(encode(sha256(convert_to('{table}:' || r.id, 'UTF8')), 'hex'), 24) LIMIT 1
+         SELECT {columns} FROM ledger_entry WHERE id = {contact_id_sql("'{table}:' || r.id")} LIMIT 1
        ) line ON true"""
 
 
@@ -51,10 +53,10 @@ class Choice(NamedTuple):
 
 
 #: The rows that have no settled line in the ledger.
-UNSETTLED = Choice(_LINE_OF_ROW, "(line.outcome IS NULL OR line.outcome = 'error')")
+UNSETTLED = Choice(entry_of_row(), "(line.outcome IS NULL OR line.outcome = 'error')")
 #: Those, and the rows whose contact is gone. So is one that was made again since the row came to it, under its old id.
 UNSETTLED_OR_GONE = Choice(
-    _LINE_OF_ROW.replace("SELECT outcome,", "SELECT outcome, contact_id,"),
+    entry_of_row("outcome, contact_id, reason, run_id"),
     f"""({UNSETTLED.condition} OR (SELECT true FROM crm_contacts c WHERE c.id = line.contact_id LIMIT 1) IS NULL
          OR (SELECT made.run_id > line.run_id FROM ledger_entry made
               WHERE made.id = line.contact_id AND made.outcome = 'created' LIMIT 1))""",

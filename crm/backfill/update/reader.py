@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill.read.resolutions import Resolutions
-from crm.backfill.read.source import EVERY_ROW, UNSETTLED, Choice, Key, Page, SourceReader
+from crm.backfill.read.source import EVERY_ROW, UNSETTLED, Choice, Key, Page, SourceReader, entry_of_row
 from crm.models import CRMContact
 from crm.outcome import Outcome, Source
 from crm.postgres.facts.schema import DatabaseFacts
@@ -25,8 +25,8 @@ from crm.rules.addresses import canonical_address_sql
 from crm.rules.mapping import ATTRIBUTION, CONTACT_TYPE_OF_SOURCE, ContactDraft, MappedRow, map_rows, rounded
 from crm.rules.updating import RowOfContact, SeenLine, StandingContact
 
-_JOIN = UNSETTLED.join.replace("SELECT outcome,", "SELECT outcome, contact_id, {seen},")
 _SEEN = "COALESCE(seen_updated_at, source_updated_at) AS seen, seen_updated_at"
+_ENTRY_OF_ROW = entry_of_row(f"outcome, contact_id, {_SEEN}, reason, run_id")
 _CONTACT = "FROM crm_contacts c WHERE c.id = line.contact_id LIMIT 1"
 # Newer, as a rule. Put back to what it was before, it has changed as well. Or it came to a contact, and no update has
 # looked at it.
@@ -60,7 +60,7 @@ def rows_to_revisit(facts: DatabaseFacts, source: Source, *, with_unsettled: boo
     condition = f"line.outcome <> 'error' AND ({' OR '.join(parts)})"
     if with_unsettled:
         condition = f"{UNSETTLED.condition} OR {condition}"
-    return Choice(_JOIN.replace("{seen}", _SEEN), f"({condition})")
+    return Choice(_ENTRY_OF_ROW, f"({condition})")
 
 
 # Not EVERY_ROW, which brings ids that several rows have as well.
