@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 from django.db import connection
 
-from tests.conftest import OWN_TABLES, Database
+from tests.conftest import OWN_TABLES, TOKENS, Database
 from tests.process.test_settings import SECRET
 from tests.process.test_settings import run as process
 from tests.support.builders import add_lead, add_profile, contacts
@@ -310,6 +310,7 @@ def writing_role(database: Database) -> Iterator[str]:
         database.change(
             f"GRANT SELECT, INSERT, UPDATE ON crm_contacts TO {role}; GRANT USAGE ON SCHEMA crm_backfill TO {role};"
             f"GRANT SELECT, INSERT, UPDATE ON {', '.join(OWN_TABLES)} TO {role};"
+            f"GRANT SELECT, INSERT, DELETE ON {TOKENS} TO {role};"
             f"GRANT USAGE ON ALL SEQUENCES IN SCHEMA crm_backfill TO {role}"
         )
         yield role
