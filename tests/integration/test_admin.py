@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator
 from html import unescape
 from io import StringIO
-from typing import Any
 
 import pytest
 from django.contrib import admin
@@ -26,6 +25,7 @@ from crm.rules.mapping import contact_id
 from tests.conftest import Database
 from tests.support.builders import UPDATED_AT, add_contact, add_lead, add_many_leads, add_profile, add_user
 from tests.support.commands import run
+from tests.support.pages import address, listed, page, text
 
 MODELS = (CRMContact, BackfillRun, LedgerEntry, ConflictDecision, ContactUpdate)
 #: Everything that text may hold and an address may not.
@@ -53,29 +53,6 @@ def _logged_in(user: User, *permissions: Permission) -> Iterator[Client]:
     user.user_permissions.clear()
     user.delete()
     Session.objects.all().delete()
-
-
-def address(model: type[models.Model], page: str = "changelist", *arguments: Any) -> str:
-    return reverse(f"admin:crm_{model._meta.model_name}_{page}", args=arguments)
-
-
-def text(html: str) -> str:
-    """What a page says, without its markup."""
-    return " ".join(unescape(re.sub(r"<[^>]+>", " ", html)).split())
-
-
-def page(browser: Client, model: type[models.Model], key: Any) -> str:
-    """The page of a row."""
-    answer = browser.get(address(model, "change", quote(key)))
-    assert answer.status_code == 200
-    return text(answer.content.decode())
-
-
-def listed(browser: Client, model: type[models.Model], **parameters: str) -> set[Any]:
-    """The keys of the rows that a list shows."""
-    answer = browser.get(address(model), parameters)
-    assert answer.status_code == 200
-    return {row.pk for row in answer.context["cl"].result_list}
 
 
 def test_a_contact_is_shown_with_what_made_it_and_what_met_it(browser: Client) -> None:

@@ -12,9 +12,8 @@ from django.db import connection
 
 from crm.backfill.read import source
 from tests.conftest import Database
-from tests.integration.test_rollback import rollback
 from tests.support.builders import add_lead, add_many_leads, add_profile, add_user, contacts, ledger
-from tests.support.commands import backfill, called, run
+from tests.support.commands import backfill, called, rollback, run
 
 #: A column of a lead, what is in it, and what becomes of the row: "created", or the reason of an error and its column.
 LEADS: dict[str, tuple[Any, Any]] = {

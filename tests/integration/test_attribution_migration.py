@@ -20,9 +20,8 @@ from crm import attribution
 from crm.attribution import COLUMNS, INDEX, MARK, Patience
 from crm.errors import OperatorError
 from crm.legacy_schema import create_legacy_tables
-from tests.integration.test_own_schema import EmptyDatabase
-from tests.process.test_settings import SECRET, run
-from tests.support.scratch import django_connection, scratch_database, session
+from tests.support.processes import SECRET, python
+from tests.support.scratch import EmptyDatabase, django_connection, scratch_database, session
 
 #: Whoever has to wait at all fails at once.
 NONE = Patience(table=0.05, build=0.05, pauses=())
@@ -482,18 +481,18 @@ def test_without_the_table_it_is_not_this_database(table: Table) -> None:
 def test_migrate_adds_and_takes_back(table: Table) -> None:
     migrate = ("manage.py", "migrate", "--verbosity", "0")
     environment = {"DATABASE_URL": table.database.url(), "SECRET_KEY": SECRET}
-    result = run(*migrate, **environment)
+    result = python(*migrate, **environment)
     assert result.returncode == 0, result.stderr
     assert table.columns() == TYPES
     table.execute("ALTER TABLE {schema}.crm_contacts " + ", ".join(f'DROP COLUMN "{column}"' for column in COLUMNS))
-    result = run(*migrate, **environment)
+    result = python(*migrate, **environment)
     assert (result.returncode, table.columns()) == (0, TYPES), "what Prisma dropped is added again"
     assert table.index() is not None
-    result = run(*migrate, "crm", "0001", **environment)
+    result = python(*migrate, "crm", "0001", **environment)
     assert result.returncode == 0, result.stderr
     assert (table.columns(), table.index()) == ({}, None)
 
     table.execute("DROP TABLE {schema}.crm_contacts CASCADE")
-    result = run(*migrate, **environment)
+    result = python(*migrate, **environment)
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
     assert "no table crm_contacts" in result.stderr

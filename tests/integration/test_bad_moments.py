@@ -21,14 +21,18 @@ from crm.models import BackfillRun
 from crm.postgres import transactions
 from crm.runs import lifecycle, retrying
 from tests.conftest import Database
-from tests.integration.test_rollback import rollback
-from tests.integration.test_update import populate as populate_with_news
-from tests.process.test_interruption import PEOPLE, SIZE, as_an_undisturbed_run_ends
-from tests.process.test_kills import after_a_second_look
 from tests.support.builders import CREATED_AT, add_lead, add_many_leads, contacts, ledger
-from tests.support.commands import Finished, backfill, run, statement_in
-from tests.support.forks import COMMIT, labels, labels_are_watched
+from tests.support.circumstances import terminated_at
+from tests.support.commands import Finished, backfill, rollback, run, statement_in
+from tests.support.forks import COMMIT, labels
 from tests.support.processes import session
+from tests.support.undisturbed import (
+    BATCH_SIZE,
+    PEOPLE,
+    after_a_second_look,
+    as_an_undisturbed_run_ends,
+    populate_with_news,
+)
 
 INSERTS_CONTACTS = 'INSERT INTO "crm_contacts"'
 CAUSES = {
@@ -121,14 +125,16 @@ def sizes_of_batches() -> list[int]:
 def test_a_bad_moment_is_waited_for(database: Database, caplog: pytest.LogCaptureFixture, sqlstate: str) -> None:
     with as_an_undisturbed_run_ends(database):
         with when(INSERTS_CONTACTS, third, failing_with(sqlstate)):
-            finished = backfill("--batch-size", str(SIZE), "--no-progress", "--json")
+            finished = backfill("--batch-size", str(BATCH_SIZE), "--no-progress", "--json")
         assert (finished.code, finished.answer["status"], finished.answer["balanced"]) == (1, "finished", True)
         (told,) = retries_told(caplog)
         assert told.startswith(f"{CAUSES[sqlstate]}: trying the batch again in ")
         assert "(try 1 of 5)" in told
         if sqlstate in TOO_MANY_ROWS:
-            assert halvings_told(caplog) == [f"batch size: {SIZE} -> {SIZE // 2} rows after {TOO_MANY_ROWS[sqlstate]}"]
-            assert SIZE // 2 in sizes_of_batches()
+            assert halvings_told(caplog) == [
+                f"batch size: {BATCH_SIZE} -> {BATCH_SIZE // 2} rows after {TOO_MANY_ROWS[sqlstate]}"
+            ]
+            assert BATCH_SIZE // 2 in sizes_of_batches()
         else:
             assert halvings_told(caplog) == []
     assert "person-3" not in caplog.text
@@ -139,7 +145,7 @@ def test_a_bad_moment_is_waited_for(database: Database, caplog: pytest.LogCaptur
 def test_wherever_in_a_batch_it_comes(database: Database, place: str, sqlstate: str) -> None:
     with as_an_undisturbed_run_ends(database):
         with when(place, third, failing_with(sqlstate)):
-            answer = run(batch_size=SIZE)
+            answer = run(batch_size=BATCH_SIZE)
         assert (answer["status"], answer["balanced"]) == ("finished", True)
 
 
@@ -154,7 +160,7 @@ def test_the_backends_of_a_run_are_terminated(database: Database, caplog: pytest
 
     with as_an_undisturbed_run_ends(database):
         with when(place, third, terminate):
-            answer = run(batch_size=SIZE)
+            answer = run(batch_size=BATCH_SIZE)
         assert (answer["status"], answer["balanced"]) == ("finished", True)
         told = retries_told(caplog)
         # The reader's connection, which was terminated as well, may need a try of its own.
@@ -194,7 +200,7 @@ def commit_and_close(lost: psycopg.Connection) -> None:
 def test_the_answer_to_a_commit_is_lost(database: Database, caplog: pytest.LogCaptureFixture, batch: int) -> None:
     with as_an_undisturbed_run_ends(database):
         with losing_the_answer_to_commit(COMMITS_BEFORE + batch, commit_and_close):
-            answer = run(batch_size=SIZE)
+            answer = run(batch_size=BATCH_SIZE)
         assert (answer["status"], answer["balanced"]) == ("finished", True)
         assert answer["read"] == len(ledger())
         assert len(sizes_of_batches()) == BATCHES
@@ -252,7 +258,7 @@ def test_a_commit_that_was_given_up_for_lost_comes_through_while_the_server_is_a
 ) -> None:
     with as_an_undisturbed_run_ends(database):
         with a_commit_that_comes_through_late(COMMITS_BEFORE + batch):
-            answer = run(batch_size=SIZE)
+            answer = run(batch_size=BATCH_SIZE)
         assert (answer["status"], answer["balanced"]) == ("finished", True)
         assert answer["read"] == len(ledger())
         assert_nothing_was_tried_again(caplog)
@@ -263,7 +269,7 @@ def news(database: Database) -> tuple[list[int], Any]:
     """A population with news; the numbers of the commits of a second look's batches, and what it ends with."""
     populate_with_news()
     with labels() as sent:
-        run(update=True, batch_size=SIZE)
+        run(update=True, batch_size=BATCH_SIZE)
     commits = [number for number, label in enumerate(sent) if label == COMMIT]
     writes = [number for number, label in enumerate(sent) if label.startswith("INSERT INTO contact_update")]
     of_batches = [commits.index(sent.index(COMMIT, write)) + 1 for write in writes]
@@ -290,7 +296,7 @@ def test_a_lost_commit_of_a_second_look_is_counted_once(
         else losing_the_answer_to_commit(number, commit_and_close)
     )
     with lost:
-        answer = run(update=True, batch_size=SIZE)
+        answer = run(update=True, batch_size=BATCH_SIZE)
     assert (answer["status"], answer["balanced"]) == ("finished", True)
     assert_nothing_was_tried_again(caplog)
     assert after_a_second_look(database) == end
@@ -302,27 +308,27 @@ def test_a_lost_commit_of_a_second_look_is_counted_once(
 def test_rows_that_change_nothing_are_counted_once_when_their_commit_comes_through_late(
     database: Database, caplog: pytest.LogCaptureFixture
 ) -> None:
-    add_many_leads(SIZE)
+    add_many_leads(BATCH_SIZE)
     run()
     database.rows("""UPDATE crm_contacts SET phone = 'own', "updatedAt" = now() RETURNING id""")
     database.rows("""UPDATE leads SET "updatedAt" = now() RETURNING id""")
     with a_commit_that_comes_through_late(COMMITS_BEFORE + 1):
-        answer = run(update=True, batch_size=SIZE)
+        answer = run(update=True, batch_size=BATCH_SIZE)
     assert (answer["status"], answer["balanced"]) == ("finished", True)
-    assert (answer["revisited"], answer["kept"]) == (SIZE, SIZE)
+    assert (answer["revisited"], answer["kept"]) == (BATCH_SIZE, BATCH_SIZE)
     assert_nothing_was_tried_again(caplog)
 
 
 def test_a_late_commit_of_errors_that_are_known_is_not_written_over(
     database: Database, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for _ in range(SIZE):
+    for _ in range(BATCH_SIZE):
         add_lead("not an address")
     run()
     with a_commit_that_comes_through_late(COMMITS_BEFORE + 1):
-        answer = run(batch_size=SIZE)
+        answer = run(batch_size=BATCH_SIZE)
     assert (answer["status"], answer["balanced"]) == ("finished", True)
-    assert (answer["read"], answer["error"], answer["error_new"]) == (SIZE, SIZE, 0)
+    assert (answer["read"], answer["error"], answer["error_new"]) == (BATCH_SIZE, BATCH_SIZE, 0)
     assert_nothing_was_tried_again(caplog)
 
 
@@ -345,12 +351,12 @@ def test_a_lock_that_somebody_holds(
         logger = logging.getLogger("crm.runs.retrying")
         logger.addFilter(let_go)
         try:
-            answer = run(batch_size=SIZE)
+            answer = run(batch_size=BATCH_SIZE)
         finally:
             logger.removeFilter(let_go)
         assert (answer["status"], answer["balanced"]) == ("finished", True)
         assert retries_told(caplog)[0].startswith("lock timeout: ")
-        assert halvings_told(caplog)[0] == f"batch size: {SIZE} -> {SIZE // 2} rows after a timeout"
+        assert halvings_told(caplog)[0] == f"batch size: {BATCH_SIZE} -> {BATCH_SIZE // 2} rows after a timeout"
 
 
 def test_a_batch_that_takes_too_long_is_halved_until_it_gets_through(
@@ -383,7 +389,7 @@ def test_what_does_not_pass_ends_the_run_and_the_next_one_goes_on(
 ) -> None:
     with as_an_undisturbed_run_ends(database):
         with when(INSERTS_CONTACTS, lambda number: number >= 3, failing_with(sqlstate)):
-            finished = backfill("--batch-size", str(SIZE), "--no-progress", "--json")
+            finished = backfill("--batch-size", str(BATCH_SIZE), "--no-progress", "--json")
         assert (finished.code, finished.answer["status"]) == (5, "failed")
         assert sqlstate in finished.answer["failure"]
         assert finished.stderr.count("\n") == 1
@@ -393,29 +399,10 @@ def test_what_does_not_pass_ends_the_run_and_the_next_one_goes_on(
         assert 0 < failed.read == len(ledger()) < PEOPLE
         tries = [int(line.rpartition("(try ")[2].split()[0]) for line in retries_told(caplog)]
         # A deadlock counts when there is one row left to be tried.
-        halvings = math.floor(math.log2(SIZE)) if sqlstate == "40P01" else 0
+        halvings = math.floor(math.log2(BATCH_SIZE)) if sqlstate == "40P01" else 0
         assert tries == [1] * halvings + list(range(1, MOST_TRIES + 1))
-        assert backfill("--batch-size", str(SIZE), "--no-progress").code == 1, "the one row in error"
+        assert backfill("--batch-size", str(BATCH_SIZE), "--no-progress").code == 1, "the one row in error"
     assert "person-3" not in caplog.text + finished.stderr + finished.stdout
-
-
-@contextmanager
-def terminated_at(number: int) -> Iterator[None]:
-    """The run's backend is terminated just before the statement or commit of this number."""
-    count = 0
-
-    def watch(_label: str, send: Callable[[], Any]) -> Any:
-        nonlocal count
-        count += 1
-        if count == number:
-            connection.ensure_connection()
-            with session() as administrator:
-                administrator.execute("SELECT pg_terminate_backend(%s, 5000)", [connection.connection.info.backend_pid])
-        return send()
-
-    with labels_are_watched(watch):
-        yield
-    assert count >= number, "there was no such statement"
 
 
 @pytest.mark.parametrize("update", [False, True])
@@ -478,8 +465,8 @@ def test_a_connection_that_is_lost_before_a_run_has_begun(database: Database, na
 def test_tries_are_counted_for_each_batch_anew(database: Database, caplog: pytest.LogCaptureFixture) -> None:
     add_many_leads(PEOPLE)
     with when(INSERTS_CONTACTS, lambda number: number % 4 != 0, failing_with("40001")):
-        assert run(batch_size=SIZE)["status"] == "finished"
-    assert len(retries_told(caplog)) == 3 * PEOPLE // SIZE
+        assert run(batch_size=BATCH_SIZE)["status"] == "finished"
+    assert len(retries_told(caplog)) == 3 * PEOPLE // BATCH_SIZE
     assert len(contacts()) == PEOPLE
 
 
@@ -488,10 +475,10 @@ def test_an_error_that_is_nobodys_fault_is_not_tried_again(
 ) -> None:
     add_many_leads(PEOPLE)
     with when(INSERTS_CONTACTS, third, failing_with("42501")):
-        answer = run(batch_size=SIZE)
+        answer = run(batch_size=BATCH_SIZE)
     assert (answer["status"], retries_told(caplog)) == ("failed", [])
     assert "42501" in answer["failure"]
-    assert run(batch_size=SIZE)["created"] == PEOPLE - 2 * SIZE
+    assert run(batch_size=BATCH_SIZE)["created"] == PEOPLE - 2 * BATCH_SIZE
 
 
 def test_a_worker_that_fails_makes_the_run_a_failed_one_though_the_others_are_merely_stopped(

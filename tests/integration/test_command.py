@@ -22,8 +22,6 @@ from crm.models.ledger import RunStatus
 from crm.runs.lease import HEARTBEAT_LASTS
 from crm.version import VERSION
 from tests.conftest import Database
-from tests.process.test_settings import SECRET
-from tests.process.test_settings import run as process
 from tests.support.builders import (
     UPDATED_AT,
     add_contact,
@@ -46,7 +44,7 @@ from tests.support.circumstances import (
 )
 from tests.support.commands import Finished, backfill, called, statements
 from tests.support.populations import GENERATIONS
-from tests.support.processes import address, database_url
+from tests.support.processes import SECRET, address, database_url, python
 from tests.support.scratch import as_the_default, scratch_database, session
 
 NEWS_OF_SOME_OF_EVERYTHING = "run {}: 2 rows newly in error (invalid_email 2); see export_backfill_errors\n"
@@ -604,7 +602,7 @@ def test_what_a_careful_operator_does_first() -> None:
             owner.execute(f"GRANT SELECT ON ALL TABLES IN SCHEMA public TO {database.role}".encode())
             owner.commit()
         arguments = ("manage.py", "backfill_crm_contacts", "--dry-run", "--json", "--no-progress")
-        result = process(*arguments, DATABASE_URL=database.url(role=database.role), SECRET_KEY=SECRET)
+        result = python(*arguments, DATABASE_URL=database.url(role=database.role), SECRET_KEY=SECRET)
         schemas = database.execute("SELECT nspname::text FROM pg_namespace WHERE nspname = 'crm_backfill'")
     finished = Finished(result.returncode, result.stdout, result.stderr)
     assert (finished.code, finished.stderr) == (0, "")
@@ -640,7 +638,7 @@ def test_no_persons_data_is_told_or_kept(database: Database, caplog: pytest.LogC
 def test_the_real_command_prints_its_answer_to_stdout_and_to_stderr_nothing_but_news(database: Database) -> None:
     add_some_of_everything()
     asked = ("backfill_crm_contacts", "--json", "--no-progress", "--max-rate", "50")
-    result = process("manage.py", *asked, **address_of_the_test_database())
+    result = python("manage.py", *asked, **address_of_the_test_database())
     assert result.returncode == 1
     assert Finished(result.returncode, result.stdout, result.stderr).answer["read"] == 10
     assert result.stderr == NEWS_OF_SOME_OF_EVERYTHING.format(the_run())

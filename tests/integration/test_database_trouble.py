@@ -15,13 +15,11 @@ from crm.models import BackfillRun, ConflictDecision
 from crm.models.ledger import RunStatus
 from crm.postgres import errors
 from tests.conftest import Database
-from tests.integration.test_bad_moments import terminated_at
-from tests.process.test_settings import SECRET
-from tests.process.test_settings import run as process
 from tests.support.builders import add_contact, add_many_leads, add_profile, add_user
-from tests.support.circumstances import acting_as, reading_role
+from tests.support.circumstances import acting_as, reading_role, terminated_at
 from tests.support.commands import Finished, ended, run
 from tests.support.forks import labels
+from tests.support.processes import SECRET, python
 from tests.support.profiles import every
 
 #: With the exit code for a database that breaks off, as the runbook has it, and a table that the command cannot do
@@ -170,7 +168,7 @@ def test_a_role_that_the_server_does_not_know(database: Database, command: str) 
 )
 def test_a_server_that_is_away(command: tuple[str, ...]) -> None:
     url = "postgresql://crm:hunter2@127.0.0.1:1/tax"
-    result = process("manage.py", *command, DATABASE_URL=url, SECRET_KEY=SECRET)
+    result = python("manage.py", *command, DATABASE_URL=url, SECRET_KEY=SECRET)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("The database cannot be reached: ")
     assert result.stderr.count("\n") == 1

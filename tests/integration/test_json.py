@@ -14,7 +14,7 @@ from crm.models import BackfillRun
 from tests.conftest import Database
 from tests.support.builders import add_contact, add_lead, add_profile, add_user, contact_with
 from tests.support.commands import backfill, called
-from tests.unit.test_docs import first_cells, section
+from tests.support.documents import first_cells, section
 
 PAGE = (settings.BASE_DIR / "docs" / "json.md").read_text(encoding="utf-8")
 

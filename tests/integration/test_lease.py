@@ -31,15 +31,9 @@ from tests.support import builders
 from tests.support.commands import backfill, run
 from tests.support.processes import database_url, manage, session, start
 from tests.support.profiles import SOAKING
+from tests.support.runs import a_dead_process, columns_of, make_run, neighbour
 
 TIMES = 20 if SOAKING else 5
-
-
-def make_run(status: str = "running", **columns: Any) -> BackfillRun:
-    """A run of somebody's on another machine."""
-    given = {"version": "1", "generation": "2025_10", "operator": "pat", "host": "elsewhere", "process_id": 1} | columns
-    made: BackfillRun = BackfillRun.objects.create(status=status, **given)
-    return made
 
 
 def claim() -> BackfillRun:
@@ -54,13 +48,6 @@ def let_the_heartbeat_be(run_id: int, age: str) -> None:
     with session() as other:
         other.execute("UPDATE backfill_run SET heartbeat_at = now() - %s::interval WHERE id = %s", [age, run_id])
         other.commit()
-
-
-def a_dead_process() -> int:
-    """The id of a process that is no more."""
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
 
 
 @pytest.mark.parametrize("second", ["running", "paused"])
@@ -218,18 +205,6 @@ def test_a_run_that_is_silent_for_five_minutes_is_taken_over(database: Database)
     silent.refresh_from_db()
     assert silent.failure == f"taken over by run {taker.pk}: no heartbeat for five minutes"
     assert silent.finished_at is not None
-
-
-def columns_of(process: ProcessIdentity) -> dict[str, Any]:
-    """A process as a run's record has it."""
-    names = ("host", "process_id", "boot_id", "pid_namespace", "process_started")
-    return dict(zip(names, process, strict=True))
-
-
-def neighbour(**differing: Any) -> dict[str, Any]:
-    """A process that is no more, as a record has it that was made here, but for what differs."""
-    gone = ProcessIdentity.own()._replace(process_id=a_dead_process(), started=1)
-    return columns_of(gone) | differing
 
 
 def test_a_dead_process_of_this_machine_is_taken_over_at_once(database: Database) -> None:

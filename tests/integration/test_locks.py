@@ -14,9 +14,8 @@ from django.db import connection
 
 from crm.runs import retrying
 from tests.conftest import Database
-from tests.integration.test_rollback import rollback
 from tests.support.builders import add_lead, add_profile, contacts, ledger
-from tests.support.commands import backfill, run, statement_in
+from tests.support.commands import backfill, rollback, run, statement_in
 from tests.support.processes import session
 
 #: The first statement of ours that takes locks on contacts which are there.

@@ -17,8 +17,8 @@ from crm import checks
 from crm.errors import OperatorError
 from crm.version import VERSION
 from tests.conftest import Database
-from tests.process.test_settings import SECRET, run
 from tests.support.commands import ended
+from tests.support.processes import SECRET, python
 
 
 def raiser(error: Exception) -> Callable[..., None]:
@@ -49,7 +49,7 @@ def test_what_is_no_mistake_of_the_operator_keeps_its_traceback(monkeypatch: pyt
 
 
 def test_a_database_that_does_not_answer() -> None:
-    result = run("manage.py", "migrate", DATABASE_URL="postgresql://crm:hunter2@127.0.0.1:1/tax", SECRET_KEY=SECRET)
+    result = python("manage.py", "migrate", DATABASE_URL="postgresql://crm:hunter2@127.0.0.1:1/tax", SECRET_KEY=SECRET)
     assert result.returncode == 2
     assert result.stderr.startswith("The database cannot be reached: ")
     assert "Connection refused. Check DATABASE_URL" in result.stderr
@@ -63,7 +63,7 @@ def test_a_command_of_ours_says_our_version_and_djangos() -> None:
 
 
 def test_help_needs_no_database() -> None:
-    result = run("manage.py", "--help")
+    result = python("manage.py", "--help")
     assert result.returncode == 0
     assert "migrate" in result.stdout
 

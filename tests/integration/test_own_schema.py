@@ -2,82 +2,32 @@
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
 from urllib.parse import quote
 
-import psycopg
 import pytest
-from django.conf import settings
-from django.db import connections
 from psycopg import sql
 from pytest_django import DjangoDbBlocker
 
 from config import embedded
-from config.database import parse
 from crm.errors import OperatorError
 from crm.postgres.own_schema import prepare
 from crm.postgres.session import names_in
-from tests.process.test_settings import SECRET, run
+from tests.support.processes import SECRET, python
+from tests.support.scratch import EmptyDatabase, django_connection, scratch_database
 
 NUMBERS = itertools.count()
 
 
-@dataclass(frozen=True)
-class EmptyDatabase:
-    """A database of its own on the embedded server, and a role that may do nothing but connect to it."""
-
-    name: str
-    role: str
-    address: embedded.Address
-
-    def execute(self, statement: str) -> list[Any]:
-        """As its owner; `{role}` and `{name}` stand for the role and the database."""
-        with self._connect(self.name) as connection:
-            cursor = connection.execute(statement.format(role=self.role, name=self.name).encode())
-            return [row[0] for row in cursor] if cursor.description else []
-
-    def url(self, *, role: str = embedded.USER, parameters: str = "") -> str:
-        host = quote(self.address.host, safe="")
-        return f"postgresql://{role}@localhost:{self.address.port}/{self.name}?host={host}{parameters}"
-
-    def create(self) -> None:
-        with self._connect("postgres") as connection:
-            connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(self.name)))
-            connection.execute(sql.SQL("CREATE ROLE {} LOGIN").format(sql.Identifier(self.role)))
-
-    def drop(self) -> None:
-        with self._connect("postgres") as connection:
-            connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(self.name)))
-            connection.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(self.role)))
-
-    def _connect(self, name: str) -> psycopg.Connection:
-        address = self.address
-        return psycopg.connect(host=address.host, port=address.port, user=embedded.USER, dbname=name, autocommit=True)
-
-
 @pytest.fixture
 def database() -> Iterator[EmptyDatabase]:
-    name = f"own_schema_{next(NUMBERS)}"
-    database = EmptyDatabase(name, f"{name}_role", embedded.start(settings.EMBEDDED_DATA))
-    database.create()
-    yield database
-    database.drop()
+    with scratch_database(f"own_schema_{next(NUMBERS)}") as database:
+        yield database
 
 
 def prepare_as(database: EmptyDatabase, blocker: DjangoDbBlocker, *, role: str, parameters: str = "") -> None:
-    """Run the receiver over a connection of its own, made from a URL as an operator would write it."""
-    alias = database.name
-    url = database.url(role=role, parameters=parameters)
-    entry = parse(url, backfill_schema=settings.BACKFILL_SCHEMA).django_entry(settings.BACKFILL_SCHEMA)
-    connections.settings[alias] = connections.configure_settings({"default": {}, alias: entry})[alias]
-    try:
-        with blocker.unblock():
-            prepare(using=alias)
-    finally:
-        with blocker.unblock():
-            connections[alias].close()
-        del connections[alias], connections.settings[alias]
+    """Run the receiver over a connection of its own."""
+    with django_connection(database, blocker, role=role, parameters=parameters) as theirs:
+        prepare(using=theirs.alias)
 
 
 @pytest.mark.parametrize("schema", ["public", 'the "App" Schema\\'])
@@ -86,7 +36,7 @@ def test_migrate_adds_no_table_to_the_schema_of_the_application(database: EmptyD
         database.execute("CREATE SCHEMA " + sql.Identifier(schema).as_string())
     # All that `migrate` wants to find.
     database.execute(f'CREATE TABLE {sql.Identifier(schema).as_string()}.crm_contacts ("id" text)')
-    result = run(
+    result = python(
         "manage.py",
         "migrate",
         DATABASE_URL=database.url(parameters=f"&schema={quote(schema)}"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import getpass
 import logging
-from typing import Any
 
 import pytest
 from django.db import IntegrityError, OperationalError, connection
@@ -16,38 +15,11 @@ from crm.models.ledger import RunStatus
 from crm.rollback.runner import roll_back
 from crm.runs import lease
 from tests.conftest import Database
-from tests.support.builders import add_contact, add_lead, add_profile, add_user, ledger
+from tests.support.builders import add_contact, add_lead, add_user, ledger
 from tests.support.circumstances import acting_as, reading_role
-from tests.support.commands import Finished, called, run
+from tests.support.commands import run
+from tests.support.conflicts import ANN, OTHER, decided, line_of, resolve, somebody_elses_account
 from tests.support.processes import database_url, manage
-
-ANN = "ann@example.com"
-OTHER = "other.ann@example.com"
-
-
-def resolve(*arguments: str) -> Finished:
-    """`manage.py resolve_crm_conflict` with these arguments, in this process."""
-    return called("resolve_crm_conflict", *arguments)
-
-
-def decided(*arguments: str) -> None:
-    finished = resolve(*arguments)
-    assert (finished.code, finished.stderr) == (0, "")
-
-
-def line_of(row: str) -> tuple[Any, ...]:
-    line = ledger()[row]
-    return line["outcome"], line["reason"], line["contact_id"]
-
-
-def somebody_elses_account() -> tuple[str, str, str]:
-    """A profile in conflict: its address is in a contact with another account. The row, its user and the contact."""
-    user = add_user(ANN)
-    row = add_profile(userId=user, phone="555 0101")
-    contact = add_contact(ANN, userId=add_user("elsewhere@example.com"))
-    assert run()["by_reason"] == {"conflict": 1}
-    return f"profiles:{row}", user, contact
-
 
 # The record
 

@@ -17,11 +17,11 @@ from crm.rules.mapping import contact_id
 from crm.verification import verify
 from crm.verification.findings import Kind
 from tests.conftest import Database
-from tests.integration.test_resolve_conflict import ANN, OTHER, decided, line_of, resolve, somebody_elses_account
 from tests.support import reference
 from tests.support.builders import add_contact, add_lead, add_profile, add_user, contacts, ledger
 from tests.support.circumstances import acting_as, reading_role
 from tests.support.commands import run
+from tests.support.conflicts import ANN, OTHER, decided, line_of, resolve, somebody_elses_account
 
 
 def rehearsed_and_run() -> dict[str, Any]:

@@ -47,7 +47,7 @@ from tests.support.builders import (
     ledger,
 )
 from tests.support.circumstances import DROP_FOREIGN_KEYS, acting_as
-from tests.support.commands import Finished, called, files_no_larger_than, run, statements
+from tests.support.commands import files_no_larger_than, rollback, run, statements
 from tests.support.populations import (
     GENERATIONS,
     aftermaths,
@@ -59,11 +59,6 @@ from tests.support.profiles import against_the_database
 
 UNTOUCHED_TABLES = tuple(table for table in LEGACY_TABLES if table != "crm_contacts")
 SOON = 20
-
-
-def rollback(*arguments: str) -> Finished:
-    """`manage.py rollback_crm_backfill` with these arguments, in this process."""
-    return called("rollback_crm_backfill", *arguments, "--no-progress")
 
 
 def taken_back(run_id: int, **options: Any) -> dict[str, Any]:

@@ -31,10 +31,9 @@ from pytest_django import DjangoDbBlocker
 from config import embedded
 from crm.attribution import COLUMNS
 from crm.legacy_schema import create_legacy_tables
-from tests.integration.test_own_schema import EmptyDatabase
 from tests.support import installed_server
-from tests.support.processes import BASE_DIR, SECRET_KEY
-from tests.support.scratch import django_connection, scratch_database, session
+from tests.support.processes import BASE_DIR, SECRET
+from tests.support.scratch import EmptyDatabase, django_connection, scratch_database, session
 
 PAGE = BASE_DIR / "docs" / "runbook.md"
 PEOPLE = "2000"
@@ -272,7 +271,7 @@ def operator(tmp_path: Path, django_db_blocker: DjangoDbBlocker) -> Iterator[Ope
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n', encoding="utf-8")
     python.chmod(0o755)
     environment = {name: os.environ[name] for name in ("HOME", "LANG") if name in os.environ}
-    environment |= {"PATH": f"{tools}:{os.environ['PATH']}", "SECRET_KEY": SECRET_KEY}
+    environment |= {"PATH": f"{tools}:{os.environ['PATH']}", "SECRET_KEY": SECRET}
     try:
         with scratch_database("runbook") as database:
             owner = embedded.USER

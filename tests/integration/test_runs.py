@@ -6,7 +6,6 @@ import json
 import shlex
 import threading
 from itertools import product
-from typing import Any
 
 import pytest
 from django.core.management import load_command_class
@@ -23,10 +22,10 @@ from crm.rules.throttling import ErrorBudget
 from crm.runs import control
 from crm.runs.progress import Silence
 from tests.conftest import Database
-from tests.integration.test_lease import neighbour
 from tests.support import builders, commands
 from tests.support.commands import Finished, backfill, called, statements
 from tests.support.processes import session
+from tests.support.runs import make_run, neighbour
 
 #: What an action makes of a run, and of which runs: the promise, written down a second time.
 MADE_OF = {
@@ -47,13 +46,6 @@ EVERYTHING_ASKED = (
 def backfill_runs(*arguments: str) -> Finished:
     """`manage.py backfill_runs` with these arguments, in this process."""
     return called("backfill_runs", *arguments)
-
-
-def make_run(status: str, **columns: Any) -> BackfillRun:
-    """A run of somebody's on another machine."""
-    given = {"version": "1", "generation": "2025_10", "operator": "pat", "host": "elsewhere", "process_id": 1} | columns
-    run: BackfillRun = BackfillRun.objects.create(status=status, **given)
-    return run
 
 
 def status_of(run: BackfillRun) -> str:

@@ -3,42 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
-from django.db import connection
-from django.test.utils import override_settings
 
-from config.database import parse
 from crm.legacy_schema import ddl
 from crm.postgres.session import FOLLOWED, SETTINGS
-from manage import main
 from tests.conftest import Database
-from tests.integration.test_own_schema import EmptyDatabase
-from tests.process.test_pgbouncer import PGBOUNCER, PORT, pgbouncer
 from tests.support.builders import add_lead, add_profile, add_user, contacts
-from tests.support.commands import backfill, ended
-from tests.support.processes import database_url, manage, session
-from tests.support.scratch import scratch_database
-
-#: Every command that touches the database; the number of a run need not exist.
-COMMANDS = (
-    ("backfill_crm_contacts", "--no-progress"),
-    ("backfill_crm_contacts", "--dry-run", "--no-progress"),
-    ("backfill_crm_contacts", "--update", "--no-progress"),
-    ("rollback_crm_backfill", "1", "--no-progress"),
-    ("rollback_crm_backfill", "1", "--dry-run"),
-    ("verify_crm_contacts",),
-    ("backfill_runs", "list"),
-    ("backfill_runs", "cancel", "1"),
-    ("backfill_runs", "watch", "1"),
-    ("trace_contact", "c1"),
-    ("export_backfill_errors",),
-    ("resolve_crm_conflict", "leads:1", "--contact", "c1"),
-    ("check", "--database", "default"),
-    ("migrate",),
-    ("load_sample_data", "--people", "1"),
-)
+from tests.support.commands import backfill
+from tests.support.pgbouncer import PGBOUNCER, PORT, pgbouncer
+from tests.support.processes import database_url, manage
+from tests.support.scratch import EmptyDatabase, as_the_default, scratch_database
+from tests.support.sessions import COMMANDS, assert_refused, ended_on, role_with
 
 
 @pytest.fixture(scope="module")
@@ -77,36 +53,6 @@ def contents(database: EmptyDatabase) -> list[object]:
             for table in ("app.crm_contacts", "public.crm_contacts", f"{OURS}.ledger_entry", f"{OURS}.backfill_run")
         )
     )
-
-
-@contextmanager
-def working_on(url: str) -> Iterator[None]:
-    """Let the default connection, and what it is to examine, be those of another URL."""
-    parsed = parse(url, backfill_schema=OURS)
-    connection.close()
-    before = dict(connection.settings_dict)
-    connection.settings_dict.update(parsed.django_entry(OURS))
-    try:
-        with override_settings(LEGACY_SCHEMA=parsed.legacy_schema):
-            yield
-    finally:
-        connection.close()
-        connection.settings_dict.clear()
-        connection.settings_dict.update(before)
-
-
-def ended_on(url: str, *command: str) -> tuple[int, str]:
-    """How `manage.py` ends with a command on another URL, and its line on stderr."""
-    with working_on(url):
-        finished = ended(lambda: main(["manage.py", *command]))
-    return int(str(finished.code)), finished.stderr
-
-
-def assert_refused(finished: tuple[int, str], *named: str) -> None:
-    code, line = finished
-    assert code == 2, line
-    assert line.count("\n") == 1
-    assert [name for name in named if name not in line] == []
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
@@ -167,23 +113,6 @@ STRANGE_SETTINGS = {
     "transaction_timeout": "1s",
     "transform_null_equals": "on",
 }
-
-
-@contextmanager
-def role_with(**strange: str) -> Iterator[str]:
-    """The environment's address of a superuser that has these settings, as far as the server knows them."""
-    with session() as owner:
-        owner.autocommit = True
-        owner.execute("CREATE ROLE strange SUPERUSER LOGIN")
-        try:
-            for name, value in strange.items():
-                if owner.execute("SELECT true FROM pg_settings WHERE name = %s", [name]).fetchone():
-                    # A name of one of our own dictionaries.
-                    literal = value if name == "search_path" else f"'{value}'"
-                    owner.execute(f"ALTER ROLE strange SET {name} = {literal}".encode())
-            yield "strange"
-        finally:
-            owner.execute("DROP ROLE strange")
 
 
 def people() -> None:
@@ -261,7 +190,7 @@ def test_behind_a_pooler_the_role_has_to_have_the_settings(
 
 
 def test_the_settings_are_those_of_every_new_connection(database: Database) -> None:
-    with role_with(**STRANGE_SETTINGS) as role, working_on(database_url(role=role)):
+    with role_with(**STRANGE_SETTINGS) as role, as_the_default(database_url(role=role)):
         found = dict(database.rows("SELECT name, setting FROM pg_settings"))
         wanted = {**FOLLOWED, **SETTINGS, "TimeZone": "UTC", "idle_in_transaction_session_timeout": "300000"}
         wanted["idle_session_timeout"] = "0"

@@ -15,10 +15,10 @@ from crm.outcome import Source
 from crm.rollback.runner import roll_back
 from crm.rules.mapping import contact_id
 from tests.conftest import Database
-from tests.integration.test_resolve_conflict import decided
 from tests.support.builders import add_contact, add_lead, add_profile, add_user, contact_with
 from tests.support.circumstances import acting_as, reading_role
 from tests.support.commands import Finished, called, run
+from tests.support.conflicts import decided
 
 MARK = "canary7q"
 NAMED = {"firstName": f"First{MARK}", "lastName": f"Last{MARK}"}

@@ -12,10 +12,10 @@ from django.db import connection
 from crm.postgres.facts.foreign_keys import find_foreign_keys
 from crm.postgres.trust import UntrustedCodeError
 from tests.conftest import Database
-from tests.integration.test_least_privilege import role_made_by_script
-from tests.integration.test_session import COMMANDS, assert_refused, ended_on, role_with
 from tests.support.builders import add_lead, add_profile, add_user, contacts
 from tests.support.processes import database_url, session
+from tests.support.roles import role_made_by_script
+from tests.support.sessions import COMMANDS, assert_refused, ended_on, role_with
 
 ATTACKER = "mallory"
 # A sequence goes on although the transaction is rolled back.

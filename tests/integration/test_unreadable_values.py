@@ -16,9 +16,9 @@ from crm.fields import RateField, TimestampField
 from crm.models import BackfillRun, ConflictDecision, ContactUpdate, CRMContact, Lead, LedgerEntry, Profile, User
 from crm.rules.mapping import contact_id
 from tests.conftest import Database
-from tests.integration.test_admin import address, listed, page
 from tests.support.builders import add_contact, add_lead, add_profile, add_user
 from tests.support.commands import called, run
+from tests.support.pages import address, listed, page
 
 #: A timestamp as it is stored, and as it is shown.
 MOMENTS = {

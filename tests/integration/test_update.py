@@ -32,17 +32,18 @@ from crm.verification.report import as_json
 from tests.conftest import LEGACY_TABLES, Database
 from tests.support import reference_update
 from tests.support.builders import (
-    CREATED_AT,
+    LATER,
     add_contact,
     add_lead,
     add_many_leads,
     add_profile,
     add_user,
+    change,
     contact_with,
     contacts,
 )
 from tests.support.circumstances import acting_as, in_batch, reading_role, set_status, without_own_schema
-from tests.support.commands import backfill, run, statements
+from tests.support.commands import backfill, run, statements, told, update
 from tests.support.populations import (
     GENERATIONS,
     attributions,
@@ -57,45 +58,7 @@ from tests.support.populations import (
 from tests.support.processes import session
 from tests.support.profiles import against_the_database
 from tests.support.reference import Population, Row
-
-LATER = "2025-06-07 08:09:10.111"
-
-
-def update(**options: Any) -> dict[str, Any]:
-    """A run with --update, which a dry run has foretold to the last count."""
-    foretold = run(update=True, dry_run=True, **options)
-    done = run(update=True, **options)
-    assert told(foretold) == told(done)
-    assert foretold["balanced"] is done["balanced"] is True
-    return done
-
-
-def told(report: dict[str, Any]) -> dict[str, Any]:
-    """What a report counts, but for what a dry run cannot have: the tables at the end."""
-    of_one_run = (
-        "run",
-        "dry_run",
-        "started_at",
-        "finished_at",
-        "contacts_gone",
-        "seconds",
-        "balanced",
-        "pending",
-        "already",
-        "rows",
-        "ledger",
-        "contacts_gone",
-    )
-    return {name: value for name, value in report.items() if name not in of_one_run}
-
-
-def change(table: str, row: str, **columns: Any) -> None:
-    """The application, or a person in it, writes a row: `updatedAt` moves along."""
-    columns = {"updatedAt": LATER} | columns
-    assignments = ", ".join(f'"{column}" = %s' for column in columns)
-    with connection.cursor() as cursor:
-        cursor.execute(f"UPDATE {table} SET {assignments} WHERE id = %s", [*columns.values(), row])
-        assert cursor.rowcount == 1
+from tests.support.undisturbed import everything_looked_at, populate_with_news
 
 
 def defects() -> list[Any]:
@@ -776,48 +739,18 @@ def test_a_table_that_takes_no_change_is_not_asked_contact_by_contact(database: 
     assert run(update=True)["updated_by_column"] == {"last_contacted_at": 600}
 
 
-def populate(people: int = 60) -> None:
-    """People of whom a run made contacts, or met others', and about whom there is news. The same ids every time."""
-    add_many_leads(people)
-    for number in range(0, people, 5):
-        add_contact(f"Person-{number + 1}@example.com", id=f"contact{number}", stageEnteredAt=CREATED_AT)
-    for number in range(1, people, 7):
-        user = add_user(f"person-{number}@example.com", id=f"user{number}")
-        add_profile(id=f"profile{number}", userId=user, companyName="A company")
-    for number in range(5):
-        add_profile(id=f"nobody{number}", userId=add_user(" " * number, id=f"nobody{number}"))
-    run()
-    news = """UPDATE leads SET status = 'CONVERTED', "referrerUsername" = 'ref', "updatedAt" = %s
-               WHERE substring(id, 4)::int %% 3 = 0"""
-    with connection.cursor() as cursor:
-        cursor.execute(news, [LATER])
-        cursor.execute(
-            """UPDATE users SET email = id || '@example.com', "updatedAt" = '2099-01-01' WHERE email ~ '^ *$'"""
-        )
-
-
-def everything(database: Database) -> tuple[Any, ...]:
-    """Contacts, their history, and what the ledger remembers, but for when and by which run."""
-    return (
-        contacts(),
-        database.rows("SELECT * FROM crm_stage_history ORDER BY id"),
-        database.rows("SELECT id, outcome, contact_id, seen_updated_at FROM ledger_entry ORDER BY id"),
-        database.rows("SELECT line_id, contact_id, columns FROM contact_update ORDER BY 1, 2, 3"),
-    )
-
-
 @pytest.fixture
 def undisturbed(database: Database) -> tuple[dict[str, Any], tuple[Any, ...]]:
     """What a run with --update comes to that nobody disturbs; the population is as before it."""
-    populate()
-    before = everything(database)
+    populate_with_news()
+    before = everything_looked_at(database)
     report = update()
-    end = everything(database)
+    end = everything_looked_at(database)
     assert report["updated"] > 20
     assert end != before
     database.empty()
-    populate()
-    assert everything(database) == before
+    populate_with_news()
+    assert everything_looked_at(database) == before
     return report, end
 
 
@@ -830,7 +763,7 @@ def test_stopped_in_the_middle_and_run_again_it_ends_as_if_nothing_had_happened(
         stopped = run(update=True, batch_size=6)
     assert (stopped["status"], stopped["balanced"]) == ("interrupted", True)
     again = run(update=True, batch_size=6)
-    assert everything(database) == undisturbed[1]
+    assert everything_looked_at(database) == undisturbed[1]
     for name in ("revisited", "updated", "kept", "unchanged", "updated_and_kept"):
         assert stopped[name] + again[name] == undisturbed[0][name]
 
@@ -846,11 +779,11 @@ def test_it_ends_the_same_whatever_the_pace(
     database: Database, undisturbed: tuple[dict[str, Any], tuple[Any, ...]], options: dict[str, Any]
 ) -> None:
     assert told(update(**options)) == told(undisturbed[0])
-    assert everything(database) == undisturbed[1]
+    assert everything_looked_at(database) == undisturbed[1]
 
 
 def test_only_the_sources_that_are_asked_for_are_looked_at_again(database: Database) -> None:
-    populate()
+    populate_with_news()
     report = update(only=(Source.CONVERTED_LEADS,))
     assert list(report["updates_by_source"]) == ["converted_leads"]
     assert report["updated_by_column"].keys() == {"attribution", "contact_type", "phone", "stage"}
@@ -858,14 +791,14 @@ def test_only_the_sources_that_are_asked_for_are_looked_at_again(database: Datab
 
 
 def test_since_bounds_a_second_look_too(database: Database) -> None:
-    populate()
+    populate_with_news()
     report = update(since=LATER)
     assert report["updates_by_source"].keys() == {"converted_leads"}
     assert "email" in update()["updated_by_column"]
 
 
 def test_a_limit_counts_rows_that_are_read_and_rows_that_are_looked_at_again(database: Database) -> None:
-    populate()
+    populate_with_news()
     add_lead("late@example.com")
     report = update(limit=5)
     assert (report["read"], report["revisited"]) == (1, 4)
@@ -873,7 +806,7 @@ def test_a_limit_counts_rows_that_are_read_and_rows_that_are_looked_at_again(dat
 
 
 def test_a_run_that_was_cancelled_looks_at_nothing_more(database: Database) -> None:
-    populate()
+    populate_with_news()
     with in_batch(2, lambda: set_status(RunStatus.CANCELLED), after="INSERT INTO contact_update"):
         report = run(update=True, batch_size=4)
     assert (report["status"], report["revisited"]) == ("cancelled", 4)
@@ -883,7 +816,7 @@ def test_a_run_that_was_cancelled_looks_at_nothing_more(database: Database) -> N
 
 
 def test_the_record_the_batches_and_the_report_agree(database: Database) -> None:
-    populate()
+    populate_with_news()
     report = update(batch_size=7)
     record = BackfillRun.objects.get(pk=report["run"])
     batches = list(BackfillBatch.objects.filter(run=record))
@@ -1076,22 +1009,22 @@ def test_a_source_that_moves_on_after_an_update_is_no_defect(database: Database)
 
 
 def test_a_run_that_is_taken_back_leaves_what_was_there_before_and_can_be_done_again(database: Database) -> None:
-    populate()
-    before = everything(database)
+    populate_with_news()
+    before = everything_looked_at(database)
     report = update(batch_size=7)
-    end = everything(database)
+    end = everything_looked_at(database)
     foretold = roll_back(report["run"], dry_run=True)
-    assert everything(database) == end
+    assert everything_looked_at(database) == end
     taken = roll_back(report["run"], batch_size=4)
     assert taken.counts == foretold.counts
     assert (taken.status, taken.balanced) == (RunStatus.FINISHED, True)
     assert taken.counts.numbers["updates_reversed"] == ContactUpdate.objects.count() + len(end[3])
     assert taken.counts.numbers["updates_kept"] == 0
-    assert (contacts(), *everything(database)[1:2]) == before[:2]
+    assert (contacts(), *everything_looked_at(database)[1:2]) == before[:2]
     assert defects() == []
     again = update()
     assert again["updated_by_column"] == report["updated_by_column"]
-    assert everything(database)[:2] == end[:2]
+    assert everything_looked_at(database)[:2] == end[:2]
 
 
 def test_of_several_steps_each_is_taken_back(database: Database) -> None:

@@ -16,10 +16,10 @@ from crm.rollback.runner import roll_back
 from crm.runs import watching
 from crm.runs.process import ProcessIdentity
 from tests.conftest import Database
-from tests.integration.test_runs import make_run
 from tests.support import builders
 from tests.support.commands import called, run
 from tests.support.processes import database_url, start
+from tests.support.runs import make_run
 
 
 def watched(run_id: int, *happenings: Callable[[], object]) -> tuple[list[str], BackfillRun]:

@@ -9,8 +9,6 @@ import pytest
 from django.db import connection
 
 from tests.conftest import OWN_TABLES, TOKENS, Database
-from tests.process.test_settings import SECRET
-from tests.process.test_settings import run as process
 from tests.support.builders import add_lead, add_profile, contacts
 from tests.support.circumstances import (
     SECRET_COLUMNS,
@@ -20,6 +18,7 @@ from tests.support.circumstances import (
     without_own_schema,
 )
 from tests.support.commands import Finished, backfill, called, run
+from tests.support.processes import SECRET, python
 from tests.support.reference import CONTACT_COLUMNS
 
 dry_and_wet = pytest.mark.parametrize("arguments", [(), ("--dry-run",)], ids=["wet", "dry"])
@@ -349,7 +348,7 @@ def test_a_database_without_the_attribution_columns_is_told_to_migrate(database:
     ids=["closed_port", "unknown_host", "no_socket"],
 )
 def test_a_server_that_does_not_answer(url: str, arguments: tuple[str, ...]) -> None:
-    result = process("manage.py", "backfill_crm_contacts", *arguments, DATABASE_URL=url, SECRET_KEY=SECRET)
+    result = python("manage.py", "backfill_crm_contacts", *arguments, DATABASE_URL=url, SECRET_KEY=SECRET)
     assert_refused(Finished(result.returncode, result.stdout, result.stderr), "The database cannot be reached: ")
     assert "hunter2" not in result.stderr
 
@@ -357,17 +356,17 @@ def test_a_server_that_does_not_answer(url: str, arguments: tuple[str, ...]) -> 
 @pytest.mark.process
 def test_a_role_and_a_database_that_the_server_does_not_know(database: Database) -> None:
     environment = address_of_the_test_database(role="nobody")
-    result = process("manage.py", "backfill_crm_contacts", **environment)
+    result = python("manage.py", "backfill_crm_contacts", **environment)
     assert_refused(Finished(result.returncode, result.stdout, result.stderr), "nobody", "DATABASE_URL")
     name = str(connection.settings_dict["NAME"])
     environment = address_of_the_test_database()
     environment["DATABASE_URL"] = environment["DATABASE_URL"].replace(f"/{name}?", "/no_such_database?")
-    result = process("manage.py", "backfill_crm_contacts", **environment)
+    result = python("manage.py", "backfill_crm_contacts", **environment)
     assert_refused(Finished(result.returncode, result.stdout, result.stderr), "no_such_database", "DATABASE_URL")
 
 
 @pytest.mark.process
 def test_the_real_command_ends_in_one_line_too(database: Database) -> None:
     database.change("DROP TABLE leads")
-    result = process("manage.py", "backfill_crm_contacts", **address_of_the_test_database())
+    result = python("manage.py", "backfill_crm_contacts", **address_of_the_test_database())
     assert_refused(Finished(result.returncode, result.stdout, result.stderr), "no table leads")

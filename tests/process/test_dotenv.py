@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config.dotenv import DotenvError, parse
-from tests.process.test_settings import BASE_DIR, SECRET, URL, run
+from tests.support.processes import BASE_DIR, SECRET, URL, python
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def show(checkout: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return run(
+    return python(
         "-c",
         "import os, sys; sys.path[0] = sys.argv[1]\n"
         "import manage\n"

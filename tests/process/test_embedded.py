@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.test_least_privilege import psql
-from tests.process.test_settings import BASE_DIR, run
 from tests.support.circumstances import passable_folder
+from tests.support.processes import BASE_DIR, python
+from tests.support.roles import psql
 
 pytestmark = pytest.mark.process
 
@@ -88,7 +88,7 @@ def test_a_killed_process_does_not_keep_it_alive(data: Path) -> None:
         first_line(process)
         process.send_signal(signal.SIGKILL)
     assert is_running(data)
-    result = run("manage.py", "showmigrations", CRM_EMBEDDED_DATA=str(data))
+    result = python("manage.py", "showmigrations", CRM_EMBEDDED_DATA=str(data))
     assert result.returncode == 0, result.stderr
     assert result.stderr == f"This is the embedded development database in {data}.\n"
     assert not is_running(data)
@@ -97,10 +97,10 @@ def test_a_killed_process_does_not_keep_it_alive(data: Path) -> None:
 def test_drop_leaves_an_empty_database(data: Path) -> None:
     folder = str(data)
     make = "import django; django.setup(); from django.db import connection; connection.cursor().execute({!r})"
-    assert run("-c", make.format("CREATE TABLE public.marker (id int)"), CRM_EMBEDDED_DATA=folder).returncode == 0
-    assert run("-c", make.format("SELECT FROM public.marker"), CRM_EMBEDDED_DATA=folder).returncode == 0
-    assert run("-m", "config.embedded", "drop", CRM_EMBEDDED_DATA=folder).returncode == 0
-    assert run("-c", make.format("SELECT FROM public.marker"), CRM_EMBEDDED_DATA=folder).returncode == 1
+    assert python("-c", make.format("CREATE TABLE public.marker (id int)"), CRM_EMBEDDED_DATA=folder).returncode == 0
+    assert python("-c", make.format("SELECT FROM public.marker"), CRM_EMBEDDED_DATA=folder).returncode == 0
+    assert python("-m", "config.embedded", "drop", CRM_EMBEDDED_DATA=folder).returncode == 0
+    assert python("-c", make.format("SELECT FROM public.marker"), CRM_EMBEDDED_DATA=folder).returncode == 1
 
 
 def test_a_restart_brings_into_force_what_waits_for_one(data: Path) -> None:
@@ -116,14 +116,14 @@ ask("ALTER SYSTEM SET max_connections = 17")
 embedded.restart(data)
 sys.stdout.write(ask("SHOW max_connections").fetchone()[0])
 """
-    result = run("-c", program, str(data))
+    result = python("-c", program, str(data))
     assert (result.returncode, result.stdout) == (0, "17"), result.stderr
     assert not is_running(data)
 
 
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("")
-    result = run("manage.py", "migrate", CRM_EMBEDDED_DATA=str(tmp_path / "data"))
+    result = python("manage.py", "migrate", CRM_EMBEDDED_DATA=str(tmp_path / "data"))
     assert result.returncode == 2
     assert "does not start" in result.stderr
     assert result.stderr.count("\n") == 1
@@ -134,7 +134,7 @@ def test_a_folder_that_is_none(tmp_path: Path) -> None:
 
 def showmigrations(data: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Something that starts the server."""
-    return run("manage.py", "showmigrations", CRM_EMBEDDED_DATA=str(data), **environment)
+    return python("manage.py", "showmigrations", CRM_EMBEDDED_DATA=str(data), **environment)
 
 
 def test_nobody_else_reaches_it(data: Path, tmp_path: Path) -> None:

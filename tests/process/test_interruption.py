@@ -6,10 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import psycopg
 import pytest
@@ -21,43 +19,13 @@ from crm.models import BackfillRun
 from crm.models.ledger import RunStatus
 from crm.runs.progress import Silence
 from tests.conftest import Database
-from tests.process.test_settings import BASE_DIR
-from tests.support.builders import CREATED_AT, add_contact, add_lead, add_many_leads, contacts, ledger
+from tests.support.builders import CREATED_AT, add_many_leads, contacts, ledger
 from tests.support.circumstances import CONTACTS, COUNTS, address_of_the_test_database, in_batch
 from tests.support.commands import Finished, backfill, run
+from tests.support.processes import BASE_DIR, wait_until
+from tests.support.undisturbed import BATCH_SIZE, PEOPLE, as_an_undisturbed_run_ends, populate_five_batches
 
-SIZE = 10
-PEOPLE = 50
 every_signal = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-
-
-def populate() -> None:
-    """Five batches of leads, in which people meet one another, a contact that is there, and an error."""
-    add_many_leads(PEOPLE - 10)
-    add_many_leads(7, "CONVERTED", first=31)
-    add_contact("Person-12@example.com")
-    add_lead("not-an-address", createdAt="2025-01-03")
-    add_lead("person-3@example.com", createdAt="2025-01-03", referrerUsername="ref")
-    add_lead("person-39@example.com", createdAt="2025-01-03", referrerUsername="ref")
-
-
-def everything() -> tuple[Any, Any]:
-    return contacts(), ledger()
-
-
-@contextmanager
-def as_an_undisturbed_run_ends(database: Database) -> Iterator[None]:
-    """Run on the same rows without and with what is inside, which has to end in the same contacts and ledger."""
-    populate()
-    before = database.rows("SELECT id FROM crm_contacts")
-    run(batch_size=SIZE)
-    expected = everything()
-    database.rows("DELETE FROM crm_contacts WHERE id <> ALL(%s) RETURNING id", [identifier for (identifier,) in before])
-    database.rows("DELETE FROM ledger_entry RETURNING id")
-    database.rows("DELETE FROM backfill_batch RETURNING id")
-    database.rows("DELETE FROM backfill_run RETURNING id")
-    yield
-    assert everything() == expected
 
 
 def send(number: int, times: int = 1) -> Callable[[], None]:
@@ -80,7 +48,7 @@ def the_run() -> BackfillRun:
 def test_the_batch_is_ended_and_the_next_run_goes_on(database: Database, number: int, batch: int) -> None:
     with as_an_undisturbed_run_ends(database):
         with in_batch(batch, send(number)):
-            finished = backfill("--batch-size", str(SIZE), "--no-progress")
+            finished = backfill("--batch-size", str(BATCH_SIZE), "--no-progress")
         assert finished.code == 4
         assert "What was committed stays; run the command again and it goes on." in finished.stderr
         interrupted = the_run()
@@ -88,7 +56,7 @@ def test_the_batch_is_ended_and_the_next_run_goes_on(database: Database, number:
         assert interrupted.finished_at is not None
         assert interrupted.read == len(ledger()) == database.rows("SELECT sum(read) FROM backfill_batch")[0][0] > 0
         assert interrupted.batches.count() == batch
-        assert backfill("--batch-size", str(SIZE)).code == 1, "the one row in error is new"
+        assert backfill("--batch-size", str(BATCH_SIZE)).code == 1, "the one row in error is new"
 
 
 @every_signal
@@ -98,7 +66,7 @@ def test_a_second_signal_stops_at_once_and_nothing_of_the_open_batch_is_written(
 ) -> None:
     with as_an_undisturbed_run_ends(database):
         with in_batch(3, send(number, times=2), after=after):
-            finished = backfill("--batch-size", str(SIZE), "--no-progress")
+            finished = backfill("--batch-size", str(BATCH_SIZE), "--no-progress")
         assert finished.code == 4
         assert "run the command again and it goes on" in finished.stderr
         interrupted = the_run()
@@ -110,9 +78,9 @@ def test_a_second_signal_stops_at_once_and_nothing_of_the_open_batch_is_written(
 
 
 def test_json_tells_of_an_interruption(database: Database) -> None:
-    populate()
+    populate_five_batches()
     with in_batch(2, send(signal.SIGINT)):
-        finished = backfill("--batch-size", str(SIZE), "--json", "--no-progress")
+        finished = backfill("--batch-size", str(BATCH_SIZE), "--json", "--no-progress")
     said = "The run was interrupted. What was committed stays; run the command again and it goes on.\n"
     assert (finished.code, finished.stderr) == (4, said)
     assert (finished.answer["status"], finished.answer["balanced"]) == ("interrupted", True)
@@ -120,19 +88,19 @@ def test_json_tells_of_an_interruption(database: Database) -> None:
 
 
 def test_a_dry_run_is_interrupted_too(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    populate()
+    populate_five_batches()
     before = database.dump()
     monkeypatch.setattr(Silence, "advance", lambda *_: send(signal.SIGINT)())
-    finished = backfill("--dry-run", "--batch-size", str(SIZE), "--json", "--no-progress")
+    finished = backfill("--dry-run", "--batch-size", str(BATCH_SIZE), "--json", "--no-progress")
     assert (finished.code, finished.answer["status"]) == (4, "interrupted")
     assert database.dump() == before
 
 
 def test_a_signal_in_the_last_batch_leaves_nothing_to_do(database: Database) -> None:
-    add_many_leads(SIZE)
+    add_many_leads(BATCH_SIZE)
     with in_batch(1, send(signal.SIGTERM)):
-        backfill("--batch-size", str(SIZE))
-    assert len(contacts()) == SIZE
+        backfill("--batch-size", str(BATCH_SIZE))
+    assert len(contacts()) == BATCH_SIZE
     assert run()["read"] == 0
 
 
@@ -186,7 +154,7 @@ def held_up_in_batch_3(database: Database) -> Iterator[tuple[subprocess.Popen[st
         [CREATED_AT],
     )
     command = subprocess.Popen(  # noqa: S603 - our own interpreter with arguments from this file
-        [sys.executable, "manage.py", "backfill_crm_contacts", "--batch-size", str(SIZE), "--no-progress"],
+        [sys.executable, "manage.py", "backfill_crm_contacts", "--batch-size", str(BATCH_SIZE), "--no-progress"],
         cwd=BASE_DIR,
         env={"PATH": os.environ["PATH"], "CRM_DOTENV": "off"} | address_of_the_test_database(),
         stdout=subprocess.PIPE,
@@ -207,13 +175,6 @@ def is_waiting_for_a_lock(database: Database) -> bool:
     return bool(database.rows(query))
 
 
-def wait_until(happened: Callable[[], bool], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)
-
-
 def ended(command: subprocess.Popen[str]) -> Finished:
     stdout, stderr = command.communicate(timeout=20)
     return Finished(command.returncode, stdout, stderr)
@@ -231,8 +192,8 @@ def test_the_real_command_ends_its_batch(database: Database, number: signal.Sign
     assert finished.code == 4
     assert "run the command again and it goes on" in finished.stderr
     assert "Traceback" not in finished.stderr
-    assert (the_run().status, the_run().created) == (RunStatus.INTERRUPTED, 3 * SIZE)
-    assert len(contacts()) == len(ledger()) == 3 * SIZE
+    assert (the_run().status, the_run().created) == (RunStatus.INTERRUPTED, 3 * BATCH_SIZE)
+    assert len(contacts()) == len(ledger()) == 3 * BATCH_SIZE
     assert backfill().code == 0
     assert len(contacts()) == len(ledger()) == PEOPLE
 
@@ -250,7 +211,7 @@ def test_the_real_command_stops_at_once_when_asked_twice(database: Database, num
     assert finished.code == 4
     assert "run the command again and it goes on" in finished.stderr
     assert "Traceback" not in finished.stderr
-    assert (the_run().status, the_run().created) == (RunStatus.INTERRUPTED, 2 * SIZE)
-    assert len(contacts()) == len(ledger()) == 2 * SIZE
+    assert (the_run().status, the_run().created) == (RunStatus.INTERRUPTED, 2 * BATCH_SIZE)
+    assert len(contacts()) == len(ledger()) == 2 * BATCH_SIZE
     assert backfill().code == 0
     assert len(contacts()) == len(ledger()) == PEOPLE

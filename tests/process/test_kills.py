@@ -17,10 +17,7 @@ from django.db import connection
 
 from crm.models import BackfillRun, ContactUpdate
 from tests.conftest import Database
-from tests.integration.test_update import everything as everything_looked_at
-from tests.integration.test_update import populate as populate_with_news
-from tests.support.builders import add_contact, add_lead, add_many_leads, add_profile, contacts
-from tests.support.commands import backfill, run
+from tests.support.commands import run
 from tests.support.forks import (
     AT_MOST_SECONDS,
     COMMIT,
@@ -35,107 +32,21 @@ from tests.support.forks import (
 )
 from tests.support.processes import database_url, start
 from tests.support.profiles import SOAKING, every
+from tests.support.undisturbed import (
+    BATCH_SIZE,
+    SEED,
+    SIZED,
+    Undisturbed,
+    after_a_second_look,
+    populate,
+    populate_with_news,
+)
 
 #: How many moments are tried; more of them find more.
 MOMENTS, MOMENTS_WITH_WORKERS, MOMENTS_OF_UPDATES = (60, 10, 12) if SOAKING else (20, 4, 6)
 #: Seconds after the sending of a statement at which the latest kills come: long enough for its answer to be there.
 LATEST = 0.004
-SEED = 20250101
-PEOPLE = 200
-PROFILES = 20
-BATCH_SIZE = 10
-SIZED = ("--no-progress", "--batch-size", str(BATCH_SIZE))
 KILLED = -signal.SIGKILL
-# Every column but the two that say when, and in which run.
-_LEDGER = """
-SELECT id, source, source_id, outcome, reason, contact_id, source_updated_at, filled, sqlstate, "constraint", "column"
-  FROM ledger_entry ORDER BY id
-"""
-
-
-def populate(people: int = PEOPLE, profiles: int = PROFILES) -> None:
-    """People of every source who meet one another and contacts that are there, and rows in error."""
-    for number in range(profiles):
-        role = ("CLIENT", "TAX_PREPARER", "AFFILIATE")[number % 3]
-        email = None if number % 7 == 0 else f"person-{number * 3}@example.com"
-        add_profile(role, email=email, companyName="A company", phone="555 0199")
-    add_many_leads(people)
-    add_many_leads(people // 5, "CONVERTED", first=people // 2)
-    for number in range(5):
-        add_contact(f"Person-{number * 17 + 1}@example.com")
-        add_lead("not-an-address", createdAt=f"2025-01-0{number + 1}")
-        add_lead(f"person-{number * 13}@example.com", createdAt="2025-01-03", referrerUsername="ref")
-
-
-def everything(database: Database) -> tuple[Any, Any]:
-    return contacts(), database.rows(_LEDGER)
-
-
-def totals(database: Database) -> list[tuple[Any, ...]]:
-    """What all runs' batches together made of the rows, an error that was tried again counted once."""
-    return database.rows(
-        "SELECT source, sum(created), sum(merged), sum(exists), sum(error_new) "
-        "FROM backfill_batch GROUP BY 1 ORDER BY 1"
-    )
-
-
-class Undisturbed:
-    """A population, how a run that nobody disturbs ends with it, and the way back to the beginning."""
-
-    def __init__(self, database: Database) -> None:
-        self._database = database
-        self._before = [identifier for (identifier,) in database.rows("SELECT id FROM crm_contacts")]
-        self.beginning = everything(database)
-        # In a session of its own, by the command itself: that is what is killed.
-        connection.close()
-        with labels() as sent:
-            backfill(*SIZED)
-        self.labels = list(sent)
-        self.end = everything(database)
-        self.totals = totals(database)
-        self.reset()
-
-    def reset(self) -> None:
-        self._database.rows("DELETE FROM crm_contacts WHERE id <> ALL(%s) RETURNING id", self._before)
-        for table in ("ledger_entry", "backfill_batch", "backfill_run"):
-            self._database.rows(f"DELETE FROM {table} RETURNING id")
-        assert everything(self._database) == self.beginning
-
-    def batches(self) -> tuple[int, int]:
-        """The numbers, from 1 on, of the first and the last statement of all batches."""
-        begins = [number for number, label in enumerate(self.labels) if label.startswith("SET LOCAL")]
-        # The commits after that are those of the run's own record.
-        return begins[0] + 1, self.labels.index(COMMIT, begins[-1]) + 1
-
-    def busiest_batch(self) -> tuple[int, int]:
-        """The first and the last of the labels of the batch that has the most of them."""
-        begins = [number for number, label in enumerate(self.labels) if label.startswith("SET LOCAL")]
-        spans = [(begin, self.labels.index(COMMIT, begin)) for begin in begins]
-        return max(spans, key=lambda span: span[1] - span[0])
-
-    def assert_reached(self) -> None:
-        assert everything(self._database) == self.end
-        assert totals(self._database) == self.totals
-        assert self._database.rows("SELECT status FROM backfill_run WHERE status = 'running'") == []
-
-
-def after_a_second_look(database: Database) -> tuple[Any, ...]:
-    """Contacts, stage history, ledger, and every change and count of a second look, but for when and in which run."""
-    return (
-        *everything_looked_at(database),
-        everything(database)[1],
-        database.rows("SELECT (to_jsonb(change) - 'id' - 'run_id')::text FROM contact_update change ORDER BY 1"),
-        totals(database),
-        database.rows(
-            "SELECT source, sum(revisited), sum(updated), sum(kept), sum(unchanged), sum(updated_and_kept) "
-            "FROM backfill_batch GROUP BY 1 ORDER BY 1"
-        ),
-        database.rows(
-            "SELECT name, key, sum(value::int) FROM backfill_batch CROSS JOIN (VALUES ('updated'), ('kept')) n(name) "
-            "CROSS JOIN jsonb_each_text(CASE name WHEN 'kept' THEN kept_by_column ELSE updated_by_column END) "
-            "GROUP BY 1, 2 ORDER BY 1, 2"
-        ),
-    )
 
 
 def second_look(labels: list[str]) -> tuple[int, int]:

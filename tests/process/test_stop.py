@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -20,7 +20,7 @@ from crm.outcome import Outcome
 from tests.conftest import Database
 from tests.support.builders import add_lead, add_many_leads, add_profile, ledger
 from tests.support.commands import backfill, called, run, statement_in
-from tests.support.processes import database_url, manage, session, start
+from tests.support.processes import database_url, manage, session, start, wait_until
 from tests.support.profiles import every
 
 #: What an operator is promised.
@@ -57,15 +57,6 @@ def backends_in_wait() -> int:
         query = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
         (count,) = other.execute(query).fetchone() or (0,)
     return int(count)
-
-
-def wait_until(happened: Callable[[], bool]) -> bool:
-    until = time.monotonic() + 20
-    while not happened():
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +98,7 @@ def test_one_signal_ends_every_command_behind_a_lock(
     stop = signal.SIGINT if len(command) % 2 else signal.SIGTERM
     with locked(table):
         process = start(*(word.format(run=number, row=row) for word in command.split()), url=database_url())
-        assert wait_until(lambda: backends_in_wait() > 0 or process.poll() is not None)
+        wait_until(lambda: backends_in_wait() > 0 or process.poll() is not None)
         assert process.poll() is None, process.communicate()
         sent = time.monotonic()
         process.send_signal(stop)
@@ -117,7 +108,7 @@ def test_one_signal_ends_every_command_behind_a_lock(
         assert "Traceback" not in stderr
         assert "CommandError" not in stderr
         assert seconds < at_most
-        assert wait_until(lambda: backends_in_wait() == 0), "the server goes on waiting"
+        wait_until(lambda: backends_in_wait() == 0)
     assert not BackfillRun.objects.running().exists() or table == "backfill_run"
     assert run()["balanced"]
 

@@ -2,81 +2,34 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from datetime import datetime
-from typing import Any
 
 import pytest
 from django.db import connection
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crm.backfill.report import as_json
-from crm.backfill.runner import run_backfill
 from crm.outcome import Source
 from crm.rules.mapping import contact_id
-from crm.rules.options import RunOptions
 from tests.conftest import Database
 from tests.support import builders, reference
+from tests.support.commands import run
+from tests.support.comparison import (
+    assert_as_the_reference,
+    counts_of,
+    expected_counts,
+    load,
+)
 from tests.support.populations import (
     GENERATIONS,
     aftermaths,
-    insert_population,
     populations,
-    read_contacts,
-    read_ledger,
     replace_population,
 )
 from tests.support.profiles import against_the_database
 
 BATCH_SIZES = (1, 2, 7, 1000)
-
-
-def run(**options: Any) -> dict[str, Any]:
-    """Run and return what --json prints."""
-    answer: dict[str, Any] = json.loads(as_json(run_backfill(RunOptions(**options))))
-    return answer
-
-
-def load(population: reference.Population) -> None:
-    with connection.cursor() as cursor:
-        insert_population(cursor, population)
-
-
-def contacts_and_ledger() -> tuple[dict[str, Any], dict[str, Any]]:
-    with connection.cursor() as cursor:
-        return read_contacts(cursor), read_ledger(cursor)
-
-
-def without_zeros(counts: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: without_zeros(value) if isinstance(value, dict) else value for key, value in counts.items() if value != 0
-    }
-
-
-def counts_of(answer: dict[str, Any]) -> dict[str, Any]:
-    names = ("read", "created", "merged", "exists", "error", "error_new", "already")
-    breakdowns = ("excluded", "created_by_type", "by_source", "by_reason")
-    return {name: answer[name] for name in names} | {name: without_zeros(answer[name]) for name in breakdowns}
-
-
-def expected_counts(counts: reference.Counts) -> dict[str, Any]:
-    return {
-        name: without_zeros({key: dict(value) if isinstance(value, dict) else value for key, value in counted.items()})
-        if isinstance(counted, dict)
-        else counted
-        for name, counted in vars(counts).items()
-    }
-
-
-def assert_as_the_reference(answer: dict[str, Any], result: reference.Result, *, exact: bool = True) -> None:
-    contacts, ledger = contacts_and_ledger()
-    assert contacts == result.contacts
-    assert ledger == result.ledger
-    assert counts_of(answer) == expected_counts(result.counts)
-    assert answer["status"] == "finished"
-    assert answer["balanced"] is True
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)

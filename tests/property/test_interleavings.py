@@ -25,8 +25,9 @@ from crm.backfill.workers import InProcess
 from crm.interruption import StopRequest
 from crm.outcome import Source, Totals
 from tests.conftest import Database
-from tests.property.test_backfill import assert_as_the_reference, load, run
 from tests.support import reference
+from tests.support.commands import run
+from tests.support.comparison import assert_as_the_reference, load
 from tests.support.populations import aftermaths, populations, replace_population
 from tests.support.profiles import against_the_database
 

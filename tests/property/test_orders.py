@@ -15,10 +15,9 @@ from crm.backfill.update.reader import LINES_OF_CONTACTS
 from crm.outcome import Source
 from crm.verification import verify
 from tests.conftest import Database
-from tests.integration.test_update import change, told, update
 from tests.support import reference
-from tests.support.builders import add_contact, add_lead, add_profile, add_user, contact_with, contacts, ledger
-from tests.support.commands import run
+from tests.support.builders import add_contact, add_lead, add_profile, add_user, change, contact_with, contacts, ledger
+from tests.support.commands import run, told, update
 from tests.support.populations import (
     ADDRESSES,
     GENERATIONS,

@@ -12,6 +12,7 @@ from tests.support.reference import Line, Row, address_of
 
 CREATED_AT = "2025-01-02 03:04:05.678"
 UPDATED_AT = "2025-02-03 04:05:06.789"
+LATER = "2025-06-07 08:09:10.111"
 
 _numbers = itertools.count(1)
 
@@ -123,3 +124,12 @@ def _insert(table: str, row: Row, columns: Row) -> str:
     with connection.cursor() as cursor:
         cursor.execute(f"INSERT INTO {table} ({names}) VALUES ({values})", list(row.values()))
     return str(row["id"])
+
+
+def change(table: str, row: str, **columns: Any) -> None:
+    """The application, or a person in it, writes a row: `updatedAt` moves along."""
+    columns = {"updatedAt": LATER} | columns
+    assignments = ", ".join(f'"{column}" = %s' for column in columns)
+    with connection.cursor() as cursor:
+        cursor.execute(f"UPDATE {table} SET {assignments} WHERE id = %s", [*columns.values(), row])
+        assert cursor.rowcount == 1

@@ -16,8 +16,9 @@ from django.db import connection
 from config import embedded
 from crm.models.ledger import RunStatus
 from tests.conftest import LEGACY_TABLES, Database
-from tests.integration.test_own_schema import EmptyDatabase
-from tests.process.test_settings import SECRET
+from tests.support.forks import labels_are_watched
+from tests.support.processes import SECRET, session
+from tests.support.scratch import EmptyDatabase
 
 SECRET_COLUMNS = ("ssn", "dateOfBirth", "address", "bankDetails", "hashedPassword")
 #: The first thing that a batch writes, and one of the last.
@@ -158,3 +159,22 @@ def passable_folder() -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder)
+
+
+@contextmanager
+def terminated_at(number: int) -> Iterator[None]:
+    """The run's backend is terminated just before the statement or commit of this number."""
+    count = 0
+
+    def watch(_label: str, send: Callable[[], Any]) -> Any:
+        nonlocal count
+        count += 1
+        if count == number:
+            connection.ensure_connection()
+            with session() as administrator:
+                administrator.execute("SELECT pg_terminate_backend(%s, 5000)", [connection.connection.info.backend_pid])
+        return send()
+
+    with labels_are_watched(watch):
+        yield
+    assert count >= number, "there was no such statement"

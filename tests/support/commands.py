@@ -105,3 +105,36 @@ def statements() -> Iterator[list[Statement]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CursorWrapper, "_execute_with_wrappers", record)
         yield sent
+
+
+def rollback(*arguments: str) -> Finished:
+    """`manage.py rollback_crm_backfill` with these arguments, in this process."""
+    return called("rollback_crm_backfill", *arguments, "--no-progress")
+
+
+def update(**options: Any) -> dict[str, Any]:
+    """A run with --update, which a dry run has foretold to the last count."""
+    foretold = run(update=True, dry_run=True, **options)
+    done = run(update=True, **options)
+    assert told(foretold) == told(done)
+    assert foretold["balanced"] is done["balanced"] is True
+    return done
+
+
+def told(report: dict[str, Any]) -> dict[str, Any]:
+    """What a report counts, but for what a dry run cannot have: the tables at the end."""
+    of_one_run = (
+        "run",
+        "dry_run",
+        "started_at",
+        "finished_at",
+        "contacts_gone",
+        "seconds",
+        "balanced",
+        "pending",
+        "already",
+        "rows",
+        "ledger",
+        "contacts_gone",
+    )
+    return {name: value for name, value in report.items() if name not in of_one_run}

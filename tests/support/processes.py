@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,9 @@ from django.db import connection
 from config import embedded
 
 BASE_DIR = Path(__file__).resolve().parents[2]
-SECRET_KEY = "a-long-secret-made-for-these-tests-alone-0123456789-abcdefghij"
+SECRET = "a-long-secret-made-for-these-tests-alone-0123456789-abcdefghij"
+#: A database that nobody can reach, as an operator would write it.
+URL = "postgresql://crm:hunter2@db.invalid:1/tax?schema=app&connection_limit=3"
 
 
 def address() -> embedded.Address:
@@ -32,13 +35,24 @@ def database_url(*, role: str = embedded.USER, parameters: str = "") -> str:
     return f"postgresql://{role}@localhost:{listens.port}/{name}?host={quote(listens.host, safe='')}{parameters}"
 
 
+def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Python in the project's folder to its end, with these variables and none of the developer's own."""
+    return subprocess.run(  # noqa: S603 - our own interpreter with arguments from the tests
+        [sys.executable, *arguments],
+        cwd=BASE_DIR,
+        env=_inherited() | {"DJANGO_SETTINGS_MODULE": "config.settings"} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 def start(*arguments: str, url: str) -> subprocess.Popen[str]:
     """`manage.py` with these arguments, with nothing of the developer's environment."""
-    inherited = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
     return subprocess.Popen(  # noqa: S603 - our own interpreter with arguments from the tests
         [sys.executable, "manage.py", *arguments],
         cwd=BASE_DIR,
-        env=inherited | {"CRM_DOTENV": "off", "DATABASE_URL": url, "SECRET_KEY": SECRET_KEY},
+        env=_inherited() | {"DATABASE_URL": url, "SECRET_KEY": SECRET},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -79,3 +93,16 @@ def session(role: str = embedded.USER) -> Iterator[psycopg.Connection]:
         yield other
     finally:
         other.close()
+
+
+def wait_until(happened: Callable[[], bool]) -> None:
+    """Look again and again; a machine with much else to do has long enough."""
+    until = time.monotonic() + 20
+    while not happened():
+        assert time.monotonic() < until, "it did not happen"
+        time.sleep(0.02)
+
+
+def _inherited() -> dict[str, str]:
+    inherited = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+    return inherited | {"CRM_DOTENV": "off"}

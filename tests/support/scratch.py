@@ -4,16 +4,53 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote
 
 import psycopg
 from django.conf import settings
 from django.db import connections
 from django.db.backends.base.base import BaseDatabaseWrapper
+from django.test.utils import override_settings
+from psycopg import sql
 from pytest_django import DjangoDbBlocker
 
 from config import embedded
 from config.database import parse
-from tests.integration.test_own_schema import EmptyDatabase
+
+
+@dataclass(frozen=True)
+class EmptyDatabase:
+    """A database of its own on the embedded server, and a role that may do nothing but connect to it."""
+
+    name: str
+    role: str
+    address: embedded.Address
+
+    def execute(self, statement: str) -> list[Any]:
+        """As its owner; `{role}` and `{name}` stand for the role and the database."""
+        with self._connect(self.name) as connection:
+            cursor = connection.execute(statement.format(role=self.role, name=self.name).encode())
+            return [row[0] for row in cursor] if cursor.description else []
+
+    def url(self, *, role: str = embedded.USER, parameters: str = "") -> str:
+        host = quote(self.address.host, safe="")
+        return f"postgresql://{role}@localhost:{self.address.port}/{self.name}?host={host}{parameters}"
+
+    def create(self) -> None:
+        with self._connect("postgres") as connection:
+            connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(self.name)))
+            connection.execute(sql.SQL("CREATE ROLE {} LOGIN").format(sql.Identifier(self.role)))
+
+    def drop(self) -> None:
+        with self._connect("postgres") as connection:
+            connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(self.name)))
+            connection.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(self.role)))
+
+    def _connect(self, name: str) -> psycopg.Connection:
+        address = self.address
+        return psycopg.connect(host=address.host, port=address.port, user=embedded.USER, dbname=name, autocommit=True)
 
 
 @contextmanager
@@ -46,14 +83,16 @@ def django_connection(
 
 @contextmanager
 def as_the_default(url: str) -> Iterator[None]:
-    """Let everything work on another database."""
-    entry = parse(url, backfill_schema=settings.BACKFILL_SCHEMA).django_entry(settings.BACKFILL_SCHEMA)
+    """Let everything work on another database, and on the application's schema that its address names."""
+    parsed = parse(url, backfill_schema=settings.BACKFILL_SCHEMA)
+    entry = parsed.django_entry(settings.BACKFILL_SCHEMA)
     before, its_settings = connections["default"], connections.settings["default"]
     connections.settings["default"] = connections.configure_settings({"default": entry})["default"]
     before.close()
     del connections["default"]
     try:
-        yield
+        with override_settings(LEGACY_SCHEMA=parsed.legacy_schema):
+            yield
     finally:
         connections["default"].close()
         connections["default"], connections.settings["default"] = before, its_settings

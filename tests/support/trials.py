@@ -22,12 +22,11 @@ from crm.models import BackfillRun
 from crm.models.ledger import RunStatus
 from crm.runs import lifecycle, retrying
 from tests.conftest import Database
-from tests.support.builders import add_contact, add_lead, add_many_leads, add_profile, add_user
+from tests.support.builders import LATER, add_contact, add_lead, add_many_leads, add_profile, add_user
 from tests.support.commands import Finished, called, run
 from tests.support.processes import manage
 from tests.support.wire import Cut, Place, Wire, wait_for_the_server, wire, wired
 
-LATER = "2025-06-07 08:09:10.111"
 #: What differs from one go to the next: moments, processes, and numbers that a transaction which was lost has used up.
 _CHANCE = ("started_at", "heartbeat_at", "finished_at", "committed_at", "decided_at", "seconds", "process_id")
 _NUMBERED = ("backfill_batch", "contact_update")

@@ -19,11 +19,8 @@ from crm.outcome import Reason
 from crm.rollback.report import MEANING_OF_REASONS
 from crm.rules.reverting import KeepReason
 from crm.version import VERSION
+from tests.support.documents import DOCUMENTS, README, ROOT, RUNBOOK, first_cells, section
 
-ROOT = Path(settings.BASE_DIR)
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-RUNBOOK = (ROOT / "docs" / "runbook.md").read_text(encoding="utf-8")
-DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 COMMANDS = sorted(name for name, application in get_commands().items() if application == "crm")
 EXIT_CODES = {"0", "1", "2", "3", "4", "5", "6"}
 DJANGOS_OWN = {
@@ -45,20 +42,6 @@ def actions_of(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
                 yield from actions_of(inner)
         elif action.option_strings and not DJANGOS_OWN & set(action.option_strings):
             yield action
-
-
-def section(title: str, document: str = README) -> str:
-    """A section of a document, to the next heading of its rank or above."""
-    heading = re.search(rf"^(#+) {title}\n", document, re.MULTILINE)
-    assert heading, f"there is no section {title}"
-    rest = document[heading.end() :]
-    end = re.search(rf"^#{{1,{len(heading[1])}}} ", rest, re.MULTILINE)
-    return rest[: end.start()] if end else rest
-
-
-def first_cells(table: str) -> list[str]:
-    """What stands in the first column of a table."""
-    return [line.split("|")[1].strip(" `") for line in table.splitlines() if line.startswith("|")][2:]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -17,7 +17,7 @@ from pytest_django import Settings
 from config.settings import CRM_VARIABLES, _read_dotenv
 from crm.file_checks import check_dotenv, check_variables
 from crm.output.files import complete_file, new_file
-from tests.unit.test_imports import imports_of, modules
+from tests.support.modules import imports_of, modules
 
 
 @pytest.fixture(params=[0o000, 0o022, 0o277], ids=oct)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator
-from functools import cache
 from graphlib import TopologicalSorter
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.modules import ROOT, imports_in, imports_of, modules, modules_in
+
 #: From the ground up. A module imports what is in its own package or in a layer below, and nothing else of the project.
 LAYERS = (
     (
@@ -38,37 +37,8 @@ OF_THE_SETTINGS = {"config.database"}
 #: Nothing that writes is a rule, and nothing that reads: what rules may import besides each other.
 ALLOWED_IN_RULES = {"django.core.validators", "django.core.exceptions", "crm.errors", "crm.outcome", "crm.version"}
 MAX_FILES_OF_A_FOLDER = 13
-
-
-@cache
-def modules() -> dict[str, ast.Module]:
-    """Every module of the project by its dotted name."""
-    return {
-        name(path): ast.parse(path.read_text(encoding="utf-8"))
-        for folder in ("crm", "config")
-        for path in sorted((ROOT / folder).rglob("*.py"))
-    }
-
-
-def name(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def imports_of(module: str) -> set[str]:
-    """The modules that a module imports, wherever in it; of `from package import module` the module."""
-    return set(_imports(modules()[module]))
-
-
-def _imports(tree: ast.Module) -> Iterator[str]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports are written in full"
-            for alias in node.names:
-                full = f"{node.module}.{alias.name}"
-                yield full if full in modules() else str(node.module)
+#: The folders of the tests themselves; what they share is in tests/support.
+KINDS = ("unit", "integration", "property", "process")
 
 
 def within(module: str, package: str) -> bool:
@@ -136,6 +106,16 @@ def test_there_is_no_circle() -> None:
     graph = {module: imports_of(module) & modules().keys() for module in modules()}
     # A package that only gathers what is in it is no step of its own.
     TopologicalSorter({module: imported - {module} for module, imported in graph.items()}).prepare()
+
+
+def test_what_tests_share_is_in_support_and_no_test_module_is_imported() -> None:
+    imports = [
+        f"{module} imports {imported}"
+        for module, tree in modules_in("tests").items()
+        for imported in imports_in(tree)
+        if any(within(imported, f"tests.{kind}") for kind in KINDS)
+    ]
+    assert imports == []
 
 
 def test_nothing_prints() -> None:

@@ -1,0 +1,43 @@
+"""The modules of the project, as they are written, and what they import."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@cache
+def modules() -> dict[str, ast.Module]:
+    """Every module of the project by its dotted name, but for those of the tests."""
+    return modules_in("crm") | modules_in("config")
+
+
+def modules_in(folder: str) -> dict[str, ast.Module]:
+    """Every module of a folder by its dotted name."""
+    return {_name(path): ast.parse(path.read_text(encoding="utf-8")) for path in sorted((ROOT / folder).rglob("*.py"))}
+
+
+def imports_of(module: str) -> set[str]:
+    """The modules that a module imports, wherever in it; of `from package import module` the module."""
+    return set(imports_in(modules()[module]))
+
+
+def imports_in(tree: ast.Module) -> Iterator[str]:
+    """The same of a module that has been read."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are written in full"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield full if full in modules() else str(node.module)
+
+
+def _name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
