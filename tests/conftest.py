@@ -22,7 +22,7 @@ from psycopg.sql import SQL, Identifier
 from pytest_django import DjangoDbBlocker
 
 from config import embedded
-from crm.legacy_schema import create_legacy_tables
+from crm.legacy_schema import GENERATIONS, create_legacy_tables
 from crm.models import (
     BackfillBatch,
     BackfillRun,
@@ -57,8 +57,17 @@ DEFAULT_GENERATION = "2025_10"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Share the examples of a property test among its cases."""
+    """Share the examples of a property test among its cases, and let the cases of a generation follow one another."""
     share_examples(items)
+    modules = {module: number for number, module in enumerate(dict.fromkeys(item.path for item in items))}
+    items.sort(key=lambda item: (modules[item.path], generation_of(item)))
+
+
+def generation_of(item: pytest.Item) -> str:
+    """The generation that a case is for."""
+    callspec = getattr(item, "callspec", None)
+    generation = callspec.params.get("generation") if callspec else None
+    return generation if generation in GENERATIONS else DEFAULT_GENERATION
 
 
 class Database:
@@ -183,9 +192,26 @@ def django_db_setup(django_test_environment: None, django_db_blocker: DjangoDbBl
 
 
 @pytest.fixture
-def database(django_db_setup: Database, django_db_blocker: DjangoDbBlocker) -> Iterator[Database]:
-    """The database with empty tables of 2025_10; `database.use(...)` gives another generation."""
+def database(
+    request: pytest.FixtureRequest, django_db_setup: Database, django_db_blocker: DjangoDbBlocker
+) -> Iterator[Database]:
+    """The database with empty tables of 2025_10, or of the `generation` that a case is for; `database.use(...)` gives
+    another one."""
     with django_db_blocker.unblock():
-        django_db_setup.use(DEFAULT_GENERATION)
+        django_db_setup.use(generation_of(request.node))
         yield django_db_setup
+        # A new session costs more than most tests; one that is as it was serves the next test as well.
+        if connection.connection is None or _is_idle(connection.connection):
+            return
         connection.close()
+
+
+def _is_idle(session: psycopg.Connection[Any]) -> bool:
+    """Whether nothing is open in a session and the server still answers."""
+    if session.closed or session.info.transaction_status != psycopg.pq.TransactionStatus.IDLE:
+        return False
+    try:
+        session.execute("SELECT 1")
+    except psycopg.Error:
+        return False
+    return True

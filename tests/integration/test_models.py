@@ -41,7 +41,7 @@ def column(field: Field[Any, Any]) -> str:
 
 
 @pytest.fixture(scope="module")
-def empty(django_db_blocker: DjangoDbBlocker) -> Iterator[BaseDatabaseWrapper]:
+def empty(django_db_setup: Database, django_db_blocker: DjangoDbBlocker) -> Iterator[BaseDatabaseWrapper]:
     with scratch_database("models") as database, django_connection(database, django_db_blocker) as connection:
         yield connection
 

@@ -18,7 +18,7 @@ from tests.support.sessions import COMMANDS, assert_refused, ended_on, role_with
 
 
 @pytest.fixture(scope="module")
-def two_schemas(django_test_environment: None) -> Iterator[EmptyDatabase]:
+def two_schemas(django_db_setup: Database) -> Iterator[EmptyDatabase]:
     """The application's tables twice, in `public` and in `app`; the ledger belongs to `public` by a first run."""
     with scratch_database("two_schemas") as database:
         database.execute("CREATE SCHEMA app; SET search_path = app; " + braced(ddl("2025_12")))

@@ -15,6 +15,7 @@ from django.conf import settings
 
 from config import embedded
 from crm.runs.lease import AnotherRunError
+from tests.conftest import Database
 from tests.support.pgbouncer import PGBOUNCER, PORT, pgbouncer
 from tests.support.processes import manage, start
 from tests.support.scratch import EmptyDatabase, scratch_database
@@ -68,7 +69,7 @@ class Bounced:
 
 
 @pytest.fixture(scope="module")
-def migrated(django_test_environment: None) -> Iterator[Bounced]:
+def migrated(django_db_setup: Database) -> Iterator[Bounced]:
     """A database whose owner has the search path, with sample people, migrated through PgBouncer."""
     server = embedded.start(settings.EMBEDDED_DATA)
     with scratch_database("bounced") as database, pgbouncer(server, database.role) as folder:
