@@ -18,6 +18,7 @@ from tests.conftest import Database
 from tests.support.builders import add_contact, add_lead, add_many_leads, add_profile, contact_with, contacts, ledger
 from tests.support.commands import backfill, run, statements
 from tests.support.processes import session
+from tests.support.profiles import SOAKING
 
 INSERTS_CONTACTS = 'INSERT INTO "crm_contacts"'
 PEOPLE = 40
@@ -128,7 +129,8 @@ BADNESS: dict[str, dict[str, Any]] = {
     "unique index": {"phone": "13"},
     "exclusion": {"phone": "13"},
 }
-every_obstacle = pytest.mark.parametrize("name", OBSTACLES)
+#: Each obstacle with a small or a large batch by turns, and with both in a soak.
+CASES = [(name, size) for n, name in enumerate(OBSTACLES) for size in (7, 1000, 7)[n % 2 :][: 2 if SOAKING else 1]]
 
 
 def populate(name: str) -> str:
@@ -149,8 +151,8 @@ def refusals(database: Database) -> list[tuple[Any, ...]]:
     )
 
 
-@every_obstacle
-@pytest.mark.parametrize("batch_size", [7, 1000])
+@pytest.mark.sampled
+@pytest.mark.parametrize(("name", "batch_size"), CASES)
 def test_a_row_that_is_refused_costs_itself_alone_and_lands_once_nothing_is_in_its_way(
     database: Database, name: str, batch_size: int
 ) -> None:

@@ -102,7 +102,7 @@ def test_a_connection_that_is_lost_at_any_statement(database: Database, command:
     with labels() as sent:
         finished = managed(*arguments)
     assert finished.code == 0, finished.stderr
-    for statement in range(1, 1 + len(sent), every(4)):
+    for statement in range(1, 1 + len(sent), every(9)):
         arguments = somebody_at_work()
         with terminated_at(statement):
             finished = managed(*arguments)

@@ -25,7 +25,7 @@ from tests.conftest import Database
 from tests.support.builders import add_contact, add_lead, add_many_leads, add_profile, add_user, contacts, ledger
 from tests.support.commands import called, run, statement_in
 from tests.support.processes import session
-from tests.support.profiles import SOAKING
+from tests.support.profiles import every
 from tests.support.reference import address_of
 
 
@@ -119,6 +119,7 @@ def a_little_of_everything() -> None:
     add_lead("dan@example.com")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dry_run", [True, False])
 def test_wherever_a_statement_fails_a_run_and_a_dry_run_end_as_undisturbed_ones(
     database: Database,
@@ -132,7 +133,7 @@ def test_wherever_a_statement_fails_a_run_and_a_dry_run_end_as_undisturbed_ones(
     assert undisturbed["balanced"] is True
     disturbed = 0
     # All of them in `make soak`; by a step that meets every kind of batch, else.
-    for number in range(0, len(sent), 1 if SOAKING else 7):
+    for number in range(0, len(sent), every(15)):
         database.empty()
         a_little_of_everything()
 

@@ -18,12 +18,13 @@ from tests.support.builders import add_many_contacts, add_many_leads, contacts, 
 from tests.support.commands import backfill, run
 from tests.support.forks import labels_are_watched
 from tests.support.processes import session
+from tests.support.profiles import SOAKING
 
-PEOPLE = 20_000
+PEOPLE = 20_000 if SOAKING else 5_000
 #: Of them, those who have a lead that makes the contact, and another one that fills in a referrer.
-TWICE = 5000
-THERE = 2000
-BATCH_SIZE = 250
+TWICE = PEOPLE // 4
+THERE = PEOPLE // 10
+BATCH_SIZE = PEOPLE // 80
 WRITERS = 4
 #: How far ahead of the last committed batch a session may write: where it gets into the way of the batch that is open.
 REACH = 2 * BATCH_SIZE
@@ -128,6 +129,7 @@ def a_busy_application() -> Iterator[list[ApplicationSession]]:
             one.join()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("workers", [1, 2])
 def test_nobodys_work_is_lost_doubled_overwritten_or_brought_back(database: Database, workers: int) -> None:
     add_many_leads(TWICE, "CONTACTED")
@@ -164,6 +166,7 @@ def test_nobodys_work_is_lost_doubled_overwritten_or_brought_back(database: Data
     assert database.dump("crm_contacts", "ledger_entry") == before
 
 
+@pytest.mark.sampled
 def test_what_is_deleted_after_a_run_is_not_brought_back_by_the_next_while_all_else_goes_on(database: Database) -> None:
     add_many_leads(PEOPLE)
     run()

@@ -139,7 +139,7 @@ def edited_contacts(draw: st.DrawFn, contacts: dict[str, Row], stages: tuple[str
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
-@against_the_database(80)
+@against_the_database(24)
 @given(data=st.data(), batch_size=st.sampled_from([1, 3, 1000]), is_first=st.booleans())
 def test_a_second_look_does_what_the_judge_says_and_then_finds_nothing_more(
     database: Database,

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import product
 from typing import Any
 
 import psycopg
@@ -21,7 +22,7 @@ from tests.conftest import Database
 from tests.support.builders import add_lead, add_many_leads, add_profile, ledger
 from tests.support.commands import backfill, called, run, statement_in
 from tests.support.processes import database_url, manage, session, start, wait_until
-from tests.support.profiles import every
+from tests.support.profiles import every, sample
 
 #: What an operator is promised.
 AT_MOST_SECONDS = 2.0
@@ -84,8 +85,9 @@ COMMANDS = {
 
 
 @pytest.mark.process
+@pytest.mark.sampled
 @pytest.mark.parametrize(
-    ("command", "table"), [(command, table) for command, tables in COMMANDS.items() for table in tables]
+    ("command", "table"), [(command, table) for command, tables in COMMANDS.items() for table in sample(tables, 3)]
 )
 def test_one_signal_ends_every_command_behind_a_lock(
     database: Database, at_most: float, command: str, table: str
@@ -170,8 +172,10 @@ def empty(database: Database) -> None:
 
 @pytest.mark.process
 @pytest.mark.sampled
-@every_signal
-@pytest.mark.parametrize("arguments", [(), ("--dry-run",), ("--update",)])
+@pytest.mark.parametrize(
+    ("number", "arguments"),
+    sample(product([signal.SIGINT, signal.SIGTERM], [(), ("--dry-run",), ("--update",)]), 2),
+)
 def test_one_signal_ends_a_run_behind_a_lock_at_whichever_statement(
     database: Database, at_most: float, number: signal.Signals, arguments: tuple[str, ...]
 ) -> None:
@@ -182,7 +186,7 @@ def test_one_signal_ends_a_run_behind_a_lock_at_whichever_statement(
     with undisturbed.awaited():
         assert backfill(*arguments).code in (0, 1)
     signals = 0
-    for statement in range(1 + number % 2, len(undisturbed.sent), every(19)):
+    for statement in range(1 + number % 2, len(undisturbed.sent), every(29)):
         empty(database)
         happening = Happening(statement, number, tables)
         with happening.awaited():

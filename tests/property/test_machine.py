@@ -44,7 +44,7 @@ from tests.support.populations import HAS_CLERK_USER_ID, MOMENTS, NOT_ADDRESSES,
 from tests.support.profiles import MACHINE_EXAMPLES, MACHINE_STEPS, SOAKING
 
 GENERATIONS = ("2025_10_mixed", "2025_12")
-EXAMPLES, STEPS = (MACHINE_EXAMPLES // len(GENERATIONS), MACHINE_STEPS) if SOAKING else (5, 25)
+EXAMPLES, STEPS = (MACHINE_EXAMPLES // len(GENERATIONS), MACHINE_STEPS) if SOAKING else (2, 25)
 UNKNOWN_RUN = 10**6
 
 # Few people, so that they meet: an address comes in its plain form mostly, and now and then it is none.

@@ -9,10 +9,12 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 from math import ceil
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
+
+Case = TypeVar("Case")
 
 #: Whether this is `make soak`.
 SOAKING = os.environ.get("HYPOTHESIS_PROFILE") == "soak"
@@ -43,6 +45,11 @@ def against_the_database(few: int) -> settings:
 def every(step: int) -> int:
     """The step through the cases that a test counts off: one in a soak, which takes all of them."""
     return 1 if SOAKING else step
+
+
+def sample(cases: Iterable[Case], step: int) -> list[Case]:
+    """Every so many of the cases of a test; in a soak all of them."""
+    return list(cases)[:: every(step)]
 
 
 def share_examples(items: Iterable[pytest.Item]) -> None:
