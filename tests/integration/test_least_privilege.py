@@ -19,7 +19,7 @@ from manage import main
 from tests.conftest import Database
 from tests.support import builders
 from tests.support.circumstances import DROP_FOREIGN_KEYS, acting_as
-from tests.support.commands import called, ended
+from tests.support.commands import Finished, called, ended
 from tests.support.processes import address, database_url, manage, session
 from tests.support.roles import (
     ROLE,
@@ -30,7 +30,7 @@ from tests.support.roles import (
     role_made_by_script,
     run_script,
 )
-from tests.support.scratch import EmptyDatabase, django_connection
+from tests.support.scratch import EmptyDatabase, as_the_default, django_connection
 
 #: A role that the backfill has nothing to do with, and an owner of the application's tables who is no superuser.
 OTHERS, OWNER = "more rights", "an owner"
@@ -51,6 +51,12 @@ def as_owner(*statements: str) -> None:
             owner.execute(named.encode())
 
 
+def managed(*command: str, url: str) -> Finished:
+    """`manage.py` with a command on another address, in this process."""
+    with as_the_default(url):
+        return ended(lambda: main(["manage.py", *command]))
+
+
 def check(blocker: DjangoDbBlocker, role: str = URL_ROLE) -> list[str]:
     """What the check says of a role: number, text and hint of each message."""
     database = EmptyDatabase(str(connection.settings_dict["NAME"]), role, address())
@@ -59,7 +65,6 @@ def check(blocker: DjangoDbBlocker, role: str = URL_ROLE) -> list[str]:
     return [f"{message.id} {message.msg} {message.hint}" for message in messages]
 
 
-@pytest.mark.process
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_the_backfill_works_under_the_role_and_the_check_is_clean(database: Database, generation: str) -> None:
     database.use(generation)
@@ -73,22 +78,22 @@ def test_the_backfill_works_under_the_role_and_the_check_is_clean(database: Data
     builders.add_profile(client, email="bob@example.com")
     builders.add_lead("bob@example.com", phone="555 0102")
     with role_made_by_script() as url:
-        checked = manage("check", "--database", "default", url=url)
-        assert checked.returncode == 0, checked.stderr
+        checked = managed("check", "--database", "default", url=url)
+        assert checked.code == 0, checked.stderr
         assert checked.stdout == "System check identified no issues (0 silenced).\n"
 
-        rehearsal = manage("backfill_crm_contacts", "--dry-run", "--json", "--no-progress", url=url)
-        run = manage("backfill_crm_contacts", "--json", "--no-progress", url=url)
-        assert run.returncode == 1
+        rehearsal = managed("backfill_crm_contacts", "--dry-run", "--json", "--no-progress", url=url)
+        run = managed("backfill_crm_contacts", "--json", "--no-progress", url=url)
+        assert run.code == 1
         answer = json.loads(run.stdout)
         assert run.stderr.startswith(f"run {answer['run']}: "), "news and nothing else"
         assert run.stderr.count("\n") == 1
         counts = {name: answer[name] for name in ("created", "merged", "exists", "error")}
         assert counts == {"created": 2, "merged": 2, "exists": 1, "error": 1}
         assert counts == {name: json.loads(rehearsal.stdout)[name] for name in counts}
-        again = manage("backfill_crm_contacts", "--json", "--no-progress", url=url)
-        assert (again.returncode, json.loads(again.stdout)["already"]) == (0, 5)
-        assert json.loads(manage("backfill_runs", "list", "--json", url=url).stdout)[0]["run"] == answer["run"] + 1
+        again = managed("backfill_crm_contacts", "--json", "--no-progress", url=url)
+        assert (again.code, json.loads(again.stdout)["already"]) == (0, 5)
+        assert json.loads(managed("backfill_runs", "list", "--json", url=url).stdout)[0]["run"] == answer["run"] + 1
         with acting_as(ROLE):
             assert called("trace_contact", builders.contact_with("bob@example.com")["id"]).code == 0
             assert called("backfill_runs", "watch", "latest").code == 0
@@ -96,7 +101,6 @@ def test_the_backfill_works_under_the_role_and_the_check_is_clean(database: Data
     assert builders.contact_with("bob@example.com")["phone"] == "555 0102"
 
 
-@pytest.mark.process
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_an_update_works_under_the_role_that_was_made_for_it_and_the_check_is_clean(
     database: Database, generation: str
@@ -106,28 +110,28 @@ def test_an_update_works_under_the_role_that_was_made_for_it_and_the_check_is_cl
     builders.add_contact("carla@example.com")
     builders.add_lead("carla@example.com", phone="555 0103")
     with role_made_by_script() as url:
-        manage("backfill_crm_contacts", "--json", "--no-progress", url=url)
-        refused = manage("backfill_crm_contacts", "--update", "--no-progress", url=url)
-        assert (refused.returncode, refused.stdout) == (2, "")
+        managed("backfill_crm_contacts", "--json", "--no-progress", url=url)
+        refused = managed("backfill_crm_contacts", "--update", "--no-progress", url=url)
+        assert (refused.code, refused.stdout) == (2, "")
         for missing in ("INSERT on crm_stage_history", "UPDATE on crm_contacts.email", "UPDATE on crm_contacts.stage"):
             assert missing in refused.stderr
     database.rows("""UPDATE leads SET status = 'CONVERTED', "updatedAt" = now() WHERE id = %s RETURNING id""", lead)
     with role_made_by_script(update="on") as url:
-        checked = manage("check", "--database", "default", url=url)
-        assert (checked.returncode, checked.stdout) == (0, "System check identified no issues (0 silenced).\n")
-        foretold = manage("backfill_crm_contacts", "--update", "--dry-run", "--json", "--no-progress", url=url)
-        run = manage("backfill_crm_contacts", "--update", "--json", "--no-progress", url=url)
-        assert (run.returncode, run.stderr) == (0, "")
+        checked = managed("check", "--database", "default", url=url)
+        assert (checked.code, checked.stdout) == (0, "System check identified no issues (0 silenced).\n")
+        foretold = managed("backfill_crm_contacts", "--update", "--dry-run", "--json", "--no-progress", url=url)
+        run = managed("backfill_crm_contacts", "--update", "--json", "--no-progress", url=url)
+        assert (run.code, run.stderr) == (0, "")
         columns = {"contact_type": 1, "phone": 1, "stage": 1}
         assert json.loads(run.stdout)["updated_by_column"] == columns
         assert json.loads(foretold.stdout)["updated_by_column"] == columns
     assert builders.contact_with("ann@example.com")["contactType"] == "CLIENT"
     with role_made_by_script(update="on", rollback="on") as url:
-        checked = manage("check", "--database", "default", url=url)
-        assert (checked.returncode, checked.stdout) == (0, "System check identified no issues (0 silenced).\n")
+        checked = managed("check", "--database", "default", url=url)
+        assert (checked.code, checked.stdout) == (0, "System check identified no issues (0 silenced).\n")
         number = str(json.loads(run.stdout)["run"])
-        taken = manage("rollback_crm_backfill", number, "--json", "--no-progress", url=url)
-        assert (taken.returncode, taken.stderr) == (0, "")
+        taken = managed("rollback_crm_backfill", number, "--json", "--no-progress", url=url)
+        assert (taken.code, taken.stderr) == (0, "")
         assert json.loads(taken.stdout)["updates"] == {"reversed": 2, "kept": 0, "failed": 0}
     assert builders.contact_with("ann@example.com")["contactType"] == "LEAD"
 
@@ -862,7 +866,6 @@ def test_the_right_to_take_a_run_back_has_to_be_asked_for(database: Database) ->
             assert readable_columns(database, f"public.{table}") == ["contactId"]
 
 
-@pytest.mark.process
 @pytest.mark.parametrize("has_foreign_keys", [True, False])
 def test_a_run_is_verified_and_taken_back_under_the_role(
     database: Database,
@@ -875,17 +878,17 @@ def test_a_run_is_verified_and_taken_back_under_the_role(
     met = builders.add_contact("carla@example.com")
     builders.add_lead("carla@example.com")
     with role_made_by_script() as url:
-        answer = json.loads(manage("backfill_crm_contacts", "--json", "--no-progress", url=url).stdout)
-        verified = manage("verify_crm_contacts", url=url)
-        assert verified.returncode == 0, verified.stdout + verified.stderr
+        answer = json.loads(managed("backfill_crm_contacts", "--json", "--no-progress", url=url).stdout)
+        verified = managed("verify_crm_contacts", url=url)
+        assert verified.code == 0, verified.stdout + verified.stderr
         undo = ("rollback_crm_backfill", str(answer["run"]), "--no-progress")
-        refused = manage(*undo, url=url)
-        assert refused.returncode == 2
+        refused = managed(*undo, url=url)
+        assert refused.code == 2
         assert "This role cannot see every row of crm_interactions, crm_stage_history" in refused.stderr
         assert len(builders.contacts()) == 2
     with role_made_by_script(rollback="on") as url:
-        undone = manage(*undo, url=url)
-        assert undone.returncode == 0, undone.stdout + undone.stderr
+        undone = managed(*undo, url=url)
+        assert undone.code == 0, undone.stdout + undone.stderr
     assert list(builders.contacts()) == [met]
     assert builders.ledger() == {}
 
