@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from io import StringIO
+from itertools import product
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from tests.support.builders import add_contact, add_lead, add_many_leads, add_pr
 from tests.support.circumstances import refusing_contacts
 from tests.support.commands import backfill, called, run
 from tests.support.processes import database_url, manage, server_log, session
+from tests.support.profiles import sample
 
 INSERTS_CONTACTS = 'INSERT INTO "crm_contacts"'
 MARK = "canary7q"
@@ -184,7 +186,8 @@ def test_rows_in_error(database: Database, overheard: Overheard, arguments: tupl
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("arguments", [(), ("--workers", "2"), ("--json",)])
+@pytest.mark.sampled
+@pytest.mark.parametrize("arguments", sample([("--workers", "2"), (), ("--json",)], 3))
 def test_the_real_command(database: Database, overheard: Overheard, arguments: tuple[str, ...]) -> None:
     populate()
     put_obstacles(database)
@@ -309,8 +312,11 @@ FAILURES: dict[str, Callable[[], AbstractContextManager[None]]] = {
 }
 
 
-@pytest.mark.parametrize("name", FAILURES)
-@pytest.mark.parametrize("arguments", [(), ("--json", "--batch-size", "2"), ("--workers", "2")])
+@pytest.mark.sampled
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    sample(product(FAILURES, [(), ("--json", "--batch-size", "2"), ("--workers", "2")]), 2),
+)
 def test_runs_that_fail(
     database: Database,
     overheard: Overheard,

@@ -19,7 +19,7 @@ from manage import main
 from tests.conftest import Database
 from tests.support import builders
 from tests.support.circumstances import DROP_FOREIGN_KEYS, acting_as
-from tests.support.commands import Finished, called, ended
+from tests.support.commands import called, ended
 from tests.support.processes import address, database_url, manage, session
 from tests.support.roles import (
     ROLE,
@@ -30,7 +30,8 @@ from tests.support.roles import (
     role_made_by_script,
     run_script,
 )
-from tests.support.scratch import EmptyDatabase, as_the_default, django_connection
+from tests.support.scratch import EmptyDatabase, django_connection
+from tests.support.sessions import managed
 
 #: A role that the backfill has nothing to do with, and an owner of the application's tables who is no superuser.
 OTHERS, OWNER = "more rights", "an owner"
@@ -49,12 +50,6 @@ def as_owner(*statements: str) -> None:
         for statement in statements:
             named = statement.format(role=quoted(ROLE), other=quoted(OTHERS), owner=quoted(OWNER))
             owner.execute(named.encode())
-
-
-def managed(*command: str, url: str) -> Finished:
-    """`manage.py` with a command on another address, in this process."""
-    with as_the_default(url):
-        return ended(lambda: main(["manage.py", *command]))
 
 
 def check(blocker: DjangoDbBlocker, role: str = URL_ROLE) -> list[str]:

@@ -12,13 +12,15 @@ from urllib.parse import quote
 import psycopg
 import pytest
 from django.conf import settings
+from pytest_django import DjangoDbBlocker
 
 from config import embedded
 from crm.runs.lease import AnotherRunError
 from tests.conftest import Database
 from tests.support.pgbouncer import PGBOUNCER, PORT, pgbouncer
-from tests.support.processes import manage, start
+from tests.support.processes import start
 from tests.support.scratch import EmptyDatabase, scratch_database
+from tests.support.sessions import managed
 
 pytestmark = [
     pytest.mark.process,
@@ -69,25 +71,29 @@ class Bounced:
 
 
 @pytest.fixture(scope="module")
-def migrated(django_db_setup: Database) -> Iterator[Bounced]:
+def migrated(django_db_setup: Database, django_db_blocker: DjangoDbBlocker) -> Iterator[Bounced]:
     """A database whose owner has the search path, with sample people, migrated through PgBouncer."""
     server = embedded.start(settings.EMBEDDED_DATA)
-    with scratch_database("bounced") as database, pgbouncer(server, database.role) as folder:
+    with (
+        django_db_blocker.unblock(),
+        scratch_database("bounced") as database,
+        pgbouncer(server, database.role) as folder,
+    ):
         bounced = Bounced(database, folder)
         database.execute("ALTER DATABASE {name} OWNER TO {role}")
         database.execute("ALTER SCHEMA public OWNER TO {role}")
         # Django has to set what it needs by itself: nothing of it may be left to the server's defaults.
         database.execute("ALTER DATABASE {name} SET TimeZone = 'America/New_York'")
-        loaded = manage("load_sample_data", "--people", "300", url=bounced.direct)
-        assert loaded.returncode == 0, loaded.stderr
+        loaded = managed("load_sample_data", "--people", "300", url=bounced.direct)
+        assert loaded.code == 0, loaded.stderr
 
-        refused = manage("migrate", url=bounced.pooled)
-        assert refused.returncode == 2
+        refused = managed("migrate", url=bounced.pooled)
+        assert refused.code == 2
         statement = refused.stderr[refused.stderr.index("ALTER ROLE") : refused.stderr.index(";")]
         database.execute(statement)
         recycle(bounced)
-        done = manage("migrate", "--verbosity", "0", url=bounced.pooled)
-        assert done.returncode == 0, done.stderr
+        done = managed("migrate", "--verbosity", "0", url=bounced.pooled)
+        assert done.code == 0, done.stderr
         yield bounced
 
 
@@ -108,8 +114,8 @@ def bounced(migrated: Bounced) -> Bounced:
 
 
 def backfill(url: str, *arguments: str) -> dict[str, object]:
-    finished = manage("backfill_crm_contacts", "--no-progress", "--json", *arguments, url=url)
-    assert finished.returncode in (0, 1), finished.stderr
+    finished = managed("backfill_crm_contacts", "--no-progress", "--json", *arguments, url=url)
+    assert finished.code in (0, 1), finished.stderr
     answer: dict[str, object] = json.loads(finished.stdout)
     return answer
 
@@ -157,14 +163,14 @@ def test_server_connections_that_are_lost_are_made_anew(bounced: Bounced) -> Non
 
 def test_the_result_is_verified_through_it(bounced: Bounced) -> None:
     backfill(bounced.pooled)
-    verified = manage("verify_crm_contacts", url=bounced.pooled)
-    assert verified.returncode == manage("verify_crm_contacts", url=bounced.direct).returncode, verified.stderr
-    assert verified.returncode in (0, 1)
+    verified = managed("verify_crm_contacts", url=bounced.pooled)
+    assert verified.code == managed("verify_crm_contacts", url=bounced.direct).code, verified.stderr
+    assert verified.code in (0, 1)
 
 
 def test_a_url_that_does_not_say_so_is_refused_and_not_half_obeyed(bounced: Bounced) -> None:
-    refused = manage("backfill_crm_contacts", "--no-progress", url=bounced.pooled.replace("&pgbouncer=true", ""))
-    assert refused.returncode == 2
+    refused = managed("backfill_crm_contacts", "--no-progress", url=bounced.pooled.replace("&pgbouncer=true", ""))
+    assert refused.code == 2
     assert "unsupported startup parameter: options" in refused.stderr
     assert refused.stderr.count("\n") == 1
 
@@ -180,7 +186,7 @@ def test_workers_share_the_pools_one_connection(bounced: Bounced) -> None:
 
 def test_a_run_leaves_no_setting_behind_for_the_next_client_of_the_pool(bounced: Bounced) -> None:
     backfill(bounced.pooled, "--batch-size", "50")
-    assert manage("backfill_runs", "pause", "1", url=bounced.pooled).returncode == 2
+    assert managed("backfill_runs", "pause", "1", url=bounced.pooled).code == 2
     role, name = bounced.database.role, bounced.database.name
     met = {}
     with psycopg.connect(host=str(bounced.folder), port=PORT, user=role, dbname=name, autocommit=True) as client:
@@ -202,17 +208,17 @@ def test_a_run_is_paused_and_resumed_through_it(bounced: Bounced) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     ((number,),) = bounced.rows("SELECT id FROM backfill_run")
-    paused = manage("backfill_runs", "pause", str(number), url=bounced.pooled)
-    assert paused.returncode == 0, paused.stderr
+    paused = managed("backfill_runs", "pause", str(number), url=bounced.pooled)
+    assert paused.code == 0, paused.stderr
     _, stderr = run.communicate(timeout=20)
     assert run.returncode == 4, stderr
     ((status, read),) = bounced.rows("SELECT status, read FROM backfill_run")
     assert status == "paused"
     assert bounced.rows("SELECT count(*) FROM ledger_entry") == [(read,)]
 
-    kept_out = manage("backfill_crm_contacts", "--no-progress", url=bounced.pooled)
-    assert kept_out.returncode == AnotherRunError.exit_code
-    assert manage("backfill_runs", "resume", str(number), url=bounced.pooled).returncode == 0
+    kept_out = managed("backfill_crm_contacts", "--no-progress", url=bounced.pooled)
+    assert kept_out.code == AnotherRunError.exit_code
+    assert managed("backfill_runs", "resume", str(number), url=bounced.pooled).code == 0
     rest = backfill(bounced.pooled)
     assert rest["pending"] == 0
     assert rest["balanced"] is True

@@ -91,7 +91,7 @@ def as_the_default(url: str) -> Iterator[None]:
     before.close()
     del connections["default"]
     try:
-        with override_settings(LEGACY_SCHEMA=parsed.legacy_schema):
+        with override_settings(LEGACY_SCHEMA=parsed.legacy_schema, DATABASE_CONNECTION_LIMIT=parsed.connection_limit):
             yield
     finally:
         connections["default"].close()

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from manage import main
-from tests.support.commands import ended
+from tests.support.commands import Finished, ended
 from tests.support.processes import session
 from tests.support.scratch import as_the_default
 
@@ -37,10 +37,15 @@ def assert_refused(finished: tuple[int, str], *named: str) -> None:
     assert [name for name in named if name not in line] == []
 
 
+def managed(*command: str, url: str) -> Finished:
+    """`manage.py` with a command on another URL, in this process."""
+    with as_the_default(url):
+        return ended(lambda: main(["manage.py", *command]))
+
+
 def ended_on(url: str, *command: str) -> tuple[int, str]:
     """How `manage.py` ends with a command on another URL, and its line on stderr."""
-    with as_the_default(url):
-        finished = ended(lambda: main(["manage.py", *command]))
+    finished = managed(*command, url=url)
     return int(str(finished.code)), finished.stderr
 
 
