@@ -94,6 +94,7 @@ def test_one_person_whose_address_ends_in_what_nobody_sees_is_one_contact(databa
     assert [contact["email"] for contact in contacts().values()] == ["ann@example.com"]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "character", [*AT_THE_END, "\x1c", "\x1f", "\x85", "\N{NO-BREAK SPACE}", "\N{IDEOGRAPHIC SPACE}"]
 )

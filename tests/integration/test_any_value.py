@@ -87,6 +87,7 @@ def outcomes(database: Database, ids: Any) -> dict[str, Any]:
     return {key: "created" if found[key][0] == "created" else found[key] for key in ids}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("batch_size", [1, 3, 1000])
 @pytest.mark.parametrize("since", [None, "2000-01-01"])
 def test_every_row_has_its_outcome(database: Database, batch_size: int, since: str | None) -> None:
@@ -159,6 +160,7 @@ def a_view_of_leads(database: Database, phone: str) -> Iterator[None]:
     database.change("DROP VIEW public.leads; ALTER TABLE all_leads RENAME TO leads")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("batch_size", [2, 1000])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_row_that_cannot_be_read_costs_itself_alone(database: Database, batch_size: int, workers: int) -> None:
@@ -199,6 +201,7 @@ ALTER TABLE profiles ALTER id DROP NOT NULL; ALTER TABLE leads ALTER id DROP NOT
 """
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("batch_size", [1, 4, 1000])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_rows_whose_id_is_not_unique_are_one_error_and_the_others_land(

@@ -26,6 +26,7 @@ from tests.support.circumstances import terminated_at
 from tests.support.commands import Finished, backfill, rollback, run, statement_in
 from tests.support.forks import COMMIT, labels
 from tests.support.processes import session
+from tests.support.profiles import every
 from tests.support.undisturbed import (
     BATCH_SIZE,
     PEOPLE,
@@ -121,6 +122,7 @@ def sizes_of_batches() -> list[int]:
     return [batch.read for batch in BackfillRun.objects.latest("id").batches.order_by("id")]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("sqlstate", CAUSES)
 def test_a_bad_moment_is_waited_for(database: Database, caplog: pytest.LogCaptureFixture, sqlstate: str) -> None:
     with as_an_undisturbed_run_ends(database):
@@ -140,6 +142,7 @@ def test_a_bad_moment_is_waited_for(database: Database, caplog: pytest.LogCaptur
     assert "person-3" not in caplog.text
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("sqlstate", ["40P01", "57014"])
 def test_wherever_in_a_batch_it_comes(database: Database, place: str, sqlstate: str) -> None:
@@ -196,6 +199,7 @@ def commit_and_close(lost: psycopg.Connection) -> None:
     lost.close()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("batch", range(1, BATCHES + 1))
 def test_the_answer_to_a_commit_is_lost(database: Database, caplog: pytest.LogCaptureFixture, batch: int) -> None:
     with as_an_undisturbed_run_ends(database):
@@ -252,6 +256,7 @@ def assert_nothing_was_tried_again(caplog: pytest.LogCaptureFixture) -> None:
     assert len([record for record in caplog.records if "had come through" in record.getMessage()]) == 1
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("batch", range(1, BATCHES + 1))
 def test_a_commit_that_was_given_up_for_lost_comes_through_while_the_server_is_asked(
     database: Database, caplog: pytest.LogCaptureFixture, batch: int
@@ -279,6 +284,7 @@ def news(database: Database) -> tuple[list[int], Any]:
     return of_batches, end
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("batch", range(3))
 @pytest.mark.parametrize("comes_late", [False, True])
 def test_a_lost_commit_of_a_second_look_is_counted_once(
@@ -433,6 +439,7 @@ def test_a_connection_that_is_lost_while_a_rate_is_waited_for_is_had_again(
     assert (answer["status"], answer["balanced"], len(contacts())) == ("finished", True, 6)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", ["backfill", "rollback"])
 def test_a_connection_that_is_lost_before_a_run_has_begun(database: Database, name: str) -> None:
     add_many_leads(3)
@@ -452,7 +459,7 @@ def test_a_connection_that_is_lost_before_a_run_has_begun(database: Database, na
         assert start().code == 0
     make_something_to_do()
     before = database.dump()
-    for statement in range(1, 2 + sent.index(COMMIT)):
+    for statement in range(1, 2 + sent.index(COMMIT), every(3)):
         with terminated_at(statement):
             finished = start()
         assert (finished.code, finished.stdout) == (5, ""), sent[statement - 1]

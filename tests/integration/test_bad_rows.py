@@ -18,7 +18,6 @@ from tests.conftest import Database
 from tests.support.builders import add_contact, add_lead, add_many_leads, add_profile, contact_with, contacts, ledger
 from tests.support.commands import backfill, run, statements
 from tests.support.processes import session
-from tests.support.profiles import SOAKING
 
 INSERTS_CONTACTS = 'INSERT INTO "crm_contacts"'
 PEOPLE = 40
@@ -129,8 +128,7 @@ BADNESS: dict[str, dict[str, Any]] = {
     "unique index": {"phone": "13"},
     "exclusion": {"phone": "13"},
 }
-#: Each obstacle with a small or a large batch by turns, and with both in a soak.
-CASES = [(name, size) for n, name in enumerate(OBSTACLES) for size in (7, 1000, 7)[n % 2 :][: 2 if SOAKING else 1]]
+every_obstacle = pytest.mark.parametrize("name", OBSTACLES)
 
 
 def populate(name: str) -> str:
@@ -151,8 +149,9 @@ def refusals(database: Database) -> list[tuple[Any, ...]]:
     )
 
 
-@pytest.mark.sampled
-@pytest.mark.parametrize(("name", "batch_size"), CASES)
+@pytest.mark.sampled(3)
+@every_obstacle
+@pytest.mark.parametrize("batch_size", [7, 1000])
 def test_a_row_that_is_refused_costs_itself_alone_and_lands_once_nothing_is_in_its_way(
     database: Database, name: str, batch_size: int
 ) -> None:
@@ -307,6 +306,7 @@ def test_a_function_that_is_named_in_an_error_and_is_none_of_the_database_is_not
     assert database.rows('SELECT sqlstate, "trigger" FROM ledger_entry') == [("42883", "obstacle")]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("batch_size", [30, 1000])
 def test_where_every_row_is_refused_for_one_reason_the_run_fails_and_says_so_once(

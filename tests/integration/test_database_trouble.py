@@ -153,6 +153,7 @@ def test_a_role_that_the_server_does_not_know(database: Database, command: str) 
     assert "DATABASE_URL" in finished.stderr
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.process
 @pytest.mark.parametrize(
     "command",

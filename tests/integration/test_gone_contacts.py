@@ -272,6 +272,7 @@ def test_a_decision_of_a_person_holds_for_what_is_made_again(database: Database)
     assert contact_with("ann.other@example.com")["id"] == ledger()[row]["contact_id"]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("share", [inventory.FEW_SHARE, 2])
 @pytest.mark.parametrize("options", [{}, {"workers": 2}, {"batch_size": 7}, {"only": (Source.ACTIVE_LEADS,)}])
 def test_however_it_is_read_everybody_is_made_again(

@@ -445,6 +445,7 @@ def test_stored_spellings_take_no_memory_that_grows_with_them(database: Database
 # The contact of a profile under another address
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("spelling", ["ann@example.com", "ANN@Example.com", "aNN@example.com\u200b"])
 @pytest.mark.parametrize("batch_size", [1, 1000])
 @pytest.mark.parametrize("workers", [1, 3])

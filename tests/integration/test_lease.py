@@ -33,7 +33,7 @@ from tests.support.processes import database_url, manage, session, start
 from tests.support.profiles import SOAKING
 from tests.support.runs import a_dead_process, columns_of, make_run, neighbour
 
-TIMES = 20 if SOAKING else 5
+TIMES = 20 if SOAKING else 2
 
 
 def claim() -> BackfillRun:

@@ -129,8 +129,8 @@ def a_busy_application() -> Iterator[list[ApplicationSession]]:
             one.join()
 
 
-@pytest.mark.sampled
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("workers", [2, 1])
 def test_nobodys_work_is_lost_doubled_overwritten_or_brought_back(database: Database, workers: int) -> None:
     add_many_leads(TWICE, "CONTACTED")
     add_many_leads(PEOPLE)

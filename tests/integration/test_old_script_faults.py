@@ -260,6 +260,7 @@ def test_each_role_of_each_generation_goes_its_own_way(database: Database, gener
     assert answer["error"] == 0
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("generation", GENERATIONS)
 @pytest.mark.parametrize("dry_run", [False, True])
 @pytest.mark.parametrize("options", [{}, {"only": (Source.CLIENTS,)}, {"batch_size": 1}, {"limit": 100}])

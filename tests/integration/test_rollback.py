@@ -177,7 +177,7 @@ def test_a_later_run_of_which_a_rollback_kept_something_is_not_to_be_rolled_back
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
-@against_the_database(16)
+@against_the_database(10)
 @given(data=st.data(), batch_size=st.sampled_from([1, 3, 1000]))
 def test_rollback_leaves_what_was_there_before_and_then_backfill_equals_backfill(
     database: Database, generation: str, data: st.DataObject, batch_size: int
@@ -228,7 +228,7 @@ def without_what_is_lost(found: dict[str, reference.Row], lines: dict[str, refer
 
 
 @pytest.mark.parametrize("generation", ["2025_10_mixed", "2025_12"])
-@against_the_database(16)
+@against_the_database(10)
 @given(data=st.data(), first_is_taken_back=st.booleans())
 def test_nothing_that_a_person_wrote_is_lost_whichever_run_is_taken_back(
     database: Database,
@@ -565,6 +565,7 @@ KNOWN_REFERENCES = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("generation", GENERATIONS)
 @pytest.mark.parametrize("table", KNOWN_REFERENCES)
 def test_a_contact_in_use_stays_where_the_database_has_no_foreign_keys(

@@ -139,7 +139,7 @@ def edited_contacts(draw: st.DrawFn, contacts: dict[str, Row], stages: tuple[str
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
-@against_the_database(24)
+@against_the_database(16)
 @given(data=st.data(), batch_size=st.sampled_from([1, 3, 1000]), is_first=st.booleans())
 def test_a_second_look_does_what_the_judge_says_and_then_finds_nothing_more(
     database: Database,
@@ -441,6 +441,7 @@ def assert_kept(written: Row, name: str, contact: str) -> None:
     assert update()["revisited"] == 0
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("edit", EDITS_OF_LEADS)
 def test_what_a_person_wrote_into_a_leads_contact_stays(database: Database, edit: str) -> None:
     written, name = EDITS_OF_LEADS[edit]
@@ -754,6 +755,7 @@ def undisturbed(database: Database) -> tuple[dict[str, Any], tuple[Any, ...]]:
     return report, end
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("batch", [1, 2, 4])
 @pytest.mark.parametrize("after", ["UPDATE crm_contacts", "INSERT INTO contact_update", 'UPDATE "backfill_run"'])
 def test_stopped_in_the_middle_and_run_again_it_ends_as_if_nothing_had_happened(

@@ -79,7 +79,7 @@ def add_attributed_lead(email: str = "lee@example.com", **columns: Any) -> str:
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
-@against_the_database(20)
+@against_the_database(12)
 @given(data=st.data())
 def test_nothing_is_found_after_a_run_and_nothing_is_written(
     database: Database, generation: str, data: st.DataObject
@@ -197,7 +197,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize("generation", ["2025_10_mixed", "2025_12"])
-@against_the_database(20)
+@against_the_database(12)
 @given(data=st.data(), column=st.sampled_from(sorted(PLANTED)), touched=st.sampled_from(sorted(PLACES)))
 def test_one_wrong_value_in_any_contact_is_found_and_blamed_on_who_changed(
     database: Database, generation: str, data: st.DataObject, column: str, touched: tuple[str, ...]
@@ -244,7 +244,7 @@ ODD_VALUES: dict[str, dict[str, tuple[Any, ...]]] = {
 
 
 @pytest.mark.parametrize("generation", ["2025_10_mixed", "2025_12"])
-@against_the_database(20)
+@against_the_database(12)
 @given(data=st.data())
 def test_what_the_server_proves_is_what_the_rules_find_alike(
     database: Database, generation: str, data: st.DataObject

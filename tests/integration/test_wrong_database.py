@@ -336,6 +336,7 @@ def test_a_database_without_the_attribution_columns_is_told_to_migrate(database:
 # No connection
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.process
 @dry_and_wet
 @pytest.mark.parametrize(

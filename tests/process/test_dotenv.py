@@ -110,6 +110,7 @@ def test_a_file_as_windows_writes_it_is_read(checkout: Path) -> None:
     assert (shown.returncode, shown.stdout, shown.stderr) == (0, "db.invalid app\n", "")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "text",
     [

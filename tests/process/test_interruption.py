@@ -43,6 +43,7 @@ def the_run() -> BackfillRun:
 # In this process, where the moment is exact
 
 
+@pytest.mark.sampled(2)
 @every_signal
 @pytest.mark.parametrize("batch", [1, 3])
 def test_the_batch_is_ended_and_the_next_run_goes_on(database: Database, number: int, batch: int) -> None:
@@ -59,6 +60,7 @@ def test_the_batch_is_ended_and_the_next_run_goes_on(database: Database, number:
         assert backfill("--batch-size", str(BATCH_SIZE)).code == 1, "the one row in error is new"
 
 
+@pytest.mark.sampled(2)
 @every_signal
 @pytest.mark.parametrize("after", [CONTACTS, COUNTS])
 def test_a_second_signal_stops_at_once_and_nothing_of_the_open_batch_is_written(
@@ -180,6 +182,7 @@ def ended(command: subprocess.Popen[str]) -> Finished:
     return Finished(command.returncode, stdout, stderr)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.process
 @every_signal
 def test_the_real_command_ends_its_batch(database: Database, number: signal.Signals) -> None:
@@ -198,6 +201,7 @@ def test_the_real_command_ends_its_batch(database: Database, number: signal.Sign
     assert len(contacts()) == len(ledger()) == PEOPLE
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.process
 @every_signal
 def test_the_real_command_stops_at_once_when_asked_twice(database: Database, number: signal.Signals) -> None:

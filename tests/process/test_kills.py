@@ -91,7 +91,7 @@ def test_a_process_killed_at_whatever_moment_leaves_nothing_that_the_next_run_do
 
 @pytest.mark.process
 def test_a_process_killed_at_each_statement_boundary_of_a_batch(database: Database) -> None:
-    populate()
+    populate(people=60, profiles=12)
     undisturbed = Undisturbed(database)
     first, last = undisturbed.busiest_batch()
     assert undisturbed.labels[last] == COMMIT
@@ -219,7 +219,7 @@ def test_killed_at_each_statement_of_a_run(database: Database, is_done: bool) ->
     undisturbed = Undisturbed(database)
     gone = a_dead_process()
     killed = 0
-    for statement in itertools.count(1 + is_done, every(12)):
+    for statement in itertools.count(1 + is_done, every(18)):
         try:
             with killed_at(statement, is_done=is_done):
                 run(batch_size=BATCH_SIZE)
@@ -233,4 +233,4 @@ def test_killed_at_each_statement_of_a_run(database: Database, is_done: bool) ->
         run(batch_size=BATCH_SIZE)
         undisturbed.assert_reached()
         undisturbed.reset()
-    assert killed > 40 // every(12), "several batches, and what is around them"
+    assert killed > 40 // every(18), "several batches, and what is around them"

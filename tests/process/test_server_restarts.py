@@ -158,6 +158,7 @@ def test_a_crash_is_waited_for_as_long_as_there_are_tries(
     undisturbed.assert_reached()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_process_goes_on_after_restarts_with_the_waits_that_it_has(
     crashing: tuple[Server, Database], monkeypatch: pytest.MonkeyPatch, workers: int
@@ -180,6 +181,7 @@ def test_a_process_goes_on_after_restarts_with_the_waits_that_it_has(
         undisturbed.reset()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("is_at_its_end", [False, True])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_server_that_stays_away_ends_the_run_and_the_next_one_goes_on(

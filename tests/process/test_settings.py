@@ -142,6 +142,7 @@ def test_the_embedded_server_is_asked_for_where_it_is_not_installed(tmp_path: Pa
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("variable", DETOURS)
 @pytest.mark.parametrize("chosen", [{"DATABASE_URL": URL}, {"CRM_EMBEDDED_DATA": "/tmp/nowhere"}])  # noqa: S108 - it is not made
 def test_no_variable_of_libpqs_leads_to_another_server(variable: str, chosen: dict[str, str]) -> None:

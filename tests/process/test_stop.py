@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from itertools import product
 from typing import Any
 
 import psycopg
@@ -171,11 +170,9 @@ def empty(database: Database) -> None:
 
 
 @pytest.mark.process
-@pytest.mark.sampled
-@pytest.mark.parametrize(
-    ("number", "arguments"),
-    sample(product([signal.SIGINT, signal.SIGTERM], [(), ("--dry-run",), ("--update",)]), 2),
-)
+@pytest.mark.sampled(2)
+@every_signal
+@pytest.mark.parametrize("arguments", [(), ("--dry-run",), ("--update",)])
 def test_one_signal_ends_a_run_behind_a_lock_at_whichever_statement(
     database: Database, at_most: float, number: signal.Signals, arguments: tuple[str, ...]
 ) -> None:

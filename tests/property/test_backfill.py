@@ -33,7 +33,7 @@ BATCH_SIZES = (1, 2, 7, 1000)
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
-@against_the_database(20)
+@against_the_database(12)
 @given(data=st.data(), batch_size=st.sampled_from(BATCH_SIZES))
 def test_every_run_ends_as_the_reference_does(
     database: Database, generation: str, data: st.DataObject, batch_size: int
@@ -59,7 +59,7 @@ def test_every_run_ends_as_the_reference_does(
 
 
 @pytest.mark.parametrize("generation", ["2025_10", "2025_11"])
-@against_the_database(10)
+@against_the_database(6)
 @given(data=st.data(), workers=st.sampled_from([2, 4]), batch_size=st.sampled_from([1, 2, 7]))
 def test_the_end_is_the_same_for_every_number_of_workers(
     database: Database, generation: str, data: st.DataObject, workers: int, batch_size: int
@@ -86,7 +86,7 @@ def with_contacts(population: reference.Population, result: reference.Result) ->
 
 
 @pytest.mark.parametrize("generation", ["2025_10_mixed", "2025_12"])
-@against_the_database(20)
+@against_the_database(12)
 @given(data=st.data(), batch_size=st.sampled_from(BATCH_SIZES))
 def test_a_rerun_after_the_world_has_moved_on_ends_as_the_reference_does(
     database: Database, generation: str, data: st.DataObject, batch_size: int
@@ -104,7 +104,7 @@ def test_a_rerun_after_the_world_has_moved_on_ends_as_the_reference_does(
     assert_as_the_reference(run(batch_size=batch_size), expected)
 
 
-@against_the_database(20)
+@against_the_database(12)
 @given(
     data=st.data(),
     only=st.sets(st.sampled_from([source.value for source in Source]), min_size=1, max_size=4),
@@ -122,7 +122,7 @@ def test_a_run_of_some_sources_and_then_of_all_ends_as_the_reference_does(
 
 
 @pytest.mark.parametrize("generation", ["2025_10", "2025_11"])
-@against_the_database(20)
+@against_the_database(12)
 @given(data=st.data(), batch_size=st.sampled_from(BATCH_SIZES))
 def test_labels_that_nobody_knows_are_errors_and_never_a_guess(
     database: Database, generation: str, data: st.DataObject, batch_size: int

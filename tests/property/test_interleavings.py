@@ -85,7 +85,7 @@ def run_by_turns(chance: Random, **options: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("workers", [2, 4])
 @pytest.mark.parametrize("generation", ["2025_10", "2025_11"])
-@against_the_database(12)
+@against_the_database(8)
 @given(data=st.data(), chance=st.randoms(), batch_size=st.sampled_from([1, 2, 7]))
 def test_the_end_is_the_same_in_whatever_order_the_batches_of_workers_commit(
     database: Database, generation: str, workers: int, data: st.DataObject, chance: Random, batch_size: int

@@ -109,7 +109,7 @@ def outcomes() -> Mapping[str, str | None]:
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
-@against_the_database(12)
+@against_the_database(8)
 @given(data=st.data(), split=st.lists(parts, min_size=1, max_size=5))
 def test_any_order_of_runs_and_any_split_ends_where_one_full_run_ends(
     database: Database, generation: str, data: st.DataObject, split: list[dict[str, Any]]

@@ -48,8 +48,20 @@ def every(step: int) -> int:
 
 
 def sample(cases: Iterable[Case], step: int) -> list[Case]:
-    """Every so many of the cases of a test; in a soak all of them."""
+    """Every so many of the cases; in a soak all of them."""
     return list(cases)[:: every(step)]
+
+
+def is_taken(item: pytest.Item) -> bool:
+    """Whether a case belongs to the sample of its test: with `sampled(3)` every third one, in a soak each of them.
+
+    Of parameters that are combined those cases are taken whose numbers add up to a multiple: so each value of each
+    parameter has its turn.
+    """
+    marker, callspec = item.get_closest_marker("sampled"), getattr(item, "callspec", None)
+    if SOAKING or callspec is None or marker is None or not marker.args:
+        return True
+    return bool(sum(callspec.indices.values()) % marker.args[0] == 0)
 
 
 def share_examples(items: Iterable[pytest.Item]) -> None:
