@@ -245,7 +245,7 @@ def test_a_commit_that_a_crash_lost_is_not_taken_for_the_one_that_got_its_number
     monkeypatch.setattr(transactions, "_STATUS", "SELECT 'committed' FROM (SELECT %s) AS number")
     with as_an_undisturbed_run_ends(database):
         with losing_the_answer_to_commit(COMMITS_BEFORE + batch, psycopg.Connection.close):
-            answer = run(batch_size=SIZE)
+            answer = run(batch_size=BATCH_SIZE)
         assert (answer["status"], answer["balanced"]) == ("finished", True)
         assert len(retries_told(caplog)) == 1
 

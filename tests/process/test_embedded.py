@@ -79,7 +79,7 @@ def test_dbshell_is_on_the_embedded_server(data: Path, tmp_path: Path) -> None:
     client = tmp_path / "psql"
     client.write_text('#!/bin/sh\necho "$@"\n', encoding="ascii")
     client.chmod(0o700)
-    shell = run("manage.py", "dbshell", CRM_EMBEDDED_DATA=str(data), PATH=f"{tmp_path}:{os.environ['PATH']}")
+    shell = python("manage.py", "dbshell", CRM_EMBEDDED_DATA=str(data), PATH=f"{tmp_path}:{os.environ['PATH']}")
     assert (shell.returncode, shell.stdout) == (0, f"-U postgres -h {data} -p 5432 crm\n")
 
 

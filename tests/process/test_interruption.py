@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import psycopg
 import pytest
@@ -131,13 +132,13 @@ def test_a_terminal_that_is_gone_ends_a_run_with_its_batch_unless_nohup_was_aske
     database: Database, hangup: Callable[[Any], None], handler: signal.Handlers, code: int
 ) -> None:
     hangup(handler)
-    add_many_leads(3 * SIZE)
+    add_many_leads(3 * BATCH_SIZE)
     with in_batch(1, send(signal.SIGHUP)):
-        assert backfill("--batch-size", str(SIZE), "--no-progress").code == code
+        assert backfill("--batch-size", str(BATCH_SIZE), "--no-progress").code == code
     assert the_run().batches.count() == (1 if code else 3)
     assert signal.getsignal(signal.SIGHUP) == handler
     backfill()
-    assert len(contacts()) == 3 * SIZE
+    assert len(contacts()) == 3 * BATCH_SIZE
 
 
 # In a process of its own, as an operator meets it

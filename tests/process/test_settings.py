@@ -49,7 +49,7 @@ def test_with_a_database_it_is_production() -> None:
 
 
 def test_a_command_needs_no_secret() -> None:
-    checked = run("manage.py", "check", DATABASE_URL=URL)
+    checked = python("manage.py", "check", DATABASE_URL=URL)
     assert (checked.returncode, checked.stderr) == (0, "")
 
 
