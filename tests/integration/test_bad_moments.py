@@ -12,7 +12,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from django.db import OperationalError, connection
+from django.db import OperationalError, connection, connections
 
 from crm.backfill import context, runner
 from crm.backfill.update.writer import UpdateWriter
@@ -174,8 +174,8 @@ def test_the_backends_of_a_run_are_terminated(database: Database, caplog: pytest
 @contextmanager
 def losing_the_answer_to_commit(number: int, lose: Callable[[Any], object]) -> Iterator[None]:
     """`lose` the commit of this number on the main thread's connection, which it is given; the claim's is the first."""
-    wrapper_class = type(connection._connections[connection._alias])  # type: ignore[attr-defined] # of the proxy
-    commit = wrapper_class._commit
+    wrapper_class = type(connections["default"])
+    commit = wrapper_class.commit
     commits = 0
 
     def lose_the_answer(wrapper: Any) -> None:
@@ -189,7 +189,7 @@ def losing_the_answer_to_commit(number: int, lose: Callable[[Any], object]) -> I
         raise OperationalError("server closed the connection unexpectedly")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(wrapper_class, "_commit", lose_the_answer)
+        patch.setattr(wrapper_class, "commit", lose_the_answer)
         yield
     assert commits >= number, "there was no such commit"
 

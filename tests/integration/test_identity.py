@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from django.db import connection
-from django.db.backends.utils import CursorWrapper
 from django.db.models import Sum
 
 from crm.backfill import latecomers
@@ -23,7 +22,7 @@ from crm.runs import lifecycle, retrying
 from crm.verification import verify
 from tests.conftest import Database
 from tests.support.builders import add_contact, add_lead, add_many_leads, add_profile, add_user, contacts, ledger
-from tests.support.commands import called, run, statement_in
+from tests.support.commands import called, each_statement, run, statement_in
 from tests.support.processes import session
 from tests.support.profiles import every
 from tests.support.reference import address_of
@@ -41,15 +40,13 @@ def watched(watch: Callable[[int, str, Callable[[str], Any]], object]) -> Iterat
     """Call `watch` before every statement, of whichever thread: with its number from 0 on, and a way to send another
     on its connection. Collects the statements."""
     sent: list[str] = []
-    send = CursorWrapper._execute_with_wrappers  # type: ignore[attr-defined] # Django's own, which its stubs leave out
 
-    def execute(cursor: Any, sql: str, parameters: Any, many: bool, executor: Any) -> Any:  # noqa: FBT001 - Django's signature
+    def send(execute: Any, sql: str, parameters: Any, many: bool, context: dict[str, Any]) -> Any:  # noqa: FBT001 - Django's signature
         sent.append(" ".join(str(sql).split()))
-        watch(len(sent) - 1, sent[-1], lambda statement: send(cursor, statement, None, False, executor))  # noqa: FBT003
-        return send(cursor, sql, parameters, many, executor)
+        watch(len(sent) - 1, sent[-1], lambda statement: execute(statement, None, False, context))  # noqa: FBT003
+        return execute(sql, parameters, many, context)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CursorWrapper, "_execute_with_wrappers", execute)
+    with each_statement(send):
         yield sent
 
 

@@ -53,7 +53,7 @@ COMMANDS = {"backfill": a_backfill, "rollback": a_rollback}
 def at_step(number: int, happening: Callable[[], object]) -> Iterator[list[str]]:
     """Call `happening` once the step of this number is done, counted from the claim on: a statement, or a commit."""
     steps: list[str] = []
-    commit = DatabaseWrapper._commit  # type: ignore[attr-defined] # Django's own, which its stubs leave out
+    commit = DatabaseWrapper.commit
 
     def done(step: str) -> None:
         if steps or CLAIM in step:
@@ -72,7 +72,7 @@ def at_step(number: int, happening: Callable[[], object]) -> Iterator[list[str]]
             done("COMMIT")
 
     with pytest.MonkeyPatch.context() as patch, connection.execute_wrapper(watch):
-        patch.setattr(DatabaseWrapper, "_commit", commit_and_say)
+        patch.setattr(DatabaseWrapper, "commit", commit_and_say)
         yield steps
 
 

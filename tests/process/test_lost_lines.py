@@ -72,7 +72,7 @@ def test_signals_at_a_commit_lose_no_row_of_a_list(database: Database, tmp_path:
     add_many_leads(9)
     number = run()["run"]
     path = tmp_path / "list.csv"
-    commit = BaseDatabaseWrapper._commit  # type: ignore[attr-defined] # Django's own, which its stubs leave out
+    commit = BaseDatabaseWrapper.commit
     commits = 0
 
     def commit_and_be_interrupted(wrapper: BaseDatabaseWrapper) -> None:
@@ -88,7 +88,7 @@ def test_signals_at_a_commit_lose_no_row_of_a_list(database: Database, tmp_path:
                 os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(BaseDatabaseWrapper, "_commit", commit_and_be_interrupted)
+        patch.setattr(BaseDatabaseWrapper, "commit", commit_and_be_interrupted)
         command = ["rollback_crm_backfill", str(number), "--batch-size", "3", "--csv", str(path)]
         finished = called(*command, "--json", "--no-progress")
     assert (finished.code, finished.answer["status"], finished.answer["failure"]) == (4, "interrupted", None)

@@ -12,14 +12,13 @@ from typing import Any
 
 import psycopg
 import pytest
-from django.db.backends.utils import CursorWrapper
 from pytest_django import Settings
 
 from crm.models import BackfillRun, LedgerEntry
 from crm.outcome import Outcome
 from tests.conftest import Database
 from tests.support.builders import add_lead, add_many_leads, add_profile, ledger
-from tests.support.commands import backfill, called, run, statement_in
+from tests.support.commands import backfill, called, each_statement, run, statement_in
 from tests.support.processes import database_url, manage, session, start, wait_until
 from tests.support.profiles import every, sample
 
@@ -126,16 +125,13 @@ class Happening:
 
     @contextmanager
     def awaited(self) -> Iterator[None]:
-        execute = CursorWrapper._execute_with_wrappers  # type: ignore[attr-defined] # Django's own, which its stubs leave out
-
-        def watch(cursor: Any, sql: Any, parameters: Any, many: bool, executor: Any) -> Any:  # noqa: FBT001 - Django's signature
+        def watch(execute: Any, sql: Any, parameters: Any, many: bool, context: dict[str, Any]) -> Any:  # noqa: FBT001 - Django's signature
             self.sent.append(" ".join(str(sql).split()))
             if len(self.sent) == self.statement:
                 self._lock()
-            return execute(cursor, sql, parameters, many, executor)
+            return execute(sql, parameters, many, context)
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(CursorWrapper, "_execute_with_wrappers", watch)
+        with each_statement(watch):
             try:
                 yield
             finally:

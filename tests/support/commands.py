@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import resource
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from typing import Any, NamedTuple
 
-import pytest
 from django.core.management import load_command_class
-from django.db.backends.utils import CursorWrapper
+from django.db import connections
+from django.db.backends.base.base import BaseDatabaseWrapper
+from django.db.backends.signals import connection_created
 
 from crm.backfill.report import as_json
 from crm.backfill.runner import run_backfill
@@ -95,16 +96,33 @@ class Statement(NamedTuple):
 def statements() -> Iterator[list[Statement]]:
     """Collect the statements that are sent inside, over whichever connection and from whichever thread."""
     sent: list[Statement] = []
-    send = CursorWrapper._execute_with_wrappers  # type: ignore[attr-defined] # Django's own, which its stubs leave out
 
-    def record(cursor: Any, sql: str, parameters: Any, many: bool, executor: Any) -> Any:  # noqa: FBT001 - Django's signature
-        result = send(cursor, sql, parameters, many, executor)
-        sent.append(Statement(" ".join(statement_in(sql).split()), parameters, cursor.rowcount))
+    def record(execute: Any, sql: str, parameters: Any, many: bool, context: dict[str, Any]) -> Any:  # noqa: FBT001 - Django's signature
+        result = execute(sql, parameters, many, context)
+        sent.append(Statement(" ".join(statement_in(sql).split()), parameters, context["cursor"].rowcount))
         return result
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CursorWrapper, "_execute_with_wrappers", record)
+    with each_statement(record):
         yield sent
+
+
+@contextmanager
+def each_statement(watch: Callable[[Any, Any, Any, bool, dict[str, Any]], Any]) -> Iterator[None]:
+    """Let `watch`, as Django's `execute_wrapper` takes it, send each statement over whichever connection of whichever
+    thread."""
+    watched: list[BaseDatabaseWrapper] = []
+
+    def join(connection: BaseDatabaseWrapper, **_signal: Any) -> None:
+        if not any(connection is one for one in watched):
+            watched.append(connection)
+            stack.enter_context(connection.execute_wrapper(watch))
+
+    with ExitStack() as stack:
+        for connection in connections.all():
+            join(connection)
+        connection_created.connect(join, weak=False)
+        stack.callback(connection_created.disconnect, join)
+        yield
 
 
 def rollback(*arguments: str) -> Finished:

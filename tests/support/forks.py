@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -23,10 +23,9 @@ from typing import Any
 import pytest
 from django.db import connection, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
-from django.db.backends.utils import CursorWrapper
 
 from crm.management.commands.backfill_crm_contacts import Command
-from tests.support.commands import statement_in
+from tests.support.commands import each_statement, statement_in
 
 _context = multiprocessing.get_context("fork")
 COMMIT = "COMMIT"
@@ -131,11 +130,13 @@ class Mishap:
     delay: float | None = None
     _command: int = 0
     _count: _SharedCount = field(default_factory=lambda: _SharedCount())
+    #: What is never left, as the process ends before.
+    _to_its_end: ExitStack = field(default_factory=ExitStack)
 
     def prepare(self) -> None:
         """Let it happen to this process, which is the command."""
         self._command = os.getpid()
-        _watch(self._pass, pytest.MonkeyPatch())
+        self._to_its_end.enter_context(labels_are_watched(self._pass))
 
     @property
     def came(self) -> bool:
@@ -172,25 +173,16 @@ def labels() -> Iterator[list[str]]:
 @contextmanager
 def labels_are_watched(around: Callable[[str, Callable[[], Any]], Any]) -> Iterator[None]:
     """Let `around` send each statement and commit."""
-    with pytest.MonkeyPatch.context() as patch:
-        _watch(around, patch)
-        yield
-
-
-def _watch(around: Callable[[str, Callable[[], Any]], Any], patch: pytest.MonkeyPatch) -> None:
-    execute = CursorWrapper._execute_with_wrappers  # type: ignore[attr-defined] # Django's own, which its stubs leave out
-    commit = BaseDatabaseWrapper._commit  # type: ignore[attr-defined] # the same
 
     def watched(label: str, send: Callable[[], Any]) -> Any:
         if threading.current_thread() is not threading.main_thread():
             return send()
         return around(label, send)
 
-    def watched_execute(cursor: Any, sql: Any, parameters: Any, many: bool, executor: Any) -> Any:  # noqa: FBT001 - Django's signature
-        return watched(statement_in(sql), lambda: execute(cursor, sql, parameters, many, executor))
+    def watched_execute(execute: Any, sql: Any, parameters: Any, many: bool, context: dict[str, Any]) -> Any:  # noqa: FBT001 - Django's signature
+        return watched(statement_in(sql), lambda: execute(sql, parameters, many, context))
 
-    def watched_commit(wrapper: Any) -> Any:
-        return watched(COMMIT, lambda: commit(wrapper))
-
-    patch.setattr(CursorWrapper, "_execute_with_wrappers", watched_execute)
-    patch.setattr(BaseDatabaseWrapper, "_commit", watched_commit)
+    commit = BaseDatabaseWrapper.commit
+    with each_statement(watched_execute), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BaseDatabaseWrapper, "commit", lambda wrapper: watched(COMMIT, lambda: commit(wrapper)))
+        yield
