@@ -13,21 +13,19 @@ ROOT = Path(__file__).resolve().parents[2]
 @cache
 def modules() -> dict[str, ast.Module]:
     """Every module of the project by its dotted name, but for those of the tests."""
-    return modules_in("crm") | modules_in("config")
-
-
-def modules_in(folder: str) -> dict[str, ast.Module]:
-    """Every module of a folder by its dotted name."""
-    return {_name(path): ast.parse(path.read_text(encoding="utf-8")) for path in sorted((ROOT / folder).rglob("*.py"))}
+    return {
+        _name(path): ast.parse(path.read_text(encoding="utf-8"))
+        for folder in ("crm", "config")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+    }
 
 
 def imports_of(module: str) -> set[str]:
     """The modules that a module imports, wherever in it; of `from package import module` the module."""
-    return set(imports_in(modules()[module]))
+    return set(_imports(modules()[module]))
 
 
-def imports_in(tree: ast.Module) -> Iterator[str]:
-    """The same of a module that has been read."""
+def _imports(tree: ast.Module) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

@@ -8,12 +8,13 @@ from urllib.parse import quote
 
 import pytest
 from django.core.exceptions import ImproperlyConfigured
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from config import database as database_module
 from config.database import BINDING, Database, DatabaseUrlError, parse, startup_options
+from tests.support.profiles import examples
 
 SCHEMA = "crm_backfill"
 PLAIN = "postgresql://crm:secret@db.example.com:6543/tax"
@@ -194,6 +195,7 @@ class TestRefusal:
         assert "ter2" not in message
         assert "secret" not in message
 
+    @settings(max_examples=examples(30))
     @given(password=st.text(min_size=6, max_size=20).map(lambda text: f"Zq7{text}Zq7"))
     def test_no_password_is_ever_told(self, password: str) -> None:
         url = f"postgresql://crm:{password}@db/tax?schema=app"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crm.outcome import Outcome, Reason, RowCounts, RowOutcome, Source, Totals
+from tests.support.profiles import examples
 
 reasons = st.sampled_from(list(Reason))
 known_reasons = st.none() | reasons.map(str)
@@ -26,6 +27,7 @@ def totals(row_outcomes: list[RowOutcome]) -> Totals:
     return Totals.of(row_outcomes, types)
 
 
+@settings(max_examples=examples(30))
 @given(batches)
 def test_every_row_of_a_batch_is_counted_once(row_outcomes: list[RowOutcome]) -> None:
     counted = totals(row_outcomes)
@@ -36,6 +38,7 @@ def test_every_row_of_a_batch_is_counted_once(row_outcomes: list[RowOutcome]) ->
     assert counted.created_by_type.total() == counted.created
 
 
+@settings(max_examples=examples(20))
 @given(st.lists(batches, max_size=4))
 def test_batches_add_up_to_what_they_are_together(parts: list[list[RowOutcome]]) -> None:
     added = Totals()
@@ -44,6 +47,7 @@ def test_batches_add_up_to_what_they_are_together(parts: list[list[RowOutcome]])
     assert added == totals([row_outcome for part in parts for row_outcome in part])
 
 
+@settings(max_examples=examples(30))
 @given(batches)
 def test_adding_leaves_the_other_as_it_was(row_outcomes: list[RowOutcome]) -> None:
     other, everything = totals(row_outcomes), Totals()
