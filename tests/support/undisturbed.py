@@ -84,15 +84,22 @@ class Undisturbed:
 
     def batches(self) -> tuple[int, int]:
         """The numbers, from 1 on, of the first and the last statement of all batches."""
-        begins = [number for number, label in enumerate(self.labels) if label.startswith("SET LOCAL")]
+        begins = self._begins()
         # The commits after that are those of the run's own record.
         return begins[0] + 1, self.labels.index(COMMIT, begins[-1]) + 1
 
     def busiest_batch(self) -> tuple[int, int]:
         """The first and the last of the labels of the batch that has the most of them."""
-        begins = [number for number, label in enumerate(self.labels) if label.startswith("SET LOCAL")]
-        spans = [(begin, self.labels.index(COMMIT, begin)) for begin in begins]
+        spans = [(begin, self.labels.index(COMMIT, begin)) for begin in self._begins()]
         return max(spans, key=lambda span: span[1] - span[0])
+
+    def _begins(self) -> list[int]:
+        """Where batches begin. The note that the report was written sets a timeout for locks alone."""
+        return [
+            number
+            for number, label in enumerate(self.labels)
+            if label.startswith("SET LOCAL") and "SET LOCAL statement_timeout" in label
+        ]
 
     def assert_reached(self) -> None:
         assert everything(self._database) == self.end
