@@ -140,7 +140,7 @@ def delete_runs() -> None:
 def test_a_record_that_is_deleted_at_any_step_ends_the_run_in_one_line(database: Database, kind: str) -> None:
     steps = undisturbed(database, kind)
     deleted = 0
-    for number in range(1, len(steps), every(11)):
+    for number in range(1, len(steps), every(7)):
         afresh(database)
         command = COMMANDS[kind]()
         with at_step(number, delete_runs) as reached:
