@@ -1,4 +1,4 @@
-"""One source, batch by batch: read, map, write. Backoff what may pass by itself, and goes no faster than it may.
+"""One source, batch by batch: read, map, write. Retries what may pass by itself, and goes no faster than it may.
 
 ReadAhead.pages (SourceReader.page -> map_rows) -> writer.write -> Totals
 """

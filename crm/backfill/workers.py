@@ -147,7 +147,11 @@ class WorkerPool:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, /, *_error: object) -> None:
-        self._exits.close()
+        try:
+            self._exits.close()
+        except BaseException:
+            self._dismiss(at_once=True)
+            raise
         self._dismiss(at_once=kind is KeyboardInterrupt)
 
     def run(self, task: Task) -> None:

@@ -151,8 +151,8 @@ def _as_operator_error(what_now: str) -> AbstractContextManager[None]:
     """Turn what the database refuses into what can be done about it, without the address that it quotes."""
     known = {
         errors.NO_SUCH_TABLE: (
-            "There is no table of decisions that this role can see: run `python manage.py migrate`, or let the "
-            f"owner GRANT USAGE on the schema {settings.BACKFILL_SCHEMA}."
+            "A table is missing that this role would see: run `python manage.py migrate`, or let the owner GRANT USAGE "
+            f"on the schema {settings.BACKFILL_SCHEMA}."
         ),
         errors.INSUFFICIENT_PRIVILEGE: (
             "This role may not look for the row or record a decision: docs/least_privilege.sql gives the rights."

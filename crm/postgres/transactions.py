@@ -18,6 +18,7 @@ from django.db import Error as DjangoDatabaseError
 from django.db import transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
 
+from crm.errors import OperatorError
 from crm.interruption import sleep_until_signal, stop_is_requested
 from crm.postgres import errors
 from crm.postgres.errors import UnknownEndError
@@ -27,7 +28,11 @@ WAITS = (0.05, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0)
 #: The longest of these waits once the operator asked to stop; seconds.
 MAX_WAIT_OF_A_STOP = 0.2
 
-_IN_PROGRESS = "in progress"
+#: How often a token is looked for whose transaction's number is that of a committed one: before the minor releases of
+#: 2022, PostgreSQL says so a moment before its rows can be seen.
+LOOKS_FOR_A_TOKEN = 3
+
+_COMMITTED, _IN_PROGRESS = "committed", "in progress"
 #: The server crashed before anything of the transaction was on its disk, and does not know its number any more.
 _IN_THE_FUTURE = "22023"
 _NUMBER = "SELECT pg_current_xact_id()::text"
@@ -78,6 +83,7 @@ def _is_committed_after_all(connection: BaseDatabaseWrapper, number: str, token:
 
 def _is_committed(connection: BaseDatabaseWrapper, number: str, token: str) -> bool:
     """Whether a transaction was committed; waits until it has ended."""
+    looks_in_vain = 0
     for wait in WAITS:
         connection.close()
         try:
@@ -88,7 +94,12 @@ def _is_committed(connection: BaseDatabaseWrapper, number: str, token: str) -> b
                     # By a statement of its own, whose snapshot is younger than the answer.
                     cursor.execute(_HAS_COME_THROUGH, [token])
                     (is_there,) = cursor.fetchone()
-                    return bool(is_there)
+                    looks_in_vain += not is_there
+                    if is_there or status != _COMMITTED or looks_in_vain == LOOKS_FOR_A_TOKEN:
+                        return bool(is_there)
+        except OperatorError as error:
+            # The new session is not fit to ask, so nothing may be said of what was written.
+            raise UnknownEndError from error
         except DjangoDatabaseError as error:
             if errors.sqlstate(error) == _IN_THE_FUTURE:
                 return False

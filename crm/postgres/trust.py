@@ -18,7 +18,7 @@ Other code is called whatever the search path says, and belongs to a table, a fo
 - The functions of triggers, which whoever has TRIGGER on a table can put there. One that is SECURITY DEFINER runs with
   its owner's rights.
 - The casts and the CHECK constraints of a type, both made by its owner. A cast stays with its function when the type
-  gets another owner.
+  gets another owner, and so do the functions of indexes, constraints, defaults and views when the table gets one.
 
 Temporary objects are no way in: PostgreSQL looks for no function and no operator among them, and tables of ours or of
 the application come before them.
@@ -121,6 +121,24 @@ SELECT 'called', format('the function %s in the trigger %I of %s', function, tgn
   JOIN pg_namespace n ON n.oid = pronamespace, format('%I.%I()', nspname, proname) AS function
  WHERE is_written AND NOT tgisinternal AND tgenabled <> 'D' AND NOT prosecdef
    AND proowner IN (SELECT role FROM untrusted) AND nspname <> 'pg_catalog'
+ UNION ALL
+-- Indexes and views, CHECK constraints of tables and types, and what fills the columns of a table that is written.
+SELECT DISTINCT 'called', format('the function %s, on which the application''s tables depend,', function), NULL,
+       pg_get_userbyid(proowner)::text, format('ALTER FUNCTION %s OWNER TO ...;', function)
+  FROM pg_depend d JOIN pg_proc p ON refclassid = 'pg_proc'::regclass AND p.oid = refobjid,
+       LATERAL (VALUES (p.oid::regprocedure::text)) AS names(function)
+ WHERE proowner IN (SELECT role FROM untrusted) AND pronamespace <> 'pg_catalog'::regnamespace
+   AND CASE classid
+         WHEN 'pg_class'::regclass
+         THEN objid IN (SELECT indexrelid FROM pg_index WHERE indrelid IN (SELECT oid FROM tables))
+         WHEN 'pg_constraint'::regclass
+         THEN objid IN (SELECT k.oid FROM pg_constraint k WHERE conrelid IN (SELECT oid FROM tables)
+                                                              OR contypid IN (SELECT oid FROM own_types))
+         WHEN 'pg_attrdef'::regclass
+         THEN objid IN (SELECT a.oid FROM pg_attrdef a WHERE adrelid IN (SELECT oid FROM tables WHERE is_written))
+         WHEN 'pg_rewrite'::regclass
+         THEN objid IN (SELECT w.oid FROM pg_rewrite w WHERE ev_class IN (SELECT oid FROM tables))
+         ELSE false END
  UNION ALL
 SELECT 'called', format('the type %s', name), NULL, pg_get_userbyid(typowner),
        format('ALTER TYPE %s OWNER TO ...;', name)

@@ -79,7 +79,9 @@ class PagesAhead:
             page = coming.result()
         except DjangoDatabaseError:
             return None
-        return page.without(self._gone) if asked == (after, size) else None
+        # A page of an earlier size is good enough, unless a smaller one is asked for.
+        is_fit = asked is not None and asked[0] == after and asked[1] <= size
+        return page.without(self._gone) if is_fit else None
 
     def _ask(self, after: str, size: int) -> None:
         self._asked = (after, size)

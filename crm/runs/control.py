@@ -236,9 +236,10 @@ def as_operator_error(run_id: int | None = None) -> AbstractContextManager[None]
     """Turn what the database refuses into what can be done about it."""
     known = {
         errors.LOCK_TIMEOUT: f"Run {run_id} has been committing for {PATIENCE:g} s. Nothing was changed: try again.",
-        errors.NO_SUCH_TABLE: (
+    }
+    if run_id is None:
+        known[errors.NO_SUCH_TABLE] = (
             "There are no runs that this role can see: run `python manage.py migrate` first, or GRANT SELECT on the "
             f"tables in {settings.BACKFILL_SCHEMA}."
-        ),
-    }
+        )
     return errors.as_operator_error("The database broke off: {}. Nothing was changed: try again.", known=known)

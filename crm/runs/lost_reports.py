@@ -12,6 +12,7 @@ from typing import NamedTuple
 from django.db import DatabaseError, connection, transaction
 
 from crm.models import BackfillRun
+from crm.models.ledger import RunStatus
 
 #: How long the note of a report waits for whoever has locked the run's record.
 MAX_WAIT = "100ms"
@@ -25,8 +26,12 @@ class LostReport(NamedTuple):
 
 
 def lost_reports(run_id: int) -> list[LostReport]:
-    """The reports of earlier runs that were lost and that no run has told of since."""
+    """Return the reports of earlier runs that were lost and that no run has reported since.
+
+    A run that was rolled back has no rows in error any more: those that are still wrong are new in the next run.
+    """
     lost = BackfillRun.objects.filter(pk__lt=run_id, report_lost=True).order_by("pk")
+    lost = lost.exclude(rollbacks__run__status=RunStatus.FINISHED)
     return [LostReport(*run) for run in lost.values_list("pk", "error_new")]
 
 

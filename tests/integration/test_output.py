@@ -16,7 +16,7 @@ from crm.models import BackfillRun
 from crm.output.streams import OutputError, with_checked_output
 from tests.conftest import Database
 from tests.support import builders
-from tests.support.commands import Finished, backfill, run
+from tests.support.commands import Finished, backfill, called, run
 
 COMMANDS = sorted(name for name, application in get_commands().items() if application == "crm")
 FULL = "No space left on device"
@@ -96,6 +96,16 @@ def test_a_lost_report_without_anything_newly_in_error_is_no_news(database: Data
     ended: Finished = backfill("--json", "--no-progress")
     assert (ended.code, ended.stderr) == (0, "")
     assert ended.answer["lost_reports"] == [{"run_id": BackfillRun.objects.earliest("pk").pk, "error_new": 0}]
+
+
+def test_a_lost_report_of_a_run_that_was_rolled_back_is_no_news(database: Database) -> None:
+    builders.add_lead("nobody")
+    assert with_full_output("backfill_crm_contacts", "--no-progress")[0] == 6
+    lost = BackfillRun.objects.latest("pk")
+    assert called("rollback_crm_backfill", str(lost.pk), "--no-progress").code == 0
+    database.rows("UPDATE leads SET email = 'ann@example.com' RETURNING id")
+    ended: Finished = backfill("--json", "--no-progress")
+    assert (ended.code, ended.answer["lost_reports"], ended.stderr) == (0, [], "")
 
 
 def test_an_error_output_that_is_full_changes_nothing(database: Database) -> None:

@@ -267,7 +267,7 @@ ATTACKS = {
         "ALTER DOMAIN public.tel ADD CHECK (evil.called(length(value)) = 1)",
         RUN,
         "the type public.tel of mallory",
-        ("ALTER TYPE public.tel OWNER TO ...;",),
+        ("ALTER TYPE public.tel OWNER TO ...;", "ALTER FUNCTION evil.called(integer) OWNER TO ...;"),
     ),
     "the function of a trigger": Attack(
         "GRANT TRIGGER ON crm_contacts TO mallory",
@@ -281,7 +281,7 @@ ATTACKS = {
         "CREATE INDEX ON public.leads ((evil.called(1)))",
         RUN,
         "public.leads of mallory",
-        ("ALTER TABLE public.leads OWNER TO ...;",),
+        ("ALTER TABLE public.leads OWNER TO ...;", "ALTER FUNCTION evil.called(integer) OWNER TO ...;"),
     ),
     "a view": Attack(
         "DROP TABLE crm_interactions; "
@@ -292,7 +292,7 @@ ATTACKS = {
              SELECT 'c'::text AS "contactId" FROM pg_am WHERE evil.called(oid::int) = 1""",
         ROLLBACK,
         "public.crm_interactions of mallory",
-        ("ALTER TABLE public.crm_interactions OWNER TO ...;",),
+        ("ALTER TABLE public.crm_interactions OWNER TO ...;", "ALTER FUNCTION evil.called(integer) OWNER TO ...;"),
     ),
 }
 

@@ -14,7 +14,7 @@ from crm.rules.updating import Change, Look, SeenLine, StandingContact, decide, 
 
 
 class DryRunUpdateWriter:
-    """Takes the place of the update's writer in a dry run, after the rehearsal of the ordinary sources."""
+    """Takes the place of the update's writer in a dry run, after the dry run of the ordinary rows."""
 
     def __init__(self, store: DryRunStore, imagined: Imagined, present: Present, rules: Rules) -> None:
         self._store = store

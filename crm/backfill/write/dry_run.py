@@ -265,7 +265,7 @@ class DryRunWriter:
     """Takes the place of the writer in a dry run."""
 
     def __init__(self, connection: BaseDatabaseWrapper, lookup: ContactIndex, *, with_update: bool = False) -> None:
-        """`with_update`: a rehearsal of an update comes after."""
+        """`with_update`: the dry run of an update comes after."""
         self.imagined = Imagined(with_update=with_update)
         self.store = DryRunStore(connection, lookup, self.imagined)
 

@@ -1,6 +1,6 @@
-"""The only place that writes `crm_contacts`, and the only atomic block: a batch is one transaction.
+"""Writes the batches of a run, each in one transaction.
 
-rows -> settle -> contacts, fills -> ledger lines -> batch counts and heartbeat -> commit
+rows -> upsert -> contacts, fills -> ledger lines -> batch counts and heartbeat -> commit
 """
 
 from __future__ import annotations
@@ -345,7 +345,7 @@ class BatchWriter:
 
 
 def _line(row_outcome: RowOutcome) -> tuple[str | int | None, ...]:
-    """A decision's values for the columns of _LINE."""
+    """Return the values of a row's outcome for the columns of _LINE."""
     refusal = row_outcome.refusal or _NO_REFUSAL
     return (
         row_outcome.id,
