@@ -35,7 +35,7 @@ from crm.models import (
 from crm.runs import lifecycle, retrying
 from tests.support import installed_server
 from tests.support.populations import add_labels
-from tests.support.profiles import is_taken, load_profile, share_examples
+from tests.support.profiles import left_out, load_profile, share_examples
 
 load_profile()
 
@@ -59,8 +59,9 @@ DEFAULT_GENERATION = "2025_10"
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Take the samples, share the examples of a property test among its cases, and let the cases of a generation follow
     one another."""
-    config.hook.pytest_deselected(items=[item for item in items if not is_taken(item)])
-    items[:] = filter(is_taken, items)
+    left = left_out(items)
+    config.hook.pytest_deselected(items=[item for item in items if item in left])
+    items[:] = [item for item in items if item not in left]
     share_examples(items)
     modules = {module: number for number, module in enumerate(dict.fromkeys(item.path for item in items))}
     items.sort(key=lambda item: (modules[item.path], generation_of(item)))

@@ -201,7 +201,7 @@ ALTER TABLE profiles ALTER id DROP NOT NULL; ALTER TABLE leads ALTER id DROP NOT
 """
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("batch_size", [1, 4, 1000])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_rows_whose_id_is_not_unique_are_one_error_and_the_others_land(

@@ -52,16 +52,26 @@ def sample(cases: Iterable[Case], step: int) -> list[Case]:
     return list(cases)[:: every(step)]
 
 
-def is_taken(item: pytest.Item) -> bool:
-    """Whether a case belongs to the sample of its test: with `sampled(3)` every third one, in a soak each of them.
+def left_out(items: Iterable[pytest.Item]) -> set[pytest.Item]:
+    """The cases that are not in the samples of their tests: with `sampled(3)` two of three, in a soak none.
 
     Of parameters that are combined those cases are taken whose numbers add up to a multiple: so each value of each
-    parameter has its turn.
+    parameter has its turn, as far as the others have as many values as the step.
     """
-    marker, callspec = item.get_closest_marker("sampled"), getattr(item, "callspec", None)
-    if SOAKING or callspec is None or marker is None or not marker.args:
-        return True
-    return bool(sum(callspec.indices.values()) % marker.args[0] == 0)
+    sampled: dict[Any, list[tuple[Any, int, pytest.Item]]] = {}
+    for item in items:
+        marker = item.get_closest_marker("sampled")
+        if marker is not None and marker.args and not SOAKING:
+            sampled.setdefault(_function(item), []).append((_callspec(item), marker.args[0], item))
+    left: set[pytest.Item] = set()
+    for cases in sampled.values():
+        numbers: dict[str, dict[str, int]] = {}
+        # Chance may have shuffled them.
+        for callspec, step, item in sorted(cases, key=lambda case: tuple(case[0].indices.values())):
+            of_values = [(numbers.setdefault(name, {}), repr(value)) for name, value in callspec.params.items()]
+            if sum(known.setdefault(value, len(known)) for known, value in of_values) % step:
+                left.add(item)
+    return left
 
 
 def share_examples(items: Iterable[pytest.Item]) -> None:
@@ -87,3 +97,7 @@ def load_profile() -> None:
 def _function(item: pytest.Item) -> Any:
     function = getattr(item, "obj", None)
     return getattr(function, "__func__", function)
+
+
+def _callspec(item: pytest.Item) -> Any:
+    return getattr(item, "callspec")  # noqa: B009 - a function's case has one, an item need not
