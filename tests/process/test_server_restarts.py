@@ -158,7 +158,6 @@ def test_a_crash_is_waited_for_as_long_as_there_are_tries(
     undisturbed.assert_reached()
 
 
-@pytest.mark.sampled(2)
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_process_goes_on_after_restarts_with_the_waits_that_it_has(
     crashing: tuple[Server, Database], monkeypatch: pytest.MonkeyPatch, workers: int
