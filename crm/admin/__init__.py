@@ -145,9 +145,7 @@ class ContactAdmin(ReadOnlyAdmin):
     @admin.display(description="ledger lines")
     def ledger(self, contact: CRMContact) -> str:
         """The source rows that made it, were merged into it, met it or are in conflict with it."""
-        lines = LedgerEntry.objects.filter(_names_contact(contact.pk)).order_by("source", "source_id")[
-            : MAX_ENTRIES + 1
-        ]
+        entries = LedgerEntry.objects.filter(_names_contact(contact.pk)).order_by("source", "source_id")
         found = [
             {
                 "entry": line,
@@ -155,7 +153,7 @@ class ContactAdmin(ReadOnlyAdmin):
                 "filled": _spaced(line.filled),
                 "keys": ", ".join(keys_by_contact(line.contact_id, line.identity_keys).get(contact.pk, ())),
             }
-            for line in lines
+            for line in entries[: MAX_ENTRIES + 1]
         ]
         return render_to_string(
             "crm/ledger_lines.html", {"lines": found[:MAX_ENTRIES], "has_more": len(found) > MAX_ENTRIES}
@@ -240,7 +238,7 @@ class RunAdmin(ReadOnlyAdmin):
 
     @admin.display(description="report lost", boolean=True)
     def report_is_lost(self, run: BackfillRun) -> bool:
-        """Whether it ended without a report, and no later run has told of it; one that is at work has yet to write."""
+        """Whether it ended without a report that a later run has not reported either."""
         return run.report_lost and run.status != RunStatus.RUNNING
 
     @admin.display(description="options")

@@ -15,7 +15,7 @@ CONNECTIONS_OF_A_WORKER = 2
 
 
 class _Room(NamedTuple):
-    """How many more connections somebody allows, and the name of that limit with its figure."""
+    """How many more connections a limit allows, and the name of that limit with its figure."""
 
     connections: int
     limit: str
@@ -35,7 +35,7 @@ def _room() -> _Room:
     return min(rooms)
 
 
-# Whose session it is, everybody may see; of what kind it is, not everybody.
+# Every role may see whose session it is; only some may see of what kind.
 _ROOM_OF_THE_SERVER = """
 WITH others AS (
   SELECT datid, usesysid FROM pg_stat_activity
@@ -66,7 +66,7 @@ def max_workers() -> int:
 
 
 def require_room_for(workers: int) -> None:
-    """Raise OperatorError where there are not the connections that so many workers take."""
+    """Raise OperatorError where the connections do not suffice for this number of workers."""
     # Past PgBouncer, `connection_limit` is Prisma's, and one worker gets along with a single connection of the pool.
     if _is_behind_pgbouncer() and (workers == 1 or settings.DATABASE_CONNECTION_LIMIT is None):
         return

@@ -94,7 +94,7 @@ class RunContext:
         limit: int | None = None,
         shares: int = 1,
     ) -> Pipeline:
-        """A pipeline on this process' connection, which has one of so many shares of a limited rate."""
+        """Return a pipeline on this process' connection, with one of `shares` equal shares of a limited rate."""
         sizer, throttles = self._pace(shares)
         return Pipeline(
             connection=connection,

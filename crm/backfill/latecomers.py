@@ -174,8 +174,8 @@ class Latecomers:
     def _settle(self, ids: Sequence[str], writer: BatchWriter) -> list[str]:
         """Settle some of them in one transaction; those that stay."""
         started = time.monotonic()
-        manners = TRANSACTION_SETTINGS.format(lock=Timeouts().lock, statement=Timeouts().statement)
-        with certain_transaction(self.connection, manners):
+        transaction_settings = TRANSACTION_SETTINGS.format(lock=Timeouts().lock, statement=Timeouts().statement)
+        with certain_transaction(self.connection, transaction_settings):
             with self.connection.cursor() as cursor:
                 cursor.execute("LOCK TABLE crm_contacts IN ROW EXCLUSIVE MODE")
                 cursor.execute(_LOCK, [list(ids)])

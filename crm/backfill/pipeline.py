@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 class Writer(Protocol):
-    """Brings the rows of a batch to an outcome: for good, or in a dry run's mind."""
+    """Brings the rows of a batch to an outcome, in the database or in a dry run's memory."""
 
     def write(self, source: Source, pages: Iterable[Sequence[MappedRow]]) -> Totals:
         """Write a batch, page by page."""

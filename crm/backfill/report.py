@@ -153,10 +153,10 @@ def as_json(report: RunReport) -> str:
         "updates_by_source": {source.value: counts.update_counts for source, counts in report.by_source.items()},
         "updated_by_column": _sorted(totals.updated_by_column),
         "kept_by_column": _sorted(totals.kept_by_column),
-        "pending": sum(report.census.pending.values()) if report.census else None,
-        "rows": report.census.rows if report.census else None,
-        "ledger": report.census.lines if report.census else None,
-        "faults": report.census.faults if report.census else None,
+        "pending": sum(report.row_counts.pending.values()) if report.row_counts else None,
+        "rows": report.row_counts.rows if report.row_counts else None,
+        "ledger": report.row_counts.lines if report.row_counts else None,
+        "faults": report.row_counts.faults if report.row_counts else None,
         "balanced": report.balanced,
         "not_checked": report.not_checked,
         "lost_reports": [lost._asdict() for lost in report.lost_reports],
@@ -220,10 +220,10 @@ def reconciliation_lines(report: RunReport) -> str:
     totals = report.totals
     parts = " + ".join(f"{count:,} {name}" for name, count in totals.outcomes.items())
     lines = [f"Reconciliation: {totals.read:,} read = {parts}"]
-    if (census := report.census) is not None:
+    if (row_counts := report.row_counts) is not None:
         lines.append(
-            f"{_INDENT}{census.rows:,} rows = {sum(census.excluded.values()):,} excluded + "
-            f"{census.in_ledger:,} in the ledger + {sum(census.pending.values()):,} pending"
+            f"{_INDENT}{row_counts.rows:,} rows = {sum(row_counts.excluded.values()):,} excluded + "
+            f"{row_counts.in_ledger:,} in the ledger + {sum(row_counts.pending.values()):,} pending"
         )
     if report.options.update:
         parts = f"{totals.updated:,} changed + {totals.kept:,} kept only + {totals.unchanged:,} unchanged"

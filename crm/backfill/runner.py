@@ -49,7 +49,7 @@ MAX_WAIT_OF_A_STOP = "500ms"
 class RunReport:
     """How a run went. `run_id` is None for a dry run.
 
-    `census` is of its end, and None where nothing could be counted any more. `balanced` is None where the
+    `row_counts` is of its end, and None where nothing could be counted any more. `balanced` is None where the
     reconciliation was not checked; `not_checked` says why. `recreated` are the rows that were read again since their
     contact was gone; `gone` are those that have lost theirs, at the end, None where that was not looked at. `twice` are
     contacts that have another one beside them with the same address in another spelling.
@@ -63,7 +63,7 @@ class RunReport:
     by_source: dict[Source, Totals]
     already: int
     excluded: dict[str, int]
-    census: RowCounts | None
+    row_counts: RowCounts | None
     balanced: bool | None
     started_at: datetime
     seconds: float
@@ -190,8 +190,8 @@ class _Work:
         if run_id is None and self.facts.has_ledger:
             self.gone = self.life.retrying(lambda: self._look_for_gone_contacts(before))
 
-    def _look_for_gone_contacts(self, census: RowCounts) -> GoneContacts:
-        settled = sum(census.settled.values())
+    def _look_for_gone_contacts(self, row_counts: RowCounts) -> GoneContacts:
+        settled = sum(row_counts.settled.values())
         return look_for_gone_contacts(connection, settled, run_id=self.life.run.pk if self.life.run else None)
 
     def _resolutions(self) -> tuple[Resolutions, Resolutions]:
@@ -240,7 +240,7 @@ class _Work:
             by_source=self.tally.by_source,
             already=sum(before.settled[source] for source in self.options.sources) - self.recreated if before else 0,
             excluded=before.excluded if before else {},
-            census=self.after,
+            row_counts=self.after,
             balanced=ending.balanced,
             started_at=timezone.now(),
             seconds=0.0,
@@ -264,7 +264,7 @@ class _Work:
         totals = self.tally.totals
         # Where nothing was decided anew, the ledger is as it was.
         take_anew = self.before is None or totals.decided
-        self.after = after = self._census_of_the_end(run, ending) if take_anew else self.before
+        self.after = after = self._count_at_the_end(run, ending) if take_anew else self.before
         faults = list(_faults_of(after)) if after else []
         self.lost_reports = lost_reports(run.pk)
         not_checked = lease.why_not_held(run.pk) or (None if after else "the tables are locked")
@@ -281,7 +281,7 @@ class _Work:
             recorded={"census": _recorded(after, self.gone, self.twice) if after else None},
         )
 
-    def _census_of_the_end(self, run: BackfillRun, ending: Ending) -> RowCounts | None:
+    def _count_at_the_end(self, run: BackfillRun, ending: Ending) -> RowCounts | None:
         """The census after the last batch; None where somebody who stops a run would have to wait for a lock."""
         if ending.status == RunStatus.FINISHED:
             return count_rows(connection, self.facts, run.pk)
@@ -314,11 +314,11 @@ def _heed_ceiling(options: RunOptions, totals: Totals) -> None:
         raise ErrorBudgetError(reason)
 
 
-def _faults_of(census: RowCounts) -> Iterator[str]:
+def _faults_of(row_counts: RowCounts) -> Iterator[str]:
     """What is wrong with the tables, in words."""
-    for fault, count in census.faults.items():
+    for fault, count in row_counts.faults.items():
         yield f"{count:,} ledger lines {fault.statement}"
-    if not census.faults and not census.balances:
+    if not row_counts.faults and not row_counts.balances:
         yield "the source rows are not those that are excluded, in the ledger or pending"
 
 
@@ -340,15 +340,15 @@ def _faults_of_run(run: BackfillRun, totals: Totals) -> Iterator[str]:
         yield "the record of changes is not what the batches counted"
 
 
-def _recorded(census: RowCounts, gone: GoneContacts | None, twice: ContactsTwice) -> dict[str, object]:
+def _recorded(row_counts: RowCounts, gone: GoneContacts | None, twice: ContactsTwice) -> dict[str, object]:
     return {
         **({RECORDED: gone.rows} if gone else {}),
         **({RECORDED_TWICE: list(twice.contacts)} if twice.contacts else {}),
-        "rows": census.rows,
-        "excluded": census.excluded,
-        "settled": census.settled,
-        "errors": census.errors,
-        "pending": census.pending,
-        "lines": census.lines,
-        "faults": census.faults,
+        "rows": row_counts.rows,
+        "excluded": row_counts.excluded,
+        "settled": row_counts.settled,
+        "errors": row_counts.errors,
+        "pending": row_counts.pending,
+        "lines": row_counts.lines,
+        "faults": row_counts.faults,
     }

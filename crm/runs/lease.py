@@ -63,7 +63,7 @@ def claim(
         version=VERSION,
         rules=RULES,
         generation=generation,
-        # Until it is written: whatever ends a run, the next one tells what was news in a report that nobody saw.
+        # Cleared when the report is written: whatever ends the run before, the next one reports its new errors.
         report_lost=kind == BackfillRun.Kind.BACKFILL,
         operator=operator(),
         host=process.host,

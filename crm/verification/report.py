@@ -44,18 +44,18 @@ def findings_writer(file: TextIO) -> Callable[[Finding], None]:
 
 def as_json(report: VerificationReport) -> str:
     """The report as one JSON object on one line. `findings` has the first hundred of each sort, `found` counts all."""
-    census, comparison, findings = report.census, report.comparison, report.findings
+    row_counts, comparison, findings = report.row_counts, report.comparison, report.findings
     answer: dict[str, Any] = {
         "ok": not report.exit_code,
         "defects": report.defects,
         "database": target(),
         "generation": report.generation,
-        "rows": census.rows,
-        "excluded": census.excluded,
-        "in_ledger": census.in_ledger,
-        "pending": sum(census.pending.values()),
-        "pending_by_source": census.pending,
-        "balanced": census.balances,
+        "rows": row_counts.rows,
+        "excluded": row_counts.excluded,
+        "in_ledger": row_counts.in_ledger,
+        "pending": sum(row_counts.pending.values()),
+        "pending_by_source": row_counts.pending,
+        "balanced": row_counts.balances,
         "ledger": report.lines,
         "deleted_in_crm": report.deleted,
         "source_row_gone": report.rows_gone,
@@ -92,7 +92,7 @@ def news(report: VerificationReport) -> str | None:
         return None
     counts = {check: report.findings.counts[check, Kind.DEFECT] for check in Check}
     what = [f"{check.value} {count:,}" for check, count in counts.items() if count]
-    if not report.census.balances:
+    if not report.row_counts.balances:
         what.append("the reconciliation does not hold")
     return f"verification: {_count_of_defects(report)} ({', '.join(what)}); --csv lists them"
 
@@ -127,23 +127,23 @@ def _proof(report: VerificationReport) -> Group:
     table.add_column(style="dim")
     for label, count, remark in _proof_rows(report):
         table.add_row(label, f"{count:,}", remark)
-    census = report.census
+    counts = report.row_counts
     reconciliation = (
-        f"Reconciliation: {census.rows:,} rows = {sum(census.excluded.values()):,} excluded + {census.in_ledger:,} in "
-        f"the ledger + {sum(census.pending.values()):,} pending  {'(holds)' if census.balances else '(DOES NOT HOLD)'}"
+        f"Reconciliation: {counts.rows:,} rows = {sum(counts.excluded.values()):,} excluded + {counts.in_ledger:,} in "
+        f"the ledger + {sum(counts.pending.values()):,} pending  {'(holds)' if counts.balances else '(DOES NOT HOLD)'}"
     )
     return Group(table, Text(reconciliation), Text(target_line()), "")
 
 
 def _proof_rows(report: VerificationReport) -> Iterator[tuple[str, int, str]]:
-    census, comparison = report.census, report.comparison
-    yield "Source rows", census.rows, ""
-    for reason, count in sorted(census.excluded.items()):
+    row_counts, comparison = report.row_counts, report.comparison
+    yield "Source rows", row_counts.rows, ""
+    for reason, count in sorted(row_counts.excluded.items()):
         yield f"  excluded: {reason}", count, "not to be migrated"
     for outcome in Outcome:
         yield f"  {outcome.value}", report.lines.get(outcome, 0), _remark(report, outcome)
-    yield "  pending", sum(census.pending.values()), "no defect: the next run of the backfill takes them"
-    for source, count in census.pending.items():
+    yield "  pending", sum(row_counts.pending.values()), "no defect: the next run of the backfill takes them"
+    for source, count in row_counts.pending.items():
         if count:
             yield f"    {source.title}", count, ""
     yield "Contacts compared", comparison.compared, "made by the backfill, every column but updatedAt"

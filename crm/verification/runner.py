@@ -30,7 +30,7 @@ class VerificationReport:
     """What a verification saw. The counts of lines are by outcome."""
 
     generation: str
-    census: RowCounts
+    row_counts: RowCounts
     lines: dict[str, int]
     deleted: dict[str, int]
     rows_gone: dict[str, int]
@@ -58,7 +58,7 @@ class VerificationReport:
 
         Rows, contacts and rules that changed since are no defects, and neither are pending rows.
         """
-        return 1 if self.defects or not self.census.balances else 0
+        return 1 if self.defects or not self.row_counts.balances else 0
 
 
 def verify(
@@ -100,7 +100,7 @@ def verify(
         lines, deleted = count_lines(connection)
         return VerificationReport(
             generation=facts.generation,
-            census=count_rows(connection, facts),
+            row_counts=count_rows(connection, facts),
             lines=lines,
             deleted=deleted,
             rows_gone=count_rows_gone(connection),

@@ -91,7 +91,7 @@ def test_the_census_is_the_same_where_the_rows_are_too_many_to_be_named(
     add_lead("new@example.com")
     named = look()
     monkeypatch.setattr(inventory, "FEW_ROWS", few)
-    assert look().census == named.census
+    assert look().row_counts == named.row_counts
     assert (Source.ACTIVE_LEADS in look().left) is (few == 2)
 
 
@@ -184,7 +184,7 @@ def test_two_lines_of_one_row_do_not_hold(database: Database) -> None:
         f"INSERT INTO ledger_entry (id, {copied}) SELECT 'c123456789012345678901234', {copied} "
         "FROM ledger_entry ORDER BY id LIMIT 1"
     )
-    assert not look().census.balances
+    assert not look().row_counts.balances
 
 
 # At the end of every run

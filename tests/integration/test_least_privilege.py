@@ -77,7 +77,7 @@ def test_the_backfill_works_under_the_role_and_the_check_is_clean(database: Data
         assert checked.code == 0, checked.stderr
         assert checked.stdout == "System check identified no issues (0 silenced).\n"
 
-        rehearsal = managed("backfill_crm_contacts", "--dry-run", "--json", "--no-progress", url=url)
+        foretold = managed("backfill_crm_contacts", "--dry-run", "--json", "--no-progress", url=url)
         run = managed("backfill_crm_contacts", "--json", "--no-progress", url=url)
         assert run.code == 1
         answer = json.loads(run.stdout)
@@ -85,7 +85,7 @@ def test_the_backfill_works_under_the_role_and_the_check_is_clean(database: Data
         assert run.stderr.count("\n") == 1
         counts = {name: answer[name] for name in ("created", "merged", "exists", "error")}
         assert counts == {"created": 2, "merged": 2, "exists": 1, "error": 1}
-        assert counts == {name: json.loads(rehearsal.stdout)[name] for name in counts}
+        assert counts == {name: json.loads(foretold.stdout)[name] for name in counts}
         again = managed("backfill_crm_contacts", "--json", "--no-progress", url=url)
         assert (again.code, json.loads(again.stdout)["already"]) == (0, 5)
         assert json.loads(managed("backfill_runs", "list", "--json", url=url).stdout)[0]["run"] == answer["run"] + 1

@@ -87,15 +87,15 @@ def rivals(times: int, *, in_order: bool) -> Iterator[list[int]]:
         if statement_in(sql).startswith(LOCKS) and len(sizes) < times and len(ids := sorted(parameters[0])) > 1:
             execute("SET LOCAL deadlock_timeout = '250ms'", None, False, context)  # noqa: FBT003 - Django's signature
             lowest, highest = ids[0], ids[-1]
-            crew[len(sizes) % SESSIONS].begin(*((lowest, highest) if in_order else (highest, lowest)))
+            opponents[len(sizes) % SESSIONS].begin(*((lowest, highest) if in_order else (highest, lowest)))
             sizes.append(len(ids))
         return execute(sql, parameters, many, context)
 
     with ExitStack() as stack:
-        crew = [Rival(stack.enter_context(session())) for _ in range(SESSIONS)]
+        opponents = [Rival(stack.enter_context(session())) for _ in range(SESSIONS)]
         with connection.execute_wrapper(watch):
             yield sizes
-        for rival in crew:
+        for rival in opponents:
             rival.wait()
             assert rival.trouble is None
     assert sizes, "nothing was locked"

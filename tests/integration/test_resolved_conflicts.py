@@ -26,9 +26,9 @@ from tests.support.conflicts import ANN, OTHER, decided, line_of, resolve, someb
 
 def rehearsed_and_run() -> dict[str, Any]:
     """What a run did, and a dry run before it had predicted."""
-    rehearsal, report = run(dry_run=True), run()
+    foretold, report = run(dry_run=True), run()
     counts = ("read", "created", "merged", "exists", "error", "error_new")
-    assert {name: rehearsal[name] for name in counts} == {name: report[name] for name in counts}
+    assert {name: foretold[name] for name in counts} == {name: report[name] for name in counts}
     return report
 
 
@@ -282,9 +282,9 @@ def test_the_end_is_the_same_for_every_number_of_workers(database: Database, wor
     for row in extra:
         decided(row, "--contact", shared)
     later_rows()
-    rehearsal = run(dry_run=True, workers=workers)
+    foretold = run(dry_run=True, workers=workers)
     report = run(workers=workers, batch_size=1)
-    for answer in (rehearsal, report):
+    for answer in (foretold, report):
         counts = {name: answer[name] for name in ("read", "created", "merged", "exists", "error", "error_new")}
         assert counts == {"read": 15, "created": 6, "merged": 3, "exists": 4, "error": 2, "error_new": 2}
     by_row = {row: line_of(row) for row in decisions}

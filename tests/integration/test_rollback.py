@@ -194,11 +194,11 @@ def test_rollback_leaves_what_was_there_before_and_then_backfill_equals_backfill
     dump = database.dump(*UNTOUCHED_TABLES)
 
     whole = database.dump()
-    rehearsal = taken_back_dry(first["run"], batch_size)
+    foretold = taken_back_dry(first["run"], batch_size)
     assert database.dump() == whole
     report = taken_back(first["run"], **{"batch-size": batch_size})
 
-    assert outcome_of(rehearsal) == outcome_of(report)
+    assert outcome_of(foretold) == outcome_of(report)
     assert report["reversed"] == first["created"]
     assert report["merges"] == {"reversed": first["merged"], "kept": 0, "failed": 0}
     assert report["lines"] == {"reversed": first["exists"] + first["error"], "kept": 0, "failed": 0}
@@ -254,10 +254,10 @@ def test_nothing_that_a_person_wrote_is_lost_whichever_run_is_taken_back(
     there = contacts()
     settled = {row: line for row, line in ledger().items() if line["outcome"] != "error"}
     of_deleted_contacts = {row: line for row, line in settled.items() if line["contact_id"] not in there}
-    rehearsal = taken_back_dry(chosen["run"], 1000)
+    foretold = taken_back_dry(chosen["run"], 1000)
     report = taken_back(chosen["run"])
 
-    assert outcome_of(rehearsal) == outcome_of(report)
+    assert outcome_of(foretold) == outcome_of(report)
     left = contacts()
     for contact_id, row in edited.items():
         differing = {column for column, value in row.items() if as_written[contact_id][column] != value}
@@ -309,10 +309,10 @@ def test_of_many_people_those_whom_somebody_touched_stay_and_nothing_else_moves(
     others = (*UNTOUCHED_TABLES, 'elsewhere."a 100% new table"')
     dump = {table: database.rows(f"SELECT t::text FROM {table.replace('%', '%%')} t ORDER BY 1") for table in others}
 
-    rehearsal = taken_back_dry(made["run"], 1000)
+    foretold = taken_back_dry(made["run"], 1000)
     report = taken_back(made["run"])
 
-    assert outcome_of(rehearsal) == outcome_of(report)
+    assert outcome_of(foretold) == outcome_of(report)
     assert (report["reversed"], report["kept"], report["failed"]) == (len(ours) - 300, 300, 0)
     assert report["by_reason"]["edited"] >= 120
     assert report["by_reason"]["referenced"] == 180
@@ -506,9 +506,9 @@ def test_what_a_run_merged_into_an_edited_contact_is_taken_out_again(database: D
     add_lead("ann@example.com", commissionRate="7.50", attributionConfidence=85)
     second = run()
     assert str(contact_with("ann@example.com")["commissionRate"]) == "7.50"
-    rehearsal = taken_back_dry(second["run"], 1000)
+    foretold = taken_back_dry(second["run"], 1000)
     report = taken_back(second["run"])
-    assert report["merges"] == rehearsal["merges"] == {"reversed": 1, "kept": 0, "failed": 0}
+    assert report["merges"] == foretold["merges"] == {"reversed": 1, "kept": 0, "failed": 0}
     assert contacts() == before
 
 
@@ -519,9 +519,9 @@ def test_a_row_that_found_nothing_to_fill_in_an_edited_contact_is_pending_again(
     before = contacts()
     add_lead("ann@example.com", phone="555 0101")
     second = run()
-    rehearsal = taken_back_dry(second["run"], 1000)
+    foretold = taken_back_dry(second["run"], 1000)
     report = taken_back(second["run"])
-    assert report["merges"] == rehearsal["merges"] == {"reversed": 1, "kept": 0, "failed": 0}
+    assert report["merges"] == foretold["merges"] == {"reversed": 1, "kept": 0, "failed": 0}
     assert contacts() == before
 
 
@@ -576,10 +576,10 @@ def test_a_contact_in_use_stays_where_the_database_has_no_foreign_keys(
     made = run()
     database.change(DROP_FOREIGN_KEYS)
     change(KNOWN_REFERENCES[table])
-    rehearsal = taken_back_dry(made["run"], 1000)
+    foretold = taken_back_dry(made["run"], 1000)
     report = taken_back(made["run"])
     assert (report["kept"], report["by_reason"]) == (1, {"referenced": 1})
-    assert outcome_of(rehearsal) == outcome_of(report)
+    assert outcome_of(foretold) == outcome_of(report)
     change(f"DELETE FROM {table}")
     assert taken_back(made["run"])["reversed"] == 1
 

@@ -98,12 +98,12 @@ def test_nothing_is_found_after_a_run_and_nothing_is_written(
     assert report.lines == Counter(str(line["outcome"]) for line in lines)
     assert report.comparison.compared == report.comparison.alike == report.lines.get("created", 0)
     assert (report.comparison.touched, report.deleted, report.rows_gone) == (0, {}, {})
-    assert (report.census.rows, report.census.in_ledger, sum(report.census.pending.values())) == (
+    assert (report.row_counts.rows, report.row_counts.in_ledger, sum(report.row_counts.pending.values())) == (
         len(population.profiles) + len(population.leads),
         len(lines),
         0,
     )
-    assert report.census.excluded == last["excluded"]
+    assert report.row_counts.excluded == last["excluded"]
 
 
 def expected_of_lost_ledgers(population: reference.Population) -> Iterator[Finding]:

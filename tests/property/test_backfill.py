@@ -44,9 +44,9 @@ def test_every_run_ends_as_the_reference_does(
     expected = reference.backfill(population)
 
     before = database.dump()
-    rehearsal = run(dry_run=True, batch_size=batch_size)
+    foretold = run(dry_run=True, batch_size=batch_size)
     assert database.dump() == before
-    assert counts_of(rehearsal) == expected_counts(expected.counts)
+    assert counts_of(foretold) == expected_counts(expected.counts)
 
     first = run(batch_size=batch_size)
     assert_as_the_reference(first, expected)
@@ -68,8 +68,8 @@ def test_the_end_is_the_same_for_every_number_of_workers(
     population = data.draw(populations(generation))
     load(population)
     expected = reference.backfill(population)
-    rehearsal = run(dry_run=True, workers=workers, batch_size=batch_size)
-    assert counts_of(rehearsal) == expected_counts(expected.counts)
+    foretold = run(dry_run=True, workers=workers, batch_size=batch_size)
+    assert counts_of(foretold) == expected_counts(expected.counts)
     assert_as_the_reference(run(workers=workers, batch_size=batch_size), expected)
 
 

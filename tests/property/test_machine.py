@@ -137,11 +137,11 @@ class Machine(RuleBasedStateMachine):
         """Some people come, and a run looks again at what it had settled."""
         self._newcomers(data, 0, 2)
         before = self.world.state()
-        rehearsal = commands.run(**options, update=True, dry_run=True) if rehearsed else None
+        foretold = commands.run(**options, update=True, dry_run=True) if rehearsed else None
         report: dict[str, Any] = {}
         after = self._ours(lambda: report.update(commands.run(**options, update=True)))
         expectations.assert_a_second_look_fills_no_blank_of_theirs(before, after, self.memory)
-        assert rehearsal is None or _looks(rehearsal) == _looks(report)
+        assert foretold is None or _looks(foretold) == _looks(report)
         # The judge of second looks knows neither of sources that are left out nor of decisions.
         if "only" not in options and not before.decisions:
             world = _as_the_judge_of_second_looks_sees_it(before)
@@ -154,8 +154,8 @@ class Machine(RuleBasedStateMachine):
         expected = _expected(before, options.get("only"), limit)
         if rehearsed:
             everything = self.world.everything()
-            rehearsal = commands.run(**options, limit=limit, dry_run=True)
-            assert _counts(rehearsal) == _expected_counts(expected)
+            foretold = commands.run(**options, limit=limit, dry_run=True)
+            assert _counts(foretold) == _expected_counts(expected)
             assert self.world.everything() == everything
         after = self._ours(lambda: commands.run(**options, limit=limit))
         self._assert_as_expected(after, expected)
@@ -225,14 +225,14 @@ class Machine(RuleBasedStateMachine):
         if run not in self._runs_with_something_left():
             self._assert_refused(run)
             return
-        rehearsal = json.loads(as_json(roll_back(run, dry_run=True)))
+        foretold = json.loads(as_json(roll_back(run, dry_run=True)))
         report: dict[str, Any] = {}
         after = self._ours(lambda: report.update(json.loads(as_json(roll_back(run, batch_size=batch_size)))))
         expectations.assert_taken_back(before, after, run, self.memory)
         expected = expectations.rollback_counts(before, after, run)
         assert {name: report[name] for name in expected} == expected
-        assert {name: rehearsal[name] for name in expected} == expected
-        assert rehearsal["by_reason"] == report["by_reason"]
+        assert {name: foretold[name] for name in expected} == expected
+        assert foretold["by_reason"] == report["by_reason"]
         assert (report["status"], report["balanced"]) == ("finished", True)
 
     def _runs_with_something_left(self) -> list[int]:
@@ -463,11 +463,11 @@ class Machine(RuleBasedStateMachine):
         assert found == expectations.findings(state, self.memory)
         assert report.defects == 0
         counted = expectations.census(state)
-        assert report.census.balances
+        assert report.row_counts.balances
         assert {
-            "excluded": sum(report.census.excluded.values()),
-            "in_ledger": report.census.in_ledger,
-            "pending": sum(report.census.pending.values()),
+            "excluded": sum(report.row_counts.excluded.values()),
+            "in_ledger": report.row_counts.in_ledger,
+            "pending": sum(report.row_counts.pending.values()),
         } == counted
 
 

@@ -83,11 +83,11 @@ def test_the_census_balances_exactly_when_every_row_is_somewhere(
 
 def test_what_is_pending_or_in_error_is_to_be_read() -> None:
     zeros = dict.fromkeys(Source, 0)
-    census = RowCounts(6, {}, zeros | {Source.CLIENTS: 3}, zeros | {Source.CLIENTS: 2}, zeros | {Source.CLIENTS: 1})
-    assert census.unstarted == [source for source in Source if source is not Source.CLIENTS]
-    assert census.to_read(Source.CLIENTS) == 3
-    assert census.to_read(Source.PREPARERS) == 0
-    assert census.in_ledger == 5
+    row_counts = RowCounts(6, {}, zeros | {Source.CLIENTS: 3}, zeros | {Source.CLIENTS: 2}, zeros | {Source.CLIENTS: 1})
+    assert row_counts.unstarted == [source for source in Source if source is not Source.CLIENTS]
+    assert row_counts.to_read(Source.CLIENTS) == 3
+    assert row_counts.to_read(Source.PREPARERS) == 0
+    assert row_counts.in_ledger == 5
 
 
 def test_sources_come_in_the_order_that_decides_who_makes_the_contact() -> None:

@@ -91,7 +91,7 @@ class Inventory(NamedTuple):
     `gone` counts, by source, the settled rows whose contact is gone. It is empty unless `survey` was asked for them.
     """
 
-    census: RowCounts
+    row_counts: RowCounts
     left: Mapping[Source, Sequence[str]]
     gone: Mapping[Source, int]
 
@@ -118,14 +118,14 @@ def count_rows(connection: BaseDatabaseWrapper, facts: DatabaseFacts, run_id: in
     With a run, its lines of rows that are not to be migrated are a fault.
     """
     settled, errors, pending = (dict.fromkeys(Source, 0) for _ in range(3))
-    census = RowCounts(0, {}, settled, errors, pending)
+    row_counts = RowCounts(0, {}, settled, errors, pending)
     for table in _NAMES:
         counted = _count(connection, facts, table)
-        _add(census, facts, table, counted)
+        _add(row_counts, facts, table, counted)
         if run_id is not None and _has_excluded_lines(facts, table, counted):
             count = _excluded_of_run(connection, facts, table, run_id)
-            _add_fault(census, Fault.EXCLUDED_ROW, count)
-    return census
+            _add_fault(row_counts, Fault.EXCLUDED_ROW, count)
+    return row_counts
 
 
 def survey(connection: BaseDatabaseWrapper, facts: DatabaseFacts, *, with_gone: bool = False) -> Inventory:
@@ -133,13 +133,13 @@ def survey(connection: BaseDatabaseWrapper, facts: DatabaseFacts, *, with_gone: 
 
     `with_gone` includes the settled rows whose contact is gone.
     """
-    census = count_rows(connection, facts)
+    row_counts = count_rows(connection, facts)
     left: dict[Source, list[str]] = {}
     gone = dict.fromkeys(Source, 0)
     for table in _NAMES:
         sources = Source.of_table(table)
-        errors, pending = (sum(of[source] for source in sources) for of in (census.errors, census.pending))
-        rows = errors + pending + sum(census.settled[source] for source in sources)
+        errors, pending = (sum(of[source] for source in sources) for of in (row_counts.errors, row_counts.pending))
+        rows = errors + pending + sum(row_counts.settled[source] for source in sources)
         if with_gone and facts.has_ledger:
             for label, count in _rows(connection, facts, table, _GONE_COUNTS):
                 if (source := facts.source_of(table, label)) is not None:
@@ -153,7 +153,7 @@ def survey(connection: BaseDatabaseWrapper, facts: DatabaseFacts, *, with_gone: 
                 source = facts.source_of(table, label)
                 if source is not None:
                     left[source].append(identifier)
-    return Inventory(census, left, gone)
+    return Inventory(row_counts, left, gone)
 
 
 def _count(connection: BaseDatabaseWrapper, facts: DatabaseFacts, table: str) -> _Table:
@@ -176,33 +176,33 @@ def _count(connection: BaseDatabaseWrapper, facts: DatabaseFacts, table: str) ->
     return counted
 
 
-def _add(census: RowCounts, facts: DatabaseFacts, table: str, counted: _Table) -> None:
-    census.rows += counted.labels.total() + counted.without_line.total()
+def _add(row_counts: RowCounts, facts: DatabaseFacts, table: str, counted: _Table) -> None:
+    row_counts.rows += counted.labels.total() + counted.without_line.total()
     for reason, count in counted.without_line.items():
         if count:
-            census.excluded[reason] = census.excluded.get(reason, 0) + count
+            row_counts.excluded[reason] = row_counts.excluded.get(reason, 0) + count
     for label in counted.labels.keys() | {label for label, _, _ in counted.lines}:
         source = facts.source_of(table, label)
         if source is None:
             reason = facts.exclusion(table, str(label))
-            census.excluded[reason] = census.excluded.get(reason, 0) + counted.labels.get(label, 0)
+            row_counts.excluded[reason] = row_counts.excluded.get(reason, 0) + counted.labels.get(label, 0)
             continue
-        census.settled[source] += counted.count(label, *WITH_CONTACT)
-        census.errors[source] += counted.count(label, Outcome.ERROR)
-        census.pending[source] += counted.count(label, None)
+        row_counts.settled[source] += counted.count(label, *WITH_CONTACT)
+        row_counts.errors[source] += counted.count(label, Outcome.ERROR)
+        row_counts.pending[source] += counted.count(label, None)
         for outcome in Outcome:
-            census.lines[outcome] += counted.count(label, outcome)
+            row_counts.lines[outcome] += counted.count(label, outcome)
         for (of_label, said, names_contact), count in counted.lines.items():
             if of_label == label and said is not None:
-                if said not in census.lines:
-                    _add_fault(census, Fault.UNKNOWN_OUTCOME, count)
+                if said not in row_counts.lines:
+                    _add_fault(row_counts, Fault.UNKNOWN_OUTCOME, count)
                 elif said in WITH_CONTACT and not names_contact:
-                    _add_fault(census, Fault.NO_CONTACT, count)
+                    _add_fault(row_counts, Fault.NO_CONTACT, count)
 
 
-def _add_fault(census: RowCounts, fault: Fault, count: int) -> None:
+def _add_fault(row_counts: RowCounts, fault: Fault, count: int) -> None:
     if count:
-        census.faults[fault] = census.faults.get(fault, 0) + count
+        row_counts.faults[fault] = row_counts.faults.get(fault, 0) + count
 
 
 def _has_excluded_lines(facts: DatabaseFacts, table: str, counted: _Table) -> bool:
