@@ -23,6 +23,7 @@ from crm.postgres.snapshot import snapshot
 from crm.rules.addresses import canonical_address, canonical_address_sql
 from crm.rules.mapping import contact_id_sql, normalised_email
 from crm.rules.row_reference import RowReference
+from crm.rules.source_rows import SOURCE_TABLES
 
 #: How many of the last rollbacks are listed that may have reversed a row or an update here: they leave no trace of it.
 MAX_ROLLBACKS = 20
@@ -57,8 +58,9 @@ SELECT "row", contact_id, decided_at FROM conflict_decision
  WHERE id = ANY(%(keys)s) OR contact_id = ANY(%(contacts)s) ORDER BY decided_at
 """
 _ROWS = {
-    "profiles": 'SELECT id, role::text, "createdAt", "updatedAt" FROM profiles WHERE id = ANY(%s)',
-    "leads": 'SELECT id, status::text, "createdAt", "updatedAt" FROM leads WHERE id = ANY(%s)',
+    name: f'SELECT id, "{table.label}"::text, "{table.own["created_at"].column}", "{table.own["updated_at"].column}" '
+    f"FROM {name} WHERE id = ANY(%s)"
+    for name, table in SOURCE_TABLES.items()
 }
 # A scan of both tables: only for contacts of which nothing else is known.
 _ROWS_THAT_WOULD_MAKE = " UNION ALL ".join(

@@ -21,6 +21,7 @@ from crm.postgres.loaders import read_as_text
 from crm.rollback.updates import UpdateRecord
 from crm.rules.mapping import ContactDraft, MappedRow, contact_id, map_rows, rounded, trimmed, unmapped
 from crm.rules.reverting import Line, SourceRow, StoredContact
+from crm.rules.source_rows import SOURCE_TABLES, ProfileRow, RawRow
 from crm.runs.other_rules import OtherRules
 
 _LINE = """
@@ -49,8 +50,7 @@ SELECT change.id, change.line_id, change.source, change.source_id, change.contac
 _UPDATES = f"{_UPDATE_COLUMNS} WHERE change.run_id = %s AND change.contact_id = ANY(%s) ORDER BY change.id DESC"
 _UPDATES_IN = f"{_UPDATE_COLUMNS} WHERE change.contact_id = ANY(%s) ORDER BY change.id"
 _LABELS = {
-    "profiles": "SELECT id, role::text FROM profiles WHERE id = ANY(%s)",
-    "leads": "SELECT id, status::text FROM leads WHERE id = ANY(%s)",
+    name: f'SELECT id, "{table.label}"::text FROM {name} WHERE id = ANY(%s)' for name, table in SOURCE_TABLES.items()
 }
 
 _COLUMNS = ", ".join(f'c."{field.column}"' for field in CRMContact._meta.concrete_fields)
@@ -73,29 +73,11 @@ SELECT a.attname, has_column_privilege(c.oid, a.attnum, 'SELECT'), format('CASE 
  ORDER BY a.attnum
 """
 
-# The columns by name and never r.*: the role of the backfill may not read the secret ones. In the order of ProfileRow
-# and LeadRow, and then what else is needed. An account's address changes without a trace in the profile.
-_PROFILES = """
-SELECT r.id, r."createdAt", r."updatedAt", NULL, r.role, r."firstName", r."lastName", r.phone, r."companyName",
-       r."userId", {clerk_user_id}, u.email, {account_changed}
-  FROM profiles r LEFT JOIN users u ON u.id = r."userId"
- WHERE r.id = ANY(%s)
+_ROWS = """
+SELECT {values}, {account_changed} FROM (SELECT {columns} FROM {table} r WHERE r.id = ANY(%(ids)s)) r {join}
 """
-_LEADS = """
-SELECT r.id, r."createdAt", r."updatedAt", NULL, r.status, r.type, r.email, r."firstName", r."lastName", r.phone,
-       r.source, r."lastContactedAt", r."referrerUsername", r."referrerType", r."commissionRate",
-       r."commissionRateLockedAt", r."attributionMethod", r."attributionConfidence", r."assignedPreparerId",
-       COALESCE(p.id, r."assignedPreparerId")
-  FROM leads r
-       LEFT JOIN LATERAL (
-         SELECT id FROM profiles WHERE id = r."assignedPreparerId" OR "userId" = r."assignedPreparerId"
-          ORDER BY id <> r."assignedPreparerId" LIMIT 1
-       ) p ON r."assignedPreparerId" IS NOT NULL
- WHERE r.id = ANY(%s)
-"""
-_RAW_PREPARER = -2
-_ACCOUNT_CHANGED = """COALESCE(u."updatedAt" >= %s AT TIME ZONE 'UTC', false)"""
-_NO_ACCOUNT_CHANGED = "%s::timestamptz IS NULL"
+# An account's address changes without a trace in the profile.
+_ACCOUNT_CHANGED = "COALESCE(u.changed_at >= %(started_at)s AT TIME ZONE 'UTC', false)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,17 +88,17 @@ class Reader:
     facts: DatabaseFacts
     run: BackfillRun
     set_elsewhere: str
-    account_changed: str
+    sees_user_changes: bool
     resolutions: Resolutions
     other_rules: OtherRules
 
     @classmethod
     def of(cls, connection: BaseDatabaseWrapper, facts: DatabaseFacts, run: BackfillRun) -> Reader:
         """A reader for the rollback of `run`. Raises OperatorError where this role may not see what it must compare."""
-        account_changed = _ACCOUNT_CHANGED if may_read_user_changes(connection) else _NO_ACCOUNT_CHANGED
+        sees_user_changes = may_read_user_changes(connection)
         resolutions = Resolutions.every(connection)
         other_rules = OtherRules.read(connection)
-        return cls(connection, facts, run, _set_elsewhere(connection), account_changed, resolutions, other_rules)
+        return cls(connection, facts, run, _set_elsewhere(connection), sees_user_changes, resolutions, other_rules)
 
     def page(self, after: str, size: int) -> list[Line]:
         """At most `size` lines of the run, by id, from strictly after one on."""
@@ -202,7 +184,7 @@ class Reader:
         found: dict[str, SourceRow] = {}
         for source, source_ids in by_source.items():
             repeated = set(self.facts.repeated_ids.get(source.table, ())) & set(source_ids)
-            read = partial(self._leads if source.table == "leads" else self._profiles, source)
+            read = partial(self._source_rows, source)
             rows, unreadable = read_apart(self.connection, [key for key in source_ids if key not in repeated], read)
             faults = {source_id: (Reason.UNREADABLE, refusal) for source_id, refusal in unreadable.items()}
             faults |= dict.fromkeys(repeated, (Reason.DUPLICATE_ID, Refusal()))
@@ -210,26 +192,23 @@ class Reader:
             found |= {row.mapped.id: row for row in rows}
         return found
 
-    def _profiles(self, source: Source, source_ids: Sequence[str]) -> list[SourceRow]:
-        clerk_user_id = 'r."clerkUserId"' if self.facts.has_clerk_user_id else "NULL"
-        query = _PROFILES.format(clerk_user_id=clerk_user_id, account_changed=self.account_changed)
-        rows = self._rows(query, self.run.started_at, list(source_ids))
-        mapped = self._mapped(source, [row[:-1] for row in rows])
-        found = []
-        for (*_, account_changed), row in zip(rows, mapped, strict=True):
-            other_address = account_changed and not (row.resolution and row.resolution.separate_email)
-            found.append(SourceRow(row, may_differ=frozenset({"email"} if other_address else ())))
-        return found
-
-    def _leads(self, source: Source, source_ids: Sequence[str]) -> list[SourceRow]:
-        rows = self._rows(_LEADS, list(source_ids))
+    def _source_rows(self, source: Source, source_ids: Sequence[str]) -> list[SourceRow]:
+        table = SOURCE_TABLES[source.table]
+        sees_changes = table.row is ProfileRow and self.sees_user_changes
+        query = _ROWS.format(
+            values=table.values,
+            account_changed=_ACCOUNT_CHANGED if sees_changes else "false",
+            columns=table.columns(self.facts.missing),
+            table=table.name,
+            join=table.join.format(more=', "updatedAt" AS changed_at' if sees_changes else ""),
+        )
+        found = self._rows(query, ids=list(source_ids), started_at=self.run.started_at)
+        rows: list[RawRow] = [table.row._make(values) for *values, _ in found]
+        mapped = self.resolutions.applied(map_rows(source, rows, self.facts.rules()))
         return [
-            SourceRow(row, raw_preparer=raw[_RAW_PREPARER] if trimmed(raw[_RAW_PREPARER]) else None)
-            for raw, row in zip(rows, self._mapped(source, rows), strict=True)
+            _source_row(row, maps_to, account_changed=account_changed)
+            for row, maps_to, (*_, account_changed) in zip(rows, mapped, found, strict=True)
         ]
-
-    def _mapped(self, source: Source, rows: list[tuple[Any, ...]]) -> list[MappedRow]:
-        return self.resolutions.applied(map_rows(source, rows, self.facts.rules()))
 
     def _lines(self, query: str, *parameters: Any) -> list[Line]:
         return [
@@ -250,11 +229,19 @@ class Reader:
             )
         ]
 
-    def _rows(self, query: str, *parameters: Any) -> list[tuple[Any, ...]]:
+    def _rows(self, query: str, *parameters: Any, **named: Any) -> list[tuple[Any, ...]]:
         with self.connection.cursor() as cursor:
             read_as_text(cursor)
-            cursor.execute(query, parameters)
+            cursor.execute(query, named or parameters)
             return list(cursor.fetchall())
+
+
+def _source_row(row: RawRow, mapped: MappedRow, *, account_changed: bool) -> SourceRow:
+    if isinstance(row, ProfileRow):
+        other_address = account_changed and not (mapped.resolution and mapped.resolution.separate_email)
+        return SourceRow(mapped, may_differ=frozenset({"email"} if other_address else ()))
+    preparer = row.raw_assigned_preparer_id
+    return SourceRow(mapped, raw_preparer=preparer if trimmed(preparer) else None)
 
 
 def _former_lines(record: UpdateRecord) -> dict[str, Line]:

@@ -18,6 +18,7 @@ from django.core.validators import validate_email
 
 from crm.outcome import Reason, Refusal, Source
 from crm.rules.addresses import canonical_address, hides_something, trimmed_address
+from crm.rules.source_rows import LeadRow, ProfileRow, RawRow
 
 UNKNOWN_NAME = "Unknown"
 PROFILE_ORIGIN = "backfill"
@@ -55,51 +56,6 @@ STAGES_OF_STATUS = {
     "CONVERTED": ("COMPLETE", "CLOSED"),
     "DISQUALIFIED": ("LOST",),
 }
-
-
-class ProfileRow(NamedTuple):
-    """A profile with its user's email, as `crm.backfill.read.source` reads it.
-
-    Any column but the id may be NULL, whatever the application's own schema says.
-    """
-
-    id: str
-    created_at: str | None
-    updated_at: str | None
-    known_reason: str | None
-    role: str | None
-    first_name: str | None
-    last_name: str | None
-    phone: str | None
-    company_name: str | None
-    user_id: str | None
-    clerk_user_id: str | None
-    email: str | None
-
-
-class LeadRow(NamedTuple):
-    """A lead as `crm.backfill.read.source` reads it, its preparer resolved to a profile's id; NULLs as in a profile."""
-
-    id: str
-    created_at: str | None
-    updated_at: str | None
-    known_reason: str | None
-    status: str | None
-    type: str | None
-    email: str | None
-    first_name: str | None
-    last_name: str | None
-    phone: str | None
-    source: str | None
-    last_contacted_at: str | None
-    referrer_username: str | None
-    referrer_type: str | None
-    commission_rate: str | None
-    commission_rate_locked_at: str | None
-    attribution_method: str | None
-    attribution_confidence: int | None
-    raw_assigned_preparer_id: str | None
-    assigned_preparer_id: str | None
 
 
 class ContactDraft(NamedTuple):
@@ -260,7 +216,7 @@ def _fault(required: Mapping[str, str | None], optional: Mapping[str, str | None
     return Reason.INVALID_VALUE, Refusal(column=next(column for column in moments if _is_no_moment(moments[column])))
 
 
-def _rejected(table: str, row: ProfileRow | LeadRow, reason: Reason, refusal: Refusal | None = None) -> MappedRow:
+def _rejected(table: str, row: RawRow, reason: Reason, refusal: Refusal | None = None) -> MappedRow:
     updated_at = None if row.updated_at is None or _is_no_moment(row.updated_at) else row.updated_at
     identifier = contact_id(table, row.id)
     return MappedRow(identifier, row.id, updated_at, row.known_reason, None, None, reason, None, refusal)
@@ -408,13 +364,15 @@ def unmapped(table: str, source_id: str, known_reason: str | None, reason: Reaso
     return MappedRow(contact_id(table, source_id), source_id, None, known_reason, None, None, reason, None, refusal)
 
 
-def map_rows(source: Source, rows: Iterable[tuple[object, ...]], rules: Rules) -> list[MappedRow]:
-    """Map a batch of rows as they came from the database."""
-    mapped = (
-        list(map(lead_mapper(source, rules), map(LeadRow._make, rows)))
-        if source.table == "leads"
-        else list(map(profile_mapper(source, rules), map(ProfileRow._make, rows)))
-    )
+_MAPPERS: Mapping[str, Callable[[Source, Rules], Callable[[Any], MappedRow]]] = {
+    "profiles": profile_mapper,
+    "leads": lead_mapper,
+}
+
+
+def map_rows(source: Source, rows: Iterable[RawRow], rules: Rules) -> list[MappedRow]:
+    """Map a batch of rows of a source."""
+    mapped = list(map(_MAPPERS[source.table](source, rules), rows))
     # The row's own `updated_at` stays as exact as it is: it tells whether the row changed.
     return [_as_stored(row, rules) for row in mapped] if rules.second_digits < MAX_SECOND_DIGITS else mapped
 

@@ -139,7 +139,7 @@ def proven_contacts(facts: DatabaseFacts, decided: Mapping[str, object]) -> tupl
     query where a row cannot be read, or a column is of another type.
     """
     rules = facts.rules()
-    clerk_user_id = "NULLIF(r.\"clerkUserId\", '')" if facts.has_clerk_user_id else "NULL"
+    clerk_user_id = "NULL" if "profiles.clerkUserId" in facts.missing else "NULLIF(r.\"clerkUserId\", '')"
     query = f"{_PROFILES} UNION ALL {_LEADS}".replace("{clerk_user_id}", clerk_user_id)
     query = query.replace("{second_digits}", str(facts.second_digits))
     return query, {

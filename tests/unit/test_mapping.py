@@ -15,9 +15,7 @@ from crm.models import CRMContact
 from crm.outcome import Reason, Source
 from crm.rules.mapping import (
     ContactDraft,
-    LeadRow,
     MappedRow,
-    ProfileRow,
     Rules,
     contact_id,
     map_rows,
@@ -25,6 +23,7 @@ from crm.rules.mapping import (
     normalised_email,
     trimmed,
 )
+from crm.rules.source_rows import LeadRow, ProfileRow
 from tests.support.profiles import examples
 
 OLD_STAGES = ("NEW", "CONTACTED", "DOCUMENTS", "PREPARING", "COMPLETE")
@@ -75,7 +74,7 @@ def rules(stages: tuple[str, ...] = OLD_STAGES) -> Rules:
 
 
 def mapped(row: ProfileRow | LeadRow, source: Source, stages: tuple[str, ...] = OLD_STAGES) -> MappedRow:
-    (result,) = map_rows(source, [tuple(row)], rules(stages))
+    (result,) = map_rows(source, [row], rules(stages))
     return result
 
 

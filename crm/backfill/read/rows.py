@@ -27,6 +27,7 @@ from crm.postgres.facts.schema import DatabaseFacts
 from crm.postgres.loaders import read_as_text
 from crm.postgres.snapshot import stream
 from crm.rules.mapping import ContactDraft, MappedRow, map_rows, unmapped
+from crm.rules.source_rows import SOURCE_TABLES, RawRow
 
 logger = logging.getLogger(__name__)
 
@@ -65,39 +66,24 @@ NONE_PROVEN = "SELECT NULL::text AS id, false AS touched WHERE false"
 # Whatever the planner believes of tables that a run has just filled: a join of whole tables is no nested loop.
 _FOR_WHOLE_TABLES = "SET LOCAL enable_nestloop = off; SET LOCAL work_mem = '64MB'"
 _FOR_PAGES = "SET LOCAL enable_nestloop = on"
-# Each LATERAL with its LIMIT is one index probe a row, whatever the planner believes. The columns stand in the order
-# of ProfileRow and LeadRow; the last one tells what became of somebody else's row that the contact takes a value from,
-# the user's address or who the preparer is: changed after the run that migrated the row had begun, or not there.
-_WANTED = "SELECT r.* FROM unnest(%(ids)s::text[], %(runs)s::bigint[]) AS wanted(id, run_id)"
+# Each LATERAL with its LIMIT is one index probe a row, whatever the planner believes. The last column tells what became
+# of somebody else's row that the contact takes a value from, the user's address or who the preparer is: changed after
+# the run that migrated the row had begun, or not there.
+_ROWS = """
+SELECT r.* FROM unnest(%(ids)s::text[], %(runs)s::bigint[]) AS wanted(id, run_id) CROSS JOIN LATERAL (
+  SELECT {values}, {other}
+    FROM (SELECT {columns} FROM {table} r WHERE r.id = wanted.id LIMIT 1) r {join}) r
+"""
 _BEGUN = "(SELECT started_at AT TIME ZONE 'UTC' FROM backfill_run WHERE id = wanted.run_id)"
-_PROFILES = f"""
-{_WANTED} CROSS JOIN LATERAL (
-  SELECT p.id, p."createdAt", p."updatedAt", NULL::text, p.role, p."firstName", p."lastName", p.phone,
-         p."companyName", p."userId", {{clerk_user_id}}, u.email,
-         CASE WHEN u.changed_at >= {_BEGUN} THEN 'changed' END
-    FROM profiles p
-         LEFT JOIN LATERAL (SELECT email, {{user_changed_at}} AS changed_at FROM users
-                             WHERE users.id = p."userId" LIMIT 1) u ON true
-   WHERE p.id = wanted.id LIMIT 1) r
-"""
-_LEADS = f"""
-{_WANTED} CROSS JOIN LATERAL (
-  SELECT l.id, l."createdAt", l."updatedAt", NULL::text, l.status, l.type, l.email, l."firstName", l."lastName",
-         l.phone, l.source, l."lastContactedAt", l."referrerUsername", l."referrerType", l."commissionRate",
-         l."commissionRateLockedAt", l."attributionMethod", l."attributionConfidence", l."assignedPreparerId",
-         COALESCE(p.id, l."assignedPreparerId"),
-         CASE WHEN greatest(p."createdAt", p."updatedAt") >= {_BEGUN} THEN 'changed'
-              WHEN p.id IS NULL AND l."assignedPreparerId" IS NOT NULL
-              THEN CASE WHEN EXISTS (SELECT FROM users WHERE users.id = l."assignedPreparerId")
+_OTHER = {
+    "profiles": f"CASE WHEN u.changed_at >= {_BEGUN} THEN 'changed' END",
+    "leads": f"""CASE WHEN p.changed_at >= {_BEGUN} THEN 'changed'
+              WHEN p.id IS NULL AND r."assignedPreparerId" IS NOT NULL
+              THEN CASE WHEN EXISTS (SELECT FROM users WHERE users.id = r."assignedPreparerId")
                         THEN 'not linked' ELSE 'not there' END
-         END
-    FROM leads l
-         LEFT JOIN LATERAL (
-           SELECT id, "createdAt", "updatedAt" FROM profiles
-            WHERE id = l."assignedPreparerId" OR "userId" = l."assignedPreparerId"
-            ORDER BY id <> l."assignedPreparerId" LIMIT 1) p ON l."assignedPreparerId" IS NOT NULL
-   WHERE l.id = wanted.id LIMIT 1) r
-"""
+         END""",
+}
+_CHANGED_AT = {"profiles": '"updatedAt"', "leads": 'greatest("createdAt", "updatedAt")'}
 _CONTACTS = """
 SELECT c.* FROM unnest(%(ids)s::text[]) AS wanted(id) CROSS JOIN LATERAL (
   SELECT {columns}, "assignedPreparerId" IS NULL OR EXISTS (SELECT FROM profiles WHERE id = "assignedPreparerId")
@@ -242,15 +228,12 @@ class RowReader:
 
     def source_rows(self, lines: Iterable[Line]) -> dict[str, FoundRow]:
         """The source rows of lines, by their reference; those that are gone are not there."""
-        profiles = _PROFILES.format(
-            clerk_user_id='p."clerkUserId"' if self.facts.has_clerk_user_id else "NULL",
-            user_changed_at='"updatedAt"' if self.sees_user_changes else "NULL::timestamp",
-        )
-        of_table: dict[str, dict[str, Line]] = {"profiles": {}, "leads": {}}
+        of_table: dict[str, dict[str, Line]] = {table: {} for table in SOURCE_TABLES}
         for line in lines:
             of_table[line.table][line.source_id] = line
         found: dict[str, FoundRow] = {}
-        for table, query in (("profiles", profiles), ("leads", _LEADS)):
+        for table in SOURCE_TABLES:
+            query = self._query(table)
             read = partial(self._read, query, of_table[table])
             rows, unreadable = read_apart(self.connection, list(of_table[table]), read)
             found |= {f"{table}:{source_id}": row for source_id, row in self._mapped(table, rows)}
@@ -261,23 +244,36 @@ class RowReader:
                 found[f"{table}:{source_id}"] = FoundRow(None, unmapped(table, source_id, None, *fault), None)
         return found
 
+    def _query(self, name: str) -> str:
+        table = SOURCE_TABLES[name]
+        is_hidden = name == "profiles" and not self.sees_user_changes
+        changed_at = "NULL::timestamp" if is_hidden else _CHANGED_AT[name]
+        return _ROWS.format(
+            values=table.values,
+            other=_OTHER[name],
+            columns=table.columns(self.facts.missing),
+            table=name,
+            join=table.join.format(more=f", {changed_at} AS changed_at"),
+        )
+
     def _read(self, query: str, lines: Mapping[str, Line], source_ids: Sequence[str]) -> list[tuple[Any, ...]]:
         runs = [lines[source_id].run_id for source_id in source_ids]
         return self._rows(query, {"ids": list(source_ids), "runs": runs})
 
-    def _mapped(self, table: str, rows: Iterable[tuple[Any, ...]]) -> Iterator[tuple[str, FoundRow]]:
-        rules = self.facts.rules()
-        of_source: dict[Source | None, list[tuple[Any, ...]]] = {}
-        for row in rows:
-            of_source.setdefault(self.facts.source_of(table, row[4]), []).append(row)
+    def _mapped(self, name: str, found: Iterable[tuple[Any, ...]]) -> Iterator[tuple[str, FoundRow]]:
+        rules, table = self.facts.rules(), SOURCE_TABLES[name]
+        of_source: dict[Source | None, list[tuple[RawRow, str | None]]] = {}
+        for *values, other in found:
+            row: RawRow = table.row._make(values)
+            of_source.setdefault(self.facts.source_of(name, table.label_of(row)), []).append((row, other))
         for source, theirs in of_source.items():
             mapped: Sequence[MappedRow | None] = (
                 [None] * len(theirs)
                 if source is None
-                else self.resolutions.applied(map_rows(source, [row[:-1] for row in theirs], rules))
+                else self.resolutions.applied(map_rows(source, [row for row, _ in theirs], rules))
             )
-            for row, maps_to in zip(theirs, mapped, strict=True):
-                yield row[0], FoundRow(row[2], maps_to, row[-1])
+            for (row, other), maps_to in zip(theirs, mapped, strict=True):
+                yield row.id, FoundRow(row.updated_at, maps_to, other)
 
     def _rows(self, query: str, parameters: Mapping[str, Any]) -> list[tuple[Any, ...]]:
         with self.connection.cursor() as cursor:

@@ -25,6 +25,7 @@ from crm.postgres.facts.schema import SOURCE_OF_STRAYS, DatabaseFacts
 from crm.postgres.loaders import read_as_text
 from crm.rules.addresses import trimmed_address_sql
 from crm.rules.mapping import contact_id, contact_id_sql
+from crm.rules.source_rows import SOURCE_TABLES, RawRow, SourceTable
 
 Key = tuple[str | None, ...]
 
@@ -66,31 +67,10 @@ _NO_LINE = " CROSS JOIN (SELECT NULL::text AS outcome, NULL::text AS reason, NUL
 #: got a line since, the ledger's key refuses a second, and the batch is read again, asking.
 EVERY_ROW = Choice(_NO_LINE, "true")
 
-# The columns by name and never r.*: the role of the backfill may not read the secret ones.
-_PROFILES = """
-SELECT r.*, u.email, {bytes} AS bytes
-  FROM (SELECT r.id, r."createdAt", r."updatedAt", line.reason, r.role, r."firstName", r."lastName", r.phone,
-               r."companyName", r."userId", {clerk_user_id} AS "clerkUserId"
-          FROM profiles r {line}
-         WHERE {labels} {conditions}
-         ORDER BY r.id LIMIT %(size)s) r
-       LEFT JOIN LATERAL (SELECT email FROM users WHERE users.id = r."userId" LIMIT 1) u ON true
+_PAGE = """
+SELECT {values}, {bytes} AS bytes
+  FROM (SELECT {columns} FROM {table} r {line} WHERE {labels} {conditions} ORDER BY {order} LIMIT %(size)s) r {join}
 """
-_LEADS = """
-SELECT r.*, COALESCE(p.id, r."assignedPreparerId"), {bytes} AS bytes
-  FROM (SELECT r.id, r."createdAt", r."updatedAt", line.reason, r.status, r.type, r.email, r."firstName", r."lastName",
-               r.phone, r.source, r."lastContactedAt", r."referrerUsername", r."referrerType", r."commissionRate",
-               r."commissionRateLockedAt", r."attributionMethod", r."attributionConfidence", r."assignedPreparerId"
-          FROM leads r {line}
-         WHERE {labels} {conditions}
-         ORDER BY r."createdAt", r.id LIMIT %(size)s) r
-       LEFT JOIN LATERAL (
-         SELECT id FROM profiles WHERE id = r."assignedPreparerId" OR "userId" = r."assignedPreparerId"
-          ORDER BY id <> r."assignedPreparerId" LIMIT 1
-       ) p ON r."assignedPreparerId" IS NOT NULL
-"""
-_PAGE = {"profiles": _PROFILES, "leads": _LEADS}
-_ORDER = {"profiles": "{0}.id", "leads": '{0}."createdAt", {0}.id'}
 # The rows before which not all bytes are spent: one row at least, however long it is.
 _BOUNDED = """
 SELECT * FROM (
@@ -98,24 +78,10 @@ SELECT * FROM (
 ) page WHERE through - bytes < %(bytes)s ORDER BY {order}
 """
 # A page without its values, for one of which a value cannot be read.
-_KEYS = {
-    "profiles": "SELECT r.id, NULL, line.reason FROM profiles r {line} WHERE {labels} {conditions}",
-    "leads": 'SELECT r.id, r."createdAt", line.reason FROM leads r {line} WHERE {labels} {conditions}',
-}
-_LABELS = {
-    "profiles": ("role", "r.role = ANY(%(labels)s::{label_type}[])"),
-    "leads": ("status", "r.status = ANY(%(labels)s::{label_type}[])"),
-}
-# The texts whose length nobody bounds. Their length is known without reading them.
-_TEXTS = {
-    "profiles": ('r."firstName"', 'r."lastName"', "r.phone", 'r."companyName"', 'r."userId"', "u.email"),
-    "leads": (
-        *("r.email", 'r."firstName"', 'r."lastName"', "r.phone", "r.source", 'r."referrerUsername"'),
-        *('r."referrerType"', 'r."attributionMethod"', 'r."assignedPreparerId"'),
-    ),
-}
-_AFTER = {"profiles": "r.id > %(id)s", "leads": '(r."createdAt", r.id) > (%(created_at)s::timestamp, %(id)s)'}
-_NO_MOMENT = 'r."createdAt" IS NULL'
+_KEYS = "SELECT r.id, {moment}, line.reason FROM {table} r {line} WHERE {labels} {conditions}"
+_AFTER_ID = "r.id > %(id)s"
+_AFTER_MOMENT = "({moment}, r.id) > (%(created_at)s::timestamp, %(id)s)"
+_NO_MOMENT = "{moment} IS NULL"
 _BYTES = "COALESCE(octet_length({}::text), 0)"
 _LINES = "SELECT id, outcome, reason, run_id FROM ledger_entry WHERE id = ANY(%s)"
 
@@ -170,7 +136,7 @@ class Page:
     `key` is the one to go on after; `faults` are rows that stand in no order among the others.
     """
 
-    rows: list[tuple[Any, ...]]
+    rows: list[RawRow]
     key: Key | None
     is_last: bool
     faults: list[Fault] = field(default_factory=list)
@@ -181,7 +147,7 @@ class Page:
 
 @dataclass(frozen=True, slots=True)
 class SourceReader:
-    """Reads one source by keyset: profiles by id, leads by creation and id.
+    """Reads one source by keyset.
 
     `ids` are those of the rows that are to be looked at, where they are known, so that the others are passed over.
     """
@@ -222,15 +188,29 @@ class SourceReader:
         """The page with what else is read where it leaves room for that."""
         room = size - len(page)
         if most_new is not None:
-            most_new -= sum(row[3] is None for row in page.rows) + sum(not fault.known_reason for fault in page.faults)
+            most_new -= sum(row.known_reason is None for row in page.rows) + sum(
+                not fault.known_reason for fault in page.faults
+            )
         if room < 1 or most_new == 0:
             return replace(page, is_last=False)
         more = read(room, most_new)
         return Page(page.rows + more.rows, more.key or page.key, more.is_last, page.faults + more.faults)
 
     @property
+    def _table(self) -> SourceTable:
+        return SOURCE_TABLES[self.source.table]
+
+    def _order(self, alias: str = "r") -> str:
+        """What rows are sorted by."""
+        return f"{self._moment(alias)}, {alias}.id" if self._table.is_sorted_by_creation else f"{alias}.id"
+
+    def _moment(self, alias: str = "r") -> str:
+        return f'{alias}."{self._table.own["created_at"].column}"'
+
+    @property
     def _may_lack_moments(self) -> bool:
-        return self.source.table == "leads" and "leads.createdAt" in self.facts.nullable
+        created_at = f"{self.source.table}.{self._table.own['created_at'].column}"
+        return self._table.is_sorted_by_creation and created_at in self.facts.nullable
 
     @property
     def _takes_repeated(self) -> bool:
@@ -251,16 +231,25 @@ class SourceReader:
         return self._read_apart(after, size)
 
     def _read(self, after: Key | None, size: int) -> Page:
-        table = self.source.table
-        query, parameters = self._query(_PAGE[table], after, bytes=" + ".join(map(_BYTES.format, _TEXTS[table])))
-        bounded = _BOUNDED.format(page=query, order=_ORDER[table].format("page"))
+        table = self._table
+        query, parameters = self._query(
+            _PAGE,
+            after,
+            values=table.values,
+            bytes=" + ".join(map(_BYTES.format, table.long_values)),
+            columns=table.columns(self.facts.missing, "line.reason"),
+            order=self._order(),
+            join=table.join.format(more=""),
+        )
+        bounded = _BOUNDED.format(page=query, order=self._order("page"))
         with self._guarded(), self.connection.cursor() as cursor:
             read_as_text(cursor)
             cursor.execute(bounded, {**parameters, "size": size, "bytes": BYTES_OF_PAGE})
             found = cursor.fetchall()
-        rows = [row[:-2] for row in found]
+        rows: list[RawRow] = [table.row._make(row[:-2]) for row in found]
         is_cut = bool(found) and found[-1][-1] >= BYTES_OF_PAGE
-        return Page(rows, self._key(rows[-1]) if rows else None, len(rows) < size and not is_cut)
+        key = self._key(rows[-1].id, rows[-1].created_at) if rows else None
+        return Page(rows, key, len(rows) < size and not is_cut)
 
     def _guarded(self) -> AbstractContextManager[None]:
         """Keep a statement that fails from being the last one of a transaction."""
@@ -274,11 +263,11 @@ class SourceReader:
 
         Raises what the reading raised where no row of many can be read.
         """
-        query, parameters = self._query(_KEYS[self.source.table], after)
-        order = _ORDER[self.source.table].format("r")
+        moment = self._moment() if self._table.is_sorted_by_creation else "NULL"
+        query, parameters = self._query(_KEYS, after, moment=moment)
         with self.connection.cursor() as cursor:
             read_as_text(cursor)
-            cursor.execute(f"{query} ORDER BY {order} LIMIT %(size)s", {**parameters, "size": size})
+            cursor.execute(f"{query} ORDER BY {self._order()} LIMIT %(size)s", {**parameters, "size": size})
             keys = cursor.fetchall()
         page = Page([], None, len(keys) < size)
         waiting = [keys] if keys else []
@@ -294,9 +283,9 @@ class SourceReader:
                     middle = len(some) // 2
                     waiting += [some[middle:], some[:middle]]
                     continue
-                ((identifier, _, known_reason),) = some
+                ((identifier, created_at, known_reason),) = some
                 fault = Fault(identifier, known_reason, Reason.UNREADABLE, refusal)
-                found = Page([], self._key(some[0]), is_last=False, faults=[fault])
+                found = Page([], self._key(identifier, created_at), is_last=False, faults=[fault])
             is_cut = len(found) < len(some)
             is_last = page.is_last and not is_cut
             page = Page(page.rows + found.rows, found.key or page.key, is_last, page.faults + found.faults)
@@ -316,9 +305,10 @@ class SourceReader:
             conditions.append("r.id = ANY(%(ids)s)")
             parameters["ids"] = self.ids
         if self.since is not None:
-            is_new = 'r."updatedAt" >= %(since)s::timestamp'
-            may_be_null = f"{table}.updatedAt" in self.facts.nullable
-            conditions.append(f'({is_new} OR r."updatedAt" IS NULL)' if may_be_null else is_new)
+            updated_at = self._table.own["updated_at"].column
+            is_new = f'r."{updated_at}" >= %(since)s::timestamp'
+            may_be_null = f"{table}.{updated_at}" in self.facts.nullable
+            conditions.append(f'({is_new} OR r."{updated_at}" IS NULL)' if may_be_null else is_new)
             parameters["since"] = self.since
         if self.apart is not None:
             conditions.append("r.id = ANY(%(apart)s)" if self.apart.alone else "r.id <> ALL(%(apart)s)")
@@ -328,7 +318,7 @@ class SourceReader:
             parameters |= {"partition": self.partition.number, "partitions": self.partition.count}
         query = form.format(
             line=self.choice.join.format(table=table) if self.facts.has_ledger else _NO_LINE,
-            clerk_user_id='r."clerkUserId"' if self.facts.has_clerk_user_id else "NULL",
+            table=table,
             labels=self._labels(),
             conditions="".join(f" AND {condition}" for condition in conditions),
             **parts,
@@ -338,8 +328,8 @@ class SourceReader:
     def _labels(self) -> str:
         """The condition of the rows whose role or status is the source's; NULL is nobody's, and is read by one."""
         table = self.source.table
-        label, form = _LABELS[table]
-        condition = form.format(label_type=self.facts.label_types[table])
+        label = self._table.label
+        condition = f"r.{label} = ANY(%(labels)s::{self.facts.label_types[table]}[])"
         takes_null = self.source is SOURCE_OF_STRAYS[table] and f"{table}.{label}" in self.facts.nullable
         return f"({condition} OR r.{label} IS NULL)" if takes_null else condition
 
@@ -349,9 +339,10 @@ class SourceReader:
         conditions = []
         if after is not None:
             *created_at, identifier = after
-            conditions += [_NO_MOMENT] if created_at == [None] else []
+            has_moment = created_at not in ([], [None])
+            conditions += [_NO_MOMENT.format(moment=self._moment())] if created_at == [None] else []
             if identifier is not None:
-                conditions.append(_AFTER["profiles" if created_at == [None] else table])
+                conditions.append(_AFTER_MOMENT.format(moment=self._moment()) if has_moment else _AFTER_ID)
             parameters |= {"id": identifier, "created_at": created_at[0] if created_at else None}
         if f"{table}.id" in self.facts.nullable:
             conditions.append("r.id IS NOT NULL")
@@ -389,12 +380,11 @@ class SourceReader:
         if page.faults:
             # They stand in no order, so the page cannot be cut.
             return self._page(after, min(size, most_new))
-        news = [number for number, row in enumerate(page.rows) if row[3] is None]
+        news = [number for number, row in enumerate(page.rows) if row.known_reason is None]
         if len(news) < most_new:
             return page
         rows = page.rows[: news[most_new - 1] + 1]
-        return Page(rows, self._key(rows[-1]), is_last=False)
+        return Page(rows, self._key(rows[-1].id, rows[-1].created_at), is_last=False)
 
-    def _key(self, row: Sequence[Any]) -> Key:
-        identifier, created_at = row[0], row[1]
-        return (identifier,) if self.source.table == "profiles" else (created_at, identifier)
+    def _key(self, identifier: str, created_at: str | None) -> Key:
+        return (created_at, identifier) if self._table.is_sorted_by_creation else (identifier,)

@@ -39,6 +39,7 @@ from crm.rules.mapping import (
     Rules,
     normalised,
 )
+from crm.rules.source_rows import SOURCE_TABLES
 
 logger = logging.getLogger(__name__)
 
@@ -53,22 +54,19 @@ ATTRIBUTION_COLUMNS = (
 CONTACT_COLUMNS = tuple(str(field.column) for field in CRMContact._meta.concrete_fields)
 REQUIRED_COLUMNS: Mapping[str, tuple[str, ...]] = {
     "users": ("id", "email"),
-    "profiles": ("id", "userId", "role", "firstName", "lastName", "phone", "companyName", "createdAt", "updatedAt"),
-    "leads": (
-        *("id", "type", "status", "firstName", "lastName", "email", "phone", "source", "assignedPreparerId"),
-        *("lastContactedAt", "createdAt", "updatedAt", *ATTRIBUTION_COLUMNS),
-    ),
+    **{name: table.required_columns for name, table in SOURCE_TABLES.items()},
     "crm_contacts": tuple(column for column in CONTACT_COLUMNS if column not in ATTRIBUTION_COLUMNS),
 }
-OPTIONAL_COLUMNS: Mapping[str, tuple[str, ...]] = {"profiles": ("clerkUserId",), "crm_contacts": ATTRIBUTION_COLUMNS}
+OPTIONAL_COLUMNS: Mapping[str, tuple[str, ...]] = {
+    **{name: table.optional_columns for name, table in SOURCE_TABLES.items()},
+    "crm_contacts": ATTRIBUTION_COLUMNS,
+}
 COLUMNS_IN_USE: Mapping[str, tuple[str, ...]] = {
     table: (*names, *OPTIONAL_COLUMNS.get(table, ())) for table, names in REQUIRED_COLUMNS.items()
 }
 #: The source that takes rows without a role or status, and ids that several rows have: all of them are errors.
 SOURCE_OF_STRAYS: Mapping[str, Source] = {"profiles": Source.CLIENTS, "leads": Source.ACTIVE_LEADS}
 REQUIRED_CONTACT_TYPES = sorted({*CONTACT_TYPE_OF_SOURCE.values(), *CONTACT_TYPE_OF_LEAD_TYPE.values()})
-#: What decides about a row of a table.
-LABEL_OF_TABLE = {"profiles": "role", "leads": "status"}
 #: The pipelines where a contact's stage is no enum that would say so.
 STAGES_OF_2025_10 = ("NEW", "CONTACTED", "DOCUMENTS", "PREPARING", "COMPLETE")
 STAGES_SINCE = ("NEW", "CONTACTED", "QUALIFIED", "DOCUMENTS", "FILED", "CLOSED", "LOST")
@@ -92,7 +90,6 @@ class DatabaseFacts:
     """What the backfill must know of the database it works on."""
 
     generation: str
-    has_clerk_user_id: bool
     has_attribution: bool
     has_ledger: bool
     roles: Mapping[str, tuple[str, ...]]
@@ -103,8 +100,9 @@ class DatabaseFacts:
     #: How many digits of a second every timestamp of a contact keeps, and how many decimals its rate; None for all.
     second_digits: int
     rate_decimals: int | None
-    #: The columns that may be NULL, as `table.column`.
+    #: The columns that may be NULL, and the optional ones that are not there, as `table.column`.
     nullable: frozenset[str] = frozenset()
+    missing: frozenset[str] = frozenset()
     #: By table the ids that several of its rows have.
     repeated_ids: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -181,8 +179,8 @@ def examine(
         )
     if for_writing or (for_inserting and ledger_is_readable is not None):
         _require_rights(connection, for_updating=for_updating, for_recreating=for_recreating, dry_run=not for_writing)
-    roles = _labels(connection, columns, "profiles", "role")
-    statuses = _labels(connection, columns, "leads", "status")
+    roles = _labels(connection, columns, "profiles", SOURCE_TABLES["profiles"].label)
+    statuses = _labels(connection, columns, "leads", SOURCE_TABLES["leads"].label)
     generation = _generation(columns, roles)
     contact_types = _labels_of_contacts(connection, columns, generation, "contactType")
     stages = _labels_of_contacts(connection, columns, generation, "stage")
@@ -190,13 +188,12 @@ def examine(
     contact = columns["crm_contacts"]
     return DatabaseFacts(
         generation=generation,
-        has_clerk_user_id="clerkUserId" in columns["profiles"],
         has_attribution=has_attribution,
         has_ledger=bool(ledger_is_readable),
         roles=roles,
         statuses=statuses,
         stages={stage: spellings[0] for stage, spellings in stages.items()},
-        label_types={table: columns[table][name].cast for table, name in LABEL_OF_TABLE.items()},
+        label_types={name: columns[name][table.label].cast for name, table in SOURCE_TABLES.items()},
         second_digits=min(contact[name].second_digits for name in MOMENTS if name in contact),
         rate_decimals=contact[RATE].scale if RATE in contact else DECIMALS_OF_OURS,
         nullable=frozenset(
@@ -204,6 +201,12 @@ def examine(
             for table, of_table in columns.items()
             for name, column in of_table.items()
             if not column.not_null
+        ),
+        missing=frozenset(
+            f"{table}.{name}"
+            for table, names in OPTIONAL_COLUMNS.items()
+            for name in names
+            if name not in columns[table]
         ),
         repeated_ids=find_repeated_ids(connection, SOURCE_OF_STRAYS),
     )
