@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -52,6 +53,24 @@ def array_type(field: models.Field[Any, Any], connection: BaseDatabaseWrapper) -
         of_session[column] = row[0] if row else "text"
     # For a statement with parameters.
     return f"{of_session[column].replace('%', '%%')}[]"
+
+
+def array_types(fields: Iterable[models.Field[Any, Any]], connection: BaseDatabaseWrapper) -> dict[str, str]:
+    """The types of arrays of these columns' values, by the quoted names of the columns: what `unnest` takes."""
+    return {f'"{field.column}"': array_type(field, connection) for field in fields}
+
+
+def unnest(alias: str, types: Mapping[str, str]) -> str:
+    """The SQL of a table of rows that are sent as one array a column: the columns by name, each with its array's type.
+
+    Its parameters are what `as_columns` makes of the rows.
+    """
+    return f"UNNEST({', '.join(f'%s::{kind}' for kind in types.values())}) AS {alias}({', '.join(types)})"
+
+
+def as_columns(rows: Iterable[Iterable[Any]]) -> list[list[Any]]:
+    """Return rows, of which there is at least one, as one list a column."""
+    return [list(column) for column in zip(*rows, strict=True)]
 
 
 # By session: another one may see another database.

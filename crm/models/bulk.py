@@ -14,7 +14,7 @@ from typing import Any
 from django.db import connections, models
 from django.db.models.constants import OnConflict
 
-from crm.fields import array_type
+from crm.fields import array_types, unnest
 from crm.try_execute import try_execute
 
 
@@ -43,8 +43,7 @@ class ColumnwiseQuerySet(models.QuerySet[Any]):
         connection = connections[using or self.db]
         operations: Any = connection.ops
         options = self.model._meta
-        names = ", ".join(operations.quote_name(str(field.column)) for field in fields)
-        arrays = ", ".join(f"%s::{array_type(field, connection)}" for field in fields)
+        arrays = array_types(fields, connection)
         suffix = operations.on_conflict_suffix_sql(
             fields,
             on_conflict,
@@ -55,7 +54,7 @@ class ColumnwiseQuerySet(models.QuerySet[Any]):
         ordered = [operations.quote_name(str(options.get_field(name).column)) for name in self.query.order_by]
         order = f"ORDER BY {', '.join(ordered)}" if ordered else ""
         statement = (
-            f"INSERT INTO {table} ({names}) SELECT * FROM UNNEST({arrays}) AS sent ({names}) {order} "
+            f"INSERT INTO {table} ({', '.join(arrays)}) SELECT * FROM {unnest('sent', arrays)} {order} "
             f"{suffix} RETURNING {key}"
         )
         keys = try_execute(connection, statement, [list(map(attrgetter(field.attname), objs)) for field in fields])

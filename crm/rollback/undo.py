@@ -20,6 +20,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill.update.writer import stage_history_id, write_contacts
 from crm.backfill.write.writer import Timeouts, lock_contacts
+from crm.fields import as_columns, unnest
 from crm.models import CRMContact, CRMStageHistory, LedgerEntry, Rollback
 from crm.outcome import Outcome, Totals, UpdateOutcome
 from crm.postgres.apart import write_apart
@@ -59,7 +60,8 @@ SET LOCAL statement_timeout = {statement};
 SET CONSTRAINTS ALL IMMEDIATE;
 LOCK TABLE crm_contacts IN ROW EXCLUSIVE MODE
 """
-_SEEN = "unnest(%s::text[], %s::text[]) AS seen(id, version)"
+_SEEN_COLUMNS = {"id": "text[]", "version": "text[]"}
+_SEEN = unnest("seen", _SEEN_COLUMNS)
 _AS_SEEN = "c.id = seen.id AND c.xmin = seen.version::xid"
 _LOCK = f"SELECT c.id FROM crm_contacts c JOIN {_SEEN} ON {_AS_SEEN} ORDER BY c.id FOR UPDATE OF c"
 _DELETE = f"DELETE FROM crm_contacts c USING {_SEEN} WHERE {_AS_SEEN} AND {{unreferenced}} RETURNING c.id"
@@ -388,7 +390,7 @@ class DatabaseUndoer:
         taken: set[str] = set()
         lock_contacts(self._connection, contact_ids)
         for columns, contacts in by_columns.items():
-            values = [list(column) for column in zip(*contacts, strict=True)]
+            values = as_columns(contacts)
             taken.update(try_execute(self._connection, _take_back_statement(columns), values))
         return taken
 
@@ -552,7 +554,7 @@ def _take_back_statement(columns: Iterable[str]) -> str:
     )
     return (
         f"UPDATE crm_contacts c SET {assignments} "
-        "FROM unnest(%s::text[], %s::text[], %s::bigint[]) AS seen(id, version, confidence) "
+        f"FROM {unnest('seen', {**_SEEN_COLUMNS, 'confidence': 'bigint[]'})} "
         f"WHERE {_AS_SEEN} RETURNING c.id"
     )
 

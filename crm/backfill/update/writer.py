@@ -17,7 +17,7 @@ from crm.backfill.read.contacts import ContactIndex
 from crm.backfill.update.reader import Present
 from crm.backfill.write.upsert import MAX_ATTEMPTS
 from crm.backfill.write.writer import TRANSACTION_SETTINGS, Timeouts, first_trigger, lock_contacts
-from crm.fields import array_type
+from crm.fields import array_type, array_types, as_columns, unnest
 from crm.models import BackfillBatch, CRMContact, CRMStageHistory
 from crm.outcome import Refusal, Source, Totals
 from crm.postgres.apart import write_apart
@@ -41,29 +41,28 @@ _WRITTEN = tuple(dict.fromkeys(name for fields in FIELDS_OF_CHANGE.values() for 
 _HISTORY = """
 INSERT INTO crm_stage_history (id, "contactId", "fromStage", "toStage", reason, "createdAt")
 SELECT id, contact_id, from_stage, to_stage, %s, entered_at
-  FROM unnest(%s::text[], %s::text[], %s::{from_stage}, %s::{to_stage}, %s::timestamp[])
-       AS step(id, contact_id, from_stage, to_stage, entered_at)
+  FROM {steps}
 ON CONFLICT DO NOTHING RETURNING NULL
 """
 # Only from what it was when the row was decided: the row may have been settled since.
-_SEEN = """
+_SEEN = f"""
 UPDATE ledger_entry line SET seen_updated_at = looked.at::timestamp
-  FROM unnest(%s::text[], %s::text[], %s::text[]) AS looked(id, before, at)
+  FROM {unnest("looked", dict.fromkeys(("id", "before", "at"), "text[]"))}
  WHERE line.id = looked.id AND seen_updated_at IS NOT DISTINCT FROM looked.before::timestamp
 """
 
 _RECORDED = {
-    **dict.fromkeys(("line_id", "source", "source_id", "contact_id", "columns"), "text"),
-    **dict.fromkeys(("source_updated_at", "contact_updated_at"), "timestamp"),
-    **dict.fromkeys(("from_type", "to_type", "from_stage", "to_stage"), "text"),
-    "stage_entered_before": "timestamp",
-    "confidence_before": "bigint",
-    "placeholder": "text",
-    "former": "jsonb",
+    **dict.fromkeys(("line_id", "source", "source_id", "contact_id", "columns"), "text[]"),
+    **dict.fromkeys(("source_updated_at", "contact_updated_at"), "timestamp[]"),
+    **dict.fromkeys(("from_type", "to_type", "from_stage", "to_stage"), "text[]"),
+    "stage_entered_before": "timestamp[]",
+    "confidence_before": "bigint[]",
+    "placeholder": "text[]",
+    "former": "jsonb[]",
 }
 _RECORD = f"""
 INSERT INTO contact_update (run_id, {", ".join(_RECORDED)})
-SELECT %s::bigint, change.* FROM unnest({", ".join(f"%s::{kind}[]" for kind in _RECORDED.values())}) AS change
+SELECT %s::bigint, change.* FROM {unnest("change", _RECORDED)}
 """
 
 
@@ -90,8 +89,7 @@ def write_contacts(connection: BaseDatabaseWrapper, contacts: Mapping[str, tuple
         for contact, (version, values) in contacts.items()
     ]
     lock_contacts(connection, contacts)
-    columns = [list(column) for column in zip(*rows, strict=True)]
-    return set(try_execute(connection, _update_statement(connection), columns))
+    return set(try_execute(connection, _update_statement(connection), as_columns(rows)))
 
 
 class UpdateWriter:
@@ -230,16 +228,19 @@ class UpdateWriter:
             if "stage" in change.values
         ]
         if steps:
-            statement = _HISTORY.format(
-                **{name: array_type(_STEP_FIELDS[name], self._connection) for name in ("from_stage", "to_stage")}
-            )
-            try_execute(self._connection, statement, [REASON, *map(list, zip(*steps, strict=True))])
+            sent = {
+                **dict.fromkeys(("id", "contact_id"), "text[]"),
+                **{name: array_type(_STEP_FIELDS[name], self._connection) for name in ("from_stage", "to_stage")},
+                "entered_at": "timestamp[]",
+            }
+            statement = _HISTORY.format(steps=unnest("step", sent))
+            try_execute(self._connection, statement, [REASON, *as_columns(steps)])
 
     def _record(self, changes: Iterable[Change]) -> None:
         lines = [recorded for change in changes for recorded in _recorded(change)]
         if lines:
             with self._connection.cursor() as cursor:
-                cursor.execute(_RECORD, [self._run_id, *map(list, zip(*lines, strict=True))])
+                cursor.execute(_RECORD, [self._run_id, *as_columns(lines)])
 
     def _mark_seen(self, changes: Iterable[Change]) -> None:
         due = [change for change in changes if change.line.is_due(change.row.updated_at) and REFUSED not in change.kept]
@@ -247,7 +248,7 @@ class UpdateWriter:
         if seen:
             with self._connection.cursor() as cursor:
                 rows = [(identifier, before, at) for identifier, (before, at) in seen]
-                cursor.execute(_SEEN, list(map(list, zip(*rows, strict=True))))
+                cursor.execute(_SEEN, as_columns(rows))
                 if cursor.rowcount < len(seen):
                     raise SettledMeanwhileError
 
@@ -290,10 +291,9 @@ def _recorded_together(change: Change, names: Sequence[str]) -> tuple[str | int 
 
 def _update_statement(connection: BaseDatabaseWrapper) -> str:
     """Write what a contact is to be, where it still is the version that was decided on."""
-    arrays = ", ".join(f"%s::{array_type(_FIELDS[name], connection)}" for name in _WRITTEN)
-    columns = [f'"{_FIELDS[name].column}"' for name in _WRITTEN]
+    columns = array_types([_FIELDS[name] for name in _WRITTEN], connection)
     return (
         f"UPDATE crm_contacts c SET {', '.join(f'{column} = v.{column}' for column in columns)} "
-        f"FROM unnest(%s::text[], %s::text[], {arrays}) AS v(id, version, {', '.join(columns)}) "
+        f"FROM {unnest('v', {'id': 'text[]', 'version': 'text[]', **columns})} "
         "WHERE c.id = v.id AND c.xmin = v.version::xid RETURNING c.id"
     )

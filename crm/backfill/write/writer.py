@@ -17,7 +17,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill.read.contacts import ContactIndex
 from crm.backfill.write.upsert import StillUnmatchedError, UpsertResult, upsert
-from crm.fields import array_type
+from crm.fields import array_types, as_columns, unnest
 from crm.models import BackfillBatch, CRMContact
 from crm.outcome import Outcome, Reason, Refusal, RowOutcome, Source, Totals
 from crm.postgres.errors import RewrittenError, SettledMeanwhileError, row_refusal
@@ -54,7 +54,7 @@ _SENT = ", ".join(f"{name}::{_CASTS[name]}" if name in _CASTS else name for name
 _LEDGER = f"""
 INSERT INTO ledger_entry (source, run_id, {", ".join(_LINE)})
 SELECT %s, %s::bigint, {_SENT}
-  FROM unnest({", ".join(["%s::text[]"] * len(_LINE))}) AS line({", ".join(_LINE)})
+  FROM {unnest("line", dict.fromkeys(_LINE, "text[]"))}
 """
 # A line that said more than an error is kept in the new one: whoever takes the run back puts it in its place again.
 _LEDGER_AGAIN = """
@@ -80,10 +80,9 @@ def _fill_statement(connection: BaseDatabaseWrapper) -> str:
         for name in unit
     ]
     fields = {field.attname: field for field in CRMContact._meta.concrete_fields}
-    arrays = ", ".join(f"%s::{array_type(fields[name], connection)}" for name in _FILLED)
+    sent = {"id": "text[]", **array_types([fields[name] for name in _FILLED], connection)}
     return (
-        f"UPDATE crm_contacts c SET {', '.join(alone + units)} "
-        f"FROM unnest(%s::text[], {arrays}) AS v(id, {', '.join(_COLUMN[name] for name in _FILLED)}) WHERE c.id = v.id "
+        f"UPDATE crm_contacts c SET {', '.join(alone + units)} FROM {unnest('v', sent)} WHERE c.id = v.id "
         "RETURNING c.id"
     )
 
@@ -169,7 +168,7 @@ class DatabaseStore:
             return
         rows = [(identifier, *map(values.get, _FILLED)) for identifier, values in sorted(fills.items())]
         lock_contacts(self._connection, fills)
-        columns = [list(column) for column in zip(*rows, strict=True)]
+        columns = as_columns(rows)
         filled = set(try_execute(self._connection, _fill_statement(self._connection), columns))
         if filled != fills.keys():
             # Deleted under our eyes, or left as it was by something that says nothing of it.
@@ -334,7 +333,7 @@ class BatchWriter:
     def _write_lines(self, statement: str, source: Source, row_outcomes: Sequence[RowOutcome]) -> int:
         if not row_outcomes:
             return 0
-        columns = [list(column) for column in zip(*map(_line, row_outcomes), strict=True)]
+        columns = as_columns(map(_line, row_outcomes))
         with self._connection.cursor() as cursor:
             cursor.execute(statement, [source.value, self.run_id, *columns])
             written: int = cursor.rowcount
