@@ -6,7 +6,7 @@ without the application's tables, nothing is said of rights. Whatever else a run
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -18,47 +18,15 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from config.database import quoted_name
 from crm import try_execute
 from crm.errors import OperatorError
-from crm.models import (
-    BackfillBatch,
-    BackfillRun,
-    CommittedTransaction,
-    ConflictDecision,
-    ContactUpdate,
-    CRMContact,
-    LedgerEntry,
-    Rollback,
-)
 from crm.postgres.errors import as_operator_error
-from crm.postgres.facts.schema import (
-    CONTACT_COLUMNS,
-    OPTIONAL_COLUMNS,
-    PROMOTED_COLUMNS,
-    REQUIRED_COLUMNS,
-    examine,
-    find_misfits,
-)
-from crm.rules.matching import ASSIGNMENT_UNIT, ATTRIBUTION_UNIT, PROFILE_FILLS
+from crm.postgres.facts.columns import REQUIRED_COLUMNS
+from crm.postgres.facts.requirements import CONTACTS, HISTORY
+from crm.postgres.facts.rights import OUR_TABLES, RIGHTS, Operation, Right
+from crm.postgres.facts.schema import examine, find_misfits
 
 #: What no query here ever asks for.
 SECRET_COLUMNS = ("ssn", "dateOfBirth", "address", "bankDetails", "hashedPassword")
 READ_ONLY_TABLES = ("users", "profiles", "leads")
-CONTACTS = "crm_contacts"
-HISTORY = "crm_stage_history"
-#: The columns of a contact that a merge may fill.
-FILLED_COLUMNS = tuple(
-    column
-    for field, column in zip(CRMContact._meta.concrete_fields, CONTACT_COLUMNS, strict=True)
-    if field.attname in (*PROFILE_FILLS, *ASSIGNMENT_UNIT, *ATTRIBUTION_UNIT, "last_contacted_at")
-)
-OWN_RIGHTS: Mapping[str, Sequence[str]] = {
-    BackfillRun._meta.db_table: ("SELECT", "INSERT", "UPDATE"),
-    LedgerEntry._meta.db_table: ("SELECT", "INSERT", "UPDATE"),
-    BackfillBatch._meta.db_table: ("SELECT", "INSERT"),
-    ConflictDecision._meta.db_table: ("SELECT", "INSERT", "UPDATE"),
-    ContactUpdate._meta.db_table: ("SELECT", "INSERT"),
-    Rollback._meta.db_table: ("SELECT",),
-    CommittedTransaction._meta.db_table: ("SELECT", "INSERT", "DELETE"),
-}
 #: What makes a role more than an ordinary one, in the order of the queries.
 ATTRIBUTES = ("SUPERUSER", "CREATEROLE", "CREATEDB", "REPLICATION", "BYPASSRLS")
 #: Predefined roles that may only look at the server's statistics, for --max-replica-lag; and the one that the owner of
@@ -79,7 +47,7 @@ KEEP = "Do not change this role: docs/least_privilege.sql makes one that may do 
 SCRIPT = "docs/least_privilege.sql makes a role that may do what is needed and nothing else."
 
 
-class Right(NamedTuple):
+class ColumnRight(NamedTuple):
     """A privilege on a column of a table."""
 
     schema: str
@@ -107,7 +75,7 @@ class _Rights:
         """
         return {name for (name,) in self.ask(query, [schema])}
 
-    def on_columns(self, schema: str, tables: Iterable[str], privileges: Sequence[str]) -> dict[Right, bool]:
+    def on_columns(self, schema: str, tables: Iterable[str], privileges: Sequence[str]) -> dict[ColumnRight, bool]:
         """For every column, and for xmin, whether the role has the privilege."""
         query = """
             SELECT nspname, relname, attname, privilege, has_column_privilege(c.oid, attnum, privilege)
@@ -119,7 +87,7 @@ class _Rights:
              ORDER BY relname, attnum, privilege
         """
         rows = self.ask(query, [list(privileges), schema, list(tables)])
-        return {Right(*right): granted for *right, granted in rows}
+        return {ColumnRight(*right): granted for *right, granted in rows}
 
 
 @register(Tags.database)
@@ -155,7 +123,7 @@ def _told() -> AbstractContextManager[None]:
 def _is_migrated(rights: _Rights) -> bool:
     return rights.tables(settings.LEGACY_SCHEMA) >= set(REQUIRED_COLUMNS) and rights.tables(
         settings.BACKFILL_SCHEMA
-    ) >= set(OWN_RIGHTS)
+    ) >= set(OUR_TABLES)
 
 
 def _lacking(_connection: BaseDatabaseWrapper, rights: _Rights) -> list[CheckMessage]:
@@ -254,24 +222,25 @@ def _missing_function(rights: _Rights) -> list[CheckMessage]:
     ]
 
 
-def _on_application(rights: _Rights) -> dict[Right, bool]:
+def _on_application(rights: _Rights) -> dict[ColumnRight, bool]:
     return rights.on_columns(settings.LEGACY_SCHEMA, REQUIRED_COLUMNS, ("SELECT", "INSERT", "UPDATE"))
 
 
-def _on_own(rights: _Rights) -> dict[Right, bool]:
-    return rights.on_columns(settings.BACKFILL_SCHEMA, OWN_RIGHTS, ("SELECT", "INSERT", "UPDATE"))
+def _on_own(rights: _Rights) -> dict[ColumnRight, bool]:
+    return rights.on_columns(settings.BACKFILL_SCHEMA, OUR_TABLES, ("SELECT", "INSERT", "UPDATE"))
 
 
-def _is_needed(right: Right) -> bool:
-    if right.schema == settings.BACKFILL_SCHEMA:
-        return right.column != "xmin" and right.privilege in OWN_RIGHTS[right.table]
-    needed: dict[str, Sequence[str]] = {
-        "SELECT": (*REQUIRED_COLUMNS[right.table], *OPTIONAL_COLUMNS.get(right.table, ()))
-    }
-    if right.table == CONTACTS:
-        # The age of a row tells which contacts of a batch landed.
-        needed = {"SELECT": (*CONTACT_COLUMNS, "xmin"), "INSERT": CONTACT_COLUMNS, "UPDATE": FILLED_COLUMNS}
-    return right.column in needed.get(right.privilege, ())
+def _is_needed(right: ColumnRight) -> bool:
+    """Whether a role cannot do without a right, whatever it does."""
+    return any(need.is_basic and need.operations != (Operation.VERIFY,) for need in _needs(right))
+
+
+def _needs(right: ColumnRight) -> Iterator[Right]:
+    """The needs that a privilege on a column meets. To no right on a whole table does xmin belong."""
+    for need in RIGHTS:
+        is_meant = right.column in need.columns if need.columns else right.column != "xmin"
+        if is_meant and (need.table, need.privilege) == (right.table, right.privilege):
+            yield need
 
 
 def _hidden_rows(rights: _Rights) -> list[CheckMessage]:
@@ -303,9 +272,8 @@ def _too_much(rights: _Rights, role: str) -> list[CheckMessage]:
     changed = [
         right
         for right in granted
-        if right.table == CONTACTS and right.privilege != "SELECT" and right.column != "xmin" and not _is_needed(right)
-        # With --update, and harmless without.
-        if not (right.privilege == "UPDATE" and right.column in PROMOTED_COLUMNS)
+        if right.table == CONTACTS and right.privilege != "SELECT" and right.column != "xmin"
+        if not any(_needs(right))
     ]
     found = (
         ("W001", "may read secret columns", sorted({f"{right.table}.{right.column}" for right in secret})),
@@ -423,7 +391,7 @@ def _triggers_of_others(rights: _Rights) -> list[CheckMessage]:
            AND privilege_type = 'TRIGGER' AND grantee <> relowner AND g.rolsuper IS NOT TRUE
          GROUP BY nspname, relname ORDER BY nspname DESC, relname
     """
-    parameters = [settings.LEGACY_SCHEMA, [CONTACTS, HISTORY], settings.BACKFILL_SCHEMA, list(OWN_RIGHTS)]
+    parameters = [settings.LEGACY_SCHEMA, [CONTACTS, HISTORY], settings.BACKFILL_SCHEMA, list(OUR_TABLES)]
     where, statements = [], []
     for schema, table, roles, is_granted_on in rights.ask(query, parameters):
         where.append(f"{schema}.{table} ({_listed([role or 'PUBLIC' for role in roles])})")

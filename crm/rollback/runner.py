@@ -22,12 +22,12 @@ from django.utils import timezone
 
 from crm.backfill.read.readahead import ReadingThread
 from crm.errors import OperatorError
-from crm.models import BackfillRun, CommittedTransaction, ContactUpdate, LedgerEntry, Rollback
+from crm.models import BackfillRun, ContactUpdate, LedgerEntry, Rollback
 from crm.models.ledger import RunStatus
 from crm.outcome import Outcome, Source, Totals
 from crm.postgres import errors
 from crm.postgres.facts.foreign_keys import find_foreign_keys
-from crm.postgres.facts.rights import require_rights
+from crm.postgres.facts.rights import Operation, require_rights
 from crm.postgres.facts.schema import DatabaseFacts, examine
 from crm.rollback.ahead import PagesAhead
 from crm.rollback.reader import Reader
@@ -320,18 +320,8 @@ def _nothing_left(run: BackfillRun) -> str:
 
 
 def _require_rights(run: BackfillRun, *, dry_run: bool) -> None:
-    wanted = [
-        ("crm_contacts", "DELETE"),
-        ("crm_contacts", "UPDATE"),
-        (LedgerEntry._meta.db_table, "DELETE"),
-        (LedgerEntry._meta.db_table, "UPDATE"),
-        (ContactUpdate._meta.db_table, "DELETE"),
-        *([("crm_stage_history", "DELETE")] if ContactUpdate.objects.filter(run=run).exists() else []),
-        (Rollback._meta.db_table, "INSERT"),
-        (Rollback._meta.db_table, "UPDATE"),
-        *((CommittedTransaction._meta.db_table, right) for right in ("SELECT", "INSERT", "DELETE")),
-    ]
-    require_rights(connection, wanted, option="rollback", dry_run=dry_run)
+    of_update = [Operation.ROLLBACK_OF_UPDATE] if ContactUpdate.objects.filter(run=run).exists() else []
+    require_rights(connection, Operation.ROLLBACK, *of_update, dry_run=dry_run)
 
 
 def _claim(run: BackfillRun, facts: DatabaseFacts) -> BackfillRun:

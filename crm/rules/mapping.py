@@ -25,7 +25,7 @@ PROFILE_ORIGIN = "backfill"
 LEAD_ORIGIN = "lead_form"
 FULL_CONFIDENCE = 100
 
-#: The five nullable columns of an attribution; with `attribution_confidence` they are one unit.
+#: The five nullable fields of an attribution; with the confidence they are one unit.
 ATTRIBUTION = (
     "referrer_username",
     "referrer_type",
@@ -33,6 +33,7 @@ ATTRIBUTION = (
     "commission_rate_locked_at",
     "attribution_method",
 )
+ATTRIBUTION_UNIT = (*ATTRIBUTION, "attribution_confidence")
 
 #: The timestamps of a contact, and as many digits of a second as PostgreSQL has.
 MOMENTS = (

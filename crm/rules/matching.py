@@ -11,13 +11,12 @@ from typing import Any, NamedTuple
 
 from crm.outcome import Outcome, Reason, Refusal, RowOutcome
 from crm.rules.addresses import canonical_address
-from crm.rules.mapping import ATTRIBUTION, ContactDraft, MappedRow, Resolution
+from crm.rules.mapping import ATTRIBUTION, ATTRIBUTION_UNIT, ContactDraft, MappedRow, Resolution
 
 #: The accounts of a person; at most one contact has each.
 ACCOUNTS = ("user_id", "clerk_user_id")
 #: What a profile fills in a contact of ours where nothing is.
 PROFILE_FILLS = (*ACCOUNTS, "phone", "company")
-ATTRIBUTION_UNIT = (*ATTRIBUTION, "attribution_confidence")
 ASSIGNMENT_UNIT = ("assigned_preparer_id", "assigned_at")
 _FILLED_ALONE = (*PROFILE_FILLS, "last_contacted_at")
 

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Final
 
+from crm.postgres.facts.columns import ATTRIBUTION_COLUMNS
+
 #: In the order in which foreign keys let them be filled.
 TABLES: Final = ("users", "profiles", "leads", "crm_contacts", "crm_interactions", "crm_stage_history")
 
@@ -55,12 +57,7 @@ _LEADS: Final = (
     "utmCampaign",
     "ipAddress",
     "userAgent",
-    "referrerUsername",
-    "referrerType",
-    "commissionRate",
-    "commissionRateLockedAt",
-    "attributionMethod",
-    "attributionConfidence",
+    *ATTRIBUTION_COLUMNS,
     "attributionCookieId",
     "assignedPreparerId",
     "contactRequested",
@@ -89,12 +86,7 @@ _CONTACTS: Final = (
     "source",
     "assignedPreparerId",
     "assignedAt",
-    "referrerUsername",
-    "referrerType",
-    "commissionRate",
-    "commissionRateLockedAt",
-    "attributionMethod",
-    "attributionConfidence",
+    *ATTRIBUTION_COLUMNS,
     "createdAt",
     "updatedAt",
     "lastContactedAt",

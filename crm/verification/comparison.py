@@ -19,7 +19,6 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill.read.rows import (
     CHANGED,
-    COLUMN,
     NONE_PROVEN,
     NOT_LINKED,
     NOT_THERE,
@@ -31,6 +30,7 @@ from crm.backfill.read.rows import (
     lines_of_contacts,
 )
 from crm.outcome import Reason
+from crm.postgres.facts.columns import COLUMN
 from crm.postgres.snapshot import PAGE
 from crm.rules.mapping import ContactDraft, MappedRow
 from crm.rules.matching import ExistingContact, fill

@@ -14,6 +14,8 @@ from typing import Any
 
 from crm.backfill.read.source import WHITE_SPACE
 from crm.outcome import Source
+from crm.postgres.facts.columns import ATTRIBUTION_COLUMNS
+from crm.postgres.facts.requirements import CONFIDENCE
 from crm.postgres.facts.schema import DatabaseFacts
 from crm.rules.mapping import (
     CONTACT_TYPE_OF_LEAD_TYPE,
@@ -68,8 +70,10 @@ _OF_EVERY_ROW = [
     _is("phone", _trimmed("r.phone")),
     _is("createdAt", 'r."createdAt"'),
 ]
-_ATTRIBUTION = ("referrerUsername", "referrerType", "commissionRate", "commissionRateLockedAt", "attributionMethod")
-_NOTHING = ("assignedPreparerId", "assignedAt", "lastContactedAt", *_ATTRIBUTION)
+_NOTHING = (
+    *("assignedPreparerId", "assignedAt", "lastContactedAt"),
+    *(name for name in ATTRIBUTION_COLUMNS if name != CONFIDENCE),
+)
 
 _OF_PROFILE = [
     *_OF_EVERY_ROW,
@@ -80,7 +84,7 @@ _OF_PROFILE = [
     "c.stage::text = %(new)s",
     _is("stageEnteredAt", 'r."createdAt"'),
     "c.source = %(profile_origin)s",
-    'c."attributionConfidence" = %(full_confidence)s',
+    f'c."{CONFIDENCE}" = %(full_confidence)s',
     *(f'c."{name}" IS NULL' for name in _NOTHING),
     f"""CASE WHEN btrim(u.email, %(white_space)s) <> '' THEN {_is_address("u.email")}
              ELSE c.email = lower(c."contactType"::text) || '-' || r.id || '@' || %(placeholder_domain)s
@@ -100,7 +104,7 @@ _OF_LEAD = [
     """CASE WHEN r."assignedPreparerId" IS NULL THEN c."assignedPreparerId" IS NULL AND c."assignedAt" IS NULL
             ELSE p.id = c."assignedPreparerId" AND c."assignedAt" = r."updatedAt"
              AND btrim(p.id, %(white_space)s) <> '' END""",
-    *(_is(name, f'r."{name}"') for name in (*_ATTRIBUTION, "attributionConfidence", "lastContactedAt")),
+    *(_is(name, f'r."{name}"') for name in (*ATTRIBUTION_COLUMNS, "lastContactedAt")),
     *(f"COALESCE({_is_moment(column)}, true)" for column in ('r."lastContactedAt"', 'r."commissionRateLockedAt"')),
     'COALESCE(r."commissionRate" BETWEEN -1e9 AND 1e9, true)',
     _is_address("r.email"),

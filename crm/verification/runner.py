@@ -15,7 +15,8 @@ from crm.backfill.read.resolutions import Resolutions
 from crm.backfill.read.rows import RowReader, may_read_user_changes
 from crm.errors import OperatorError
 from crm.outcome import RowCounts
-from crm.postgres.facts.schema import ATTRIBUTION_COLUMNS, examine
+from crm.postgres.facts.columns import ATTRIBUTION_COLUMNS
+from crm.postgres.facts.schema import examine
 from crm.postgres.snapshot import snapshot
 from crm.runs.other_rules import OtherRules
 from crm.verification.comparison import Comparison, compare_contacts

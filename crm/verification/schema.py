@@ -8,8 +8,8 @@ from django.conf import settings
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.postgres.facts.catalog import Column, read_tables
+from crm.postgres.facts.columns import ATTRIBUTION_COLUMNS
 from crm.postgres.facts.requirements import CONFIDENCE, CONTACTS, RATE, types_of
-from crm.postgres.facts.schema import ATTRIBUTION_COLUMNS
 from crm.verification.findings import Check, Finding, Kind
 
 REFERRER = "referrerUsername"

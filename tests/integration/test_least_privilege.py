@@ -15,6 +15,7 @@ from pytest_django import DjangoDbBlocker
 from config import embedded
 from crm import checks
 from crm.legacy_schema import GENERATIONS
+from crm.postgres.facts.rights import OPTIONS, RIGHTS
 from manage import main
 from tests.conftest import Database
 from tests.support import builders
@@ -129,6 +130,54 @@ def test_an_update_works_under_the_role_that_was_made_for_it_and_the_check_is_cl
         assert (taken.code, taken.stderr) == (0, "")
         assert json.loads(taken.stdout)["updates"] == {"reversed": 2, "kept": 0, "failed": 0}
     assert builders.contact_with("ann@example.com")["contactType"] == "LEAD"
+
+
+@pytest.mark.parametrize("update", ["on", "off"])
+@pytest.mark.parametrize("rollback", ["on", "off"])
+def test_the_script_grants_the_rights_that_the_operations_need_and_no_other(
+    database: Database, update: str, rollback: str
+) -> None:
+    options = {name for name, is_on in (("update", update), ("rollback", rollback)) if is_on == "on"}
+    wanted = [
+        right
+        for right in RIGHTS
+        if right.is_basic or any(options.issuperset(OPTIONS[operation]) for operation in right.operations)
+    ]
+    columns = {
+        (right.table, right.privilege, column)
+        for right in wanted
+        for column in right.columns or all_columns(database, right.table)
+        if right.privilege != "DELETE" and column in ("xmin", *all_columns(database, right.table))
+    }
+    with role_made_by_script(update=update, rollback=rollback):
+        granted = database.rows(
+            """
+            SELECT relname::text, privilege, attname::text
+              FROM pg_class c JOIN pg_attribute ON attrelid = c.oid
+             CROSS JOIN unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'REFERENCES']) AS privilege
+             WHERE relnamespace IN ('public'::regnamespace, 'crm_backfill'::regnamespace) AND relkind IN ('r', 'p')
+               AND (attnum > 0 OR attname = 'xmin') AND NOT attisdropped
+               AND has_column_privilege(%s, c.oid, attnum, privilege)
+               AND (attname <> 'xmin' OR relname = 'crm_contacts' AND privilege = 'SELECT')
+            """,
+            ROLE,
+        )
+        whole = database.rows(
+            """
+            SELECT relname::text, privilege
+              FROM pg_class c CROSS JOIN unnest(ARRAY['DELETE', 'TRUNCATE', 'TRIGGER']) AS privilege
+             WHERE relnamespace IN ('public'::regnamespace, 'crm_backfill'::regnamespace) AND relkind IN ('r', 'p')
+               AND has_table_privilege(%s, c.oid, privilege)
+            """,
+            ROLE,
+        )
+    assert set(granted) == columns
+    assert set(whole) == {(right.table, right.privilege) for right in wanted if right.privilege == "DELETE"}
+
+
+def all_columns(database: Database, table: str) -> list[str]:
+    query = "SELECT attname::text FROM pg_attribute WHERE attrelid = %s::regclass AND attnum > 0 AND NOT attisdropped"
+    return [name for (name,) in database.rows(query, table)]
 
 
 def test_no_secret_can_be_read_nor_anything_else_be_done(database: Database) -> None:

@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crm.outcome import Outcome, Reason, RowOutcome
-from crm.rules.mapping import ContactDraft, MappedRow, contact_id
+from crm.rules.mapping import ATTRIBUTION_UNIT, ContactDraft, MappedRow, contact_id
 from crm.rules.matching import (
-    ATTRIBUTION_UNIT,
     PROFILE_FILLS,
     ExistingContact,
     ExistingContacts,

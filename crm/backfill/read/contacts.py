@@ -7,10 +7,11 @@ from collections.abc import Iterable, Sequence
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill.read.noncanonical_emails import NoncanonicalAddresses
+from crm.postgres.facts.columns import COLUMN
 from crm.postgres.facts.schema import DatabaseFacts
 from crm.postgres.loaders import read_as_text
 from crm.rules.addresses import canonical_address, trimmed_address
-from crm.rules.mapping import MappedRow, contact_id_sql
+from crm.rules.mapping import ATTRIBUTION, MappedRow, contact_id_sql
 from crm.rules.matching import ExistingContact, ExistingContacts, ProfileOfAddress
 
 # A contact is found by index under each key; one OR over all of them would be left to the planner's luck.
@@ -27,8 +28,8 @@ _OURS = "EXISTS (SELECT FROM ledger_entry line WHERE line.id = c.id AND line.out
 # A person may have taken the preparer away and left the date: a unit is missing when all of it is.
 _ASSIGNMENT = '(c."assignedPreparerId" IS NOT NULL OR c."assignedAt" IS NOT NULL), c."lastContactedAt"'
 _ATTRIBUTION = f"""
-{_ASSIGNMENT}, COALESCE(c."referrerUsername", c."referrerType", c."commissionRate"::text,
-c."commissionRateLockedAt"::text, c."attributionMethod") IS NOT NULL, c."updatedAt", c."attributionConfidence"
+{_ASSIGNMENT}, COALESCE({", ".join(f'c."{COLUMN[name]}"::text' for name in ATTRIBUTION)}) IS NOT NULL, c."updatedAt",
+c."attributionConfidence"
 """
 _NO_ATTRIBUTION = f'{_ASSIGNMENT}, false, c."updatedAt", NULL'
 _SPELLED = "SELECT email, id, NULL AS profile_id FROM crm_contacts WHERE email = ANY(%(spellings)s)"

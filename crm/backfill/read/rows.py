@@ -19,10 +19,10 @@ from django.db import DatabaseError, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill.read.resolutions import Resolutions
-from crm.models import CRMContact
 from crm.outcome import Outcome, Reason, Refusal, Source
 from crm.postgres import errors
 from crm.postgres.apart import read_apart
+from crm.postgres.facts.columns import COLUMN
 from crm.postgres.facts.schema import DatabaseFacts
 from crm.postgres.loaders import read_as_text
 from crm.postgres.snapshot import stream
@@ -30,9 +30,6 @@ from crm.rules.mapping import ContactDraft, MappedRow, map_rows, unmapped
 from crm.rules.source_rows import SOURCE_TABLES, RawRow
 
 logger = logging.getLogger(__name__)
-
-#: The contact's columns by the name of the draft's field.
-COLUMN = {field.attname: str(field.column) for field in CRMContact._meta.concrete_fields}
 
 #: Stands for an outcome in a line that tells what an update changed.
 UPDATED = "updated"

@@ -22,7 +22,7 @@ from crm.outcome import Outcome, Source
 from crm.postgres.facts.schema import DatabaseFacts
 from crm.postgres.loaders import read_as_text
 from crm.rules.addresses import canonical_address_sql
-from crm.rules.mapping import ATTRIBUTION, CONTACT_TYPE_OF_SOURCE, ContactDraft, MappedRow, map_rows, rounded
+from crm.rules.mapping import ATTRIBUTION_UNIT, CONTACT_TYPE_OF_SOURCE, ContactDraft, MappedRow, map_rows, rounded
 from crm.rules.updating import RowOfContact, SeenLine, StandingContact
 
 _SEEN = "COALESCE(seen_updated_at, source_updated_at) AS seen, seen_updated_at"
@@ -170,7 +170,7 @@ class Present:
 
     def contacts(self, ids: Collection[str]) -> dict[str, StandingContact]:
         """Those of these contacts that are there, by their id, without their rows."""
-        missing = () if self.facts.has_attribution else (*ATTRIBUTION, "attribution_confidence")
+        missing = () if self.facts.has_attribution else ATTRIBUTION_UNIT
         columns = [
             "NULL" if field.attname in missing else f'c."{field.column}"' for field in CRMContact._meta.concrete_fields
         ]

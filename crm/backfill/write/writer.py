@@ -23,8 +23,8 @@ from crm.outcome import Outcome, Reason, Refusal, RowOutcome, Source, Totals
 from crm.postgres.errors import RewrittenError, SettledMeanwhileError, row_refusal
 from crm.postgres.refusals import MAX_ALIKE, AlikeRefusals, names_of_the_schema
 from crm.postgres.transactions import certain_transaction
-from crm.rules.mapping import ATTRIBUTION, ContactDraft, MappedRow
-from crm.rules.matching import ASSIGNMENT_UNIT, ATTRIBUTION_UNIT, PROFILE_FILLS
+from crm.rules.mapping import ATTRIBUTION, ATTRIBUTION_UNIT, ContactDraft, MappedRow
+from crm.rules.matching import ASSIGNMENT_UNIT, PROFILE_FILLS
 from crm.runs import lease
 from crm.try_execute import try_execute
 

@@ -13,8 +13,9 @@ from typing import Any
 from django.conf import settings
 from django.db.backends.base.base import BaseDatabaseWrapper
 
-from crm.models import BackfillBatch, BackfillRun, ContactUpdate, CRMContact, CRMStageHistory
+from crm.models import BackfillBatch, BackfillRun, ContactUpdate, CRMStageHistory
 from crm.postgres.facts.catalog import MOMENT_TYPES, TEXT_TYPES, WHOLE_TYPES, Column, Table
+from crm.postgres.facts.columns import ATTRIBUTION_COLUMNS, CONTACT_COLUMNS
 
 CONTACTS, HISTORY = "crm_contacts", "crm_stage_history"
 LABELS: Mapping[str, tuple[str, ...]] = {
@@ -40,11 +41,12 @@ COMPARED: Mapping[str, tuple[str, ...]] = {
 }
 #: What some source never has, so that the contact's column must take a NULL.
 LEFT_BLANK = (
-    *("userId", "clerkUserId", "company", "assignedPreparerId", "assignedAt", "lastContactedAt", "referrerUsername"),
-    *("referrerType", RATE, "commissionRateLockedAt", "attributionMethod"),
+    *("userId", "clerkUserId", "company", "assignedPreparerId", "assignedAt", "lastContactedAt"),
+    *(name for name in ATTRIBUTION_COLUMNS if name != CONFIDENCE),
 )
-_WRITTEN: Mapping[str, tuple[str, ...]] = {
-    CONTACTS: tuple(str(field.column) for field in CRMContact._meta.concrete_fields),
+#: What is written in a table.
+WRITTEN: Mapping[str, tuple[str, ...]] = {
+    CONTACTS: CONTACT_COLUMNS,
     HISTORY: tuple(str(field.column) for field in CRMStageHistory._meta.concrete_fields if field.column != "changedBy"),
 }
 #: How many characters it takes, where it is the same for every row: the id that we make, and our word for a source.
@@ -115,7 +117,7 @@ def misfits(
     """
     yield from _of_encoding(connection)
     yield from _of_names(connection, tables)
-    yield from _of_types(tables, {**columns, HISTORY: _WRITTEN[HISTORY]} if for_updating else columns)
+    yield from _of_types(tables, {**columns, HISTORY: WRITTEN[HISTORY]} if for_updating else columns)
     yield from _of_collations(tables)
     yield from _of_mixed_collations(tables)
     yield from _of_sequences(connection)
@@ -261,7 +263,7 @@ def _of_history(connection: BaseDatabaseWrapper, history: Table, contacts: Table
             "Run without --update.",
         )
         return
-    if missing := [f"{HISTORY}.{name}" for name in sorted(_WRITTEN[HISTORY]) if name not in history.columns]:
+    if missing := [f"{HISTORY}.{name}" for name in sorted(WRITTEN[HISTORY]) if name not in history.columns]:
         yield Unfit(
             f"This database has no column {', '.join(missing)}, in which --update records that a contact moved to "
             "another stage: it is of a generation of the application that this version does not know.",
@@ -286,7 +288,7 @@ def _kind(table: Table) -> str:
 
 
 def _of_written_table(connection: BaseDatabaseWrapper, name: str, table: Table) -> Iterator[Unfit]:
-    written = _WRITTEN[name]
+    written = WRITTEN[name]
     if rules := [rule for (rule,) in _rows(connection, _RULES, table.oid)]:
         yield Unfit(
             f"The rule {', '.join(rules)} rewrites what is written into {name}, and PostgreSQL inserts nothing on "

@@ -1,74 +1,180 @@
-"""The rights that a run needs on tables: a run is refused without them, and its dry run says so."""
+"""The rights on tables: which of them each operation needs, and whether the role of a connection has them.
+
+`RIGHTS` is the one list. A run is refused without the rights that it needs, and its dry run says so; the system checks
+go by the list; and `docs/least_privilege.sql` grants what is in it (a test compares the two).
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
 
 from django.conf import settings
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm import try_execute
 from crm.errors import OperatorError
-from crm.models import CRMContact
-from crm.postgres.facts.requirements import HISTORY
+from crm.fields import as_columns
+from crm.models import (
+    BackfillBatch,
+    BackfillRun,
+    CommittedTransaction,
+    ConflictDecision,
+    ContactUpdate,
+    LedgerEntry,
+    Rollback,
+)
+from crm.postgres.facts.columns import COLUMNS_IN_USE, CONTACT_COLUMNS, FILLED_COLUMNS, PROMOTED_COLUMNS
+from crm.postgres.facts.foreign_keys import KNOWN
+from crm.postgres.facts.requirements import CONTACTS, HISTORY, WRITTEN
 
 logger = logging.getLogger(__name__)
 
-_CONTACTS = CRMContact._meta.db_table
+
+class Operation(StrEnum):
+    """What needs rights."""
+
+    RUN = "run"  # backfill_crm_contacts
+    UPDATE = "update"  # backfill_crm_contacts --update
+    RECREATE = "recreate"  # backfill_crm_contacts --recreate-deleted
+    ROLLBACK = "rollback"  # rollback_crm_backfill
+    ROLLBACK_OF_UPDATE = "rollback_of_update"  # rollback_crm_backfill, where the run changed contacts
+    RESOLVE = "resolve"  # resolve_crm_conflict
+    SHOW = "show"  # backfill_runs, trace_contact
+    VERIFY = "verify"  # what verify_crm_contacts sees more with, and can do without
+
+
+#: The options of docs/least_privilege.sql that an operation takes, the one to name last; the others take none.
+OPTIONS: dict[Operation, tuple[str, ...]] = {
+    Operation.UPDATE: ("update",),
+    Operation.RECREATE: ("rollback",),
+    Operation.ROLLBACK: ("rollback",),
+    Operation.ROLLBACK_OF_UPDATE: ("update", "rollback"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Right:
+    """A privilege on columns of a table, or on the whole table where none are named, and what needs it.
+
+    Some are granted whatever the options of the script, though only an optional operation needs them.
+    """
+
+    table: str
+    privilege: str
+    operations: tuple[Operation, ...]
+    columns: tuple[str, ...] = ()
+    is_always_granted: bool = False
+
+    @property
+    def is_basic(self) -> bool:
+        """Whether it is granted whatever the options of the script."""
+        return self.is_always_granted or any(operation not in OPTIONS for operation in self.operations)
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether the table is one of the backfill's own."""
+        return self.table in OUR_TABLES
+
+
+_RUN, _UPDATE, _ROLLBACK = Operation.RUN, Operation.UPDATE, Operation.ROLLBACK
+_LEDGER, _CHANGES = LedgerEntry._meta.db_table, ContactUpdate._meta.db_table
+_DECISIONS, _COMMITTED = ConflictDecision._meta.db_table, CommittedTransaction._meta.db_table
+_RUNS, _BATCHES, _ROLLBACKS = BackfillRun._meta.db_table, BackfillBatch._meta.db_table, Rollback._meta.db_table
+OUR_TABLES = (_RUNS, _LEDGER, _BATCHES, _DECISIONS, _CHANGES, _ROLLBACKS, _COMMITTED)
+
+RIGHTS = (
+    *(Right(table, "SELECT", (_RUN,), names) for table, names in COLUMNS_IN_USE.items() if table != CONTACTS),
+    Right("users", "SELECT", (Operation.VERIFY,), ("updatedAt",)),
+    # The age of a row tells which contacts of a batch landed.
+    Right(CONTACTS, "SELECT", (_RUN,), ("xmin", *CONTACT_COLUMNS)),
+    Right(CONTACTS, "INSERT", (_RUN,), CONTACT_COLUMNS),
+    Right(CONTACTS, "UPDATE", (_RUN, _ROLLBACK), FILLED_COLUMNS),
+    Right(CONTACTS, "UPDATE", (_UPDATE,), PROMOTED_COLUMNS),
+    # Before a contact goes, what others filled in anywhere must be seen, and who refers to it.
+    Right(CONTACTS, "SELECT", (_ROLLBACK,)),
+    *(Right(table, "SELECT", (_ROLLBACK,), (column,)) for table, column in KNOWN),
+    Right(CONTACTS, "DELETE", (_ROLLBACK,)),
+    *(Right(_RUNS, privilege, (_RUN,)) for privilege in ("SELECT", "INSERT", "UPDATE")),
+    *(Right(_BATCHES, privilege, (_RUN,)) for privilege in ("SELECT", "INSERT")),
+    *(Right(_LEDGER, privilege, (_RUN,)) for privilege in ("SELECT", "INSERT")),
+    Right(_LEDGER, "UPDATE", (_RUN, _ROLLBACK)),
+    Right(_LEDGER, "DELETE", (_ROLLBACK,)),
+    Right(_CHANGES, "SELECT", (_RUN,)),
+    Right(_CHANGES, "INSERT", (_UPDATE,), is_always_granted=True),
+    # What updates changed in contacts that are gone has to go.
+    Right(_CHANGES, "DELETE", (Operation.RECREATE, _ROLLBACK)),
+    Right(_DECISIONS, "SELECT", (_RUN,)),
+    *(Right(_DECISIONS, privilege, (Operation.RESOLVE,)) for privilege in ("INSERT", "UPDATE")),
+    *(Right(_COMMITTED, privilege, (_RUN, _ROLLBACK)) for privilege in ("SELECT", "INSERT", "DELETE")),
+    Right(HISTORY, "INSERT", (_UPDATE,), WRITTEN[HISTORY]),
+    # With a promotion goes the row of the history that told of it.
+    Right(HISTORY, "SELECT", (Operation.ROLLBACK_OF_UPDATE,), ("id",)),
+    Right(HISTORY, "DELETE", (Operation.ROLLBACK_OF_UPDATE,)),
+    Right(_ROLLBACKS, "SELECT", (Operation.SHOW,)),
+    *(Right(_ROLLBACKS, privilege, (_ROLLBACK,)) for privilege in ("INSERT", "UPDATE")),
+)
+
+
+def rights_of(*operations: Operation) -> Iterator[Right]:
+    """The rights that these operations need, in the order of `RIGHTS`."""
+    return (right for right in RIGHTS if not set(operations).isdisjoint(right.operations))
+
+
 #: By the oid of a table, since no name leads into a schema that the role may not look into.
 _MISSING = """
 WITH wanted AS (
-  SELECT n.oid AS namespace, c.oid, t, r, number
-    FROM unnest(%(tables)s::text[], %(rights)s::text[]) WITH ORDINALITY AS wanted(t, r, number)
-    JOIN pg_namespace n ON nspname = CASE WHEN t = ANY(%(theirs)s) THEN %(legacy)s ELSE %(ours)s END
+  SELECT n.oid AS namespace, c.oid, t, r, name, number
+    FROM unnest(%(tables)s::text[], %(rights)s::text[], %(columns)s::text[])
+         WITH ORDINALITY AS wanted(t, r, name, number)
+    JOIN pg_namespace n ON nspname = CASE WHEN t = ANY(%(ours)s) THEN %(our_schema)s ELSE %(their_schema)s END
     JOIN pg_class c ON relnamespace = n.oid AND relname = t
 ), missing AS (
   SELECT 0 AS number, 'USAGE on schema ' || nspname AS missing
     FROM pg_namespace WHERE oid IN (SELECT namespace FROM wanted) AND NOT has_schema_privilege(oid, 'USAGE')
    UNION ALL
-  SELECT number, r || ' on ' || t FROM wanted
+  SELECT min(number), r || ' on ' || t FROM wanted
    -- Only a DELETE is never granted by column.
    WHERE NOT CASE r WHEN 'DELETE' THEN has_table_privilege(oid, r) ELSE has_any_column_privilege(oid, r) END
+   GROUP BY r, t
    UNION ALL
-  SELECT 1000, 'UPDATE on ' || relname || '.' || attname
-    FROM pg_attribute JOIN pg_class c ON c.oid = attrelid JOIN pg_namespace n ON n.oid = relnamespace
-   WHERE nspname = %(legacy)s AND relname = %(contacts)s AND attname = ANY(%(columns)s)
-     AND NOT has_column_privilege(c.oid, attnum, 'UPDATE')
+  SELECT number, r || ' on ' || t || '.' || attname
+    FROM wanted JOIN pg_attribute ON attrelid = wanted.oid AND attname = name
+   WHERE has_any_column_privilege(wanted.oid, r) AND NOT has_column_privilege(wanted.oid, attnum, r)
    UNION ALL
   SELECT 2000, 'EXECUTE on ' || %(signature)s
     FROM pg_proc p JOIN pg_namespace n ON n.oid = pronamespace
-   WHERE nspname = %(ours)s AND proname = %(function)s AND NOT has_function_privilege(p.oid, 'EXECUTE')
+   WHERE nspname = %(our_schema)s AND proname = %(function)s AND NOT has_function_privilege(p.oid, 'EXECUTE')
 )
 SELECT missing FROM missing ORDER BY number
 """
 
 
-def require_rights(
-    connection: BaseDatabaseWrapper,
-    wanted: Iterable[tuple[str, str]],
-    *,
-    updated_columns: Sequence[str] = (),
-    option: str = "",
-    dry_run: bool,
-) -> None:
-    """Raise OperatorError where this role lacks one of the rights, each a table and a privilege.
+def require_rights(connection: BaseDatabaseWrapper, *operations: Operation, dry_run: bool) -> None:
+    """Raise OperatorError where this role lacks a right that one of the operations needs.
 
-    `updated_columns` are those of a contact that it must be able to update; `option` is the one of
-    docs/least_privilege.sql that grants all of it. A dry run needs none of the rights: it is told what a run lacks.
+    What it must be able to read of the application's tables is not asked here: `examine` says so in other words. A dry
+    run needs none of the rights: it is told what a run lacks, and how the last of the operations gets all of it.
     """
-    tables, rights = zip(*wanted, strict=True)
+    wanted = [
+        (right.table, right.privilege, column)
+        for right in rights_of(*operations)
+        if right.is_ours or right.privilege != "SELECT"
+        for column in right.columns or (None,)
+    ]
+    tables, rights, columns = as_columns(wanted)
     with connection.cursor() as cursor:
         cursor.execute(
             _MISSING,
             {
-                "tables": list(tables),
-                "rights": list(rights),
-                "theirs": [_CONTACTS, HISTORY],
-                "legacy": settings.LEGACY_SCHEMA,
-                "ours": settings.BACKFILL_SCHEMA,
-                "contacts": _CONTACTS,
-                "columns": list(updated_columns),
+                "tables": tables,
+                "rights": rights,
+                "columns": columns,
+                "ours": list(OUR_TABLES),
+                "their_schema": settings.LEGACY_SCHEMA,
+                "our_schema": settings.BACKFILL_SCHEMA,
                 "function": try_execute.FUNCTION,
                 "signature": try_execute.SIGNATURE,
             },
@@ -77,6 +183,7 @@ def require_rights(
     if not missing:
         return
     lacked = ", ".join(missing)
+    option = OPTIONS[operations[-1]][-1] if operations[-1] in OPTIONS else None
     script = f"docs/least_privilege.sql again{f' with --set {option}=on' if option else ''}"
     if dry_run:
         logger.warning(

@@ -21,14 +21,14 @@ from crm.models import (
     CommittedTransaction,
     ConflictDecision,
     ContactUpdate,
-    CRMContact,
     LedgerEntry,
 )
 from crm.outcome import Source
 from crm.postgres.facts.catalog import Column, read_tables
+from crm.postgres.facts.columns import ATTRIBUTION_COLUMNS, COLUMNS_IN_USE, OPTIONAL_COLUMNS, REQUIRED_COLUMNS
 from crm.postgres.facts.repeated_ids import find_repeated_ids
 from crm.postgres.facts.requirements import HISTORY, MOMENTS, RATE, Unfit, misfits
-from crm.postgres.facts.rights import require_rights
+from crm.postgres.facts.rights import Operation, require_rights, rights_of
 from crm.rules.mapping import (
     CONTACT_TYPE_OF_LEAD_TYPE,
     CONTACT_TYPE_OF_SOURCE,
@@ -43,27 +43,6 @@ from crm.rules.source_rows import SOURCE_TABLES
 
 logger = logging.getLogger(__name__)
 
-ATTRIBUTION_COLUMNS = (
-    "referrerUsername",
-    "referrerType",
-    "commissionRate",
-    "commissionRateLockedAt",
-    "attributionMethod",
-    "attributionConfidence",
-)
-CONTACT_COLUMNS = tuple(str(field.column) for field in CRMContact._meta.concrete_fields)
-REQUIRED_COLUMNS: Mapping[str, tuple[str, ...]] = {
-    "users": ("id", "email"),
-    **{name: table.required_columns for name, table in SOURCE_TABLES.items()},
-    "crm_contacts": tuple(column for column in CONTACT_COLUMNS if column not in ATTRIBUTION_COLUMNS),
-}
-OPTIONAL_COLUMNS: Mapping[str, tuple[str, ...]] = {
-    **{name: table.optional_columns for name, table in SOURCE_TABLES.items()},
-    "crm_contacts": ATTRIBUTION_COLUMNS,
-}
-COLUMNS_IN_USE: Mapping[str, tuple[str, ...]] = {
-    table: (*names, *OPTIONAL_COLUMNS.get(table, ())) for table, names in REQUIRED_COLUMNS.items()
-}
 #: The source that takes rows without a role or status, and ids that several rows have: all of them are errors.
 SOURCE_OF_STRAYS: Mapping[str, Source] = {"profiles": Source.CLIENTS, "leads": Source.ACTIVE_LEADS}
 REQUIRED_CONTACT_TYPES = sorted({*CONTACT_TYPE_OF_SOURCE.values(), *CONTACT_TYPE_OF_LEAD_TYPE.values()})
@@ -72,8 +51,6 @@ STAGES_OF_2025_10 = ("NEW", "CONTACTED", "DOCUMENTS", "PREPARING", "COMPLETE")
 STAGES_SINCE = ("NEW", "CONTACTED", "QUALIFIED", "DOCUMENTS", "FILED", "CLOSED", "LOST")
 #: Of the rate that `migrate` adds where there is none.
 DECIMALS_OF_OURS = 2
-#: What only --update writes in a contact that is there.
-PROMOTED_COLUMNS = ("firstName", "lastName", "email", "contactType", "source", "stage", "stageEnteredAt")
 #: What the ledger consists of for those who read it: what became of every row, and what updates changed later.
 LEDGER_TABLES = (LedgerEntry._meta.db_table, ContactUpdate._meta.db_table)
 _OUR_COLUMNS = [
@@ -371,33 +348,14 @@ def _require_migrations(*, has_attribution: bool, has_ledger: bool) -> None:
 def _require_rights(
     connection: BaseDatabaseWrapper, *, for_updating: bool, for_recreating: bool, dry_run: bool
 ) -> None:
-    rights = {
-        "crm_contacts": ["INSERT", "UPDATE"],
-        BackfillRun._meta.db_table: ["SELECT", "INSERT", "UPDATE"],
-        BackfillBatch._meta.db_table: ["SELECT", "INSERT"],
-        LedgerEntry._meta.db_table: ["SELECT", "INSERT", "UPDATE"],
-        ContactUpdate._meta.db_table: ["SELECT"],
-        ConflictDecision._meta.db_table: ["SELECT"],
-        CommittedTransaction._meta.db_table: ["SELECT", "INSERT", "DELETE"],
-    }
-    option = ""
+    operations = [Operation.RUN]
     if for_updating:
-        rights[ContactUpdate._meta.db_table].append("INSERT")
-        rights[HISTORY] = ["INSERT"]
-        option = "update"
+        operations.append(Operation.UPDATE)
     if for_recreating:
-        # What updates changed in the contacts that are gone has to go.
-        rights[ContactUpdate._meta.db_table].append("DELETE")
-        option = "rollback"
-    require_rights(
-        connection,
-        [(table, right) for table, of_table in rights.items() for right in of_table],
-        updated_columns=PROMOTED_COLUMNS if for_updating else (),
-        option=option,
-        dry_run=dry_run,
-    )
+        operations.append(Operation.RECREATE)
+    require_rights(connection, *operations, dry_run=dry_run)
     if not dry_run:
-        _require_tables_of_ours(connection, rights)
+        _require_tables_of_ours(connection, {right.table for right in rights_of(*operations)})
 
 
 def _require_tables_of_ours(connection: BaseDatabaseWrapper, tables: Iterable[str]) -> None:
