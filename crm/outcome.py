@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 
 class Source(StrEnum):
@@ -118,29 +118,27 @@ class Totals:
     exists: int = 0
     error: int = 0
     error_new: int = 0
-    errors_by_reason: Counter[str] = field(default_factory=Counter)
-    errors_new_by_reason: Counter[str] = field(default_factory=Counter)
-    created_by_type: Counter[str] = field(default_factory=Counter)
     revisited: int = 0
     updated: int = 0
     kept: int = 0
     unchanged: int = 0
+    updated_and_kept: int = 0
+    errors_by_reason: Counter[str] = field(default_factory=Counter)
+    errors_new_by_reason: Counter[str] = field(default_factory=Counter)
+    created_by_type: Counter[str] = field(default_factory=Counter)
     updated_by_column: Counter[str] = field(default_factory=Counter)
     kept_by_column: Counter[str] = field(default_factory=Counter)
-    updated_and_kept: int = 0
 
     @classmethod
     def of(cls, row_outcomes: list[RowOutcome], created_types: Counter[str]) -> Self:
         """Count a batch: its decisions, and the types of the contacts that it created."""
         outcomes = Counter(row_outcome.outcome for row_outcome in row_outcomes)
+        by_outcome: dict[str, Any] = {outcome.value: outcomes[outcome] for outcome in Outcome}
         errors = [row_outcome for row_outcome in row_outcomes if row_outcome.outcome is Outcome.ERROR]
         new = Counter(str(row_outcome.reason) for row_outcome in errors if row_outcome.is_new_error)
         return cls(
             read=len(row_outcomes),
-            created=outcomes[Outcome.CREATED],
-            merged=outcomes[Outcome.MERGED],
-            exists=outcomes[Outcome.EXISTS],
-            error=len(errors),
+            **by_outcome,
             error_new=new.total(),
             errors_by_reason=Counter(str(row_outcome.reason) for row_outcome in errors),
             errors_new_by_reason=new,
@@ -149,22 +147,20 @@ class Totals:
 
     def add(self, other: Totals) -> None:
         """Add another's counts to these."""
-        self.read += other.read
-        self.created += other.created
-        self.merged += other.merged
-        self.exists += other.exists
-        self.error += other.error
-        self.error_new += other.error_new
-        self.errors_by_reason.update(other.errors_by_reason)
-        self.errors_new_by_reason.update(other.errors_new_by_reason)
-        self.created_by_type.update(other.created_by_type)
-        self.revisited += other.revisited
-        self.updated += other.updated
-        self.kept += other.kept
-        self.unchanged += other.unchanged
-        self.updated_by_column.update(other.updated_by_column)
-        self.kept_by_column.update(other.kept_by_column)
-        self.updated_and_kept += other.updated_and_kept
+        for name, count in other.numbers.items():
+            setattr(self, name, getattr(self, name) + count)
+        for name, counts in other.breakdowns.items():
+            getattr(self, name).update(counts)
+
+    @property
+    def numbers(self) -> dict[str, int]:
+        """The counts that are one number, by name."""
+        return {name: getattr(self, name) for name in NUMBERS}
+
+    @property
+    def breakdowns(self) -> dict[str, Counter[str]]:
+        """The counts by reason, type or column, by name."""
+        return {name: getattr(self, name) for name in BREAKDOWNS}
 
     @property
     def rows(self) -> int:
@@ -195,6 +191,11 @@ class Totals:
     def balances(self) -> bool:
         """Whether every row that was looked at has an outcome."""
         return self.read == sum(self.outcomes.values()) and self.revisited == sum(self.update_outcomes.values())
+
+
+#: The names of the counts of rows, which runs and batches have as well: those that are one number, and the others.
+NUMBERS = tuple(each.name for each in fields(Totals) if each.default == 0)
+BREAKDOWNS = tuple(each.name for each in fields(Totals) if each.name not in NUMBERS)
 
 
 class Fault(StrEnum):

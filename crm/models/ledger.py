@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Self
+from typing import Any, Self
 
 from django.conf import settings
 from django.db import models
@@ -11,7 +11,7 @@ from django.db.models import F, Q, Value
 from django.db.models.functions import Now
 
 from crm.fields import ExactTimestampField, KeyField
-from crm.outcome import Outcome, Source, Totals
+from crm.outcome import BREAKDOWNS, NUMBERS, Outcome, Source, Totals
 
 
 class RunStatus(models.TextChoices):
@@ -161,42 +161,14 @@ class BackfillBatch(models.Model):
     @classmethod
     def of(cls, run_id: int, source: Source, totals: Totals, seconds: float) -> Self:
         """A batch with these counts."""
-        return cls(
-            run_id=run_id,
-            source=source,
-            read=totals.read,
-            error_new=totals.error_new,
-            errors_by_reason=dict(totals.errors_by_reason),
-            errors_new_by_reason=dict(totals.errors_new_by_reason),
-            created_by_type=dict(totals.created_by_type),
-            revisited=totals.revisited,
-            updated_by_column=dict(totals.updated_by_column),
-            kept_by_column=dict(totals.kept_by_column),
-            seconds=seconds,
-            **totals.outcomes,
-            **totals.update_counts,
-        )
+        breakdowns = {name: dict(counts) for name, counts in totals.breakdowns.items()}
+        return cls(run_id=run_id, source=source, seconds=seconds, **totals.numbers, **breakdowns)
 
     def totals(self) -> Totals:
         """The counts, to be added up."""
-        return Totals(
-            self.read,
-            self.created,
-            self.merged,
-            self.exists,
-            self.error,
-            self.error_new,
-            Counter(self.errors_by_reason),
-            Counter(self.errors_new_by_reason),
-            Counter(self.created_by_type),
-            self.revisited,
-            self.updated,
-            self.kept,
-            self.unchanged,
-            Counter(self.updated_by_column),
-            Counter(self.kept_by_column),
-            self.updated_and_kept or 0,
-        )
+        # Earlier versions did not count all of them.
+        counts: dict[str, Any] = {name: getattr(self, name) or 0 for name in NUMBERS}
+        return Totals(**counts | {name: Counter(getattr(self, name)) for name in BREAKDOWNS})
 
 
 class LedgerEntry(models.Model):

@@ -21,7 +21,7 @@ from django.db.models.functions import Coalesce, Now
 from crm.errors import OperatorError
 from crm.models import BackfillBatch, BackfillRun, Rollback
 from crm.models.ledger import RunStatus
-from crm.outcome import Outcome, UpdateOutcome
+from crm.outcome import NUMBERS
 from crm.postgres import errors
 from crm.postgres.snapshot import in_pages
 from crm.postgres.transactions import certain_transaction
@@ -179,12 +179,7 @@ def summary(run: BackfillRun) -> dict[str, Any]:
         "started_at": run.started_at.isoformat(),
         "heartbeat_at": run.heartbeat_at.isoformat(),
         "finished_at": run.finished_at and run.finished_at.isoformat(),
-        "read": run.read,
-        **{outcome.value: getattr(run, outcome.value) for outcome in Outcome},
-        "error_new": run.error_new,
-        "revisited": run.revisited,
-        **{outcome.value: getattr(run, outcome.value) for outcome in UpdateOutcome},
-        "updated_and_kept": run.updated_and_kept,
+        **{name: getattr(run, name) for name in NUMBERS},
         "balanced": run.balanced,
         "rolls_back": rollback and rollback.of_id,
         "took_back": rollback and took_back(rollback),

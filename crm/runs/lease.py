@@ -111,10 +111,7 @@ def renew(run_id: int, totals: Totals) -> None:
         .filter(pk=run_id)
         .update(
             heartbeat_at=Now(),
-            read=F("read") + totals.read,
-            error_new=F("error_new") + totals.error_new,
-            revisited=F("revisited") + totals.revisited,
-            **{name: F(name) + count for name, count in (totals.outcomes | totals.update_counts).items()},
+            **{name: F(name) + count for name, count in totals.numbers.items()},
         )
     )
     if not updated:

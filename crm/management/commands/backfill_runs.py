@@ -17,7 +17,7 @@ from crm.management.arguments import positive, run_number
 from crm.management.operator_command import OperatorCommand
 from crm.models import BackfillRun
 from crm.models.ledger import RunStatus
-from crm.outcome import Outcome, UpdateOutcome
+from crm.outcome import NUMBERS, Outcome
 from crm.rules.options import as_arguments
 from crm.runs import control, lease
 from crm.runs.watching import POLL_INTERVAL, watch
@@ -36,7 +36,7 @@ _COLUMNS = (
 )
 #: What a rollback has none of.
 _OF_A_BACKFILL = (
-    *("read", *Outcome, "error_new", "revisited", *UpdateOutcome, "updated_and_kept"),
+    *NUMBERS,
     *("batches", "by_source", "by_reason", "new_by_reason", "updated_by_column"),
 )
 #: What is a name in digits, and no count of anything.
