@@ -33,6 +33,8 @@ from django.db.backends.utils import CursorWrapper
 from django.db.migrations.recorder import MigrationRecorder
 from psycopg import sql
 
+from config.database import quoted_name
+from crm import sqlstates
 from crm.errors import OperatorError
 from crm.postgres.errors import sqlstate
 
@@ -49,13 +51,9 @@ INDEX = "crm_contacts_referrerUsername_idx"
 INDEXED_COLUMN = "referrerUsername"
 MARK = "Added by the CRM contacts backfill"
 
-INSUFFICIENT_PRIVILEGE = "42501"
-DEPENDENT_OBJECTS = "2BP01"
-LOCK_TIMEOUT = "55P03"
-DEADLOCK = "40P01"
 #: Somebody else added the same thing after the catalogue was asked.
-ADDED_MEANWHILE = ("42701", "42P07", "23505")
-PASSING = (LOCK_TIMEOUT, DEADLOCK, *ADDED_MEANWHILE)
+ADDED_MEANWHILE = (sqlstates.DUPLICATE_COLUMN, sqlstates.DUPLICATE_TABLE, sqlstates.UNIQUE_VIOLATION)
+PASSING = (sqlstates.LOCK_NOT_AVAILABLE, sqlstates.DEADLOCK_DETECTED, *ADDED_MEANWHILE)
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +128,7 @@ def add(connection: BaseDatabaseWrapper, patience: Patience = DEFAULT_PATIENCE) 
         _with_patience(connection, patience, lambda: _add_columns(connection, patience))
         _with_patience(connection, patience, lambda: _add_index(connection, patience, mark=is_addition))
     except DatabaseError as error:
-        if sqlstate(error) != INSUFFICIENT_PRIVILEGE:
+        if sqlstate(error) != sqlstates.INSUFFICIENT_PRIVILEGE:
             raise
         raise _owner_needed(connection, _statements_to_add(_require_table(connection))) from error
 
@@ -165,12 +163,12 @@ def remove(connection: BaseDatabaseWrapper, patience: Patience = DEFAULT_PATIENC
         _with_patience(connection, patience, lambda: _remove_index(connection, patience))
         _with_patience(connection, patience, lambda: _remove_columns(connection, patience))
     except DatabaseError as error:
-        if sqlstate(error) == DEPENDENT_OBJECTS:
+        if sqlstate(error) == sqlstates.DEPENDENT_OBJECTS_STILL_EXIST:
             raise OperatorError(
                 f"A view or another object depends on an attribution column of {TABLE}, so none was dropped. "
                 "Drop that object, and try again."
             ) from error
-        if sqlstate(error) != INSUFFICIENT_PRIVILEGE:
+        if sqlstate(error) != sqlstates.INSUFFICIENT_PRIVILEGE:
             raise
         raise _owner_needed(connection, _statements_to_remove(_require_table(connection))) from error
 
@@ -350,7 +348,7 @@ def _qualified(*names: str) -> str:
 
 
 def _identifier(*names: str) -> str:
-    return sql.Identifier(*names).as_string()
+    return ".".join(map(quoted_name, names))
 
 
 # What the operator is told

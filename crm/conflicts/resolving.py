@@ -18,6 +18,7 @@ from django.conf import settings
 from django.db import connection
 from django.db.models.functions import Now
 
+from crm import sqlstates
 from crm.conflicts.dead_letters import named_contacts, remedy, shown_decision
 from crm.errors import OperatorError
 from crm.models import ConflictDecision, CRMContact, LedgerEntry
@@ -150,11 +151,11 @@ def _between_runs() -> Iterator[None]:
 def _as_operator_error(what_now: str) -> AbstractContextManager[None]:
     """Turn what the database refuses into what can be done about it, without the address that it quotes."""
     known = {
-        errors.NO_SUCH_TABLE: (
+        sqlstates.UNDEFINED_TABLE: (
             "A table is missing that this role would see: run `python manage.py migrate`, or let the owner GRANT USAGE "
             f"on the schema {settings.BACKFILL_SCHEMA}."
         ),
-        errors.INSUFFICIENT_PRIVILEGE: (
+        sqlstates.INSUFFICIENT_PRIVILEGE: (
             "This role may not look for the row or record a decision: docs/least_privilege.sql gives the rights."
         ),
     }

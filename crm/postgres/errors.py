@@ -1,8 +1,8 @@
-"""Which database errors are of a bad moment, which the operator's, and which of a row: the only place that says so.
+"""Which database errors are transient, which the operator's, and which of a row: the only place that says so.
 
-A bad moment passes when one waits. The operator's errors are the same for every row: a right or a table is missing.
-All others are of the row at which they come, whatever SQLSTATE a trigger or a function gave them. Names SQLSTATEs,
-never PostgreSQL's own texts: its DETAIL quotes people's data.
+What is transient passes when one waits. The operator's errors are the same for every row: a right or a table is
+missing. All others are of the row at which they come, whatever SQLSTATE a trigger or a function gave them. Names
+SQLSTATEs, never PostgreSQL's own texts: its DETAIL quotes people's data.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 import psycopg
 from django.db import DatabaseError, DataError, InterfaceError, InternalError, NotSupportedError, OperationalError
 
-from crm import try_execute
+from crm import sqlstates, try_execute
 from crm.errors import OperatorError
 from crm.outcome import Refusal
 
@@ -22,38 +22,36 @@ LOST_CONNECTION = "connection lost"
 SETTLED_MEANWHILE = "rows that have an outcome by now"
 _LEDGER_KEY = "ledger_entry_pkey"
 #: What passes when one waits, by SQLSTATE or by its class.
-BAD_MOMENTS = {
-    "08": LOST_CONNECTION,
-    "40": "transaction rolled back by the server",
-    "53": "server short of resources",
-    "57": "server interrupted the statement",
-    "40001": "serialization failure",
-    "40P01": "deadlock",
-    "53300": "too many connections",
-    "55P03": "lock timeout",
-    "57014": "statement timeout",
-    "57P01": "server shut down the connection",
-    "57P02": "server crashed",
-    "57P03": "server is starting",
-    "57P05": "idle session timeout",
-    "25P03": "idle in transaction timeout",
-    "25P04": "transaction timeout",
-    "25006": "server is read-only",
+TRANSIENT_CAUSES = {
+    sqlstates.CONNECTION_EXCEPTION: LOST_CONNECTION,
+    sqlstates.TRANSACTION_ROLLBACK: "transaction rolled back by the server",
+    sqlstates.INSUFFICIENT_RESOURCES: "server short of resources",
+    sqlstates.OPERATOR_INTERVENTION: "server interrupted the statement",
+    sqlstates.SERIALIZATION_FAILURE: "serialization failure",
+    sqlstates.DEADLOCK_DETECTED: "deadlock",
+    sqlstates.TOO_MANY_CONNECTIONS: "too many connections",
+    sqlstates.LOCK_NOT_AVAILABLE: "lock timeout",
+    sqlstates.QUERY_CANCELED: "statement timeout",
+    sqlstates.ADMIN_SHUTDOWN: "server shut down the connection",
+    sqlstates.CRASH_SHUTDOWN: "server crashed",
+    sqlstates.CANNOT_CONNECT_NOW: "server is starting",
+    sqlstates.IDLE_SESSION_TIMEOUT: "idle session timeout",
+    sqlstates.IDLE_IN_TRANSACTION_SESSION_TIMEOUT: "idle in transaction timeout",
+    sqlstates.TRANSACTION_TIMEOUT: "transaction timeout",
+    sqlstates.READ_ONLY_SQL_TRANSACTION: "server is read-only",
 }
-TIMEOUTS = ("55P03", "57014", "25P04")
-DEADLOCK, UNIQUE_VIOLATION = "40P01", "23505"
-INSUFFICIENT_PRIVILEGE, NO_SUCH_TABLE, NO_SUCH_COLUMN, LOCK_TIMEOUT = "42501", "42P01", "42703", "55P03"
+TIMEOUTS = (sqlstates.LOCK_NOT_AVAILABLE, sqlstates.QUERY_CANCELED, sqlstates.TRANSACTION_TIMEOUT)
 #: What an operator can put right, whatever the command.
 REMEDIES = {
-    INSUFFICIENT_PRIVILEGE: (
+    sqlstates.INSUFFICIENT_PRIVILEGE: (
         "This role has not all the rights that this takes: docs/least_privilege.sql gives them, and "
         "`python manage.py check --database default` names those that are missing."
     ),
-    NO_SUCH_TABLE: (
+    sqlstates.UNDEFINED_TABLE: (
         "This database has not all the tables that this takes, or this role may not see them: "
         "`python manage.py migrate` makes those of the backfill."
     ),
-    NO_SUCH_COLUMN: (
+    sqlstates.UNDEFINED_COLUMN: (
         "This database has not all the columns that this version takes: run `python manage.py migrate`, as after every "
         "new version."
     ),
@@ -149,7 +147,7 @@ def sqlstate(error: BaseException) -> str | None:
 
 
 def row_refusal(error: DatabaseError) -> Refusal | None:
-    """What PostgreSQL said of a row; None when the error is of a bad moment, or the operator's.
+    """What PostgreSQL said of a row; None when the error is transient, or the operator's.
 
     The names are as the error gives them, and may be anything: see `names_of_the_schema`.
     """
@@ -185,7 +183,7 @@ def transient_cause(error: BaseException) -> str | None:
     if code is None:
         # An InternalError of psycopg's own is an answer that makes no sense, such as none: the line broke in it.
         return LOST_CONNECTION if isinstance(error, OperationalError | InterfaceError | InternalError) else None
-    return BAD_MOMENTS.get(code) or BAD_MOMENTS.get(code[:2])
+    return TRANSIENT_CAUSES.get(code) or TRANSIENT_CAUSES.get(code[:2])
 
 
 def _refused_by(error: BaseException) -> str | None:
@@ -200,7 +198,7 @@ def too_many_rows(error: BaseException) -> str | None:
 
 def is_deadlock(error: BaseException) -> bool:
     """Whether the batch and another session waited for each other's locks: one row at a time, it cannot happen."""
-    return sqlstate(error) == DEADLOCK
+    return sqlstate(error) == sqlstates.DEADLOCK_DETECTED
 
 
 def describe(error: BaseException) -> str:

@@ -10,11 +10,11 @@ from typing import Any
 from django.conf import settings
 from django.db import DatabaseError, connections
 from django.db.backends.utils import CursorWrapper
-from psycopg import sql
 
+from config.database import quoted_name
+from crm import sqlstates
 from crm.errors import OperatorError
 
-INSUFFICIENT_PRIVILEGE = "42501"
 READ_ONLY = (
     "Nothing can be written here: the server is a standby, or default_transaction_read_only is on for it, for the "
     "database or for the role. Give DATABASE_URL the address of the primary, or let the setting be off."
@@ -50,14 +50,14 @@ def _exists(cursor: CursorWrapper) -> bool:
 
 
 def _create(cursor: CursorWrapper) -> None:
-    schema = _quoted(settings.BACKFILL_SCHEMA)
+    schema = quoted_name(settings.BACKFILL_SCHEMA)
     try:
         # Somebody may have been first since the look.
         cursor.execute(f"CREATE SCHEMA IF NOT EXISTS {schema}")
     except DatabaseError as error:
-        if getattr(error.__cause__, "sqlstate", None) != INSUFFICIENT_PRIVILEGE:
+        if getattr(error.__cause__, "sqlstate", None) != sqlstates.INSUFFICIENT_PRIVILEGE:
             raise
-        role = _quoted(_current_role(cursor))
+        role = quoted_name(_current_role(cursor))
         raise OperatorError(
             f"The schema {settings.BACKFILL_SCHEMA} is missing, and this role may not make it. Let the owner of the "
             f"database run CREATE SCHEMA {schema} AUTHORIZATION {role}; and try again."
@@ -78,7 +78,7 @@ def _check_privileges(cursor: CursorWrapper) -> None:
     raise OperatorError(
         f"This role may not make tables in the schema {schema}: give DATABASE_URL the address of its owner, the role "
         f"{owner}, for `migrate`. Or let a superuser run "
-        f"ALTER SCHEMA {_quoted(schema)} OWNER TO {_quoted(_current_role(cursor))}; and try again."
+        f"ALTER SCHEMA {quoted_name(schema)} OWNER TO {quoted_name(_current_role(cursor))}; and try again."
     )
 
 
@@ -94,10 +94,6 @@ def _check_record_of_migrations(cursor: CursorWrapper) -> None:
             f"The schema {row[0]} holds a table django_migrations of another Django project, which would be taken for "
             "the record of this one. Move it out of the search path, and try again."
         )
-
-
-def _quoted(name: str) -> str:
-    return sql.Identifier(name).as_string()
 
 
 def _current_role(cursor: CursorWrapper) -> str:

@@ -26,6 +26,7 @@ from django.conf import settings
 from django.db.backends.base.base import BaseDatabaseWrapper
 from psycopg import sql
 
+from config.database import quoted_name
 from crm.errors import OperatorError
 from crm.postgres.trust import SAFE_SEARCH_PATH, require_trusted
 
@@ -154,8 +155,9 @@ def _require_search_path(search_path: str, own: Sequence[str], role: str, databa
     raise OperatorError(
         f"The search path of this connection is {search_path}, so the tables of the backfill and of the schema "
         f"{settings.LEGACY_SCHEMA} would be taken for others. {why}: let the role have it, once, with "
-        f"ALTER ROLE {_quoted(role)} IN DATABASE {_quoted(database)} "
-        f"SET search_path = {', '.join(map(_quoted, (*wanted, *rest)))}; and reconnect PgBouncer's server connections."
+        f"ALTER ROLE {quoted_name(role)} IN DATABASE {quoted_name(database)} "
+        f"SET search_path = {', '.join(map(quoted_name, (*wanted, *rest)))}; and reconnect PgBouncer's server "
+        "connections."
     )
 
 
@@ -165,12 +167,12 @@ def _path(own: Sequence[str]) -> str:
     Temporary tables come last. They would come first if they were not named.
     """
     names = dict.fromkeys((settings.BACKFILL_SCHEMA, settings.LEGACY_SCHEMA, *own, "pg_temp"))
-    return ", ".join(map(_quoted, names))
+    return ", ".join(map(quoted_name, names))
 
 
 def _require_settings(session: psycopg.Connection, role: str, database: str) -> None:
     if otherwise := _rows(session, _OTHERWISE, list(SETTINGS), list(SETTINGS.values())):
-        where = f"ALTER ROLE {_quoted(role)} IN DATABASE {_quoted(database)} SET"
+        where = f"ALTER ROLE {quoted_name(role)} IN DATABASE {quoted_name(database)} SET"
         statements = " ".join(f"{where} {name} = {_literal(value)};" for name, value in otherwise)
         raise OperatorError(
             f"This session has another {', '.join(name for name, _ in otherwise)} than the backfill needs, and a "
@@ -182,17 +184,17 @@ def _require_settings(session: psycopg.Connection, role: str, database: str) -> 
 def _require_all_rows(hidden: Sequence[str], role: str) -> None:
     """What a policy hides of our own tables would be taken for not done, or for not decided."""
     if hidden:
-        tables = [f"{_quoted(settings.BACKFILL_SCHEMA)}.{_quoted(name)}" for name in hidden]
+        tables = [f"{quoted_name(settings.BACKFILL_SCHEMA)}.{quoted_name(name)}" for name in hidden]
         statements = " ".join(f"ALTER TABLE {table} DISABLE ROW LEVEL SECURITY;" for table in tables)
         raise OperatorError(
             f"The row-level security of {', '.join(f'{settings.BACKFILL_SCHEMA}.{name}' for name in hidden)} decides "
             f"which rows the role {role} sees and writes, and every row of the backfill's own tables counts. Let their "
-            f"owner run {statements} Or let a superuser ALTER ROLE {_quoted(role)} BYPASSRLS;"
+            f"owner run {statements} Or let a superuser ALTER ROLE {quoted_name(role)} BYPASSRLS;"
         )
 
 
 def _require_own_ledger(session: psycopg.Connection) -> None:
-    runs = f"{_quoted(settings.BACKFILL_SCHEMA)}.backfill_run"
+    runs = f"{quoted_name(settings.BACKFILL_SCHEMA)}.backfill_run"
     found = _rows(
         session,
         f"SELECT legacy_schema FROM {runs} WHERE legacy_schema <> $1 LIMIT 1",
@@ -221,10 +223,6 @@ def _set(session: psycopg.Connection, wanted: Mapping[str, str]) -> None:
 def _rows(session: psycopg.Connection, query: str, *parameters: Any) -> list[tuple[Any, ...]]:
     with psycopg.RawCursor(session) as cursor:
         return cursor.execute(query.encode(), parameters).fetchall()
-
-
-def _quoted(name: str) -> str:
-    return sql.Identifier(name).as_string()
 
 
 def _literal(value: str) -> str:

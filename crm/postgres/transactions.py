@@ -18,6 +18,7 @@ from django.db import Error as DjangoDatabaseError
 from django.db import transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
 
+from crm import sqlstates
 from crm.errors import OperatorError
 from crm.interruption import sleep_until_signal, stop_is_requested
 from crm.postgres import errors
@@ -33,8 +34,6 @@ MAX_WAIT_OF_A_STOP = 0.2
 LOOKS_FOR_A_TOKEN = 3
 
 _COMMITTED, _IN_PROGRESS = "committed", "in progress"
-#: The server crashed before anything of the transaction was on its disk, and does not know its number any more.
-_IN_THE_FUTURE = "22023"
 _NUMBER = "SELECT pg_current_xact_id()::text"
 _STATUS = "SELECT pg_xact_status(%s::xid8)"
 _HAS_COME_THROUGH = "SELECT EXISTS (SELECT FROM committed_transaction WHERE token = %s)"
@@ -101,7 +100,8 @@ def _is_committed(connection: BaseDatabaseWrapper, number: str, token: str) -> b
             # The new session is not fit to ask, so nothing may be said of what was written.
             raise UnknownEndError from error
         except DjangoDatabaseError as error:
-            if errors.sqlstate(error) == _IN_THE_FUTURE:
+            # The server crashed before anything of the transaction was on its disk: its number is of the future now.
+            if errors.sqlstate(error) == sqlstates.INVALID_PARAMETER_VALUE:
                 return False
             if errors.transient_cause(error) is None:
                 raise UnknownEndError from error

@@ -18,6 +18,7 @@ from django.db import connection
 from django.db.models import Prefetch, QuerySet
 from django.db.models.functions import Coalesce, Now
 
+from crm import sqlstates
 from crm.errors import OperatorError
 from crm.models import BackfillBatch, BackfillRun, Rollback
 from crm.models.ledger import RunStatus
@@ -230,10 +231,12 @@ def details(run_id: int) -> dict[str, Any]:
 def as_operator_error(run_id: int | None = None) -> AbstractContextManager[None]:
     """Turn what the database refuses into what can be done about it."""
     known = {
-        errors.LOCK_TIMEOUT: f"Run {run_id} has been committing for {PATIENCE:g} s. Nothing was changed: try again.",
+        sqlstates.LOCK_NOT_AVAILABLE: (
+            f"Run {run_id} has been committing for {PATIENCE:g} s. Nothing was changed: try again."
+        ),
     }
     if run_id is None:
-        known[errors.NO_SUCH_TABLE] = (
+        known[sqlstates.UNDEFINED_TABLE] = (
             "There are no runs that this role can see: run `python manage.py migrate` first, or GRANT SELECT on the "
             f"tables in {settings.BACKFILL_SCHEMA}."
         )

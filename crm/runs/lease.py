@@ -19,6 +19,7 @@ from django.db import IntegrityError, connection, transaction
 from django.db.models import F, Value
 from django.db.models.functions import Now, Replace
 
+from crm import sqlstates
 from crm.errors import OperatorError
 from crm.models import BackfillRun, CommittedTransaction
 from crm.models.ledger import RunStatus
@@ -86,7 +87,7 @@ def claim(
             if dead:
                 BackfillRun.objects.filter(pk__in=dead).update(failure=by)
     except IntegrityError as error:
-        if errors.sqlstate(error) != errors.UNIQUE_VIOLATION:
+        if errors.sqlstate(error) != sqlstates.UNIQUE_VIOLATION:
             raise
         holding = BackfillRun.objects.holding().first()
         raise AnotherRunError(

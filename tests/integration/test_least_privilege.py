@@ -13,6 +13,7 @@ from django.db import connection
 from pytest_django import DjangoDbBlocker
 
 from config import embedded
+from config.database import quoted_name
 from crm import checks
 from crm.legacy_schema import GENERATIONS
 from crm.postgres.facts.rights import OPTIONS, RIGHTS
@@ -27,7 +28,6 @@ from tests.support.roles import (
     URL_ROLE,
     drop_role,
     granted_to,
-    quoted,
     role_made_by_script,
     run_script,
 )
@@ -49,7 +49,7 @@ def as_owner(*statements: str) -> None:
     with session() as owner:
         owner.autocommit = True
         for statement in statements:
-            named = statement.format(role=quoted(ROLE), other=quoted(OTHERS), owner=quoted(OWNER))
+            named = statement.format(role=quoted_name(ROLE), other=quoted_name(OTHERS), owner=quoted_name(OWNER))
             owner.execute(named.encode())
 
 
@@ -282,7 +282,7 @@ def test_the_check_tells_what_is_missing_with_the_grant(
     with role_made_by_script():
         as_owner(revoke)
         (said,) = check(django_db_blocker)
-        assert said == f"crm.{number} The role {ROLE} {message} {grant.format(role=quoted(ROLE))}"
+        assert said == f"crm.{number} The role {ROLE} {message} {grant.format(role=quoted_name(ROLE))}"
         as_owner(grant)
         assert check(django_db_blocker) == []
 
@@ -296,7 +296,7 @@ def test_the_script_grants_the_function_that_writes_contacts_where_not_everyone_
         with role_made_by_script() as url:
             assert check(django_db_blocker) == []
             as_owner(f"REVOKE EXECUTE ON {function} FROM {{role}}")
-            grant = f"GRANT EXECUTE ON {function} TO {quoted(ROLE)};"
+            grant = f"GRANT EXECUTE ON {function} TO {quoted_name(ROLE)};"
             assert check(django_db_blocker) == [f"crm.E002 The role {ROLE} may not EXECUTE try_execute. {grant}"]
             refused = manage("backfill_crm_contacts", url=url)
             assert (refused.returncode, refused.stdout) == (2, "")
@@ -383,7 +383,7 @@ def test_the_check_names_what_makes_a_role_more_than_an_ordinary_one(
     with role_made_by_script(), role_of_others():
         as_owner(*grants)
         expected = f"crm.W005 The role {ROLE} is more than an ordinary role: {powers}. "
-        expected += ways_out.format(role=quoted(ROLE), other=quoted(OTHERS))
+        expected += ways_out.format(role=quoted_name(ROLE), other=quoted_name(OTHERS))
         assert [said for said in check(django_db_blocker) if said.startswith("crm.W005")] == [expected]
         as_owner(ways_out)
         assert check(django_db_blocker) == []
@@ -401,7 +401,7 @@ def test_the_check_names_what_makes_a_role_more_than_an_ordinary_one(
 def test_the_check_never_advises_to_change_a_role_that_others_depend_on(
     database: Database, django_db_blocker: DjangoDbBlocker, given: str
 ) -> None:
-    name = quoted(str(connection.settings_dict["NAME"]))
+    name = quoted_name(str(connection.settings_dict["NAME"]))
     with role_made_by_script():
         try:
             as_owner(*given.replace("{database}", name).split("; "))
@@ -456,7 +456,7 @@ def test_the_check_warns_of_rights_outside_of_what_the_backfill_uses(
     try:
         with role_made_by_script(rollback="on"):
             assert check(django_db_blocker) == []
-            as_owner(grant.replace("{database}", quoted(name)))
+            as_owner(grant.replace("{database}", quoted_name(name)))
             said = message.replace("{database}", name)
             assert check(django_db_blocker) == [f"crm.{number} The role {ROLE} {said} {checks.SCRIPT}"]
     finally:
@@ -484,7 +484,7 @@ def test_the_check_warns_of_others_who_may_put_triggers_on_what_the_backfill_wri
         (said,) = check(django_db_blocker)
         assert f"on {table} (PUBLIC). " in said
         as_owner("ALTER ROLE {other} NOSUPERUSER")
-        way_out = f'REVOKE TRIGGER ON "{schema}"."{name}" FROM PUBLIC, {quoted(OTHERS)};'
+        way_out = f'REVOKE TRIGGER ON "{schema}"."{name}" FROM PUBLIC, {quoted_name(OTHERS)};'
         (said,) = check(django_db_blocker)
         assert said == (
             "crm.W009 Others than the owner may put triggers, which run with the rights of the backfill, "
@@ -502,7 +502,7 @@ def test_the_check_warns_of_others_who_may_refer_to_contacts(
         as_owner(f"GRANT {what} ON public.crm_contacts TO {{other}}")
         (said,) = check(django_db_blocker)
         assert said.startswith(f"crm.W012 Others than the owner may refer to crm_contacts by a foreign key: {OTHERS}. ")
-        way_out = f'REVOKE REFERENCES ON "public"."crm_contacts" FROM {quoted(OTHERS)};'
+        way_out = f'REVOKE REFERENCES ON "public"."crm_contacts" FROM {quoted_name(OTHERS)};'
         assert said.endswith(f" {way_out}")
         as_owner(way_out)
         assert check(django_db_blocker) == []
@@ -511,16 +511,16 @@ def test_the_check_warns_of_others_who_may_refer_to_contacts(
 def test_the_check_looks_at_the_role_that_reset_role_leads_back_to(
     database: Database, django_db_blocker: DjangoDbBlocker
 ) -> None:
-    name = quoted(str(connection.settings_dict["NAME"]))
+    name = quoted_name(str(connection.settings_dict["NAME"]))
     with role_made_by_script(), role_of_others():
         as_owner("ALTER ROLE {other} LOGIN CREATEROLE", "GRANT {role} TO {other}")
         as_owner("GRANT SELECT (ssn) ON public.profiles TO {other}")
-        as_owner(f"ALTER ROLE {{other}} IN DATABASE {name} SET role = {quoted(ROLE)}")
+        as_owner(f"ALTER ROLE {{other}} IN DATABASE {name} SET role = {quoted_name(ROLE)}")
         assert check(django_db_blocker, role="more%20rights") == [
             f"crm.W001 The role {OTHERS} (after RESET ROLE) may read secret columns: profiles.ssn. {checks.SCRIPT}",
             (
                 f"crm.W005 The role {OTHERS} (after RESET ROLE) is more than an ordinary role: CREATEROLE. "
-                f"ALTER ROLE {quoted(OTHERS)} NOCREATEROLE;"
+                f"ALTER ROLE {quoted_name(OTHERS)} NOCREATEROLE;"
             ),
         ]
         assert check(django_db_blocker) == []
@@ -554,7 +554,7 @@ def test_rows_that_row_level_security_hides_are_told_of(database: Database, djan
         database.change("ALTER TABLE public.leads ENABLE ROW LEVEL SECURITY")
         (said,) = check(django_db_blocker)
         assert said.startswith(f"crm.E003 Row-level security may hide rows of leads from the role {ROLE}: ")
-        assert said.endswith(f"ALTER ROLE {quoted(ROLE)} BYPASSRLS;")
+        assert said.endswith(f"ALTER ROLE {quoted_name(ROLE)} BYPASSRLS;")
 
 
 def test_a_history_that_row_level_security_guards_is_told_of_where_it_is_written(
@@ -609,8 +609,8 @@ def test_before_migrate_and_without_the_application_nothing_is_said(database: Da
         owner.execute("ALTER SCHEMA crm_backfill RENAME TO crm_backfill_aside")
         try:
             with connection.cursor() as cursor:
-                cursor.execute(f"CREATE ROLE {quoted(ROLE)}")
-                cursor.execute(f"SET ROLE {quoted(ROLE)}")
+                cursor.execute(f"CREATE ROLE {quoted_name(ROLE)}")
+                cursor.execute(f"SET ROLE {quoted_name(ROLE)}")
             assert checks.check_rights(databases=["default"]) == checks.check_excess(databases=["default"]) == []
         finally:
             connection.close()
@@ -656,7 +656,7 @@ def test_the_script_takes_back_the_right_to_make_tables(database: Database, sche
 
 
 def test_the_script_takes_back_what_was_granted_in_whatever_schema(database: Database) -> None:
-    name = quoted(str(connection.settings_dict["NAME"]))
+    name = quoted_name(str(connection.settings_dict["NAME"]))
     as_owner(
         "CREATE SCHEMA elsewhere",
         "CREATE TABLE elsewhere.notes (contact text REFERENCES public.crm_contacts, body text)",
@@ -775,14 +775,14 @@ def plain_owner(database: Database) -> Iterator[None]:
     """
     with session() as superuser:
         superuser.autocommit = True
-        superuser.execute(f"CREATE ROLE {quoted(OWNER)} LOGIN".encode())
-        superuser.execute(own.replace("TO OWNER", f"TO {quoted(OWNER)}").encode())
+        superuser.execute(f"CREATE ROLE {quoted_name(OWNER)} LOGIN".encode())
+        superuser.execute(own.replace("TO OWNER", f"TO {quoted_name(OWNER)}").encode())
         try:
             yield
         finally:
             drop_role()
             superuser.execute(own.replace("TO OWNER", f"TO {embedded.USER}").encode())
-            superuser.execute(f"DROP OWNED BY {quoted(OWNER)}; DROP ROLE {quoted(OWNER)}".encode())
+            superuser.execute(f"DROP OWNED BY {quoted_name(OWNER)}; DROP ROLE {quoted_name(OWNER)}".encode())
 
 
 def test_an_owner_who_may_make_no_role_is_told_what_an_administrator_has_to_do_first(
@@ -790,8 +790,8 @@ def test_an_owner_who_may_make_no_role_is_told_what_an_administrator_has_to_do_f
 ) -> None:
     refused = run_script(user=OWNER, role=ROLE)
     assert (refused.returncode, refused.stdout) == (3, "")
-    make = f"CREATE ROLE {quoted(ROLE)} LOGIN;"
-    settle = f"ALTER ROLE {quoted(ROLE)} IN DATABASE {connection.settings_dict['NAME']} SET search_path ="
+    make = f"CREATE ROLE {quoted_name(ROLE)} LOGIN;"
+    settle = f"ALTER ROLE {quoted_name(ROLE)} IN DATABASE {connection.settings_dict['NAME']} SET search_path ="
     statements = [make, f"{settle} crm_backfill, public;"]
     advice = f"may not make or change the role {ROLE}. Let an administrator run once: {' '.join(statements)} "
     assert f"The role {OWNER} {advice}" in refused.stderr
@@ -843,11 +843,11 @@ def test_what_only_others_can_take_away_is_told_and_nothing_is_done(database: Da
 )
 def test_the_script_takes_no_role_that_owns_or_administers_something(database: Database, given: str, what: str) -> None:
     with role_of_others():
-        as_owner(given.replace("{database}", quoted(str(connection.settings_dict["NAME"]))))
+        as_owner(given.replace("{database}", quoted_name(str(connection.settings_dict["NAME"]))))
         refused = run_script(role=OTHERS)
         assert (refused.returncode, refused.stdout) == (3, "")
         assert f"The role {OTHERS} is {what}: " in refused.stderr
-        assert database.rows("SELECT FROM pg_db_role_setting WHERE setrole = to_regrole(%s)", quoted(OTHERS)) == []
+        assert database.rows("SELECT FROM pg_db_role_setting WHERE setrole = to_regrole(%s)", quoted_name(OTHERS)) == []
 
 
 def test_the_script_takes_not_the_role_that_runs_it(database: Database, plain_owner: None) -> None:

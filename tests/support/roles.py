@@ -11,15 +11,12 @@ from pathlib import Path
 from django.db import connection
 
 from config import embedded
+from config.database import quoted_name
 from tests.support.processes import BASE_DIR, address, database_url, session
 
 ROLE = 'Back"fill job'
 URL_ROLE = "Back%22fill%20job"
 SCRIPT = BASE_DIR / "docs" / "least_privilege.sql"
-
-
-def quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
 
 
 def psql() -> Path:
@@ -64,4 +61,4 @@ def drop_role() -> None:
     with session() as owner:
         owner.autocommit = True
         if owner.execute("SELECT FROM pg_roles WHERE rolname = %s", [ROLE]).fetchone() is not None:
-            owner.execute(f"DROP OWNED BY {quoted(ROLE)}; DROP ROLE {quoted(ROLE)}".encode())
+            owner.execute(f"DROP OWNED BY {quoted_name(ROLE)}; DROP ROLE {quoted_name(ROLE)}".encode())

@@ -16,6 +16,7 @@ from tests.support.modules import ROOT, imports_of, modules
 LAYERS = (
     (
         "crm.errors",
+        "crm.sqlstates",
         "crm.outcome",
         "crm.version",
         "crm.fields",

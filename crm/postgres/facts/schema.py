@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from django.conf import settings
 from django.db.backends.base.base import BaseDatabaseWrapper
 
+from config.database import quoted_name
 from crm import try_execute
 from crm.errors import OperatorError
 from crm.models import (
@@ -209,7 +210,7 @@ def _require_schema(connection: BaseDatabaseWrapper) -> None:
     if row is not None:
         raise OperatorError(
             f"This role may not look into the schema {settings.LEGACY_SCHEMA}. Let its owner GRANT USAGE ON SCHEMA "
-            f"{connection.ops.quote_name(settings.LEGACY_SCHEMA)} TO {row[0]}. Nothing was written."
+            f"{quoted_name(settings.LEGACY_SCHEMA)} TO {row[0]}. Nothing was written."
         )
 
 
