@@ -106,7 +106,7 @@ def _of_roles(
     databases: Sequence[str] | None, find: Callable[[BaseDatabaseWrapper, _Rights], list[CheckMessage]]
 ) -> list[CheckMessage]:
     messages: list[CheckMessage] = []
-    with _told():
+    with _as_operator_error():
         for alias in databases or ():
             connection = connections[alias]
             if connection.vendor == "postgresql":
@@ -116,7 +116,7 @@ def _of_roles(
     return messages
 
 
-def _told() -> AbstractContextManager[None]:
+def _as_operator_error() -> AbstractContextManager[None]:
     return as_operator_error("The database broke the check off: {}. Try again.")
 
 
@@ -146,7 +146,7 @@ def _excessive(connection: BaseDatabaseWrapper, rights: _Rights) -> list[CheckMe
 @register(Tags.database)
 def check_fit(databases: Sequence[str] | None = None, **_options: Any) -> list[CheckMessage]:
     """What a run would refuse a database for, for each database asked for."""
-    with _told():
+    with _as_operator_error():
         return [
             Error(misfit.problem, hint=misfit.way_out, id="crm.E004")
             for alias in databases or ()
@@ -159,7 +159,7 @@ def check_fit(databases: Sequence[str] | None = None, **_options: Any) -> list[C
 def check_run(databases: Sequence[str] | None = None, **_options: Any) -> list[CheckMessage]:
     """What else a run would be refused for, such as a ledger or a column that `migrate` makes."""
     messages: list[CheckMessage] = []
-    with _told():
+    with _as_operator_error():
         for alias in databases or ():
             # A run names one thing at a time. What the other checks tell in full comes first.
             if connections[alias].vendor != "postgresql" or check_rights([alias]) or check_fit([alias]):

@@ -159,7 +159,7 @@ def _logging_is_configured_once() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _a_bad_moment_is_short() -> Iterator[None]:
+def _retries_are_quick() -> Iterator[None]:
     """Nobody is to wait for another try longer than what is tried takes; the tries are as many as ever."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(retrying, "FIRST_WAIT", 0.001)

@@ -126,7 +126,7 @@ class Latecomers:
     def settle(self) -> Iterator[None]:
         """Settle them, step by step: a caller may stop between two of them. Raises lease.LeaseLostError.
 
-        What a step did is committed: after a bad moment, the next call goes on where this one stopped.
+        What a step did is committed: after a transient error, the next call goes on where this one stopped.
         """
         twice = sorted(self._with_company())
         if not twice:

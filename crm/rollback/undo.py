@@ -304,7 +304,7 @@ class DatabaseUndoer:
         """Undo a batch; contacts, lines, counts and heartbeat commit together.
 
         Raises lease.LeaseLostError when the rollback is no longer the running run, and django.db.DatabaseError for a
-        bad moment. Nothing of the batch is undone then.
+        transient error. Nothing of the batch is undone then.
         """
         judged = judge(page, self._reader)
         with certain_transaction(self._connection, self._manners):

@@ -12,7 +12,7 @@ from decimal import Decimal, InvalidOperation
 from typing import NamedTuple, Protocol, Self
 
 #: The sizes between which batches are adapted, and the one to begin with; rows.
-LEAST_ROWS, MAX_ROWS, FIRST_ROWS = 100, 20_000, 5_000
+MIN_ROWS, MAX_ROWS, FIRST_ROWS = 100, 20_000, 5_000
 #: How long a batch should take; seconds.
 TARGET_SECONDS = 1.0
 #: What a batch's size is changed by at most from one batch to the next.
@@ -91,7 +91,7 @@ class BatchSizer:
 
     def _bounded(self, size: int) -> int:
         """The size within the bounds; one that timeouts brought below them comes back step by step."""
-        return min(self._most, max(size, min(LEAST_ROWS, self.size)))
+        return min(self._most, max(size, min(MIN_ROWS, self.size)))
 
 
 @dataclass(slots=True)

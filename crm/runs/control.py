@@ -103,7 +103,7 @@ def number(given: int | str) -> int:
 
 
 def find(run_id: int) -> BackfillRun:
-    """A run by its number. Raises OperatorError where there is none, and django.db.Error for a bad moment."""
+    """A run by its number. Raises OperatorError where there is none, and django.db.Error for a transient error."""
     run = BackfillRun.objects.filter(pk=run_id).first()
     if run is None:
         raise OperatorError(f"There is no run {run_id}. `python manage.py backfill_runs list` shows those there are.")

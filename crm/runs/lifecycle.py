@@ -31,7 +31,7 @@ from crm.runs.lease import LeaseLostError
 
 logger = logging.getLogger(__name__)
 
-#: How long the beginning and the end of a run wait after a bad moment; seconds.
+#: How long the beginning and the end of a run wait after a transient error; seconds.
 WAITS_BEFORE_ANOTHER_LOOK = (0.5, 1.0, 2.0, 4.0)
 #: How long the check of its reconciliation and the end of its record may take where a run is to stop; seconds. With
 #: the grace of the batch they are the two seconds that an operator waits.
@@ -181,7 +181,7 @@ class Lifecycle:
         return ending._replace(status=RunStatus(status), failure=failure)
 
     def retrying(self, look: Callable[[], Answer], *, even_if_stopped: bool = False) -> Answer:
-        """Look over a fresh connection again when a bad moment came in between; a batch has its own way to retry."""
+        """Look again over a fresh connection after a transient error; a batch has its own way to retry."""
         for wait in WAITS_BEFORE_ANOTHER_LOOK:
             try:
                 return look()

@@ -1,4 +1,4 @@
-"""How a batch that met a bad moment is tried again."""
+"""How a batch that met a transient error is retried."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Backoff:
 
 @dataclass(slots=True)
 class Retries:
-    """Tries a batch again that met a bad moment: after a wait, and with half the rows where that may help.
+    """Retries a batch that met a transient error: after a wait, and with half the rows where that may help.
 
     The batch reads its size off `sizer` each time.
     """

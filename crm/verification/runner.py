@@ -71,8 +71,8 @@ def verify(
     """Look at everything at one moment; writes nothing. Needs nothing but the right to SELECT.
 
     Every finding is passed to `on_finding` as it comes, the number of contacts of each page to `on_page`. Raises
-    OperatorError where this database does not fit, and django.db.DatabaseError for a bad moment. Until it ends, the
-    transaction keeps an ALTER TABLE on the application's tables waiting, as pg_dump does.
+    OperatorError where this database does not fit, and django.db.DatabaseError for a transient error. Until it ends,
+    the transaction keeps an ALTER TABLE on the application's tables waiting, as pg_dump does.
     """
     started_at, started = timezone.now(), time.monotonic()
     findings = Findings(on_finding)

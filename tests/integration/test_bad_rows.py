@@ -23,7 +23,7 @@ INSERTS_CONTACTS = 'INSERT INTO "crm_contacts"'
 PEOPLE = 40
 BAD = "bad@example.com"
 #: Savepoint, look at the spellings, insert, roll back to the savepoint and release it.
-MOST_STATEMENTS_A_TRY = 5
+MAX_STATEMENTS_A_TRY = 5
 
 
 @dataclass(frozen=True)
@@ -323,7 +323,7 @@ def test_where_every_row_is_refused_for_one_reason_the_run_fails_and_says_so_onc
     # Why it failed, and what is newly in error, if a batch was committed before.
     assert finished.stderr.count("\n") == 1 + bool(finished.answer["error_new"])
     assert finished.answer["read"] == len(refusals(database)) <= 2 * MAX_ALIKE * workers
-    assert len(sent) <= 2 * 2 * MAX_ALIKE * (MOST_STATEMENTS_A_TRY + 1)
+    assert len(sent) <= 2 * 2 * MAX_ALIKE * (MAX_STATEMENTS_A_TRY + 1)
     database.change(NO_TRIGGER)
     assert run()["created"] == 1000
 
@@ -370,5 +370,5 @@ def test_bad_rows_cost_as_many_statements_as_they_are_times_the_logarithm_of_the
     for bad in (1, 4, 16):
         # Each bad row fails once on every level, and takes a neighbour along on each.
         tries = 2 * bad * (math.log2(rows) + 1)
-        assert sent_for(database, rows, bad) - undisturbed <= MOST_STATEMENTS_A_TRY * tries
-    assert sent_for(database, 8 * rows, 1) - sent_for(database, rows, 1) <= 3 * 2 * MOST_STATEMENTS_A_TRY
+        assert sent_for(database, rows, bad) - undisturbed <= MAX_STATEMENTS_A_TRY * tries
+    assert sent_for(database, 8 * rows, 1) - sent_for(database, rows, 1) <= 3 * 2 * MAX_STATEMENTS_A_TRY

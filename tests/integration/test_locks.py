@@ -23,7 +23,7 @@ LOCKS = ("SELECT FROM crm_contacts", "SELECT c.id FROM crm_contacts", "UPDATE cr
 IS_WAITED_FOR = "SELECT FROM pg_stat_activity WHERE %s = ANY(pg_blocking_pids(pid))"
 UPDATE = "UPDATE public.crm_contacts SET company = 'Own' WHERE id = %s"
 SESSIONS = 4
-MOST_TRIES = 5
+MAX_TRIES = 5
 PEOPLE = 64
 #: More than there are tries, and than it takes to come down to one row.
 DEADLOCKS = 8
@@ -34,7 +34,7 @@ AT_MOST = "SET statement_timeout = '20s'"
 @pytest.fixture(autouse=True)
 def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no try wait for long."""
-    monkeypatch.setattr(retrying, "MAX_RETRIES", MOST_TRIES)
+    monkeypatch.setattr(retrying, "MAX_RETRIES", MAX_TRIES)
 
 
 class Rival:
@@ -138,7 +138,7 @@ def test_a_run_that_merges_gets_by_sessions_that_update_in_any_order(
     assert (finished.code, finished.answer["status"], finished.answer["balanced"]) == (0, "finished", True)
     assert (finished.answer["merged"], len(ledger())) == (PEOPLE, 2 * PEOPLE)
     assert phones() == {"555"}
-    assert len(sizes) == DEADLOCKS > MOST_TRIES
+    assert len(sizes) == DEADLOCKS > MAX_TRIES
     assert len(retries_told(caplog)) >= DEADLOCKS
 
 
@@ -165,7 +165,7 @@ def test_a_rollback_gets_by_sessions_that_update_in_any_order(
         finished = rollback(str(number), "--json", "--batch-size", str(PEOPLE))
     assert (finished.answer["status"], finished.answer["balanced"]) == ("finished", True)
     assert phones() <= {None, "555"}
-    assert len(retries_told(caplog)) > MOST_TRIES
+    assert len(retries_told(caplog)) > MAX_TRIES
 
 
 def undoable(database: Database, *, with_update: bool) -> int:

@@ -18,8 +18,8 @@ from tests.support.commands import Statement, run, statements
 
 BATCH_SIZES = (100, 1000)
 #: Savepoints and settings included. Raise these only with a reason that is worth a round trip for every batch.
-MOST_FOR_NEW_CONTACTS = 9
-MOST_FOR_MEETINGS = 11
+MAX_FOR_NEW_CONTACTS = 9
+MAX_FOR_MEETINGS = 11
 SOURCE_TABLES = re.compile(r"(FROM|JOIN) (users|profiles|leads)\b")
 INSERT_INTO_CONTACTS = 'INSERT INTO "crm_contacts"'
 
@@ -71,12 +71,12 @@ def sent_for(database: Database, arrange: Callable[[int], None], rows: int, batc
 @pytest.mark.parametrize(
     ("arrange", "most"),
     [
-        (all_new, MOST_FOR_NEW_CONTACTS),
-        (all_merged, MOST_FOR_MEETINGS),
-        (all_there, MOST_FOR_MEETINGS),
-        (half_there, MOST_FOR_MEETINGS),
-        (all_in_error, MOST_FOR_NEW_CONTACTS),
-        (all_in_error_again, MOST_FOR_NEW_CONTACTS),
+        (all_new, MAX_FOR_NEW_CONTACTS),
+        (all_merged, MAX_FOR_MEETINGS),
+        (all_there, MAX_FOR_MEETINGS),
+        (half_there, MAX_FOR_MEETINGS),
+        (all_in_error, MAX_FOR_NEW_CONTACTS),
+        (all_in_error_again, MAX_FOR_NEW_CONTACTS),
     ],
 )
 def test_a_batch_takes_as_many_statements_whether_it_has_a_hundred_rows_or_a_thousand(
@@ -97,7 +97,7 @@ def test_what_a_run_takes_once_is_small_too(database: Database) -> None:
     # Most of them ask the catalogue whether the database fits. The others claim and close the run, count the tables
     # before and after, look for addresses in another spelling (of contacts and users before, of contacts after), and
     # note that the report was written.
-    assert len(sent_for(database, all_new, 100, 100)) <= MOST_FOR_NEW_CONTACTS + 67
+    assert len(sent_for(database, all_new, 100, 100)) <= MAX_FOR_NEW_CONTACTS + 67
 
 
 def test_contacts_go_in_as_arrays_of_columns_and_skip_what_is_there(database: Database) -> None:

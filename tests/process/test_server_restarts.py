@@ -34,7 +34,7 @@ from tests.support.undisturbed import BATCH_SIZE, SEED, SIZED, Undisturbed, popu
 pytestmark = pytest.mark.process
 
 MOMENTS = 3
-MOST_TRIES = 5
+MAX_TRIES = 5
 #: The tries that a run has, and the first wait; the other tests do not wait.
 FIRST_WAIT = 0.5
 LEDGER = "INSERT INTO ledger_entry"
@@ -139,13 +139,13 @@ def crashing_at(place: str, server: Server) -> Iterator[None]:
     assert count > 3, "it went on"
 
 
-@pytest.mark.parametrize("tries", [1, pytest.param(MOST_TRIES, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("tries", [1, pytest.param(MAX_TRIES, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("place", ["SET LOCAL", CONTACTS, LEDGER, COUNTS])
 def test_a_crash_is_waited_for_as_long_as_there_are_tries(
     crashing: tuple[Server, Database], monkeypatch: pytest.MonkeyPatch, place: str, tries: int
 ) -> None:
     server, database = crashing
-    monkeypatch.setattr(retrying, "MAX_RETRIES", MOST_TRIES)
+    monkeypatch.setattr(retrying, "MAX_RETRIES", MAX_TRIES)
     populate()
     undisturbed = Undisturbed(database)
     with crashing_at(place, server), starting_at_try(tries, server) as causes:

@@ -89,9 +89,9 @@ def settings_of(item: pytest.Item) -> settings | None:
 
 def load_profile() -> None:
     """Load the profile that the environment names. A machine that has other things to do is no reason to fail."""
-    settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-    settings.register_profile("soak", settings.get_profile("patient"), max_examples=MIN_EXAMPLES, print_blob=True)
-    settings.load_profile("soak" if SOAKING else "patient")
+    settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.register_profile("soak", settings.get_profile("unhurried"), max_examples=MIN_EXAMPLES, print_blob=True)
+    settings.load_profile("soak" if SOAKING else "unhurried")
 
 
 def _function(item: pytest.Item) -> Any:

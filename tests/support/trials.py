@@ -163,16 +163,16 @@ def _difference(expected: End, end: End) -> str | None:
     for name in ("code", "report", "listed"):
         before, after = getattr(expected, name), getattr(end, name)
         if before != after:
-            told.append(f"{name}: {_told(before, after)}")
+            told.append(f"{name}: {_describe(before, after)}")
     told += [
-        f"{table}: {_told(rows, end.tables[table])}"
+        f"{table}: {_describe(rows, end.tables[table])}"
         for table, rows in expected.tables.items()
         if rows != end.tables[table]
     ]
     return "; ".join(told) or None
 
 
-def _told(before: Any, after: Any) -> str:
+def _describe(before: Any, after: Any) -> str:
     if isinstance(before, dict) and isinstance(after, dict):
         return str(
             {name: (before.get(name), after.get(name)) for name in before if before.get(name) != after.get(name)}

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from crm.rules.throttling import (
     FAR_OVER,
     FIRST_ROWS,
-    LEAST_ROWS,
     MAX_PAUSE,
     MAX_ROWS,
+    MIN_ROWS,
     STEP,
     BatchSizer,
     ErrorBudget,
@@ -43,7 +43,7 @@ def test_the_size_stays_in_its_bounds_and_grows_by_half_at_most(seconds: list[fl
     sizer = BatchSizer()
     before = sizer.size
     for size in after_batches(sizer, seconds):
-        assert LEAST_ROWS <= size <= MAX_ROWS
+        assert MIN_ROWS <= size <= MAX_ROWS
         assert size <= math.ceil(before * STEP)
         before = size
 
@@ -54,14 +54,14 @@ def test_a_steady_speed_leads_to_the_target_time(rows_per_second: int) -> None:
     assert sizer.size == FIRST_ROWS
     for _ in range(20):
         sizer.after_batch(sizer.size, sizer.size / rows_per_second)
-    assert sizer.size == pytest.approx(min(MAX_ROWS, max(LEAST_ROWS, rows_per_second)), abs=1)
+    assert sizer.size == pytest.approx(min(MAX_ROWS, max(MIN_ROWS, rows_per_second)), abs=1)
 
 
 @given(st.floats(FAR_OVER * 1.01, 1_000))
 def test_a_batch_that_is_far_over_the_target_shrinks_the_next_one_at_once(seconds: float) -> None:
     sizer = BatchSizer()
     words = sizer.after_batch(FIRST_ROWS, seconds)
-    assert sizer.size == max(LEAST_ROWS, math.floor(FIRST_ROWS / seconds))
+    assert sizer.size == max(MIN_ROWS, math.floor(FIRST_ROWS / seconds))
     assert words is not None
     assert words.startswith("batch size: 5,000 rows took ")
     assert words.endswith(f": 5,000 -> {sizer.size:,} rows")
@@ -105,7 +105,7 @@ def test_a_timeout_halves_the_size_below_the_bounds_too() -> None:
         sizer.halve("a timeout")
     assert sizer.size == 1
     assert after_batches(sizer, [0.1] * 3) == [2, 3, 5]
-    assert after_batches(sizer, [0.1] * 20)[-1] > LEAST_ROWS
+    assert after_batches(sizer, [0.1] * 20)[-1] > MIN_ROWS
 
 
 @given(st.integers(1, 30_000), st.lists(durations, max_size=30))

@@ -96,13 +96,13 @@ class ReadAhead:
         Raises what the reading raised.
         """
         left = rows
-        patience = None
+        timeout = None
         while left and new_rows != 0:
-            page = self._page(after, min(left, PAGE_ROWS), new_rows, patience)
+            page = self._page(after, min(left, PAGE_ROWS), new_rows, timeout)
             if page is None or not page.rows:
                 return
             left -= len(page.rows)
-            after, patience = page.key, MAX_WAIT
+            after, timeout = page.key, MAX_WAIT
             if new_rows is not None:
                 new_rows -= page.new_rows
             if new_rows != 0:
@@ -116,13 +116,13 @@ class ReadAhead:
         self._reader = self._reader.asking_the_ledger()
         self._asked = self._coming = None
 
-    def _page(self, after: Key | None, size: int, new_rows: int | None, patience: float | None) -> MappedPage | None:
+    def _page(self, after: Key | None, size: int, new_rows: int | None, timeout: float | None) -> MappedPage | None:
         """A page; None when it does not come within so many seconds. It can be asked for again then."""
         coming, asked = self._coming, self._asked
         # A batch may have become larger since, which is no reason to read its first rows again.
         if coming is None or asked is None or asked[0] != after or asked[1] > size or asked[2] != new_rows:
             coming = self._ask(after, size, new_rows)
-        if patience is not None and not wait([coming], patience).done:
+        if timeout is not None and not wait([coming], timeout).done:
             return None
         self._coming = None
         return coming.result()

@@ -115,8 +115,8 @@ class UpdateWriter:
     def write(self, source: Source, pages: Iterable[Sequence[MappedRow]]) -> Totals:
         """Look at a batch again, page by page; contacts, history, record, lines, counts and heartbeat commit together.
 
-        Raises lease.LeaseLostError when the run is no longer the running one, and django.db.DatabaseError for a bad
-        moment. Nothing of the batch is written then.
+        Raises lease.LeaseLostError when the run is no longer the running one, and django.db.DatabaseError for a
+        transient error. Nothing of the batch is written then.
         """
         started = time.monotonic()
         with certain_transaction(self._connection, self._manners):

@@ -212,7 +212,8 @@ class BatchWriter:
         The rows come page by page, so that a batch of any size takes the memory of a page.
 
         Raises lease.LeaseLostError when the run is no longer the running one, errors.EveryRowRefusedError where it is
-        not the rows that are wrong, and django.db.DatabaseError for a bad moment. Nothing of the batch is written then.
+        not the rows that are wrong, and django.db.DatabaseError for a transient error. Nothing of the batch is written
+        then.
         """
         started = time.monotonic()
         with certain_transaction(self._connection, self._manners):

@@ -1,4 +1,4 @@
-"""Moments at which the server has no time, no lock or no connection: the batch is tried again, and nothing is lost."""
+"""Transient errors, when the server has no time, no lock or no connection: the batch is retried, nothing is lost."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ CAUSES = {
 TOO_MANY_ROWS = {"55P03": "a timeout", "57014": "a timeout", "40P01": "a deadlock"}
 #: The statements of a batch, by what they begin with.
 PLACES = ("SET LOCAL", "SAVEPOINT", INSERTS_CONTACTS, "INSERT INTO ledger_entry", 'INSERT INTO "backfill_batch"')
-MOST_TRIES = 5
+MAX_TRIES = 5
 #: Of the population of an undisturbed run: one of converted leads, five of the others.
 BATCHES = 6
 #: Those of a run's claim and of the count of its tables.
@@ -73,7 +73,7 @@ pytestmark = pytest.mark.usefixtures("impatience")
 def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no try wait for long."""
     monkeypatch.setattr(lifecycle, "WAITS_BEFORE_ANOTHER_LOOK", (0.01, 0.01))
-    monkeypatch.setattr(retrying, "MAX_RETRIES", MOST_TRIES)
+    monkeypatch.setattr(retrying, "MAX_RETRIES", MAX_TRIES)
 
 
 @contextmanager
@@ -124,7 +124,7 @@ def sizes_of_batches() -> list[int]:
 
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("sqlstate", CAUSES)
-def test_a_bad_moment_is_waited_for(database: Database, caplog: pytest.LogCaptureFixture, sqlstate: str) -> None:
+def test_a_transient_error_is_retried(database: Database, caplog: pytest.LogCaptureFixture, sqlstate: str) -> None:
     with as_an_undisturbed_run_ends(database):
         with when(INSERTS_CONTACTS, third, failing_with(sqlstate)):
             finished = backfill("--batch-size", str(BATCH_SIZE), "--no-progress", "--json")
@@ -406,7 +406,7 @@ def test_what_does_not_pass_ends_the_run_and_the_next_one_goes_on(
         tries = [int(line.rpartition("(try ")[2].split()[0]) for line in retries_told(caplog)]
         # A deadlock counts when there is one row left to be tried.
         halvings = math.floor(math.log2(BATCH_SIZE)) if sqlstate == "40P01" else 0
-        assert tries == [1] * halvings + list(range(1, MOST_TRIES + 1))
+        assert tries == [1] * halvings + list(range(1, MAX_TRIES + 1))
         assert backfill("--batch-size", str(BATCH_SIZE), "--no-progress").code == 1, "the one row in error"
     assert "person-3" not in caplog.text + finished.stderr + finished.stdout
 
