@@ -1,4 +1,4 @@
-"""What happened to one person: source rows, contacts, ledger lines, updates, decisions, runs and rollbacks. Only reads.
+"""What happened to one person: rows, contacts, ledger lines, updates, resolutions, runs and rollbacks. Only reads.
 
 A trace begins with a contact, a source row or an address, and goes on to whatever the tables of the backfill connect
 with it. It names rows, contacts, runs, outcomes, columns and moments, and never a value of a person's: whoever asks by
@@ -34,7 +34,7 @@ SELECT 'profiles', p.id FROM users u JOIN profiles p ON p."userId" = u.id WHERE 
  UNION ALL
 SELECT 'leads', id FROM leads WHERE {canonical_address_sql("email")} = %s
 """
-_DECIDED_FOR_ADDRESS = 'SELECT "row" FROM conflict_decision WHERE separate_email = %s'
+_RESOLVED_FOR_ADDRESS = 'SELECT "row" FROM conflict_decision WHERE separate_email = %s'
 _LEAD_SOURCES = ", ".join(f"'{source}'" for source in Source.of_table("leads"))
 _TABLE = f"CASE WHEN source IN ({_LEAD_SOURCES}) THEN 'leads' ELSE 'profiles' END"
 _CONTACTS = 'SELECT id, "createdAt", "updatedAt" FROM crm_contacts WHERE id = ANY(%s) ORDER BY id'
@@ -53,7 +53,7 @@ _UPDATES = f"""
 SELECT {_TABLE}, source_id, contact_id, run_id, columns, from_type, to_type, from_stage, to_stage
   FROM contact_update WHERE contact_id = ANY(%(contacts)s) OR line_id = ANY(%(keys)s) ORDER BY id
 """
-_DECISIONS = """
+_RESOLUTIONS = """
 SELECT "row", contact_id, decided_at FROM conflict_decision
  WHERE id = ANY(%(keys)s) OR contact_id = ANY(%(contacts)s) ORDER BY decided_at
 """
@@ -172,7 +172,7 @@ class _Reader:
     def add_people_of(self, trail: _Trail, address: str) -> None:
         trail.contacts.update(contact for (contact,) in self._rows(_CONTACTS_OF_ADDRESS, [address]))
         trail.rows.update(RowReference(*row) for row in self._rows(_ROWS_OF_ADDRESS, [address, address]))
-        trail.rows.update(RowReference.parse(row) for (row,) in self._rows(_DECIDED_FOR_ADDRESS, [address]))
+        trail.rows.update(RowReference.parse(row) for (row,) in self._rows(_RESOLVED_FOR_ADDRESS, [address]))
 
     def add_rows_that_would_make(self, trail: _Trail, contacts: Iterable[str]) -> bool:
         """Add the rows from which the ids of contacts are computed; whether there are any."""
@@ -187,14 +187,14 @@ class _Reader:
         before: tuple[int, int] | None = None
         lines: list[Found] = []
         updates: list[Found] = []
-        decisions: list[Found] = []
+        resolutions: list[Found] = []
         while before != (len(trail.contacts), len(trail.rows)):
             before = len(trail.contacts), len(trail.rows)
             asked = {"keys": trail.keys, "contacts": sorted(trail.contacts)}
             lines = [_line(row) for row in self._rows(_LINES, asked)]
             updates = [_update(row) for row in self._rows(_UPDATES, asked)]
-            decisions = [_decision(row) for row in self._rows(_DECISIONS, asked)]
-            found = [*lines, *updates, *decisions]
+            resolutions = [_resolution(row) for row in self._rows(_RESOLUTIONS, asked)]
+            found = [*lines, *updates, *resolutions]
             trail.rows.update(RowReference.parse(each["row"]) for each in found)
             trail.contacts.update(each["contact_id"] for each in found if each["contact_id"] is not None)
         by_row = {line["row"]: line for line in lines}
@@ -212,14 +212,14 @@ class _Reader:
         }
         rollbacks = [dict(zip(names, each, strict=True)) for each in self._rows(_ROLLBACKS, asked_of_rollbacks)]
         return {
-            "found": bool(lines or updates or decisions)
+            "found": bool(lines or updates or resolutions)
             or any(contact["state"] != "unknown" for contact in contacts)
             or any(row["state"] != "unknown" for row in rows),
             "contacts": contacts,
             "rows": rows,
             "lines": lines,
             "updates": updates,
-            "decisions": decisions,
+            "decisions": resolutions,
             "runs": [
                 dict(zip(("run", "kind", "status", "started_at", "finished_at", "version"), run, strict=True))
                 for run in self._rows(_RUNS, [runs])
@@ -311,19 +311,19 @@ def _update(row: tuple[Any, ...]) -> Found:
     }
 
 
-def _decision(row: tuple[Any, ...]) -> Found:
+def _resolution(row: tuple[Any, ...]) -> Found:
     reference, contact, decided_at = row
     # The address of a contact of the row's own is a person's: that there is one says enough.
     return {"row": reference, "contact_id": contact, "is_separate": contact is None, "decided_at": decided_at}
 
 
 def as_lines(trace: Mapping[str, Any]) -> list[str]:
-    """A trace for people: contacts, rows with their lines, changes, decisions, runs."""
+    """A trace for people: contacts, rows with their lines, changes, resolutions, runs."""
     return [
         *map(_contact_line, trace["contacts"]),
         *(line for row in trace["rows"] for line in _row_lines(row, trace["lines"])),
         *map(_update_line, trace["updates"]),
-        *map(_decision_line, trace["decisions"]),
+        *map(_resolution_line, trace["decisions"]),
         *map(_run_line, trace["runs"]),
         *map(_rollback_line, trace["rollbacks"]),
     ]
@@ -372,9 +372,9 @@ def _update_line(update: Found) -> str:
     return f"{told} ({', '.join(steps)})" if steps else told
 
 
-def _decision_line(decision: Found) -> str:
-    whose = "a contact of its own" if decision["is_separate"] else f"contact {decision['contact_id']}"
-    return f"Decision on {decision['row']} at {_utc(decision['decided_at'])}: {whose}"
+def _resolution_line(resolution: Found) -> str:
+    whose = "a contact of its own" if resolution["is_separate"] else f"contact {resolution['contact_id']}"
+    return f"Decision on {resolution['row']} at {_utc(resolution['decided_at'])}: {whose}"
 
 
 def _run_line(run: Found) -> str:

@@ -27,7 +27,7 @@ from crm.models import (
     BackfillBatch,
     BackfillRun,
     CommittedTransaction,
-    ConflictDecision,
+    ConflictResolution,
     ContactUpdate,
     LedgerEntry,
     Rollback,
@@ -49,7 +49,7 @@ django_settings.DATABASES["default"]["EMBEDDED_DATA"] = data
 installed_server.use_where_asked_for()
 
 LEGACY_TABLES = ("crm_stage_history", "crm_interactions", "crm_contacts", "leads", "profiles", "users")
-OWN_MODELS = (LedgerEntry, ContactUpdate, BackfillBatch, Rollback, ConflictDecision, BackfillRun)
+OWN_MODELS = (LedgerEntry, ContactUpdate, BackfillBatch, Rollback, ConflictResolution, BackfillRun)
 #: Tokens of commits say nothing of what was done.
 TOKENS = CommittedTransaction._meta.db_table
 OWN_TABLES = tuple(model._meta.db_table for model in OWN_MODELS)

@@ -42,7 +42,7 @@ from crm.conflicts.dead_letters import IDENTITY_KEYS, keys_by_contact, remedy
 from crm.models import (
     BackfillBatch,
     BackfillRun,
-    ConflictDecision,
+    ConflictResolution,
     ContactUpdate,
     CRMContact,
     Lead,
@@ -345,7 +345,7 @@ class LedgerAdmin(ContactNamingAdmin):
         "table",
         "trigger",
         "former_values",
-        "decision",
+        "resolution",
         "id",
     )
 
@@ -405,11 +405,11 @@ class LedgerAdmin(ContactNamingAdmin):
         """What the line said before the row was made a contact again."""
         return _indented(entry.former) if entry.former else "-"
 
-    @admin.display(description="what a person decided")
-    def decision(self, entry: LedgerEntry) -> str:
-        """The way to the decision on the row, where there is one."""
-        decided = ConflictDecision.objects.filter(pk=entry.pk).first()
-        return _link(ConflictDecision, decided.pk, f"by {decided.decided_by}") if decided else "-"
+    @admin.display(description="resolution by a person")
+    def resolution(self, entry: LedgerEntry) -> str:
+        """The way to the resolution of the row's conflict, where there is one."""
+        found = ConflictResolution.objects.filter(pk=entry.pk).first()
+        return _link(ConflictResolution, found.pk, f"by {found.decided_by}") if found else "-"
 
     @admin.display(description="run")
     def run_link(self, entry: LedgerEntry) -> str:
@@ -417,9 +417,9 @@ class LedgerAdmin(ContactNamingAdmin):
         return _link(BackfillRun, entry.run_id, str(entry.run_id))
 
 
-@admin.register(ConflictDecision)
-class DecisionAdmin(ContactNamingAdmin):
-    """What people decided about rows in conflict."""
+@admin.register(ConflictResolution)
+class ResolutionAdmin(ContactNamingAdmin):
+    """What people say about rows in conflict."""
 
     list_display = ("row", "contact", "separate_email", "decided_by", "decided_at", "line")
     search_fields = ("row",)
@@ -438,9 +438,9 @@ class DecisionAdmin(ContactNamingAdmin):
         return (queryset.filter(pk__in=_keys_of(term)) if term else queryset), False
 
     @admin.display(description="ledger line")
-    def line(self, decision: ConflictDecision) -> str:
+    def line(self, resolution: ConflictResolution) -> str:
         """The way to what became of the row."""
-        return _link(LedgerEntry, decision.pk, decision.row)
+        return _link(LedgerEntry, resolution.pk, resolution.row)
 
 
 @admin.register(ContactUpdate)

@@ -41,7 +41,7 @@ class Phase(StrEnum):
     """Which rows of a source a task takes, in the order in which a run takes them."""
 
     PENDING = "pending"  # rows without an outcome, but for the next ones
-    RESOLVED = "resolved"  # rows on which people decided
+    RESOLVED = "resolved"  # rows whose conflicts people resolved
     REVISIT = "revisit"  # rows with an outcome, for --update
 
 

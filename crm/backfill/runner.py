@@ -195,7 +195,7 @@ class _Work:
         return look_for_gone_contacts(connection, settled, run_id=self.life.run.pk if self.life.run else None)
 
     def _resolutions(self) -> tuple[Resolutions, Resolutions]:
-        """What people decided and is to be carried out, and, where a second look needs it, all that they decided."""
+        """The resolutions that are to be carried out, and, where a second look needs them, all of them."""
         due = Resolutions.to_be_carried_out(connection, self.facts)
         if not (self.options.update or self.options.recreate_deleted):
             return due, due
@@ -205,7 +205,7 @@ class _Work:
             if not self.options.dry_run:
                 raise
             return due, due
-        # What was decided on a row whose contact is gone holds for the one that it gets now.
+        # The resolution of a row whose contact is gone holds for the one that it gets now.
         return every if self.options.recreate_deleted else due, every
 
     def _settle_latecomers(self) -> None:

@@ -155,7 +155,7 @@ class WorkerPool:
         self._dismiss(at_once=kind is KeyboardInterrupt)
 
     def run(self, task: Task) -> None:
-        """See Executor. One worker takes the rows that people decided on, and this process revisits rows.
+        """See Executor. One worker takes the rows with a resolution, and this process revisits rows.
 
         Which row meets a contact first must not depend on the number of workers there.
         """

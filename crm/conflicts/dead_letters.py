@@ -42,7 +42,7 @@ REMEDIES = {
     Reason.UNREADABLE: "Have the row looked at by whoever keeps the database: PostgreSQL cannot read it.",
     Reason.DATA_ERROR: "Correct the row in the application: the database refused it as the other columns say.",
 }
-REMEDY_OF_DECIDED = (
+REMEDY_OF_RESOLVED = (
     "Nothing: the next run carries the decision out. To change it, decide again with resolve_crm_conflict {row}."
 )
 REMEDY_OF_OTHERS = "Look the row up in the application."
@@ -55,7 +55,7 @@ IDENTITY_KEYS = ("email", "userId", "clerkUserId", "id")
 _ORDER = ", ".join(f"'{source}'" for source in Source)
 _DEAD_LETTERS = f"""
 SELECT line.source, line.source_id, line.reason, line.contact_id, line.sqlstate, line.constraint, line.column,
-       line.table, line.trigger, {{is_gone}}, {{email}}, line.identity_keys, {{decision}}
+       line.table, line.trigger, {{is_gone}}, {{email}}, line.identity_keys, {{resolution}}
   FROM ledger_entry line {{joins}}
  WHERE line.outcome = '{Outcome.ERROR}'
  ORDER BY array_position(ARRAY[{_ORDER}], line.source), line.source_id
@@ -75,17 +75,17 @@ _PEOPLE = f"""
      WHERE line.source NOT IN ({_LEAD_SOURCES}) AND profiles.id = line.source_id LIMIT 1
   ) profile ON true
 """
-_DECISION = """
-       to_char(decision.decided_at AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI'), decision.contact_id,
-       decision.contact_id IS NOT NULL AND NOT EXISTS (SELECT FROM crm_contacts WHERE id = decision.contact_id)
+_RESOLUTION = """
+       to_char(resolution.decided_at AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI'), resolution.contact_id,
+       resolution.contact_id IS NOT NULL AND NOT EXISTS (SELECT FROM crm_contacts WHERE id = resolution.contact_id)
 """
-_DECISIONS = " LEFT JOIN conflict_decision decision ON decision.id = line.id"
+_RESOLUTIONS = " LEFT JOIN conflict_decision resolution ON resolution.id = line.id"
 
 
 class DeadLetter(NamedTuple):
     """A row in error.
 
-    `row_gone` is true for a row that is no longer there. `decision` is what a person decided, without the address of a
+    `row_gone` is true for a row that is no longer there. `decision` is what a person said, without the address of a
     contact of the row's own. `email` is as it is stored, and None unless it was asked for.
     """
 
@@ -121,8 +121,8 @@ def dead_letters(connection: BaseDatabaseWrapper, *, with_email: bool) -> Genera
         readable = is_readable(connection)
         if readable is False:
             logger.warning("this role may not read conflict_decision: the export shows no decision")
-        decision, decisions = (_DECISION, _DECISIONS) if readable else ("NULL, NULL, false", "")
-        query = _DEAD_LETTERS.format(email=email, is_gone=_IS_GONE, decision=decision, joins=people + decisions)
+        resolution, resolutions = (_RESOLUTION, _RESOLUTIONS) if readable else ("NULL, NULL, false", "")
+        query = _DEAD_LETTERS.format(email=email, is_gone=_IS_GONE, resolution=resolution, joins=people + resolutions)
         for row in stream(connection, "dead_letters", query):
             yield _dead_letter(*row)
 
@@ -132,8 +132,8 @@ def keys_by_contact(
 ) -> dict[str | None, list[str]]:
     """The contacts that a ledger line in error names, each with the keys of the row that lead to it.
 
-    `identity_keys` are those of the line; earlier versions wrote none. The contact of a decision that holds no more may
-    have no key. Keys that no contact has are under None.
+    `identity_keys` are those of the line; earlier versions wrote none. The contact of a resolution that holds no more
+    may have no key. Keys that no contact has are under None.
     """
     keys = identity_keys or {}
     found: dict[str | None, list[str]] = {}
@@ -162,24 +162,24 @@ def remedy(row: str, reason: str | None, contact_id: str | None, identity_keys: 
     return REMEDIES[Reason(reason)].format(row=row, contact=contact_id, contacts=contacts)
 
 
-def shown_decision(decided_at: str, contact_id: str | None) -> str:
-    """When a person decided about a row, in UTC, and what; without the address of a contact of the row's own."""
+def shown_resolution(decided_at: str, contact_id: str | None) -> str:
+    """When a person resolved the conflict of a row, in UTC, and how; without the address of a contact of its own."""
     whose = f"the contact {contact_id} is its person's" if contact_id else "it is another person"
     return f"at {decided_at} (UTC): {whose}"
 
 
 def _dead_letter(source: str, source_id: str, reason: str, contact_id: str | None, *rest: Any) -> DeadLetter:
-    *refusal, is_gone, email, keys, decided_at, decided_contact, decided_contact_is_gone = rest
+    *refusal, is_gone, email, keys, decided_at, resolved_contact, resolved_contact_is_gone = rest
     row = f"{Source(source).table}:{source_id}"
     identity_keys = json.loads(keys) if keys else None
-    decision = f"Decided {shown_decision(decided_at, decided_contact)}" if decided_at else None
+    resolution = f"Decided {shown_resolution(decided_at, resolved_contact)}" if decided_at else None
     if is_gone:
         what_to_do = REMEDY_OF_GONE
-    elif decision and reason == Reason.CONFLICT and not decided_contact_is_gone:
-        what_to_do = REMEDY_OF_DECIDED.format(row=row)
+    elif resolution and reason == Reason.CONFLICT and not resolved_contact_is_gone:
+        what_to_do = REMEDY_OF_RESOLVED.format(row=row)
     else:
         what_to_do = remedy(row, reason, contact_id, identity_keys)
     contacts = named_contacts(contact_id, identity_keys)
     gone = GONE if is_gone else None
-    columns = (source, row, source_id, reason, what_to_do, contact_id, contacts, *refusal, gone, decision, email)
+    columns = (source, row, source_id, reason, what_to_do, contact_id, contacts, *refusal, gone, resolution, email)
     return DeadLetter._make(columns)

@@ -1,11 +1,11 @@
-"""What people decide about rows in conflict: recorded here, carried out by the next run.
+"""What people say about rows in conflict: recorded here, carried out by the next run.
 
 A row is in conflict when its keys name two accounts, which no rule can sort out. A person says either whose contact it
 is, or that it gets one of its own with another address. The next run then does as it does with every row: it merges
 into a contact of ours and leaves somebody else's alone, and nothing is overwritten. Accounts that another contact has
 are left to that contact.
 
-Decisions are made between runs, never during one: what is settled has been settled by the decisions that there are, or
+Resolutions are made between runs, never during one: what is settled has been settled by those that there are, or
 without any, and whoever compares rows with contacts afterwards can rely on that.
 """
 
@@ -19,9 +19,9 @@ from django.db import connection
 from django.db.models.functions import Now
 
 from crm import sqlstates
-from crm.conflicts.dead_letters import named_contacts, remedy, shown_decision
+from crm.conflicts.dead_letters import named_contacts, remedy, shown_resolution
 from crm.errors import OperatorError
-from crm.models import ConflictDecision, CRMContact, LedgerEntry
+from crm.models import ConflictResolution, CRMContact, LedgerEntry
 from crm.outcome import Outcome, Reason
 from crm.postgres import errors
 from crm.postgres.transactions import certain_transaction
@@ -47,7 +47,7 @@ SELECT 'the decision on another row' FROM conflict_decision WHERE separate_email
 
 
 def belongs_to(row: RowReference, contact: str) -> None:
-    """Record that a row in conflict belongs to a contact; a decision that was made before is replaced.
+    """Record that a row in conflict belongs to a contact; a resolution that was made before is replaced.
 
     Raises OperatorError where the row is not in conflict and where there is no such contact, and AnotherRunError while
     a run is going.
@@ -60,7 +60,7 @@ def belongs_to(row: RowReference, contact: str) -> None:
 
 
 def is_separate(row: RowReference, address: str) -> None:
-    """Record that a row in conflict gets a contact of its own; a decision that was made before is replaced.
+    """Record that a row in conflict gets a contact of its own; a resolution that was made before is replaced.
 
     Raises OperatorError where the row is not in conflict, and where the address is none or somebody else's, and
     AnotherRunError while a run is going.
@@ -82,31 +82,31 @@ def conflict_of(row: RowReference) -> str:
     """
     with _as_operator_error("Try again."):
         line = _require_conflict(row)
-        decision = ConflictDecision.objects.filter(pk=row.line_id).first()
-        whose = decision and decision.contact_id
+        resolution = ConflictResolution.objects.filter(pk=row.line_id).first()
+        whose = resolution and resolution.contact_id
         is_gone = whose is not None and not CRMContact.objects.filter(pk=whose).exists()
     gone = f"The contact {whose} is gone since: decide again, unless a rollback deleted it and the next run makes it."
     if line is None:
         what = f". {gone}" if is_gone else ": the next run carries the decision out."
         return f"{row} is pending, and decided on{what}"
     named = named_contacts(line.contact_id, line.identity_keys)
-    if decision is not None and line.reason == Reason.CONFLICT:
-        shown = shown_decision(f"{decision.decided_at:%Y-%m-%d %H:%M}", decision.contact_id)
+    if resolution is not None and line.reason == Reason.CONFLICT:
+        shown = shown_resolution(f"{resolution.decided_at:%Y-%m-%d %H:%M}", resolution.contact_id)
         what = gone if is_gone else "The next run carries that out. To change it, decide again."
-        return f"{row}: {named}\nDecided by {decision.decided_by} {shown}. {what}"
+        return f"{row}: {named}\nDecided by {resolution.decided_by} {shown}. {what}"
     return f"{row}: {named}\n{remedy(str(row), line.reason, line.contact_id, line.identity_keys)}"
 
 
 def _require_conflict(row: RowReference) -> LedgerEntry | None:
-    """The line of a row in conflict; None where a decision is there and the line is gone."""
+    """The line of a row in conflict; None where a resolution is there and the line is gone."""
     line = LedgerEntry.objects.filter(pk=row.line_id).first()
     if line is not None and line.outcome == Outcome.ERROR and line.reason in (Reason.CONFLICT, Reason.STALE_DECISION):
         return line
     if line is not None:
         what = line.outcome if line.outcome != Outcome.ERROR else f"an error ({line.reason})"
         raise OperatorError(f"The row {row} is not in conflict, it is {what}.")
-    # Without a line, but decided on: the run that carried the decision out was taken back, perhaps because of it.
-    if not ConflictDecision.objects.filter(pk=row.line_id).exists():
+    # Without a line, but resolved: the run that carried the resolution out was taken back, perhaps because of it.
+    if not ConflictResolution.objects.filter(pk=row.line_id).exists():
         raise OperatorError(f"The ledger has no row {row}: it is pending, excluded or not there.")
     return None
 
@@ -125,7 +125,7 @@ def _whose(email: str, row: RowReference) -> str | None:
 
 
 def _record(row: RowReference, contact: str | None, email: str | None) -> None:
-    ConflictDecision.objects.update_or_create(
+    ConflictResolution.objects.update_or_create(
         id=row.line_id,
         defaults={
             "row": str(row),

@@ -1,7 +1,7 @@
 """The tables: the application's, which we map and do not own, and ours."""
 
+from crm.models.conflict_resolution import ConflictResolution
 from crm.models.contacts import CRMContact, CRMInteraction, CRMStageHistory
-from crm.models.decision import ConflictDecision
 from crm.models.ledger import BackfillBatch, BackfillRun, LedgerEntry
 from crm.models.legacy import Lead, Profile, User
 from crm.models.rollback import Rollback
@@ -15,7 +15,7 @@ __all__ = [
     "CRMInteraction",
     "CRMStageHistory",
     "CommittedTransaction",
-    "ConflictDecision",
+    "ConflictResolution",
     "ContactUpdate",
     "Lead",
     "LedgerEntry",

@@ -1,7 +1,7 @@
 """What a contact is by the rows of its person, whatever runs they came in. Pure: no database.
 
-The rows of a contact have one order: source by source, each as a run reads it, and last those that a person decided
-on. In one run over all of them the first makes the contact and each of the others fills what is missing, an
+The rows of a contact have one order: source by source, each as a run reads it, and last those with a resolution
+of a conflict. In one run over all of them the first makes the contact and each of the others fills what is missing, an
 attribution and an assignment as the units that they are. The stage alone is the furthest that any of them has come to.
 """
 

@@ -88,7 +88,7 @@ class ContactDraft(NamedTuple):
 
 
 class Resolution(NamedTuple):
-    """What a person decided about a row in conflict: the contact that it belongs to, or an address of its own."""
+    """What a person says about a row in conflict: the contact that it belongs to, or an address of its own."""
 
     contact_id: str | None
     separate_email: str | None

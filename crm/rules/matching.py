@@ -67,7 +67,7 @@ class ExistingContact:
 
 
 class Conflict(Exception):  # noqa: N818 - a verdict on a row, not a failure of the program
-    """The row's keys name two accounts, or what was decided about that holds no more: a person must decide."""
+    """The row's keys name two accounts, or the resolution of that holds no more: a person must resolve it."""
 
     def __init__(
         self, contact_id: str, identity_keys: Mapping[str, str | None], reason: Reason = Reason.CONFLICT
@@ -186,7 +186,7 @@ class ExistingContacts:
         return next((contact for contact in theirs if contact is not None), None)
 
     def find_resolved(self, draft: ContactDraft, resolution: Resolution) -> ExistingContact | None:
-        """The contact that a person decided on; None where the row gets one of its own.
+        """The contact of the resolution; None where the row gets one of its own.
 
         Raises Conflict where that contact is gone, and where the address of its own has become somebody else's.
         """
@@ -200,7 +200,7 @@ class ExistingContacts:
         return self._by_id[resolution.contact_id]
 
     def without_others_accounts(self, draft: ContactDraft, contact: ExistingContact | None) -> ContactDraft:
-        """The draft of a row whose contact a person decided on: an account that another contact has stays there."""
+        """The draft of a row whose conflict a person resolved: an account that another contact has stays there."""
         by_user = self._by_user.get(draft.user_id or "", contact)
         by_clerk = self._by_clerk.get(draft.clerk_user_id or "", contact)
         return draft._replace(

@@ -300,7 +300,7 @@ def _promoting(contact: StandingContact, speakers: Iterable[_Speaker]) -> _Speak
 def _of_this_contact(
     row: MappedRow, draft: ContactDraft, contact: StandingContact, known: ExistingContacts
 ) -> ContactDraft | None:
-    """The draft, without accounts that a decision left to others; None where its keys name another contact by now."""
+    """The draft, without accounts that a resolution left to others; None where its keys name another contact by now."""
     try:
         found = known.find_resolved(draft, row.resolution) if row.resolution else known.find(draft)
     except Conflict:

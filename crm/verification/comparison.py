@@ -179,7 +179,7 @@ def _brought_by_rows(
 
 
 def _without_left_accounts(mapped: MappedRow, draft: ContactDraft, contact: FoundContact) -> ContactDraft:
-    """The draft without what a row that a person decided on left to other contacts: accounts that they had."""
+    """The draft without what a row whose conflict a person resolved left to other contacts: accounts that they had."""
     if mapped.resolution is None:
         return draft
     values = contact.values
@@ -200,8 +200,8 @@ def _may_differ(line: Line, row: FoundRow | None, contact: FoundContact, name: s
         return True
     if line.table == "profiles":
         # Without an address that is one, a profile maps to nothing at all.
-        is_decided = row.mapped.resolution is not None and row.mapped.resolution.separate_email is not None
-        of_address = row.mapped.draft is None or (name == "email" and not is_decided)
+        is_resolved = row.mapped.resolution is not None and row.mapped.resolution.separate_email is not None
+        of_address = row.mapped.draft is None or (name == "email" and not is_resolved)
         return row.other == CHANGED and of_address
     # A lead may name its preparer by user: without the profile, nobody can tell any more who that was.
     is_lost = row.other == NOT_THERE and not contact.preparer_is_there

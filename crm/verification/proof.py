@@ -115,7 +115,7 @@ SELECT c.id, c."updatedAt" IS DISTINCT FROM line.source_updated_at::timestamp({s
   JOIN crm_contacts c ON c.id = line.id
   {rows}
  WHERE line.outcome = 'created' AND line.contact_id = line.id AND line.source = ANY(%({sources})s)
-   AND line.id <> ALL(%(decided)s) AND line.source_id <> ALL(%({repeated})s)
+   AND line.id <> ALL(%(resolved)s) AND line.source_id <> ALL(%({repeated})s)
    AND NOT EXISTS (SELECT FROM ledger_entry merged WHERE merged.outcome = 'merged' AND merged.contact_id = line.id)
    AND NOT EXISTS (SELECT FROM contact_update change WHERE change.contact_id = line.id)
    AND {conditions}
@@ -136,11 +136,11 @@ _LEADS = _MADE.format(
 )
 
 
-def proven_contacts(facts: DatabaseFacts, decided: Mapping[str, object]) -> tuple[str, dict[str, Any]]:
+def proven_contacts(facts: DatabaseFacts, resolved: Mapping[str, object]) -> tuple[str, dict[str, Any]]:
     """The query of the contacts that are as they should be, with whether somebody touched them; and its parameters.
 
-    `decided` has the keys of the rows that people decided on, which are never proven here. PostgreSQL may refuse the
-    query where a row cannot be read, or a column is of another type.
+    `resolved` has the keys of the rows whose conflicts people resolved, which are never proven here. PostgreSQL may
+    refuse the query where a row cannot be read, or a column is of another type.
     """
     rules = facts.rules()
     clerk_user_id = "NULL" if "profiles.clerkUserId" in facts.missing else "NULLIF(r.\"clerkUserId\", '')"
@@ -159,7 +159,7 @@ def proven_contacts(facts: DatabaseFacts, decided: Mapping[str, object]) -> tupl
         "contacted": rules.stages["CONTACTED"],
         "profile_sources": [source.value for source in Source.of_table("profiles")],
         "lead_sources": [source.value for source in Source.of_table("leads")],
-        "decided": list(decided),
+        "resolved": list(resolved),
         "repeated_profiles": list(facts.repeated_ids.get("profiles", ())),
         "repeated_leads": list(facts.repeated_ids.get("leads", ())),
         "converted": list(facts.statuses.get("CONVERTED", ())),

@@ -20,14 +20,14 @@ from django.urls import reverse
 
 from crm import admin as crm_admin
 from crm.admin import read_only
-from crm.models import BackfillBatch, BackfillRun, ConflictDecision, ContactUpdate, CRMContact, LedgerEntry, Rollback
+from crm.models import BackfillBatch, BackfillRun, ConflictResolution, ContactUpdate, CRMContact, LedgerEntry, Rollback
 from crm.rules.mapping import contact_id
 from tests.conftest import Database
 from tests.support.builders import UPDATED_AT, add_contact, add_lead, add_many_leads, add_profile, add_user
 from tests.support.commands import run
 from tests.support.pages import address, listed, page, text
 
-MODELS = (CRMContact, BackfillRun, LedgerEntry, ConflictDecision, ContactUpdate)
+MODELS = (CRMContact, BackfillRun, LedgerEntry, ConflictResolution, ContactUpdate)
 #: Everything that text may hold and an address may not.
 STRANGE_ID = "a/b_c?d#e%f&g\"h'i<j>\nk\\l é"
 
@@ -205,23 +205,27 @@ def test_a_conflict_of_an_earlier_version_and_one_whose_contact_is_gone_are_show
     assert listed(browser, LedgerEntry, q=there) == {line}
 
 
-def decide_on(lead: str) -> str:
-    """Let somebody have decided on a lead; the key of its line."""
+def resolve_lead(lead: str) -> str:
+    """Record a resolution for a lead; the key of its line."""
     key = contact_id("leads", lead)
-    ConflictDecision.objects.create(id=key, row=f"leads:{lead}", separate_email=f"{lead}@example.com", decided_by="Eve")
+    ConflictResolution.objects.create(
+        id=key, row=f"leads:{lead}", separate_email=f"{lead}@example.com", decided_by="Eve"
+    )
     return key
 
 
-def test_a_decision_is_shown_and_its_line_leads_to_it(browser: Client) -> None:
+def test_a_resolution_is_shown_and_its_line_leads_to_it(browser: Client) -> None:
     lead = add_lead("nobody")
-    key = decide_on(lead)
+    key = resolve_lead(lead)
     run()
-    shown = page(browser, ConflictDecision, key)
+    shown = page(browser, ConflictResolution, key)
     for words in (f"Row: leads:{lead}", f"Separate email: {lead}@example.com", "Decided by: Eve"):
         assert words in shown
-    assert listed(browser, ConflictDecision, q=lead) == listed(browser, ConflictDecision, q=f"leads:{lead}") == {key}
-    assert listed(browser, ConflictDecision, q="another") == set()
-    there, back = address(ConflictDecision, "change", key), address(LedgerEntry, "change", key)
+    assert (
+        listed(browser, ConflictResolution, q=lead) == listed(browser, ConflictResolution, q=f"leads:{lead}") == {key}
+    )
+    assert listed(browser, ConflictResolution, q="another") == set()
+    there, back = address(ConflictResolution, "change", key), address(LedgerEntry, "change", key)
     assert f'<a href="{there}">by Eve</a>' in browser.get(back).content.decode()
     assert f'<a href="{back}">leads:{lead}</a>' in browser.get(there).content.decode()
 
@@ -382,7 +386,7 @@ def test_what_people_typed_is_shown_and_never_run(browser: Client) -> None:
 def test_nobody_adds_changes_or_deletes(model: type[models.Model], who: str, request: pytest.FixtureRequest) -> None:
     client: Client = request.getfixturevalue(who)
     lead = add_lead("ann@example.com")
-    key = decide_on(lead)
+    key = resolve_lead(lead)
     number = run()["run"]
     identifier = number if model is BackfillRun else key
     database: Database = request.getfixturevalue("database")
@@ -437,12 +441,12 @@ def test_a_list_asks_as_much_for_many_rows_as_for_few(browser: Client, model: ty
         return len(captured)
 
     add_many_leads(2)
-    decide_on(add_lead("nobody"))
+    resolve_lead(add_lead("nobody"))
     run()
     few = queries()
     add_many_leads(60, first=3)
     for _ in range(5):
-        decide_on(add_lead("nobody"))
+        resolve_lead(add_lead("nobody"))
         run()
     assert queries() == few
 

@@ -11,7 +11,7 @@ from django.db import DatabaseError, InternalError, OperationalError, connection
 
 import manage
 from crm.errors import OperatorError
-from crm.models import BackfillRun, ConflictDecision
+from crm.models import BackfillRun, ConflictResolution
 from crm.models.ledger import RunStatus
 from crm.postgres import errors
 from tests.conftest import Database
@@ -139,7 +139,7 @@ def test_a_table_of_ours_that_is_missing(database: Database, command: str) -> No
         finished = managed(*arguments)
     assert_one_line(finished, 2)
     assert "manage.py migrate" in finished.stderr
-    assert not ConflictDecision.objects.exists()
+    assert not ConflictResolution.objects.exists()
 
 
 @every_command

@@ -258,7 +258,7 @@ def test_what_an_update_changed_in_a_contact_is_not_taken_for_a_change_of_the_ne
     assert (ended.code, contacts()) == (0, {})
 
 
-def test_a_decision_of_a_person_holds_for_what_is_made_again(database: Database) -> None:
+def test_a_resolution_of_a_person_holds_for_what_is_made_again(database: Database) -> None:
     contact = add_contact("ann@example.com", userId=add_user("other@example.com"))
     profile = add_profile(email="ann@example.com")
     run()

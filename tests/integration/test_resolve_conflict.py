@@ -1,4 +1,4 @@
-"""A person decides about a row in conflict: who, when and what is recorded, and what is no decision is refused."""
+"""A person resolves a conflict of a row: who, when and what is recorded, and what is no resolution is refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from django.db import IntegrityError, OperationalError, connection
 from django.db.models.functions import Now
 
 from crm.conflicts import resolving
-from crm.models import BackfillRun, ConflictDecision
+from crm.models import BackfillRun, ConflictResolution
 from crm.models.ledger import RunStatus
 from crm.rollback.runner import roll_back
 from crm.runs import lease
@@ -18,18 +18,18 @@ from tests.conftest import Database
 from tests.support.builders import add_contact, add_lead, add_user, ledger
 from tests.support.circumstances import acting_as, reading_role
 from tests.support.commands import run
-from tests.support.conflicts import ANN, OTHER, decided, line_of, resolve, somebody_elses_account
+from tests.support.conflicts import ANN, OTHER, line_of, resolve, resolved, somebody_elses_account
 from tests.support.processes import database_url, manage
 
 # The record
 
 
-def test_a_decision_says_who_and_when_and_a_later_one_replaces_it(database: Database) -> None:
+def test_a_resolution_says_who_and_when_and_a_later_one_replaces_it(database: Database) -> None:
     row, _, contact = somebody_elses_account()
-    decided(row, "--separate", OTHER)
-    first = ConflictDecision.objects.get()
-    decided(row, "--contact", contact)
-    second = ConflictDecision.objects.get()
+    resolved(row, "--separate", OTHER)
+    first = ConflictResolution.objects.get()
+    resolved(row, "--contact", contact)
+    second = ConflictResolution.objects.get()
     assert (first.contact_id, first.separate_email) == (None, OTHER)
     assert (second.contact_id, second.separate_email) == (contact, None)
     assert second.decided_by == getpass.getuser()
@@ -40,10 +40,12 @@ def test_a_decision_says_who_and_when_and_a_later_one_replaces_it(database: Data
 @pytest.mark.parametrize("columns", [{}, {"contact_id": "c", "separate_email": OTHER}])
 def test_the_table_takes_one_of_the_two(database: Database, columns: dict[str, str]) -> None:
     with pytest.raises(IntegrityError):
-        ConflictDecision.objects.create(id="1", row="leads:1", decided_by="me", **columns)
+        ConflictResolution.objects.create(id="1", row="leads:1", decided_by="me", **columns)
 
 
-def test_the_address_is_in_the_decision_and_nowhere_else(database: Database, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_address_is_in_the_resolution_and_nowhere_else(
+    database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO)
     row, _, _ = somebody_elses_account()
     outputs = [resolve(row, "--separate", address) for address in (OTHER, "ann@", "elsewhere@example.com")]
@@ -57,7 +59,7 @@ def test_the_address_is_in_the_decision_and_nowhere_else(database: Database, cap
 # Refusals
 
 
-def test_what_is_no_decision_is_refused_and_nothing_is_recorded(database: Database) -> None:
+def test_what_is_no_resolution_is_refused_and_nothing_is_recorded(database: Database) -> None:
     row, _, contact = somebody_elses_account()
     add_user("account@example.com")
     add_lead("Lead@example.com")
@@ -86,23 +88,23 @@ def test_what_is_no_decision_is_refused_and_nothing_is_recorded(database: Databa
         assert finished.stderr.count("\n") == 1
         assert ("Nothing was recorded." in finished.stderr) == ("names no row" not in words)
         assert "recorded" not in resolve(arguments[0]).stderr
-    assert not ConflictDecision.objects.exists()
+    assert not ConflictResolution.objects.exists()
 
 
-def test_an_address_of_another_lead_or_decision_is_somebodys(database: Database) -> None:
+def test_an_address_of_another_lead_or_resolution_is_somebodys(database: Database) -> None:
     row, _, _ = somebody_elses_account()
     lead = add_lead("pending@example.com")
     assert f"taken by leads:{lead}" in resolve(row, "--separate", "Pending@example.com").stderr
-    ConflictDecision.objects.create(id="1", row="leads:1", separate_email=OTHER, decided_by="me")
+    ConflictResolution.objects.create(id="1", row="leads:1", separate_email=OTHER, decided_by="me")
     finished = resolve(row, "--separate", OTHER)
     assert (finished.code, "another row" in finished.stderr) == (2, True)
 
 
-def test_a_decision_is_one_of_the_two(database: Database) -> None:
+def test_a_resolution_is_one_of_the_two(database: Database) -> None:
     assert resolve("profiles:1", "--contact", "c", "--separate", OTHER).code == 2
 
 
-def test_without_a_decision_the_conflict_is_shown_and_nothing_is_written(database: Database) -> None:
+def test_without_a_resolution_the_conflict_is_shown_and_nothing_is_written(database: Database) -> None:
     row, user, contact = somebody_elses_account()
     by_user = add_contact("ann@elsewhere.example", userId=user)
     run()
@@ -116,7 +118,7 @@ def test_without_a_decision_the_conflict_is_shown_and_nothing_is_written(databas
     assert (refused.code, "has no row profiles:nobody" in refused.stderr) == (2, True)
     assert "recorded" not in refused.stderr
     assert database.dump() == before
-    decided(row, "--contact", contact)
+    resolved(row, "--contact", contact)
     told = resolve(row).stdout
     assert f"the contact {contact} is its person's. The next run carries that out." in told
     assert "Decide whose" not in told
@@ -124,19 +126,19 @@ def test_without_a_decision_the_conflict_is_shown_and_nothing_is_written(databas
     assert "the next run carries the decision out" in resolve(row).stdout
 
 
-def test_what_a_decision_that_holds_no_more_is_about_is_shown(database: Database) -> None:
+def test_what_a_resolution_that_holds_no_more_is_about_is_shown(database: Database) -> None:
     row, _, contact = somebody_elses_account()
     other = add_contact("other@example.com")
-    decided(row, "--contact", other)
+    resolved(row, "--contact", other)
     database.rows("DELETE FROM crm_contacts WHERE id = %s RETURNING id", other)
     run()
     assert resolve(row).stdout.startswith(f"{row}: {contact} (email), no contact (userId), {other}\nDecide again")
 
 
-def test_a_decision_for_a_contact_that_is_gone_is_not_shown_as_good(database: Database) -> None:
+def test_a_resolution_for_a_contact_that_is_gone_is_not_shown_as_good(database: Database) -> None:
     row, _, _ = somebody_elses_account()
     other = add_contact("other@example.com")
-    decided(row, "--contact", other)
+    resolved(row, "--contact", other)
     assert "The next run carries that out." in resolve(row).stdout
     database.rows("DELETE FROM crm_contacts WHERE id = %s RETURNING id", other)
     for _ in ("in conflict", "pending"):
@@ -159,23 +161,23 @@ def test_what_the_database_breaks_off_while_a_conflict_is_shown_was_not_to_be_re
     assert ("recorded" in shown.stderr, "Nothing was recorded" in recorded.stderr) == (False, True)
 
 
-def test_nothing_is_decided_while_a_run_is_going(database: Database) -> None:
+def test_nothing_is_resolved_while_a_run_is_going(database: Database) -> None:
     row, _, contact = somebody_elses_account()
     BackfillRun.objects.update(status=RunStatus.RUNNING, host="another machine", heartbeat_at=Now())
     refused = resolve(row, "--contact", contact)
     assert (refused.code, "is going" in refused.stderr) == (3, True)
-    assert not ConflictDecision.objects.exists()
+    assert not ConflictResolution.objects.exists()
     BackfillRun.objects.update(heartbeat_at=Now() - lease.HEARTBEAT_LASTS * 2)
-    decided(row, "--contact", contact)
+    resolved(row, "--contact", contact)
     assert BackfillRun.objects.get().status == RunStatus.INTERRUPTED
 
 
-def test_a_run_that_was_taken_back_can_be_decided_anew(database: Database) -> None:
+def test_a_run_that_was_taken_back_can_be_resolved_anew(database: Database) -> None:
     row, _, contact = somebody_elses_account()
-    decided(row, "--separate", OTHER)
+    resolved(row, "--separate", OTHER)
     roll_back(run()["run"])
     assert row not in ledger()
-    decided(row, "--contact", contact)
+    resolved(row, "--contact", contact)
     assert run()["exists"] == 1
     assert line_of(row) == ("exists", None, contact)
 

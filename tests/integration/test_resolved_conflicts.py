@@ -21,7 +21,7 @@ from tests.support import reference
 from tests.support.builders import add_contact, add_lead, add_profile, add_user, contacts, ledger
 from tests.support.circumstances import acting_as, reading_role
 from tests.support.commands import run
-from tests.support.conflicts import ANN, OTHER, decided, line_of, resolve, somebody_elses_account
+from tests.support.conflicts import ANN, OTHER, line_of, resolve, resolved, somebody_elses_account
 
 
 def rehearsed_and_run() -> dict[str, Any]:
@@ -38,7 +38,7 @@ def rehearsed_and_run() -> dict[str, Any]:
 def test_a_row_belongs_to_somebody_elses_contact_and_changes_nothing_there(database: Database) -> None:
     row, _, contact = somebody_elses_account()
     before = contacts()
-    decided(row, "--contact", contact)
+    resolved(row, "--contact", contact)
     assert contacts() == before
     assert line_of(row) == ("error", "conflict", contact)
     assert rehearsed_and_run()["exists"] == 1
@@ -54,7 +54,7 @@ def test_a_row_is_merged_into_a_contact_of_ours_and_fills_only_what_is_missing(d
     row = f"profiles:{add_profile(email=ANN.upper(), phone='555 0101', companyName='Co')}"
     assert run()["by_reason"] == {"conflict": 1}
     before = contacts()[mine]
-    decided(row, "--contact", mine)
+    resolved(row, "--contact", mine)
     assert rehearsed_and_run()["merged"] == 1
     assert contacts()[mine] == before | {"phone": "555 0101", "company": "Co"}
     assert line_of(row) == ("merged", None, mine)
@@ -65,14 +65,14 @@ def test_a_row_may_belong_to_a_contact_with_which_it_has_no_key_in_common(databa
     first = run()
     (mine,) = contacts()
     row, _, _ = somebody_elses_account()
-    decided(row, "--contact", mine)
+    resolved(row, "--contact", mine)
     carried_out = rehearsed_and_run()
     assert (carried_out["merged"], line_of(row)) == (1, ("merged", None, mine))
     after = contacts()
     roll_back(carried_out["run"])
     roll_back(first["run"])
     assert mine not in contacts()
-    # The contact comes back in the run that carries the decision out again, and a dry run knows it.
+    # The contact comes back in the run that carries the resolution out again, and a dry run knows it.
     assert rehearsed_and_run()["merged"] == 1
     assert contacts() == after
 
@@ -85,7 +85,7 @@ def test_an_account_that_another_contact_has_stays_there(database: Database) -> 
     theirs = add_contact("elsewhere@example.com", userId=user)
     row = f"profiles:{add_profile(userId=user, clerkUserId='user_1')}"
     assert run()["by_reason"] == {"conflict": 1}
-    decided(row, "--contact", mine)
+    resolved(row, "--contact", mine)
     assert rehearsed_and_run()["merged"] == 1
     assert (contacts()[mine]["userId"], contacts()[mine]["clerkUserId"]) == (None, "user_1")
     assert contacts()[theirs]["userId"] == user
@@ -93,18 +93,18 @@ def test_an_account_that_another_contact_has_stays_there(database: Database) -> 
 
 def test_a_contact_that_was_deleted_since_is_told_as_a_new_error(database: Database) -> None:
     row, _, contact = somebody_elses_account()
-    decided(row, "--contact", contact)
+    resolved(row, "--contact", contact)
     with connection.cursor() as cursor:
         cursor.execute("DELETE FROM crm_contacts WHERE id = %s", [contact])
     report = rehearsed_and_run()
     assert (report["error"], report["error_new"], report["created"]) == (1, 1, 0)
     assert line_of(row) == ("error", "stale_decision", contact)
     assert run()["error_new"] == 0
-    decided(row, "--separate", OTHER)
+    resolved(row, "--separate", OTHER)
     assert rehearsed_and_run()["created"] == 1
 
 
-def test_a_run_that_may_not_see_what_was_decided_is_refused(
+def test_a_run_that_may_not_see_what_was_resolved_is_refused(
     database: Database, caplog: pytest.LogCaptureFixture
 ) -> None:
     grants = (
@@ -130,9 +130,9 @@ def test_a_run_that_may_not_see_what_was_decided_is_refused(
             cursor.execute("DROP ROLE decides_nothing")
 
 
-def test_a_dry_run_that_may_see_decisions_and_no_ledger_goes_without_both(database: Database) -> None:
+def test_a_dry_run_that_may_see_resolutions_and_no_ledger_goes_without_both(database: Database) -> None:
     row, _, contact = somebody_elses_account()
-    decided(row, "--contact", contact)
+    resolved(row, "--contact", contact)
     with reading_role(database) as role:
         with connection.cursor() as cursor:
             cursor.execute(f"GRANT USAGE ON SCHEMA crm_backfill TO {role}; GRANT SELECT ON conflict_decision TO {role}")
@@ -140,7 +140,7 @@ def test_a_dry_run_that_may_see_decisions_and_no_ledger_goes_without_both(databa
             assert run(dry_run=True)["by_reason"] == {"conflict": 1}
 
 
-def test_a_run_without_the_table_of_decisions_asks_for_the_migration(database: Database) -> None:
+def test_a_run_without_the_table_of_resolutions_asks_for_the_migration(database: Database) -> None:
     with connection.cursor() as cursor:
         cursor.execute("ALTER TABLE conflict_decision RENAME TO elsewhere")
     try:
@@ -159,7 +159,7 @@ def test_a_run_without_the_table_of_decisions_asks_for_the_migration(database: D
 def test_a_row_gets_a_contact_of_its_own_with_another_address(database: Database) -> None:
     row, user, contact = somebody_elses_account()
     before = contacts()
-    decided(row, "--separate", f" {OTHER.title()} ")
+    resolved(row, "--separate", f" {OTHER.title()} ")
     assert rehearsed_and_run()["created"] == 1
     own = reference.contact_id_of(row)
     after = contacts()
@@ -176,7 +176,7 @@ def test_a_contact_of_its_own_goes_without_accounts_that_others_have(database: D
     add_contact("k@example.com", clerkUserId="user_1")
     row = f"profiles:{add_profile(userId=user, clerkUserId='user_1')}"
     assert run()["by_reason"] == {"conflict": 1}
-    decided(row, "--separate", ANN)
+    resolved(row, "--separate", ANN)
     carried_out = rehearsed_and_run()
     assert carried_out["created"] == 1
     own = contacts()[reference.contact_id_of(row)]
@@ -189,18 +189,18 @@ def test_a_contact_of_its_own_goes_without_accounts_that_others_have(database: D
 
 def test_an_address_that_became_somebodys_since_is_told_as_a_new_error(database: Database) -> None:
     row, _, _ = somebody_elses_account()
-    decided(row, "--separate", OTHER)
+    resolved(row, "--separate", OTHER)
     newcomer = add_contact(OTHER.upper())
     assert rehearsed_and_run()["error_new"] == 1
     assert line_of(row) == ("error", "stale_decision", newcomer)
-    decided(row, "--contact", newcomer)
+    resolved(row, "--contact", newcomer)
     assert rehearsed_and_run()["exists"] == 1
 
 
-def test_taking_the_run_back_and_running_again_carries_the_decision_out_again(database: Database) -> None:
+def test_taking_the_run_back_and_running_again_carries_the_resolution_out_again(database: Database) -> None:
     row, _, _ = somebody_elses_account()
     before = contacts()
-    decided(row, "--separate", OTHER)
+    resolved(row, "--separate", OTHER)
     second = run()
     after = contacts()
     report = roll_back(second["run"])
@@ -210,28 +210,28 @@ def test_taking_the_run_back_and_running_again_carries_the_decision_out_again(da
     assert contacts() == after
 
 
-def test_a_merge_that_was_decided_is_taken_back_like_any_other(database: Database) -> None:
+def test_a_merge_that_was_resolved_is_taken_back_like_any_other(database: Database) -> None:
     add_profile(email=ANN)
     first = run()
     (mine,) = contacts()
     before = contacts()
     row = f"profiles:{add_profile(email=ANN.upper(), phone='555 0101')}"
     run()
-    decided(row, "--contact", mine)
-    after_decision = run()
-    assert roll_back(after_decision["run"]).counts.numbers["merges_reversed"] == 1
+    resolved(row, "--contact", mine)
+    after_resolution = run()
+    assert roll_back(after_resolution["run"]).counts.numbers["merges_reversed"] == 1
     assert contacts() == before
     run()
     report = roll_back(first["run"])
     assert (report.counts.numbers["contacts_reversed"], report.counts.numbers["later_merges"]) == (1, 1)
     assert contacts() == {}
-    # The contact comes back under its id, so the decision holds for it, also in the run that brings it back.
+    # The contact comes back under its id, so the resolution holds for it, also in the run that brings it back.
     assert rehearsed_and_run()["merged"] == 1
 
 
 def test_a_row_that_is_settled_already_is_refused(database: Database) -> None:
     row, _, contact = somebody_elses_account()
-    decided(row, "--contact", contact)
+    resolved(row, "--contact", contact)
     run()
     assert "it is exists" in resolve(row, "--separate", OTHER).stderr
 
@@ -243,7 +243,7 @@ def test_other_generations_carry_it_out_as_well(database: Database, generation: 
     row = f"profiles:{add_profile('client', userId=user)}"
     contact = add_contact(ANN, userId=add_user("elsewhere@example.com"))
     run()
-    decided(row, "--separate", OTHER)
+    resolved(row, "--separate", OTHER)
     assert rehearsed_and_run()["created"] == 1
     assert contacts().keys() == {contact, reference.contact_id_of(row)}
 
@@ -253,13 +253,13 @@ def test_other_generations_carry_it_out_as_well(database: Database, generation: 
 
 def a_crowd() -> dict[str, tuple[str, ...]]:
     """People of many partitions, with rows in conflict; what is decided on each of these. The ledger knows them all."""
-    decisions: dict[str, tuple[str, ...]] = {}
+    resolutions: dict[str, tuple[str, ...]] = {}
     for number in range(12):
         email = f"person-{number}@example.com"
         theirs = add_contact(email, userId=add_user(f"elsewhere-{number}@example.com"))
         row = f"profiles:{add_profile(userId=add_user(email), phone='555 0101', clerkUserId=f'clerk_{number}')}"
-        decisions[row] = ("--separate", f"own-{number}@example.com") if number % 3 else ("--contact", theirs)
-    return decisions
+        resolutions[row] = ("--separate", f"own-{number}@example.com") if number % 3 else ("--contact", theirs)
+    return resolutions
 
 
 def later_rows() -> None:
@@ -273,23 +273,23 @@ def later_rows() -> None:
 def test_the_end_is_the_same_for_every_number_of_workers(database: Database, workers: int) -> None:
     shared = contact_id("leads", add_lead("shared@example.com", phone=""))
     run()
-    decisions = a_crowd()
+    resolutions = a_crowd()
     run()
-    for row, decision in decisions.items():
-        decided(row, *decision)
+    for row, resolution in resolutions.items():
+        resolved(row, *resolution)
     # Two rows of two partitions, and a later lead of a third, fill the same contact.
-    extra = [row for row, decision in decisions.items() if decision[0] == "--separate"][-2:]
+    extra = [row for row, resolution in resolutions.items() if resolution[0] == "--separate"][-2:]
     for row in extra:
-        decided(row, "--contact", shared)
+        resolved(row, "--contact", shared)
     later_rows()
     foretold = run(dry_run=True, workers=workers)
     report = run(workers=workers, batch_size=1)
     for answer in (foretold, report):
         counts = {name: answer[name] for name in ("read", "created", "merged", "exists", "error", "error_new")}
         assert counts == {"read": 15, "created": 6, "merged": 3, "exists": 4, "error": 2, "error_new": 2}
-    by_row = {row: line_of(row) for row in decisions}
+    by_row = {row: line_of(row) for row in resolutions}
     taken = {reference.contact_id_of(row) for row, line in ledger().items() if line["outcome"] == "created"}
-    for row, (how, what) in decisions.items():
+    for row, (how, what) in resolutions.items():
         if row in extra:
             assert by_row[row] == ("merged", None, shared)
         elif how == "--contact":
@@ -310,12 +310,12 @@ def test_the_end_is_the_same_for_every_number_of_workers(database: Database, wor
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_a_contact_that_this_run_brings_back_is_there_for_the_decision(database: Database, workers: int) -> None:
+def test_a_contact_that_this_run_brings_back_is_there_for_the_resolution(database: Database, workers: int) -> None:
     add_lead("late@example.com")
     first = run()
     (mine,) = contacts()
     row, _, _ = somebody_elses_account()
-    decided(row, "--contact", mine)
+    resolved(row, "--contact", mine)
     carried_out = run()
     after = contacts()
     roll_back(carried_out["run"])
@@ -326,9 +326,9 @@ def test_a_contact_that_this_run_brings_back_is_there_for_the_decision(database:
     assert contacts() == after
 
 
-def test_a_limit_bounds_the_rows_that_were_decided_on_as_well(database: Database) -> None:
+def test_a_limit_bounds_the_rows_that_were_resolved_on_as_well(database: Database) -> None:
     row, _, contact = somebody_elses_account()
-    decided(row, "--contact", contact)
+    resolved(row, "--contact", contact)
     add_lead("first@example.com")
     assert run(limit=1)["created"] == 1
     assert line_of(row)[0] == "error"
@@ -337,7 +337,7 @@ def test_a_limit_bounds_the_rows_that_were_decided_on_as_well(database: Database
 
 def test_a_source_that_is_left_out_is_left_out(database: Database) -> None:
     row, _, contact = somebody_elses_account()
-    decided(row, "--contact", contact)
+    resolved(row, "--contact", contact)
     assert run(only=(Source.PREPARERS, Source.ACTIVE_LEADS))["read"] == 0
     assert run(since="2030-01-01")["read"] == 0
     assert line_of(row)[0] == "error"
@@ -354,9 +354,9 @@ def verified() -> list[tuple[str, str, tuple[str, ...]]]:
     return [(finding.check.value, finding.kind.value, finding.columns) for finding in report.findings.kept]
 
 
-def test_a_verification_expects_the_address_that_was_decided(database: Database) -> None:
+def test_a_verification_expects_the_address_that_was_resolved(database: Database) -> None:
     row, _, _ = somebody_elses_account()
-    decided(row, "--separate", OTHER)
+    resolved(row, "--separate", OTHER)
     run()
     assert verified() == []
     own = reference.contact_id_of(row)
@@ -364,9 +364,9 @@ def test_a_verification_expects_the_address_that_was_decided(database: Database)
     assert verified() == [("fields", "defect", ("email",))]
 
 
-def test_no_change_of_the_account_explains_another_address_than_the_decided_one(database: Database) -> None:
+def test_no_change_of_the_account_explains_another_address_than_the_resolved_one(database: Database) -> None:
     row, user, _ = somebody_elses_account()
-    decided(row, "--separate", OTHER)
+    resolved(row, "--separate", OTHER)
     run()
     database.rows("UPDATE users SET \"updatedAt\" = now() + interval '1 day' WHERE id = %s RETURNING id", user)
     assert verified() == []
@@ -380,7 +380,7 @@ def test_a_verification_accepts_that_accounts_were_left_to_others(database: Data
     add_contact("k@example.com", clerkUserId="user_1")
     row = f"profiles:{add_profile(userId=user, clerkUserId='user_1')}"
     run()
-    decided(row, "--separate", ANN)
+    resolved(row, "--separate", ANN)
     run()
     assert verified() == []
     own = reference.contact_id_of(row)
@@ -388,7 +388,7 @@ def test_a_verification_accepts_that_accounts_were_left_to_others(database: Data
     assert verified() == [("fields", "defect", ("userId",))]
 
 
-def test_a_verification_expects_what_a_decided_merge_filled(database: Database) -> None:
+def test_a_verification_expects_what_a_resolved_merge_filled(database: Database) -> None:
     add_lead(ANN, phone="")
     run()
     (mine,) = contacts()
@@ -396,7 +396,7 @@ def test_a_verification_expects_what_a_decided_merge_filled(database: Database) 
     add_contact("elsewhere@example.com", userId=user)
     row = f"profiles:{add_profile(userId=user, clerkUserId='user_1', phone='555 0101')}"
     run()
-    decided(row, "--contact", mine)
+    resolved(row, "--contact", mine)
     run()
     assert line_of(row) == ("merged", None, mine)
     assert verified() == []
@@ -416,13 +416,13 @@ def change(contact: str, **columns: Any) -> None:
 # A second look
 
 
-def test_a_second_look_holds_to_the_decision(database: Database) -> None:
+def test_a_second_look_holds_to_the_resolution(database: Database) -> None:
     user = add_user(ANN)
     add_contact("u@example.com", userId=user)
     add_contact("k@example.com", clerkUserId="user_1")
     profile = add_profile(userId=user, clerkUserId="user_1")
     run()
-    decided(f"profiles:{profile}", "--separate", ANN.replace("ann", "other.ann"))
+    resolved(f"profiles:{profile}", "--separate", ANN.replace("ann", "other.ann"))
     run()
     own = contact_id("profiles", profile)
     before = contacts()[own]

@@ -18,7 +18,7 @@ from tests.conftest import Database
 from tests.support.builders import add_contact, add_lead, add_profile, add_user, contact_with
 from tests.support.circumstances import acting_as, reading_role
 from tests.support.commands import Finished, called, run
-from tests.support.conflicts import decided
+from tests.support.conflicts import resolved
 
 MARK = "canary7q"
 NAMED = {"firstName": f"First{MARK}", "lastName": f"Last{MARK}"}
@@ -159,14 +159,14 @@ def test_an_update_that_a_rollback_reversed_is_traced_to_the_rollback(database: 
     assert ", reversed 1 update of a contact. It may have reversed something here: " in line
 
 
-def test_a_conflict_and_what_was_decided_on_it(database: Database, given: Any) -> None:
+def test_a_conflict_and_its_resolution(database: Database, given: Any) -> None:
     theirs = add_contact(f"Bob@{MARK}.example", userId=add_user(f"account@{MARK}.example"), **PERSON)
     profile = f"profiles:{add_profile(email=f'bob@{MARK}.example', **PERSON)}"
     assert run()["by_reason"] == {"conflict": 1}
     assert [(line["outcome"], line["reason"], line["contact_id"]) for line in traced(theirs)["lines"]] == [
         ("error", "conflict", theirs)
     ]
-    decided(profile, "--separate", f"bob.other@{MARK}.example")
+    resolved(profile, "--separate", f"bob.other@{MARK}.example")
     run()
     given(f"bob.other@{MARK}.example")
     found = traced("-")

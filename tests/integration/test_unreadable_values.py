@@ -13,7 +13,7 @@ from django.db import connection, models
 from django.test import Client
 
 from crm.fields import RateField, TimestampField
-from crm.models import BackfillRun, ConflictDecision, ContactUpdate, CRMContact, Lead, LedgerEntry, Profile, User
+from crm.models import BackfillRun, ConflictResolution, ContactUpdate, CRMContact, Lead, LedgerEntry, Profile, User
 from crm.rules.mapping import contact_id
 from tests.conftest import Database
 from tests.support.builders import add_contact, add_lead, add_profile, add_user
@@ -124,7 +124,7 @@ def test_lines_and_updates_with_any_value_are_shown(database: Database, browser:
         assert page(browser, BackfillRun, number)
 
 
-def test_a_conflict_with_any_value_is_exported_shown_and_decided(database: Database, browser: Client) -> None:
+def test_a_conflict_with_any_value_is_exported_shown_and_resolved(database: Database, browser: Client) -> None:
     """The row, its line as an earlier version wrote it, and the contacts of the conflict."""
     user = add_user("ann@example.com")
     infinite = dict.fromkeys(columns_of(CRMContact, TimestampField), "infinity") | {"commissionRate": "NaN"}
@@ -136,10 +136,10 @@ def test_a_conflict_with_any_value_is_exported_shown_and_decided(database: Datab
         exported = called("export_backfill_errors", "--with-email")
         assert (exported.code, f"{contact} (email)" in exported.stdout) == (0, True)
         assert called("resolve_crm_conflict", row).code == 0
-        decided = called("resolve_crm_conflict", row, "--contact", contact)
-        assert (decided.code, decided.stderr) == (0, "")
+        resolved = called("resolve_crm_conflict", row, "--contact", contact)
+        assert (resolved.code, resolved.stderr) == (0, "")
     key = contact_id(*row.split(":"))
-    assert page(browser, ConflictDecision, key)
+    assert page(browser, ConflictResolution, key)
     assert page(browser, LedgerEntry, key)
     assert run(update=True)["exists"] == 1
     for name in ("export_backfill_errors", "verify_crm_contacts"):

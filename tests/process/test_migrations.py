@@ -47,6 +47,57 @@ SELECT true FROM pg_attribute
 """
 
 
+BEFORE_RESOLUTIONS = "0017_committed_transaction"
+#: Somebody who may look at the decisions, as the model was called, and what one of them says.
+RESOLUTION = """
+INSERT INTO crm_backfill.conflict_decision (id, "row", contact_id, decided_by) VALUES ('c2', 'profiles:2', 'k1', 'Eve');
+INSERT INTO crm_backfill.auth_group (name) VALUES ('support');
+INSERT INTO crm_backfill.auth_group_permissions (group_id, permission_id)
+SELECT g.id, p.id FROM crm_backfill.auth_group g, crm_backfill.auth_permission p
+ WHERE codename = 'view_conflictdecision'
+"""
+PERMISSIONS = """
+SELECT concat_ws(' | ', model, codename, name, t.id)
+  FROM crm_backfill.auth_permission p JOIN crm_backfill.django_content_type t ON t.id = content_type_id
+ WHERE codename ~ 'conflict' ORDER BY codename
+"""
+OF_GROUPS = """
+SELECT codename FROM crm_backfill.auth_group_permissions JOIN crm_backfill.auth_permission p ON p.id = permission_id
+"""
+RECORDED = "SELECT concat_ws(' | ', id, \"row\", contact_id, decided_by) FROM crm_backfill.conflict_decision"
+
+
+@pytest.mark.process
+def test_who_might_see_the_resolutions_of_conflicts_may_do_so_under_their_new_name(
+    django_test_environment: None,
+) -> None:
+    with scratch_database("permissions") as database:
+        database.execute("CREATE SCHEMA app; SET search_path = app; " + ddl("2025_12"))
+        url = database.url(parameters="&schema=app")
+        for target in (("crm", BEFORE_RESOLUTIONS), ("auth",)):
+            made = manage("migrate", *target, "--verbosity", "0", url=url)
+            assert made.returncode == 0, made.stderr
+        before = database.execute(PERMISSIONS)
+        assert [line.split(" | ")[1] for line in before] == [
+            f"{action}_conflictdecision" for action in ("add", "change", "delete", "view")
+        ]
+        database.execute(RESOLUTION)
+
+        migrated = manage("migrate", "--verbosity", "0", url=url)
+        assert migrated.returncode == 0, migrated.stderr
+        assert database.execute(PERMISSIONS) == [
+            line.replace("conflictdecision", "conflictresolution").replace("decision on a", "resolution of a")
+            for line in before
+        ], "and no other, and the content type is the same"
+        assert database.execute(OF_GROUPS) == ["view_conflictresolution"]
+        assert database.execute(RECORDED) == ["c2 | profiles:2 | k1 | Eve"]
+
+        back = manage("migrate", "crm", BEFORE_RESOLUTIONS, "--verbosity", "0", url=url)
+        assert back.returncode == 0, back.stderr
+        assert database.execute(PERMISSIONS) == before
+        assert database.execute(OF_GROUPS) == ["view_conflictdecision"]
+
+
 @pytest.mark.process
 def test_an_existing_installation_keeps_its_data_and_remembers_its_schema(django_test_environment: None) -> None:
     with scratch_database("older") as database:

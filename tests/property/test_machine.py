@@ -142,8 +142,8 @@ class Machine(RuleBasedStateMachine):
         after = self._ours(lambda: report.update(commands.run(**options, update=True)))
         expectations.assert_a_second_look_fills_no_blank_of_theirs(before, after, self.memory)
         assert foretold is None or _looks(foretold) == _looks(report)
-        # The judge of second looks knows neither of sources that are left out nor of decisions.
-        if "only" not in options and not before.decisions:
+        # The judge of second looks knows neither of sources that are left out nor of resolutions.
+        if "only" not in options and not before.resolutions:
             world = _as_the_judge_of_second_looks_sees_it(before)
             looks = reference_update.run(world, before.population, update=True)
             assert (after.contacts, after.ledger) == (world.contacts, world.ledger)
@@ -177,10 +177,10 @@ class Machine(RuleBasedStateMachine):
             runs = st.sampled_from(there) | st.sampled_from(there) | runs
         self._roll_back(data.draw(runs, label="run"), batch_size)
 
-    @precondition(lambda self: self._undecided())
+    @precondition(lambda self: self._unresolved())
     @rule(data=st.data())
-    def a_conflict_is_decided(self, data: st.DataObject) -> None:
-        row = RowReference.parse(data.draw(st.sampled_from(self._undecided()), label="row"))
+    def a_conflict_is_resolved(self, data: st.DataObject) -> None:
+        row = RowReference.parse(data.draw(st.sampled_from(self._unresolved()), label="row"))
         contacts = sorted(self.world.state().contacts)
         belongs = data.draw(st.booleans(), label="belongs to a contact")
         if contacts and belongs:
@@ -189,7 +189,7 @@ class Machine(RuleBasedStateMachine):
             with suppress(OperatorError):  # somebody has that address
                 resolving.is_separate(row, data.draw(st.sampled_from(SEPARATE_EMAILS), label="address"))
 
-    def _undecided(self) -> list[str]:
+    def _unresolved(self) -> list[str]:
         lines = self.world.state().lines.values()
         return sorted(line.row for line in lines if line.reason in ("conflict", "stale_decision"))
 
@@ -472,7 +472,9 @@ class Machine(RuleBasedStateMachine):
 
 
 def _expected(state: State, only: Any = None, limit: int | None = None) -> reference.Result:
-    return reference.backfill(state.population, ledger=state.ledger, only=only, limit=limit, decisions=state.decisions)
+    return reference.backfill(
+        state.population, ledger=state.ledger, only=only, limit=limit, resolutions=state.resolutions
+    )
 
 
 def _counts(answer: dict[str, Any]) -> dict[str, int]:

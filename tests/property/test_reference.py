@@ -538,36 +538,36 @@ def test_no_more_rows_than_the_limit_are_looked_at_and_settled_ones_do_not_count
     assert (outcomes(second)["leads:l2"], second.counts.read, second.counts.already) == ("invalid_email", 1, 2)
 
 
-# Decisions
+# Resolutions
 
 
-def decide(*rows: Row, **decisions: tuple[str | None, str | None]) -> Result:
-    return backfill(population_of(*rows), decisions={f"profiles:{row}": made for row, made in decisions.items()})
+def resolve(*rows: Row, **resolutions: tuple[str | None, str | None]) -> Result:
+    return backfill(population_of(*rows), resolutions={f"profiles:{row}": made for row, made in resolutions.items()})
 
 
 def test_a_row_that_belongs_to_a_contact_is_merged_or_linked_and_leaves_the_accounts_of_others() -> None:
     account = profile(userId="u1", clerkUserId="user_1")
     others = [contact("k1", "b@b.io"), contact("k2", "c@c.io", userId="u1")]
-    linked = decide(user(), account, *others, p1=("k1", None))
+    linked = resolve(user(), account, *others, p1=("k1", None))
     assert linked.ledger["profiles:p1"]["contact_id"] == "k1"
     assert list(linked.contacts.values()) == others
-    merged = decide(user(), account, profile("p2"), *others, p1=(contact_id_of("profiles:p2"), None))
+    merged = resolve(user(), account, profile("p2"), *others, p1=(contact_id_of("profiles:p2"), None))
     made = made_by(merged, "profiles:p2")
     assert (made["userId"], made["clerkUserId"]) == (None, "user_1")
     assert outcomes(merged) == {"profiles:p2": "created", "profiles:p1": "merged"}
 
 
 def test_a_row_that_is_separate_gets_a_contact_with_that_address() -> None:
-    result = decide(user(), profile(userId="u1"), contact(userId="u9"), p1=(None, "own@example.com"))
+    result = resolve(user(), profile(userId="u1"), contact(userId="u9"), p1=(None, "own@example.com"))
     assert made_by(result, "profiles:p1")["email"] == "own@example.com"
     assert len(result.contacts) == 2
 
 
-@pytest.mark.parametrize("decision", [("gone", None), (None, "b@b.io")])
-def test_a_decision_that_holds_no_more_is_an_error(decision: tuple[str | None, str | None]) -> None:
-    result = decide(user(), profile(userId="u1"), contact("k1", "B@b.io"), p1=decision)
+@pytest.mark.parametrize("resolution", [("gone", None), (None, "b@b.io")])
+def test_a_resolution_that_holds_no_more_is_an_error(resolution: tuple[str | None, str | None]) -> None:
+    result = resolve(user(), profile(userId="u1"), contact("k1", "B@b.io"), p1=resolution)
     assert outcomes(result) == {"profiles:p1": "stale_decision"}
-    assert result.ledger["profiles:p1"]["contact_id"] == (decision[0] or "k1")
+    assert result.ledger["profiles:p1"]["contact_id"] == (resolution[0] or "k1")
 
 
 # Faults of the script that this replaces

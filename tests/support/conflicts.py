@@ -1,4 +1,4 @@
-"""A row in conflict, and what somebody decides about it."""
+"""A row in conflict, and its resolution."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def resolve(*arguments: str) -> Finished:
     return called("resolve_crm_conflict", *arguments)
 
 
-def decided(*arguments: str) -> None:
+def resolved(*arguments: str) -> None:
     finished = resolve(*arguments)
     assert (finished.code, finished.stderr) == (0, "")
 

@@ -18,8 +18,8 @@ from django.core.validators import validate_email
 
 Row = dict[str, Any]
 Line = dict[str, Any]
-#: What a person decided about a row in conflict: whose contact it is, or the address of one of its own.
-Decision = tuple[str | None, str | None]
+#: What a person says about a row in conflict: whose contact it is, or the address of one of its own.
+Resolution = tuple[str | None, str | None]
 
 PLACEHOLDER_DOMAIN = "crm-backfill.invalid"
 SOURCES = ("clients", "preparers", "affiliates", "converted_leads", "active_leads")
@@ -111,15 +111,15 @@ def backfill(
     ledger: Mapping[str, Line] | None = None,
     only: Collection[str] | None = None,
     limit: int | None = None,
-    decisions: Mapping[str, Decision] | None = None,
+    resolutions: Mapping[str, Resolution] | None = None,
     placeholder_domain: str = PLACEHOLDER_DOMAIN,
 ) -> Result:
     """Run once: `ledger` is what earlier runs left, `only` the sources that are asked for (all, if None).
 
     The run ends with the row of number `limit` of those without a line; rows that are settled are not looked at. Rows
-    with a decision come last.
+    with a resolution come last.
     """
-    decisions = decisions or {}
+    resolutions = resolutions or {}
     result = Result(
         contacts={contact["id"]: dict(contact) for contact in population.contacts},
         ledger={reference: dict(line) for reference, line in (ledger or {}).items()},
@@ -133,17 +133,17 @@ def backfill(
         else:
             sources[source_of(table, row)].append((table, row))
     new = 0
-    for decided in (False, True):
+    for is_resolved in (False, True):
         for source, rows in sources.items():
             for table, row in rows if only is None or source in only else ():
                 reference = f"{table}:{row['id']}"
-                if (reference in decisions) != decided:
+                if (reference in resolutions) != is_resolved:
                     continue
                 if _is_settled(result, reference):
                     result.counts.already += 1
                 elif limit is None or new < limit:
                     new += reference not in (ledger or {})
-                    _one_row(result, population, source, reference, row, placeholder_domain, decisions.get(reference))
+                    _one_row(result, population, source, reference, row, placeholder_domain, resolutions.get(reference))
     return result
 
 
@@ -179,7 +179,7 @@ def _one_row(
     reference: str,
     row: Row,
     domain: str,
-    decision: Decision | None,
+    resolution: Resolution | None,
 ) -> None:
     before = result.ledger.get(reference)
     try:
@@ -187,7 +187,7 @@ def _one_row(
             draft = contact_of_profile(population, source, row, domain)
         else:
             draft = contact_of_lead(population, source, row)
-        outcome, contact_id = _land(result, population, draft, decision, is_lead=source not in PROFILE_TYPES)
+        outcome, contact_id = _land(result, population, draft, resolution, is_lead=source not in PROFILE_TYPES)
         line: Line = {"source": source, "outcome": outcome, "reason": None, "contact_id": contact_id, "keys": None}
     except Rejected as error:
         line = {"source": source, "outcome": "error", "reason": error.reason, "contact_id": error.contact_id}
@@ -197,13 +197,13 @@ def _one_row(
 
 
 def _land(
-    result: Result, population: Population, draft: Row, decision: Decision | None, *, is_lead: bool
+    result: Result, population: Population, draft: Row, resolution: Resolution | None, *, is_lead: bool
 ) -> tuple[str, str]:
-    if decision is None:
+    if resolution is None:
         theirs = contact_of_the_profile(population, result.ledger, result.contacts, draft) if is_lead else None
         contact = find(draft, result.contacts, theirs)
     else:
-        contact = find_resolved(draft, result.contacts, decision)
+        contact = find_resolved(draft, result.contacts, resolution)
         for key in ("userId", "clerkUserId"):
             if _holder(result.contacts, key, draft[key]) not in (None, contact):
                 draft[key] = None
@@ -357,9 +357,9 @@ def _with_the_address(email: str, contacts: Mapping[str, Row]) -> list[Row]:
     )
 
 
-def find_resolved(draft: Row, contacts: Mapping[str, Row], decision: Decision) -> Row | None:
-    """The contact that a person decided on. Raises Rejected if it is gone, or the address of its own taken."""
-    contact_id, email = decision
+def find_resolved(draft: Row, contacts: Mapping[str, Row], resolution: Resolution) -> Row | None:
+    """The contact of the resolution. Raises Rejected if it is gone, or the address of its own taken."""
+    contact_id, email = resolution
     if contact_id is not None:
         if contact_id not in contacts:
             raise Rejected("stale_decision", contact_id, keys_of(draft, contacts))

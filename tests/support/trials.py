@@ -252,7 +252,7 @@ def _first_night() -> list[str]:
 
 
 def _day() -> None:
-    """After the first night: decisions, and rows that make contacts, meet ours and others', and are in error."""
+    """After the first night: resolutions, and rows that make contacts, meet ours and others', and are in error."""
     first, second, _ = _first_night()
     _resolve(first, "--contact", "theirs0")
     _resolve(second, "--separate", "separate@example.com")

@@ -1,1 +1,1 @@
-"""Reading: pages of source rows, the contacts that they may meet, what people decided, how much is left."""
+"""Reading: pages of source rows, the contacts that they may meet, how people resolved conflicts, how much is left."""

@@ -137,5 +137,5 @@ def without_account(rows: Iterable[MappedRow]) -> set[str]:
 
 
 def resolved_contacts(rows: Iterable[MappedRow]) -> list[str]:
-    """The contacts that people decided on for rows of a batch."""
+    """The contacts of the resolutions of rows of a batch."""
     return [row.resolution.contact_id for row in rows if row.resolution and row.resolution.contact_id]

@@ -1,6 +1,6 @@
-"""What people decided about rows in conflict, for whoever maps these rows. `crm.conflicts.resolving` records it.
+"""What people said about rows in conflict, for whoever maps these rows. `crm.conflicts.resolving` records it.
 
-A run takes the rows that people decided on last, and in one place: whose contact they are must not depend on which
+A run takes the rows with a resolution last, and in one place: whose contact they are must not depend on which
 worker is faster, and what they refer to may be made by this very run.
 """
 
@@ -21,9 +21,9 @@ from crm.rules.mapping import MappedRow, Resolution
 
 logger = logging.getLogger(__name__)
 
-_ALL = 'SELECT id, "row", contact_id, separate_email FROM conflict_decision decision'
+_ALL = 'SELECT id, "row", contact_id, separate_email FROM conflict_decision resolution'
 _TO_BE_CARRIED_OUT = f"""
-{_ALL} WHERE NOT EXISTS (SELECT FROM ledger_entry line WHERE line.id = decision.id AND line.outcome <> 'error')
+{_ALL} WHERE NOT EXISTS (SELECT FROM ledger_entry line WHERE line.id = resolution.id AND line.outcome <> 'error')
 """
 _IS_READABLE = """
 SELECT has_table_privilege(c.oid, 'SELECT') FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
@@ -31,7 +31,7 @@ SELECT has_table_privilege(c.oid, 'SELECT') FROM pg_class c JOIN pg_namespace n 
 """
 
 
-class _Decided(NamedTuple):
+class _Recorded(NamedTuple):
     id: str
     row: str
     resolution: Resolution
@@ -39,14 +39,14 @@ class _Decided(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Resolutions:
-    """Decisions by the key of their row's ledger line; people make them one by one, so they are few."""
+    """Resolutions by the key of their row's ledger line; people make them one by one, so they are few."""
 
     by_id: Mapping[str, Resolution] = field(default_factory=dict)
     source_ids: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @classmethod
     def to_be_carried_out(cls, database: BaseDatabaseWrapper, facts: DatabaseFacts) -> Self:
-        """The decisions on rows that are not settled; none, with a warning, where a dry run's role may not see them."""
+        """The resolutions of rows that are not settled; none, with a warning, where a dry run may not see them."""
         readable = is_readable(database)
         if readable is False:
             logger.warning("this role may not read conflict_decision: the dry run takes no decision into account")
@@ -54,7 +54,7 @@ class Resolutions:
 
     @classmethod
     def every(cls, database: BaseDatabaseWrapper) -> Self:
-        """All decisions, those that were carried out as well. Raises OperatorError where this role may not see them."""
+        """All resolutions, also those that were carried out. Raises OperatorError where this role may not see them."""
         readable = is_readable(database)
         if readable is False:
             raise OperatorError(
@@ -64,19 +64,19 @@ class Resolutions:
         return cls._of(_fetched(database, _ALL) if readable else [])
 
     @classmethod
-    def _of(cls, decided: Sequence[_Decided]) -> Self:
+    def _of(cls, recorded: Sequence[_Recorded]) -> Self:
         source_ids: dict[str, list[str]] = {"profiles": [], "leads": []}
-        for _, row, _ in decided:
+        for _, row, _ in recorded:
             table, _, source_id = row.partition(":")
             source_ids[table].append(source_id)
-        return cls({identifier: resolution for identifier, _, resolution in decided}, source_ids)
+        return cls({identifier: resolution for identifier, _, resolution in recorded}, source_ids)
 
     def among(self, sources: Iterable[Source]) -> list[Source]:
-        """Those of the sources that may have rows which people decided on."""
+        """Those of the sources that may have rows with a resolution."""
         return [source for source in sources if self.source_ids.get(source.table)]
 
     def applied(self, rows: list[MappedRow]) -> list[MappedRow]:
-        """The rows, with what was decided on those that it was decided on."""
+        """The rows, each with its resolution where there is one."""
         return [self._resolved(row) for row in rows] if self.by_id else rows
 
     def _resolved(self, row: MappedRow) -> MappedRow:
@@ -90,14 +90,14 @@ class Resolutions:
 
 
 def is_readable(database: BaseDatabaseWrapper) -> bool | None:
-    """Whether the decisions may be read; None where there is no table of them as yet."""
+    """Whether the resolutions may be read; None where there is no table of them as yet."""
     with database.cursor() as cursor:
         cursor.execute(_IS_READABLE, [settings.BACKFILL_SCHEMA])
         row = cursor.fetchone()
     return None if row is None else bool(row[0])
 
 
-def _fetched(database: BaseDatabaseWrapper, query: str) -> list[_Decided]:
+def _fetched(database: BaseDatabaseWrapper, query: str) -> list[_Recorded]:
     with database.cursor() as cursor:
         cursor.execute(query)
-        return [_Decided(identifier, row, Resolution(*decided)) for identifier, row, *decided in cursor.fetchall()]
+        return [_Recorded(identifier, row, Resolution(*values)) for identifier, row, *values in cursor.fetchall()]

@@ -187,7 +187,7 @@ class Present:
         return found
 
     def add_rows(self, contacts: Mapping[str, StandingContact], lines: Sequence[LineOfContact]) -> None:
-        """Read the rows of contacts by their lines, in canonical order: those that people decided on come last."""
+        """Read the rows of contacts by their lines, in canonical order: those with a resolution come last."""
         by_id = {line.line.id: line for line in lines if line.line.contact_id in contacts}
         rows: dict[str, list[RowOfContact]] = {}
         for found in sorted(self._rows_of(by_id), key=lambda found: found.row.resolution is not None):

@@ -26,28 +26,28 @@ class Command(OperatorCommand):
     def add_arguments(self, parser: CommandParser) -> None:
         """What may be asked."""
         parser.add_argument("row", metavar="ROW", help="the row: profiles:<id> or leads:<id>")
-        decision = parser.add_mutually_exclusive_group()
-        decision.add_argument("--contact", metavar="ID", help="the row is this contact's person")
-        decision.add_argument(
+        resolution = parser.add_mutually_exclusive_group()
+        resolution.add_argument("--contact", metavar="ID", help="the row is this contact's person")
+        resolution.add_argument(
             "--separate", metavar="EMAIL", help="the row is another person: make a contact with this address for it"
         )
 
     def handle(self, *_args: Any, row: str, contact: str | None, separate: str | None, **_options: Any) -> None:
-        """Record the decision, or show the conflict. The exit codes are in the help."""
+        """Record the resolution, or show the conflict. The exit codes are in the help."""
         try:
             reference = RowReference.parse(row)
             if contact is not None:
                 resolving.belongs_to(reference, contact)
-                decided = f"belongs to the contact {contact}"
+                resolved = f"belongs to the contact {contact}"
             elif separate is not None:
                 resolving.is_separate(reference, separate)
-                decided = f"gets a contact of its own, {reference.line_id}"
+                resolved = f"gets a contact of its own, {reference.line_id}"
             else:
                 self.stdout.write(resolving.conflict_of(reference))
                 return
         except OperatorError as error:
             raise CommandError(str(error), returncode=error.exit_code) from None
         self.stdout.write(
-            f"{reference} {decided}. `python manage.py backfill_crm_contacts` carries it out; until then, "
+            f"{reference} {resolved}. `python manage.py backfill_crm_contacts` carries it out; until then, "
             "deciding again replaces it."
         )

@@ -21,7 +21,7 @@ from crm.models import (
     BackfillBatch,
     BackfillRun,
     CommittedTransaction,
-    ConflictDecision,
+    ConflictResolution,
     ContactUpdate,
     LedgerEntry,
     Rollback,
@@ -81,9 +81,9 @@ class Right:
 
 _RUN, _UPDATE, _ROLLBACK = Operation.RUN, Operation.UPDATE, Operation.ROLLBACK
 _LEDGER, _CHANGES = LedgerEntry._meta.db_table, ContactUpdate._meta.db_table
-_DECISIONS, _COMMITTED = ConflictDecision._meta.db_table, CommittedTransaction._meta.db_table
+_RESOLUTIONS, _COMMITTED = ConflictResolution._meta.db_table, CommittedTransaction._meta.db_table
 _RUNS, _BATCHES, _ROLLBACKS = BackfillRun._meta.db_table, BackfillBatch._meta.db_table, Rollback._meta.db_table
-OUR_TABLES = (_RUNS, _LEDGER, _BATCHES, _DECISIONS, _CHANGES, _ROLLBACKS, _COMMITTED)
+OUR_TABLES = (_RUNS, _LEDGER, _BATCHES, _RESOLUTIONS, _CHANGES, _ROLLBACKS, _COMMITTED)
 
 RIGHTS = (
     *(Right(table, "SELECT", (_RUN,), names) for table, names in COLUMNS_IN_USE.items() if table != CONTACTS),
@@ -106,8 +106,8 @@ RIGHTS = (
     Right(_CHANGES, "INSERT", (_UPDATE,), is_always_granted=True),
     # What updates changed in contacts that are gone has to go.
     Right(_CHANGES, "DELETE", (Operation.RECREATE, _ROLLBACK)),
-    Right(_DECISIONS, "SELECT", (_RUN,)),
-    *(Right(_DECISIONS, privilege, (Operation.RESOLVE,)) for privilege in ("INSERT", "UPDATE")),
+    Right(_RESOLUTIONS, "SELECT", (_RUN,)),
+    *(Right(_RESOLUTIONS, privilege, (Operation.RESOLVE,)) for privilege in ("INSERT", "UPDATE")),
     *(Right(_COMMITTED, privilege, (_RUN, _ROLLBACK)) for privilege in ("SELECT", "INSERT", "DELETE")),
     Right(HISTORY, "INSERT", (_UPDATE,), WRITTEN[HISTORY]),
     # With a promotion goes the row of the history that told of it.

@@ -20,7 +20,7 @@ from crm.models import (
     BackfillBatch,
     BackfillRun,
     CommittedTransaction,
-    ConflictDecision,
+    ConflictResolution,
     ContactUpdate,
     LedgerEntry,
 )
@@ -56,7 +56,7 @@ DECIMALS_OF_OURS = 2
 LEDGER_TABLES = (LedgerEntry._meta.db_table, ContactUpdate._meta.db_table)
 _OUR_COLUMNS = [
     (model._meta.db_table, str(field.column))
-    for model in (BackfillBatch, BackfillRun, CommittedTransaction, ConflictDecision, ContactUpdate, LedgerEntry)
+    for model in (BackfillBatch, BackfillRun, CommittedTransaction, ConflictResolution, ContactUpdate, LedgerEntry)
     for field in model._meta.concrete_fields
 ]
 #: A column that tells the generations apart, newest first.

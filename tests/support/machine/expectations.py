@@ -186,9 +186,9 @@ def _turn(writer: LedgerLine | Update) -> tuple[int, int, str]:
 
 
 def _draft_for(state: State, reference: str, contact: Row) -> Row | None:
-    """What a row maps to now. One that was decided on may have left its accounts to other contacts."""
+    """What a row maps to now. One with a resolution may have left its accounts to other contacts."""
     draft = draft_of(state, reference)
-    if draft is not None and reference in state.decisions:
+    if draft is not None and reference in state.resolutions:
         draft |= {key: None for key in ("userId", "clerkUserId") if contact[key] is None}
     return draft
 
@@ -211,7 +211,7 @@ def draft_of(state: State, reference: str) -> Row | None:
             draft = contact_of_lead(state.population, source, row)
     except Rejected:
         return None
-    _, separate_email = state.decisions.get(reference, (None, None))
+    _, separate_email = state.resolutions.get(reference, (None, None))
     return draft | ({"email": separate_email} if separate_email else {})
 
 

@@ -16,7 +16,7 @@ from django.db import connection
 
 from tests.conftest import Database
 from tests.support.populations import HAS_CLERK_USER_ID, STAGE_LABELS, read_contacts
-from tests.support.reference import ATTRIBUTION, Decision, Line, Population, Row
+from tests.support.reference import ATTRIBUTION, Line, Population, Resolution, Row
 
 #: What we only read, and what people add to contacts. Of the contacts' history only what is not told by an update.
 OTHER_TABLES = ("users", "profiles", "leads", "crm_interactions")
@@ -44,7 +44,7 @@ SELECT id, CASE WHEN source LIKE '%leads' THEN 'leads:' ELSE 'profiles:' END || 
        source_updated_at, contact_updated_at, columns, from_type, from_stage, to_stage, placeholder, former::text
   FROM contact_update ORDER BY id
 """
-_DECISIONS = 'SELECT "row", contact_id, separate_email FROM conflict_decision'
+_RESOLUTIONS = 'SELECT "row", contact_id, separate_email FROM conflict_decision'
 _REFERENCED = f"""
 SELECT "contactId" FROM crm_interactions
  UNION SELECT "contactId" FROM crm_stage_history WHERE ({_OF_AN_UPDATE}) IS NOT TRUE
@@ -100,7 +100,7 @@ class Update(NamedTuple):
 
 @dataclass(frozen=True)
 class State:
-    """Everything, at one moment. Lines and decisions are by row reference, other rows by id."""
+    """Everything, at one moment. Lines and resolutions are by row reference, other rows by id."""
 
     generation: str
     users: Mapping[str, Row]
@@ -112,7 +112,7 @@ class State:
     looked: frozenset[str]
     updates: Sequence[Update]
     history: frozenset[tuple[str, str]]
-    decisions: Mapping[str, Decision]
+    resolutions: Mapping[str, Resolution]
     referenced: frozenset[str]
 
     @property
@@ -191,7 +191,7 @@ class World:
                 Update(*map(_aware, row))._replace(filled=tuple(row[6].split(","))) for row in self._rows(_UPDATES)
             ],
             history=frozenset((contact_id, stage) for contact_id, stage in self._rows(_HISTORY)),
-            decisions={row: (contact_id, email) for row, contact_id, email in self._rows(_DECISIONS)},
+            resolutions={row: (contact_id, email) for row, contact_id, email in self._rows(_RESOLUTIONS)},
             referenced=frozenset(contact_id for (contact_id,) in self._rows(_REFERENCED)),
         )
 

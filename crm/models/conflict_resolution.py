@@ -1,4 +1,4 @@
-"""What a person decided about a row in conflict."""
+"""What a person says about a row in conflict."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from django.db.models import Q
 from django.db.models.functions import Now
 
 
-class ConflictDecision(models.Model):
+class ConflictResolution(models.Model):
     """Whose contact a row in conflict is: one that is there, or one of its own with another address.
 
-    The key is that of the row's line in the ledger. A table beside the ledger, since a decision outlives the line: it
+    The key is that of the row's line in the ledger. A table beside the ledger, since a resolution outlives the line: it
     holds again when the run that carried it out is taken back, which deletes the line. And the ledger names nobody,
-    where a decision may hold an address: the only personal data in the tables of the backfill.
+    where a resolution may hold an address: the only personal data in the tables of the backfill.
     """
 
     id = models.TextField(primary_key=True)
@@ -24,8 +24,8 @@ class ConflictDecision(models.Model):
 
     class Meta:
         db_table = "conflict_decision"
-        verbose_name = "decision on a conflict"
-        verbose_name_plural = "decisions on conflicts"
+        verbose_name = "resolution of a conflict"
+        verbose_name_plural = "resolutions of conflicts"
         constraints = (
             models.CheckConstraint(
                 condition=Q(contact_id__isnull=False) ^ Q(separate_email__isnull=False),
