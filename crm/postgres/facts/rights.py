@@ -126,7 +126,9 @@ def rights_of(*operations: Operation) -> Iterator[Right]:
 #: By the oid of a table, since no name leads into a schema that the role may not look into.
 _MISSING = """
 WITH wanted AS (
-  SELECT n.oid AS namespace, c.oid, t, r, name, number
+  SELECT n.oid AS namespace, c.oid, t, r, name, number,
+         -- Only a DELETE is never granted by column.
+         CASE r WHEN 'DELETE' THEN has_table_privilege(c.oid, r) ELSE has_any_column_privilege(c.oid, r) END AS has_any
     FROM unnest(%(tables)s::text[], %(rights)s::text[], %(columns)s::text[])
          WITH ORDINALITY AS wanted(t, r, name, number)
     JOIN pg_namespace n ON nspname = CASE WHEN t = ANY(%(ours)s) THEN %(our_schema)s ELSE %(their_schema)s END
@@ -135,14 +137,11 @@ WITH wanted AS (
   SELECT 0 AS number, 'USAGE on schema ' || nspname AS missing
     FROM pg_namespace WHERE oid IN (SELECT namespace FROM wanted) AND NOT has_schema_privilege(oid, 'USAGE')
    UNION ALL
-  SELECT min(number), r || ' on ' || t FROM wanted
-   -- Only a DELETE is never granted by column.
-   WHERE NOT CASE r WHEN 'DELETE' THEN has_table_privilege(oid, r) ELSE has_any_column_privilege(oid, r) END
-   GROUP BY r, t
+  SELECT min(number), r || ' on ' || t FROM wanted WHERE NOT has_any GROUP BY r, t
    UNION ALL
   SELECT number, r || ' on ' || t || '.' || attname
     FROM wanted JOIN pg_attribute ON attrelid = wanted.oid AND attname = name
-   WHERE has_any_column_privilege(wanted.oid, r) AND NOT has_column_privilege(wanted.oid, attnum, r)
+   WHERE has_any AND CASE WHEN r <> 'DELETE' THEN NOT has_column_privilege(wanted.oid, attnum, r) END
    UNION ALL
   SELECT 2000, 'EXECUTE on ' || %(signature)s
     FROM pg_proc p JOIN pg_namespace n ON n.oid = pronamespace
