@@ -58,8 +58,9 @@ SELECT "row", contact_id, decided_at FROM conflict_decision
  WHERE id = ANY(%(keys)s) OR contact_id = ANY(%(contacts)s) ORDER BY decided_at
 """
 _ROWS = {
-    name: f'SELECT id, "{table.label}"::text, "{table.own["created_at"].column}", "{table.own["updated_at"].column}" '
-    f"FROM {name} WHERE id = ANY(%s)"
+    name: 'SELECT id, "{}"::text, "{}", "{}" FROM {} WHERE id = ANY(%s)'.format(
+        table.label_column, table.own["created_at"].column, table.own["updated_at"].column, name
+    )
     for name, table in SOURCE_TABLES.items()
 }
 # A scan of both tables: only for contacts of which nothing else is known.

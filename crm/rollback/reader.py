@@ -50,7 +50,8 @@ SELECT change.id, change.line_id, change.source, change.source_id, change.contac
 _UPDATES = f"{_UPDATE_COLUMNS} WHERE change.run_id = %s AND change.contact_id = ANY(%s) ORDER BY change.id DESC"
 _UPDATES_IN = f"{_UPDATE_COLUMNS} WHERE change.contact_id = ANY(%s) ORDER BY change.id"
 _LABELS = {
-    name: f'SELECT id, "{table.label}"::text FROM {name} WHERE id = ANY(%s)' for name, table in SOURCE_TABLES.items()
+    name: f'SELECT id, "{table.label_column}"::text FROM {name} WHERE id = ANY(%s)'
+    for name, table in SOURCE_TABLES.items()
 }
 
 _COLUMNS = ", ".join(f'c."{field.column}"' for field in CRMContact._meta.concrete_fields)

@@ -89,7 +89,7 @@ RawRow = ProfileRow | LeadRow
 class SourceTable:
     """A table of the application whose rows make contacts.
 
-    `label` is the column that decides which source a row is of, `join` what a row `r` is joined to, with `{more}` for
+    `label` is the field that decides which source a row is of, `join` what a row `r` is joined to, with `{more}` for
     further columns of that. Where `is_sorted_by_creation`, a reader goes by that moment and the id, else by the id.
     """
 
@@ -119,6 +119,11 @@ class SourceTable:
     def optional_columns(self) -> tuple[str, ...]:
         """The columns that some generations lack."""
         return tuple(own.column for own in self.own.values() if own.is_optional)
+
+    @property
+    def label_column(self) -> str:
+        """The column of the label."""
+        return self.own[self.label].column
 
     def label_of(self, row: RawRow) -> str | None:
         """The row's label."""

@@ -328,10 +328,10 @@ class SourceReader:
     def _labels(self) -> str:
         """The condition of the rows whose role or status is the source's; NULL is nobody's, and is read by one."""
         table = self.source.table
-        label = self._table.label
-        condition = f"r.{label} = ANY(%(labels)s::{self.facts.label_types[table]}[])"
+        label = self._table.label_column
+        condition = f'r."{label}" = ANY(%(labels)s::{self.facts.label_types[table]}[])'
         takes_null = self.source is SOURCE_OF_STRAYS[table] and f"{table}.{label}" in self.facts.nullable
-        return f"({condition} OR r.{label} IS NULL)" if takes_null else condition
+        return f'({condition} OR r."{label}" IS NULL)' if takes_null else condition
 
     def _start(self, after: Key | None, parameters: dict[str, Any]) -> list[str]:
         """The conditions of the rows that have an id of their own, from strictly after a key on."""

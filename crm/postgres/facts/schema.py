@@ -157,8 +157,8 @@ def examine(
         )
     if for_writing or (for_inserting and ledger_is_readable is not None):
         _require_rights(connection, for_updating=for_updating, for_recreating=for_recreating, dry_run=not for_writing)
-    roles = _labels(connection, columns, "profiles", SOURCE_TABLES["profiles"].label)
-    statuses = _labels(connection, columns, "leads", SOURCE_TABLES["leads"].label)
+    roles = _labels(connection, columns, "profiles", SOURCE_TABLES["profiles"].label_column)
+    statuses = _labels(connection, columns, "leads", SOURCE_TABLES["leads"].label_column)
     generation = _generation(columns, roles)
     contact_types = _labels_of_contacts(connection, columns, generation, "contactType")
     stages = _labels_of_contacts(connection, columns, generation, "stage")
@@ -171,7 +171,7 @@ def examine(
         roles=roles,
         statuses=statuses,
         stages={stage: spellings[0] for stage, spellings in stages.items()},
-        label_types={name: columns[name][table.label].cast for name, table in SOURCE_TABLES.items()},
+        label_types={name: columns[name][table.label_column].cast for name, table in SOURCE_TABLES.items()},
         second_digits=min(contact[name].second_digits for name in MOMENTS if name in contact),
         rate_decimals=contact[RATE].scale if RATE in contact else DECIMALS_OF_OURS,
         nullable=frozenset(
