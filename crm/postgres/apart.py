@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -13,6 +13,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from crm.outcome import Refusal
 from crm.postgres.errors import row_refusal
 from crm.postgres.refusals import MAX_ALIKE, AlikeRefusals
+from crm.rules.bisecting import Bisection
 
 #: So many rows in succession that cannot be read, and none that can, are no coincidence.
 MAX_UNREADABLE = 100
@@ -31,31 +32,57 @@ def refusal_of_reading(error: Exception) -> Refusal | None:
     return Refusal()
 
 
-def read_apart(
-    connection: BaseDatabaseWrapper, keys: Sequence[Key], read: Callable[[Sequence[Key]], list[Row]]
-) -> tuple[list[Row], dict[Key, Refusal]]:
-    """The rows with these keys, and what is wrong with those that cannot be read.
+def refusal_of_writing(error: DatabaseError) -> Refusal:
+    """What is wrong with a row that PostgreSQL refused to write. Raises the error when it is not the row."""
+    refusal = row_refusal(error)
+    if refusal is None:
+        raise error
+    return refusal
+
+
+def read_in_parts(
+    keys: Sequence[Key], read: Callable[[Sequence[Key]], Result]
+) -> Iterator[tuple[Sequence[Key], Result | Refusal]]:
+    """What is read with these keys, in their order; a key by itself with what is wrong with the row that it names.
 
     Raises what the reading raised where it is not the rows, or where not one of many can be read.
     """
-    rows: list[Row] = []
-    unreadable: dict[Key, Refusal] = {}
-    waiting = [keys]
-    while waiting:
-        some = waiting.pop()
+    is_any_read, unreadable = False, 0
+
+    def read_or_refusal(some: Sequence[Key]) -> Result | Refusal:
         try:
-            # Inside a transaction, a statement that fails would be the last one.
-            with transaction.atomic(using=connection.alias):
-                rows += read(some)
+            return read(some)
         except (DatabaseError, UnicodeDecodeError) as error:
             refusal = refusal_of_reading(error)
-            if refusal is None or (not rows and len(unreadable) >= MAX_UNREADABLE):
+            if refusal is None or (not is_any_read and unreadable >= MAX_UNREADABLE):
                 raise
-            if len(some) == 1:
-                unreadable[some[0]] = refusal
-            else:
-                middle = len(some) // 2
-                waiting += [some[middle:], some[:middle]]
+            return refusal
+
+    for some, found in Bisection(keys, read_or_refusal):
+        if isinstance(found, Refusal):
+            unreadable += 1
+        else:
+            is_any_read = is_any_read or bool(found)
+        yield some, found
+
+
+def read_apart(
+    connection: BaseDatabaseWrapper, keys: Sequence[Key], read: Callable[[Sequence[Key]], list[Row]]
+) -> tuple[list[Row], dict[Key, Refusal]]:
+    """The rows with these keys, and what is wrong with those that cannot be read. Raises what `read_in_parts` does."""
+
+    def read_some(some: Sequence[Key]) -> list[Row]:
+        # Inside a transaction, a statement that fails would be the last one.
+        with transaction.atomic(using=connection.alias):
+            return read(some)
+
+    rows: list[Row] = []
+    unreadable: dict[Key, Refusal] = {}
+    for some, found in read_in_parts(keys, read_some):
+        if isinstance(found, Refusal):
+            unreadable[some[0]] = found
+        else:
+            rows += found
     return rows, unreadable
 
 
@@ -77,44 +104,40 @@ def write_apart(
 
     Raises what the writing raised where it is not the item.
     """
+
+    def write_or_refusal(some: Sequence[Item]) -> Result | Refusal:
+        try:
+            with transaction.atomic(using=connection.alias):
+                return write(some)
+        except DatabaseError as error:
+            return refusal_of_writing(error)
+
     written: Written[Item, Result] = Written()
     alike = AlikeRefusals()
-    waiting = [items] if items else []
-    while waiting:
-        some = waiting.pop()
-        found = _write_or_refusal(connection, some, write)
+    parts = Bisection(items, write_or_refusal)
+    for some, found in parts:
         if not isinstance(found, Refusal):
             written.done.append((some, found))
             alike.end()
-        elif len(some) > 1:
-            middle = len(some) // 2
-            waiting += [some[middle:], some[:middle]]
-        else:
-            written.refused.append((some[0], found))
-            if alike.note(found):
-                left = [item for others in reversed(waiting) for item in others]
-                sample = left[:: math.ceil(len(left) / MAX_ALIKE) or 1]
-                if all(_try(connection, item, write) == found for item in sample):
-                    written.refused += [(item, found) for item in left]
-                    break
+            continue
+        written.refused.append((some[0], found))
+        if alike.note(found) and refuses_all(connection, parts.left, found, write_or_refusal):
+            written.refused += [(item, found) for item in parts.left]
+            break
     return written
 
 
-def _write_or_refusal(
-    connection: BaseDatabaseWrapper, items: Sequence[Item], write: Callable[[Sequence[Item]], Result]
-) -> Result | Refusal:
-    try:
+def refuses_all(
+    connection: BaseDatabaseWrapper,
+    items: Sequence[Item],
+    refusal: Refusal,
+    write: Callable[[Sequence[Item]], Result | Refusal],
+) -> bool:
+    """Whether each of a sample from all over these items is refused for this reason. Nothing of it stays written."""
+    for item in items[:: math.ceil(len(items) / MAX_ALIKE) or 1]:
         with transaction.atomic(using=connection.alias):
-            return write(items)
-    except DatabaseError as error:
-        refusal = row_refusal(error)
-        if refusal is None:
-            raise
-        return refusal
-
-
-def _try(connection: BaseDatabaseWrapper, item: Item, write: Callable[[Sequence[Item]], Result]) -> Result | Refusal:
-    with transaction.atomic(using=connection.alias):
-        found = _write_or_refusal(connection, [item], write)
-        transaction.set_rollback(True, using=connection.alias)
-    return found
+            found = write([item])
+            transaction.set_rollback(True, using=connection.alias)
+        if found != refusal:
+            return False
+    return True

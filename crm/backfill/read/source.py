@@ -20,7 +20,7 @@ from django.db import DatabaseError, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.outcome import Outcome, Reason, Refusal, Source
-from crm.postgres.apart import MAX_UNREADABLE, refusal_of_reading
+from crm.postgres.apart import read_in_parts, refusal_of_reading
 from crm.postgres.facts.schema import SOURCE_OF_STRAYS, DatabaseFacts
 from crm.postgres.loaders import read_as_text
 from crm.rules.addresses import trimmed_address_sql
@@ -259,10 +259,7 @@ class SourceReader:
         return guard
 
     def _read_apart(self, after: Key | None, size: int) -> Page:
-        """Read a page of which a row cannot be read: halve until it stands alone, so that the others are read.
-
-        Raises what the reading raised where no row of many can be read.
-        """
+        """Read a page of which a row cannot be read, so that the others are read. Raises what `read_in_parts` does."""
         moment = self._moment() if self._table.is_sorted_by_creation else "NULL"
         query, parameters = self._query(_KEYS, after, moment=moment)
         with self.connection.cursor() as cursor:
@@ -270,22 +267,17 @@ class SourceReader:
             cursor.execute(f"{query} ORDER BY {self._order()} LIMIT %(size)s", {**parameters, "size": size})
             keys = cursor.fetchall()
         page = Page([], None, len(keys) < size)
-        waiting = [keys] if keys else []
-        while waiting:
-            some = waiting.pop()
-            try:
-                found = replace(self, ids=[key[0] for key in some])._read(after, len(some))
-            except (DatabaseError, UnicodeDecodeError) as error:
-                refusal = refusal_of_reading(error)
-                if refusal is None or (not page.rows and len(page.faults) >= MAX_UNREADABLE):
-                    raise
-                if len(some) > 1:
-                    middle = len(some) // 2
-                    waiting += [some[middle:], some[:middle]]
-                    continue
+
+        def read(some: Sequence[tuple[Any, ...]]) -> Page:
+            return replace(self, ids=[key[0] for key in some])._read(after, len(some))
+
+        for some, result in read_in_parts(keys, read):
+            if isinstance(result, Refusal):
                 ((identifier, created_at, known_reason),) = some
-                fault = Fault(identifier, known_reason, Reason.UNREADABLE, refusal)
+                fault = Fault(identifier, known_reason, Reason.UNREADABLE, result)
                 found = Page([], self._key(identifier, created_at), is_last=False, faults=[fault])
+            else:
+                found = result
             is_cut = len(found) < len(some)
             is_last = page.is_last and not is_cut
             page = Page(page.rows + found.rows, found.key or page.key, is_last, page.faults + found.faults)

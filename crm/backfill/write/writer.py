@@ -6,7 +6,6 @@ rows -> upsert -> contacts, fills -> ledger lines -> batch counts and heartbeat 
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -20,9 +19,11 @@ from crm.backfill.write.upsert import StillUnmatchedError, UpsertResult, upsert
 from crm.fields import array_types, as_columns, unnest
 from crm.models import BackfillBatch, CRMContact
 from crm.outcome import Outcome, Reason, Refusal, RowOutcome, Source, Totals
-from crm.postgres.errors import RewrittenError, SettledMeanwhileError, row_refusal
+from crm.postgres.apart import refusal_of_writing, refuses_all
+from crm.postgres.errors import RewrittenError, SettledMeanwhileError
 from crm.postgres.refusals import MAX_ALIKE, AlikeRefusals, names_of_the_schema
 from crm.postgres.transactions import certain_transaction
+from crm.rules.bisecting import Bisection
 from crm.rules.mapping import ATTRIBUTION, ATTRIBUTION_UNIT, ContactDraft, MappedRow
 from crm.rules.matching import ASSIGNMENT_UNIT, PROFILE_FILLS
 from crm.runs import lease
@@ -247,23 +248,27 @@ class BatchWriter:
         Raises EveryRowRefusedError where it seems to refuse all of them for one reason.
         """
         result = UpsertResult()
-        waiting = [rows]
-        while waiting:
-            some = waiting.pop()
+
+        def upsert_or_refusal(some: Sequence[MappedRow]) -> UpsertResult | Refusal:
             found = self._upsert_or_refusal(some, result.made)
+            if isinstance(found, Refusal) and len(some) == 1:
+                return names_of_the_schema(self._connection, found)
+            return found
+
+        parts = Bisection(rows, upsert_or_refusal)
+        for some, found in parts:
             if isinstance(found, UpsertResult):
                 if any(row_outcome.outcome is not Outcome.ERROR for row_outcome in found.row_outcomes):
                     alike.end()
                 result.row_outcomes.extend(found.row_outcomes)
                 result.created_by_type.update(found.created_by_type)
                 result.made.update(found.made)
-            elif len(some) > 1:
-                middle = len(some) // 2
-                waiting += [some[middle:], some[:middle]]
-            else:
-                refusal = names_of_the_schema(self._connection, found)
-                result.row_outcomes.append(_refused(some[0], refusal))
-                if _is_new(some[0]) and alike.note(refusal) and self._refuses_all(waiting, alike, result.made):
+                continue
+            result.row_outcomes.append(_refused(some[0], found))
+            if _is_new(some[0]) and alike.note(found):
+                left = [row for row in parts.left if row.draft is not None and _is_new(row)]
+                # Where the page has no more rows than that, the next one is to say the same.
+                if refuses_all(self._connection, left, found, upsert_or_refusal) if left else alike.count > MAX_ALIKE:
                     alike.fail()
         return result
 
@@ -283,26 +288,7 @@ class BatchWriter:
         except StillUnmatchedError:
             return self._silent_refusal(rows)
         except DatabaseError as error:
-            refusal = row_refusal(error)
-            if refusal is None:
-                raise
-            return refusal
-
-    def _refuses_all(
-        self, waiting: Sequence[Sequence[MappedRow]], alike: AlikeRefusals, made_before: Collection[str]
-    ) -> bool:
-        """Whether all of some rows from all over what is left of a page are refused for the same reason."""
-        left = [row for rows in reversed(waiting) for row in rows if row.draft is not None and _is_new(row)]
-        if not left:
-            # The page had no more rows than that: the next one is to say the same.
-            return alike.count > MAX_ALIKE
-        for row in left[:: math.ceil(len(left) / MAX_ALIKE)]:
-            with transaction.atomic(using=self._connection.alias):
-                found = self._upsert_or_refusal([row], made_before)
-                transaction.set_rollback(True, using=self._connection.alias)
-            if isinstance(found, UpsertResult) or names_of_the_schema(self._connection, found) != alike.refusal:
-                return False
-        return True
+            return refusal_of_writing(error)
 
     def _silent_refusal(self, rows: Sequence[MappedRow]) -> Refusal:
         """What keeps a row out that meets nobody: an index that we do not know, or a trigger that swallows it.
@@ -317,10 +303,7 @@ class BatchWriter:
                 self._store.insert_aloud(drafts[0])
                 transaction.set_rollback(True, using=self._connection.alias)
         except DatabaseError as error:
-            refusal = row_refusal(error)
-            if refusal is None:
-                raise
-            return refusal
+            return refusal_of_writing(error)
         return _NO_REFUSAL
 
     def _write_ledger(self, source: Source, row_outcomes: Sequence[RowOutcome]) -> None:
