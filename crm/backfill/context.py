@@ -26,10 +26,11 @@ from crm.backfill.update.dry_run import DryRunUpdateWriter
 from crm.backfill.update.reader import DueReader, Present, rows_to_revisit
 from crm.backfill.update.writer import UpdateWriter
 from crm.backfill.write.dry_run import DryRunWriter
-from crm.backfill.write.writer import BatchWriter, Timeouts
+from crm.backfill.write.writer import BatchWriter
 from crm.interruption import StopRequest
 from crm.outcome import Source, Totals
 from crm.postgres.facts.schema import DatabaseFacts
+from crm.postgres.transactions import Timeouts
 from crm.rules.options import RunOptions
 from crm.rules.throttling import BatchSizer, RateLimit, Throttle
 from crm.runs.replication import ReplicaLagLimit

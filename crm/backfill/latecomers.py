@@ -29,14 +29,14 @@ from crm.backfill.read.noncanonical_emails import noncanonical_addresses
 from crm.backfill.read.resolutions import Resolutions
 from crm.backfill.read.source import EVERY_ROW, SourceReader
 from crm.backfill.update.reader import Present
-from crm.backfill.write.writer import TRANSACTION_SETTINGS, BatchWriter, Timeouts
+from crm.backfill.write.writer import BatchWriter
 from crm.errors import OperatorError
 from crm.models import BackfillBatch, BackfillRun, ContactUpdate, LedgerEntry
 from crm.models.ledger import RunStatus
 from crm.outcome import Outcome, Source, Totals
-from crm.postgres.facts.foreign_keys import find_foreign_keys, is_unreferenced
+from crm.postgres.facts.foreign_keys import KEEP_FOREIGN_KEYS, find_foreign_keys, is_unreferenced
 from crm.postgres.facts.schema import DatabaseFacts
-from crm.postgres.transactions import certain_transaction
+from crm.postgres.transactions import Timeouts
 from crm.postgres.trust import UntrustedCodeError
 from crm.rules.mapping import ContactDraft, MappedRow, map_rows
 from crm.rules.matching import ExistingContact, fill
@@ -174,10 +174,8 @@ class Latecomers:
     def _settle(self, ids: Sequence[str], writer: BatchWriter) -> list[str]:
         """Settle some of them in one transaction; those that stay."""
         started = time.monotonic()
-        transaction_settings = TRANSACTION_SETTINGS.format(lock=Timeouts().lock, statement=Timeouts().statement)
-        with certain_transaction(self.connection, transaction_settings):
+        with lease.batch(self.connection, self.run_id, Timeouts(), KEEP_FOREIGN_KEYS) as totals:
             with self.connection.cursor() as cursor:
-                cursor.execute("LOCK TABLE crm_contacts IN ROW EXCLUSIVE MODE")
                 cursor.execute(_LOCK, [list(ids)])
                 cursor.execute(_LINES, [list(ids)])
                 lines = [_Line._make(line) for line in cursor.fetchall()]
@@ -185,14 +183,12 @@ class Latecomers:
             gone = self._deleted(self._untouched(ids, lines, rows))
             lines = [line for line in lines if line.contact_id in gone]
             self._forget(lines, rows)
-            totals = Totals()
             for source in Source:
                 of_source = self._settle_again(source, lines, rows, gone, writer)
                 if of_source is not None:
                     batch = BackfillBatch.of(self.run_id, source, of_source, time.monotonic() - started)
                     batch.save(using=self.connection.alias, force_insert=True)
                     totals.add(of_source)
-            lease.renew(self.run_id, totals)
         return [identifier for identifier in ids if identifier not in gone]
 
     def _rows(self, lines: Iterable[_Line]) -> dict[tuple[str, str], MappedRow]:

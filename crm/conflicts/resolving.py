@@ -24,7 +24,6 @@ from crm.errors import OperatorError
 from crm.models import ConflictResolution, CRMContact, LedgerEntry
 from crm.outcome import Outcome, Reason
 from crm.postgres import errors
-from crm.postgres.transactions import certain_transaction
 from crm.rules.addresses import canonical_address_sql
 from crm.rules.mapping import normalised_email
 from crm.rules.row_reference import RowReference
@@ -140,8 +139,7 @@ def _record(row: RowReference, contact: str | None, email: str | None) -> None:
 @contextmanager
 def _between_runs() -> Iterator[None]:
     """A transaction in which no run is going or begins; what is refused in it says that nothing was recorded."""
-    with _as_operator_error("Nothing was recorded: try again."), certain_transaction(connection):
-        lease.require_silence()
+    with _as_operator_error("Nothing was recorded: try again."), lease.between_runs():
         try:
             yield
         except OperatorError as error:

@@ -10,8 +10,9 @@ others. So each transaction leaves a token of its own behind, which is there exa
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from uuid import uuid4
 
 from django.db import Error as DjangoDatabaseError
@@ -38,15 +39,29 @@ _NUMBER = "SELECT pg_current_xact_id()::text"
 _STATUS = "SELECT pg_xact_status(%s::xid8)"
 _HAS_COME_THROUGH = "SELECT EXISTS (SELECT FROM committed_transaction WHERE token = %s)"
 
+# Deferred constraints would speak up at the commit, when nobody can tell which row they mean.
+_SETTINGS = "SET LOCAL lock_timeout = {lock}; SET LOCAL statement_timeout = {statement}; SET CONSTRAINTS ALL IMMEDIATE"
+
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """How long a transaction may wait for a lock, and how long one of its statements may take; milliseconds."""
+
+    lock: int = 5_000
+    statement: int = 60_000
+
+
 @contextmanager
-def certain_transaction(connection: BaseDatabaseWrapper, settings: str = "") -> Iterator[None]:
+def certain_transaction(
+    connection: BaseDatabaseWrapper, timeouts: Timeouts | None = None, *first: str
+) -> Iterator[None]:
     """A transaction of its own. It was committed where this is left without an error, and rolled back otherwise.
 
-    `settings` are statements that begin it; they are sent together with ours, in one round trip. A signal that would
-    break off the commit is passed over where the commit came through: whoever asks whether to stop asks after it.
+    Without `timeouts`, it has those of the session. `first` are statements that come after these settings; all of them
+    are sent in one round trip. A signal that would break off the commit is passed over where the commit came through:
+    whoever asks whether to stop asks after it.
 
     Raises UnknownEndError where the answer to the commit was lost and the server cannot be asked for longer than WAITS,
     or until a signal ends the waiting.
@@ -54,7 +69,7 @@ def certain_transaction(connection: BaseDatabaseWrapper, settings: str = "") -> 
     token, number, is_committing = str(uuid4()), "", False
     try:
         with transaction.atomic(using=connection.alias, durable=True):
-            number = _begin(connection, settings, token)
+            number = _begin(connection, timeouts, first, token)
             yield
             is_committing = True
     except (DjangoDatabaseError, KeyboardInterrupt) as error:
@@ -63,10 +78,11 @@ def certain_transaction(connection: BaseDatabaseWrapper, settings: str = "") -> 
         logger.warning("%s at the commit, which had come through", errors.describe(error))
 
 
-def _begin(connection: BaseDatabaseWrapper, settings: str, token: str) -> str:
-    statements = [settings, f"INSERT INTO committed_transaction (token) VALUES ('{token}')", _NUMBER]
+def _begin(connection: BaseDatabaseWrapper, timeouts: Timeouts | None, first: Iterable[str], token: str) -> str:
+    settings = [_SETTINGS.format(lock=timeouts.lock, statement=timeouts.statement)] if timeouts else []
+    token_is_there = f"INSERT INTO committed_transaction (token) VALUES ('{token}')"
     with connection.cursor() as cursor:
-        cursor.execute("; ".join(filter(None, statements)))
+        cursor.execute("; ".join([*settings, *first, token_is_there, _NUMBER]))
         while cursor.nextset():
             """The number is what was asked for last."""
         (number,) = cursor.fetchone()

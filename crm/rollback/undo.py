@@ -6,26 +6,34 @@ Judging takes its time and no locks; what it saw is held to by the version of ea
 a DELETE locks them, which waits for everybody who is just adding an interaction, and keeps out whoever would. The
 DELETE that follows is a statement of its own, so it sees what was committed while it waited: it deletes a contact only
 if it is the version that was compared, and no row of any table refers to it. A DELETE alone would wait as well, but
-after its look at the other tables, and would take away the interaction that it waited for.
+after its look at the other tables, and would take away the interaction that it waited for. All of this needs a snapshot
+for each statement: `crm.postgres.session` sees to it that every transaction is READ COMMITTED.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill.update.writer import stage_history_id, write_contacts
-from crm.backfill.write.writer import Timeouts, lock_contacts
+from crm.backfill.write.writer import lock_contacts
 from crm.fields import as_columns, unnest
 from crm.models import CRMContact, CRMStageHistory, LedgerEntry, Rollback
 from crm.outcome import Outcome, Totals, UpdateOutcome
 from crm.postgres.apart import write_apart
-from crm.postgres.facts.foreign_keys import Reference, find_foreign_keys, is_unreferenced, referring_tables
-from crm.postgres.transactions import certain_transaction
+from crm.postgres.facts.foreign_keys import (
+    KEEP_FOREIGN_KEYS,
+    Reference,
+    find_foreign_keys,
+    is_unreferenced,
+    referring_tables,
+)
+from crm.postgres.transactions import Timeouts
 from crm.rollback.ahead import Page
 from crm.rollback.reader import Reader
 from crm.rollback.updates import JudgedUpdates, Restored, UpdateRecord, judge_updates
@@ -50,16 +58,6 @@ from crm.runs import lease
 from crm.runs.other_rules import OtherRules
 from crm.try_execute import try_execute
 
-# The first of these has to be the first statement of the transaction. With one snapshot for all of it, the DELETE would
-# not see what was committed while the locks were waited for; PostgreSQL would notice, and refuse the batch. The lock on
-# the table is that of any writer; it keeps out whoever would give the table one more foreign key.
-_SETTINGS = """
-SET TRANSACTION ISOLATION LEVEL READ COMMITTED;
-SET LOCAL lock_timeout = {lock};
-SET LOCAL statement_timeout = {statement};
-SET CONSTRAINTS ALL IMMEDIATE;
-LOCK TABLE crm_contacts IN ROW EXCLUSIVE MODE
-"""
 _SEEN_COLUMNS = {"id": "text[]", "version": "text[]"}
 _SEEN = unnest("seen", _SEEN_COLUMNS)
 _AS_SEEN = "c.id = seen.id AND c.xmin = seen.version::xid"
@@ -297,8 +295,7 @@ class DatabaseUndoer:
         self._connection = connection
         self._reader = reader
         self._rollback_id = rollback_id
-        timeouts = timeouts or Timeouts()
-        self._manners = _SETTINGS.format(lock=timeouts.lock, statement=timeouts.statement)
+        self._timeouts = timeouts or Timeouts()
 
     def undo(self, page: Page) -> Reverted:
         """Undo a batch; contacts, lines, counts and heartbeat commit together.
@@ -307,11 +304,10 @@ class DatabaseUndoer:
         transient error. Nothing of the batch is undone then.
         """
         judged = judge(page, self._reader)
-        with certain_transaction(self._connection, self._manners):
+        with self._batch():
             undone = self._carry_out(judged)
             self._forget_lines(undone.reversed_ids)
             self._execute(_FORGET_UPDATES_OF, [line.id for line in undone.reversed_lines(Outcome.CREATED)])
-            lease.renew(self._rollback_id, Totals())
             self._count(undone)
         return undone
 
@@ -321,7 +317,7 @@ class DatabaseUndoer:
         Raises what `undo` does.
         """
         judged = judge_changes(records, self._reader)
-        with certain_transaction(self._connection, self._manners):
+        with self._batch():
             restored, refused = self._apart(sorted(judged.restored), lambda ids: self._restore(ids, judged))
             undone = _conclude_updates(judged, restored, refused)
             gone = [record for contact in sorted(restored) for record in judged.restored[contact].records]
@@ -330,9 +326,11 @@ class DatabaseUndoer:
             self._execute(_LOOK_AGAIN_AT, list(restored))
             self._execute(_LOOK_AGAIN_AT_OTHERS, list(restored))
             self._forget_lines([line.id for line in undone.later_merges])
-            lease.renew(self._rollback_id, Totals())
             self._count(undone)
         return undone
+
+    def _batch(self) -> AbstractContextManager[Totals]:
+        return lease.batch(self._connection, self._rollback_id, self._timeouts, KEEP_FOREIGN_KEYS)
 
     def _forget_lines(self, ids: list[str]) -> None:
         """Let rows be pending again, or what they were before they were made contacts again: of a contact that is gone.
@@ -396,8 +394,11 @@ class DatabaseUndoer:
 
     def _count(self, undone: Reverted) -> None:
         counts = counted(undone)
-        rollback = Rollback.objects.using(self._connection.alias).filter(pk=self._rollback_id).first()
+        records = Rollback.objects.using(self._connection.alias).select_for_update()
+        rollback = records.filter(pk=self._rollback_id).first()
         if rollback is None:
+            # With its own record, the rollback has lost the lease.
+            lease.renew(self._rollback_id, Totals())
             raise RunDeletedError(self._reader.run.pk)
         for name, count in counts.numbers.items():
             setattr(rollback, name, getattr(rollback, name) + count)

@@ -25,7 +25,7 @@ from crm.models.ledger import RunStatus
 from crm.outcome import NUMBERS
 from crm.postgres import errors
 from crm.postgres.snapshot import in_pages
-from crm.postgres.transactions import certain_transaction
+from crm.postgres.transactions import Timeouts, certain_transaction
 
 #: What people may make of a run, by what it is. A process alone ends its own run as finished, failed or interrupted.
 TRANSITIONS: Mapping[RunStatus, frozenset[RunStatus]] = {
@@ -138,8 +138,8 @@ def act(action: str, run_id: int) -> BackfillRun:
     """
     target = ACTIONS[action]
     allowed = [status for status, targets in TRANSITIONS.items() if target in targets]
-    settings = f"SET LOCAL lock_timeout = {PATIENCE * 1000:.0f}"
-    with as_operator_error(run_id), certain_transaction(connection, settings):
+    timeouts = Timeouts(lock=round(PATIENCE * 1000))
+    with as_operator_error(run_id), certain_transaction(connection, timeouts):
         changed = BackfillRun.objects.filter(pk=run_id, status__in=allowed).update(
             status=target, finished_at=Coalesce("finished_at", Now())
         )

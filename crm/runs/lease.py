@@ -16,6 +16,7 @@ from datetime import timedelta
 from typing import Any
 
 from django.db import IntegrityError, connection, transaction
+from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models import F, Value
 from django.db.models.functions import Now, Replace
 
@@ -25,7 +26,7 @@ from crm.models import BackfillRun, CommittedTransaction
 from crm.models.ledger import RunStatus
 from crm.outcome import Totals
 from crm.postgres import errors
-from crm.postgres.transactions import certain_transaction
+from crm.postgres.transactions import Timeouts, certain_transaction
 from crm.runs.process import ProcessIdentity
 from crm.version import RULES, VERSION
 
@@ -96,13 +97,32 @@ def claim(
     return run
 
 
-def require_silence() -> None:
-    """Raise AnotherRunError while a run is going; a dead one is ended. Until the transaction ends, none begins."""
-    with connection.cursor() as cursor:
-        cursor.execute("LOCK TABLE backfill_run IN SHARE ROW EXCLUSIVE MODE")
-    for run in BackfillRun.objects.running():
-        if not take_over_if_dead(run):
-            raise AnotherRunError(_who_holds(run))
+@contextmanager
+def between_runs() -> Iterator[None]:
+    """A transaction of its own during which no run is going, nor begins.
+
+    Raises AnotherRunError while one is going; a dead one is ended.
+    """
+    with certain_transaction(connection, None, "LOCK TABLE backfill_run IN SHARE ROW EXCLUSIVE MODE"):
+        for run in BackfillRun.objects.running():
+            if not take_over_if_dead(run):
+                raise AnotherRunError(_who_holds(run))
+        yield
+
+
+@contextmanager
+def batch(connection: BaseDatabaseWrapper, run_id: int, timeouts: Timeouts, *first: str) -> Iterator[Totals]:
+    """A batch of a run in a transaction of its own: what is written inside, counts and heartbeat commit together.
+
+    Yields the counts, to be added to. `first` are statements that begin it.
+
+    Raises LeaseLostError when the run is no longer the running one, and what `certain_transaction` does. Nothing of the
+    batch is written then.
+    """
+    with certain_transaction(connection, timeouts, *first):
+        totals = Totals()
+        yield totals
+        renew(run_id, totals)
 
 
 def renew(run_id: int, totals: Totals) -> None:

@@ -20,8 +20,8 @@ from django.test import Client
 from django.urls import reverse
 
 from crm.backfill import context
-from crm.backfill.write.writer import Timeouts
 from crm.models import BackfillRun, CRMContact, LedgerEntry
+from crm.postgres.transactions import Timeouts
 from crm.runs import retrying
 from tests.conftest import OWN_TABLES, Database
 from tests.support.builders import add_contact, add_lead, add_many_leads, add_profile, add_user

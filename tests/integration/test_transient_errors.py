@@ -16,9 +16,10 @@ from django.db import OperationalError, connection, connections
 
 from crm.backfill import context, runner
 from crm.backfill.update.writer import UpdateWriter
-from crm.backfill.write.writer import BatchWriter, Timeouts
+from crm.backfill.write.writer import BatchWriter
 from crm.models import BackfillRun
 from crm.postgres import transactions
+from crm.postgres.transactions import Timeouts
 from crm.runs import lifecycle, retrying
 from tests.conftest import Database
 from tests.support.builders import CREATED_AT, add_lead, add_many_leads, contacts, ledger

@@ -16,14 +16,14 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from crm.backfill.read.contacts import ContactIndex
 from crm.backfill.update.reader import Present
 from crm.backfill.write.upsert import MAX_ATTEMPTS
-from crm.backfill.write.writer import TRANSACTION_SETTINGS, Timeouts, first_trigger, lock_contacts
+from crm.backfill.write.writer import first_trigger, lock_contacts
 from crm.fields import array_type, array_types, as_columns, unnest
 from crm.models import BackfillBatch, CRMContact, CRMStageHistory
 from crm.outcome import Refusal, Source, Totals
 from crm.postgres.apart import write_apart
 from crm.postgres.errors import SettledMeanwhileError
 from crm.postgres.refusals import in_words, names_of_the_schema
-from crm.postgres.transactions import certain_transaction
+from crm.postgres.transactions import Timeouts
 from crm.rules.mapping import ContactDraft, MappedRow, Rules, contact_id
 from crm.rules.updating import EMAIL, FIELDS_OF_CHANGE, REFUSED, Change, Look, decide, rows_of, totals_of
 from crm.runs import lease
@@ -110,7 +110,7 @@ class UpdateWriter:
         self._rules = rules
         self._run_id = run_id
         self._told: set[Refusal] = set()
-        self._manners = TRANSACTION_SETTINGS.format(lock=timeouts.lock, statement=timeouts.statement)
+        self._timeouts = timeouts
 
     def write(self, source: Source, pages: Iterable[Sequence[MappedRow]]) -> Totals:
         """Look at a batch again, page by page; contacts, history, record, lines, counts and heartbeat commit together.
@@ -119,8 +119,7 @@ class UpdateWriter:
         transient error. Nothing of the batch is written then.
         """
         started = time.monotonic()
-        with certain_transaction(self._connection, self._manners):
-            totals = Totals()
+        with lease.batch(self._connection, self._run_id, self._timeouts) as totals:
             for rows in pages:
                 changes = self._settle(source, rows)
                 self._record(changes)
@@ -129,7 +128,6 @@ class UpdateWriter:
             if totals.revisited:
                 batch = BackfillBatch.of(self._run_id, source, totals, time.monotonic() - started)
                 batch.save(using=self._connection.alias, force_insert=True)
-            lease.renew(self._run_id, totals)
         return totals
 
     def keep_alive(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from django.db import DatabaseError, transaction
@@ -22,17 +22,12 @@ from crm.outcome import Outcome, Reason, Refusal, RowOutcome, Source, Totals
 from crm.postgres.apart import refusal_of_writing, refuses_all
 from crm.postgres.errors import RewrittenError, SettledMeanwhileError
 from crm.postgres.refusals import MAX_ALIKE, AlikeRefusals, names_of_the_schema
-from crm.postgres.transactions import certain_transaction
+from crm.postgres.transactions import Timeouts
 from crm.rules.bisecting import Bisection
 from crm.rules.mapping import ATTRIBUTION, ATTRIBUTION_UNIT, ContactDraft, MappedRow
 from crm.rules.matching import ASSIGNMENT_UNIT, PROFILE_FILLS
 from crm.runs import lease
 from crm.try_execute import try_execute
-
-# Deferred constraints would speak up at the commit, when nobody can tell which row they mean.
-TRANSACTION_SETTINGS = (
-    "SET LOCAL lock_timeout = {lock}; SET LOCAL statement_timeout = {statement}; SET CONSTRAINTS ALL IMMEDIATE"
-)
 
 _COLUMN = {field.attname: f'"{field.column}"' for field in CRMContact._meta.concrete_fields}
 _FILLED_ALONE = (*PROFILE_FILLS, "last_contacted_at")
@@ -179,14 +174,6 @@ class DatabaseStore:
                     raise RewrittenError(first_trigger(self._connection, "UPDATE"))
 
 
-@dataclass(frozen=True, slots=True)
-class Timeouts:
-    """How long a batch may wait for a lock, and how long one of its statements may take; milliseconds."""
-
-    lock: int = 5_000
-    statement: int = 60_000
-
-
 class BatchWriter:
     """Writes batches of one run, each in a transaction of its own."""
 
@@ -204,7 +191,7 @@ class BatchWriter:
         self._store = DatabaseStore(connection, lookup)
         self._replaces_lines = replaces_lines
         self.run_id = run_id
-        self._manners = TRANSACTION_SETTINGS.format(lock=timeouts.lock, statement=timeouts.statement)
+        self._timeouts = timeouts
         self._alike = AlikeRefusals()
 
     def write(self, source: Source, pages: Iterable[Sequence[MappedRow]]) -> Totals:
@@ -217,14 +204,12 @@ class BatchWriter:
         then.
         """
         started = time.monotonic()
-        with certain_transaction(self._connection, self._manners):
-            totals = Totals()
+        with lease.batch(self._connection, self.run_id, self._timeouts) as totals:
             # A batch that is tried again begins with what the one before it has left.
             alike = replace(self._alike)
             for rows in pages:
                 totals.add(self.upsert_page(source, rows, alike))
             self._write_batch(source, totals, time.monotonic() - started)
-            lease.renew(self.run_id, totals)
         self._alike = alike
         return totals
 

@@ -20,6 +20,8 @@ from crm.postgres.trust import require_trusted
 
 #: The tables and columns of the application, in any generation, that refer to a contact's id.
 KNOWN = (("crm_interactions", "contactId"), ("crm_stage_history", "contactId"))
+#: Until the transaction ends, no table refers to contacts that does not by now. The lock is that of any writer.
+KEEP_FOREIGN_KEYS = "LOCK TABLE crm_contacts IN ROW EXCLUSIVE MODE"
 # PostgreSQL compares no two columns of different collations: by theirs then, so that an index of theirs is of use.
 _COLLATION = """
 CASE WHEN 0 NOT IN ({theirs}.attcollation, {ours}.attcollation) AND {theirs}.attcollation <> {ours}.attcollation
