@@ -27,8 +27,8 @@ from django.db.models import QuerySet
 from crm.backfill.read.contacts import ContactIndex
 from crm.backfill.read.noncanonical_emails import noncanonical_addresses
 from crm.backfill.read.resolutions import Resolutions
+from crm.backfill.read.snapshots import SnapshotReader, missing_columns
 from crm.backfill.read.source import EVERY_ROW, SourceReader
-from crm.backfill.update.reader import Present
 from crm.backfill.write.writer import BatchWriter
 from crm.errors import OperatorError
 from crm.models import BackfillBatch, BackfillRun, ContactUpdate, LedgerEntry
@@ -207,16 +207,15 @@ class Latecomers:
         self, ids: Iterable[str], lines: Sequence[_Line], rows: dict[tuple[str, str], MappedRow]
     ) -> list[str]:
         """The contacts that are what their rows made of them, and that no update has changed."""
-        present = Present(self.connection, self.facts, Resolutions(), with_versions=False)
-        standing = present.contacts(list(ids))
-        updates = ContactUpdate.objects.using(self.connection.alias).filter(contact_id__in=list(standing))
+        contacts = SnapshotReader(self.connection, missing_columns(self.facts)).read(ids)
+        updates = ContactUpdate.objects.using(self.connection.alias).filter(contact_id__in=list(contacts))
         updated = set(updates.values_list("contact_id", flat=True))
         of_contact: dict[str, list[_Line]] = {}
         for line in lines:
             of_contact.setdefault(line.contact_id, []).append(line)
         return [
             identifier
-            for identifier, contact in standing.items()
+            for identifier, contact in contacts.items()
             if identifier not in updated and _written(of_contact.get(identifier, ()), rows) == contact.values
         ]
 

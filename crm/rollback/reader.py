@@ -12,15 +12,18 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill.read.resolutions import Resolutions
 from crm.backfill.read.rows import may_read_user_changes
+from crm.backfill.read.snapshots import VERSION, SnapshotReader
 from crm.errors import OperatorError
-from crm.models import BackfillRun, CRMContact
+from crm.models import BackfillRun
 from crm.outcome import Outcome, Reason, Refusal, Source, UpdateOutcome
 from crm.postgres.apart import read_apart
+from crm.postgres.facts.columns import COLUMN
 from crm.postgres.facts.schema import DatabaseFacts
 from crm.postgres.loaders import read_as_text
 from crm.rollback.updates import UpdateRecord
-from crm.rules.mapping import ContactDraft, MappedRow, contact_id, map_rows, rounded, trimmed, unmapped
-from crm.rules.reverting import Line, SourceRow, StoredContact
+from crm.rules.mapping import MappedRow, contact_id, map_rows, rounded, trimmed, unmapped
+from crm.rules.reverting import Line, SourceRow
+from crm.rules.snapshot import ContactSnapshot
 from crm.rules.source_rows import SOURCE_TABLES, ProfileRow, RawRow
 from crm.runs.other_rules import OtherRules
 
@@ -54,8 +57,6 @@ _LABELS = {
     for name, table in SOURCE_TABLES.items()
 }
 
-_COLUMNS = ", ".join(f'c."{field.column}"' for field in CRMContact._meta.concrete_fields)
-_CONTACTS = f"SELECT c.xmin::text, {{set_elsewhere}}, {_COLUMNS} FROM crm_contacts c WHERE c.id = ANY(%s)"
 # What the backfill does not write has its default, as long as nobody else wrote it. A default that is not a constant
 # says nothing afterwards, and a generated column is nobody's to write.
 _OTHER_COLUMNS = r"""
@@ -169,13 +170,9 @@ class Reader:
                     found[ids[source_id]] = source
         return found
 
-    def contacts(self, contact_ids: Sequence[str]) -> dict[str, StoredContact]:
+    def contacts(self, contact_ids: Sequence[str]) -> dict[str, ContactSnapshot]:
         """Those of these contacts that are there."""
-        rows = self._rows(_CONTACTS.format(set_elsewhere=self.set_elsewhere), contact_ids)
-        contacts = (
-            StoredContact(version, ContactDraft._make(values), tuple(elsewhere)) for version, elsewhere, *values in rows
-        )
-        return {contact.values.id: contact for contact in contacts}
+        return SnapshotReader(self.connection, version=VERSION, set_elsewhere=self.set_elsewhere).read(contact_ids)
 
     def source_rows(self, lines: Iterable[Line]) -> dict[str, SourceRow]:
         """The source rows of these lines as they are now, by the lines' ids; of several lines of a row, the last."""
@@ -263,9 +260,8 @@ def _former_lines(record: UpdateRecord) -> dict[str, Line]:
 
 def _set_elsewhere(connection: BaseDatabaseWrapper) -> str:
     """The SQL array of the names of those columns that the backfill does not write and somebody else did."""
-    mapped = [field.column for field in CRMContact._meta.concrete_fields]
     with connection.cursor() as cursor:
-        cursor.execute(_OTHER_COLUMNS, [settings.LEGACY_SCHEMA, mapped])
+        cursor.execute(_OTHER_COLUMNS, [settings.LEGACY_SCHEMA, list(COLUMN.values())])
         columns = cursor.fetchall()
     if hidden := [name for name, readable, _ in columns if not readable]:
         raise OperatorError(

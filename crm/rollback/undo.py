@@ -42,7 +42,6 @@ from crm.rules.reverting import (
     KeepReason,
     Line,
     Rows,
-    StoredContact,
     Verdict,
     columns_of,
     confidence_before,
@@ -54,6 +53,7 @@ from crm.rules.reverting import (
     merges_that_miss,
     why_it_differs,
 )
+from crm.rules.snapshot import ContactSnapshot
 from crm.runs import lease
 from crm.runs.other_rules import OtherRules
 from crm.try_execute import try_execute
@@ -213,7 +213,7 @@ def judge_changes(records: Sequence[UpdateRecord], reader: Reader) -> JudgedUpda
 
 
 def _judge_created(
-    line: Line, contact: StoredContact | None, judged: Judged, rows: Rows, other_rules: OtherRules
+    line: Line, contact: ContactSnapshot | None, judged: Judged, rows: Rows, other_rules: OtherRules
 ) -> None:
     merges = [merge for merge in judged.merges.get(line.id, ()) if merge.filled] + judged.updates.get(line.id, [])
     by_other_rules = other_rules.of(writer.run_id for writer in (line, *merges)) is not None
@@ -231,7 +231,7 @@ def _judge_created(
 
 def _judge_merged(
     line: Line,
-    contact: StoredContact | None,
+    contact: ContactSnapshot | None,
     creator: Line | None,
     judged: Judged,
     rows: Rows,

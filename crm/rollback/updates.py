@@ -18,7 +18,6 @@ from crm.rules.reverting import (
     KeepReason,
     Line,
     Rows,
-    StoredContact,
     Verdict,
     columns_of,
     confidence_in,
@@ -27,6 +26,7 @@ from crm.rules.reverting import (
     merges_that_miss,
     why_it_differs,
 )
+from crm.rules.snapshot import ContactSnapshot
 from crm.rules.updating import FIELDS_OF_CHANGE
 from crm.runs.other_rules import OtherRules
 
@@ -98,7 +98,7 @@ class JudgedUpdates:
 
 def judge_updates(
     records: Sequence[UpdateRecord],
-    contacts: Mapping[str, StoredContact],
+    contacts: Mapping[str, ContactSnapshot],
     merges: Mapping[str, list[Line]],
     rows: Rows,
     other_rules: OtherRules,
@@ -111,7 +111,7 @@ def judge_updates(
             judged.decided.append(Assessment(record.line, Verdict.KEPT, KeepReason.DELETED))
             continue
         restored = judged.restored.get(contact.values.id) or Restored(contact.version, contact.values)
-        stands = StoredContact(contact.version, restored.values)
+        stands = ContactSnapshot(restored.values, contact.version)
         if reason := _why_it_stays(record, stands, rows, other_rules):
             judged.decided.append(reason)
             continue
@@ -122,7 +122,7 @@ def judge_updates(
 
 
 def _why_it_stays(
-    record: UpdateRecord, contact: StoredContact, rows: Rows, other_rules: OtherRules
+    record: UpdateRecord, contact: ContactSnapshot, rows: Rows, other_rules: OtherRules
 ) -> Assessment | None:
     if contact.values.updated_at != record.contact_updated_at:
         return Assessment(record.line, Verdict.KEPT, KeepReason.EDITED, "updatedAt")
@@ -136,7 +136,7 @@ def _why_it_stays(
 
 
 def _restore(
-    restored: Restored, stands: StoredContact, record: UpdateRecord, merges: Iterable[Line], rows: Rows
+    restored: Restored, stands: ContactSnapshot, record: UpdateRecord, merges: Iterable[Line], rows: Rows
 ) -> None:
     """Take a change out, with what was merged on top of it: such a row would have filled it itself."""
     before = record.before(rows) or {}

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from crm.outcome import Outcome, UpdateOutcome
 from crm.rules.mapping import FULL_CONFIDENCE, ContactDraft, MappedRow
 from crm.rules.matching import ACCOUNTS, ExistingContact, fill
+from crm.rules.snapshot import ContactSnapshot
 from crm.rules.updating import FIELDS_OF_CHANGE
 
 
@@ -82,23 +83,10 @@ class SourceRow:
     may_differ: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True, slots=True)
-class StoredContact:
-    """A contact as it is now.
-
-    `version` is PostgreSQL's own mark of the row's version (`xmin`); `set_elsewhere` are columns that the backfill
-    never writes and that do not have their default.
-    """
-
-    version: str
-    values: ContactDraft
-    set_elsewhere: tuple[str, ...] = ()
-
-
 Rows = Mapping[str, SourceRow]
 
 
-def edited_columns(contact: StoredContact, creator: Line, merges: Iterable[Line], rows: Rows) -> list[str]:
+def edited_columns(contact: ContactSnapshot, creator: Line, merges: Iterable[Line], rows: Rows) -> list[str]:
     """The columns in which the contact is not what the line that made it, and those merged into it, have written."""
     if contact.values.updated_at != creator.written_at:
         return ["updated_at"]
@@ -108,12 +96,12 @@ def edited_columns(contact: StoredContact, creator: Line, merges: Iterable[Line]
     return [*_differences(contact, written), *contact.set_elsewhere]
 
 
-def differs_from_merge(contact: StoredContact, merge: Line, rows: Rows) -> list[str]:
+def differs_from_merge(contact: ContactSnapshot, merge: Line, rows: Rows) -> list[str]:
     """The columns in which the contact is not what the merge has written."""
     return _differences(contact, _possible_values(merge, columns_of(merge), rows))
 
 
-def why_it_differs(contact: StoredContact, written_at: str | None, *, by_other_rules: bool) -> KeepReason:
+def why_it_differs(contact: ContactSnapshot, written_at: str | None, *, by_other_rules: bool) -> KeepReason:
     """Why a contact is not what its lines have written: by the rules of this version, as long as nobody touched it."""
     is_touched = contact.set_elsewhere or contact.values.updated_at != written_at
     return KeepReason.OTHER_RULES if by_other_rules and not is_touched else KeepReason.EDITED
@@ -136,7 +124,9 @@ def columns_of(merge: Line) -> tuple[str, ...]:
     return _columns_of(merge.filled)
 
 
-def merges_that_miss(contact: StoredContact, emptied: Iterable[str], merges: Iterable[Line], rows: Rows) -> list[Line]:
+def merges_that_miss(
+    contact: ContactSnapshot, emptied: Iterable[str], merges: Iterable[Line], rows: Rows
+) -> list[Line]:
     """The merges that found columns filled which are to be emptied, and would have filled them themselves.
 
     What one of these filled is to be emptied with it, so others may miss that in turn. Left out is what cannot be taken
@@ -152,7 +142,7 @@ def merges_that_miss(contact: StoredContact, emptied: Iterable[str], merges: Ite
     return found
 
 
-def _would_fill(contact: StoredContact, emptied: set[str], row: SourceRow) -> bool:
+def _would_fill(contact: ContactSnapshot, emptied: set[str], row: SourceRow) -> bool:
     """Whether a row would fill one of these columns, were they empty."""
     nothing: dict[str, Any] = dict.fromkeys(emptied)
     known = ExistingContact.of_draft(contact.values._replace(**nothing))
@@ -190,7 +180,7 @@ def _possible_values(line: Line, columns: Iterable[str], rows: Rows) -> dict[str
     return values
 
 
-def _differences(contact: StoredContact, written: Mapping[str, tuple[Any, ...] | None]) -> list[str]:
+def _differences(contact: ContactSnapshot, written: Mapping[str, tuple[Any, ...] | None]) -> list[str]:
     return [
         column
         for column, possible in written.items()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from crm.outcome import Outcome, Source, Totals, UpdateOutcome
@@ -22,6 +22,7 @@ from crm.rules.mapping import (
     placeholder_name,
 )
 from crm.rules.matching import Conflict, ExistingContact, ExistingContacts
+from crm.rules.snapshot import ContactSnapshot
 
 LEAD = "LEAD"
 #: What a row's keys disagree in, and what PostgreSQL refused: kept under these names.
@@ -80,22 +81,30 @@ class RowOfContact(NamedTuple):
 
 
 @dataclass(slots=True)
-class StandingContact:
-    """A contact as it stands.
+class RevisitedContact:
+    """A contact whose rows are looked at again, as it is now and with what the rows before them changed.
 
-    `version` is PostgreSQL's own mark of the row's version. `made_at` is the `updatedAt` of the row that made it; None
-    where somebody else did. `left_at` is the contact's `updatedAt` when updates changed it; None where none did.
-    `given` are the units that the backfill once filled, as far as it matters. `rows` are in canonical order;
-    `has_all_rows` tells whether none of them is gone, or not to be migrated any more.
+    `made_at` is the `updatedAt` of the row that made it; None where somebody else did. `left_at` is the contact's
+    `updatedAt` when updates changed it; None where none did. `given` are the units that the backfill once filled, as
+    far as it matters. `rows` are in canonical order; `has_all_rows` tells whether none of them is gone, or not to be
+    migrated any more.
     """
 
-    version: str
-    values: ContactDraft
+    snapshot: ContactSnapshot
     made_at: str | None = None
     left_at: str | None = None
     given: set[str] = field(default_factory=set)
     rows: Sequence[RowOfContact] = ()
     has_all_rows: bool = True
+
+    @property
+    def values(self) -> ContactDraft:
+        """What the contact has."""
+        return self.snapshot.values
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        """Let it have these values from now on."""
+        self.snapshot = replace(self.snapshot, values=self.values._replace(**values))
 
     @property
     def is_as_written(self) -> bool:
@@ -169,7 +178,7 @@ class Look:
     """Everything that the rows of a batch are held against."""
 
     lines: Mapping[str, SeenLine]
-    contacts: Mapping[str, StandingContact]
+    contacts: Mapping[str, RevisitedContact]
     known: ExistingContacts
     looked_at: set[str] = field(default_factory=set)
     expected: dict[str, _Expected] = field(default_factory=dict)
@@ -189,7 +198,7 @@ def decide(source: Source, rows: Iterable[MappedRow], look: Look, rules: Rules) 
             yield change
 
 
-def rows_of(contacts: Mapping[str, StandingContact], rows: Iterable[MappedRow]) -> list[MappedRow]:
+def rows_of(contacts: Mapping[str, RevisitedContact], rows: Iterable[MappedRow]) -> list[MappedRow]:
     """These rows, and those of the contacts, each once."""
     others = {found.row.id: found.row for contact in contacts.values() for found in contact.rows}
     return list((others | {row.id: row for row in rows}).values())
@@ -209,10 +218,10 @@ def totals_of(changes: Collection[Change]) -> Totals:
     )
 
 
-def _change(looked: RowOfContact, contact: StandingContact, look: Look, rules: Rules) -> Change:
+def _change(looked: RowOfContact, contact: RevisitedContact, look: Look, rules: Rules) -> Change:
     """What the row changes in its contact: what comes from itself, and what comes from rows that are not due."""
     row, line = looked.row, looked.line
-    nothing = Change(row, line, contact.version, contact.values, {}, {})
+    nothing = Change(row, line, contact.snapshot.version, contact.values, {}, {})
     if row.draft is None:
         return nothing
     draft = _of_this_contact(row, row.draft, contact, look.known)
@@ -249,7 +258,7 @@ def _change(looked: RowOfContact, contact: StandingContact, look: Look, rules: R
     )
 
 
-def _expected(contact: StandingContact, look: Look, rules: Rules) -> _Expected:
+def _expected(contact: RevisitedContact, look: Look, rules: Rules) -> _Expected:
     """What the contact is to be: the same for all rows of a batch, as long as nobody's keys change."""
     expected = look.expected.get(contact.values.id)
     if expected is None:
@@ -257,7 +266,7 @@ def _expected(contact: StandingContact, look: Look, rules: Rules) -> _Expected:
     return expected
 
 
-def _fold(contact: StandingContact, known: ExistingContacts, rules: Rules) -> _Expected:
+def _fold(contact: RevisitedContact, known: ExistingContacts, rules: Rules) -> _Expected:
     """Fold the rows of a contact: after what is there and not ours to replace, and alone."""
     speakers = [
         _Speaker(origin, draft)
@@ -280,7 +289,7 @@ def _fold(contact: StandingContact, known: ExistingContacts, rules: Rules) -> _E
     return _Expected(values, origins, by_rows.values, origins_by_rows)
 
 
-def _not_ours(contact: StandingContact) -> ContactDraft:
+def _not_ours(contact: RevisitedContact) -> ContactDraft:
     """The contact without what updates filled in it: as long as nobody touched it since, that is ours to replace."""
     if not contact.is_as_left:
         return contact.values
@@ -290,7 +299,7 @@ def _not_ours(contact: StandingContact) -> ContactDraft:
     return contact.values._replace(**ours)
 
 
-def _promoting(contact: StandingContact, speakers: Iterable[_Speaker]) -> _Speaker | None:
+def _promoting(contact: RevisitedContact, speakers: Iterable[_Speaker]) -> _Speaker | None:
     """The row that promotes a contact which is a lead, although not all of its rows are there."""
     if contact.values.contact_type != LEAD:
         return None
@@ -298,7 +307,7 @@ def _promoting(contact: StandingContact, speakers: Iterable[_Speaker]) -> _Speak
 
 
 def _of_this_contact(
-    row: MappedRow, draft: ContactDraft, contact: StandingContact, known: ExistingContacts
+    row: MappedRow, draft: ContactDraft, contact: RevisitedContact, known: ExistingContacts
 ) -> ContactDraft | None:
     """The draft, without accounts that a resolution left to others; None where its keys name another contact by now."""
     try:
@@ -321,7 +330,7 @@ def _differs(one: ContactDraft, other: ContactDraft, fields: Iterable[str]) -> b
     return any(getattr(one, name) != getattr(other, name) for name in fields)
 
 
-def _verdict(name: str, expected: _Expected, contact: StandingContact, rules: Rules) -> bool | None:
+def _verdict(name: str, expected: _Expected, contact: RevisitedContact, rules: Rules) -> bool | None:
     if name not in FILLED_UNITS:
         return _of_written(name, expected, contact, rules) if contact.is_as_written else None
     if _lacks(contact.values, name):
@@ -329,7 +338,7 @@ def _verdict(name: str, expected: _Expected, contact: StandingContact, rules: Ru
     return True if _differs(expected.values, contact.values, FIELDS_OF_CHANGE[name]) else None
 
 
-def _of_written(name: str, expected: _Expected, contact: StandingContact, rules: Rules) -> bool | None:
+def _of_written(name: str, expected: _Expected, contact: RevisitedContact, rules: Rules) -> bool | None:
     """What the rows of a contact that nobody touched say of its stage, and what its first row alone does."""
     step = _step(expected.values, contact, rules)
     if name == STAGE:
@@ -339,7 +348,7 @@ def _of_written(name: str, expected: _Expected, contact: StandingContact, rules:
     return True if getattr(expected.values, name) != getattr(contact.values, name) else None
 
 
-def _step(expected: ContactDraft, contact: StandingContact, rules: Rules) -> int:
+def _step(expected: ContactDraft, contact: RevisitedContact, rules: Rules) -> int:
     before = stage_order(contact.values.stage, rules)
     return stage_order(expected.stage, rules) - before if before >= 0 else 0
 
@@ -348,7 +357,7 @@ def _is_of_a_lead(stage: str, rules: Rules) -> bool:
     return stage in {rules.stage_of(status) for status in STAGES_OF_STATUS}
 
 
-def _kept_from(looked: RowOfContact, expected: _Expected, contact: StandingContact, rules: Rules) -> list[str]:
+def _kept_from(looked: RowOfContact, expected: _Expected, contact: RevisitedContact, rules: Rules) -> list[str]:
     """What would come from the row, had nobody touched the contact, or made it."""
     if contact.is_as_written:
         return []
@@ -370,7 +379,7 @@ def _kept_from(looked: RowOfContact, expected: _Expected, contact: StandingConta
 
 
 def _would_promote(
-    name: str, looked: RowOfContact, by_rows: ContactDraft, contact: StandingContact, rules: Rules
+    name: str, looked: RowOfContact, by_rows: ContactDraft, contact: RevisitedContact, rules: Rules
 ) -> bool:
     if name == STAGE:
         return _step(by_rows, contact, rules) > 0
@@ -379,7 +388,7 @@ def _would_promote(
     return bool(getattr(by_rows, name) != getattr(contact.values, name))
 
 
-def _of_email(looked: RowOfContact, draft: ContactDraft, contact: StandingContact) -> bool | None:
+def _of_email(looked: RowOfContact, draft: ContactDraft, contact: RevisitedContact) -> bool | None:
     row = looked.row
     if looked.source.table != "profiles" or row.raw_email is None:
         return None
@@ -398,7 +407,7 @@ def _placeholders(row: MappedRow) -> frozenset[str]:
     return frozenset(of_earlier_versions | {placeholder_name(kind, row.source_id) for kind in kinds})
 
 
-def _former(unit: str, contact: StandingContact) -> Any:
+def _former(unit: str, contact: RevisitedContact) -> Any:
     """Where what a contact has is to be found when it is another value: no value of a person's is repeated."""
     fields = FIELDS_OF_CHANGE[unit]
     if unit in _NOTHING_PERSONAL:
@@ -410,10 +419,10 @@ def _former(unit: str, contact: StandingContact) -> Any:
     return None
 
 
-def _apply(change: Change, contact: StandingContact, look: Look) -> None:
+def _apply(change: Change, contact: RevisitedContact, look: Look) -> None:
     if not change.columns:
         return
-    contact.values = contact.values._replace(**change.values)
+    contact.write(change.values)
     contact.given.update(change.columns)
     if change.values.keys() & {"email", "user_id", "clerk_user_id"}:
         look.known.add(ExistingContact.of_draft(contact.values))

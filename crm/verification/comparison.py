@@ -22,7 +22,6 @@ from crm.backfill.read.rows import (
     NONE_PROVEN,
     NOT_LINKED,
     NOT_THERE,
-    FoundContact,
     FoundRow,
     Line,
     LinesOfContact,
@@ -34,6 +33,7 @@ from crm.postgres.facts.columns import COLUMN
 from crm.postgres.snapshot import PAGE
 from crm.rules.mapping import ContactDraft, MappedRow
 from crm.rules.matching import ExistingContact, fill
+from crm.rules.snapshot import ContactSnapshot
 from crm.rules.updating import FIELDS_OF_CHANGE
 from crm.runs.other_rules import OtherRules
 from crm.verification.findings import Check, Finding, Kind, unexplained
@@ -101,13 +101,13 @@ def compare_contacts(
         on_page(len(page))
 
 
-def _gone(contact: FoundContact, lines: LinesOfContact) -> Finding:
+def _gone(contact: ContactSnapshot, lines: LinesOfContact) -> Finding:
     kind = Kind.CRM_CHANGED if _is_touched(contact, lines) else Kind.SOURCE_CHANGED
     return Finding(Check.ROW_GONE, kind, lines.creator.row, lines.creator.contact_id)
 
 
 def _compare(
-    contact: FoundContact,
+    contact: ContactSnapshot,
     mapped: MappedRow,
     lines: LinesOfContact,
     rows: Mapping[str, FoundRow],
@@ -130,7 +130,7 @@ def _field_of_rejection(mapped: MappedRow) -> str:
 
 
 def _differing(
-    contact: FoundContact,
+    contact: ContactSnapshot,
     draft: ContactDraft,
     lines: LinesOfContact,
     rows: Mapping[str, FoundRow],
@@ -152,7 +152,7 @@ def _differing(
 
 
 def _brought_by_rows(
-    contact: FoundContact, draft: ContactDraft, lines: LinesOfContact, rows: Mapping[str, FoundRow]
+    contact: ContactSnapshot, draft: ContactDraft, lines: LinesOfContact, rows: Mapping[str, FoundRow]
 ) -> tuple[dict[str, Any], dict[str, Line]]:
     """What rows bring to a contact, and the line of the row that each value comes from, unit by unit.
 
@@ -178,7 +178,7 @@ def _brought_by_rows(
     return values, origin
 
 
-def _without_left_accounts(mapped: MappedRow, draft: ContactDraft, contact: FoundContact) -> ContactDraft:
+def _without_left_accounts(mapped: MappedRow, draft: ContactDraft, contact: ContactSnapshot) -> ContactDraft:
     """The draft without what a row whose conflict a person resolved left to other contacts: accounts that they had."""
     if mapped.resolution is None:
         return draft
@@ -194,7 +194,7 @@ def _mapped(line: Line, rows: Mapping[str, FoundRow]) -> MappedRow | None:
     return row.mapped if row else None
 
 
-def _may_differ(line: Line, row: FoundRow | None, contact: FoundContact, name: str) -> bool:
+def _may_differ(line: Line, row: FoundRow | None, contact: ContactSnapshot, name: str) -> bool:
     """Whether the value that a row gives to a field may be another one since the row was migrated."""
     if row is None or row.mapped is None or row.updated_at != line.source_updated_at:
         return True
@@ -212,7 +212,7 @@ def _may_differ(line: Line, row: FoundRow | None, contact: FoundContact, name: s
 
 def _findings(
     differing: Mapping[str, Line],
-    contact: FoundContact,
+    contact: ContactSnapshot,
     lines: LinesOfContact,
     rows: Mapping[str, FoundRow],
     other_rules: OtherRules,
@@ -229,5 +229,5 @@ def _findings(
         yield Finding(Check.FIELDS, kind, lines.creator.row, lines.creator.contact_id, tuple(columns), by)
 
 
-def _is_touched(contact: FoundContact, lines: LinesOfContact) -> bool:
+def _is_touched(contact: ContactSnapshot, lines: LinesOfContact) -> bool:
     return contact.values.updated_at != lines.creator.written_at

@@ -19,14 +19,15 @@ from django.db import DatabaseError, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill.read.resolutions import Resolutions
+from crm.backfill.read.snapshots import PREPARER_IS_THERE, SnapshotReader
 from crm.outcome import Outcome, Reason, Refusal, Source
 from crm.postgres import errors
 from crm.postgres.apart import read_apart
-from crm.postgres.facts.columns import COLUMN
 from crm.postgres.facts.schema import DatabaseFacts
 from crm.postgres.loaders import read_as_text
 from crm.postgres.snapshot import stream
-from crm.rules.mapping import ContactDraft, MappedRow, map_rows, unmapped
+from crm.rules.mapping import MappedRow, map_rows, unmapped
+from crm.rules.snapshot import ContactSnapshot
 from crm.rules.source_rows import SOURCE_TABLES, RawRow
 
 logger = logging.getLogger(__name__)
@@ -81,11 +82,6 @@ _OTHER = {
          END""",
 }
 _CHANGED_AT = {"profiles": '"updatedAt"', "leads": 'greatest("createdAt", "updatedAt")'}
-_CONTACTS = """
-SELECT c.* FROM unnest(%(ids)s::text[]) AS wanted(id) CROSS JOIN LATERAL (
-  SELECT {columns}, "assignedPreparerId" IS NULL OR EXISTS (SELECT FROM profiles WHERE id = "assignedPreparerId")
-    FROM crm_contacts WHERE crm_contacts.id = wanted.id LIMIT 1) c
-"""
 _USER_CHANGES_READABLE = """
 SELECT has_column_privilege(attrelid, attnum, 'SELECT') FROM pg_attribute
  WHERE attrelid = to_regclass(quote_ident(%s) || '.users') AND attname = 'updatedAt' AND NOT attisdropped
@@ -143,13 +139,6 @@ class FoundRow(NamedTuple):
     updated_at: str | None
     mapped: MappedRow | None
     other: str | None
-
-
-class FoundContact(NamedTuple):
-    """A contact as it is now; columns that the table lacks are None."""
-
-    values: ContactDraft
-    preparer_is_there: bool
 
 
 class Proven(NamedTuple):
@@ -217,11 +206,9 @@ class RowReader:
     missing_columns: Collection[str]
     resolutions: Resolutions
 
-    def contacts(self, ids: Iterable[str]) -> dict[str, FoundContact]:
+    def contacts(self, ids: Iterable[str]) -> dict[str, ContactSnapshot]:
         """Contacts by id; those that were deleted are not there."""
-        columns = ", ".join("NULL" if name in self.missing_columns else f'"{name}"' for name in COLUMN.values())
-        found = self._rows(_CONTACTS.format(columns=columns), {"ids": list(ids)})
-        return {row[0]: FoundContact(ContactDraft._make(row[:-1]), row[-1]) for row in found}
+        return SnapshotReader(self.connection, self.missing_columns, preparer_is_there=PREPARER_IS_THERE).read(ids)
 
     def source_rows(self, lines: Iterable[Line]) -> dict[str, FoundRow]:
         """The source rows of lines, by their reference; those that are gone are not there."""

@@ -10,7 +10,8 @@ from crm.backfill.write.dry_run import DryRunStore, Imagined
 from crm.outcome import Outcome, Source, Totals
 from crm.rules.fold import FILLED_UNITS
 from crm.rules.mapping import MappedRow, Rules
-from crm.rules.updating import Change, Look, SeenLine, StandingContact, decide, rows_of, totals_of
+from crm.rules.snapshot import ContactSnapshot
+from crm.rules.updating import Change, Look, RevisitedContact, SeenLine, decide, rows_of, totals_of
 
 
 class DryRunUpdateWriter:
@@ -48,15 +49,15 @@ class DryRunUpdateWriter:
         fresh = map(_line, self._imagined.lines(row.id for row in rows))
         return self._present.lines(rows) | {line.line.id: line.line for line in fresh}
 
-    def _contacts(self, ids: Collection[str]) -> dict[str, StandingContact]:
+    def _contacts(self, ids: Collection[str]) -> dict[str, RevisitedContact]:
         """The contacts as they would be by now, with the rows that would have come to them."""
-        contacts = {draft.id: StandingContact("", draft) for draft in self._imagined.drafts(ids)}
+        contacts = {draft.id: RevisitedContact(ContactSnapshot(draft)) for draft in self._imagined.drafts(ids)}
         contacts |= self._present.contacts(ids)
         for identifier, fields in self._imagined.written_in(contacts):
             contact = contacts[identifier]
             if not contact.given:
                 contact.left_at = contact.values.updated_at
-            contact.values = contact.values._replace(**fields)
+            contact.write(fields)
             contact.given.update(unit for unit, names in FILLED_UNITS.items() if fields.keys() & set(names))
         self._present.add_rows(
             contacts, [*self._present.lines_of(contacts), *map(_line, self._imagined.lines_of(contacts))]

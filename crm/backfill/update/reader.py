@@ -16,14 +16,14 @@ from typing import Any, NamedTuple
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill.read.resolutions import Resolutions
+from crm.backfill.read.snapshots import VERSION, SnapshotReader, missing_columns
 from crm.backfill.read.source import EVERY_ROW, UNSETTLED, Choice, Key, Page, SourceReader, entry_of_row
-from crm.models import CRMContact
 from crm.outcome import Outcome, Source
 from crm.postgres.facts.schema import DatabaseFacts
 from crm.postgres.loaders import read_as_text
 from crm.rules.addresses import canonical_address_sql
-from crm.rules.mapping import ATTRIBUTION_UNIT, CONTACT_TYPE_OF_SOURCE, ContactDraft, MappedRow, map_rows, rounded
-from crm.rules.updating import RowOfContact, SeenLine, StandingContact
+from crm.rules.mapping import CONTACT_TYPE_OF_SOURCE, MappedRow, map_rows, rounded
+from crm.rules.updating import RevisitedContact, RowOfContact, SeenLine
 
 _SEEN = "COALESCE(seen_updated_at, source_updated_at) AS seen, seen_updated_at"
 _ENTRY_OF_ROW = entry_of_row(f"outcome, contact_id, {_SEEN}, reason, run_id")
@@ -119,17 +119,12 @@ SELECT line.source, line.source_id, line.filled, {_LINE} FROM ledger_entry line
 SELECT line.source, line.source_id, line.filled, {_LINE} FROM ledger_entry line
  WHERE line.contact_id = ANY(%(ids)s) AND line.outcome IN ('merged', 'exists')
 """
-_CONTACTS = """
-SELECT {version}, {given}, {columns} FROM crm_contacts c {joins} WHERE c.id = ANY(%s)
-"""
-_JOINS = """
-  LEFT JOIN LATERAL (
-    SELECT string_agg(columns, ',') AS columns, min(contact_updated_at) AS first, max(contact_updated_at) AS last
-      FROM contact_update WHERE contact_id = c.id
-  ) given ON true
-"""
 # Had somebody touched it between two updates, nobody could tell who wrote what.
-_GIVEN = "given.columns, CASE WHEN given.first = given.last THEN given.last END"
+_GIVEN = """
+SELECT contact_id, string_agg(columns, ','),
+       CASE WHEN min(contact_updated_at) = max(contact_updated_at) THEN max(contact_updated_at) END
+  FROM contact_update WHERE contact_id = ANY(%s) GROUP BY contact_id
+"""
 
 
 class LineOfContact(NamedTuple):
@@ -168,25 +163,17 @@ class Present:
             for source, source_id, filled, *line in self._rows(LINES_OF_CONTACTS, {"ids": list(contacts)})
         ]
 
-    def contacts(self, ids: Collection[str]) -> dict[str, StandingContact]:
+    def contacts(self, ids: Collection[str]) -> dict[str, RevisitedContact]:
         """Those of these contacts that are there, by their id, without their rows."""
-        missing = () if self.facts.has_attribution else ATTRIBUTION_UNIT
-        columns = [
-            "NULL" if field.attname in missing else f'c."{field.column}"' for field in CRMContact._meta.concrete_fields
-        ]
-        query = _CONTACTS.format(
-            version="c.xmin::text" if self.with_versions else "''",
-            given=_GIVEN if self.facts.has_ledger else "NULL, NULL",
-            columns=", ".join(columns),
-            joins=_JOINS if self.facts.has_ledger else "",
-        )
-        found: dict[str, StandingContact] = {}
-        for version, given, left_at, *values in self._rows(query, [list(ids)]):
-            draft = ContactDraft._make(values)
-            found[draft.id] = StandingContact(version, draft, left_at=left_at, given=set(_names(given)))
-        return found
+        version = VERSION if self.with_versions else "''"
+        reader = SnapshotReader(self.connection, missing_columns(self.facts), version=version)
+        contacts = {key: RevisitedContact(snapshot) for key, snapshot in reader.read(ids).items()}
+        if self.facts.has_ledger:
+            for key, given, left_at in self._rows(_GIVEN, [list(contacts)]):
+                contacts[key].given, contacts[key].left_at = set(_names(given)), left_at
+        return contacts
 
-    def add_rows(self, contacts: Mapping[str, StandingContact], lines: Sequence[LineOfContact]) -> None:
+    def add_rows(self, contacts: Mapping[str, RevisitedContact], lines: Sequence[LineOfContact]) -> None:
         """Read the rows of contacts by their lines, in canonical order: those with a resolution come last."""
         by_id = {line.line.id: line for line in lines if line.line.contact_id in contacts}
         rows: dict[str, list[RowOfContact]] = {}

@@ -1,0 +1,61 @@
+"""Contacts by id, as they are now: for updates, rollbacks and verifications alike. Only reads."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+from django.db.backends.base.base import BaseDatabaseWrapper
+
+from crm.postgres.facts.columns import ATTRIBUTION_COLUMNS, COLUMN
+from crm.postgres.facts.schema import DatabaseFacts
+from crm.postgres.loaders import read_as_text
+from crm.rules.mapping import ContactDraft
+from crm.rules.snapshot import ContactSnapshot
+
+#: The version of a contact `c`; a view has none, and a dry run may have no right to read it.
+VERSION = "c.xmin::text"
+#: Whether the contact is assigned to nobody, or to a profile that there is.
+PREPARER_IS_THERE = 'c."assignedPreparerId" IS NULL OR EXISTS (SELECT FROM profiles WHERE id = c."assignedPreparerId")'
+
+# The LATERAL with its LIMIT is one index probe a contact, whatever the planner believes.
+_CONTACTS = """
+SELECT c.* FROM unnest(%s::text[]) AS wanted(id) CROSS JOIN LATERAL (
+  SELECT {version}, {set_elsewhere}, {preparer_is_there}, {columns}
+    FROM crm_contacts c WHERE c.id = wanted.id LIMIT 1) c
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotReader:
+    """Reads contacts by id. What is read besides the columns of a draft is given as SQL of a contact `c`."""
+
+    connection: BaseDatabaseWrapper
+    missing_columns: Collection[str] = ()
+    version: str = "''"
+    set_elsewhere: str = "ARRAY[]::text[]"
+    preparer_is_there: str = "true"
+
+    def read(self, ids: Iterable[str]) -> dict[str, ContactSnapshot]:
+        """Those of these contacts that are there, by their id."""
+        query = _CONTACTS.format(
+            version=self.version,
+            set_elsewhere=self.set_elsewhere,
+            preparer_is_there=self.preparer_is_there,
+            columns=", ".join(
+                "NULL" if column in self.missing_columns else f'c."{column}"' for column in COLUMN.values()
+            ),
+        )
+        with self.connection.cursor() as cursor:
+            read_as_text(cursor)
+            cursor.execute(query, [list(ids)])
+            snapshots = (
+                ContactSnapshot(ContactDraft._make(values), version, tuple(set_elsewhere), preparer_is_there)
+                for version, set_elsewhere, preparer_is_there, *values in cursor.fetchall()
+            )
+            return {snapshot.values.id: snapshot for snapshot in snapshots}
+
+
+def missing_columns(facts: DatabaseFacts) -> Collection[str]:
+    """The columns of a contact that the table lacks."""
+    return () if facts.has_attribution else ATTRIBUTION_COLUMNS
