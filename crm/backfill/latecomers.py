@@ -25,6 +25,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models import QuerySet
 
 from crm.backfill.read.contacts import ContactIndex
+from crm.backfill.read.entries import COLUMNS, read_entries
 from crm.backfill.read.noncanonical_emails import noncanonical_addresses
 from crm.backfill.read.resolutions import Resolutions
 from crm.backfill.read.snapshots import SnapshotReader, missing_columns
@@ -38,6 +39,7 @@ from crm.postgres.facts.foreign_keys import KEEP_FOREIGN_KEYS, find_foreign_keys
 from crm.postgres.facts.schema import DatabaseFacts
 from crm.postgres.transactions import Timeouts
 from crm.postgres.trust import UntrustedCodeError
+from crm.rules.entry import Entry
 from crm.rules.mapping import ContactDraft, MappedRow, map_rows
 from crm.rules.matching import ExistingContact, fill
 from crm.runs import lease
@@ -54,25 +56,17 @@ _OURS = """
 SELECT c.id FROM crm_contacts c
  WHERE c.email = ANY(%(addresses)s)
    AND (c.id = ANY(%(known)s)
-        OR EXISTS (SELECT FROM ledger_entry line
-                    WHERE line.id = c.id AND line.outcome = 'created' AND line.run_id > %(since)s)
+        OR EXISTS (SELECT FROM ledger_entry entry
+                    WHERE entry.id = c.id AND entry.outcome = 'created' AND entry.run_id > %(since)s)
         OR EXISTS (SELECT FROM contact_update change
                     WHERE change.contact_id = c.id AND change.placeholder IS NOT NULL AND change.run_id > %(since)s))
 """
 # Whoever is just referring to one of them is waited for, and seen by the statements that follow.
 _LOCK = "SELECT id FROM crm_contacts WHERE id = ANY(%s) ORDER BY id FOR UPDATE"
-_LINES = """
-SELECT contact_id, source, source_id, outcome, run_id FROM ledger_entry
- WHERE contact_id = ANY(%s) AND outcome IN ('created', 'merged')
+_ENTRIES = f"""
+SELECT {COLUMNS} FROM ledger_entry entry
+ WHERE entry.contact_id = ANY(%s) AND entry.outcome IN ('created', 'merged')
 """
-
-
-class _Line(NamedTuple):
-    contact_id: str
-    source: str
-    source_id: str
-    outcome: str
-    run_id: int
 
 
 class ContactsTwice(NamedTuple):
@@ -177,26 +171,25 @@ class Latecomers:
         with lease.batch(self.connection, self.run_id, Timeouts(), KEEP_FOREIGN_KEYS) as totals:
             with self.connection.cursor() as cursor:
                 cursor.execute(_LOCK, [list(ids)])
-                cursor.execute(_LINES, [list(ids)])
-                lines = [_Line._make(line) for line in cursor.fetchall()]
-            rows = self._rows(lines)
-            gone = self._deleted(self._untouched(ids, lines, rows))
-            lines = [line for line in lines if line.contact_id in gone]
-            self._forget(lines, rows)
+            entries = read_entries(self.connection, self.facts.second_digits, _ENTRIES, [list(ids)])
+            rows = self._rows(entries)
+            gone = self._deleted(self._untouched(ids, entries, rows))
+            entries = [entry for entry in entries if entry.contact_id in gone]
+            self._forget(entries, rows)
             for source in Source:
-                of_source = self._settle_again(source, lines, rows, gone, writer)
+                of_source = self._settle_again(source, entries, rows, gone, writer)
                 if of_source is not None:
                     batch = BackfillBatch.of(self.run_id, source, of_source, time.monotonic() - started)
                     batch.save(using=self.connection.alias, force_insert=True)
                     totals.add(of_source)
         return [identifier for identifier in ids if identifier not in gone]
 
-    def _rows(self, lines: Iterable[_Line]) -> dict[tuple[str, str], MappedRow]:
-        """The source rows of lines as they are now, by source and id, in the order in which a run takes them."""
+    def _rows(self, entries: Iterable[Entry]) -> dict[tuple[str, str], MappedRow]:
+        """The source rows of entries as they are now, by source and id, in the order in which a run takes them."""
         resolutions, rules = Resolutions.every(self.connection), self.facts.rules()
         found: dict[tuple[str, str], MappedRow] = {}
         for source in Source:
-            ids = [line.source_id for line in lines if line.source == source]
+            ids = [entry.source_id for entry in entries if entry.source == source]
             if ids:
                 reader = SourceReader(self.connection, self.facts, source, ids=ids, choice=EVERY_ROW)
                 rows = resolutions.applied(map_rows(source, reader.page(None, len(ids)).rows, rules))
@@ -204,15 +197,15 @@ class Latecomers:
         return found
 
     def _untouched(
-        self, ids: Iterable[str], lines: Sequence[_Line], rows: dict[tuple[str, str], MappedRow]
+        self, ids: Iterable[str], entries: Sequence[Entry], rows: dict[tuple[str, str], MappedRow]
     ) -> list[str]:
         """The contacts that are what their rows made of them, and that no update has changed."""
         contacts = SnapshotReader(self.connection, missing_columns(self.facts)).read(ids)
         updates = ContactUpdate.objects.using(self.connection.alias).filter(contact_id__in=list(contacts))
         updated = set(updates.values_list("contact_id", flat=True))
-        of_contact: dict[str, list[_Line]] = {}
-        for line in lines:
-            of_contact.setdefault(line.contact_id, []).append(line)
+        of_contact: dict[str, list[Entry]] = {}
+        for entry in entries:
+            of_contact.setdefault(entry.contact_id, []).append(entry)
         return [
             identifier
             for identifier, contact in contacts.items()
@@ -229,35 +222,35 @@ class Latecomers:
             )
             return dict(cursor.fetchall())
 
-    def _forget(self, lines: Iterable[_Line], rows: dict[tuple[str, str], MappedRow]) -> None:
-        keys = [rows[line.source, line.source_id].id for line in lines]
+    def _forget(self, entries: Iterable[Entry], rows: dict[tuple[str, str], MappedRow]) -> None:
+        keys = [rows[entry.source, entry.source_id].id for entry in entries]
         LedgerEntry.objects.using(self.connection.alias).filter(pk__in=keys).delete()
 
     def _settle_again(
         self,
         source: Source,
-        lines: Iterable[_Line],
+        entries: Iterable[Entry],
         rows: dict[tuple[str, str], MappedRow],
         types: dict[str, str],
         writer: BatchWriter,
     ) -> Totals | None:
         """Settle the rows of a source, and count out what they were before in this run."""
-        theirs = {(line.source, line.source_id): line for line in lines if line.source == source}
+        theirs = {(entry.source, entry.source_id): entry for entry in entries if entry.source == source}
         if not theirs:
             return None
         totals = writer.upsert_page(source, [row for key, row in rows.items() if key in theirs])
-        before = [line for line in theirs.values() if line.run_id == self.run_id]
-        made = [line for line in before if line.outcome == Outcome.CREATED]
+        before = [entry for entry in theirs.values() if entry.run_id == self.run_id]
+        made = [entry for entry in before if entry.outcome == Outcome.CREATED]
         totals.read -= len(before)
         totals.created -= len(made)
         totals.merged -= len(before) - len(made)
-        totals.created_by_type.subtract(Counter(types[line.contact_id] for line in made))
+        totals.created_by_type.subtract(Counter(types[entry.contact_id] for entry in made))
         return totals
 
 
-def _written(lines: Iterable[_Line], rows: dict[tuple[str, str], MappedRow]) -> ContactDraft | None:
+def _written(entries: Iterable[Entry], rows: dict[tuple[str, str], MappedRow]) -> ContactDraft | None:
     """What the rows of a contact made of it; None where they do not tell any more."""
-    outcomes = {(line.source, line.source_id): line.outcome for line in lines}
+    outcomes = {(entry.source, entry.source_id): entry.outcome for entry in entries}
     theirs = [(key, row) for key, row in rows.items() if key in outcomes]
     makers = [row.draft for key, row in theirs if outcomes[key] == Outcome.CREATED]
     if len(theirs) < len(outcomes) or len(makers) != 1 or makers[0] is None:

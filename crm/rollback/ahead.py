@@ -1,4 +1,4 @@
-"""While the server undoes one page of lines, the next one and its source rows are read on a thread of their own."""
+"""While the server undoes one page of entries, the next one and its source rows are read on a thread of their own."""
 
 from __future__ import annotations
 
@@ -11,41 +11,42 @@ from django.db import Error as DjangoDatabaseError
 from crm.backfill.read.readahead import ReadingThread
 from crm.outcome import Outcome
 from crm.rollback.reader import Reader
-from crm.rules.reverting import Line, SourceRow
+from crm.rules.entry import Entry
+from crm.rules.reverting import SourceRow
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Lines that are undone together, and the source rows that were read with them, by the lines' ids."""
+    """Entries that are undone together, and the source rows that were read with them, by the entries' ids."""
 
-    lines: Sequence[Line]
+    entries: Sequence[Entry]
     source_rows: Mapping[str, SourceRow] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         """Whether there is anything to undo."""
-        return bool(self.lines)
+        return bool(self.entries)
 
-    def rows_of(self, lines: Mapping[str, Line]) -> dict[str, SourceRow]:
-        """The source rows of lines, by their ids, as far as they were read as rows of the same source.
+    def rows_of(self, entries: Mapping[str, Entry]) -> dict[str, SourceRow]:
+        """The source rows of entries, by their ids, as far as they were read as rows of the same source.
 
         A row that went over to another source since, and was looked at again, has to be read as one of that.
         """
         return {
-            line.id: self.source_rows[line.id]
-            for line in self.lines
-            if line.id in lines and line.id in self.source_rows and lines[line.id].source == line.source
+            entry.id: self.source_rows[entry.id]
+            for entry in self.entries
+            if entry.id in entries and entry.id in self.source_rows and entries[entry.id].source == entry.source
         }
 
     def without(self, gone: set[str]) -> Page:
-        """The page without the lines of these ids."""
-        return Page([line for line in self.lines if line.id not in gone], self.source_rows)
+        """The page without the entries of these ids."""
+        return Page([entry for entry in self.entries if entry.id not in gone], self.source_rows)
 
 
 class PagesAhead:
-    """Hands out the lines of a run page by page.
+    """Hands out the entries of a run page by page.
 
-    What is read ahead is only lines and source rows: a rollback changes neither, but for lines that it deletes, which
-    it tells. Contacts are read when it is their turn.
+    What is read ahead is only entries and source rows: a rollback changes neither, but for entries that it deletes,
+    which it tells. Contacts are read when it is their turn.
     """
 
     def __init__(self, reader: Reader, thread: ReadingThread) -> None:
@@ -56,19 +57,19 @@ class PagesAhead:
         self._gone: set[str] = set()
 
     def page(self, after: str, size: int) -> Page:
-        """At most `size` lines, by id, from strictly after one on; none when there are no more.
+        """At most `size` entries, by id, from strictly after one on; none when there are no more.
 
         Raises django.db.Error for what the reading of this page raised now. What went wrong while it was read ahead is
         no matter: it is read again.
         """
         page = self._taken(after, size) or self._read(after, size)
         if page:
-            self._ask(page.lines[-1].id, size)
+            self._ask(page.entries[-1].id, size)
         return page
 
-    def note_deleted(self, lines: Iterable[str]) -> None:
-        """Take note of lines that were deleted: they may have been read ahead."""
-        self._gone = set(lines)
+    def note_deleted(self, entries: Iterable[str]) -> None:
+        """Take note of entries that were deleted: they may have been read ahead."""
+        self._gone = set(entries)
 
     def _taken(self, after: str, size: int) -> Page | None:
         coming, asked = self._coming, self._asked
@@ -88,6 +89,6 @@ class PagesAhead:
         self._coming = self._thread.ask(self._read, after, size)
 
     def _read(self, after: str, size: int) -> Page:
-        lines = self._reader.page(after, size)
-        written = [line for line in lines if line.outcome in (Outcome.CREATED, Outcome.MERGED)]
-        return Page(lines, self._reader.source_rows(written))
+        entries = self._reader.page(after, size)
+        written = [entry for entry in entries if entry.outcome in (Outcome.CREATED, Outcome.MERGED)]
+        return Page(entries, self._reader.source_rows(written))

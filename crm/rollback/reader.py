@@ -1,8 +1,9 @@
-"""What a verdict needs: lines of the ledger, contacts with their version, and what source rows map to. Only reads."""
+"""What a verdict needs: entries of the ledger, contacts with their version, and what source rows map to. Only reads."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,48 +11,44 @@ from typing import Any
 from django.conf import settings
 from django.db.backends.base.base import BaseDatabaseWrapper
 
+from crm.backfill.read.entries import COLUMNS, COLUMNS_OF_UPDATE, NUMBER_OF_COLUMNS, entry_of, read_entries
 from crm.backfill.read.resolutions import Resolutions
 from crm.backfill.read.rows import may_read_user_changes
 from crm.backfill.read.snapshots import VERSION, SnapshotReader
 from crm.errors import OperatorError
 from crm.models import BackfillRun
-from crm.outcome import Outcome, Reason, Refusal, Source, UpdateOutcome
+from crm.outcome import Reason, Refusal, Source
 from crm.postgres.apart import read_apart
 from crm.postgres.facts.columns import COLUMN
 from crm.postgres.facts.schema import DatabaseFacts
 from crm.postgres.loaders import read_as_text
 from crm.rollback.updates import UpdateRecord
-from crm.rules.mapping import MappedRow, contact_id, map_rows, rounded, trimmed, unmapped
-from crm.rules.reverting import Line, SourceRow
+from crm.rules.entry import Entry
+from crm.rules.mapping import MappedRow, contact_id, map_rows, trimmed, unmapped
+from crm.rules.reverting import SourceRow
 from crm.rules.snapshot import ContactSnapshot
 from crm.rules.source_rows import SOURCE_TABLES, ProfileRow, RawRow
 from crm.runs.other_rules import OtherRules
 
-_LINE = """
-line.id, line.source, line.source_id, line.outcome, line.contact_id, line.run_id, line.source_updated_at, line.filled,
-line.contact_updated_at, line.confidence_before
-"""
-_PAGE = f"SELECT {_LINE} FROM ledger_entry line WHERE line.run_id = %s AND line.id > %s ORDER BY line.id LIMIT %s"
-# By the index of the contact, which holds no line that made one.
+_PAGE = f"SELECT {COLUMNS} FROM ledger_entry entry WHERE entry.run_id = %s AND entry.id > %s ORDER BY entry.id LIMIT %s"
+# By the index of the contact, which holds no entry that made one.
 _MERGES = f"""
-SELECT {_LINE} FROM ledger_entry line JOIN unnest(%s::text[]) AS met(id) ON line.contact_id = met.id
- WHERE line.outcome = 'merged'
+SELECT {COLUMNS} FROM ledger_entry entry JOIN unnest(%s::text[]) AS met(id) ON entry.contact_id = met.id
+ WHERE entry.outcome = 'merged'
 """
-_CREATORS = f"SELECT {_LINE} FROM ledger_entry line WHERE line.id = ANY(%s) AND line.outcome = 'created'"
+_CREATORS = f"SELECT {COLUMNS} FROM ledger_entry entry WHERE entry.id = ANY(%s) AND entry.outcome = 'created'"
 # A contact's changes come together, the last one first.
 _UPDATED_CONTACTS = """
 SELECT contact_id FROM contact_update WHERE run_id = %s AND contact_id COLLATE "C" > %s
  GROUP BY contact_id ORDER BY contact_id COLLATE "C" LIMIT %s
 """
-_UPDATE_COLUMNS = """
-SELECT change.id, change.line_id, change.source, change.source_id, change.contact_id, change.run_id,
-       change.source_updated_at, change.columns, change.contact_updated_at, change.from_type, change.from_stage,
-       change.to_stage, change.stage_entered_before, change.confidence_before, change.placeholder,
-       change.former
+_CHANGES = f"""
+SELECT change.id, change.former, change.from_type, change.from_stage, change.to_stage, change.stage_entered_before,
+       change.placeholder, {COLUMNS_OF_UPDATE}
   FROM contact_update change
 """
-_UPDATES = f"{_UPDATE_COLUMNS} WHERE change.run_id = %s AND change.contact_id = ANY(%s) ORDER BY change.id DESC"
-_UPDATES_IN = f"{_UPDATE_COLUMNS} WHERE change.contact_id = ANY(%s) ORDER BY change.id"
+_UPDATES = f"{_CHANGES} WHERE change.run_id = %s AND change.contact_id = ANY(%s) ORDER BY change.id DESC"
+_UPDATES_IN = f"{_CHANGES} WHERE change.contact_id = ANY(%s) ORDER BY change.id"
 _LABELS = {
     name: f'SELECT id, "{table.label_column}"::text FROM {name} WHERE id = ANY(%s)'
     for name, table in SOURCE_TABLES.items()
@@ -102,17 +99,17 @@ class Reader:
         other_rules = OtherRules.read(connection)
         return cls(connection, facts, run, _set_elsewhere(connection), sees_user_changes, resolutions, other_rules)
 
-    def page(self, after: str, size: int) -> list[Line]:
-        """At most `size` lines of the run, by id, from strictly after one on."""
-        return self._lines(_PAGE, self.run.pk, after, size)
+    def page(self, after: str, size: int) -> list[Entry]:
+        """At most `size` entries of the run, by id, from strictly after one on."""
+        return self._entries(_PAGE, self.run.pk, after, size)
 
-    def merges_into(self, contact_ids: Sequence[str]) -> list[Line]:
-        """The lines, of any run, of rows that were merged into these contacts."""
-        return self._lines(_MERGES, contact_ids) if contact_ids else []
+    def merges_into(self, contact_ids: Sequence[str]) -> list[Entry]:
+        """The entries, of any run, of rows that were merged into these contacts."""
+        return self._entries(_MERGES, contact_ids) if contact_ids else []
 
-    def creators_of(self, contact_ids: Sequence[str]) -> dict[str, Line]:
-        """The lines that made these contacts, where the backfill did."""
-        return {line.id: line for line in self._lines(_CREATORS, contact_ids)} if contact_ids else {}
+    def creators_of(self, contact_ids: Sequence[str]) -> dict[str, Entry]:
+        """The entries that made these contacts, where the backfill did."""
+        return {entry.id: entry for entry in self._entries(_CREATORS, contact_ids)} if contact_ids else {}
 
     def updates(self, after: str, size: int) -> list[UpdateRecord]:
         """What the run changed in at most `size` contacts, by id from strictly after one on."""
@@ -122,49 +119,36 @@ class Reader:
         """What the run changed in these contacts; of each, the last change first."""
         return self._records(_UPDATES, self.run.pk, contact_ids) if contact_ids else []
 
-    def updates_in(self, contact_ids: Sequence[str]) -> list[Line]:
+    def updates_in(self, contact_ids: Sequence[str]) -> list[Entry]:
         """What any run changed in these contacts, in its order."""
-        return [record.line for record in self._records(_UPDATES_IN, contact_ids)] if contact_ids else []
+        return [record.entry for record in self._records(_UPDATES_IN, contact_ids)] if contact_ids else []
 
     def _records(self, query: str, *parameters: Any) -> list[UpdateRecord]:
-        found = [
-            UpdateRecord(
-                number,
-                Line(
-                    identifier,
-                    source,
-                    source_id,
-                    UpdateOutcome.UPDATED,
-                    contact_id,
-                    run_id,
-                    updated_at,
-                    tuple(columns.split(",")),
-                    rounded(updated_at, self.facts.second_digits),
-                ),
-                *rest,
-            )
-            for number, identifier, source, source_id, contact_id, run_id, updated_at, columns, *rest in self._rows(
-                query, *parameters
-            )
-        ]
-        found = [record._replace(former_lines=_former_lines(record)) for record in found]
-        sources = self._sources_now([line for record in found for line in record.lines])
+        found = []
+        for values in self._rows(query, *parameters):
+            number, former, *steps = values[:-NUMBER_OF_COLUMNS]
+            entry = entry_of(values[-NUMBER_OF_COLUMNS:], self.facts.second_digits)
+            former_values = json.loads(former) if former else {}
+            former_entries = _former_entries(entry, former_values)
+            found.append(UpdateRecord(number, entry, former_values, former_entries, *steps))
+        sources = self._sources_now([entry for record in found for entry in record.entries])
 
-        def now(line: Line) -> Line:
-            return line._replace(source=sources.get(line.id, line.source))
+        def now(entry: Entry) -> Entry:
+            return entry._replace(source=sources.get(entry.id, entry.source))
 
         return [
             record._replace(
-                line=now(record.line), former_lines={unit: now(line) for unit, line in record.former_lines.items()}
+                entry=now(record.entry),
+                former_entries={unit: now(entry) for unit, entry in record.former_entries.items()},
             )
             for record in found
         ]
 
-    def _sources_now(self, lines: Sequence[Line]) -> dict[str, str]:
-        """The sources that the rows of lines are of by now: a lead that converted is of another one."""
+    def _sources_now(self, entries: Sequence[Entry]) -> dict[str, str]:
+        """The sources that the rows of entries are of by now: a lead that converted is of another one."""
         found: dict[str, str] = {}
         for table, query in _LABELS.items():
-            ids = {line.source_id: line.id for line in lines if Source(line.source).table == table}
+            ids = {entry.source_id: entry.id for entry in entries if Source(entry.source).table == table}
             for source_id, label in self._rows(query, list(ids)) if ids else ():
                 if (source := self.facts.source_of(table, label)) is not None:
                     found[ids[source_id]] = source
@@ -174,11 +158,11 @@ class Reader:
         """Those of these contacts that are there."""
         return SnapshotReader(self.connection, version=VERSION, set_elsewhere=self.set_elsewhere).read(contact_ids)
 
-    def source_rows(self, lines: Iterable[Line]) -> dict[str, SourceRow]:
-        """The source rows of these lines as they are now, by the lines' ids; of several lines of a row, the last."""
+    def source_rows(self, entries: Iterable[Entry]) -> dict[str, SourceRow]:
+        """The source rows of these entries as they are now, by the entries' ids; of several of a row, the last."""
         by_source: dict[Source, list[str]] = {}
-        for line in {line.id: line for line in lines}.values():
-            by_source.setdefault(Source(line.source), []).append(line.source_id)
+        for entry in {entry.id: entry for entry in entries}.values():
+            by_source.setdefault(Source(entry.source), []).append(entry.source_id)
         found: dict[str, SourceRow] = {}
         for source, source_ids in by_source.items():
             repeated = set(self.facts.repeated_ids.get(source.table, ())) & set(source_ids)
@@ -208,24 +192,8 @@ class Reader:
             for row, maps_to, (*_, account_changed) in zip(rows, mapped, found, strict=True)
         ]
 
-    def _lines(self, query: str, *parameters: Any) -> list[Line]:
-        return [
-            Line(
-                identifier,
-                source,
-                source_id,
-                Outcome(outcome),
-                contact_id,
-                run_id,
-                updated_at,
-                tuple(filled.split(",")) if filled else (),
-                rounded(updated_at, self.facts.second_digits),
-                *was,
-            )
-            for identifier, source, source_id, outcome, contact_id, run_id, updated_at, filled, *was in self._rows(
-                query, *parameters
-            )
-        ]
+    def _entries(self, query: str, *parameters: Any) -> list[Entry]:
+        return read_entries(self.connection, self.facts.second_digits, query, parameters)
 
     def _rows(self, query: str, *parameters: Any, **named: Any) -> list[tuple[Any, ...]]:
         with self.connection.cursor() as cursor:
@@ -242,17 +210,17 @@ def _source_row(row: RawRow, mapped: MappedRow, *, account_changed: bool) -> Sou
     return SourceRow(mapped, raw_preparer=preparer if trimmed(preparer) else None)
 
 
-def _former_lines(record: UpdateRecord) -> dict[str, Line]:
+def _former_entries(entry: Entry, former_values: Mapping[str, Any]) -> dict[str, Entry]:
     """The rows that have what a change replaced, by its name."""
-    found: dict[str, Line] = {}
-    for unit, what in record.former_values.items():
+    found: dict[str, Entry] = {}
+    for unit, what in former_values.items():
         if what is not None and "row" in what:
             table, _, source_id = what["row"].partition(":")
-            found[unit] = record.line._replace(
+            found[unit] = entry._replace(
                 id=contact_id(table, source_id),
                 source=Source.of_table(table)[0],
                 source_id=source_id,
-                updated_at=what["updated_at"],
+                source_updated_at=what["updated_at"],
                 filled=(unit,),
             )
     return found

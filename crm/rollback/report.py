@@ -17,13 +17,13 @@ from rich.text import Text
 from crm.errors import OperatorError
 from crm.interruption import StoppedError
 from crm.models.ledger import RunStatus
-from crm.outcome import Source
 from crm.output.files import new_file
 from crm.output.spreadsheet import row_writer
 from crm.postgres.target import target, target_line
 from crm.rollback.runner import Listener, ListingError, RollbackReport
 from crm.rollback.undo import Reverted
-from crm.rules.reverting import KeepReason, Line, Verdict
+from crm.rules.entry import Entry
+from crm.rules.reverting import KeepReason, Verdict
 
 CSV_COLUMNS = ("row", "was", "contact_id", "outcome", "why", "detail")
 LATER_RUN = "merged_by_a_later_run"
@@ -170,13 +170,13 @@ def listing(path: Path | None) -> Iterator[Listener | None]:
 
 def _rows_of(undone: Reverted) -> Iterator[tuple[str, ...]]:
     for judgement in undone.judgements:
-        yield (*_cells(judgement.line), judgement.verdict, judgement.why or "", judgement.detail)
-    for line in undone.later_merges:
-        yield (*_cells(line), Verdict.REVERSED, LATER_RUN, f"run {line.run_id}")
+        yield (*_cells(judgement.entry), judgement.verdict, judgement.why or "", judgement.detail)
+    for entry in undone.later_merges:
+        yield (*_cells(entry), Verdict.REVERSED, LATER_RUN, f"run {entry.run_id}")
 
 
-def _cells(line: Line) -> tuple[str, str, str]:
-    return f"{Source(line.source).table}:{line.source_id}", line.outcome, line.contact_id or ""
+def _cells(entry: Entry) -> tuple[str, str, str]:
+    return entry.row, entry.outcome, entry.contact_id
 
 
 def _headline(report: RollbackReport) -> str:

@@ -1,6 +1,6 @@
 """One rollback, from the first look at the run to the report.
 
-    find the run -> examine -> claim the lease -> batches of the run's lines, by id: judge, undo, commit
+    find the run -> examine -> claim the lease -> batches of the run's entries, by id: judge, undo, commit
             -> compare the counts with the ledger -> close -> RollbackReport
 
 A dry run takes the same way with an undoer that writes nothing, and claims no lease.
@@ -32,7 +32,7 @@ from crm.postgres.facts.schema import DatabaseFacts, examine
 from crm.rollback.ahead import PagesAhead
 from crm.rollback.reader import Reader
 from crm.rollback.undo import Counts, DatabaseUndoer, DryRunUndoer, Reverted, RunDeletedError, Undoer, counted
-from crm.rules.reverting import Line
+from crm.rules.entry import Entry
 from crm.rules.throttling import BatchSizer
 from crm.runs import control, lease
 from crm.runs.lifecycle import Checked, Ending, Lifecycle, lifecycle
@@ -116,7 +116,7 @@ def roll_back(
     with errors.refusing_to_start():
         facts = examine(connection, for_writing=not dry_run)
         run = _require_run(run_id, facts, may_take_over=not dry_run)
-        lines = _require_lines(run)
+        entries = _require_entries(run)
         later_runs, kept_of = _later_runs(run)
         find_foreign_keys(connection)
         reader = Reader.of(connection, facts, run)
@@ -128,7 +128,7 @@ def roll_back(
             with errors.refusing_to_start():
                 life.claim(lambda: _claim(run, facts))
         work = _Work(reader, batch_size, progress or Silence(), listener, life)
-        ending = work.close(life.carry_out(lambda: work.through(lines), ListingError, RunDeletedError))
+        ending = work.close(life.carry_out(lambda: work.through(entries), ListingError, RunDeletedError))
     return RollbackReport(
         run_id=life.run.pk if life.run else None,
         rolls_back=run_id,
@@ -148,18 +148,18 @@ def roll_back(
 class _Done(NamedTuple):
     """A batch, what became of it, and the key to go on after."""
 
-    lines: Sequence[Line]
+    entries: Sequence[Entry]
     undone: Reverted
     last: str
 
 
-#: Undoes what comes next after a key, of at most so many lines; None when nothing does.
+#: Undoes what comes next after a key, of at most so many entries; None when nothing does.
 _Batch = Callable[[str, int], _Done | None]
 
 
 @dataclass(slots=True)
 class _Work:
-    """The way through the lines of a run."""
+    """The way through the entries of a run."""
 
     reader: Reader
     batch_size: int
@@ -172,14 +172,14 @@ class _Work:
     def __post_init__(self) -> None:
         self._retries = Retries(connection, self.life.interruption, BatchSizer(fixed=self.batch_size))
 
-    def through(self, lines: dict[Source, int]) -> None:
-        """Undo every line. Raises what ends it before."""
+    def through(self, entries: dict[Source, int]) -> None:
+        """Undo every entry. Raises what ends it before."""
         rollback = self.life.run
         undoer: Undoer = (
             DatabaseUndoer(connection, self.reader, rollback.pk) if rollback else DryRunUndoer(connection, self.reader)
         )
         try:
-            self.progress.begin(lines)
+            self.progress.begin(entries)
             # What --update changed goes first: a contact that the run made is as it made it then.
             self._work_through(partial(self._batch_of_updates, undoer))
             with ReadingThread(connection) as thread:
@@ -213,11 +213,11 @@ class _Work:
             done = self._retries.run(partial(self._batch_after, batch, after))
             if done is None:
                 return
-            self._retries.sizer.after_batch(len(done.lines), seconds=0)
+            self._retries.sizer.after_batch(len(done.entries), seconds=0)
             after = done.last
             self.counts.add(counted(done.undone))
-            for source in {line.source for line in done.lines if isinstance(line.outcome, Outcome)}:
-                read = sum(line.source == source for line in done.lines)
+            for source in {entry.source for entry in done.entries if isinstance(entry.outcome, Outcome)}:
+                read = sum(entry.source == source for entry in done.entries)
                 self.progress.advance(Source(source), Totals(read=read))
             if self.listener:
                 self.listener(done.undone)
@@ -229,8 +229,8 @@ class _Work:
         records = self.reader.updates(after, size)
         if not records:
             return None
-        lines = [record.line for record in records]
-        return _Done(lines, undoer.undo_updates(records), max(str(line.contact_id) for line in lines))
+        entries = [record.entry for record in records]
+        return _Done(entries, undoer.undo_updates(records), max(entry.contact_id for entry in entries))
 
     def _batch(self, undoer: Undoer, ahead: PagesAhead, after: str, size: int) -> _Done | None:
         page = ahead.page(after, size)
@@ -238,7 +238,7 @@ class _Work:
             return None
         undone = undoer.undo(page)
         ahead.note_deleted(undone.reversed_ids)
-        return _Done(page.lines, undone, page.lines[-1].id)
+        return _Done(page.entries, undone, page.entries[-1].id)
 
 
 def _require_run(run_id: int, facts: DatabaseFacts, *, may_take_over: bool) -> BackfillRun:
@@ -262,13 +262,13 @@ def _require_run(run_id: int, facts: DatabaseFacts, *, may_take_over: bool) -> B
     return run
 
 
-def _require_lines(run: BackfillRun) -> dict[Source, int]:
-    """How many lines the ledger has of the run, by source; none is fine only where a rollback has to be closed."""
+def _require_entries(run: BackfillRun) -> dict[Source, int]:
+    """How many entries the ledger has of the run, by source; none is fine only where a rollback has to be closed."""
     counts = LedgerEntry.objects.filter(run=run).values_list("source").annotate(Count("id"))
-    lines = {Source(source): count for source, count in counts}
-    if not lines and not ContactUpdate.objects.filter(run=run).exists() and not _is_to_be_closed(run):
+    entries = {Source(source): count for source, count in counts}
+    if not entries and not ContactUpdate.objects.filter(run=run).exists() and not _is_to_be_closed(run):
         raise OperatorError(_nothing_left(run))
-    return lines
+    return entries
 
 
 def _later_runs(run: BackfillRun) -> tuple[list[int], dict[int, int]]:
@@ -276,9 +276,9 @@ def _later_runs(run: BackfillRun) -> tuple[list[int], dict[int, int]]:
 
     And those that were taken back, of which something was kept: each with the last rollback that got to its end.
     """
-    lines = LedgerEntry.objects.filter(run_id__gt=run.pk, outcome__in=(Outcome.CREATED, Outcome.MERGED))
+    entries = LedgerEntry.objects.filter(run_id__gt=run.pk, outcome__in=(Outcome.CREATED, Outcome.MERGED))
     updates = ContactUpdate.objects.filter(run_id__gt=run.pk)
-    found = {number for stands in (lines, updates) for number in stands.values_list("run_id", flat=True).distinct()}
+    found = {number for stands in (entries, updates) for number in stands.values_list("run_id", flat=True).distinct()}
     finished = Rollback.objects.filter(of__in=found, run__status=RunStatus.FINISHED).order_by("run_id")
     taken_back = dict(finished.values_list("of_id", "run_id"))
     return sorted(found - taken_back.keys(), reverse=True), taken_back
@@ -316,7 +316,7 @@ def _is_to_be_closed(run: BackfillRun) -> bool:
 def _nothing_left(run: BackfillRun) -> str:
     by = Rollback.objects.filter(of=run, run__status=RunStatus.FINISHED).order_by("-run_id").first()
     why = f"run {by.run_id} has taken it back" if by else "it decided no row, or later runs decided its rows anew"
-    return f"The ledger has no line of run {run.pk}: {why}. There is nothing to take back."
+    return f"The ledger has no entry of run {run.pk}: {why}. There is nothing to take back."
 
 
 def _require_rights(run: BackfillRun, *, dry_run: bool) -> None:

@@ -1,6 +1,6 @@
-"""Undoing a batch of lines: the only place that deletes contacts, one transaction a batch.
+"""Undoing a batch of entries: the only place that deletes contacts, one transaction a batch.
 
-lines -> judge (read and compare) -> lock -> delete contacts, take merges back -> delete lines -> counts and heartbeat
+entries -> judge (read and compare) -> lock -> delete contacts, take merges back -> delete entries -> counts, heartbeat
 
 Judging takes its time and no locks; what it saw is held to by the version of each row. Then the contacts are locked as
 a DELETE locks them, which waits for everybody who is just adding an interaction, and keeps out whoever would. The
@@ -37,10 +37,10 @@ from crm.postgres.transactions import Timeouts
 from crm.rollback.ahead import Page
 from crm.rollback.reader import Reader
 from crm.rollback.updates import JudgedUpdates, Restored, UpdateRecord, judge_updates
+from crm.rules.entry import Entry
 from crm.rules.reverting import (
     Assessment,
     KeepReason,
-    Line,
     Rows,
     Verdict,
     columns_of,
@@ -66,7 +66,7 @@ _DELETE = f"DELETE FROM crm_contacts c USING {_SEEN} WHERE {_AS_SEEN} AND {{unre
 _WHAT_KEEPS = f"""
 SELECT c.id, c.xmin::text = seen.version, {{tables}} FROM crm_contacts c JOIN {_SEEN} ON c.id = seen.id
 """
-_FORGET_LINES = "DELETE FROM ledger_entry WHERE id = ANY(%s::text[]) AND former IS NULL"
+_FORGET_ENTRIES = "DELETE FROM ledger_entry WHERE id = ANY(%s::text[]) AND former IS NULL"
 _FORGET_UPDATES_OF = "DELETE FROM contact_update WHERE contact_id = ANY(%s::text[])"
 _FORGET_UPDATES = "DELETE FROM contact_update WHERE id = ANY(%s::bigint[])"
 _LOOK_AGAIN_AT = "UPDATE ledger_entry SET seen_updated_at = NULL WHERE id = ANY(%s::text[])"
@@ -75,10 +75,10 @@ UPDATE ledger_entry SET seen_updated_at = NULL
  WHERE contact_id = ANY(%s::text[]) AND outcome IN ('merged', 'exists')
 """
 
-_LINE_COLUMNS = ", ".join(f'"{column.column}"' for column in LedgerEntry._meta.concrete_fields)
-_FORMER_LINES = f"""
-UPDATE ledger_entry line SET ({_LINE_COLUMNS}) = (
-         SELECT {_LINE_COLUMNS} FROM jsonb_populate_record(NULL::ledger_entry, line.former))
+_ENTRY_COLUMNS = ", ".join(f'"{column.column}"' for column in LedgerEntry._meta.concrete_fields)
+_FORMER_ENTRIES = f"""
+UPDATE ledger_entry entry SET ({_ENTRY_COLUMNS}) = (
+         SELECT {_ENTRY_COLUMNS} FROM jsonb_populate_record(NULL::ledger_entry, entry.former))
  WHERE id = ANY(%s::text[]) AND former IS NOT NULL
 """
 _COLUMN = {column.attname: f'"{column.column}"' for column in CRMContact._meta.concrete_fields}
@@ -94,39 +94,39 @@ class TakeBack:
     version: str
     columns: set[str]
     confidence: int
-    lines: list[Line]
-    later_merges: list[Line] = field(default_factory=list)
+    entries: list[Entry]
+    later_merges: list[Entry] = field(default_factory=list)
 
 
 @dataclass(slots=True)
 class Judged:
-    """A batch of lines: those that are decided, and those whose contact the database is to be asked about."""
+    """A batch of entries: those that are decided, and those whose contact the database is to be asked about."""
 
     decided: list[Assessment] = field(default_factory=list)
-    creators: dict[str, Line] = field(default_factory=dict)
+    creators: dict[str, Entry] = field(default_factory=dict)
     deletable: Versions = field(default_factory=dict)
-    merges: dict[str, list[Line]] = field(default_factory=dict)
-    updates: dict[str, list[Line]] = field(default_factory=dict)
+    merges: dict[str, list[Entry]] = field(default_factory=dict)
+    updates: dict[str, list[Entry]] = field(default_factory=dict)
     take_backs: dict[str, TakeBack] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class Reverted:
-    """What became of the lines of a batch, and the merged lines of other runs that went with them."""
+    """What became of the entries of a batch, and the merged entries of other runs that went with them."""
 
     judgements: list[Assessment] = field(default_factory=list)
-    later_merges: list[Line] = field(default_factory=list)
+    later_merges: list[Entry] = field(default_factory=list)
 
-    def reversed_lines(self, outcome: Outcome) -> list[Line]:
-        """The lines of an outcome that are to go."""
-        gone = [judgement.line for judgement in self.judgements if judgement.verdict is Verdict.REVERSED]
-        return [line for line in gone if line.outcome is outcome]
+    def reversed_entries(self, outcome: Outcome) -> list[Entry]:
+        """The entries of an outcome that are to go."""
+        gone = [judgement.entry for judgement in self.judgements if judgement.verdict is Verdict.REVERSED]
+        return [entry for entry in gone if entry.outcome is outcome]
 
     @property
     def reversed_ids(self) -> list[str]:
-        """The lines that are to go."""
-        gone = [judgement.line.id for judgement in self.judgements if judgement.verdict is Verdict.REVERSED]
-        return gone + [line.id for line in self.later_merges]
+        """The entries that are to go."""
+        gone = [judgement.entry.id for judgement in self.judgements if judgement.verdict is Verdict.REVERSED]
+        return gone + [entry.id for entry in self.later_merges]
 
 
 class RunDeletedError(Exception):
@@ -137,7 +137,7 @@ class RunDeletedError(Exception):
 
 
 class Undoer(Protocol):
-    """Undoes lines: for good, or in a dry run's mind."""
+    """Undoes entries: for good, or in a dry run's mind."""
 
     def undo(self, page: Page) -> Reverted:
         """Undo a batch."""
@@ -147,114 +147,116 @@ class Undoer(Protocol):
 
 
 def judge(page: Page, reader: Reader, restored: Mapping[str, Restored] | None = None) -> Judged:
-    """Compare the contacts of a batch of lines with what was written.
+    """Compare the contacts of a batch of entries with what was written.
 
-    Lines that were merged into a contact of the same run are judged with the line that made it, and left out. The
+    Entries that were merged into a contact of the same run are judged with the entry that made it, and left out. The
     contacts in `restored` are taken to be as they would be without what the run changed with --update.
     """
-    lines, restored = page.lines, restored or {}
-    gone = {line for found in restored.values() for line in (*found.later_merges, *_lines_of(found.records))}
+    entries, restored = page.entries, restored or {}
+    gone = {entry for found in restored.values() for entry in (*found.later_merges, *_entries_of(found.records))}
     run_id = reader.run.pk
-    created = [line for line in lines if line.outcome is Outcome.CREATED]
-    contacts = reader.contacts([line.contact_id for line in lines if line.contact_id])
+    created = [entry for entry in entries if entry.outcome is Outcome.CREATED]
+    contacts = reader.contacts([entry.contact_id for entry in entries if entry.contact_id])
     contacts |= {
         contact_id: replace(contacts[contact_id], values=found.values) for contact_id, found in restored.items()
     }
-    judged = Judged(creators={line.id: line for line in created})
-    foreign = [line for line in lines if line.outcome is Outcome.MERGED and line.contact_id not in judged.creators]
-    their_creators = reader.creators_of([line.contact_id for line in foreign if line.contact_id])
-    foreign = [line for line in foreign if not _is_made_by(run_id, their_creators.get(str(line.contact_id)))]
-    merges = reader.merges_into([*judged.creators, *{str(line.contact_id) for line in foreign}])
+    judged = Judged(creators={entry.id: entry for entry in created})
+    foreign = [
+        entry for entry in entries if entry.outcome is Outcome.MERGED and entry.contact_id not in judged.creators
+    ]
+    their_creators = reader.creators_of([entry.contact_id for entry in foreign if entry.contact_id])
+    foreign = [entry for entry in foreign if not _is_made_by(run_id, their_creators.get(entry.contact_id))]
+    merges = reader.merges_into([*judged.creators, *{entry.contact_id for entry in foreign}])
     merges = [merge for merge in merges if merge not in gone]
     for merge in merges:
-        judged.merges.setdefault(str(merge.contact_id), []).append(merge)
-    judged.updates = _by_contact(line for line in reader.updates_in(list(judged.creators)) if line not in gone)
+        judged.merges.setdefault(merge.contact_id, []).append(merge)
+    judged.updates = _by_contact(entry for entry in reader.updates_in(list(judged.creators)) if entry not in gone)
     updates = [update for updates in judged.updates.values() for update in updates]
-    wanted = {line.id: line for line in (*created, *merges, *foreign, *their_creators.values(), *updates)}
+    wanted = {entry.id: entry for entry in (*created, *merges, *foreign, *their_creators.values(), *updates)}
     rows = page.rows_of(wanted)
-    rows |= reader.source_rows(line for line in wanted.values() if line.id not in rows)
+    rows |= reader.source_rows(entry for entry in wanted.values() if entry.id not in rows)
 
-    for line in created:
-        _judge_created(line, contacts.get(line.id), judged, rows, reader.other_rules)
-    for line in foreign:
-        creator = their_creators.get(str(line.contact_id))
-        _judge_merged(line, contacts.get(str(line.contact_id)), creator, judged, rows, reader.other_rules)
+    for entry in created:
+        _judge_created(entry, contacts.get(entry.id), judged, rows, reader.other_rules)
+    for entry in foreign:
+        creator = their_creators.get(entry.contact_id)
+        _judge_merged(entry, contacts.get(entry.contact_id), creator, judged, rows, reader.other_rules)
     for contact_id, take_back in judged.take_backs.items():
         others = [merge for merge in judged.merges[contact_id] if merge.run_id != run_id]
         take_back.later_merges = merges_that_miss(contacts[contact_id], take_back.columns, others, rows)
         for merge in take_back.later_merges:
             take_back.columns.update(columns_of(merge))
             take_back.confidence = confidence_in(merge, take_back.confidence)
-    for line in lines:
-        if line.outcome is Outcome.ERROR or (line.outcome is Outcome.EXISTS and line.contact_id in contacts):
-            judged.decided.append(Assessment(line, Verdict.REVERSED))
-        elif line.outcome is Outcome.EXISTS:
-            judged.decided.append(Assessment(line, Verdict.KEPT, KeepReason.DELETED))
+    for entry in entries:
+        if entry.outcome is Outcome.ERROR or (entry.outcome is Outcome.EXISTS and entry.contact_id in contacts):
+            judged.decided.append(Assessment(entry, Verdict.REVERSED))
+        elif entry.outcome is Outcome.EXISTS:
+            judged.decided.append(Assessment(entry, Verdict.KEPT, KeepReason.DELETED))
     return judged
 
 
-def _by_contact(lines: Iterable[Line]) -> dict[str, list[Line]]:
-    found: dict[str, list[Line]] = {}
-    for line in lines:
-        found.setdefault(str(line.contact_id), []).append(line)
+def _by_contact(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
+    found: dict[str, list[Entry]] = {}
+    for entry in entries:
+        found.setdefault(entry.contact_id, []).append(entry)
     return found
 
 
-def _lines_of(records: Iterable[UpdateRecord]) -> list[Line]:
-    return [record.line for record in records]
+def _entries_of(records: Iterable[UpdateRecord]) -> list[Entry]:
+    return [record.entry for record in records]
 
 
 def judge_changes(records: Sequence[UpdateRecord], reader: Reader) -> JudgedUpdates:
     """Compare the contacts of a batch of changes with what was written."""
-    contact_ids = sorted({str(record.line.contact_id) for record in records})
+    contact_ids = sorted({record.entry.contact_id for record in records})
     merges = reader.merges_into(contact_ids)
-    rows = reader.source_rows([*merges, *(line for record in records for line in record.lines)])
+    rows = reader.source_rows([*merges, *(entry for record in records for entry in record.entries)])
     return judge_updates(records, reader.contacts(contact_ids), _by_contact(merges), rows, reader.other_rules)
 
 
 def _judge_created(
-    line: Line, contact: ContactSnapshot | None, judged: Judged, rows: Rows, other_rules: OtherRules
+    entry: Entry, contact: ContactSnapshot | None, judged: Judged, rows: Rows, other_rules: OtherRules
 ) -> None:
-    merges = [merge for merge in judged.merges.get(line.id, ()) if merge.filled] + judged.updates.get(line.id, [])
-    by_other_rules = other_rules.of(writer.run_id for writer in (line, *merges)) is not None
+    merges = [merge for merge in judged.merges.get(entry.id, ()) if merge.filled] + judged.updates.get(entry.id, [])
+    by_other_rules = other_rules.of(writer.run_id for writer in (entry, *merges)) is not None
     if contact is None:
-        judged.decided.append(Assessment(line, Verdict.KEPT, KeepReason.DELETED))
-    elif any(maps_to_nothing(writer, rows) for writer in (line, *merges)):
+        judged.decided.append(Assessment(entry, Verdict.KEPT, KeepReason.DELETED))
+    elif any(maps_to_nothing(writer, rows) for writer in (entry, *merges)):
         why = KeepReason.OTHER_RULES if by_other_rules else KeepReason.SOURCE_CHANGED
-        judged.decided.append(Assessment(line, Verdict.KEPT, why))
-    elif edited := edited_columns(contact, line, merges, rows):
-        why = why_it_differs(contact, line.written_at, by_other_rules=by_other_rules)
-        judged.decided.append(Assessment(line, Verdict.KEPT, why, _named(edited)))
+        judged.decided.append(Assessment(entry, Verdict.KEPT, why))
+    elif edited := edited_columns(contact, entry, merges, rows):
+        why = why_it_differs(contact, entry.written_at, by_other_rules=by_other_rules)
+        judged.decided.append(Assessment(entry, Verdict.KEPT, why, _named(edited)))
     else:
-        judged.deletable[line.id] = contact.version
+        judged.deletable[entry.id] = contact.version
 
 
 def _judge_merged(
-    line: Line,
+    entry: Entry,
     contact: ContactSnapshot | None,
-    creator: Line | None,
+    creator: Entry | None,
     judged: Judged,
     rows: Rows,
     other_rules: OtherRules,
 ) -> None:
     if contact is None:
-        judged.decided.append(Assessment(line, Verdict.KEPT, KeepReason.DELETED))
-    elif (marker := _marker_of(line, creator)) and contact.values.updated_at != marker:
-        judged.decided.append(Assessment(line, Verdict.KEPT, KeepReason.EDITED, _named(["updated_at"])))
-    elif not line.filled:
-        judged.decided.append(Assessment(line, Verdict.REVERSED))
-    elif not is_unchanged(line, rows):
-        judged.decided.append(Assessment(line, Verdict.KEPT, KeepReason.SOURCE_CHANGED))
-    elif differing := differs_from_merge(contact, line, rows):
-        by_other_rules = other_rules.of([line.run_id]) is not None
-        why = why_it_differs(contact, _marker_of(line, creator), by_other_rules=by_other_rules)
-        judged.decided.append(Assessment(line, Verdict.KEPT, why, _named(differing)))
+        judged.decided.append(Assessment(entry, Verdict.KEPT, KeepReason.DELETED))
+    elif (marker := _marker_of(entry, creator)) and contact.values.updated_at != marker:
+        judged.decided.append(Assessment(entry, Verdict.KEPT, KeepReason.EDITED, _named(["updated_at"])))
+    elif not entry.filled:
+        judged.decided.append(Assessment(entry, Verdict.REVERSED))
+    elif not is_unchanged(entry, rows):
+        judged.decided.append(Assessment(entry, Verdict.KEPT, KeepReason.SOURCE_CHANGED))
+    elif differing := differs_from_merge(contact, entry, rows):
+        by_other_rules = other_rules.of([entry.run_id]) is not None
+        why = why_it_differs(contact, _marker_of(entry, creator), by_other_rules=by_other_rules)
+        judged.decided.append(Assessment(entry, Verdict.KEPT, why, _named(differing)))
     else:
         before = TakeBack(contact.version, set(), confidence_before(creator, rows), [])
         take_back = judged.take_backs.setdefault(contact.values.id, before)
-        take_back.confidence = confidence_in(line, take_back.confidence)
-        take_back.columns.update(columns_of(line))
-        take_back.lines.append(line)
+        take_back.confidence = confidence_in(entry, take_back.confidence)
+        take_back.columns.update(columns_of(entry))
+        take_back.entries.append(entry)
 
 
 class DryRunUndoer:
@@ -269,7 +271,7 @@ class DryRunUndoer:
 
         What --update changed in its contacts would be undone by then.
         """
-        records = self._reader.updates_of_run(sorted({line.contact_id for line in page.lines if line.contact_id}))
+        records = self._reader.updates_of_run(sorted({entry.contact_id for entry in page.entries if entry.contact_id}))
         restored = judge_changes(records, self._reader).restored if records else {}
         judged = judge(page, self._reader, restored)
         references = _without(find_foreign_keys(self._connection), _history_of(restored.values()))
@@ -287,7 +289,7 @@ class DryRunUndoer:
 
 
 class DatabaseUndoer:
-    """Undoes lines for good, and counts them with the run that does it."""
+    """Undoes entries for good, and counts them with the run that does it."""
 
     def __init__(
         self, connection: BaseDatabaseWrapper, reader: Reader, rollback_id: int, timeouts: Timeouts | None = None
@@ -298,7 +300,7 @@ class DatabaseUndoer:
         self._timeouts = timeouts or Timeouts()
 
     def undo(self, page: Page) -> Reverted:
-        """Undo a batch; contacts, lines, counts and heartbeat commit together.
+        """Undo a batch; contacts, entries, counts and heartbeat commit together.
 
         Raises lease.LeaseLostError when the rollback is no longer the running run, and django.db.DatabaseError for a
         transient error. Nothing of the batch is undone then.
@@ -306,8 +308,8 @@ class DatabaseUndoer:
         judged = judge(page, self._reader)
         with self._batch():
             undone = self._carry_out(judged)
-            self._forget_lines(undone.reversed_ids)
-            self._execute(_FORGET_UPDATES_OF, [line.id for line in undone.reversed_lines(Outcome.CREATED)])
+            self._forget_entries(undone.reversed_ids)
+            self._execute(_FORGET_UPDATES_OF, [entry.id for entry in undone.reversed_entries(Outcome.CREATED)])
             self._count(undone)
         return undone
 
@@ -325,20 +327,20 @@ class DatabaseUndoer:
             # As if they had not been looked at.
             self._execute(_LOOK_AGAIN_AT, list(restored))
             self._execute(_LOOK_AGAIN_AT_OTHERS, list(restored))
-            self._forget_lines([line.id for line in undone.later_merges])
+            self._forget_entries([entry.id for entry in undone.later_merges])
             self._count(undone)
         return undone
 
     def _batch(self) -> AbstractContextManager[Totals]:
         return lease.batch(self._connection, self._rollback_id, self._timeouts, KEEP_FOREIGN_KEYS)
 
-    def _forget_lines(self, ids: list[str]) -> None:
+    def _forget_entries(self, ids: list[str]) -> None:
         """Let rows be pending again, or what they were before they were made contacts again: of a contact that is gone.
 
         So nobody whom people deleted comes back by the next run.
         """
-        self._execute(_FORGET_LINES, ids)
-        self._execute(_FORMER_LINES, ids)
+        self._execute(_FORGET_ENTRIES, ids)
+        self._execute(_FORMER_ENTRIES, ids)
 
     def _execute(self, statement: str, keys: list[str] | list[int]) -> None:
         # The ORM would send each of some thousand keys as a parameter of its own.
@@ -409,7 +411,7 @@ class DatabaseUndoer:
 
 @dataclass(slots=True)
 class Counts:
-    """Lines by what became of them, under the names of `crm.models.Rollback`, and why some were not reversed."""
+    """Entries by what became of them, under the names of `crm.models.Rollback`, and why some were not reversed."""
 
     numbers: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
@@ -421,12 +423,12 @@ class Counts:
 
     @property
     def failed(self) -> int:
-        """Lines that the database would not undo."""
+        """Entries that the database would not undo."""
         return sum(self.numbers[f"{kind}_failed"] for kind in ("contacts", "merges", "updates"))
 
     @property
     def remaining(self) -> int:
-        """Lines of the run that are still in the ledger."""
+        """Entries of the run that are still in the ledger."""
         failed = self.numbers["contacts_failed"] + self.numbers["merges_failed"]
         return failed + sum(self.numbers[f"{kind}_kept"] for kind in ("contacts", "merges", "lines"))
 
@@ -443,7 +445,7 @@ _KINDS: Mapping[Outcome | UpdateOutcome, str] = {
 def counted(undone: Reverted) -> Counts:
     """Count what became of a batch."""
     judgements = undone.judgements
-    numbers = Counter(f"{_KINDS[judgement.line.outcome]}_{judgement.verdict}" for judgement in judgements)
+    numbers = Counter(f"{_KINDS[judgement.entry.outcome]}_{judgement.verdict}" for judgement in judgements)
     if undone.later_merges:
         numbers["later_merges"] = len(undone.later_merges)
     return Counts(numbers, Counter(judgement.reason for judgement in judgements if judgement.why))
@@ -454,14 +456,14 @@ def _conclude_created(
 ) -> None:
     """Say what became of contacts that could be deleted, and of what was merged into any contact of the batch."""
     for contact_id in judged.deletable:
-        line = judged.creators[contact_id]
+        entry = judged.creators[contact_id]
         if contact_id in gone:
-            undone.judgements.append(Assessment(line, Verdict.REVERSED))
+            undone.judgements.append(Assessment(entry, Verdict.REVERSED))
         elif contact_id in refused:
-            undone.judgements.append(Assessment(line, Verdict.FAILED, KeepReason.REFUSED, refused[contact_id]))
+            undone.judgements.append(Assessment(entry, Verdict.FAILED, KeepReason.REFUSED, refused[contact_id]))
         else:
-            undone.judgements.append(_stayed(line, kept, contact_id))
-    made = [judgement for judgement in undone.judgements if judgement.line.outcome is Outcome.CREATED]
+            undone.judgements.append(_stayed(entry, kept, contact_id))
+    made = [judgement for judgement in undone.judgements if judgement.entry.outcome is Outcome.CREATED]
     for creator, verdict, *_ in made:
         for merge in judged.merges.get(creator.id, ()):
             if _is_made_by(creator.run_id, merge):
@@ -471,29 +473,29 @@ def _conclude_created(
                 undone.later_merges.append(merge)
 
 
-def _stayed(line: Line, kept: Mapping[str, str | None], contact_id: str) -> Assessment:
+def _stayed(entry: Entry, kept: Mapping[str, str | None], contact_id: str) -> Assessment:
     """Why the DELETE passed a contact by."""
     if contact_id not in kept:
-        return Assessment(line, Verdict.KEPT, KeepReason.DELETED)
+        return Assessment(entry, Verdict.KEPT, KeepReason.DELETED)
     if (tables := kept[contact_id]) is None:
-        return Assessment(line, Verdict.KEPT, KeepReason.EDITED, "meanwhile")
+        return Assessment(entry, Verdict.KEPT, KeepReason.EDITED, "meanwhile")
     if tables:
-        return Assessment(line, Verdict.KEPT, KeepReason.REFERENCED, tables)
+        return Assessment(entry, Verdict.KEPT, KeepReason.REFERENCED, tables)
     # A trigger of the application's can silently swallow a DELETE.
-    return Assessment(line, Verdict.FAILED, KeepReason.REFUSED, "not deleted")
+    return Assessment(entry, Verdict.FAILED, KeepReason.REFUSED, "not deleted")
 
 
 def _conclude_take_backs(judged: Judged, taken: set[str], refused: Mapping[str, str], undone: Reverted) -> None:
     for contact_id, take_back in judged.take_backs.items():
         if contact_id in taken:
             undone.later_merges.extend(take_back.later_merges)
-        for line in take_back.lines:
+        for entry in take_back.entries:
             if contact_id in taken:
-                judgement = Assessment(line, Verdict.REVERSED)
+                judgement = Assessment(entry, Verdict.REVERSED)
             elif contact_id in refused:
-                judgement = Assessment(line, Verdict.FAILED, KeepReason.REFUSED, refused[contact_id])
+                judgement = Assessment(entry, Verdict.FAILED, KeepReason.REFUSED, refused[contact_id])
             else:
-                judgement = Assessment(line, Verdict.KEPT, KeepReason.EDITED, "meanwhile")
+                judgement = Assessment(entry, Verdict.KEPT, KeepReason.EDITED, "meanwhile")
             undone.judgements.append(judgement)
 
 
@@ -504,11 +506,11 @@ def _conclude_updates(judged: JudgedUpdates, restored: set[str], refused: Mappin
             undone.later_merges.extend(found.later_merges)
         for record in found.records:
             if contact in restored:
-                judgement = Assessment(record.line, Verdict.REVERSED)
+                judgement = Assessment(record.entry, Verdict.REVERSED)
             elif contact in refused:
-                judgement = Assessment(record.line, Verdict.FAILED, KeepReason.REFUSED, refused[contact])
+                judgement = Assessment(record.entry, Verdict.FAILED, KeepReason.REFUSED, refused[contact])
             else:
-                judgement = Assessment(record.line, Verdict.KEPT, KeepReason.EDITED, "meanwhile")
+                judgement = Assessment(record.entry, Verdict.KEPT, KeepReason.EDITED, "meanwhile")
             undone.judgements.append(judgement)
     return undone
 
@@ -527,7 +529,7 @@ def _what_keeps(
 
 
 def _history_of(restored: Iterable[Restored]) -> list[str]:
-    """The lines of the contacts' history that tell of what is undone."""
+    """The rows of the contacts' history that tell of what is undone."""
     return [
         stage_history_id(found.values.id, record.to_stage)
         for found in restored
@@ -537,7 +539,7 @@ def _history_of(restored: Iterable[Restored]) -> list[str]:
 
 
 def _without(references: Sequence[Reference], history: Sequence[str]) -> Sequence[Reference]:
-    """The references, as they are when lines of the history are gone. Their ids are of letters and digits."""
+    """The references, as they are when rows of the history are gone. Their ids are of letters and digits."""
     if not history:
         return references
     others = f"r.id <> ALL ('{{{','.join(history)}}}')"
@@ -560,13 +562,13 @@ def _take_back_statement(columns: Iterable[str]) -> str:
     )
 
 
-def _marker_of(line: Line, creator: Line | None) -> str | None:
-    """The contact's `updatedAt` when the row was merged into it; older lines have only that of the row that made it."""
-    return line.contact_updated_at or (creator.written_at if creator else None)
+def _marker_of(entry: Entry, creator: Entry | None) -> str | None:
+    """The contact's `updatedAt` when the row was merged into it; of older entries, that of the row that made it."""
+    return entry.contact_updated_at or (creator.written_at if creator else None)
 
 
-def _is_made_by(run_id: int, line: Line | None) -> bool:
-    return line is not None and line.run_id == run_id
+def _is_made_by(run_id: int, entry: Entry | None) -> bool:
+    return entry is not None and entry.run_id == run_id
 
 
 def _named(columns: Iterable[str]) -> str:

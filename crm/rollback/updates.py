@@ -7,16 +7,15 @@ is taken back first.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from crm.rules.entry import Entry
 from crm.rules.mapping import FULL_CONFIDENCE, ContactDraft
 from crm.rules.reverting import (
     Assessment,
     KeepReason,
-    Line,
     Rows,
     Verdict,
     columns_of,
@@ -32,38 +31,33 @@ from crm.runs.other_rules import OtherRules
 
 
 class UpdateRecord(NamedTuple):
-    """A line of `contact_update`, as a ledger line of its row in `line`: what it filled is what was changed."""
+    """A line of `contact_update`, as a ledger entry of its row in `entry`: what it filled is what was changed."""
 
     number: int
-    line: Line
-    contact_updated_at: str
+    entry: Entry
+    #: By name of what was replaced: what was there, or the row that has it; None where no row did.
+    former_values: Mapping[str, Any]
+    #: The rows that have what was replaced, by its name.
+    former_entries: Mapping[str, Entry]
     from_type: str | None
     from_stage: str | None
     to_stage: str | None
     stage_entered_before: str | None
-    confidence_before: int | None
     placeholder: str | None
-    former: str | None
-    former_lines: Mapping[str, Line] = {}
 
     @property
-    def former_values(self) -> dict[str, Any]:
-        """By name of what was replaced: what was there, or the row that has it; None where no row did."""
-        return json.loads(self.former) if self.former else {}
-
-    @property
-    def lines(self) -> list[Line]:
+    def entries(self) -> list[Entry]:
         """The row that it wrote from, and those that have what was there before."""
-        return [self.line, *self.former_lines.values()]
+        return [self.entry, *self.former_entries.values()]
 
     def before(self, rows: Rows) -> dict[str, Any] | None:
         """What the columns were before it; None where a value was a person's and no row has it any more."""
-        was: dict[str, Any] = dict.fromkeys(columns_of(self.line))
+        was: dict[str, Any] = dict.fromkeys(columns_of(self.entry))
         for unit, what in self.former_values.items():
             fields = FIELDS_OF_CHANGE[unit]
-            line = self.former_lines.get(unit)
-            if line is not None and is_unchanged(line, rows):
-                was |= {name: getattr(rows[line.id].mapped.draft, name) for name in fields}
+            entry = self.former_entries.get(unit)
+            if entry is not None and is_unchanged(entry, rows):
+                was |= {name: getattr(rows[entry.id].mapped.draft, name) for name in fields}
             elif what is not None and "values" in what:
                 was |= zip(fields, what["values"], strict=True)
             else:
@@ -72,7 +66,7 @@ class UpdateRecord(NamedTuple):
             "contact_type": self.from_type,
             "stage": self.from_stage,
             "stage_entered_at": self.stage_entered_before,
-            "attribution_confidence": self.confidence_before,
+            "attribution_confidence": self.entry.confidence_before,
             "email": self.placeholder,
         }
         return was | {name: value for name, value in known.items() if name in was}
@@ -85,7 +79,7 @@ class Restored:
     version: str
     values: ContactDraft
     records: list[UpdateRecord] = field(default_factory=list)
-    later_merges: list[Line] = field(default_factory=list)
+    later_merges: list[Entry] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -99,16 +93,16 @@ class JudgedUpdates:
 def judge_updates(
     records: Sequence[UpdateRecord],
     contacts: Mapping[str, ContactSnapshot],
-    merges: Mapping[str, list[Line]],
+    merges: Mapping[str, list[Entry]],
     rows: Rows,
     other_rules: OtherRules,
 ) -> JudgedUpdates:
     """Judge changes, of which those of one contact come the last one first."""
     judged = JudgedUpdates()
     for record in records:
-        contact = contacts.get(str(record.line.contact_id))
+        contact = contacts.get(record.entry.contact_id)
         if contact is None:
-            judged.decided.append(Assessment(record.line, Verdict.KEPT, KeepReason.DELETED))
+            judged.decided.append(Assessment(record.entry, Verdict.KEPT, KeepReason.DELETED))
             continue
         restored = judged.restored.get(contact.values.id) or Restored(contact.version, contact.values)
         stands = ContactSnapshot(restored.values, contact.version)
@@ -124,24 +118,24 @@ def judge_updates(
 def _why_it_stays(
     record: UpdateRecord, contact: ContactSnapshot, rows: Rows, other_rules: OtherRules
 ) -> Assessment | None:
-    if contact.values.updated_at != record.contact_updated_at:
-        return Assessment(record.line, Verdict.KEPT, KeepReason.EDITED, "updatedAt")
-    if not is_unchanged(record.line, rows) or record.before(rows) is None:
-        return Assessment(record.line, Verdict.KEPT, KeepReason.SOURCE_CHANGED)
-    if differing := differs_from_merge(contact, record.line, rows):
-        by_other_rules = other_rules.of([record.line.run_id]) is not None
-        why = why_it_differs(contact, record.contact_updated_at, by_other_rules=by_other_rules)
-        return Assessment(record.line, Verdict.KEPT, why, ", ".join(differing))
+    if contact.values.updated_at != record.entry.contact_updated_at:
+        return Assessment(record.entry, Verdict.KEPT, KeepReason.EDITED, "updatedAt")
+    if not is_unchanged(record.entry, rows) or record.before(rows) is None:
+        return Assessment(record.entry, Verdict.KEPT, KeepReason.SOURCE_CHANGED)
+    if differing := differs_from_merge(contact, record.entry, rows):
+        by_other_rules = other_rules.of([record.entry.run_id]) is not None
+        why = why_it_differs(contact, record.entry.contact_updated_at, by_other_rules=by_other_rules)
+        return Assessment(record.entry, Verdict.KEPT, why, ", ".join(differing))
     return None
 
 
 def _restore(
-    restored: Restored, stands: ContactSnapshot, record: UpdateRecord, merges: Iterable[Line], rows: Rows
+    restored: Restored, stands: ContactSnapshot, record: UpdateRecord, merges: Iterable[Entry], rows: Rows
 ) -> None:
     """Take a change out, with what was merged on top of it: such a row would have filled it itself."""
     before = record.before(rows) or {}
     emptied = [name for name, value in before.items() if value is None]
-    others = [merge for merge in merges if merge.run_id != record.line.run_id and merge not in restored.later_merges]
+    others = [merge for merge in merges if merge.run_id != record.entry.run_id and merge not in restored.later_merges]
     missing = merges_that_miss(stands, emptied, others, rows)
     nothing: dict[str, Any] = dict.fromkeys(column for merge in missing for column in columns_of(merge))
     for merge in missing:

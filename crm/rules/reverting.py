@@ -1,7 +1,7 @@
 """Whether a contact still is as the backfill wrote it, and what of it a merge wrote. Pure: no database.
 
 What is compared is the contact's stored text with what its source rows map to now. A source row that changed since its
-line was written, or is gone, says nothing about what was written: its columns are taken as they are, and the contact's
+entry was written, or is gone, says nothing about what was written: its columns are taken as they are, and the contact's
 `updatedAt` alone decides.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple
 
-from crm.outcome import Outcome, UpdateOutcome
+from crm.rules.entry import Entry
 from crm.rules.mapping import FULL_CONFIDENCE, ContactDraft, MappedRow
 from crm.rules.matching import ACCOUNTS, ExistingContact, fill
 from crm.rules.snapshot import ContactSnapshot
@@ -20,15 +20,15 @@ from crm.rules.updating import FIELDS_OF_CHANGE
 
 
 class Verdict(StrEnum):
-    """What becomes of a line of the run that is taken back."""
+    """What becomes of an entry of the run that is taken back."""
 
-    REVERSED = "reversed"  # what it did is undone, and the line is gone: the row is pending again
+    REVERSED = "reversed"  # what it did is undone, and the entry is gone: the row is pending again
     KEPT = "kept"  # somebody relies on what it did
     FAILED = "failed"  # the database would not undo it
 
 
 class KeepReason(StrEnum):
-    """Why a line is not reversed."""
+    """Why an entry is not reversed."""
 
     EDITED = "edited"  # the contact is no longer as it was written
     REFERENCED = "referenced"  # another table's row refers to the contact
@@ -39,27 +39,10 @@ class KeepReason(StrEnum):
     REFUSED = "refused"  # PostgreSQL's SQLSTATE is the detail
 
 
-class Line(NamedTuple):
-    """A line of the ledger; or what an update changed, in the form of one that was merged."""
-
-    id: str
-    source: str
-    source_id: str
-    outcome: Outcome | UpdateOutcome
-    contact_id: str | None
-    run_id: int
-    updated_at: str
-    filled: tuple[str, ...]
-    #: `updated_at` as the contact keeps it.
-    written_at: str
-    contact_updated_at: str | None = None
-    confidence_before: int | None = None
-
-
 class Assessment(NamedTuple):
-    """A line with what becomes of it. `detail` names columns, tables or a SQLSTATE, never a value."""
+    """An entry with what becomes of it. `detail` names columns, tables or a SQLSTATE, never a value."""
 
-    line: Line
+    entry: Entry
     verdict: Verdict
     why: KeepReason | None = None
     detail: str = ""
@@ -86,8 +69,8 @@ class SourceRow:
 Rows = Mapping[str, SourceRow]
 
 
-def edited_columns(contact: ContactSnapshot, creator: Line, merges: Iterable[Line], rows: Rows) -> list[str]:
-    """The columns in which the contact is not what the line that made it, and those merged into it, have written."""
+def edited_columns(contact: ContactSnapshot, creator: Entry, merges: Iterable[Entry], rows: Rows) -> list[str]:
+    """The columns in which the contact is not what the entry that made it, and those merged into it, have written."""
     if contact.values.updated_at != creator.written_at:
         return ["updated_at"]
     written = _possible_values(creator, ContactDraft._fields, rows)
@@ -96,37 +79,37 @@ def edited_columns(contact: ContactSnapshot, creator: Line, merges: Iterable[Lin
     return [*_differences(contact, written), *contact.set_elsewhere]
 
 
-def differs_from_merge(contact: ContactSnapshot, merge: Line, rows: Rows) -> list[str]:
+def differs_from_merge(contact: ContactSnapshot, merge: Entry, rows: Rows) -> list[str]:
     """The columns in which the contact is not what the merge has written."""
     return _differences(contact, _possible_values(merge, columns_of(merge), rows))
 
 
 def why_it_differs(contact: ContactSnapshot, written_at: str | None, *, by_other_rules: bool) -> KeepReason:
-    """Why a contact is not what its lines have written: by the rules of this version, as long as nobody touched it."""
+    """Why a contact is not what its entries wrote: by the rules of this version, as long as nobody touched it."""
     is_touched = contact.set_elsewhere or contact.values.updated_at != written_at
     return KeepReason.OTHER_RULES if by_other_rules and not is_touched else KeepReason.EDITED
 
 
-def is_unchanged(line: Line, rows: Rows) -> bool:
-    """Whether the row of a line says what it said when the line was written."""
-    row = rows.get(line.id)
-    return row is not None and row.mapped.draft is not None and row.mapped.updated_at == line.updated_at
+def is_unchanged(entry: Entry, rows: Rows) -> bool:
+    """Whether the row of an entry says what it said when the entry was written."""
+    row = rows.get(entry.id)
+    return row is not None and row.mapped.draft is not None and row.mapped.updated_at == entry.source_updated_at
 
 
-def maps_to_nothing(line: Line, rows: Rows) -> bool:
-    """Whether the row of a line makes no contact any more, although its `updatedAt` says that it is unchanged."""
-    row = rows.get(line.id)
-    return row is not None and row.mapped.draft is None and row.mapped.updated_at == line.updated_at
+def maps_to_nothing(entry: Entry, rows: Rows) -> bool:
+    """Whether the row of an entry makes no contact any more, although its `updatedAt` says that it is unchanged."""
+    row = rows.get(entry.id)
+    return row is not None and row.mapped.draft is None and row.mapped.updated_at == entry.source_updated_at
 
 
-def columns_of(merge: Line) -> tuple[str, ...]:
+def columns_of(merge: Entry) -> tuple[str, ...]:
     """The columns that a merge filled."""
     return _columns_of(merge.filled)
 
 
 def merges_that_miss(
-    contact: ContactSnapshot, emptied: Iterable[str], merges: Iterable[Line], rows: Rows
-) -> list[Line]:
+    contact: ContactSnapshot, emptied: Iterable[str], merges: Iterable[Entry], rows: Rows
+) -> list[Entry]:
     """The merges that found columns filled which are to be emptied, and would have filled them themselves.
 
     What one of these filled is to be emptied with it, so others may miss that in turn. Left out is what cannot be taken
@@ -134,7 +117,7 @@ def merges_that_miss(
     """
     gone = set(emptied)
     waiting = [merge for merge in merges if is_unchanged(merge, rows) and not differs_from_merge(contact, merge, rows)]
-    found: list[Line] = []
+    found: list[Entry] = []
     while missing := [merge for merge in waiting if _would_fill(contact, gone, rows[merge.id])]:
         found += missing
         gone.update(column for merge in missing for column in columns_of(merge))
@@ -153,21 +136,21 @@ def _columns_of(filled: Iterable[str]) -> tuple[str, ...]:
     return tuple(column for name in filled for column in FIELDS_OF_CHANGE[name])
 
 
-def confidence_before(creator: Line | None, rows: Rows) -> int:
+def confidence_before(creator: Entry | None, rows: Rows) -> int:
     """The confidence that a contact without attribution had: that of the row that made it, which has none either."""
     row = rows.get(creator.id) if creator else None
     return row.mapped.draft.attribution_confidence if row and row.mapped.draft else FULL_CONFIDENCE
 
 
-def confidence_in(merge: Line, otherwise: int) -> int:
-    """The confidence that stood in a contact before a merge, where it filled the attribution and its line says so."""
+def confidence_in(merge: Entry, otherwise: int) -> int:
+    """The confidence that stood in a contact before a merge, where it filled the attribution and its entry says so."""
     return otherwise if merge.confidence_before is None else merge.confidence_before
 
 
-def _possible_values(line: Line, columns: Iterable[str], rows: Rows) -> dict[str, tuple[Any, ...] | None]:
-    """For each column what the line may have written; None is anything."""
-    row = rows.get(line.id)
-    if row is None or row.mapped.draft is None or row.mapped.updated_at != line.updated_at:
+def _possible_values(entry: Entry, columns: Iterable[str], rows: Rows) -> dict[str, tuple[Any, ...] | None]:
+    """For each column what the entry may have written; None is anything."""
+    row = rows.get(entry.id)
+    if row is None or row.mapped.draft is None or row.mapped.updated_at != entry.source_updated_at:
         return dict.fromkeys(columns)
     draft = row.mapped.draft
     values: dict[str, tuple[Any, ...] | None] = {column: (getattr(draft, column),) for column in columns}

@@ -10,7 +10,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from crm.outcome import Outcome, Source, Totals, UpdateOutcome
+from crm.outcome import Source, Totals, UpdateOutcome
+from crm.rules.entry import Entry
 from crm.rules.fold import FILLED_UNITS, STAGE, UNITS_OF_FIRST, fold, stage_order
 from crm.rules.mapping import (
     ATTRIBUTION,
@@ -46,38 +47,17 @@ _TELLING = {**FIELDS_OF_CHANGE, "attribution": ATTRIBUTION}
 _COMPARED = {**FIELDS_OF_CHANGE, "assignment": ("assigned_preparer_id",)}
 
 
-class SeenLine(NamedTuple):
-    """A settled line of the ledger: the row's `updatedAt` then, and when it was last looked at, if it ever was."""
-
-    id: str
-    outcome: Outcome
-    contact_id: str
-    settled_at: str
-    looked_at: str | None = None
-
-    @property
-    def seen(self) -> str:
-        """The row's `updatedAt` as it was last seen."""
-        return self.looked_at or self.settled_at
-
-    def is_due(self, updated_at: str | None) -> bool:
-        """Whether its row is to be looked at: it has changed since, or came to a contact and never was looked at."""
-        if updated_at is None:
-            return False  # nobody can tell, and the row can be no contact
-        return updated_at != self.seen or (self.looked_at is None and self.outcome is not Outcome.CREATED)
-
-
 class RowOfContact(NamedTuple):
     """A row that made a contact or came to it, as it maps now."""
 
-    line: SeenLine
+    entry: Entry
     source: Source
     row: MappedRow
 
     @property
     def is_due(self) -> bool:
         """Whether it is to be looked at again itself."""
-        return self.line.is_due(self.row.updated_at)
+        return self.entry.is_due(self.row.updated_at)
 
 
 @dataclass(slots=True)
@@ -126,7 +106,7 @@ class Change(NamedTuple):
     """
 
     row: MappedRow
-    line: SeenLine
+    entry: Entry
     version: str
     before: ContactDraft
     values: dict[str, Any]
@@ -177,7 +157,7 @@ class _Expected:
 class Look:
     """Everything that the rows of a batch are held against."""
 
-    lines: Mapping[str, SeenLine]
+    entries: Mapping[str, Entry]
     contacts: Mapping[str, RevisitedContact]
     known: ExistingContacts
     looked_at: set[str] = field(default_factory=set)
@@ -187,13 +167,13 @@ class Look:
 def decide(source: Source, rows: Iterable[MappedRow], look: Look, rules: Rules) -> Iterator[Change]:
     """Decide the rows that are to be looked at again; the others have no change. What `look` has changes along."""
     for row in rows:
-        line = look.lines.get(row.id)
-        contact = look.contacts.get(line.contact_id) if line else None
-        if line is None or contact is None:
+        entry = look.entries.get(row.id)
+        contact = look.contacts.get(entry.contact_id) if entry else None
+        if entry is None or contact is None:
             continue
-        change = _change(RowOfContact(line, source, row), contact, look, rules)
-        if line.is_due(row.updated_at) or EMAIL in change.columns:
-            look.looked_at.add(line.id)
+        change = _change(RowOfContact(entry, source, row), contact, look, rules)
+        if entry.is_due(row.updated_at) or EMAIL in change.columns:
+            look.looked_at.add(entry.id)
             _apply(change, contact, look)
             yield change
 
@@ -220,8 +200,8 @@ def totals_of(changes: Collection[Change]) -> Totals:
 
 def _change(looked: RowOfContact, contact: RevisitedContact, look: Look, rules: Rules) -> Change:
     """What the row changes in its contact: what comes from itself, and what comes from rows that are not due."""
-    row, line = looked.row, looked.line
-    nothing = Change(row, line, contact.snapshot.version, contact.values, {}, {})
+    row, entry = looked.row, looked.entry
+    nothing = Change(row, entry, contact.snapshot.version, contact.values, {}, {})
     if row.draft is None:
         return nothing
     draft = _of_this_contact(row, row.draft, contact, look.known)
@@ -232,8 +212,8 @@ def _change(looked: RowOfContact, contact: RevisitedContact, look: Look, rules: 
     kept: list[str] = []
     values: dict[str, Any] = {}
     for name, origin in expected.origins.items():
-        is_its_own = origin.line.id == line.id
-        if not is_its_own and origin.is_due and origin.line.id not in look.looked_at:
+        is_its_own = origin.entry.id == entry.id
+        if not is_its_own and origin.is_due and origin.entry.id not in look.looked_at:
             continue
         told = STAGE_ENTERED if name == STAGE and expected.values.stage == contact.values.stage else name
         verdict = _verdict(told, expected, contact, rules)
@@ -363,7 +343,7 @@ def _kept_from(looked: RowOfContact, expected: _Expected, contact: RevisitedCont
         return []
     kept = []
     for name, origin in expected.origins_by_rows.items():
-        if origin.line.id != looked.line.id:
+        if origin.entry.id != looked.entry.id:
             continue
         if name not in FILLED_UNITS:
             differs = contact.made_at is not None and _would_promote(name, looked, expected.by_rows, contact, rules)

@@ -1,7 +1,7 @@
 """Every contact that we made, column by column, against what its source row maps to now.
 
-What a contact is to be comes from its rows, unit by unit: from the row whose line says last that it wrote the unit, be
-it the one that made the contact, a merged one or one that updated it; where no line says so, from the first that has
+What a contact is to be comes from its rows, unit by unit: from the row whose entry says last that it wrote the unit, be
+it the one that made the contact, a merged one or one that updated it; where no entry says so, from the first that has
 it, since a row that was merged left nothing behind. Attribution is one unit: its columns are never of two rows.
 
 Where contact and expectation differ, the markers say who changed: `updatedAt` of the contact and of the source row are
@@ -22,15 +22,15 @@ from crm.backfill.read.rows import (
     NONE_PROVEN,
     NOT_LINKED,
     NOT_THERE,
+    EntriesOfContact,
     FoundRow,
-    Line,
-    LinesOfContact,
     RowReader,
-    lines_of_contacts,
+    entries_of_contacts,
 )
 from crm.outcome import Reason
 from crm.postgres.facts.columns import COLUMN
 from crm.postgres.snapshot import PAGE
+from crm.rules.entry import Entry
 from crm.rules.mapping import ContactDraft, MappedRow
 from crm.rules.matching import ExistingContact, fill
 from crm.rules.snapshot import ContactSnapshot
@@ -77,48 +77,48 @@ def compare_contacts(
     """
     compared = [name for name, column in COLUMN.items() if column not in reader.missing_columns and name != _MARKER]
     query = (NONE_PROVEN, {}) if reader.missing_columns else proven_contacts(reader.facts, reader.resolutions.by_id)
-    proven, others = lines_of_contacts(connection, reader.facts, query)
+    proven, others = entries_of_contacts(connection, reader.facts, query)
     counts.compared += proven.contacts
     counts.alike += proven.contacts
     counts.touched += proven.touched
     on_page(proven.contacts)
     while page := list(islice(others, PAGE)):
-        contacts = reader.contacts(lines.creator.contact_id for lines in page)
-        rows = reader.source_rows(line for lines in page for line in (lines.creator, *lines.later))
-        for lines in page:
-            contact = contacts.get(lines.creator.contact_id)
+        contacts = reader.contacts(entries.creator.contact_id for entries in page)
+        rows = reader.source_rows(entry for entries in page for entry in (entries.creator, *entries.later))
+        for entries in page:
+            contact = contacts.get(entries.creator.contact_id)
             if contact is None:
                 continue  # deleted in the CRM: the reconciliation counts it
-            counts.touched += _is_touched(contact, lines)
-            row = rows.get(lines.creator.row)
+            counts.touched += _is_touched(contact, entries)
+            row = rows.get(entries.creator.row)
             if row is None:
-                yield _gone(contact, lines)
+                yield _gone(contact, entries)
             elif row.mapped is not None:  # a row that is not to be migrated is the reconciliation's
                 counts.compared += 1
-                findings = _compare(contact, row.mapped, lines, rows, compared, other_rules)
+                findings = _compare(contact, row.mapped, entries, rows, compared, other_rules)
                 counts.alike += not findings
                 yield from findings
         on_page(len(page))
 
 
-def _gone(contact: ContactSnapshot, lines: LinesOfContact) -> Finding:
-    kind = Kind.CRM_CHANGED if _is_touched(contact, lines) else Kind.SOURCE_CHANGED
-    return Finding(Check.ROW_GONE, kind, lines.creator.row, lines.creator.contact_id)
+def _gone(contact: ContactSnapshot, entries: EntriesOfContact) -> Finding:
+    kind = Kind.CRM_CHANGED if _is_touched(contact, entries) else Kind.SOURCE_CHANGED
+    return Finding(Check.ROW_GONE, kind, entries.creator.row, entries.creator.contact_id)
 
 
 def _compare(
     contact: ContactSnapshot,
     mapped: MappedRow,
-    lines: LinesOfContact,
+    entries: EntriesOfContact,
     rows: Mapping[str, FoundRow],
     compared: Collection[str],
     other_rules: OtherRules,
 ) -> list[Finding]:
     if mapped.draft is not None:
-        differing = _differing(contact, _without_left_accounts(mapped, mapped.draft, contact), lines, rows, compared)
+        differing = _differing(contact, _without_left_accounts(mapped, mapped.draft, contact), entries, rows, compared)
     else:
-        differing = {_field_of_rejection(mapped): lines.creator}
-    return list(_findings(differing, contact, lines, rows, other_rules)) if differing else []
+        differing = {_field_of_rejection(mapped): entries.creator}
+    return list(_findings(differing, contact, entries, rows, other_rules)) if differing else []
 
 
 def _field_of_rejection(mapped: MappedRow) -> str:
@@ -132,49 +132,49 @@ def _field_of_rejection(mapped: MappedRow) -> str:
 def _differing(
     contact: ContactSnapshot,
     draft: ContactDraft,
-    lines: LinesOfContact,
+    entries: EntriesOfContact,
     rows: Mapping[str, FoundRow],
     compared: Collection[str],
-) -> dict[str, Line]:
-    """The fields that are not as expected, each with the line of the row that its value should come from."""
-    origin: dict[str, Line] = {}
+) -> dict[str, Entry]:
+    """The fields that are not as expected, each with the entry of the row that its value should come from."""
+    origin: dict[str, Entry] = {}
     expected = draft
-    if lines.later:
-        values, origin = _brought_by_rows(contact, draft, lines, rows)
+    if entries.later:
+        values, origin = _brought_by_rows(contact, draft, entries, rows)
         expected = draft._replace(**values)
     if expected == contact.values:
         return {}
     return {
-        name: origin.get(name, lines.creator)
+        name: origin.get(name, entries.creator)
         for name in compared
         if getattr(contact.values, name) != getattr(expected, name)
     }
 
 
 def _brought_by_rows(
-    contact: ContactSnapshot, draft: ContactDraft, lines: LinesOfContact, rows: Mapping[str, FoundRow]
-) -> tuple[dict[str, Any], dict[str, Line]]:
-    """What rows bring to a contact, and the line of the row that each value comes from, unit by unit.
+    contact: ContactSnapshot, draft: ContactDraft, entries: EntriesOfContact, rows: Mapping[str, FoundRow]
+) -> tuple[dict[str, Any], dict[str, Entry]]:
+    """What rows bring to a contact, and the entry of the row that each value comes from, unit by unit.
 
-    A unit comes from the row of the last line that says that it wrote it. Where no line says so, from the first row
+    A unit comes from the row of the last entry that says that it wrote it. Where no entry says so, from the first row
     that has it: a row that was merged leaves nothing behind.
     """
-    origin: dict[str, Line] = {}
+    origin: dict[str, Entry] = {}
     known = ExistingContact.of_draft(draft)
-    for line in lines.merged:
-        mapped = _mapped(line, rows)
+    for entry in entries.merged:
+        mapped = _mapped(entry, rows)
         if mapped is not None and mapped.draft is not None:
             filled = fill(known, _without_left_accounts(mapped, mapped.draft, contact))
-            origin |= {name: line for unit in filled for name in FIELDS_OF_CHANGE[unit]}
+            origin |= {name: entry for unit in filled for name in FIELDS_OF_CHANGE[unit]}
     values = dict(known.fills)
-    for line in (lines.creator, *lines.later):
-        mapped = _mapped(line, rows)
-        # Whole: what a line says that it wrote was not left to another contact.
+    for entry in (entries.creator, *entries.later):
+        mapped = _mapped(entry, rows)
+        # Whole: what an entry says that it wrote was not left to another contact.
         theirs = mapped.draft if mapped else None
-        for unit in line.filled.split(",") if line.filled else ():
+        for unit in entry.filled:
             for name in FIELDS_OF_CHANGE[unit]:
                 values[name] = getattr(theirs, name) if theirs else _UNKNOWN
-                origin[name] = line
+                origin[name] = entry
     return values, origin
 
 
@@ -189,16 +189,16 @@ def _without_left_accounts(mapped: MappedRow, draft: ContactDraft, contact: Cont
     )
 
 
-def _mapped(line: Line, rows: Mapping[str, FoundRow]) -> MappedRow | None:
-    row = rows.get(line.row)
+def _mapped(entry: Entry, rows: Mapping[str, FoundRow]) -> MappedRow | None:
+    row = rows.get(entry.row)
     return row.mapped if row else None
 
 
-def _may_differ(line: Line, row: FoundRow | None, contact: ContactSnapshot, name: str) -> bool:
+def _may_differ(entry: Entry, row: FoundRow | None, contact: ContactSnapshot, name: str) -> bool:
     """Whether the value that a row gives to a field may be another one since the row was migrated."""
-    if row is None or row.mapped is None or row.updated_at != line.source_updated_at:
+    if row is None or row.mapped is None or row.updated_at != entry.source_updated_at:
         return True
-    if line.table == "profiles":
+    if entry.table == "profiles":
         # Without an address that is one, a profile maps to nothing at all.
         is_resolved = row.mapped.resolution is not None and row.mapped.resolution.separate_email is not None
         of_address = row.mapped.draft is None or (name == "email" and not is_resolved)
@@ -211,23 +211,23 @@ def _may_differ(line: Line, row: FoundRow | None, contact: ContactSnapshot, name
 
 
 def _findings(
-    differing: Mapping[str, Line],
+    differing: Mapping[str, Entry],
     contact: ContactSnapshot,
-    lines: LinesOfContact,
+    entries: EntriesOfContact,
     rows: Mapping[str, FoundRow],
     other_rules: OtherRules,
 ) -> Iterator[Finding]:
-    touched = _is_touched(contact, lines)
+    touched = _is_touched(contact, entries)
     # Of all of its rows: which of them a value comes from is a matter of the rules, too.
-    written_by = other_rules.of(line.run_id for line in (lines.creator, *lines.later))
+    written_by = other_rules.of(entry.run_id for entry in (entries.creator, *entries.later))
     of_kind: dict[tuple[Kind, str | None], list[str]] = {}
-    for name, line in differing.items():
-        changed = touched or _may_differ(line, rows.get(line.row), contact, name)
+    for name, entry in differing.items():
+        changed = touched or _may_differ(entry, rows.get(entry.row), contact, name)
         by_people = (Kind.CRM_CHANGED if touched else Kind.SOURCE_CHANGED), None
         of_kind.setdefault(by_people if changed else unexplained(written_by), []).append(COLUMN[name])
     for (kind, by), columns in of_kind.items():
-        yield Finding(Check.FIELDS, kind, lines.creator.row, lines.creator.contact_id, tuple(columns), by)
+        yield Finding(Check.FIELDS, kind, entries.creator.row, entries.creator.contact_id, tuple(columns), by)
 
 
-def _is_touched(contact: ContactSnapshot, lines: LinesOfContact) -> bool:
-    return contact.values.updated_at != lines.creator.written_at
+def _is_touched(contact: ContactSnapshot, entries: EntriesOfContact) -> bool:
+    return contact.values.updated_at != entries.creator.written_at

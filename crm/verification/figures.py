@@ -14,10 +14,10 @@ OTHERS = "others"
 
 _FIGURES = """
 SELECT CASE WHEN GROUPING(c."contactType") = 0 THEN c."contactType"::text END,
-       CASE WHEN GROUPING(line.source) = 0 THEN COALESCE(line.source, %(others)s) END,
+       CASE WHEN GROUPING(entry.source) = 0 THEN COALESCE(entry.source, %(others)s) END,
        count(*), {with_attribution}, min(c."createdAt"), max(c."createdAt")
-  FROM crm_contacts c LEFT JOIN ledger_entry line ON line.id = c.id AND line.outcome = 'created'
- GROUP BY GROUPING SETS ((c."contactType", line.source), (c."contactType"), (line.source), ())
+  FROM crm_contacts c LEFT JOIN ledger_entry entry ON entry.id = c.id AND entry.outcome = 'created'
+ GROUP BY GROUPING SETS ((c."contactType", entry.source), (c."contactType"), (entry.source), ())
 """
 
 

@@ -37,7 +37,7 @@ class Check(StrEnum):
     COLUMN_NULLABILITY = "column_nullability"
     INDEX_MISSING = "index_missing"
     INDEX_INVALID = "index_invalid"
-    MISSING_LINE = "missing_line"
+    MISSING_ENTRY = "missing_line"
     WRONG_ID = "wrong_id"
     UNKNOWN_OUTCOME = "unknown_outcome"
     NO_CONTACT = "no_contact"
@@ -60,11 +60,11 @@ _STATEMENTS = {
     Check.COLUMN_NULLABILITY: "an attribution column is wrong about NULL",
     Check.INDEX_MISSING: "crm_contacts lacks the index on its referrers",
     Check.INDEX_INVALID: "the index on the referrers is broken",
-    Check.MISSING_LINE: "the row's own contact is there, but no ledger line",
-    Check.WRONG_ID: "the ledger line's key is not that of its row",
-    Check.UNKNOWN_OUTCOME: "the ledger line's outcome is none",
-    Check.NO_CONTACT: "the ledger line names no contact",
-    Check.TWO_CREATORS: "the ledger line claims a contact that another row makes",
+    Check.MISSING_ENTRY: "the row's own contact is there, but no ledger entry",
+    Check.WRONG_ID: "the ledger entry's key is not that of its row",
+    Check.UNKNOWN_OUTCOME: "the ledger entry's outcome is none",
+    Check.NO_CONTACT: "the ledger entry names no contact",
+    Check.TWO_CREATORS: "the ledger entry claims a contact that another row makes",
     Check.EXCLUDED_MIGRATED: "the row is not to be migrated, but has a contact",
     Check.CONTACT_TWICE: "the person has another contact besides",
     Check.HISTORY_GONE: "the line of the history that told of our promotion is gone",

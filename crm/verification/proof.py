@@ -110,26 +110,26 @@ _OF_LEAD = [
     _is_address("r.email"),
 ]
 _MADE = """
-SELECT c.id, c."updatedAt" IS DISTINCT FROM line.source_updated_at::timestamp({second_digits}) AS touched
-  FROM ledger_entry line
-  JOIN crm_contacts c ON c.id = line.id
+SELECT c.id, c."updatedAt" IS DISTINCT FROM entry.source_updated_at::timestamp({second_digits}) AS touched
+  FROM ledger_entry entry
+  JOIN crm_contacts c ON c.id = entry.id
   {rows}
- WHERE line.outcome = 'created' AND line.contact_id = line.id AND line.source = ANY(%({sources})s)
-   AND line.id <> ALL(%(resolved)s) AND line.source_id <> ALL(%({repeated})s)
-   AND NOT EXISTS (SELECT FROM ledger_entry merged WHERE merged.outcome = 'merged' AND merged.contact_id = line.id)
-   AND NOT EXISTS (SELECT FROM contact_update change WHERE change.contact_id = line.id)
+ WHERE entry.outcome = 'created' AND entry.contact_id = entry.id AND entry.source = ANY(%({sources})s)
+   AND entry.id <> ALL(%(resolved)s) AND entry.source_id <> ALL(%({repeated})s)
+   AND NOT EXISTS (SELECT FROM ledger_entry merged WHERE merged.outcome = 'merged' AND merged.contact_id = entry.id)
+   AND NOT EXISTS (SELECT FROM contact_update change WHERE change.contact_id = entry.id)
    AND {conditions}
 """
 _PROFILES = _MADE.format(
     second_digits="{second_digits}",
-    rows='JOIN profiles r ON r.id = line.source_id LEFT JOIN users u ON u.id = r."userId"',
+    rows='JOIN profiles r ON r.id = entry.source_id LEFT JOIN users u ON u.id = r."userId"',
     sources="profile_sources",
     repeated="repeated_profiles",
     conditions="\n   AND ".join(_OF_PROFILE),
 )
 _LEADS = _MADE.format(
     second_digits="{second_digits}",
-    rows='JOIN leads r ON r.id = line.source_id LEFT JOIN profiles p ON p.id = r."assignedPreparerId"',
+    rows='JOIN leads r ON r.id = entry.source_id LEFT JOIN profiles p ON p.id = r."assignedPreparerId"',
     sources="lead_sources",
     repeated="repeated_leads",
     conditions="\n   AND ".join(_OF_LEAD),

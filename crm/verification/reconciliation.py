@@ -1,6 +1,6 @@
-"""Rows, ledger lines and contacts held against each other, in SQL. Only reads.
+"""Rows, ledger entries and contacts held against each other, in SQL. Only reads.
 
-A contact counts as ours when there is a ledger line with its id and the outcome `created`.
+A contact counts as ours when there is a ledger entry with its id and the outcome `created`.
 """
 
 from __future__ import annotations
@@ -24,57 +24,57 @@ TABLES = ("profiles", "leads")
 _LABEL = {"profiles": "role", "leads": "status"}
 
 _LEAD_SOURCES = ", ".join(f"'{source}'" for source in Source.of_table("leads"))
-_REFERENCE = f"CASE WHEN line.source IN ({_LEAD_SOURCES}) THEN 'leads:' ELSE 'profiles:' END || line.source_id"
+_REFERENCE = f"CASE WHEN entry.source IN ({_LEAD_SOURCES}) THEN 'leads:' ELSE 'profiles:' END || entry.source_id"
 
-_LINES_BY_OUTCOME = """
-SELECT line.outcome, count(*),
-       count(*) FILTER (WHERE line.outcome <> 'error' AND line.contact_id IS NOT NULL AND c.id IS NULL)
-  FROM ledger_entry line LEFT JOIN crm_contacts c ON c.id = line.contact_id
+_ENTRIES_BY_OUTCOME = """
+SELECT entry.outcome, count(*),
+       count(*) FILTER (WHERE entry.outcome <> 'error' AND entry.contact_id IS NOT NULL AND c.id IS NULL)
+  FROM ledger_entry entry LEFT JOIN crm_contacts c ON c.id = entry.contact_id
  GROUP BY 1
 """
 _ROWS_GONE = """
-SELECT line.outcome, count(*) FROM ledger_entry line
- WHERE line.source = ANY(%s) AND NOT EXISTS (SELECT FROM {table} r WHERE r.id = line.source_id)
+SELECT entry.outcome, count(*) FROM ledger_entry entry
+ WHERE entry.source = ANY(%s) AND NOT EXISTS (SELECT FROM {table} r WHERE r.id = entry.source_id)
  GROUP BY 1
 """
 
-_MISSING_LINES = """
+_MISSING_ENTRIES = """
 SELECT '{table}:' || r.id, c.id FROM {table} r JOIN crm_contacts c ON c.id = {derived}
- WHERE NOT EXISTS (SELECT FROM ledger_entry line WHERE line.id = c.id)
+ WHERE NOT EXISTS (SELECT FROM ledger_entry entry WHERE entry.id = c.id)
 """
 _WRONG_IDS = (
-    f"SELECT {_REFERENCE}, line.contact_id FROM ledger_entry line WHERE line.id <> {contact_id_sql(_REFERENCE)}"
+    f"SELECT {_REFERENCE}, entry.contact_id FROM ledger_entry entry WHERE entry.id <> {contact_id_sql(_REFERENCE)}"
 )
 _NO_CONTACTS = f"""
-SELECT {_REFERENCE}, NULL FROM ledger_entry line
- WHERE line.outcome IN ('created', 'merged', 'exists') AND line.contact_id IS NULL
+SELECT {_REFERENCE}, NULL FROM ledger_entry entry
+ WHERE entry.outcome IN ('created', 'merged', 'exists') AND entry.contact_id IS NULL
 """
 _OUTCOMES = ", ".join(f"'{outcome}'" for outcome in Outcome)
 _UNKNOWN_OUTCOMES = f"""
-SELECT {_REFERENCE}, line.contact_id FROM ledger_entry line WHERE line.outcome NOT IN ({_OUTCOMES})
+SELECT {_REFERENCE}, entry.contact_id FROM ledger_entry entry WHERE entry.outcome NOT IN ({_OUTCOMES})
 """
 _TWO_CREATORS = f"""
-SELECT {_REFERENCE}, line.contact_id FROM ledger_entry line
- WHERE line.outcome = 'created' AND line.contact_id <> line.id
+SELECT {_REFERENCE}, entry.contact_id FROM ledger_entry entry
+ WHERE entry.outcome = 'created' AND entry.contact_id <> entry.id
 """
 # A row that met somebody else's contact made nothing; but it was not to be looked at, either.
 _EXCLUDED_MIGRATED = """
-SELECT '{table}:' || r.id, c.id, r."updatedAt" IS DISTINCT FROM line.source_updated_at, line.run_id
+SELECT '{table}:' || r.id, c.id, r."updatedAt" IS DISTINCT FROM entry.source_updated_at, entry.run_id
   FROM {table} r
-  JOIN ledger_entry line ON line.id = {derived} AND line.outcome <> 'error'
-  JOIN crm_contacts c ON c.id = line.contact_id
+  JOIN ledger_entry entry ON entry.id = {derived} AND entry.outcome <> 'error'
+  JOIN crm_contacts c ON c.id = entry.contact_id
  WHERE r.{label} = ANY(%(labels)s::{label_type}[])
 """
 # Somebody else's contact is no fault of ours when it came, or was changed, after the run that made ours had begun.
 _CONTACTS_TWICE = f"""
 WITH twice AS (SELECT {{key}} AS key FROM crm_contacts c WHERE {{key}} <> '' GROUP BY 1 HAVING count(*) > 1),
      theirs AS (
-       SELECT twice.key, c.id, c."createdAt", c."updatedAt", line.id IS NOT NULL AS ours, {_REFERENCE} AS reference,
-              c."updatedAt" IS DISTINCT FROM line.source_updated_at::timestamp({{second_digits}}) AS changed,
-              run.started_at AT TIME ZONE 'UTC' AS begun, line.run_id
+       SELECT twice.key, c.id, c."createdAt", c."updatedAt", entry.id IS NOT NULL AS ours, {_REFERENCE} AS reference,
+              c."updatedAt" IS DISTINCT FROM entry.source_updated_at::timestamp({{second_digits}}) AS changed,
+              run.started_at AT TIME ZONE 'UTC' AS begun, entry.run_id
          FROM twice JOIN crm_contacts c ON {{key}} = twice.key
-              LEFT JOIN ledger_entry line ON line.id = c.id AND line.outcome = 'created'
-              LEFT JOIN backfill_run run ON run.id = line.run_id
+              LEFT JOIN ledger_entry entry ON entry.id = c.id AND entry.outcome = 'created'
+              LEFT JOIN backfill_run run ON run.id = entry.run_id
      )
 SELECT our.reference, our.id,
        our.changed OR bool_and(
@@ -92,7 +92,7 @@ _KEYS_OF_PERSON = {
 }
 # Nothing refers to a line of the history, and deleting it leaves the contact as it is.
 _HISTORY_GONE = f"""
-SELECT {_REFERENCE.replace("line.", "change.")}, change.contact_id
+SELECT {_REFERENCE.replace("entry.", "change.")}, change.contact_id
   FROM contact_update change
   JOIN crm_contacts c ON c.id = change.contact_id
  WHERE change.to_stage IS NOT NULL
@@ -125,24 +125,24 @@ class History(NamedTuple):
 
 
 def history_gone(connection: BaseDatabaseWrapper, history: History) -> Iterator[Finding]:
-    """The promotions of which the history does not tell any more: somebody deleted the line."""
+    """The promotions of which the history does not tell any more: somebody deleted its row."""
     if history.is_hidden or not history.has_promotions:
         return
     for reference, contact_id in stream(connection, "history", _HISTORY_GONE.format(step=_STEP)):
         yield Finding(Check.HISTORY_GONE, Kind.CRM_CHANGED, reference, contact_id, ("stage",))
 
 
-def count_lines(connection: BaseDatabaseWrapper) -> tuple[dict[str, int], dict[str, int]]:
-    """By outcome: the ledger's lines, and those whose contact was deleted since."""
+def count_entries(connection: BaseDatabaseWrapper) -> tuple[dict[str, int], dict[str, int]]:
+    """By outcome: the ledger's entries, and those whose contact was deleted since."""
     with connection.cursor() as cursor:
-        cursor.execute(_LINES_BY_OUTCOME)
+        cursor.execute(_ENTRIES_BY_OUTCOME)
         rows = sorted(cursor.fetchall())
-    lines = {outcome: count for outcome, count, _ in rows}
-    return lines, {outcome: deleted for outcome, _, deleted in rows if deleted}
+    entries = {outcome: count for outcome, count, _ in rows}
+    return entries, {outcome: deleted for outcome, _, deleted in rows if deleted}
 
 
 def count_rows_gone(connection: BaseDatabaseWrapper) -> dict[str, int]:
-    """The ledger's lines whose source row is gone, by outcome."""
+    """The ledger's entries whose source row is gone, by outcome."""
     gone: dict[str, int] = {}
     with connection.cursor() as cursor:
         for table in TABLES:
@@ -153,12 +153,12 @@ def count_rows_gone(connection: BaseDatabaseWrapper) -> dict[str, int]:
 
 
 def reconcile(connection: BaseDatabaseWrapper, facts: DatabaseFacts, other_rules: OtherRules) -> Iterator[Finding]:
-    """Everything in which rows, lines and contacts disagree."""
+    """Everything in which rows, entries and contacts disagree."""
     # Whoever added the other one: a run that was at work had to leave both, and reports them until one is gone.
     left_twice = frozenset(last_finished(connection).left)
     for table in TABLES:
         derived = contact_id_sql(f"'{table}:' || r.id")
-        yield from _defects(connection, Check.MISSING_LINE, _MISSING_LINES.format(table=table, derived=derived))
+        yield from _defects(connection, Check.MISSING_ENTRY, _MISSING_ENTRIES.format(table=table, derived=derived))
         yield from _excluded_migrated(connection, facts, other_rules, table, derived)
     for check, query in (
         (Check.WRONG_ID, _WRONG_IDS),

@@ -56,7 +56,7 @@ def as_json(report: VerificationReport) -> str:
         "pending": sum(row_counts.pending.values()),
         "pending_by_source": row_counts.pending,
         "balanced": row_counts.balances,
-        "ledger": report.lines,
+        "ledger": report.entries,
         "deleted_in_crm": report.deleted,
         "source_row_gone": report.rows_gone,
         "compared": comparison.compared,
@@ -141,7 +141,7 @@ def _proof_rows(report: VerificationReport) -> Iterator[tuple[str, int, str]]:
     for reason, count in sorted(row_counts.excluded.items()):
         yield f"  excluded: {reason}", count, "not to be migrated"
     for outcome in Outcome:
-        yield f"  {outcome.value}", report.lines.get(outcome, 0), _remark(report, outcome)
+        yield f"  {outcome.value}", report.entries.get(outcome, 0), _remark(report, outcome)
     yield "  pending", sum(row_counts.pending.values()), "no defect: the next run of the backfill takes them"
     for source, count in row_counts.pending.items():
         if count:

@@ -22,17 +22,17 @@ from crm.runs.other_rules import OtherRules
 from crm.verification.comparison import Comparison, compare_contacts
 from crm.verification.figures import FiguresTable, count_contacts
 from crm.verification.findings import Finding, Findings, Kind
-from crm.verification.reconciliation import History, count_lines, count_rows_gone, history_gone, reconcile
+from crm.verification.reconciliation import History, count_entries, count_rows_gone, history_gone, reconcile
 from crm.verification.schema import REFERRER, check_schema, present_columns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerificationReport:
-    """What a verification saw. The counts of lines are by outcome."""
+    """What a verification saw. The counts of entries are by outcome."""
 
     generation: str
     row_counts: RowCounts
-    lines: dict[str, int]
+    entries: dict[str, int]
     deleted: dict[str, int]
     rows_gone: dict[str, int]
     comparison: Comparison
@@ -98,11 +98,11 @@ def verify(
         ):
             for finding in found:
                 findings.add(finding)
-        lines, deleted = count_lines(connection)
+        entries, deleted = count_entries(connection)
         return VerificationReport(
             generation=facts.generation,
             row_counts=count_rows(connection, facts),
-            lines=lines,
+            entries=entries,
             deleted=deleted,
             rows_gone=count_rows_gone(connection),
             comparison=comparison,

@@ -30,7 +30,7 @@ from crm.rollback.reader import Reader
 from crm.rollback.report import MEANING_OF_REASONS, listing, news
 from crm.rollback.runner import roll_back
 from crm.rollback.undo import Reverted
-from crm.rules.reverting import Line
+from crm.rules.entry import Entry
 from crm.runs import retrying
 from crm.sample_data.loader import load as load_people
 from crm.verification import verify
@@ -1093,7 +1093,7 @@ def test_a_page_that_cannot_be_read_ahead_is_read_when_its_turn_comes(
 ) -> None:
     page = Reader.page
 
-    def failing_ahead(self: Reader, after: str, size: int) -> list[Line]:
+    def failing_ahead(self: Reader, after: str, size: int) -> list[Entry]:
         if threading.current_thread() is not threading.main_thread():
             raise OperationalError("no connection is left")
         return page(self, after, size)

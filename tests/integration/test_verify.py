@@ -95,8 +95,8 @@ def test_nothing_is_found_after_a_run_and_nothing_is_written(
     assert sorted(report.findings.kept, key=str) == sorted(expected_of_lost_ledgers(population), key=str)
     assert database.dump() == before
     lines = builders.ledger().values()
-    assert report.lines == Counter(str(line["outcome"]) for line in lines)
-    assert report.comparison.compared == report.comparison.alike == report.lines.get("created", 0)
+    assert report.entries == Counter(str(line["outcome"]) for line in lines)
+    assert report.comparison.compared == report.comparison.alike == report.entries.get("created", 0)
     assert (report.comparison.touched, report.deleted, report.rows_gone) == (0, {}, {})
     assert (report.row_counts.rows, report.row_counts.in_ledger, sum(report.row_counts.pending.values())) == (
         len(population.profiles) + len(population.leads),
@@ -114,7 +114,7 @@ def expected_of_lost_ledgers(population: reference.Population) -> Iterator[Findi
         for row in rows:
             own = reference.contact_id_of(f"{table}:{row['id']}")
             if own in there and reference.exclusion(table, row, population.stages):
-                yield defect(Check.MISSING_LINE, f"{table}:{row['id']}", own)
+                yield defect(Check.MISSING_ENTRY, f"{table}:{row['id']}", own)
 
 
 def test_rows_that_no_run_has_seen_are_pending_and_no_defect(database: Database) -> None:
@@ -368,7 +368,7 @@ def test_a_deleted_ledger_line_is_found(database: Database) -> None:
     run()
     for row in (client, lead):
         change("DELETE FROM ledger_entry WHERE id = %s", own_contact(row))
-    assert found() == sorted((defect(Check.MISSING_LINE, row, own_contact(row)) for row in (client, lead)), key=str)
+    assert found() == sorted((defect(Check.MISSING_ENTRY, row, own_contact(row)) for row in (client, lead)), key=str)
     assert command().code == 1
 
 
@@ -377,7 +377,7 @@ def test_a_line_of_another_table_is_no_line(database: Database) -> None:
     lead = add_attributed_lead(id="same")
     run()
     change("DELETE FROM ledger_entry WHERE id = %s", own_contact(lead))
-    assert found() == [defect(Check.MISSING_LINE, lead, own_contact(lead))]
+    assert found() == [defect(Check.MISSING_ENTRY, lead, own_contact(lead))]
     assert client == "profiles:same"
 
 
@@ -480,7 +480,7 @@ def test_a_person_twice_under_somebody_elses_contact_is_ours_unless_it_came_late
         change(f"""UPDATE crm_contacts SET "{column}" = '2020-01-01' WHERE email = 'ONE@example.com'""")
     # Two contacts that others made are none of our business.
     change("DELETE FROM ledger_entry")
-    assert [finding.check for finding in found()] == [Check.MISSING_LINE]
+    assert [finding.check for finding in found()] == [Check.MISSING_ENTRY]
 
 
 @pytest.mark.parametrize("column", ["userId", "clerkUserId"])

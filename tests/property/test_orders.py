@@ -11,7 +11,7 @@ from django.db import connection
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crm.backfill.update.reader import LINES_OF_CONTACTS
+from crm.backfill.update.reader import ENTRIES_OF_CONTACTS
 from crm.outcome import Source
 from crm.verification import verify
 from tests.conftest import Database
@@ -229,7 +229,7 @@ def test_the_rows_of_contacts_are_found_by_an_index(database: Database) -> None:
     with connection.cursor() as cursor:
         cursor.execute("SET enable_seqscan = off")
         try:
-            cursor.execute(f"EXPLAIN {LINES_OF_CONTACTS}", {"ids": ["c1", "c2"]})
+            cursor.execute(f"EXPLAIN {ENTRIES_OF_CONTACTS}", {"ids": ["c1", "c2"]})
             plan = "\n".join(line for (line,) in cursor.fetchall())
         finally:
             cursor.execute("RESET enable_seqscan")

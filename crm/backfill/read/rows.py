@@ -1,6 +1,6 @@
-"""Ledger lines with their contacts and source rows, as they are now, for the comparison. Only reads.
+"""Ledger entries with their contacts and source rows, as they are now, for the comparison. Only reads.
 
-Lines come sorted by contact in one stream: the ledger has no index on the contact, and a look-up for every page would
+Entries come sorted by contact in one stream: the ledger has no index on the contact, and a look-up for every page would
 read all of it each time. Rows and contacts are index probes, one statement a page for each table.
 """
 
@@ -18,6 +18,7 @@ from django.conf import settings
 from django.db import DatabaseError, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
 
+from crm.backfill.read.entries import COLUMNS, COLUMNS_OF_UPDATE, entry_of
 from crm.backfill.read.resolutions import Resolutions
 from crm.backfill.read.snapshots import PREPARER_IS_THERE, SnapshotReader
 from crm.outcome import Outcome, Reason, Refusal, Source
@@ -26,37 +27,32 @@ from crm.postgres.apart import read_apart
 from crm.postgres.facts.schema import DatabaseFacts
 from crm.postgres.loaders import read_as_text
 from crm.postgres.snapshot import stream
+from crm.rules.entry import Entry
 from crm.rules.mapping import MappedRow, map_rows, unmapped
 from crm.rules.snapshot import ContactSnapshot
 from crm.rules.source_rows import SOURCE_TABLES, RawRow
 
 logger = logging.getLogger(__name__)
 
-#: Stands for an outcome in a line that tells what an update changed.
-UPDATED = "updated"
-
-_LEAD_SOURCES = ", ".join(f"'{source}'" for source in Source.of_table("leads"))
-_PROVEN = "proven"
-_LINES = f"""
+# The first one has the counts: of what is proven for its id, and of what is touched for its source id.
+_ENTRIES = f"""
 WITH proven AS MATERIALIZED ({{proven}})
-SELECT NULL AS contact_id, '{_PROVEN}' AS outcome, count(*)::text AS id, NULL,
-       (count(*) FILTER (WHERE touched))::text, NULL, NULL, NULL::bigint AS run_id, NULL::timestamp AS written_at,
-       NULL::bigint AS turn
-  FROM proven
- UNION ALL
-SELECT contact_id, outcome, id, CASE WHEN source IN ({_LEAD_SOURCES}) THEN 'leads' ELSE 'profiles' END, source_id,
-       source_updated_at, filled, run_id, source_updated_at::timestamp({{second_digits}}), turn
-  FROM (SELECT contact_id, outcome, id, source, source_id, source_updated_at, filled, run_id, 0 AS turn
-          FROM ledger_entry WHERE outcome IN ('created', 'merged') AND contact_id IS NOT NULL
+SELECT id, source, source_id, outcome, contact_id, run_id, source_updated_at, filled, seen_updated_at,
+       contact_updated_at, confidence_before
+  FROM (SELECT count(*)::text, NULL, (count(*) FILTER (WHERE touched))::text, NULL, NULL, NULL::bigint, NULL::timestamp,
+               NULL, NULL::timestamp, NULL::timestamp, NULL::bigint, NULL::bigint
+          FROM proven
          UNION ALL
-        SELECT contact_id, '{UPDATED}', line_id, source, source_id, source_updated_at, columns, run_id, id
-          FROM contact_update) line
- WHERE NOT EXISTS (SELECT FROM proven WHERE proven.id = line.contact_id)
-"""
-_LINES = f"""
-SELECT contact_id, outcome, id, table_name, source_id, source_updated_at, filled, run_id, written_at
-  FROM ({_LINES}) AS line(
-         contact_id, outcome, id, table_name, source_id, source_updated_at, filled, run_id, written_at, turn)
+        SELECT {COLUMNS}, 0
+          FROM ledger_entry entry
+         WHERE entry.outcome IN ('created', 'merged') AND entry.contact_id IS NOT NULL
+           AND NOT EXISTS (SELECT FROM proven WHERE proven.id = entry.contact_id)
+         UNION ALL
+        SELECT {COLUMNS_OF_UPDATE}, change.id
+          FROM contact_update change
+         WHERE NOT EXISTS (SELECT FROM proven WHERE proven.id = change.contact_id)
+       ) AS entry(id, source, source_id, outcome, contact_id, run_id, source_updated_at, filled, seen_updated_at,
+                  contact_updated_at, confidence_before, turn)
  ORDER BY contact_id COLLATE "C" NULLS FIRST, outcome <> 'created', run_id, turn, id COLLATE "C"
 """
 #: A query that proves no contact.
@@ -93,39 +89,19 @@ NOT_THERE = "not there"
 NOT_LINKED = "not linked"
 
 
-class Line(NamedTuple):
-    """A ledger line that speaks of a contact of ours."""
-
-    contact_id: str
-    outcome: str
-    id: str
-    table: str
-    source_id: str
-    source_updated_at: str
-    filled: str | None
-    run_id: int
-    #: `source_updated_at` as the contact keeps it.
-    written_at: str
-
-    @property
-    def row(self) -> str:
-        """The row's reference."""
-        return f"{self.table}:{self.source_id}"
-
-
-class LinesOfContact(NamedTuple):
-    """The line of the row that made a contact, and those of the rows that were merged into it or updated it.
+class EntriesOfContact(NamedTuple):
+    """The entry of the row that made a contact, and those of the rows that were merged into it or updated it.
 
     Those stand in the order of their runs: what emptied again may have been filled more than once.
     """
 
-    creator: Line
-    later: Sequence[Line]
+    creator: Entry
+    later: Sequence[Entry]
 
     @property
-    def merged(self) -> list[Line]:
-        """The lines of the rows that were merged."""
-        return [line for line in self.later if line.outcome == Outcome.MERGED]
+    def merged(self) -> list[Entry]:
+        """The entries of the rows that were merged."""
+        return [entry for entry in self.later if entry.outcome == Outcome.MERGED]
 
 
 class FoundRow(NamedTuple):
@@ -148,45 +124,43 @@ class Proven(NamedTuple):
     touched: int
 
 
-def lines_of_contacts(
+def entries_of_contacts(
     connection: BaseDatabaseWrapper, facts: DatabaseFacts, proven: tuple[str, Mapping[str, Any]]
-) -> tuple[Proven, Iterator[LinesOfContact]]:
-    """How many contacts are proven by a query that names them, and the lines of every other contact of ours.
+) -> tuple[Proven, Iterator[EntriesOfContact]]:
+    """How many contacts are proven by a query that names them, and the entries of every other contact of ours.
 
     Such a query has the columns `id` and `touched`; it comes with its parameters.
     """
     try:
         # Inside a transaction, a statement that fails would be the last one.
         with transaction.atomic(using=connection.alias):
-            summary, lines = _proven_and_others(connection, facts, *proven)
+            counts, entries = _proven_and_others(connection, facts, *proven)
     except DatabaseError as error:
         if errors.transient_cause(error) is not None:
             raise
         logger.warning("%s: every contact is compared by itself", errors.describe(error))
-        summary, lines = _proven_and_others(connection, facts, NONE_PROVEN, {})
-    return Proven(int(summary.id), int(summary.source_id)), _contact_by_contact(lines)
+        counts, entries = _proven_and_others(connection, facts, NONE_PROVEN, {})
+    return counts, _contact_by_contact(entries)
 
 
 def _proven_and_others(
     connection: BaseDatabaseWrapper, facts: DatabaseFacts, query: str, parameters: Mapping[str, Any]
-) -> tuple[Line, Iterator[Line]]:
-    """The line with the counts, and all others."""
+) -> tuple[Proven, Iterator[Entry]]:
     with connection.cursor() as cursor:
         cursor.execute(_FOR_WHOLE_TABLES)
-    query = _LINES.format(proven=query, second_digits=facts.second_digits)
-    lines = map(Line._make, stream(connection, "lines", query, parameters))
-    summary = next(lines)
+    found = stream(connection, "entries", _ENTRIES.format(proven=query), parameters)
+    proven, _, touched, *_ = next(found)
     with connection.cursor() as cursor:
         cursor.execute(_FOR_PAGES)
-    return summary, lines
+    return Proven(int(proven), int(touched)), (entry_of(values, facts.second_digits) for values in found)
 
 
-def _contact_by_contact(lines: Iterable[Line]) -> Iterator[LinesOfContact]:
-    for contact_id, group in groupby(lines, key=attrgetter("contact_id")):
+def _contact_by_contact(entries: Iterable[Entry]) -> Iterator[EntriesOfContact]:
+    for contact_id, group in groupby(entries, key=attrgetter("contact_id")):
         of_contact = list(group)
-        creators = [line for line in of_contact if line.outcome == Outcome.CREATED and line.id == contact_id]
+        creators = [entry for entry in of_contact if entry.outcome == Outcome.CREATED and entry.id == contact_id]
         if creators:
-            yield LinesOfContact(creators[0], [line for line in of_contact if line.outcome != Outcome.CREATED])
+            yield EntriesOfContact(creators[0], [entry for entry in of_contact if entry.outcome != Outcome.CREATED])
 
 
 def may_read_user_changes(connection: BaseDatabaseWrapper) -> bool:
@@ -210,11 +184,11 @@ class RowReader:
         """Contacts by id; those that were deleted are not there."""
         return SnapshotReader(self.connection, self.missing_columns, preparer_is_there=PREPARER_IS_THERE).read(ids)
 
-    def source_rows(self, lines: Iterable[Line]) -> dict[str, FoundRow]:
-        """The source rows of lines, by their reference; those that are gone are not there."""
-        of_table: dict[str, dict[str, Line]] = {table: {} for table in SOURCE_TABLES}
-        for line in lines:
-            of_table[line.table][line.source_id] = line
+    def source_rows(self, entries: Iterable[Entry]) -> dict[str, FoundRow]:
+        """The source rows of entries, by their reference; those that are gone are not there."""
+        of_table: dict[str, dict[str, Entry]] = {table: {} for table in SOURCE_TABLES}
+        for entry in entries:
+            of_table[entry.table][entry.source_id] = entry
         found: dict[str, FoundRow] = {}
         for table in SOURCE_TABLES:
             query = self._query(table)
@@ -240,8 +214,8 @@ class RowReader:
             join=table.join.format(more=f", {changed_at} AS changed_at"),
         )
 
-    def _read(self, query: str, lines: Mapping[str, Line], source_ids: Sequence[str]) -> list[tuple[Any, ...]]:
-        runs = [lines[source_id].run_id for source_id in source_ids]
+    def _read(self, query: str, entries: Mapping[str, Entry], source_ids: Sequence[str]) -> list[tuple[Any, ...]]:
+        runs = [entries[source_id].run_id for source_id in source_ids]
         return self._rows(query, {"ids": list(source_ids), "runs": runs})
 
     def _mapped(self, name: str, found: Iterable[tuple[Any, ...]]) -> Iterator[tuple[str, FoundRow]]:

@@ -1,7 +1,7 @@
 """Pages of source rows by keyset. Only reads.
 
-A row whose ledger line says created, merged or exists is not read again. That is an anti-join on the ledger's key and
-no watermark, so no row is ever missed; where no row has a line as yet, there is nothing to be asked. Every look-up
+A row whose ledger entry says created, merged or exists is not read again. That is an anti-join on the ledger's key and
+no watermark, so no row is ever missed; where no row has an entry as yet, there is nothing to be asked. Every look-up
 beside the paged table is a LATERAL with a LIMIT, and what is asked of it is opaque to the planner: a page stays a walk
 along an index, with one probe a row, whatever the planner believes of tables that this very run is filling.
 
@@ -39,11 +39,11 @@ WHITE_SPACE = "".join(character for character in map(chr, range(0x3001)) if char
 
 
 def entry_of_row(columns: str = "outcome, reason, run_id") -> str:
-    """Return what joins to a row `r` of `{table}` its entry in the ledger, as `line` with these columns."""
+    """Return what joins to a row `r` of `{table}` its entry in the ledger, as `entry` with these columns."""
     return f"""
        LEFT JOIN LATERAL (
          SELECT {columns} FROM ledger_entry WHERE id = {contact_id_sql("'{table}:' || r.id")} LIMIT 1
-       ) line ON true"""
+       ) entry ON true"""
 
 
 class Choice(NamedTuple):
@@ -53,23 +53,23 @@ class Choice(NamedTuple):
     condition: str
 
 
-#: The rows that have no settled line in the ledger.
-UNSETTLED = Choice(entry_of_row(), "(line.outcome IS NULL OR line.outcome = 'error')")
+#: The rows that have no settled entry in the ledger.
+UNSETTLED = Choice(entry_of_row(), "(entry.outcome IS NULL OR entry.outcome = 'error')")
 #: Those, and the rows whose contact is gone. So is one that was made again since the row came to it, under its old id.
 UNSETTLED_OR_GONE = Choice(
     entry_of_row("outcome, contact_id, reason, run_id"),
-    f"""({UNSETTLED.condition} OR (SELECT true FROM crm_contacts c WHERE c.id = line.contact_id LIMIT 1) IS NULL
-         OR (SELECT made.run_id > line.run_id FROM ledger_entry made
-              WHERE made.id = line.contact_id AND made.outcome = 'created' LIMIT 1))""",
+    f"""({UNSETTLED.condition} OR (SELECT true FROM crm_contacts c WHERE c.id = entry.contact_id LIMIT 1) IS NULL
+         OR (SELECT made.run_id > entry.run_id FROM ledger_entry made
+              WHERE made.id = entry.contact_id AND made.outcome = 'created' LIMIT 1))""",
 )
-_NO_LINE = " CROSS JOIN (SELECT NULL::text AS outcome, NULL::text AS reason, NULL::bigint AS run_id) line"
-#: Every row, and the ledger is not asked: for a source of which no row had a line when the run began. Should one have
-#: got a line since, the ledger's key refuses a second, and the batch is read again, asking.
-EVERY_ROW = Choice(_NO_LINE, "true")
+_NO_ENTRY = " CROSS JOIN (SELECT NULL::text AS outcome, NULL::text AS reason, NULL::bigint AS run_id) entry"
+#: Every row, and the ledger is not asked: for a source of which no row had an entry when the run began. Should one have
+#: got an entry since, the ledger's key refuses a second, and the batch is read again, asking.
+EVERY_ROW = Choice(_NO_ENTRY, "true")
 
 _PAGE = """
 SELECT {values}, {bytes} AS bytes
-  FROM (SELECT {columns} FROM {table} r {line} WHERE {labels} {conditions} ORDER BY {order} LIMIT %(size)s) r {join}
+  FROM (SELECT {columns} FROM {table} r {entry} WHERE {labels} {conditions} ORDER BY {order} LIMIT %(size)s) r {join}
 """
 # The rows before which not all bytes are spent: one row at least, however long it is.
 _BOUNDED = """
@@ -78,12 +78,12 @@ SELECT * FROM (
 ) page WHERE through - bytes < %(bytes)s ORDER BY {order}
 """
 # A page without its values, for one of which a value cannot be read.
-_KEYS = "SELECT r.id, {moment}, line.reason FROM {table} r {line} WHERE {labels} {conditions}"
+_KEYS = "SELECT r.id, {moment}, entry.reason FROM {table} r {entry} WHERE {labels} {conditions}"
 _AFTER_ID = "r.id > %(id)s"
 _AFTER_MOMENT = "({moment}, r.id) > (%(created_at)s::timestamp, %(id)s)"
 _NO_MOMENT = "{moment} IS NULL"
 _BYTES = "COALESCE(octet_length({}::text), 0)"
-_LINES = "SELECT id, outcome, reason, run_id FROM ledger_entry WHERE id = ANY(%s)"
+_ENTRIES = "SELECT id, outcome, reason, run_id FROM ledger_entry WHERE id = ANY(%s)"
 
 # One person's rows are all in one partition, so that who comes first is the same for any number of them. The part of
 # an address before the @ is ASCII, or the row is an error: the "C" collation lower-cases it exactly as Python does.
@@ -96,8 +96,8 @@ _PERSON = {
 _IN_PARTITION = """abs(hashtext(lower(split_part({person}, '@', 1) COLLATE "C")) %% %(partitions)s) = %(partition)s"""
 
 # What the planner takes for half of the rows, since it does not look into it. It would take them for next to none, by
-# statistics that know of no row without a line, or by none at all; and then it would sort whole tables for every page,
-# instead of walking along the index until the page is full.
+# statistics that know of no row without an entry, or by none at all; and then it would sort whole tables for every
+# page, instead of walking along the index until the page is full.
 _OPAQUE = "CASE WHEN {} THEN true ELSE false END"
 
 
@@ -237,7 +237,7 @@ class SourceReader:
             after,
             values=table.values,
             bytes=" + ".join(map(_BYTES.format, table.long_values)),
-            columns=table.columns(self.facts.missing, "line.reason"),
+            columns=table.columns(self.facts.missing, "entry.reason"),
             order=self._order(),
             join=table.join.format(more=""),
         )
@@ -291,7 +291,7 @@ class SourceReader:
         parameters: dict[str, Any] = {"labels": self.facts.labels_of(self.source), "white_space": WHITE_SPACE}
         conditions = [_OPAQUE.format(self.choice.condition), *self._start(after, parameters)]
         if self.run_id is not None:
-            conditions.append(_OPAQUE.format("line.run_id IS DISTINCT FROM %(run_id)s"))
+            conditions.append(_OPAQUE.format("entry.run_id IS DISTINCT FROM %(run_id)s"))
             parameters["run_id"] = self.run_id
         if self.ids is not None:
             conditions.append("r.id = ANY(%(ids)s)")
@@ -309,7 +309,7 @@ class SourceReader:
             conditions.append(_OPAQUE.format(_IN_PARTITION.format(person=_PERSON[table])))
             parameters |= {"partition": self.partition.number, "partitions": self.partition.count}
         query = form.format(
-            line=self.choice.join.format(table=table) if self.facts.has_ledger else _NO_LINE,
+            entry=self.choice.join.format(table=table) if self.facts.has_ledger else _NO_ENTRY,
             table=table,
             labels=self._labels(),
             conditions="".join(f" AND {condition}" for condition in conditions),
@@ -347,14 +347,14 @@ class SourceReader:
         """Ids that several rows have, of which no row can be told from another: each is an error, once."""
         table = self.source.table
         waiting = {contact_id(table, identifier): identifier for identifier in self.facts.repeated_ids.get(table, ())}
-        lines = {}
+        entries = {}
         if self.facts.has_ledger and waiting:
             with self.connection.cursor() as cursor:
-                cursor.execute(_LINES, [list(waiting)])
-                lines = {key: (outcome, reason, run_id) for key, outcome, reason, run_id in cursor.fetchall()}
+                cursor.execute(_ENTRIES, [list(waiting)])
+                entries = {key: (outcome, reason, run_id) for key, outcome, reason, run_id in cursor.fetchall()}
         faults = []
         for key, identifier in waiting.items():
-            outcome, known_reason, run_id = lines.get(key, (None, None, None))
+            outcome, known_reason, run_id = entries.get(key, (None, None, None))
             if outcome in (None, Outcome.ERROR) and (run_id is None or run_id != self.run_id):
                 faults.append(Fault(identifier, known_reason, Reason.DUPLICATE_ID))
         found = sorted(fault for fault in faults if not after or fault.source_id > after)

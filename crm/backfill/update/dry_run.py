@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from crm.backfill.update.reader import LineOfContact, Present
+from crm.backfill.read.entries import entry_of
+from crm.backfill.update.reader import Present
 from crm.backfill.write.dry_run import DryRunStore, Imagined
-from crm.outcome import Outcome, Source, Totals
+from crm.outcome import Source, Totals
+from crm.rules.entry import Entry
 from crm.rules.fold import FILLED_UNITS
 from crm.rules.mapping import MappedRow, Rules
 from crm.rules.snapshot import ContactSnapshot
-from crm.rules.updating import Change, Look, RevisitedContact, SeenLine, decide, rows_of, totals_of
+from crm.rules.updating import Change, Look, RevisitedContact, decide, rows_of, totals_of
 
 
 class DryRunUpdateWriter:
@@ -35,19 +37,22 @@ class DryRunUpdateWriter:
         """Nothing: a dry run claims no lease."""
 
     def _look_at(self, source: Source, rows: Sequence[MappedRow]) -> list[Change]:
-        lines = self._lines(rows)
-        contacts = self._contacts({line.contact_id for line in lines.values()})
-        rows = [row for row in rows if row.id in lines]
+        entries = self._entries(rows)
+        contacts = self._contacts({entry.contact_id for entry in entries.values()})
+        rows = [row for row in rows if row.id in entries]
         others = rows_of(contacts, rows)
         self._store.notice(others)
         known = self._store.contacts_met_by(others)
-        changes = list(decide(source, rows, Look(lines, contacts, known), self._rules))
+        changes = list(decide(source, rows, Look(entries, contacts, known), self._rules))
         self._remember(changes)
         return changes
 
-    def _lines(self, rows: Iterable[MappedRow]) -> dict[str, SeenLine]:
-        fresh = map(_line, self._imagined.lines(row.id for row in rows))
-        return self._present.lines(rows) | {line.line.id: line.line for line in fresh}
+    def _entries(self, rows: Iterable[MappedRow]) -> dict[str, Entry]:
+        imagined = map(self._entry, self._imagined.entries(row.id for row in rows))
+        return self._present.entries(rows) | {entry.id: entry for entry in imagined}
+
+    def _entry(self, values: Sequence[Any]) -> Entry:
+        return entry_of(values, self._present.facts.second_digits)
 
     def _contacts(self, ids: Collection[str]) -> dict[str, RevisitedContact]:
         """The contacts as they would be by now, with the rows that would have come to them."""
@@ -59,9 +64,8 @@ class DryRunUpdateWriter:
                 contact.left_at = contact.values.updated_at
             contact.write(fields)
             contact.given.update(unit for unit, names in FILLED_UNITS.items() if fields.keys() & set(names))
-        self._present.add_rows(
-            contacts, [*self._present.lines_of(contacts), *map(_line, self._imagined.lines_of(contacts))]
-        )
+        entries = [*self._present.entries_of(contacts), *map(self._entry, self._imagined.entries_of(contacts))]
+        self._present.add_rows(contacts, entries)
         return contacts
 
     def _remember(self, changes: Iterable[Change]) -> None:
@@ -71,9 +75,3 @@ class DryRunUpdateWriter:
         written = {contact: values for contact, values in written.items() if values}
         self._imagined.write(written)
         self._imagined.change(written)
-
-
-def _line(values: Sequence[Any]) -> LineOfContact:
-    identifier, outcome, contact_id, settled_at, source, source_id, filled = values
-    line = SeenLine(identifier, Outcome(outcome), contact_id, settled_at)
-    return LineOfContact(Source(source).table, source_id, frozenset(filled.split(",")) if filled else frozenset(), line)

@@ -1,9 +1,9 @@
 """What is to be looked at again, and how it stands now. Only reads.
 
-The condition is asked of every row that has a settled line, so each part of it costs no more than an index probe a row.
-A scalar subquery with a LIMIT stays one, whatever the planner believes. Each part says no again once what it asks for
-is done: a second look at the same rows finds nothing. On most nights few rows are due: they are listed first, by one
-pass over rows and lines, and looked up by their ids.
+The condition is asked of every row that has a settled entry, so each part of it costs no more than an index probe a
+row. A scalar subquery with a LIMIT stays one, whatever the planner believes. Each part says no again once what it asks
+for is done: a second look at the same rows finds nothing. On most nights few rows are due: they are listed first, by
+one pass over rows and entries, and looked up by their ids.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from django.db.backends.base.base import BaseDatabaseWrapper
 
+from crm.backfill.read.entries import COLUMNS, read_entries
 from crm.backfill.read.resolutions import Resolutions
 from crm.backfill.read.snapshots import VERSION, SnapshotReader, missing_columns
 from crm.backfill.read.source import EVERY_ROW, UNSETTLED, Choice, Key, Page, SourceReader, entry_of_row
@@ -22,16 +23,17 @@ from crm.outcome import Outcome, Source
 from crm.postgres.facts.schema import DatabaseFacts
 from crm.postgres.loaders import read_as_text
 from crm.rules.addresses import canonical_address_sql
-from crm.rules.mapping import CONTACT_TYPE_OF_SOURCE, MappedRow, map_rows, rounded
-from crm.rules.updating import RevisitedContact, RowOfContact, SeenLine
+from crm.rules.entry import Entry
+from crm.rules.mapping import CONTACT_TYPE_OF_SOURCE, MappedRow, map_rows
+from crm.rules.updating import RevisitedContact, RowOfContact
 
 _SEEN = "COALESCE(seen_updated_at, source_updated_at) AS seen, seen_updated_at"
 _ENTRY_OF_ROW = entry_of_row(f"outcome, contact_id, {_SEEN}, reason, run_id")
-_CONTACT = "FROM crm_contacts c WHERE c.id = line.contact_id LIMIT 1"
+_CONTACT = "FROM crm_contacts c WHERE c.id = entry.contact_id LIMIT 1"
 # Newer, as a rule. Put back to what it was before, it has changed as well. Or it came to a contact, and no update has
 # looked at it.
 _DUE = f"""
-((r."updatedAt" <> line.seen OR (line.outcome <> 'created' AND line.seen_updated_at IS NULL))
+((r."updatedAt" <> entry.seen OR (entry.outcome <> 'created' AND entry.seen_updated_at IS NULL))
  AND (SELECT true {_CONTACT}))
 """
 _PLACEHOLDERS = ", ".join(
@@ -52,12 +54,12 @@ _HAS_EMAIL_NOW = f"""
 def rows_to_revisit(facts: DatabaseFacts, source: Source, *, with_unsettled: bool) -> Choice:
     """The rows of a source that are to be looked at again.
 
-    `with_unsettled` adds those that have no settled line: in a dry run, they would have one by now.
+    `with_unsettled` adds those that have no settled entry: in a dry run, they would have one by now.
     """
     if not facts.has_ledger:
         return UNSETTLED
     parts = [_DUE, _HAS_EMAIL_NOW] if source.table == "profiles" else [_DUE]
-    condition = f"line.outcome <> 'error' AND ({' OR '.join(parts)})"
+    condition = f"entry.outcome <> 'error' AND ({' OR '.join(parts)})"
     if with_unsettled:
         condition = f"{UNSETTLED.condition} OR {condition}"
     return Choice(_ENTRY_OF_ROW, f"({condition})")
@@ -67,14 +69,14 @@ def rows_to_revisit(facts: DatabaseFacts, source: Source, *, with_unsettled: boo
 _THESE_ROWS = Choice(EVERY_ROW.join, "r.id IS NOT NULL")
 # Every row that may be due, in one pass over both tables: a probe a row would cost ten times as much.
 _MAY_BE_DUE = """
-SELECT r.id FROM {table} r JOIN ledger_entry line ON line.source_id = r.id AND line.source = ANY(%(sources)s)
- WHERE line.outcome <> 'error' AND (r."updatedAt" <> COALESCE(line.seen_updated_at, line.source_updated_at)
-                                    OR (line.outcome <> 'created' AND line.seen_updated_at IS NULL))
+SELECT r.id FROM {table} r JOIN ledger_entry entry ON entry.source_id = r.id AND entry.source = ANY(%(sources)s)
+ WHERE entry.outcome <> 'error' AND (r."updatedAt" <> COALESCE(entry.seen_updated_at, entry.source_updated_at)
+                                    OR (entry.outcome <> 'created' AND entry.seen_updated_at IS NULL))
 """
 _PLACEHOLDER = f"^({'|'.join(kind.lower() for kind in CONTACT_TYPE_OF_SOURCE.values())})-"
 _MAY_HAVE_EMAIL = f"""
-SELECT line.source_id FROM crm_contacts c
-  JOIN ledger_entry line ON line.contact_id = c.id AND line.source = ANY(%(sources)s) AND line.outcome <> 'error'
+SELECT entry.source_id FROM crm_contacts c
+  JOIN ledger_entry entry ON entry.contact_id = c.id AND entry.source = ANY(%(sources)s) AND entry.outcome <> 'error'
  WHERE c.email ~ '{_PLACEHOLDER}'
 """
 #: More rows than these are not listed.
@@ -109,15 +111,14 @@ class DueReader(SourceReader):
         return found if len(found) <= MAX_LISTED else None
 
 
-_LINE = "line.id, line.outcome, line.contact_id, line.source_updated_at, line.seen_updated_at"
-_LINES = f"SELECT {_LINE} FROM ledger_entry line WHERE line.id = ANY(%s) AND line.outcome <> 'error'"
+_ENTRIES = f"SELECT {COLUMNS} FROM ledger_entry entry WHERE entry.id = ANY(%s) AND entry.outcome <> 'error'"
 # Both by index, each of its own: of a contact's rows one made it at most, and most contacts have no other.
-LINES_OF_CONTACTS = f"""
-SELECT line.source, line.source_id, line.filled, {_LINE} FROM ledger_entry line
- WHERE line.id = ANY(%(ids)s) AND line.outcome = 'created'
+ENTRIES_OF_CONTACTS = f"""
+SELECT {COLUMNS} FROM ledger_entry entry
+ WHERE entry.id = ANY(%(ids)s) AND entry.outcome = 'created'
  UNION ALL
-SELECT line.source, line.source_id, line.filled, {_LINE} FROM ledger_entry line
- WHERE line.contact_id = ANY(%(ids)s) AND line.outcome IN ('merged', 'exists')
+SELECT {COLUMNS} FROM ledger_entry entry
+ WHERE entry.contact_id = ANY(%(ids)s) AND entry.outcome IN ('merged', 'exists')
 """
 # Had somebody touched it between two updates, nobody could tell who wrote what.
 _GIVEN = """
@@ -127,18 +128,9 @@ SELECT contact_id, string_agg(columns, ','),
 """
 
 
-class LineOfContact(NamedTuple):
-    """A settled line of a contact's: where its row is, what it filled, and how it was seen."""
-
-    table: str
-    source_id: str
-    filled: frozenset[str]
-    line: SeenLine
-
-
 @dataclass(frozen=True, slots=True)
 class Present:
-    """Lines, rows and contacts as they are now.
+    """Entries, rows and contacts as they are now.
 
     `with_versions` needs the right to read `xmin`, which a dry run may not have.
     """
@@ -148,20 +140,18 @@ class Present:
     resolutions: Resolutions
     with_versions: bool
 
-    def lines(self, rows: Iterable[MappedRow]) -> dict[str, SeenLine]:
-        """The settled lines of rows, by their id."""
-        if not self.facts.has_ledger:
-            return {}
-        return {line.id: line for line in map(_seen, self._rows(_LINES, [[row.id for row in rows]]))}
+    def entries(self, rows: Iterable[MappedRow]) -> dict[str, Entry]:
+        """The settled entries of rows, by their id."""
+        return {entry.id: entry for entry in self._entries(_ENTRIES, [[row.id for row in rows]])}
 
-    def lines_of(self, contacts: Collection[str]) -> list[LineOfContact]:
-        """The settled lines of contacts."""
+    def entries_of(self, contacts: Collection[str]) -> list[Entry]:
+        """The settled entries of contacts."""
+        return self._entries(ENTRIES_OF_CONTACTS, {"ids": list(contacts)})
+
+    def _entries(self, query: str, parameters: Any) -> list[Entry]:
         if not self.facts.has_ledger:
             return []
-        return [
-            LineOfContact(Source(source).table, source_id, _names(filled), _seen(line))
-            for source, source_id, filled, *line in self._rows(LINES_OF_CONTACTS, {"ids": list(contacts)})
-        ]
+        return read_entries(self.connection, self.facts.second_digits, query, parameters)
 
     def contacts(self, ids: Collection[str]) -> dict[str, RevisitedContact]:
         """Those of these contacts that are there, by their id, without their rows."""
@@ -173,28 +163,28 @@ class Present:
                 contacts[key].given, contacts[key].left_at = set(_names(given)), left_at
         return contacts
 
-    def add_rows(self, contacts: Mapping[str, RevisitedContact], lines: Sequence[LineOfContact]) -> None:
-        """Read the rows of contacts by their lines, in canonical order: those with a resolution come last."""
-        by_id = {line.line.id: line for line in lines if line.line.contact_id in contacts}
+    def add_rows(self, contacts: Mapping[str, RevisitedContact], entries: Sequence[Entry]) -> None:
+        """Read the rows of contacts by their entries, in canonical order: those with a resolution come last."""
+        by_id = {entry.id: entry for entry in entries if entry.contact_id in contacts}
         rows: dict[str, list[RowOfContact]] = {}
         for found in sorted(self._rows_of(by_id), key=lambda found: found.row.resolution is not None):
-            rows.setdefault(found.line.contact_id, []).append(found)
-        lines_left = Counter(line.line.contact_id for line in by_id.values())
+            rows.setdefault(found.entry.contact_id, []).append(found)
+        entries_left = Counter(entry.contact_id for entry in by_id.values())
         for contact_id, contact in contacts.items():
             contact.rows = rows.get(contact_id, ())
-            contact.has_all_rows = len(contact.rows) == lines_left[contact_id]
-        for line in by_id.values():
-            contact = contacts[line.line.contact_id]
-            if line.line.outcome is Outcome.CREATED:
-                contact.made_at = rounded(line.line.settled_at, self.facts.second_digits)
-        for line in by_id.values():
-            contact = contacts[line.line.contact_id]
+            contact.has_all_rows = len(contact.rows) == entries_left[contact_id]
+        for entry in by_id.values():
+            contact = contacts[entry.contact_id]
+            if entry.outcome is Outcome.CREATED:
+                contact.made_at = entry.written_at
+        for entry in by_id.values():
+            contact = contacts[entry.contact_id]
             if contact.made_at is not None and not contact.is_as_written:
-                contact.given |= line.filled
+                contact.given.update(entry.filled)
 
-    def _rows_of(self, lines: Mapping[str, LineOfContact]) -> Iterator[RowOfContact]:
+    def _rows_of(self, entries: Mapping[str, Entry]) -> Iterator[RowOfContact]:
         for source in Source:
-            ids = [line.source_id for line in lines.values() if line.table == source.table]
+            ids = [entry.source_id for entry in entries.values() if entry.table == source.table]
             if not ids:
                 continue
             reader = SourceReader(self.connection, self.facts, source, choice=_THESE_ROWS, ids=ids)
@@ -202,7 +192,7 @@ class Present:
             while (page := reader.page(after, len(ids))).rows:
                 after = page.key
                 for row in self.resolutions.applied(map_rows(source, page.rows, self.facts.rules())):
-                    yield RowOfContact(lines[row.id].line, source, row)
+                    yield RowOfContact(entries[row.id], source, row)
                 if page.is_last:
                     break
 
@@ -211,11 +201,6 @@ class Present:
             read_as_text(cursor)
             cursor.execute(query, parameters)
             return list(cursor.fetchall())
-
-
-def _seen(values: Sequence[Any]) -> SeenLine:
-    identifier, outcome, *others = values
-    return SeenLine(identifier, Outcome(outcome), *others)
 
 
 def _names(names: str | None) -> frozenset[str]:

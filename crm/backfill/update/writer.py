@@ -1,6 +1,7 @@
 """Writes what a second look changes: a batch is one transaction, and holds no lock before its first write.
 
-rows -> lines, contacts, keys -> decide -> contacts and stage history -> record of changes -> lines -> counts, heartbeat
+rows -> entries, contacts, keys -> decide -> contacts and stage history -> record of changes -> entries -> counts and
+heartbeat
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ ON CONFLICT DO NOTHING RETURNING NULL
 """
 # Only from what it was when the row was decided: the row may have been settled since.
 _SEEN = f"""
-UPDATE ledger_entry line SET seen_updated_at = looked.at::timestamp
+UPDATE ledger_entry entry SET seen_updated_at = looked.at::timestamp
   FROM {unnest("looked", dict.fromkeys(("id", "before", "at"), "text[]"))}
- WHERE line.id = looked.id AND seen_updated_at IS NOT DISTINCT FROM looked.before::timestamp
+ WHERE entry.id = looked.id AND seen_updated_at IS NOT DISTINCT FROM looked.before::timestamp
 """
 
 _RECORDED = {
@@ -113,7 +114,9 @@ class UpdateWriter:
         self._timeouts = timeouts
 
     def write(self, source: Source, pages: Iterable[Sequence[MappedRow]]) -> Totals:
-        """Look at a batch again, page by page; contacts, history, record, lines, counts and heartbeat commit together.
+        """Look at a batch again, page by page.
+
+        Contacts, history, record of changes, entries, counts and heartbeat commit together.
 
         Raises lease.LeaseLostError when the run is no longer the running one, and django.db.DatabaseError for a
         transient error. Nothing of the batch is written then.
@@ -157,12 +160,12 @@ class UpdateWriter:
         return settled
 
     def _look_at(self, rows: Sequence[MappedRow], *, anew: bool = False) -> Look:
-        lines = self._present.lines(rows)
-        contacts = self._present.contacts({line.contact_id for line in lines.values()})
-        self._present.add_rows(contacts, self._present.lines_of(contacts))
+        entries = self._present.entries(rows)
+        contacts = self._present.contacts({entry.contact_id for entry in entries.values()})
+        self._present.add_rows(contacts, self._present.entries_of(contacts))
         others = rows_of(contacts, rows)
         self._lookup.notice(others, anew=anew)
-        return Look(lines, contacts, self._lookup.contacts_met_by(others))
+        return Look(entries, contacts, self._lookup.contacts_met_by(others))
 
     def _write_apart(self, changes: Iterable[Change]) -> _Written:
         """Write; where PostgreSQL refuses a contact, halve until it stands alone, so that the others are written."""
@@ -235,14 +238,18 @@ class UpdateWriter:
             try_execute(self._connection, statement, [REASON, *as_columns(steps)])
 
     def _record(self, changes: Iterable[Change]) -> None:
-        lines = [recorded for change in changes for recorded in _recorded(change)]
-        if lines:
+        entries = [recorded for change in changes for recorded in _recorded(change)]
+        if entries:
             with self._connection.cursor() as cursor:
-                cursor.execute(_RECORD, [self._run_id, *as_columns(lines)])
+                cursor.execute(_RECORD, [self._run_id, *as_columns(entries)])
 
     def _mark_seen(self, changes: Iterable[Change]) -> None:
-        due = [change for change in changes if change.line.is_due(change.row.updated_at) and REFUSED not in change.kept]
-        seen = sorted({change.line.id: (change.line.looked_at, change.row.updated_at) for change in due}.items())
+        due = [
+            change for change in changes if change.entry.is_due(change.row.updated_at) and REFUSED not in change.kept
+        ]
+        seen = sorted(
+            {change.entry.id: (change.entry.seen_updated_at, change.row.updated_at) for change in due}.items()
+        )
         if seen:
             with self._connection.cursor() as cursor:
                 rows = [(identifier, before, at) for identifier, (before, at) in seen]
@@ -259,7 +266,7 @@ def _recorded(change: Change) -> Iterator[tuple[str | int | None, ...]]:
     apart: dict[tuple[str, bool], list[str]] = {}
     for name, origin in change.origins.items():
         is_lost = name in change.former and change.former[name] is None
-        apart.setdefault((origin.line.id, is_lost), []).append(name)
+        apart.setdefault((origin.entry.id, is_lost), []).append(name)
     for names in apart.values():
         yield _recorded_together(change, names)
 
@@ -269,7 +276,7 @@ def _recorded_together(change: Change, names: Sequence[str]) -> tuple[str | int 
     written = {each for name in names for each in FIELDS_OF_CHANGE[name]}
     former = {name: change.former[name] for name in names if name in change.former}
     return (
-        origin.line.id,
+        origin.entry.id,
         origin.source.value,
         origin.row.source_id,
         change.contact_id,

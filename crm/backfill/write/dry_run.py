@@ -21,6 +21,7 @@ from crm.rules.mapping import ContactDraft, MappedRow
 from crm.rules.matching import ExistingContact, ExistingContacts, ProfileOfAddress
 
 _KEYS = ("email", "user_id", "clerk_user_id")
+_OF_ENTRY = "id, source, source_id, outcome, contact_id, 0, source_updated_at, filled"
 _KEYS_TAKEN = """
 SELECT id, email, "userId", "clerkUserId" FROM crm_contacts WHERE id = ANY(%(ids)s)
  UNION SELECT id, email, "userId", "clerkUserId" FROM crm_contacts WHERE email = ANY(%(emails)s)
@@ -36,7 +37,7 @@ class Imagined:
     """
 
     def __init__(self, *, with_update: bool) -> None:
-        """`with_update` remembers whole contacts, and the lines of their rows."""
+        """`with_update` remembers whole contacts, and the entries of their rows."""
         self._with_update = with_update
         # No name: a temporary file that goes with the connection.
         self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
@@ -49,9 +50,9 @@ class Imagined:
             CREATE TABLE profile (email TEXT, otherwise INTEGER, id TEXT, contact_id TEXT, PRIMARY KEY (email, id))
                    WITHOUT ROWID;
             CREATE TABLE draft (id TEXT PRIMARY KEY, fields TEXT) WITHOUT ROWID;
-            CREATE TABLE line (id TEXT PRIMARY KEY, outcome TEXT, contact_id TEXT, settled_at TEXT, source TEXT,
-                               source_id TEXT, filled TEXT) WITHOUT ROWID;
-            CREATE INDEX line_contact_id ON line (contact_id);
+            CREATE TABLE entry (id TEXT PRIMARY KEY, source TEXT, source_id TEXT, outcome TEXT, contact_id TEXT,
+                                source_updated_at TEXT, filled TEXT) WITHOUT ROWID;
+            CREATE INDEX entry_contact_id ON entry (contact_id);
             CREATE TABLE written (id TEXT, fields TEXT);
             CREATE INDEX written_id ON written (id);
             """
@@ -134,19 +135,19 @@ class Imagined:
         )
 
     def note(self, source: Source, row_outcomes: Iterable[RowOutcome]) -> None:
-        """Remember the lines that --update would find."""
+        """Remember the entries that --update would find."""
         if not self._with_update:
             return
         self._database.executemany(
-            "INSERT OR REPLACE INTO line VALUES (?, ?, ?, ?, ?, ?, ?)",
+            "INSERT OR REPLACE INTO entry VALUES (?, ?, ?, ?, ?, ?, ?)",
             [
                 (
                     row_outcome.id,
+                    source,
+                    row_outcome.source_id,
                     row_outcome.outcome,
                     row_outcome.contact_id,
                     row_outcome.updated_at,
-                    source,
-                    row_outcome.source_id,
                     ",".join(row_outcome.filled),
                 )
                 for row_outcome in row_outcomes
@@ -161,13 +162,13 @@ class Imagined:
             [(identifier, json.dumps(fields)) for identifier, fields in contacts.items()],
         )
 
-    def lines(self, ids: Iterable[str]) -> list[tuple[Any, ...]]:
-        """The lines of rows: id, outcome, contact id, `updatedAt` of the row, source, source id, what was filled."""
-        return self._rows("SELECT * FROM line WHERE id", ids)
+    def entries(self, ids: Iterable[str]) -> list[tuple[Any, ...]]:
+        """The entries of rows, as values of the first columns of an entry. Their run has the number 0."""
+        return self._rows(f"SELECT {_OF_ENTRY} FROM entry WHERE id", ids)
 
-    def lines_of(self, contacts: Iterable[str]) -> list[tuple[Any, ...]]:
-        """The lines of the rows that would have made contacts or come to them."""
-        return self._rows("SELECT * FROM line WHERE contact_id", contacts)
+    def entries_of(self, contacts: Iterable[str]) -> list[tuple[Any, ...]]:
+        """The entries of the rows that would have made contacts or come to them."""
+        return self._rows(f"SELECT {_OF_ENTRY} FROM entry WHERE contact_id", contacts)
 
     def drafts(self, contacts: Iterable[str]) -> list[ContactDraft]:
         """The contacts with these ids that would have been made, as they would have been then."""

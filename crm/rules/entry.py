@@ -1,0 +1,50 @@
+"""An entry of the ledger as it was read: what runs did with one source row. Pure: no database."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from crm.outcome import Outcome, Source, UpdateOutcome
+
+_LEAD_SOURCES = frozenset(Source.of_table("leads"))
+
+
+class Entry(NamedTuple):
+    """A row of the ledger; or what an update changed, in the form of one: `filled` is what it changed then.
+
+    `contact_id` is empty where it names none, and `source_updated_at` None where an error's row had none.
+    """
+
+    id: str
+    source: str
+    source_id: str
+    outcome: Outcome | UpdateOutcome
+    contact_id: str
+    run_id: int
+    source_updated_at: str | None
+    filled: tuple[str, ...]
+    #: `source_updated_at` as a contact keeps it.
+    written_at: str | None
+    seen_updated_at: str | None = None
+    contact_updated_at: str | None = None
+    confidence_before: int | None = None
+
+    @property
+    def table(self) -> str:
+        """The application's table that the row is in."""
+        return "leads" if self.source in _LEAD_SOURCES else "profiles"
+
+    @property
+    def row(self) -> str:
+        """The row's reference."""
+        return f"{self.table}:{self.source_id}"
+
+    def is_due(self, updated_at: str | None) -> bool:
+        """Whether its row is to be looked at again: it has changed, or came to a contact and was not looked at since.
+
+        `updated_at` is what the row says now.
+        """
+        if updated_at is None:
+            return False  # nobody can tell, and the row can be no contact
+        seen = self.seen_updated_at or self.source_updated_at
+        return updated_at != seen or (self.seen_updated_at is None and self.outcome is not Outcome.CREATED)
