@@ -48,7 +48,7 @@ class Outcome(StrEnum):
     ERROR = "error"  # it cannot be a contact: a dead letter, tried again by every run
 
 
-#: The outcomes whose line names a contact.
+#: The outcomes whose entry names a contact.
 WITH_CONTACT = (Outcome.CREATED, Outcome.MERGED, Outcome.EXISTS)
 
 
@@ -87,7 +87,7 @@ class Refusal(NamedTuple):
 
 
 class RowOutcome(NamedTuple):
-    """What happens to one source row: a line of the ledger in the making."""
+    """What happens to one source row: an entry of the ledger in the making."""
 
     id: str
     source_id: str
@@ -199,7 +199,7 @@ BREAKDOWNS = tuple(each.name for each in fields(Totals) if each.name not in NUMB
 
 
 class Fault(StrEnum):
-    """What no line of the ledger may be, whatever the numbers add up to."""
+    """What no entry of the ledger may be, whatever the numbers add up to."""
 
     UNKNOWN_OUTCOME = "unknown_outcome"
     NO_CONTACT = "no_contact"
@@ -207,7 +207,7 @@ class Fault(StrEnum):
 
     @property
     def statement(self) -> str:
-        """What is said of such lines, for people."""
+        """What is said of such entries, for people."""
         return _STATEMENTS[self]
 
 
@@ -222,7 +222,7 @@ _STATEMENTS = {
 class RowCounts:
     """The source rows as they stand in the tables at one moment. Each term is counted by itself.
 
-    `lines` are the ledger's lines of rows that are to be migrated, by outcome; `faults` those that may not be.
+    `entries` are the ledger's entries of rows that are to be migrated, by outcome; `faults` those that may not be.
     """
 
     rows: int
@@ -230,24 +230,24 @@ class RowCounts:
     settled: dict[Source, int]
     errors: dict[Source, int]
     pending: dict[Source, int]
-    lines: dict[str, int] = field(default_factory=lambda: dict.fromkeys(Outcome, 0))
+    entries: dict[str, int] = field(default_factory=lambda: dict.fromkeys(Outcome, 0))
     faults: dict[Fault, int] = field(default_factory=dict)
 
     @property
     def in_ledger(self) -> int:
-        """Rows that have a line with an outcome."""
+        """Rows that have an entry with an outcome."""
         return sum(self.settled.values()) + sum(self.errors.values())
 
     @property
     def balances(self) -> bool:
-        """Whether every row is excluded, in the ledger or pending, and every line is what it may be."""
+        """Whether every row is excluded, in the ledger or pending, and every entry is what it may be."""
         return not self.faults and self.rows == (
             sum(self.excluded.values()) + self.in_ledger + sum(self.pending.values())
         )
 
     @property
     def unstarted(self) -> list[Source]:
-        """The sources of which no row has a line."""
+        """The sources of which no row has an entry."""
         return [source for source in Source if not self.settled[source] + self.errors[source]]
 
     def to_read(self, source: Source) -> int:

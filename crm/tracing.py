@@ -1,4 +1,4 @@
-"""What happened to one person: rows, contacts, ledger lines, updates, resolutions, runs and rollbacks. Only reads.
+"""What happened to one person: rows, contacts, ledger entries, updates, resolutions, runs and rollbacks. Only reads.
 
 A trace begins with a contact, a source row or an address, and goes on to whatever the tables of the backfill connect
 with it. It names rows, contacts, runs, outcomes, columns and moments, and never a value of a person's: whoever asks by
@@ -39,14 +39,14 @@ _LEAD_SOURCES = ", ".join(f"'{source}'" for source in Source.of_table("leads"))
 _TABLE = f"CASE WHEN source IN ({_LEAD_SOURCES}) THEN 'leads' ELSE 'profiles' END"
 _CONTACTS = 'SELECT id, "createdAt", "updatedAt" FROM crm_contacts WHERE id = ANY(%s) ORDER BY id'
 # One by its key, one by the index of the contact, and the few errors by themselves.
-_LINES = f"""
+_ENTRIES = f"""
 SELECT {_TABLE}, source_id, id, source, outcome, reason, contact_id, filled, run_id, source_updated_at, seen_updated_at,
        sqlstate, "constraint", "column", "table", "trigger"
   FROM (SELECT * FROM ledger_entry WHERE id = ANY(%(keys)s)
          UNION
         SELECT * FROM ledger_entry WHERE contact_id = ANY(%(contacts)s) AND outcome IN ('merged', 'exists')
          UNION
-        SELECT * FROM ledger_entry WHERE contact_id = ANY(%(contacts)s) AND outcome = 'error') line
+        SELECT * FROM ledger_entry WHERE contact_id = ANY(%(contacts)s) AND outcome = 'error') entry
  ORDER BY run_id, id
 """
 _UPDATES = f"""
@@ -97,8 +97,8 @@ class _Trail:
 
     @property
     def keys(self) -> list[str]:
-        """The keys of the rows' lines; and of contacts, the lines that made them."""
-        return sorted({row.line_id for row in self.rows} | self.contacts)
+        """The keys of the rows' entries; and of contacts, the entries that made them."""
+        return sorted({row.entry_id for row in self.rows} | self.contacts)
 
 
 def trace_reference(connection: BaseDatabaseWrapper, text: str) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def _trace(connection: BaseDatabaseWrapper, trail: _Trail, address: str | None =
         if address is not None:
             reader.add_people_of(trail, address)
         trace = reader.follow(trail)
-        # A rollback leaves no line that names the contact it deleted; the row that made it is still there.
+        # A rollback leaves no entry that names the contact it deleted; the row that made it is still there.
         unknown = [contact["contact_id"] for contact in trace["contacts"] if contact["state"] == "unknown"]
         return reader.follow(trail) if reader.add_rows_that_would_make(trail, unknown) else trace
 
@@ -186,22 +186,22 @@ class _Reader:
     def follow(self, trail: _Trail) -> dict[str, Any]:
         """Go from rows to contacts and back, until there is nothing new; what was found."""
         before: tuple[int, int] | None = None
-        lines: list[Found] = []
+        entries: list[Found] = []
         updates: list[Found] = []
         resolutions: list[Found] = []
         while before != (len(trail.contacts), len(trail.rows)):
             before = len(trail.contacts), len(trail.rows)
             asked = {"keys": trail.keys, "contacts": sorted(trail.contacts)}
-            lines = [_line(row) for row in self._rows(_LINES, asked)]
+            entries = [_entry(row) for row in self._rows(_ENTRIES, asked)]
             updates = [_update(row) for row in self._rows(_UPDATES, asked)]
             resolutions = [_resolution(row) for row in self._rows(_RESOLUTIONS, asked)]
-            found = [*lines, *updates, *resolutions]
+            found = [*entries, *updates, *resolutions]
             trail.rows.update(RowReference.parse(each["row"]) for each in found)
             trail.contacts.update(each["contact_id"] for each in found if each["contact_id"] is not None)
-        by_row = {line["row"]: line for line in lines}
-        contacts = self._contacts(trail, lines)
+        by_row = {entry["row"]: entry for entry in entries}
+        contacts = self._contacts(trail, entries)
         rows = self._source_rows(trail.rows, by_row)
-        runs = sorted({each["run"] for each in (*lines, *updates)})
+        runs = sorted({each["run"] for each in (*entries, *updates)})
         names = ("rolls_back", "run", "status", "started_at", "updates_reversed", "run_stands_here")
         created = [row["created_at"] for row in rows]
         asked_of_rollbacks = {
@@ -213,12 +213,12 @@ class _Reader:
         }
         rollbacks = [dict(zip(names, each, strict=True)) for each in self._rows(_ROLLBACKS, asked_of_rollbacks)]
         return {
-            "found": bool(lines or updates or resolutions)
+            "found": bool(entries or updates or resolutions)
             or any(contact["state"] != "unknown" for contact in contacts)
             or any(row["state"] != "unknown" for row in rows),
             "contacts": contacts,
             "rows": rows,
-            "lines": lines,
+            "lines": entries,
             "updates": updates,
             "decisions": resolutions,
             "runs": [
@@ -228,11 +228,11 @@ class _Reader:
             "rollbacks": rollbacks,
         }
 
-    def _contacts(self, trail: _Trail, lines: Iterable[Found]) -> list[Found]:
-        """The contacts; and those that rows would make, where they are there although no line says so."""
+    def _contacts(self, trail: _Trail, entries: Iterable[Found]) -> list[Found]:
+        """The contacts; and those that rows would make, where they are there although no entry says so."""
         there = {contact: moments for contact, *moments in self._rows(_CONTACTS, [trail.keys])}
-        made_by = {line["contact_id"]: line["row"] for line in lines if line["outcome"] == Outcome.CREATED}
-        known = {line["contact_id"] for line in lines}
+        made_by = {entry["contact_id"]: entry["row"] for entry in entries if entry["outcome"] == Outcome.CREATED}
+        known = {entry["contact_id"] for entry in entries}
         return [
             {
                 "contact_id": contact,
@@ -244,7 +244,7 @@ class _Reader:
             for contact in sorted(trail.contacts | there.keys())
         ]
 
-    def _source_rows(self, rows: Iterable[RowReference], lines: Mapping[str, Found]) -> list[Found]:
+    def _source_rows(self, rows: Iterable[RowReference], entries: Mapping[str, Found]) -> list[Found]:
         there: dict[RowReference, tuple[str | None, ...]] = {}
         for table, query in _ROWS.items():
             ids = [row.source_id for row in rows if row.table == table]
@@ -257,7 +257,7 @@ class _Reader:
             found.append(
                 {
                     "row": str(row),
-                    "state": self._state(row, lines.get(str(row)), label, is_there=row in there, source=source),
+                    "state": self._state(row, entries.get(str(row)), label, is_there=row in there, source=source),
                     "source": source.value if source else None,
                     "created_at": created_at,
                     "updated_at": updated_at,
@@ -266,14 +266,14 @@ class _Reader:
         return found
 
     def _state(
-        self, row: RowReference, line: Found | None, label: str | None, *, is_there: bool, source: Source | None
+        self, row: RowReference, entry: Found | None, label: str | None, *, is_there: bool, source: Source | None
     ) -> str:
         """What has become of a row, in a word or two."""
         if not is_there:
-            return "gone" if line else "unknown"
+            return "gone" if entry else "unknown"
         if source is None:
             return f"excluded ({self.facts.exclusion(row.table, str(label))})"
-        return "in the ledger" if line else "pending"
+        return "in the ledger" if entry else "pending"
 
     def _rows(self, query: str, parameters: Sequence[Any] | Mapping[str, Any]) -> list[tuple[Any, ...]]:
         with self.connection.cursor() as cursor:
@@ -282,7 +282,7 @@ class _Reader:
             return list(cursor.fetchall())
 
 
-def _line(row: tuple[Any, ...]) -> Found:
+def _entry(row: tuple[Any, ...]) -> Found:
     table, source_id, key, source, outcome, reason, contact, filled, run, settled_at, seen_at, *refusal = row
     names = ("sqlstate", "constraint", "column", "table", "trigger")
     return {
@@ -319,7 +319,7 @@ def _resolution(row: tuple[Any, ...]) -> Found:
 
 
 def as_lines(trace: Mapping[str, Any]) -> list[str]:
-    """A trace for people: contacts, rows with their lines, changes, resolutions, runs."""
+    """A trace for people: contacts, rows with their entries, changes, resolutions, runs."""
     return [
         *map(_contact_line, trace["contacts"]),
         *(line for row in trace["rows"] for line in _row_lines(row, trace["lines"])),
@@ -335,12 +335,12 @@ def _contact_line(contact: Found) -> str:
     told = {
         "there": f"in the CRM, {made_by}, created {_utc(contact['created_at'])}, updated {_utc(contact['updated_at'])}",
         "deleted": f"not in the CRM any more, {made_by}: what was deleted stays deleted",
-        "unknown": "not in the CRM, and no line of the ledger names it",
+        "unknown": "not in the CRM, and no entry of the ledger names it",
     }[contact["state"]]
     return f"Contact {contact['contact_id']}: {told}"
 
 
-def _row_lines(row: Found, lines: Iterable[Found]) -> list[str]:
+def _row_lines(row: Found, entries: Iterable[Found]) -> list[str]:
     told = {
         "gone": "not in the source any more",
         "unknown": "neither in the source nor in the ledger",
@@ -349,20 +349,20 @@ def _row_lines(row: Found, lines: Iterable[Found]) -> list[str]:
     head = f"Row {row['row']}: {told}"
     if row["updated_at"] is not None:
         head += f", updated {_utc(row['updated_at'])}"
-    return [head, *(f"  {_line_line(line)}" for line in lines if line["row"] == row["row"])]
+    return [head, *(f"  {_entry_line(entry)}" for entry in entries if entry["row"] == row["row"])]
 
 
-def _line_line(line: Found) -> str:
-    told = f"Run {line['run']}, {line['source']}: {line['outcome']}"
-    if line["reason"]:
-        told += f" {line['reason']}"
-    if line["contact_id"]:
-        told += f", contact {line['contact_id']}"
-    if line["filled"]:
-        told += f", filled {', '.join(line['filled'])}"
-    told += "".join(f", {name} {value}" for name, value in line["refusal"].items())
-    if line["row_seen_at"]:
-        told += f"; looked at again as of {_utc(line['row_seen_at'])}"
+def _entry_line(entry: Found) -> str:
+    told = f"Run {entry['run']}, {entry['source']}: {entry['outcome']}"
+    if entry["reason"]:
+        told += f" {entry['reason']}"
+    if entry["contact_id"]:
+        told += f", contact {entry['contact_id']}"
+    if entry["filled"]:
+        told += f", filled {', '.join(entry['filled'])}"
+    told += "".join(f", {name} {value}" for name, value in entry["refusal"].items())
+    if entry["row_seen_at"]:
+        told += f"; looked at again as of {_utc(entry['row_seen_at'])}"
     return told
 
 

@@ -142,21 +142,21 @@ class ContactAdmin(ReadOnlyAdmin):
         """As it is stored, which may be NaN: Django would round it."""
         return "-" if contact.commission_rate is None else f"{contact.commission_rate:f}"
 
-    @admin.display(description="ledger lines")
+    @admin.display(description="ledger entries")
     def ledger(self, contact: CRMContact) -> str:
         """The source rows that made it, were merged into it, met it or are in conflict with it."""
         entries = LedgerEntry.objects.filter(_names_contact(contact.pk)).order_by("source", "source_id")
         found = [
             {
-                "entry": line,
-                "address": _address_of(LedgerEntry, line.pk),
-                "filled": _spaced(line.filled),
-                "keys": ", ".join(keys_by_contact(line.contact_id, line.identity_keys).get(contact.pk, ())),
+                "entry": entry,
+                "address": _address_of(LedgerEntry, entry.pk),
+                "filled": _spaced(entry.filled),
+                "keys": ", ".join(keys_by_contact(entry.contact_id, entry.identity_keys).get(contact.pk, ())),
             }
-            for line in entries[: MAX_ENTRIES + 1]
+            for entry in entries[: MAX_ENTRIES + 1]
         ]
         return render_to_string(
-            "crm/ledger_lines.html", {"lines": found[:MAX_ENTRIES], "has_more": len(found) > MAX_ENTRIES}
+            "crm/ledger_entries.html", {"entries": found[:MAX_ENTRIES], "has_more": len(found) > MAX_ENTRIES}
         )
 
     @admin.display
@@ -288,7 +288,7 @@ class RunAdmin(ReadOnlyAdmin):
         address = reverse("admin:crm_contactupdate_changelist")
         return format_html('<a href="{}?{}">all</a>', address, urlencode({"run": run.pk}))
 
-    @admin.display(description="ledger lines")
+    @admin.display(description="ledger entries")
     def ledger(self, run: BackfillRun) -> SafeString:
         """Where to read what became of its rows."""
         address = reverse("admin:crm_ledgerentry_changelist")
@@ -355,7 +355,7 @@ class LedgerAdmin(ContactNamingAdmin):
         queryset: QuerySet[Any],
         search_term: str,
     ) -> tuple[QuerySet[Any], bool]:
-        """A source row by the key that its id makes, which is a look into the index; else the lines of a contact."""
+        """A source row by the key that its id makes, which is a look into the index; else the entries of a contact."""
         term = search_term.strip()
         if not term:
             return queryset, False
@@ -400,9 +400,9 @@ class LedgerAdmin(ContactNamingAdmin):
         """What the row filled in the contact."""
         return _spaced(entry.filled)
 
-    @admin.display(description="the line before")
+    @admin.display(description="the entry before")
     def former_values(self, entry: LedgerEntry) -> str:
-        """What the line said before the row was made a contact again."""
+        """What the entry said before the row was made a contact again."""
         return _indented(entry.former) if entry.former else "-"
 
     @admin.display(description="resolution by a person")
@@ -421,11 +421,11 @@ class LedgerAdmin(ContactNamingAdmin):
 class ResolutionAdmin(ContactNamingAdmin):
     """What people say about rows in conflict."""
 
-    list_display = ("row", "contact", "separate_email", "decided_by", "decided_at", "line")
+    list_display = ("row", "contact", "separate_email", "decided_by", "decided_at", "entry")
     search_fields = ("row",)
     search_help_text = "The whole id of a source row (with or without profiles: or leads: before it)."
     ordering = ("id",)
-    fields = ("row", "contact", "separate_email", "decided_by", "decided_at", "line", "id")
+    fields = ("row", "contact", "separate_email", "decided_by", "decided_at", "entry", "id")
 
     def get_search_results(
         self,
@@ -437,8 +437,8 @@ class ResolutionAdmin(ContactNamingAdmin):
         term = search_term.strip()
         return (queryset.filter(pk__in=_keys_of(term)) if term else queryset), False
 
-    @admin.display(description="ledger line")
-    def line(self, resolution: ConflictResolution) -> str:
+    @admin.display(description="ledger entry")
+    def entry(self, resolution: ConflictResolution) -> str:
         """The way to what became of the row."""
         return _link(LedgerEntry, resolution.pk, resolution.row)
 
@@ -447,14 +447,14 @@ class ResolutionAdmin(ContactNamingAdmin):
 class ContactUpdateAdmin(ContactNamingAdmin):
     """What --update changed in contacts."""
 
-    list_display = ("contact", "what_was_changed", "type_change", "stage_change", "line_link", "run_link")
+    list_display = ("contact", "what_was_changed", "type_change", "stage_change", "entry_link", "run_link")
     list_filter = (RunFilter,)
     search_fields = ("contact_id",)
     search_help_text = "The whole id of a contact."
     ordering = ("-id",)
     fields = (
         *("contact", "what_was_changed", "type_change", "stage_change", "stage_entered_before"),
-        *("former_values", "placeholder", "confidence_before", "line_link", "source", "source_id", "run_link"),
+        *("former_values", "placeholder", "confidence_before", "entry_link", "source", "source_id", "run_link"),
         *("source_updated_at", "contact_updated_at"),
     )
 
@@ -468,9 +468,9 @@ class ContactUpdateAdmin(ContactNamingAdmin):
         term = search_term.strip()
         return (queryset.filter(contact_id=term) if term else queryset), False
 
-    @admin.display(description="ledger line")
-    def line_link(self, change: ContactUpdate) -> str:
-        """The line of the source row that it came from; there is none while the row is pending again."""
+    @admin.display(description="ledger entry")
+    def entry_link(self, change: ContactUpdate) -> str:
+        """The entry of the source row that it came from; there is none while the row is pending again."""
         return _link(LedgerEntry, change.line_id, change.row)
 
     @admin.display(description="changed")
@@ -500,13 +500,13 @@ class ContactUpdateAdmin(ContactNamingAdmin):
 
 
 def _names_contact(identifier: str) -> Q:
-    """The ledger lines that name a contact: as theirs, or as one to which a key of a row in conflict leads."""
+    """The ledger entries that name a contact: as theirs, or as one to which a key of a row in conflict leads."""
     by_key = Q(*((f"identity_keys__{key}", identifier) for key in IDENTITY_KEYS), _connector=Q.OR)
     return Q(contact_id=identifier) | (Q(identity_keys__isnull=False) & by_key)
 
 
 def _keys_of(term: str) -> list[str]:
-    """The keys of the lines of the rows that a search may mean."""
+    """The keys of the entries of the rows that a search may mean."""
     table, _, source_id = term.partition(":")
     return [contact_id(named, term) for named in ("profiles", "leads")] + [contact_id(table, source_id)]
 

@@ -75,7 +75,7 @@ class RunContext:
         lookup = ContactIndex(connection, self.facts)
         if self.run_id is None:
             return DryRunWriter(connection, lookup, with_update=self.options.update)
-        return BatchWriter(connection, lookup, self.run_id, Timeouts(), replaces_lines=self.options.recreate_deleted)
+        return BatchWriter(connection, lookup, self.run_id, Timeouts(), replaces_entries=self.options.recreate_deleted)
 
     def updater(self, before: BatchWriter | DryRunWriter) -> Writer:
         """What looks at rows again; a dry run must know what it would have done `before`."""

@@ -2,12 +2,12 @@
 
 People delete contacts one by one, and that is no news. A table that was restored from an old backup, or was purged, is:
 nobody meant the backfill to take that for deletions. To count all such rows takes a pass over the ledger and the
-contacts. So a run looks at a sample: as many lines of the ledger as a look-up each costs next to nothing, from a place
-in the order of their keys that is drawn anew each time. The keys are digests, so these are lines of every age and
-source alike. Only where more of them have lost their contact than the last count lets expect, all are counted.
+contacts. So a run looks at a sample: as many entries of the ledger as a look-up each costs next to nothing, from a
+place in the order of their keys that is drawn anew each time. The keys are digests, so these are entries of every age
+and source alike. Only where more of them have lost their contact than the last count lets expect, all are counted.
 
-Of a loss of one contact in 200, a sample of 2,000 lines misses everything once in 20,000 nights; of one in 1,000, once
-in seven. Where there are no more lines than that, the sample is the count.
+Of a loss of one contact in 200, a sample of 2,000 entries misses everything once in 20,000 nights; of one in 1,000,
+once in seven. Where there are no more entries than that, the sample is the count.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ MIN_NEWS, MIN_SHARE_OF_NEWS = 10, 0.001
 RECORDED = "contacts_gone"
 
 _WITH_CONTACT = ", ".join(f"'{outcome}'" for outcome in WITH_CONTACT)
-_LINES = f"SELECT contact_id FROM ledger_entry WHERE id {{}} %(start)s AND outcome IN ({_WITH_CONTACT})"
+_ENTRIES = f"SELECT contact_id FROM ledger_entry WHERE id {{}} %(start)s AND outcome IN ({_WITH_CONTACT})"
 # The order is that of the index, so that no more is read than is taken. A scalar subquery with a LIMIT stays a probe.
 _OF_SAMPLE = f"""
 SELECT count(*), count(*) FILTER (
-         WHERE (SELECT true FROM crm_contacts c WHERE c.id = line.contact_id LIMIT 1) IS NULL)
-  FROM (SELECT * FROM (({_LINES.format(">=")} ORDER BY id LIMIT %(size)s)
+         WHERE (SELECT true FROM crm_contacts c WHERE c.id = entry.contact_id LIMIT 1) IS NULL)
+  FROM (SELECT * FROM (({_ENTRIES.format(">=")} ORDER BY id LIMIT %(size)s)
                        UNION ALL
-                       ({_LINES.format("<")} ORDER BY id LIMIT %(size)s)) line LIMIT %(size)s) line
+                       ({_ENTRIES.format("<")} ORDER BY id LIMIT %(size)s)) entry LIMIT %(size)s) entry
 """
 _OF_ALL = f"""
-SELECT count(*) FROM ledger_entry line
- WHERE line.outcome IN ({_WITH_CONTACT}) AND NOT EXISTS (SELECT FROM crm_contacts c WHERE c.id = line.contact_id)
+SELECT count(*) FROM ledger_entry entry
+ WHERE entry.outcome IN ({_WITH_CONTACT}) AND NOT EXISTS (SELECT FROM crm_contacts c WHERE c.id = entry.contact_id)
 """
 
 

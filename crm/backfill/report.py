@@ -151,7 +151,7 @@ def as_json(report: RunReport) -> str:
         "kept_by_column": _sorted(totals.kept_by_column),
         "pending": sum(report.row_counts.pending.values()) if report.row_counts else None,
         "rows": report.row_counts.rows if report.row_counts else None,
-        "ledger": report.row_counts.lines if report.row_counts else None,
+        "ledger": report.row_counts.entries if report.row_counts else None,
         "faults": report.row_counts.faults if report.row_counts else None,
         "balanced": report.balanced,
         "not_checked": report.not_checked,

@@ -317,20 +317,20 @@ def _heed_ceiling(options: RunOptions, totals: Totals) -> None:
 def _faults_of(row_counts: RowCounts) -> Iterator[str]:
     """What is wrong with the tables, in words."""
     for fault, count in row_counts.faults.items():
-        yield f"{count:,} ledger lines {fault.statement}"
+        yield f"{count:,} ledger entries {fault.statement}"
     if not row_counts.faults and not row_counts.balances:
         yield "the source rows are not those that are excluded, in the ledger or pending"
 
 
 def _faults_of_run(run: BackfillRun, totals: Totals) -> Iterator[str]:
-    """Where the batches of the run, its lines in the ledger and its record of changes disagree, in words."""
+    """Where the batches of the run, its entries in the ledger and its record of changes disagree, in words."""
     if not totals.balances:
         yield "the outcomes of the batches do not add up"
-    lines = Counter(
+    entries = Counter(
         dict(LedgerEntry.objects.filter(run=run).values_list("outcome").annotate(Count("id"))) if totals.read else {}
     )
-    if lines != Counter(totals.outcomes):
-        yield f"the batches counted {totals.read:,} rows, the ledger has {lines.total():,} lines of this run"
+    if entries != Counter(totals.outcomes):
+        yield f"the batches counted {totals.read:,} rows, the ledger has {entries.total():,} entries of this run"
     columns: Counter[str] = Counter()
     if totals.revisited:
         changes = ContactUpdate.objects.filter(run=run).values_list("columns").annotate(Count("id"))
@@ -349,6 +349,6 @@ def _recorded(row_counts: RowCounts, gone: GoneContacts | None, twice: ContactsT
         "settled": row_counts.settled,
         "errors": row_counts.errors,
         "pending": row_counts.pending,
-        "lines": row_counts.lines,
+        "lines": row_counts.entries,
         "faults": row_counts.faults,
     }

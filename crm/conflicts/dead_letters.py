@@ -54,32 +54,32 @@ IDENTITY_KEYS = ("email", "userId", "clerkUserId", "id")
 
 _ORDER = ", ".join(f"'{source}'" for source in Source)
 _DEAD_LETTERS = f"""
-SELECT line.source, line.source_id, line.reason, line.contact_id, line.sqlstate, line.constraint, line.column,
-       line.table, line.trigger, {{is_gone}}, {{email}}, line.identity_keys, {{resolution}}
-  FROM ledger_entry line {{joins}}
- WHERE line.outcome = '{Outcome.ERROR}'
- ORDER BY array_position(ARRAY[{_ORDER}], line.source), line.source_id
+SELECT entry.source, entry.source_id, entry.reason, entry.contact_id, entry.sqlstate, entry.constraint, entry.column,
+       entry.table, entry.trigger, {{is_gone}}, {{email}}, entry.identity_keys, {{resolution}}
+  FROM ledger_entry entry {{joins}}
+ WHERE entry.outcome = '{Outcome.ERROR}'
+ ORDER BY array_position(ARRAY[{_ORDER}], entry.source), entry.source_id
 """
 _LEAD_SOURCES = ", ".join(f"'{source}'" for source in Source.of_table("leads"))
 _IS_GONE = f"""
-       CASE WHEN line.source IN ({_LEAD_SOURCES}) THEN NOT EXISTS (SELECT FROM leads WHERE id = line.source_id)
-            ELSE NOT EXISTS (SELECT FROM profiles WHERE id = line.source_id) END
+       CASE WHEN entry.source IN ({_LEAD_SOURCES}) THEN NOT EXISTS (SELECT FROM leads WHERE id = entry.source_id)
+            ELSE NOT EXISTS (SELECT FROM profiles WHERE id = entry.source_id) END
 """
 # One each, whatever the number of rows with the id.
 _PEOPLE = f"""
   LEFT JOIN LATERAL (
-    SELECT email FROM leads WHERE line.source IN ({_LEAD_SOURCES}) AND leads.id = line.source_id LIMIT 1
+    SELECT email FROM leads WHERE entry.source IN ({_LEAD_SOURCES}) AND leads.id = entry.source_id LIMIT 1
   ) lead ON true
   LEFT JOIN LATERAL (
     SELECT users.email FROM profiles JOIN users ON users.id = profiles."userId"
-     WHERE line.source NOT IN ({_LEAD_SOURCES}) AND profiles.id = line.source_id LIMIT 1
+     WHERE entry.source NOT IN ({_LEAD_SOURCES}) AND profiles.id = entry.source_id LIMIT 1
   ) profile ON true
 """
 _RESOLUTION = """
        to_char(resolution.decided_at AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI'), resolution.contact_id,
        resolution.contact_id IS NOT NULL AND NOT EXISTS (SELECT FROM crm_contacts WHERE id = resolution.contact_id)
 """
-_RESOLUTIONS = " LEFT JOIN conflict_decision resolution ON resolution.id = line.id"
+_RESOLUTIONS = " LEFT JOIN conflict_decision resolution ON resolution.id = entry.id"
 
 
 class DeadLetter(NamedTuple):
@@ -130,9 +130,9 @@ def dead_letters(connection: BaseDatabaseWrapper, *, with_email: bool) -> Genera
 def keys_by_contact(
     contact_id: str | None, identity_keys: Mapping[str, str | None] | None
 ) -> dict[str | None, list[str]]:
-    """The contacts that a ledger line in error names, each with the keys of the row that lead to it.
+    """The contacts that a ledger entry in error names, each with the keys of the row that lead to it.
 
-    `identity_keys` are those of the line; earlier versions wrote none. The contact of a resolution that holds no more
+    `identity_keys` are those of the entry; earlier versions wrote none. The contact of a resolution that holds no more
     may have no key. Keys that no contact has are under None.
     """
     keys = identity_keys or {}
@@ -146,7 +146,7 @@ def keys_by_contact(
 
 
 def named_contacts(contact_id: str | None, identity_keys: Mapping[str, str | None] | None) -> str:
-    """The contacts that a ledger line in error names, each with its keys, for people: `c1 (email), c2 (userId)`."""
+    """The contacts that a ledger entry in error names, each with its keys, for people: `c1 (email), c2 (userId)`."""
     return ", ".join(
         ("no contact" if contact is None else contact) + (f" ({', '.join(keys)})" if keys else "")
         for contact, keys in keys_by_contact(contact_id, identity_keys).items()

@@ -80,32 +80,36 @@ def conflict_of(row: RowReference) -> str:
     Raises OperatorError where the row is not in conflict.
     """
     with _as_operator_error("Try again."):
-        line = _require_conflict(row)
-        resolution = ConflictResolution.objects.filter(pk=row.line_id).first()
+        entry = _require_conflict(row)
+        resolution = ConflictResolution.objects.filter(pk=row.entry_id).first()
         whose = resolution and resolution.contact_id
         is_gone = whose is not None and not CRMContact.objects.filter(pk=whose).exists()
     gone = f"The contact {whose} is gone since: decide again, unless a rollback deleted it and the next run makes it."
-    if line is None:
+    if entry is None:
         what = f". {gone}" if is_gone else ": the next run carries the decision out."
         return f"{row} is pending, and decided on{what}"
-    named = named_contacts(line.contact_id, line.identity_keys)
-    if resolution is not None and line.reason == Reason.CONFLICT:
+    named = named_contacts(entry.contact_id, entry.identity_keys)
+    if resolution is not None and entry.reason == Reason.CONFLICT:
         shown = shown_resolution(f"{resolution.decided_at:%Y-%m-%d %H:%M}", resolution.contact_id)
         what = gone if is_gone else "The next run carries that out. To change it, decide again."
         return f"{row}: {named}\nDecided by {resolution.decided_by} {shown}. {what}"
-    return f"{row}: {named}\n{remedy(str(row), line.reason, line.contact_id, line.identity_keys)}"
+    return f"{row}: {named}\n{remedy(str(row), entry.reason, entry.contact_id, entry.identity_keys)}"
 
 
 def _require_conflict(row: RowReference) -> LedgerEntry | None:
-    """The line of a row in conflict; None where a resolution is there and the line is gone."""
-    line = LedgerEntry.objects.filter(pk=row.line_id).first()
-    if line is not None and line.outcome == Outcome.ERROR and line.reason in (Reason.CONFLICT, Reason.STALE_DECISION):
-        return line
-    if line is not None:
-        what = line.outcome if line.outcome != Outcome.ERROR else f"an error ({line.reason})"
+    """The entry of a row in conflict; None where a resolution is there and the entry is gone."""
+    entry = LedgerEntry.objects.filter(pk=row.entry_id).first()
+    if (
+        entry is not None
+        and entry.outcome == Outcome.ERROR
+        and entry.reason in (Reason.CONFLICT, Reason.STALE_DECISION)
+    ):
+        return entry
+    if entry is not None:
+        what = entry.outcome if entry.outcome != Outcome.ERROR else f"an error ({entry.reason})"
         raise OperatorError(f"The row {row} is not in conflict, it is {what}.")
-    # Without a line, but resolved: the run that carried the resolution out was taken back, perhaps because of it.
-    if not ConflictResolution.objects.filter(pk=row.line_id).exists():
+    # Without an entry, but resolved: the run that carried the resolution out was taken back, perhaps because of it.
+    if not ConflictResolution.objects.filter(pk=row.entry_id).exists():
         raise OperatorError(f"The ledger has no row {row}: it is pending, excluded or not there.")
     return None
 
@@ -113,7 +117,7 @@ def _require_conflict(row: RowReference) -> LedgerEntry | None:
 def _whose(email: str, row: RowReference) -> str | None:
     parameters = {
         "email": email,
-        "id": row.line_id,
+        "id": row.entry_id,
         "profile": row.source_id if row.table == "profiles" else None,
         "lead": row.source_id if row.table == "leads" else None,
     }
@@ -125,7 +129,7 @@ def _whose(email: str, row: RowReference) -> str | None:
 
 def _record(row: RowReference, contact: str | None, email: str | None) -> None:
     ConflictResolution.objects.update_or_create(
-        id=row.line_id,
+        id=row.entry_id,
         defaults={
             "row": str(row),
             "contact_id": contact,

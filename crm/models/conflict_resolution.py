@@ -10,8 +10,8 @@ from django.db.models.functions import Now
 class ConflictResolution(models.Model):
     """Whose contact a row in conflict is: one that is there, or one of its own with another address.
 
-    The key is that of the row's line in the ledger. A table beside the ledger, since a resolution outlives the line: it
-    holds again when the run that carried it out is taken back, which deletes the line. And the ledger names nobody,
+    The key is that of the row's entry in the ledger. A table beside the ledger, since a resolution outlives the entry:
+    it holds again when the run that carried it out is taken back, which deletes the entry. And the ledger names nobody,
     where a resolution may hold an address: the only personal data in the tables of the backfill.
     """
 

@@ -172,11 +172,11 @@ class BackfillBatch(models.Model):
 
 
 class LedgerEntry(models.Model):
-    """What became of one source row: exactly one line for each row that was decided.
+    """What became of one source row: exactly one entry for each row that was decided.
 
     The key is the contact id that the row makes (`crm.rules.mapping.contact_id`), a function of (table, row id). So
-    one index holds the promise of one line a row, finds a row's line, and tells whether a contact is of our making: it
-    is when there is a line with its id and the outcome `created`.
+    one index holds the promise of one entry a row, finds a row's entry, and tells whether a contact is of our making:
+    it is when there is an entry with its id and the outcome `created`.
 
     `run` has neither index nor constraint in the database: both would cost every row, and only an admin page and a
     rollback look from that side.

@@ -10,7 +10,7 @@ from crm.models.ledger import BackfillRun
 class Rollback(models.Model):
     """The counts of a run of the kind `rollback`, and which run it takes back.
 
-    Of every line that the run still has in the ledger: reversed lines are gone, so that their rows are pending again;
+    Of every entry that the run still has in the ledger: reversed ones are gone, so that their rows are pending again;
     kept and failed ones are there. `reasons` says why they are, by what stands in a rollback's report.
     """
 

@@ -14,7 +14,7 @@ class ContactUpdate(models.Model):
 
     Names and labels, never a value of a person's: the values are those of the source row. The placeholder that was
     replaced is made of the row's id. Together they are what a rollback needs to take the change back: also when the run
-    that settled the row was taken back before, so that there is no line of it.
+    that settled the row was taken back before, so that there is no entry of it.
     """
 
     run = models.ForeignKey(BackfillRun, models.CASCADE, related_name="contact_updates")

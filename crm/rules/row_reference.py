@@ -28,6 +28,6 @@ class RowReference(NamedTuple):
         return f"{self.table}:{self.source_id}"
 
     @property
-    def line_id(self) -> str:
-        """The key of the row's line in the ledger, and of the contact that it makes."""
+    def entry_id(self) -> str:
+        """The key of the row's entry in the ledger, and of the contact that it makes."""
         return contact_id(self.table, self.source_id)

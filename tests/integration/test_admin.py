@@ -78,7 +78,7 @@ def test_a_contact_that_the_backfill_never_met_says_so(browser: Client) -> None:
     assert "the backfill never met this contact" in page(browser, CRMContact, add_contact("somebody@example.com"))
 
 
-def test_a_contact_with_more_lines_than_fit_says_so(browser: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_contact_with_more_entries_than_fit_says_so(browser: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(crm_admin, "MAX_ENTRIES", 1)
     contact = add_contact("ann@example.com")
     add_lead("ann@example.com")
@@ -124,35 +124,35 @@ def test_contacts_are_searched_by_key_by_address_and_by_name(browser: Client) ->
         assert listed(browser, CRMContact, q=search) == found, search
 
 
-def test_ledger_lines_are_filtered(browser: Client) -> None:
+def test_ledger_entries_are_filtered(browser: Client) -> None:
     lead = add_lead("ann@example.com")
     broken = add_profile(email="no address")
     first = run()["run"]
     second = run()["run"]
-    lead_line, broken_line = contact_id("leads", lead), contact_id("profiles", broken)
-    assert listed(browser, LedgerEntry) == {lead_line, broken_line}
-    assert listed(browser, LedgerEntry, outcome="error") == {broken_line}
+    lead_entry, broken_entry = contact_id("leads", lead), contact_id("profiles", broken)
+    assert listed(browser, LedgerEntry) == {lead_entry, broken_entry}
+    assert listed(browser, LedgerEntry, outcome="error") == {broken_entry}
     assert listed(browser, LedgerEntry, reason="conflict") == set()
-    assert listed(browser, LedgerEntry, source="active_leads") == {lead_line}
-    assert listed(browser, LedgerEntry, run=str(first)) == {lead_line}
-    assert listed(browser, LedgerEntry, run=str(second)) == {broken_line}
+    assert listed(browser, LedgerEntry, source="active_leads") == {lead_entry}
+    assert listed(browser, LedgerEntry, run=str(first)) == {lead_entry}
+    assert listed(browser, LedgerEntry, run=str(second)) == {broken_entry}
     assert listed(browser, LedgerEntry, run="999999999999999999") == set()
 
 
-def test_ledger_lines_are_searched_by_the_row_and_by_the_contact(browser: Client) -> None:
+def test_ledger_entries_are_searched_by_the_row_and_by_the_contact(browser: Client) -> None:
     contact = add_contact("ann@example.com")
     lead = add_lead("ann@example.com")
     profile = add_profile(email="bob@example.com")
     run()
-    lead_line, profile_line = contact_id("leads", lead), contact_id("profiles", profile)
-    assert listed(browser, LedgerEntry, q=lead) == {lead_line}
-    assert listed(browser, LedgerEntry, q=f"leads:{lead}") == {lead_line}
+    lead_entry, profile_entry = contact_id("leads", lead), contact_id("profiles", profile)
+    assert listed(browser, LedgerEntry, q=lead) == {lead_entry}
+    assert listed(browser, LedgerEntry, q=f"leads:{lead}") == {lead_entry}
     assert listed(browser, LedgerEntry, q=f"profiles:{lead}") == set()
-    assert listed(browser, LedgerEntry, q=contact) == {lead_line}
-    assert listed(browser, LedgerEntry, q=profile_line) == {profile_line}
+    assert listed(browser, LedgerEntry, q=contact) == {lead_entry}
+    assert listed(browser, LedgerEntry, q=profile_entry) == {profile_entry}
 
 
-def test_a_line_leads_to_its_contact_until_that_is_deleted(browser: Client) -> None:
+def test_an_entry_leads_to_its_contact_until_that_is_deleted(browser: Client) -> None:
     identifier = contact_id("leads", add_lead("ann@example.com"))
     run()
     link = f'href="{address(CRMContact, "change", identifier)}"'
@@ -165,7 +165,7 @@ def test_a_line_leads_to_its_contact_until_that_is_deleted(browser: Client) -> N
     assert browser.get(address(CRMContact, "change", identifier), follow=True).redirect_chain
 
 
-def test_a_line_whose_run_is_gone_is_shown(browser: Client) -> None:
+def test_an_entry_whose_run_is_gone_is_shown(browser: Client) -> None:
     identifier = contact_id("leads", add_lead("ann@example.com"))
     run()
     BackfillRun.objects.all().delete()
@@ -178,9 +178,9 @@ def test_a_conflict_names_each_contact_with_the_keys_that_lead_to_it_and_what_to
     by_user = add_contact("other@example.com", userId=ann)
     row = add_profile(userId=ann, clerkUserId="user_1")
     run()
-    line = contact_id("profiles", row)
+    entry = contact_id("profiles", row)
     named = f"{by_email} (email), {by_user} (userId), no contact (clerkUserId)"
-    shown = page(browser, LedgerEntry, line)
+    shown = page(browser, LedgerEntry, entry)
     assert f"Contact: {named}" in shown
     assert f"--contact {by_email} or {by_user} when" in shown
     html = browser.get(address(LedgerEntry)).content.decode()
@@ -188,7 +188,7 @@ def test_a_conflict_names_each_contact_with_the_keys_that_lead_to_it_and_what_to
     for contact, key in ((by_email, "email"), (by_user, "userId")):
         assert f'<a href="{address(CRMContact, "change", contact)}">{contact}</a> ({key})' in html
         assert f"profiles:{row} clients error conflict ({key})" in page(browser, CRMContact, contact)
-        assert listed(browser, LedgerEntry, q=contact) == {line}
+        assert listed(browser, LedgerEntry, q=contact) == {entry}
 
 
 def test_a_conflict_of_an_earlier_version_and_one_whose_contact_is_gone_are_shown(
@@ -197,16 +197,16 @@ def test_a_conflict_of_an_earlier_version_and_one_whose_contact_is_gone_are_show
     there = add_contact("ann@example.com", userId=add_user("elsewhere@example.com"))
     row = add_profile(email="ann@example.com")
     run()
-    line = contact_id("profiles", row)
+    entry = contact_id("profiles", row)
     database.rows("DELETE FROM crm_contacts RETURNING id")
-    assert f"Contact: {there} (deleted since) (email), no contact (userId)" in page(browser, LedgerEntry, line)
+    assert f"Contact: {there} (deleted since) (email), no contact (userId)" in page(browser, LedgerEntry, entry)
     database.rows("UPDATE ledger_entry SET identity_keys = NULL RETURNING id")
-    assert f"Contact: {there} (deleted since)" in page(browser, LedgerEntry, line)
-    assert listed(browser, LedgerEntry, q=there) == {line}
+    assert f"Contact: {there} (deleted since)" in page(browser, LedgerEntry, entry)
+    assert listed(browser, LedgerEntry, q=there) == {entry}
 
 
 def resolve_lead(lead: str) -> str:
-    """Record a resolution for a lead; the key of its line."""
+    """Record a resolution for a lead; the key of its entry."""
     key = contact_id("leads", lead)
     ConflictResolution.objects.create(
         id=key, row=f"leads:{lead}", separate_email=f"{lead}@example.com", decided_by="Eve"
@@ -466,7 +466,7 @@ def test_a_list_counts_only_so_far(browser: Client, monkeypatch: pytest.MonkeyPa
 def test_every_column_is_shown(model: type[models.Model]) -> None:
     shown_otherwise = {"options": "asked", "census": "tables", "run": "run_link", "commission_rate": "rate"}
     shown_otherwise |= {"contact_id": "contacts" if model is LedgerEntry else "contact", "identity_keys": "contacts"}
-    shown_otherwise |= {"filled": "what_was_filled", "line": "line_link", "columns": "what_was_changed"}
+    shown_otherwise |= {"filled": "what_was_filled", "line": "entry_link", "columns": "what_was_changed"}
     shown_otherwise |= {"former": "former_values", "report_lost": "report_is_lost"}
     shown_otherwise |= {f"{end}_{what}": f"{what}_change" for end in ("from", "to") for what in ("type", "stage")}
     page_of = admin.site._registry[model]

@@ -129,8 +129,8 @@ def test_what_became_null_after_it_was_migrated_is_neither_a_defect_nor_in_the_w
         for table, columns in {"leads": {**LEADS, **WRONG_LEADS}, "profiles": PROFILES}.items():
             for column in columns:
                 cursor.execute(
-                    f'UPDATE {table} SET "{column}" = NULL WHERE id = (SELECT min(line.source_id) '
-                    "FROM ledger_entry line JOIN crm_contacts c ON c.id = line.id WHERE line.source_id IN "
+                    f'UPDATE {table} SET "{column}" = NULL WHERE id = (SELECT min(entry.source_id) '
+                    "FROM ledger_entry entry JOIN crm_contacts c ON c.id = entry.id WHERE entry.source_id IN "
                     f'(SELECT id FROM {table} WHERE "{column}" IS NOT NULL))'
                 )
     verified = called("verify_crm_contacts")

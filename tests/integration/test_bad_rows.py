@@ -168,14 +168,14 @@ def test_a_row_that_is_refused_costs_itself_alone_and_lands_once_nothing_is_in_i
         PEOPLE,
         1,
     )
-    line = (bad.split(":")[1], "error", "data_error", obstacle.sqlstate, obstacle.constraint, obstacle.column)
-    assert refusals(database) == [line]
+    entry = (bad.split(":")[1], "error", "data_error", obstacle.sqlstate, obstacle.constraint, obstacle.column)
+    assert refusals(database) == [entry]
     assert not [contact for contact in contacts().values() if contact["email"] == BAD]
 
     again = backfill("--batch-size", str(batch_size), "--no-progress", "--json")
     assert (again.code, again.answer["read"], again.answer["error"], again.answer["error_new"]) == (0, 1, 1, 0)
     assert backfill("--strict", "--no-progress").code == 1
-    assert refusals(database) == [line]
+    assert refusals(database) == [entry]
 
     database.change(obstacle.remove)
     assert run(batch_size=batch_size)["created"] == 1
@@ -201,7 +201,7 @@ def test_a_fill_that_is_refused_costs_the_row_that_brought_it(database: Database
 
     answer = run()
     assert (answer["merged"], answer["error"], answer["balanced"]) == (PEOPLE, 1, True)
-    assert [(line[0], line[3]) for line in refusals(database)] == [(bad, obstacle.sqlstate)]
+    assert [(entry[0], entry[3]) for entry in refusals(database)] == [(bad, obstacle.sqlstate)]
     assert contact_with(BAD) == before
     assert {c["referrerUsername"] for c in contacts().values() if c["email"] != BAD} == {"ref"}
 
@@ -268,11 +268,11 @@ def test_a_user_who_left_a_profile_behind_is_tried_again_and_lands(database: Dat
 
     with before_the_contacts_of_a_batch(part_them):
         assert run()["error_new"] == 1
-    assert [line[3] for line in refusals(database)] == ["23503"]
+    assert [entry[3] for entry in refusals(database)] == ["23503"]
     assert (run()["created"], refusals(database)) == (1, [])
 
 
-def test_the_line_names_table_constraint_column_and_trigger_where_the_catalogue_has_them(database: Database) -> None:
+def test_the_entry_names_table_constraint_column_and_trigger_where_the_catalogue_has_them(database: Database) -> None:
     names = 'SELECT "table", "constraint", "column", "trigger" FROM ledger_entry WHERE outcome = \'error\''
     add_lead(BAD)
     for obstacle, named in {
@@ -343,7 +343,7 @@ def test_a_batch_in_which_every_row_is_refused(database: Database) -> None:
     add_many_leads(PEOPLE)
     answer = run(batch_size=16)
     assert (answer["created"], answer["error"], answer["balanced"]) == (0, PEOPLE, True)
-    assert {line[3:5] for line in refusals(database)} == {("23514", "nobody")}
+    assert {entry[3:5] for entry in refusals(database)} == {("23514", "nobody")}
     assert BackfillRun.objects.get().status == "finished"
 
 

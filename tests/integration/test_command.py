@@ -36,7 +36,7 @@ from tests.support.circumstances import (
     acting_as,
     address_of_the_test_database,
     in_batch,
-    losing_ledger_lines,
+    losing_ledger_entries,
     reading_role,
     refusing_contacts,
     set_status,
@@ -377,11 +377,11 @@ def test_exit_code_5_for_what_waiting_does_not_cure(database: Database) -> None:
 
 def test_exit_code_5_when_the_reconciliation_does_not_hold(database: Database) -> None:
     add_many_leads(3)
-    with losing_ledger_lines():
+    with losing_ledger_entries():
         finished = backfill("--no-progress")
     assert finished.code == 5
     assert "(DOES NOT HOLD)" in finished.stdout
-    why = "the reconciliation does not hold: the batches counted 3 rows, the ledger has 0 lines of this run"
+    why = "the reconciliation does not hold: the batches counted 3 rows, the ledger has 0 entries of this run"
     assert f"The run failed: {why}." in finished.stderr
     (record,) = BackfillRun.objects.all()
     assert (record.status, record.balanced, record.failure) == (RunStatus.FAILED, False, why)
@@ -389,7 +389,7 @@ def test_exit_code_5_when_the_reconciliation_does_not_hold(database: Database) -
 
 def test_json_tells_that_the_reconciliation_does_not_hold(database: Database) -> None:
     add_many_leads(3)
-    with losing_ledger_lines():
+    with losing_ledger_entries():
         answer = backfill("--json", "--no-progress").answer
     assert (answer["status"], answer["balanced"]) == ("failed", False)
     assert answer["failure"].startswith("the reconciliation does not hold: ")

@@ -155,10 +155,10 @@ def people(database: Database) -> tuple[int, str, str]:
 def test_without_being_told_nobody_comes_back(database: Database) -> None:
     people(database)
     delete_contacts(database)
-    lines = ledger()
+    entries = ledger()
     answer = run()
     assert (answer["read"], answer["created"], answer["recreated"]) == (1, 0, 0)
-    assert (contacts(), ledger()) == ({}, lines)
+    assert (contacts(), ledger()) == ({}, entries)
 
 
 def test_contacts_that_are_gone_are_made_again_as_a_first_run_would_and_the_dry_run_says_so(database: Database) -> None:
@@ -231,12 +231,12 @@ def test_made_again_twice_it_is_taken_back_step_by_step(database: Database) -> N
     run()
     delete_contacts(database)
     first = recreate()["run"]
-    lines = database.dump("ledger_entry")
+    entries = database.dump("ledger_entry")
     delete_contacts(database)
     second = recreate()["run"]
-    assert (taken_back(second).code, contacts(), database.dump("ledger_entry")) == (0, {}, lines)
+    assert (taken_back(second).code, contacts(), database.dump("ledger_entry")) == (0, {}, entries)
     # What it made is gone, so there is nothing of it to take back.
-    assert (taken_back(first).code, contacts(), database.dump("ledger_entry")) == (0, {}, lines)
+    assert (taken_back(first).code, contacts(), database.dump("ledger_entry")) == (0, {}, entries)
 
 
 def test_what_an_update_changed_in_a_contact_is_not_taken_for_a_change_of_the_new_one(database: Database) -> None:

@@ -115,13 +115,13 @@ def change(statement: str) -> None:
         assert cursor.rowcount > 0
 
 
-def test_lines_are_counted_as_what_they_are(database: Database) -> None:
+def test_entries_are_counted_as_what_they_are(database: Database) -> None:
     people()
     run()
     found, _, _ = look()
-    lines = dict(database.rows("SELECT outcome, count(*) FROM ledger_entry GROUP BY 1"))
-    assert found.lines == dict.fromkeys(Outcome, 0) | lines
-    assert sum(found.lines.values()) == found.in_ledger
+    entries = dict(database.rows("SELECT outcome, count(*) FROM ledger_entry GROUP BY 1"))
+    assert found.entries == dict.fromkeys(Outcome, 0) | entries
+    assert sum(found.entries.values()) == found.in_ledger
     assert found.faults == {}
 
 
@@ -134,7 +134,7 @@ def test_an_outcome_that_is_none_does_not_hold_though_the_numbers_add_up(databas
     ended = backfill()
     assert ended.code == 5
     assert "100 rows = 0 excluded + 60 in the ledger + 0 pending  (DOES NOT HOLD)" in ended.stdout
-    assert "40 ledger lines with an outcome that is none" in ended.stderr
+    assert "40 ledger entries with an outcome that is none" in ended.stderr
     assert backfill("--json", "--dry-run").answer["balanced"] is False
     verified = called("verify_crm_contacts", "--json")
     assert verified.answer["balanced"] is False
@@ -142,7 +142,7 @@ def test_an_outcome_that_is_none_does_not_hold_though_the_numbers_add_up(databas
 
 
 @pytest.mark.parametrize("outcome", ["", "pending", "NULL"])
-def test_no_word_for_an_outcome_is_taken_for_a_row_without_a_line(database: Database, outcome: str) -> None:
+def test_no_word_for_an_outcome_is_taken_for_a_row_without_an_entry(database: Database, outcome: str) -> None:
     add_many_leads(3)
     run()
     change(f"UPDATE ledger_entry SET outcome = '{outcome}'")
@@ -151,32 +151,32 @@ def test_no_word_for_an_outcome_is_taken_for_a_row_without_a_line(database: Data
 
 
 @pytest.mark.parametrize("outcome", ["created", "merged", "exists"])
-def test_a_line_whose_outcome_says_that_there_is_a_contact_names_one(database: Database, outcome: str) -> None:
+def test_an_entry_whose_outcome_says_that_there_is_a_contact_names_one(database: Database, outcome: str) -> None:
     add_many_leads(5)
     add_lead("not-an-address")
     run()
     change(f"UPDATE ledger_entry SET outcome = '{outcome}', contact_id = NULL WHERE outcome <> 'error'")
     ended = backfill("--json")
     assert (ended.code, ended.answer["balanced"], ended.answer["faults"]) == (5, False, {"no_contact": 5})
-    assert "5 ledger lines that name no contact" in ended.answer["failure"]
+    assert "5 ledger entries that name no contact" in ended.answer["failure"]
 
 
-def test_a_line_of_this_run_for_a_row_that_is_not_to_be_migrated_does_not_hold(database: Database) -> None:
+def test_an_entry_of_this_run_for_a_row_that_is_not_to_be_migrated_does_not_hold(database: Database) -> None:
     admin = add_profile("ADMIN")
     add_many_leads(3)
-    line = f"""
+    entry = f"""
         INSERT INTO ledger_entry (id, source, source_id, outcome, contact_id, run_id, source_updated_at)
         SELECT 'c123456789012345678901234', 'clients', '{admin}', 'created', 'c1', max(id),
                (SELECT "updatedAt" FROM profiles) FROM backfill_run
     """
-    with in_batch(1, lambda: change(line)):
+    with in_batch(1, lambda: change(entry)):
         ended = backfill("--json")
     assert (ended.code, ended.answer["faults"]) == (5, {"excluded_row": 1})
     # In a later run, it may be one that became an administrator since.
     assert backfill("--json").answer["balanced"] is True
 
 
-def test_two_lines_of_one_row_do_not_hold(database: Database) -> None:
+def test_two_entries_of_one_row_do_not_hold(database: Database) -> None:
     add_many_leads(3)
     run()
     copied = "source, source_id, outcome, contact_id, run_id, source_updated_at"
@@ -202,7 +202,7 @@ def test_a_run_that_failed_tells_what_is_true_at_its_end(database: Database) -> 
 
 
 @pytest.mark.parametrize("status", [RunStatus.PAUSED, RunStatus.CANCELLED, RunStatus.INTERRUPTED])
-def test_a_run_that_lost_its_fence_counts_the_tables_and_does_not_judge_its_own_lines(
+def test_a_run_that_lost_its_fence_counts_the_tables_and_does_not_judge_its_own_entries(
     database: Database, status: RunStatus
 ) -> None:
     add_many_leads(30)

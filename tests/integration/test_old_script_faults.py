@@ -37,8 +37,8 @@ ATTRIBUTION: dict[str, Any] = {
 
 def told(reference: str) -> tuple[str | None, str | None, str | None]:
     """What the ledger says of a row: outcome, reason, contact."""
-    line = ledger()[reference]
-    return line["outcome"], line["reason"], line["contact_id"]
+    entry = ledger()[reference]
+    return entry["outcome"], entry["reason"], entry["contact_id"]
 
 
 # Keys

@@ -18,7 +18,7 @@ from tests.conftest import Database
 from tests.support.builders import add_contact, add_lead, add_user, ledger
 from tests.support.circumstances import acting_as, reading_role
 from tests.support.commands import run
-from tests.support.conflicts import ANN, OTHER, line_of, resolve, resolved, somebody_elses_account
+from tests.support.conflicts import ANN, OTHER, entry_of, resolve, resolved, somebody_elses_account
 from tests.support.processes import database_url, manage
 
 # The record
@@ -65,8 +65,8 @@ def test_what_is_no_resolution_is_refused_and_nothing_is_recorded(database: Data
     add_lead("Lead@example.com")
     add_lead("broken")
     run()
-    settled = next(name for name, line in ledger().items() if line["outcome"] == "created")
-    invalid = next(name for name, line in ledger().items() if line["reason"] == "invalid_email")
+    settled = next(name for name, entry in ledger().items() if entry["outcome"] == "created")
+    invalid = next(name for name, entry in ledger().items() if entry["reason"] == "invalid_email")
     for arguments, words in (
         (("profiles:nobody", "--contact", contact), "has no row profiles:nobody"),
         ((settled, "--contact", contact), "not in conflict, it is created"),
@@ -179,7 +179,7 @@ def test_a_run_that_was_taken_back_can_be_resolved_anew(database: Database) -> N
     assert row not in ledger()
     resolved(row, "--contact", contact)
     assert run()["exists"] == 1
-    assert line_of(row) == ("exists", None, contact)
+    assert entry_of(row) == ("exists", None, contact)
 
 
 def test_a_role_that_may_not_decide_is_told_so(database: Database) -> None:

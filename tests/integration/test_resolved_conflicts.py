@@ -21,7 +21,7 @@ from tests.support import reference
 from tests.support.builders import add_contact, add_lead, add_profile, add_user, contacts, ledger
 from tests.support.circumstances import acting_as, reading_role
 from tests.support.commands import run
-from tests.support.conflicts import ANN, OTHER, line_of, resolve, resolved, somebody_elses_account
+from tests.support.conflicts import ANN, OTHER, entry_of, resolve, resolved, somebody_elses_account
 
 
 def rehearsed_and_run() -> dict[str, Any]:
@@ -40,10 +40,10 @@ def test_a_row_belongs_to_somebody_elses_contact_and_changes_nothing_there(datab
     before = contacts()
     resolved(row, "--contact", contact)
     assert contacts() == before
-    assert line_of(row) == ("error", "conflict", contact)
+    assert entry_of(row) == ("error", "conflict", contact)
     assert rehearsed_and_run()["exists"] == 1
     assert contacts() == before
-    assert line_of(row) == ("exists", None, contact)
+    assert entry_of(row) == ("exists", None, contact)
     assert run()["read"] == 0
 
 
@@ -57,7 +57,7 @@ def test_a_row_is_merged_into_a_contact_of_ours_and_fills_only_what_is_missing(d
     resolved(row, "--contact", mine)
     assert rehearsed_and_run()["merged"] == 1
     assert contacts()[mine] == before | {"phone": "555 0101", "company": "Co"}
-    assert line_of(row) == ("merged", None, mine)
+    assert entry_of(row) == ("merged", None, mine)
 
 
 def test_a_row_may_belong_to_a_contact_with_which_it_has_no_key_in_common(database: Database) -> None:
@@ -67,7 +67,7 @@ def test_a_row_may_belong_to_a_contact_with_which_it_has_no_key_in_common(databa
     row, _, _ = somebody_elses_account()
     resolved(row, "--contact", mine)
     carried_out = rehearsed_and_run()
-    assert (carried_out["merged"], line_of(row)) == (1, ("merged", None, mine))
+    assert (carried_out["merged"], entry_of(row)) == (1, ("merged", None, mine))
     after = contacts()
     roll_back(carried_out["run"])
     roll_back(first["run"])
@@ -98,7 +98,7 @@ def test_a_contact_that_was_deleted_since_is_told_as_a_new_error(database: Datab
         cursor.execute("DELETE FROM crm_contacts WHERE id = %s", [contact])
     report = rehearsed_and_run()
     assert (report["error"], report["error_new"], report["created"]) == (1, 1, 0)
-    assert line_of(row) == ("error", "stale_decision", contact)
+    assert entry_of(row) == ("error", "stale_decision", contact)
     assert run()["error_new"] == 0
     resolved(row, "--separate", OTHER)
     assert rehearsed_and_run()["created"] == 1
@@ -166,7 +166,7 @@ def test_a_row_gets_a_contact_of_its_own_with_another_address(database: Database
     assert (after[own]["email"], after[own]["userId"], after[own]["phone"]) == (OTHER, user, "555 0101")
     assert after.keys() == {contact, own}
     assert after[contact] == before[contact]
-    assert line_of(row) == ("created", None, own)
+    assert entry_of(row) == ("created", None, own)
     assert run()["read"] == 0
 
 
@@ -192,7 +192,7 @@ def test_an_address_that_became_somebodys_since_is_told_as_a_new_error(database:
     resolved(row, "--separate", OTHER)
     newcomer = add_contact(OTHER.upper())
     assert rehearsed_and_run()["error_new"] == 1
-    assert line_of(row) == ("error", "stale_decision", newcomer)
+    assert entry_of(row) == ("error", "stale_decision", newcomer)
     resolved(row, "--contact", newcomer)
     assert rehearsed_and_run()["exists"] == 1
 
@@ -287,8 +287,8 @@ def test_the_end_is_the_same_for_every_number_of_workers(database: Database, wor
     for answer in (foretold, report):
         counts = {name: answer[name] for name in ("read", "created", "merged", "exists", "error", "error_new")}
         assert counts == {"read": 15, "created": 6, "merged": 3, "exists": 4, "error": 2, "error_new": 2}
-    by_row = {row: line_of(row) for row in resolutions}
-    taken = {reference.contact_id_of(row) for row, line in ledger().items() if line["outcome"] == "created"}
+    by_row = {row: entry_of(row) for row in resolutions}
+    taken = {reference.contact_id_of(row) for row, entry in ledger().items() if entry["outcome"] == "created"}
     for row, (how, what) in resolutions.items():
         if row in extra:
             assert by_row[row] == ("merged", None, shared)
@@ -331,7 +331,7 @@ def test_a_limit_bounds_the_rows_that_were_resolved_on_as_well(database: Databas
     resolved(row, "--contact", contact)
     add_lead("first@example.com")
     assert run(limit=1)["created"] == 1
-    assert line_of(row)[0] == "error"
+    assert entry_of(row)[0] == "error"
     assert run(limit=1)["exists"] == 1
 
 
@@ -340,7 +340,7 @@ def test_a_source_that_is_left_out_is_left_out(database: Database) -> None:
     resolved(row, "--contact", contact)
     assert run(only=(Source.PREPARERS, Source.ACTIVE_LEADS))["read"] == 0
     assert run(since="2030-01-01")["read"] == 0
-    assert line_of(row)[0] == "error"
+    assert entry_of(row)[0] == "error"
     assert run(only=(Source.CLIENTS,))["exists"] == 1
 
 
@@ -398,7 +398,7 @@ def test_a_verification_expects_what_a_resolved_merge_filled(database: Database)
     run()
     resolved(row, "--contact", mine)
     run()
-    assert line_of(row) == ("merged", None, mine)
+    assert entry_of(row) == ("merged", None, mine)
     assert verified() == []
     change(mine, clerkUserId=None)
     assert verified() == [("fields", "defect", ("clerkUserId",))]

@@ -190,7 +190,7 @@ def test_rollback_leaves_what_was_there_before_and_then_backfill_equals_backfill
     first = run()
     if not first["read"]:
         return
-    after_first, lines = contacts(), ledger()
+    after_first, entries = contacts(), ledger()
     dump = database.dump(*UNTOUCHED_TABLES)
 
     whole = database.dump()
@@ -203,13 +203,13 @@ def test_rollback_leaves_what_was_there_before_and_then_backfill_equals_backfill
     assert report["merges"] == {"reversed": first["merged"], "kept": 0, "failed": 0}
     assert report["lines"] == {"reversed": first["exists"] + first["error"], "kept": 0, "failed": 0}
     assert report["balanced"] is True
-    assert without_what_is_lost(contacts(), lines) == without_what_is_lost(before, lines)
+    assert without_what_is_lost(contacts(), entries) == without_what_is_lost(before, entries)
     assert ledger() == {}
     assert database.dump(*UNTOUCHED_TABLES) == dump
 
     again = run()
     assert again["read"] == first["read"]
-    assert (contacts(), ledger()) == (after_first, lines)
+    assert (contacts(), ledger()) == (after_first, entries)
 
 
 def taken_back_dry(run_id: int, batch_size: int) -> dict[str, Any]:
@@ -218,11 +218,13 @@ def taken_back_dry(run_id: int, batch_size: int) -> dict[str, Any]:
     return finished.answer
 
 
-def without_what_is_lost(found: dict[str, reference.Row], lines: dict[str, reference.Line]) -> dict[str, reference.Row]:
-    """The contacts but for what a merge replaces as part of a unit, where no line tells what it was: in contacts of a
+def without_what_is_lost(
+    found: dict[str, reference.Row], entries: dict[str, reference.Entry]
+) -> dict[str, reference.Row]:
+    """The contacts but for what a merge replaces as part of a unit, where no entry tells what it was: in contacts of a
     ledger that was lost."""
-    orphans = {line["contact_id"] for line in lines.values() if line["outcome"] == "merged"}
-    orphans -= {line["contact_id"] for line in lines.values() if line["outcome"] == "created"}
+    orphans = {entry["contact_id"] for entry in entries.values() if entry["outcome"] == "merged"}
+    orphans -= {entry["contact_id"] for entry in entries.values() if entry["outcome"] == "created"}
     lost = {"attributionConfidence": None, "assignedAt": None}
     return {key: row | (lost if key in orphans else {}) for key, row in found.items()}
 
@@ -252,8 +254,8 @@ def test_nothing_that_a_person_wrote_is_lost_whichever_run_is_taken_back(
     if not LedgerEntry.objects.filter(run=chosen["run"]).exists():
         return
     there = contacts()
-    settled = {row: line for row, line in ledger().items() if line["outcome"] != "error"}
-    of_deleted_contacts = {row: line for row, line in settled.items() if line["contact_id"] not in there}
+    settled = {row: entry for row, entry in ledger().items() if entry["outcome"] != "error"}
+    of_deleted_contacts = {row: entry for row, entry in settled.items() if entry["contact_id"] not in there}
     foretold = taken_back_dry(chosen["run"], 1000)
     report = taken_back(chosen["run"])
 
@@ -266,8 +268,8 @@ def test_nothing_that_a_person_wrote_is_lost_whichever_run_is_taken_back(
         if contact_id in left:
             assert {column: left[contact_id][column] for column in differing} == {c: row[c] for c in differing}
     run()
-    lines = ledger()
-    assert {row: lines[row] for row in of_deleted_contacts} == of_deleted_contacts
+    entries = ledger()
+    assert {row: entries[row] for row in of_deleted_contacts} == of_deleted_contacts
 
 
 @pytest.fixture
@@ -547,7 +549,7 @@ def test_what_an_update_filled_in_an_edited_contact_is_taken_out_again(
     assert contacts() == before
 
 
-def test_a_line_without_the_contacts_marker_is_judged_by_the_row_that_made_the_contact(database: Database) -> None:
+def test_an_entry_without_the_contacts_marker_is_judged_by_the_row_that_made_the_contact(database: Database) -> None:
     _, second = merged_by_a_second_run()
     change("UPDATE ledger_entry SET contact_updated_at = NULL, confidence_before = NULL")
     assert taken_back(second["run"])["merges"]["reversed"] == 1
@@ -642,13 +644,13 @@ def test_what_is_taken_out_is_missed_by_nobody(database: Database) -> None:
     add_lead("ann@example.com", phone="555 0102", commissionRate="7.50")
     add_lead("ann@example.com", phone=" ", commissionRate="8.50")
     run()
-    whole, lines = contacts(), ledger()
+    whole, entries = contacts(), ledger()
     report = taken_back(second["run"])
     assert contact_with("ann@example.com")["phone"] is None
     assert verify(connection).findings.kept == []
     assert report["later_merges"] == 2
     run()
-    assert (contacts(), ledger()) == (whole, lines)
+    assert (contacts(), ledger()) == (whole, entries)
 
 
 def test_a_row_merged_by_the_same_run_stays_with_a_contact_that_stays(database: Database) -> None:

@@ -27,7 +27,7 @@ from tests.support.commands import called, run
 #: a new name or a new form of the code leaves them as they are.
 REFERENCE = ("reference.py", "reference_update.py")
 #: `RULES`, and the digest of the reference when somebody last said that they belong together.
-LOOKED_AT = (1, "0b4c681276ec64851153bfa5e840ac23e02934eb565463ec008bea7e690caedf")
+LOOKED_AT = (1, "5a8e42b2a1f68f1b6885902631578741d810fdeab5bbd0348605ce56c1c17906")
 
 LATER = "2099-01-01"
 EARLIER = pytest.mark.parametrize(("rules", "named"), [(None, "not recorded"), (RULES - 1, str(RULES - 1))])

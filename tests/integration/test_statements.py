@@ -159,7 +159,7 @@ def asks_the_ledger(sent: list[Statement]) -> set[bool]:
     return {"FROM ledger_entry" in statement.sql for statement in pages(sent)}
 
 
-def test_a_first_run_does_not_ask_the_ledger_for_lines_that_are_not_there(database: Database) -> None:
+def test_a_first_run_does_not_ask_the_ledger_for_entries_that_are_not_there(database: Database) -> None:
     assert asks_the_ledger(sent_for(database, half_there, 100, 100)) == {False}
     assert asks_the_ledger(sent_for(database, all_in_error_again, 100, 100)) == {True}
 
@@ -215,7 +215,7 @@ def test_the_line_of_a_row_that_made_a_contact_costs_one_entry_in_one_index(data
 def test_a_page_is_a_walk_along_an_index_whatever_the_statistics_say(database: Database, partition: Partition) -> None:
     add_many_leads(20_000)
     with_all("""UPDATE leads SET "createdAt" = timestamp '2025-01-01' + random() * interval '100 days'""")
-    # As autovacuum does in the middle of a run: every row that it sees has a line, and all of them are of this run.
+    # As autovacuum does in the middle of a run: every row that it sees has an entry, and all of them are of this run.
     assert run(limit=5_000)["created"] == 5_000
     with_all("ANALYZE")
     reader = SourceReader(

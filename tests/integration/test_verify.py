@@ -94,13 +94,13 @@ def test_nothing_is_found_after_a_run_and_nothing_is_written(
     report = verified()
     assert sorted(report.findings.kept, key=str) == sorted(expected_of_lost_ledgers(population), key=str)
     assert database.dump() == before
-    lines = builders.ledger().values()
-    assert report.entries == Counter(str(line["outcome"]) for line in lines)
+    entries = builders.ledger().values()
+    assert report.entries == Counter(str(entry["outcome"]) for entry in entries)
     assert report.comparison.compared == report.comparison.alike == report.entries.get("created", 0)
     assert (report.comparison.touched, report.deleted, report.rows_gone) == (0, {}, {})
     assert (report.row_counts.rows, report.row_counts.in_ledger, sum(report.row_counts.pending.values())) == (
         len(population.profiles) + len(population.leads),
-        len(lines),
+        len(entries),
         0,
     )
     assert report.row_counts.excluded == last["excluded"]
@@ -108,7 +108,7 @@ def test_nothing_is_found_after_a_run_and_nothing_is_written(
 
 def expected_of_lost_ledgers(population: reference.Population) -> Iterator[Finding]:
     """Some populations hold contacts with ids of ours from a time whose ledger was lost. A row that is not to be
-    migrated gets no line for its own."""
+    migrated gets no entry for its own."""
     there = {contact["id"] for contact in population.contacts}
     for table, rows in (("profiles", population.profiles), ("leads", population.leads)):
         for row in rows:
@@ -206,8 +206,8 @@ def test_one_wrong_value_in_any_contact_is_found_and_blamed_on_who_changed(
     with connection.cursor() as cursor:
         insert_population(cursor, data.draw(populations(generation)))
     run()
-    lines = builders.ledger()
-    made = sorted(str(line["contact_id"]) for line in lines.values() if line["outcome"] == "created")
+    entries = builders.ledger()
+    made = sorted(str(entry["contact_id"]) for entry in entries.values() if entry["outcome"] == "created")
     assume(made)
     contact, value = data.draw(st.sampled_from(made)), data.draw(st.sampled_from(PLANTED[column]))
     before = builders.contacts()[contact][column]
@@ -216,7 +216,7 @@ def test_one_wrong_value_in_any_contact_is_found_and_blamed_on_who_changed(
     if "crm" in touched:
         change('UPDATE crm_contacts SET "updatedAt" = %s WHERE id = %s', LATER, contact)
     if "source" in touched:
-        for table, _, identifier in (row.partition(":") for row in lines if lines[row]["contact_id"] == contact):
+        for table, _, identifier in (row.partition(":") for row in entries if entries[row]["contact_id"] == contact):
             change(f'UPDATE {table} SET "updatedAt" = %s WHERE id = %s', LATER, identifier)
     kinds = [finding.kind for finding in found() if finding.contact_id == contact and column in finding.columns]
     assert kinds == [PLACES[touched]]
@@ -363,7 +363,7 @@ def test_a_value_that_the_ledger_says_a_merge_filled_is_held_against_the_merged_
     assert found() == [filled]
 
 
-def test_a_deleted_ledger_line_is_found(database: Database) -> None:
+def test_a_deleted_ledger_entry_is_found(database: Database) -> None:
     client, lead = add_client(), add_attributed_lead()
     run()
     for row in (client, lead):
@@ -372,7 +372,7 @@ def test_a_deleted_ledger_line_is_found(database: Database) -> None:
     assert command().code == 1
 
 
-def test_a_line_of_another_table_is_no_line(database: Database) -> None:
+def test_an_entry_of_another_table_is_no_entry(database: Database) -> None:
     client = add_client(id="same")
     lead = add_attributed_lead(id="same")
     run()
@@ -394,7 +394,7 @@ def test_a_contact_that_is_gone_is_told_as_a_figure(database: Database) -> None:
     assert own_contact(lead) not in builders.contacts()
 
 
-def test_a_line_that_names_no_contact_is_found(database: Database) -> None:
+def test_an_entry_that_names_no_contact_is_found(database: Database) -> None:
     client = add_client()
     builders.add_contact("lee@example.com")
     lead = add_attributed_lead()
@@ -413,7 +413,7 @@ def test_a_contact_with_two_creators_is_found(database: Database) -> None:
         change("UPDATE ledger_entry SET contact_id = id WHERE id = %s", own_contact(row))
 
 
-def test_a_line_under_another_rows_key_is_found(database: Database) -> None:
+def test_an_entry_under_another_rows_key_is_found(database: Database) -> None:
     client, lead = add_client(), add_attributed_lead()
     run()
     change("UPDATE ledger_entry SET source_id = 'moved' WHERE id = %s", own_contact(client))
@@ -786,7 +786,7 @@ def test_statements_do_not_grow_with_rows_but_with_pages(database: Database, mon
         return len(of_verification)
 
     assert sent(3, 1000) == sent(300, 1000)
-    # A page costs one look at contacts; one at profiles and one at leads, each in a savepoint; and its lines, two a
+    # A page costs one look at contacts; one at profiles and one at leads, each in a savepoint; and its entries, two a
     # contact here, two fetches.
     assert sent(80, 10) - sent(40, 10) == 4 * (1 + 2 * 3 + 2)
 

@@ -56,7 +56,7 @@ def second_look(labels: list[str]) -> tuple[int, int]:
     return begin + 1, labels.index(COMMIT, writes[-1]) + 1
 
 
-def lines(database: Database) -> int:
+def entries(database: Database) -> int:
     ((count,),) = database.rows("SELECT count(*) FROM ledger_entry")
     return int(count)
 
@@ -79,7 +79,7 @@ def test_a_process_killed_at_whatever_moment_leaves_nothing_that_the_next_run_do
     for statement, delay in moments(MOMENTS, len(undisturbed.labels)):
         process = fork(*SIZED, prepare=Mishap(statement=statement, delay=delay).prepare)
         assert ended(process) == KILLED, "it was still at work"
-        left.append(lines(database))
+        left.append(entries(database))
         assert run(batch_size=BATCH_SIZE)["balanced"] is True
         undisturbed.assert_reached()
         undisturbed.reset()
@@ -100,7 +100,7 @@ def test_a_process_killed_at_each_statement_boundary_of_a_batch(database: Databa
         # Statements are counted from 1 on.
         process = fork(*SIZED, prepare=Mishap(statement=statement + 1).prepare)
         assert ended(process) == KILLED, "it was still at work"
-        left.append(lines(database))
+        left.append(entries(database))
         assert run(batch_size=BATCH_SIZE)["balanced"] is True
         undisturbed.assert_reached()
         undisturbed.reset()
@@ -171,7 +171,7 @@ def test_the_command_as_an_operator_starts_it_is_killed(database: Database) -> N
     process = start("backfill_crm_contacts", "--no-progress", *SIZED, url=database_url())
     try:
         end = time.monotonic() + AT_MOST_SECONDS
-        while lines(database) == 0 and process.poll() is None:
+        while entries(database) == 0 and process.poll() is None:
             assert time.monotonic() < end, "it did not get there"
     finally:
         process.kill()

@@ -39,7 +39,7 @@ from tests.support import commands, reference, reference_update
 from tests.support.machine import expectations
 from tests.support.machine.expectations import Found
 from tests.support.machine.memory import Memory
-from tests.support.machine.world import LedgerLine, State, Update, World
+from tests.support.machine.world import LedgerEntry, State, Update, World
 from tests.support.populations import HAS_CLERK_USER_ID, MOMENTS, NOT_ADDRESSES, ROLES
 from tests.support.profiles import MACHINE_EXAMPLES, MACHINE_STEPS, SOAKING
 
@@ -190,8 +190,8 @@ class Machine(RuleBasedStateMachine):
                 resolving.is_separate(row, data.draw(st.sampled_from(SEPARATE_EMAILS), label="address"))
 
     def _unresolved(self) -> list[str]:
-        lines = self.world.state().lines.values()
-        return sorted(line.row for line in lines if line.reason in ("conflict", "stale_decision"))
+        entries = self.world.state().entries.values()
+        return sorted(entry.row for entry in entries if entry.reason in ("conflict", "stale_decision"))
 
     @precondition(lambda self: self._contacts_of_ours())
     @rule(data=st.data(), batch_size=st.sampled_from([1, 2, 1000]))
@@ -199,7 +199,7 @@ class Machine(RuleBasedStateMachine):
         """So a run that wrote it is taken back: the one that made it, or one that filled it."""
         contact = data.draw(st.sampled_from(self._contacts_of_ours()), label="contact")
         state = self.world.state()
-        writers: list[LedgerLine | Update] = [*state.lines.values(), *state.updates]
+        writers: list[LedgerEntry | Update] = [*state.entries.values(), *state.updates]
         runs = sorted({writer.run for writer in writers if writer.contact_id == contact})
         self._roll_back(data.draw(st.sampled_from(runs), label="run"), batch_size)
 
@@ -237,7 +237,7 @@ class Machine(RuleBasedStateMachine):
 
     def _runs_with_something_left(self) -> list[int]:
         state = self.world.state()
-        return sorted({line.run for line in state.lines.values()} | {update.run for update in state.updates})
+        return sorted({entry.run for entry in state.entries.values()} | {update.run for update in state.updates})
 
     def _assert_refused(self, run: int) -> None:
         everything = self.world.everything()
@@ -254,7 +254,7 @@ class Machine(RuleBasedStateMachine):
         assert self.world.other_tables() == others
         expectations.assert_nothing_of_theirs_is_lost(before, after, self.memory)
         expectations.assert_the_ledger_is_whole(after)
-        self.memory.lines_written(before, after)
+        self.memory.entries_written(before, after)
         return after
 
     def _assert_as_expected(self, after: State, expected: reference.Result) -> None:
@@ -492,13 +492,13 @@ def _looks(answer: dict[str, Any]) -> dict[str, Any]:
 
 def _as_the_judge_of_second_looks_sees_it(state: State) -> reference_update.World:
     world = reference_update.World(dict(state.contacts), state.ledger, dict(state.seen), set(state.looked))
-    for contact_id, line in state.creators().items():
-        world.made[contact_id] = reference_update.Made(line.updated_at, set(expectations.columns_of(line)))
+    for contact_id, entry in state.creators().items():
+        world.made[contact_id] = reference_update.Made(entry.updated_at, set(expectations.columns_of(entry)))
     for contact_id in state.contacts:
         world.given[contact_id] = {name for update in state.updates_of(contact_id) for name in update.filled}
         world.left[contact_id] = {update.contact_updated_at for update in state.updates_of(contact_id)}
         merged = state.merged_into(contact_id)
-        world.merged_in[contact_id] = {column for line in merged for column in expectations.columns_of(line)}
+        world.merged_in[contact_id] = {column for entry in merged for column in expectations.columns_of(entry)}
     return world
 
 

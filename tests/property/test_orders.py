@@ -103,8 +103,8 @@ def outcomes() -> Mapping[str, str | None]:
     """The address that each row's contact has, or the reason why it has none."""
     found = contacts()
     return {
-        row: line["reason"] if line["outcome"] == "error" else found[str(line["contact_id"])]["email"]
-        for row, line in ledger().items()
+        row: entry["reason"] if entry["outcome"] == "error" else found[str(entry["contact_id"])]["email"]
+        for row, entry in ledger().items()
     }
 
 

@@ -17,7 +17,7 @@ from tests.support.reference import (
     CONTACT_COLUMNS,
     NULLABLE_ATTRIBUTION,
     SOURCES,
-    Line,
+    Entry,
     Population,
     Result,
     Row,
@@ -69,7 +69,7 @@ def contact(identifier: str = "k1", email: str = "ann@example.com", **columns: A
 
 
 def run(
-    *rows: Row, generation: str = "2025_10", ledger: dict[str, Line] | None = None, only: set[str] | None = None
+    *rows: Row, generation: str = "2025_10", ledger: dict[str, Entry] | None = None, only: set[str] | None = None
 ) -> Result:
     """Run on rows as the builders above make them; each is recognised by its columns."""
     return backfill(population_of(*rows, generation=generation), ledger=ledger, only=only)
@@ -88,7 +88,7 @@ def population_of(*rows: Row, generation: str = "2025_10") -> Population:
 
 
 def outcomes(result: Result) -> dict[str, str | None]:
-    return {reference: line["reason"] or line["outcome"] for reference, line in result.ledger.items()}
+    return {reference: entry["reason"] or entry["outcome"] for reference, entry in result.ledger.items()}
 
 
 def made_by(result: Result, reference: str) -> Row:
@@ -610,7 +610,7 @@ def test_a_name_of_white_space_is_unknown(blank: str | None) -> None:
 # Any population
 
 
-def check(population: Population, result: Result, ledger: dict[str, Line]) -> None:
+def check(population: Population, result: Result, ledger: dict[str, Entry]) -> None:
     """What must hold after any run over all sources, whatever the rows are."""
     counts = result.counts
     rows = [("profiles", row) for row in population.profiles] + [("leads", row) for row in population.leads]
@@ -625,7 +625,7 @@ def check(population: Population, result: Result, ledger: dict[str, Line]) -> No
     for key in ("email", "userId", "clerkUserId"):
         values = [row[key] for row in result.contacts.values() if row[key] is not None]
         assert len(values) == len(set(values)), "the database would refuse this"
-    made = {line["contact_id"] for line in result.ledger.values() if line["outcome"] == "created"}
+    made = {entry["contact_id"] for entry in result.ledger.values() if entry["outcome"] == "created"}
     for row in population.contacts:
         own = any(contact_id_of(reference) == row["id"] for reference in migrated)
         if row["id"] not in made and not own:

@@ -8,7 +8,7 @@ from typing import Any
 from django.db import connection
 
 from tests.support.populations import read_contacts, read_ledger
-from tests.support.reference import Line, Row, address_of
+from tests.support.reference import Entry, Row, address_of
 
 CREATED_AT = "2025-01-02 03:04:05.678"
 UPDATED_AT = "2025-02-03 04:05:06.789"
@@ -107,7 +107,7 @@ def contact_with(email: str) -> Row:
     return found
 
 
-def ledger() -> dict[str, Line]:
+def ledger() -> dict[str, Entry]:
     """The ledger by row reference."""
     with connection.cursor() as cursor:
         return read_ledger(cursor)

@@ -88,8 +88,8 @@ def refusing_contacts(sqlstate: str) -> Iterator[None]:
 
 
 @contextmanager
-def losing_ledger_lines() -> Iterator[None]:
-    """The ledger takes no line, and nobody says so."""
+def losing_ledger_entries() -> Iterator[None]:
+    """The ledger takes no entry, and nobody says so."""
     with _trigger("ledger_entry", "RETURN NULL"):
         yield
 

@@ -21,9 +21,9 @@ def resolved(*arguments: str) -> None:
     assert (finished.code, finished.stderr) == (0, "")
 
 
-def line_of(row: str) -> tuple[Any, ...]:
-    line = ledger()[row]
-    return line["outcome"], line["reason"], line["contact_id"]
+def entry_of(row: str) -> tuple[Any, ...]:
+    entry = ledger()[row]
+    return entry["outcome"], entry["reason"], entry["contact_id"]
 
 
 def somebody_elses_account() -> tuple[str, str, str]:

@@ -21,7 +21,7 @@ from tests.support.reference import (
     CONTACT_COLUMNS,
     PLACEHOLDER_DOMAIN,
     PROFILE_SOURCES,
-    Line,
+    Entry,
     Population,
     Result,
     Row,
@@ -449,8 +449,8 @@ def read_contacts(cursor: Cursor) -> dict[str, Row]:
     return {row["id"]: row for row in rows}
 
 
-def read_ledger(cursor: Cursor) -> dict[str, Line]:
-    """The ledger lines by row reference, in the shape of the reference; an empty text means none."""
+def read_ledger(cursor: Cursor) -> dict[str, Entry]:
+    """The ledger entries by row reference, in the shape of the reference; an empty text means none."""
     cursor.execute(
         f"SELECT CASE WHEN source LIKE '%%leads' THEN 'leads' ELSE 'profiles' END, "
         f"source_id, source, outcome, reason, contact_id, identity_keys::text FROM {LEDGER_TABLE}",

@@ -17,7 +17,7 @@ from django.core.exceptions import ValidationError
 from django.core.validators import validate_email
 
 Row = dict[str, Any]
-Line = dict[str, Any]
+Entry = dict[str, Any]
 #: What a person says about a row in conflict: whose contact it is, or the address of one of its own.
 Resolution = tuple[str | None, str | None]
 
@@ -86,11 +86,11 @@ class Counts:
 
 @dataclass
 class Result:
-    """Everything after a run: contacts by id, ledger lines by row reference, counts of this run; by contact the columns
-    that merges filled."""
+    """Everything after a run: contacts by id, ledger entries by row reference, counts of this run; by contact the
+    columns that merges filled."""
 
     contacts: dict[str, Row]
-    ledger: dict[str, Line]
+    ledger: dict[str, Entry]
     counts: Counts
     filled: dict[str, set[str]] = field(default_factory=dict)
 
@@ -108,7 +108,7 @@ class Rejected(Exception):  # noqa: N818 - a verdict on a row, not a failure of 
 def backfill(
     population: Population,
     *,
-    ledger: Mapping[str, Line] | None = None,
+    ledger: Mapping[str, Entry] | None = None,
     only: Collection[str] | None = None,
     limit: int | None = None,
     resolutions: Mapping[str, Resolution] | None = None,
@@ -116,13 +116,13 @@ def backfill(
 ) -> Result:
     """Run once: `ledger` is what earlier runs left, `only` the sources that are asked for (all, if None).
 
-    The run ends with the row of number `limit` of those without a line; rows that are settled are not looked at. Rows
+    The run ends with the row of number `limit` of those without an entry; rows that are settled are not looked at. Rows
     with a resolution come last.
     """
     resolutions = resolutions or {}
     result = Result(
         contacts={contact["id"]: dict(contact) for contact in population.contacts},
-        ledger={reference: dict(line) for reference, line in (ledger or {}).items()},
+        ledger={reference: dict(entry) for reference, entry in (ledger or {}).items()},
         counts=Counts(),
     )
     sources: dict[str, list[tuple[str, Row]]] = {source: [] for source in SOURCES}
@@ -188,12 +188,12 @@ def _one_row(
         else:
             draft = contact_of_lead(population, source, row)
         outcome, contact_id = _land(result, population, draft, resolution, is_lead=source not in PROFILE_TYPES)
-        line: Line = {"source": source, "outcome": outcome, "reason": None, "contact_id": contact_id, "keys": None}
+        entry: Entry = {"source": source, "outcome": outcome, "reason": None, "contact_id": contact_id, "keys": None}
     except Rejected as error:
-        line = {"source": source, "outcome": "error", "reason": error.reason, "contact_id": error.contact_id}
-        line["keys"] = error.keys
-    result.ledger[reference] = line
-    _count(result, before, line)
+        entry = {"source": source, "outcome": "error", "reason": error.reason, "contact_id": error.contact_id}
+        entry["keys"] = error.keys
+    result.ledger[reference] = entry
+    _count(result, before, entry)
 
 
 def _land(
@@ -210,7 +210,7 @@ def _land(
     if contact is None:
         result.contacts[draft["id"]] = draft
         return "created", draft["id"]
-    made_here = {contact_id_of(ref) for ref, line in result.ledger.items() if line["outcome"] == "created"}
+    made_here = {contact_id_of(ref) for ref, entry in result.ledger.items() if entry["outcome"] == "created"}
     if contact["id"] not in made_here and contact["id"] != draft["id"]:
         return "exists", contact["id"]
     before = dict(contact)
@@ -224,13 +224,13 @@ def _land(
     return "merged", contact["id"]
 
 
-def _count(result: Result, before: Line | None, line: Line) -> None:
-    counts, outcome, reason = result.counts, str(line["outcome"]), line["reason"]
+def _count(result: Result, before: Entry | None, entry: Entry) -> None:
+    counts, outcome, reason = result.counts, str(entry["outcome"]), entry["reason"]
     counts.read += 1
     setattr(counts, outcome, getattr(counts, outcome) + 1)
-    counts.by_source.setdefault(str(line["source"]), Counter())[outcome] += 1
+    counts.by_source.setdefault(str(entry["source"]), Counter())[outcome] += 1
     if outcome == "created":
-        counts.created_by_type[result.contacts[str(line["contact_id"])]["contactType"]] += 1
+        counts.created_by_type[result.contacts[str(entry["contact_id"])]["contactType"]] += 1
     if outcome == "error":
         counts.by_reason[str(reason)] += 1
         counts.error_new += not (before and before["outcome"] == "error" and before["reason"] == reason)
@@ -300,7 +300,7 @@ def contact_of_lead(population: Population, source: str, row: Row) -> Row:
 
 
 def contact_of_the_profile(
-    population: Population, ledger: Mapping[str, Line], contacts: Mapping[str, Row], draft: Row
+    population: Population, ledger: Mapping[str, Entry], contacts: Mapping[str, Row], draft: Row
 ) -> Row | None:
     """What a profile met, or made, whose user has the address of a lead: it may stand under another address."""
     users = [user for user in population.users if address_of(user["email"]) == draft["email"]]
@@ -311,9 +311,9 @@ def contact_of_the_profile(
         if profile["userId"] == user["id"]
     ]
     for _, identifier in sorted(theirs):
-        line = ledger.get(f"profiles:{identifier}")
-        if line and line["outcome"] in SETTLED and line["contact_id"] in contacts:
-            return contacts[str(line["contact_id"])]
+        entry = ledger.get(f"profiles:{identifier}")
+        if entry and entry["outcome"] in SETTLED and entry["contact_id"] in contacts:
+            return contacts[str(entry["contact_id"])]
     return None
 
 

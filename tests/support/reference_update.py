@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from tests.support import reference
-from tests.support.reference import ATTRIBUTION, NULLABLE_ATTRIBUTION, Line, Population, Row
+from tests.support.reference import ATTRIBUTION, NULLABLE_ATTRIBUTION, Entry, Population, Row
 
 #: What is filled together, by the name in the report; for each, the columns that tell whether something is there.
 UNITS: dict[str, tuple[str, ...]] = {
@@ -67,7 +67,7 @@ class World:
     """
 
     contacts: dict[str, Row] = field(default_factory=dict)
-    ledger: dict[str, Line] = field(default_factory=dict)
+    ledger: dict[str, Entry] = field(default_factory=dict)
     seen: dict[str, Any] = field(default_factory=dict)
     looked: set[str] = field(default_factory=set)
     made: dict[str, Made] = field(default_factory=dict)
@@ -100,13 +100,13 @@ def run(world: World, population: Population, *, update: bool) -> Looks:
     """Backfill, and look again if asked to. `population.contacts` are the contacts as they stand before."""
     result = reference.backfill(population, ledger=world.ledger)
     rows = {f"{table}:{row['id']}": row for table in ("profiles", "leads") for row in getattr(population, table)}
-    for ref, line in result.ledger.items():
-        if line["outcome"] in reference.SETTLED and world.ledger.get(ref, {}).get("outcome") not in reference.SETTLED:
+    for ref, entry in result.ledger.items():
+        if entry["outcome"] in reference.SETTLED and world.ledger.get(ref, {}).get("outcome") not in reference.SETTLED:
             world.seen[ref] = rows[ref]["updatedAt"]
-            if line["outcome"] == "created":
+            if entry["outcome"] == "created":
                 draft = _draft(population, str(reference.source_of(ref.split(":")[0], rows[ref])), rows[ref])
                 gave = {column for column, value in draft.items() if value is not None} - {"attributionConfidence"}
-                world.made[str(line["contact_id"])] = Made(rows[ref]["updatedAt"], gave)
+                world.made[str(entry["contact_id"])] = Made(rows[ref]["updatedAt"], gave)
     for contact_id, columns in result.filled.items():
         world.merged_in.setdefault(contact_id, set()).update(columns)
     world.contacts, world.ledger = result.contacts, result.ledger
@@ -128,10 +128,10 @@ def _in_order(population: Population) -> Iterator[tuple[str, str, Row]]:
 
 def _one_row(world: World, population: Population, source: str, table: str, row: Row, looks: Looks) -> None:
     ref = f"{table}:{row['id']}"
-    line = world.ledger.get(ref)
-    if not line or line["outcome"] not in reference.SETTLED or line["contact_id"] not in world.contacts:
+    entry = world.ledger.get(ref)
+    if not entry or entry["outcome"] not in reference.SETTLED or entry["contact_id"] not in world.contacts:
         return
-    contact = world.contacts[str(line["contact_id"])]
+    contact = world.contacts[str(entry["contact_id"])]
     wanted, kept = _verdict(world, population, source, ref, row, contact)
     if not world.is_due(ref, row) and "email" not in wanted:
         return
@@ -230,8 +230,8 @@ def _speakers(world: World, population: Population, contact: Row) -> tuple[list[
     """The rows of a contact that still are its person's, in order; and whether these are all that it ever had."""
     refs = {
         ref
-        for ref, line in world.ledger.items()
-        if line["outcome"] in reference.SETTLED and line["contact_id"] == contact["id"]
+        for ref, entry in world.ledger.items()
+        if entry["outcome"] in reference.SETTLED and entry["contact_id"] == contact["id"]
     }
     found = []
     for source, table, row in _in_order(population):

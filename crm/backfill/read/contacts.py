@@ -24,7 +24,7 @@ SELECT c.id, c.email, c."userId", c."clerkUserId", {ours}, c.phone, c.company, {
           UNION SELECT id FROM crm_contacts WHERE id = ANY(%(ids)s))
  ORDER BY c."createdAt", c.id
 """
-_OURS = "EXISTS (SELECT FROM ledger_entry line WHERE line.id = c.id AND line.outcome = 'created')"
+_OURS = "EXISTS (SELECT FROM ledger_entry entry WHERE entry.id = c.id AND entry.outcome = 'created')"
 # A person may have taken the preparer away and left the date: a unit is missing when all of it is.
 _ASSIGNMENT = '(c."assignedPreparerId" IS NOT NULL OR c."assignedAt" IS NOT NULL), c."lastContactedAt"'
 _ATTRIBUTION = f"""
@@ -36,13 +36,13 @@ _SPELLED = "SELECT email, id, NULL AS profile_id FROM crm_contacts WHERE email =
 # Each LATERAL with its LIMIT is one index probe, whatever the planner believes.
 _AND_PROFILES = f"""
  UNION ALL
-SELECT u.email, line.contact_id, p.id
+SELECT u.email, entry.contact_id, p.id
   FROM (SELECT id, email FROM users WHERE email = ANY(%(emails)s)
          UNION SELECT id, email FROM users WHERE id = ANY(%(user_ids)s)) u
  CROSS JOIN LATERAL (SELECT id FROM profiles WHERE "userId" = u.id LIMIT 1) p
  CROSS JOIN LATERAL (
    SELECT contact_id FROM ledger_entry WHERE id = {contact_id_sql("'profiles:' || p.id")} AND outcome <> 'error' LIMIT 1
- ) line
+ ) entry
 """
 
 

@@ -1,7 +1,7 @@
 """The census of the source rows, and what is left of them to be looked at. Only reads.
 
-After the first run nearly every row has its line. The few that have none, or one that says `error`, are found by joins
-over the whole tables, and then read by their ids: that is twenty times cheaper than asking for every row's line.
+After the first run nearly every row has its entry. The few that have none, or one that says `error`, are found by joins
+over the whole tables, and then read by their ids: that is twenty times cheaper than asking for every row's entry.
 """
 
 from __future__ import annotations
@@ -25,63 +25,63 @@ _NAMES = {
     "leads": {"table": "leads", "label": "status"},
 }
 # One statement, so that all of it is of one moment. Each term is counted by itself: the rows of the table without a
-# look at the ledger, the lines that rows have by what they say, and as pending the rows without any line.
+# look at the ledger, the entries that rows have by what they say, and as pending the rows without any entry.
 _COUNTS = """
 SELECT r.{label}::text, NULL AS outcome, NULL AS names_contact, count(*) FROM {table} r WHERE true{only} GROUP BY 1
  UNION ALL
 SELECT label::text, outcome, names_contact, counted
-  FROM (SELECT r.{label} AS label, line.outcome, line.contact_id IS NOT NULL AS names_contact, count(*) AS counted
-          FROM {table} r LEFT JOIN ledger_entry line ON line.source_id = r.id AND line.source = ANY(%(sources)s)
+  FROM (SELECT r.{label} AS label, entry.outcome, entry.contact_id IS NOT NULL AS names_contact, count(*) AS counted
+          FROM {table} r LEFT JOIN ledger_entry entry ON entry.source_id = r.id AND entry.source = ANY(%(sources)s)
          WHERE true{only}
-         GROUP BY 1, 2, 3) line
+         GROUP BY 1, 2, 3) entry
 """
 _COUNTS_WITHOUT_LEDGER = """
 SELECT r.{label}::text, NULL AS outcome, NULL, count(*) FROM {table} r WHERE true{only} GROUP BY 1
  UNION ALL
 SELECT r.{label}::text, NULL, false, count(*) FROM {table} r WHERE true{only} GROUP BY 1
 """
-# Rows without an id have no line. Of those that share an id, one line stands for all: none can be told from another.
+# Rows without an id have no entry. Of those that share an id, one entry stands for all: none can be told from another.
 _ONLY = {"id": " AND r.id IS NOT NULL", "repeated": " AND r.id <> ALL(%(repeated)s)"}
 _WITHOUT_ID = "SELECT count(*) FROM {table} WHERE id IS NULL"
 _REPEATED = """
-SELECT line.outcome, line.contact_id IS NOT NULL, count(*)
-  FROM {table} r LEFT JOIN ledger_entry line ON line.source_id = r.id AND line.source = ANY(%(sources)s)
+SELECT entry.outcome, entry.contact_id IS NOT NULL, count(*)
+  FROM {table} r LEFT JOIN ledger_entry entry ON entry.source_id = r.id AND entry.source = ANY(%(sources)s)
  WHERE r.id = ANY(%(repeated)s)
- GROUP BY r.id, line.outcome, line.contact_id
+ GROUP BY r.id, entry.outcome, entry.contact_id
 """
 _REPEATED_WITHOUT_LEDGER = """
 SELECT NULL, false, count(*) FROM {table} r WHERE r.id = ANY(%(repeated)s) GROUP BY r.id
 """
-#: Why rows are excluded that no line can stand for.
+#: Why rows are excluded that no entry can stand for.
 DUPLICATE_ID, MISSING_ID = "duplicate_id", "missing_id"
 _ERRORS = """
 SELECT r.{label}::text, r.id
-  FROM ledger_entry line JOIN {table} r ON r.id = line.source_id
- WHERE line.outcome = 'error' AND line.source = ANY(%(sources)s)
+  FROM ledger_entry entry JOIN {table} r ON r.id = entry.source_id
+ WHERE entry.outcome = 'error' AND entry.source = ANY(%(sources)s)
    AND (r.{label} = ANY(%(labels)s::{label_type}[]) OR r.{label} IS NULL){only}
 """
 _PENDING_ROWS = """
 SELECT r.{label}::text, r.id
   FROM {table} r
  WHERE (r.{label} = ANY(%(labels)s::{label_type}[]) OR r.{label} IS NULL){only}
-   AND NOT EXISTS (SELECT FROM ledger_entry line WHERE line.source_id = r.id AND line.source = ANY(%(sources)s))
+   AND NOT EXISTS (SELECT FROM ledger_entry entry WHERE entry.source_id = r.id AND entry.source = ANY(%(sources)s))
 """
 # As `source.UNSETTLED_OR_GONE` has it.
 _GONE = """
-  FROM {table} r JOIN ledger_entry line ON line.source_id = r.id AND line.source = ANY(%(sources)s)
- WHERE line.outcome <> 'error' AND r.{label} = ANY(%(labels)s::{label_type}[]){only}
-   AND (NOT EXISTS (SELECT FROM crm_contacts c WHERE c.id = line.contact_id)
+  FROM {table} r JOIN ledger_entry entry ON entry.source_id = r.id AND entry.source = ANY(%(sources)s)
+ WHERE entry.outcome <> 'error' AND r.{label} = ANY(%(labels)s::{label_type}[]){only}
+   AND (NOT EXISTS (SELECT FROM crm_contacts c WHERE c.id = entry.contact_id)
         OR EXISTS (SELECT FROM ledger_entry made
-                    WHERE made.id = line.contact_id AND made.outcome = 'created' AND made.run_id > line.run_id))
+                    WHERE made.id = entry.contact_id AND made.outcome = 'created' AND made.run_id > entry.run_id))
 """
 _GONE_ROWS = f"SELECT r.{{label}}::text, r.id {_GONE}"
 _GONE_COUNTS = f"SELECT r.{{label}}::text, count(*) {_GONE} GROUP BY 1"
-# A row that changed since its line was written may have become one that is not to be migrated.
+# A row that changed since its entry was written may have become one that is not to be migrated.
 _EXCLUDED_OF_RUN = """
 SELECT count(*)
-  FROM {table} r JOIN ledger_entry line ON line.source_id = r.id AND line.source = ANY(%(sources)s)
- WHERE r.{label} <> ALL(%(labels)s::{label_type}[]) AND line.run_id = %(run)s AND line.outcome <> 'error'
-   AND line.source_updated_at = r."updatedAt"
+  FROM {table} r JOIN ledger_entry entry ON entry.source_id = r.id AND entry.source = ANY(%(sources)s)
+ WHERE r.{label} <> ALL(%(labels)s::{label_type}[]) AND entry.run_id = %(run)s AND entry.outcome <> 'error'
+   AND entry.source_updated_at = r."updatedAt"
 """
 
 
@@ -98,31 +98,31 @@ class Inventory(NamedTuple):
 
 @dataclass(slots=True)
 class _Table:
-    """Rows of a table by label; and by label, what their lines say and whether these name a contact.
+    """Rows of a table by label; and by label, what their entries say and whether these name a contact.
 
-    `without_line` are rows by the reason why no line can stand for them.
+    `without_entry` are rows by the reason why no entry can stand for them.
     """
 
     labels: Counter[str | None] = field(default_factory=Counter)
-    lines: Counter[tuple[str | None, str | None, bool]] = field(default_factory=Counter)
-    without_line: Counter[str] = field(default_factory=Counter)
+    entries: Counter[tuple[str | None, str | None, bool]] = field(default_factory=Counter)
+    without_entry: Counter[str] = field(default_factory=Counter)
 
     def count(self, label: str | None, *outcomes: str | None) -> int:
         """The rows with this label and one of these outcomes."""
-        return sum(self.lines[label, outcome, named] for outcome in outcomes for named in (True, False))
+        return sum(self.entries[label, outcome, named] for outcome in outcomes for named in (True, False))
 
 
 def count_rows(connection: BaseDatabaseWrapper, facts: DatabaseFacts, run_id: int | None = None) -> RowCounts:
     """Count the source rows by what they are and by what the ledger says of them; each term by itself.
 
-    With a run, its lines of rows that are not to be migrated are a fault.
+    With a run, its entries of rows that are not to be migrated are a fault.
     """
     settled, errors, pending = (dict.fromkeys(Source, 0) for _ in range(3))
     row_counts = RowCounts(0, {}, settled, errors, pending)
     for table in _NAMES:
         counted = _count(connection, facts, table)
         _add(row_counts, facts, table, counted)
-        if run_id is not None and _has_excluded_lines(facts, table, counted):
+        if run_id is not None and _has_excluded_entries(facts, table, counted):
             count = _excluded_of_run(connection, facts, table, run_id)
             _add_fault(row_counts, Fault.EXCLUDED_ROW, count)
     return row_counts
@@ -163,25 +163,25 @@ def _count(connection: BaseDatabaseWrapper, facts: DatabaseFacts, table: str) ->
         if names_contact is None:
             counted.labels[label] = count
         else:
-            counted.lines[label, outcome, names_contact] += count
+            counted.entries[label, outcome, names_contact] += count
     if f"{table}.id" in facts.nullable:
         ((count,),) = _rows(connection, facts, table, _WITHOUT_ID)
-        counted.without_line[MISSING_ID] += count
+        counted.without_entry[MISSING_ID] += count
     if facts.repeated_ids.get(table):
         query = _REPEATED if facts.has_ledger else _REPEATED_WITHOUT_LEDGER
         for outcome, names_contact, count in _rows(connection, facts, table, query):
             counted.labels[None] += 1
-            counted.lines[None, outcome, names_contact] += 1
-            counted.without_line[DUPLICATE_ID] += count - 1
+            counted.entries[None, outcome, names_contact] += 1
+            counted.without_entry[DUPLICATE_ID] += count - 1
     return counted
 
 
 def _add(row_counts: RowCounts, facts: DatabaseFacts, table: str, counted: _Table) -> None:
-    row_counts.rows += counted.labels.total() + counted.without_line.total()
-    for reason, count in counted.without_line.items():
+    row_counts.rows += counted.labels.total() + counted.without_entry.total()
+    for reason, count in counted.without_entry.items():
         if count:
             row_counts.excluded[reason] = row_counts.excluded.get(reason, 0) + count
-    for label in counted.labels.keys() | {label for label, _, _ in counted.lines}:
+    for label in counted.labels.keys() | {label for label, _, _ in counted.entries}:
         source = facts.source_of(table, label)
         if source is None:
             reason = facts.exclusion(table, str(label))
@@ -191,10 +191,10 @@ def _add(row_counts: RowCounts, facts: DatabaseFacts, table: str, counted: _Tabl
         row_counts.errors[source] += counted.count(label, Outcome.ERROR)
         row_counts.pending[source] += counted.count(label, None)
         for outcome in Outcome:
-            row_counts.lines[outcome] += counted.count(label, outcome)
-        for (of_label, said, names_contact), count in counted.lines.items():
+            row_counts.entries[outcome] += counted.count(label, outcome)
+        for (of_label, said, names_contact), count in counted.entries.items():
             if of_label == label and said is not None:
-                if said not in row_counts.lines:
+                if said not in row_counts.entries:
                     _add_fault(row_counts, Fault.UNKNOWN_OUTCOME, count)
                 elif said in WITH_CONTACT and not names_contact:
                     _add_fault(row_counts, Fault.NO_CONTACT, count)
@@ -205,8 +205,8 @@ def _add_fault(row_counts: RowCounts, fault: Fault, count: int) -> None:
         row_counts.faults[fault] = row_counts.faults.get(fault, 0) + count
 
 
-def _has_excluded_lines(facts: DatabaseFacts, table: str, counted: _Table) -> bool:
-    return any(outcome is not None and facts.source_of(table, label) is None for label, outcome, _ in counted.lines)
+def _has_excluded_entries(facts: DatabaseFacts, table: str, counted: _Table) -> bool:
+    return any(outcome is not None and facts.source_of(table, label) is None for label, outcome, _ in counted.entries)
 
 
 def _excluded_of_run(connection: BaseDatabaseWrapper, facts: DatabaseFacts, table: str, run_id: int) -> int:

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 _ALL = 'SELECT id, "row", contact_id, separate_email FROM conflict_decision resolution'
 _TO_BE_CARRIED_OUT = f"""
-{_ALL} WHERE NOT EXISTS (SELECT FROM ledger_entry line WHERE line.id = resolution.id AND line.outcome <> 'error')
+{_ALL} WHERE NOT EXISTS (SELECT FROM ledger_entry entry WHERE entry.id = resolution.id AND entry.outcome <> 'error')
 """
 _IS_READABLE = """
 SELECT has_table_privilege(c.oid, 'SELECT') FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
@@ -39,7 +39,7 @@ class _Recorded(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Resolutions:
-    """Resolutions by the key of their row's ledger line; people make them one by one, so they are few."""
+    """Resolutions by the key of their row's ledger entry; people make them one by one, so they are few."""
 
     by_id: Mapping[str, Resolution] = field(default_factory=dict)
     source_ids: Mapping[str, Sequence[str]] = field(default_factory=dict)

@@ -51,7 +51,7 @@ class UpsertResult:
 
 
 def upsert(rows: Sequence[MappedRow], store: ContactStore, made_before: Collection[str] = ()) -> UpsertResult:
-    """Bring every row to an outcome. `made_before` are contacts of the same transaction, without a line as yet."""
+    """Bring every row to an outcome. `made_before` are contacts of the same transaction, without an entry as yet."""
     result = UpsertResult(made=set(made_before))
     store.notice(rows)
     at_first = _without_second_accounts(
@@ -66,7 +66,7 @@ def upsert(rows: Sequence[MappedRow], store: ContactStore, made_before: Collecti
             return result
         known = store.contacts_met_by(waiting)
         for contact in known:
-            # The ledger does not say so yet: its lines are written with the end of the batch.
+            # The ledger does not say so yet: its entries are written with the end of the batch.
             contact.ours = contact.ours or contact.id in result.made
         waiting = _insert_and_match(waiting, known, store, result)
     raise StillUnmatchedError(len(waiting))

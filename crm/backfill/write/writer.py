@@ -1,6 +1,6 @@
 """Writes the batches of a run, each in one transaction.
 
-rows -> upsert -> contacts, fills -> ledger lines -> batch counts and heartbeat -> commit
+rows -> upsert -> contacts, fills -> ledger entries -> batch counts and heartbeat -> commit
 """
 
 from __future__ import annotations
@@ -38,28 +38,28 @@ _LOCK = "SELECT FROM crm_contacts WHERE id = ANY(%s) ORDER BY id FOR UPDATE"
 _FORGET_UPDATES = "DELETE FROM contact_update WHERE contact_id = ANY(%s::text[])"
 _NO_REFUSAL = Refusal()
 _MET = (Outcome.MERGED, Outcome.EXISTS)
-_LINE = (
+_ENTRY = (
     *("id", "source_id", "outcome", "reason", "contact_id", "source_updated_at", "filled"),
     *("sqlstate", '"constraint"', '"column"', '"table"', '"trigger"'),
     *("contact_updated_at", "confidence_before", "identity_keys"),
 )
 _CASTS = {"confidence_before": "bigint", "identity_keys": "jsonb"}
 _CASTS |= dict.fromkeys(("source_updated_at", "contact_updated_at"), "timestamp")
-_SENT = ", ".join(f"{name}::{_CASTS[name]}" if name in _CASTS else name for name in _LINE)
-# Without a model object a line: the ledger is a third of the rows' way through Python otherwise.
+_SENT = ", ".join(f"{name}::{_CASTS[name]}" if name in _CASTS else name for name in _ENTRY)
+# Without a model object an entry: the ledger is a third of the rows' way through Python otherwise.
 _LEDGER = f"""
-INSERT INTO ledger_entry (source, run_id, {", ".join(_LINE)})
+INSERT INTO ledger_entry (source, run_id, {", ".join(_ENTRY)})
 SELECT %s, %s::bigint, {_SENT}
-  FROM {unnest("line", dict.fromkeys(_LINE, "text[]"))}
+  FROM {unnest("entry", dict.fromkeys(_ENTRY, "text[]"))}
 """
-# A line that said more than an error is kept in the new one: whoever takes the run back puts it in its place again.
+# An entry that said more than an error is kept in the new one: whoever takes the run back puts it in its place again.
 _LEDGER_AGAIN = """
 ON CONFLICT (id) DO UPDATE SET (source, run_id, {columns}) = ROW ({excluded}), seen_updated_at = NULL,
    former = CASE WHEN ledger_entry.outcome = 'error' THEN ledger_entry.former ELSE to_jsonb(ledger_entry) END
  WHERE ledger_entry.run_id <> excluded.run_id
 """.format(
-    columns=", ".join(_LINE[1:]),
-    excluded=", ".join(f"excluded.{column}" for column in ("source", "run_id", *_LINE[1:])),
+    columns=", ".join(_ENTRY[1:]),
+    excluded=", ".join(f"excluded.{column}" for column in ("source", "run_id", *_ENTRY[1:])),
 )
 
 
@@ -113,7 +113,7 @@ _EVENTS = {"INSERT": 4, "UPDATE": 16}
 _NEW_HERE = """
 SELECT c.id FROM crm_contacts c
  WHERE c.id = ANY(%s) AND pg_catalog.age(c.xmin) <= 0
-   AND NOT EXISTS (SELECT FROM ledger_entry line WHERE line.id = c.id AND line.outcome = 'created')
+   AND NOT EXISTS (SELECT FROM ledger_entry entry WHERE entry.id = c.id AND entry.outcome = 'created')
 """
 
 
@@ -184,12 +184,12 @@ class BatchWriter:
         run_id: int,
         timeouts: Timeouts,
         *,
-        replaces_lines: bool = False,
+        replaces_entries: bool = False,
     ) -> None:
-        """`replaces_lines`: rows may come that have a settled line, since their contact is gone."""
+        """`replaces_entries`: rows may come that have a settled entry, since their contact is gone."""
         self._connection = connection
         self._store = DatabaseStore(connection, lookup)
-        self._replaces_lines = replaces_lines
+        self._replaces_entries = replaces_entries
         self.run_id = run_id
         self._timeouts = timeouts
         self._alike = AlikeRefusals()
@@ -214,10 +214,10 @@ class BatchWriter:
         return totals
 
     def upsert_page(self, source: Source, rows: Sequence[MappedRow], alike: AlikeRefusals | None = None) -> Totals:
-        """Bring rows to an outcome and write their lines, inside a transaction of the caller's."""
+        """Bring rows to an outcome and write their entries, inside a transaction of the caller's."""
         result = self._upsert_apart(rows, alike or AlikeRefusals())
         self._write_ledger(source, result.row_outcomes)
-        if self._replaces_lines and result.made:
+        if self._replaces_entries and result.made:
             # What updates changed in the contacts that are gone was not changed in these.
             with self._connection.cursor() as cursor:
                 cursor.execute(_FORGET_UPDATES, [list(result.made)])
@@ -292,17 +292,19 @@ class BatchWriter:
         return _NO_REFUSAL
 
     def _write_ledger(self, source: Source, row_outcomes: Sequence[RowOutcome]) -> None:
-        may_have_line = [self._replaces_lines or row_outcome.known_reason is not None for row_outcome in row_outcomes]
-        fresh = [row_outcome for row_outcome, may in zip(row_outcomes, may_have_line, strict=True) if not may]
-        again = [row_outcome for row_outcome, may in zip(row_outcomes, may_have_line, strict=True) if may]
-        self._write_lines(_LEDGER, source, fresh)
-        if self._write_lines(_LEDGER + _LEDGER_AGAIN, source, again) < len(again):
+        may_have_entry = [
+            self._replaces_entries or row_outcome.known_reason is not None for row_outcome in row_outcomes
+        ]
+        fresh = [row_outcome for row_outcome, may in zip(row_outcomes, may_have_entry, strict=True) if not may]
+        again = [row_outcome for row_outcome, may in zip(row_outcomes, may_have_entry, strict=True) if may]
+        self._write_entries(_LEDGER, source, fresh)
+        if self._write_entries(_LEDGER + _LEDGER_AGAIN, source, again) < len(again):
             raise SettledMeanwhileError
 
-    def _write_lines(self, statement: str, source: Source, row_outcomes: Sequence[RowOutcome]) -> int:
+    def _write_entries(self, statement: str, source: Source, row_outcomes: Sequence[RowOutcome]) -> int:
         if not row_outcomes:
             return 0
-        columns = as_columns(map(_line, row_outcomes))
+        columns = as_columns(map(_entry, row_outcomes))
         with self._connection.cursor() as cursor:
             cursor.execute(statement, [source.value, self.run_id, *columns])
             written: int = cursor.rowcount
@@ -312,8 +314,8 @@ class BatchWriter:
         BackfillBatch.of(self.run_id, source, totals, seconds).save(using=self._connection.alias, force_insert=True)
 
 
-def _line(row_outcome: RowOutcome) -> tuple[str | int | None, ...]:
-    """Return the values of a row's outcome for the columns of _LINE."""
+def _entry(row_outcome: RowOutcome) -> tuple[str | int | None, ...]:
+    """Return the values of a row's outcome for the columns of _ENTRY."""
     refusal = row_outcome.refusal or _NO_REFUSAL
     return (
         row_outcome.id,

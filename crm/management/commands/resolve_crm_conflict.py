@@ -41,7 +41,7 @@ class Command(OperatorCommand):
                 resolved = f"belongs to the contact {contact}"
             elif separate is not None:
                 resolving.is_separate(reference, separate)
-                resolved = f"gets a contact of its own, {reference.line_id}"
+                resolved = f"gets a contact of its own, {reference.entry_id}"
             else:
                 self.stdout.write(resolving.conflict_of(reference))
                 return

@@ -22,7 +22,7 @@ class Command(OperatorCommand):
     """Arguments, one call, print."""
 
     help = (
-        "Tell what happened to one person: contacts, source rows, lines of the ledger, updates, decisions, runs and "
+        "Tell what happened to one person: contacts, source rows, entries of the ledger, updates, decisions, runs and "
         "rollbacks. Names ids, outcomes, columns and moments, and no one's data. Only reads. Exit code 0: something is "
         "known; 1: nothing is; 2: wrong usage, or a database that cannot be reached or does not fit; 4: stopped."
     )
@@ -54,7 +54,7 @@ class Command(OperatorCommand):
         elif trace["found"]:
             self.stdout.write("\n".join(as_lines(trace)))
         if not trace["found"]:
-            self.stderr.write("Nothing is known: no row, no contact, no line of the ledger.")
+            self.stderr.write("Nothing is known: no row, no contact, no entry of the ledger.")
             raise SystemExit(1)
 
 

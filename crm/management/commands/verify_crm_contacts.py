@@ -82,7 +82,7 @@ def _written_to(path: Path | None) -> Iterator[Callable[[Finding], None] | None]
 def _counted(console: Console) -> Iterator[Callable[[int], None]]:
     """On a terminal, show how many contacts were compared up to now."""
     compared = 0
-    with console.status("Counting rows and lines ...") if console.is_terminal else nullcontext() as status:
+    with console.status("Counting rows and entries ...") if console.is_terminal else nullcontext() as status:
 
         def count(contacts: int) -> None:
             nonlocal compared

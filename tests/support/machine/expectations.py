@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from tests.support.machine.memory import Memory
-from tests.support.machine.world import LedgerLine, State, Update
+from tests.support.machine.world import LedgerEntry, State, Update
 from tests.support.reference import (
     ATTRIBUTION,
     CONTACT_COLUMNS,
@@ -74,8 +74,8 @@ def assert_nothing_of_theirs_is_lost(before: State, after: State, memory: Memory
         values = {c: before.contacts[contact_id][c] for c in columns if before.contacts[contact_id][c] is not None}
         assert {c: after.contacts[contact_id][c] for c in values} == values, "a value that people wrote"
     assert not memory.deleted & after.contacts.keys(), "a contact that people deleted is back"
-    for row, line in memory.laid_to_rest.items():
-        assert after.lines.get(row) == line, "a row whose contact was deleted is decided anew"
+    for row, entry in memory.laid_to_rest.items():
+        assert after.entries.get(row) == entry, "a row whose contact was deleted is decided anew"
 
 
 def _filled_since_saved(state: State, contact_id: str) -> set[str]:
@@ -102,20 +102,20 @@ def assert_a_second_look_fills_no_blank_of_theirs(before: State, after: State, m
     for contact_id, columns in memory.emptied.items():
         brought = {
             column
-            for line in after.merged_into(contact_id)
-            if before.lines.get(line.row) != line
-            for column in columns_of(line)
+            for entry in after.merged_into(contact_id)
+            if before.entries.get(entry.row) != entry
+            for column in columns_of(entry)
         }
         still = {column for column in columns - brought if before.contacts[contact_id][column] is None}
         assert all(after.contacts[contact_id][column] is None for column in still), "a blank that people made"
 
 
 def assert_the_ledger_is_whole(state: State) -> None:
-    """Every line has its reason or its contact, and no contact has two creators."""
-    for line in state.lines.values():
-        assert (line.outcome == "error") == (line.reason is not None)
-        assert line.outcome == "error" or line.contact_id is not None
-    creators = Counter(line.contact_id for line in state.lines.values() if line.outcome == "created")
+    """Every entry has its reason or its contact, and no contact has two creators."""
+    for entry in state.entries.values():
+        assert (entry.outcome == "error") == (entry.reason is not None)
+        assert entry.outcome == "error" or entry.contact_id is not None
+    creators = Counter(entry.contact_id for entry in state.entries.values() if entry.outcome == "created")
     assert all(count == 1 for count in creators.values())
     assert creators.keys() == state.creators().keys()
     steps = {(update.contact_id, update.to_stage) for update in state.updates if update.to_stage}
@@ -128,7 +128,7 @@ def census(state: State) -> dict[str, int]:
     for table, rows in (("profiles", state.profiles), ("leads", state.leads)):
         for identifier, row in rows.items():
             excluded = exclusion(table, row, state.population.stages)
-            known = f"{table}:{identifier}" in state.lines
+            known = f"{table}:{identifier}" in state.entries
             counted["excluded" if excluded else "in_ledger" if known else "pending"] += 1
     return dict(counted)
 
@@ -142,25 +142,25 @@ def findings(state: State, memory: Memory) -> set[Found]:
 
 
 def _fields(state: State, memory: Memory) -> Iterator[Found]:
-    for contact_id, line in state.creators().items():
-        contact, row = state.contacts.get(contact_id), state.source_row(line.row)
+    for contact_id, entry in state.creators().items():
+        contact, row = state.contacts.get(contact_id), state.source_row(entry.row)
         if contact is None:
             continue
         kind = "crm_changed" if contact_id in memory.written else "source_changed"
         if row is None:
-            yield Found("row_gone", kind, line.row, contact_id, frozenset())
-        elif not _is_excluded(state, line.row) and (columns := differing_columns(state, contact, line)):
-            rows = {line.row, *(writer.row for writer in _other_writers(state, contact_id))}
-            assert contact_id in memory.written or rows & memory.moved, f"nobody changed {columns} of {line.row}"
-            yield Found("fields", kind, line.row, contact_id, columns)
+            yield Found("row_gone", kind, entry.row, contact_id, frozenset())
+        elif not _is_excluded(state, entry.row) and (columns := differing_columns(state, contact, entry)):
+            rows = {entry.row, *(writer.row for writer in _other_writers(state, contact_id))}
+            assert contact_id in memory.written or rows & memory.moved, f"nobody changed {columns} of {entry.row}"
+            yield Found("fields", kind, entry.row, contact_id, columns)
 
 
-def _other_writers(state: State, contact_id: str) -> list[LedgerLine | Update]:
+def _other_writers(state: State, contact_id: str) -> list[LedgerEntry | Update]:
     """What other rows wrote into a contact after the one that made it, in their order."""
     return sorted([*state.merged_into(contact_id), *state.updates_of(contact_id)], key=_turn)
 
 
-def differing_columns(state: State, contact: Row, creator: LedgerLine) -> frozenset[str]:
+def differing_columns(state: State, contact: Row, creator: LedgerEntry) -> frozenset[str]:
     """The columns in which a contact is not what its row, and the rows merged into it, say now.
 
     Each unit is that of the row that wrote it last; one that none wrote is the first row's that has it.
@@ -170,17 +170,17 @@ def differing_columns(state: State, contact: Row, creator: LedgerLine) -> frozen
         return frozenset({"email"})
     expected: dict[str, Any] = dict(draft)
     others = _other_writers(state, contact["id"])
-    for line in others:
-        theirs = _draft_for(state, line.row, contact)
-        if theirs is not None and isinstance(line, LedgerLine):
-            (fill_from_profile if line.row.startswith("profiles:") else fill_from_lead)(expected, theirs)
+    for entry in others:
+        theirs = _draft_for(state, entry.row, contact)
+        if theirs is not None and isinstance(entry, LedgerEntry):
+            (fill_from_profile if entry.row.startswith("profiles:") else fill_from_lead)(expected, theirs)
     for writer in (creator, *others):
         theirs = _draft_for(state, writer.row, contact)
         expected |= {column: theirs[column] if theirs else _UNKNOWN for column in columns_of(writer)}
     return frozenset(column for column in CONTACT_COLUMNS if contact[column] != expected[column]) - {"updatedAt"}
 
 
-def _turn(writer: LedgerLine | Update) -> tuple[int, int, str]:
+def _turn(writer: LedgerEntry | Update) -> tuple[int, int, str]:
     """Within a run, the second look comes last."""
     return (writer.run, writer.number, "") if isinstance(writer, Update) else (writer.run, 0, writer.id)
 
@@ -193,7 +193,7 @@ def _draft_for(state: State, reference: str, contact: Row) -> Row | None:
     return draft
 
 
-def columns_of(writer: LedgerLine | Update) -> tuple[str, ...]:
+def columns_of(writer: LedgerEntry | Update) -> tuple[str, ...]:
     """The contact's columns that a merged row filled, or a second look changed."""
     return tuple(column for name in writer.filled for column in _FILLED[name])
 
@@ -222,17 +222,17 @@ def _is_excluded(state: State, reference: str) -> bool:
 
 
 def _excluded(state: State) -> Iterator[Found]:
-    for line in state.lines.values():
-        if line.outcome != "error" and line.contact_id in state.contacts and _is_excluded(state, line.row):
-            label = "role" if line.row.startswith("profiles:") else "status"
-            yield Found("excluded_migrated", "source_changed", line.row, line.contact_id, frozenset({label}))
+    for entry in state.entries.values():
+        if entry.outcome != "error" and entry.contact_id in state.contacts and _is_excluded(state, entry.row):
+            label = "role" if entry.row.startswith("profiles:") else "status"
+            yield Found("excluded_migrated", "source_changed", entry.row, entry.contact_id, frozenset({label}))
 
 
 def _twice(state: State) -> Iterator[Found]:
     addresses = Counter(address_of(contact["email"]) for contact in state.contacts.values())
-    for contact_id, line in state.creators().items():
+    for contact_id, entry in state.creators().items():
         if contact_id in state.contacts and addresses[address_of(state.contacts[contact_id]["email"])] > 1:
-            yield Found("contact_twice", "crm_changed", line.row, contact_id, frozenset({"email"}))
+            yield Found("contact_twice", "crm_changed", entry.row, contact_id, frozenset({"email"}))
 
 
 # What a rollback does
@@ -242,17 +242,19 @@ def assert_taken_back(before: State, after: State, run: int, memory: Memory) -> 
     """What nobody touched is gone, what somebody touched is there, and nothing else moved."""
     gone = before.contacts.keys() - after.contacts.keys()
     assert after.contacts.keys() <= before.contacts.keys()
-    lines_gone = {row: line for row, line in before.lines.items() if row not in after.lines}
-    assert {row: line for row, line in before.lines.items() if row not in lines_gone} == after.lines
+    entries_gone = {row: entry for row, entry in before.entries.items() if row not in after.entries}
+    assert {row: entry for row, entry in before.entries.items() if row not in entries_gone} == after.entries
     for contact_id in gone:
         creator = before.creators()[contact_id]
         assert (creator.run, contact_id in before.referenced) == (run, False)
-    for line in before.lines.values():
-        expected = _is_to_go(before, after, line, run, memory)
-        assert expected is None or (line.row in lines_gone) == expected, f"{line.outcome} {line.row}"
+    for entry in before.entries.values():
+        expected = _is_to_go(before, after, entry, run, memory)
+        assert expected is None or (entry.row in entries_gone) == expected, f"{entry.outcome} {entry.row}"
     _assert_updates_taken_back(before, after, run, memory)
     for contact_id, contact in after.contacts.items():
-        taken = [line for line in lines_gone.values() if (line.outcome, line.contact_id) == ("merged", contact_id)]
+        taken = [
+            entry for entry in entries_gone.values() if (entry.outcome, entry.contact_id) == ("merged", contact_id)
+        ]
         undone = [update for update in before.updates_of(contact_id) if update not in after.updates]
         _assert_emptied(before.contacts[contact_id], contact, taken, undone, run)
 
@@ -294,37 +296,37 @@ def _is_known(state: State, former: Any, memory: Memory) -> bool | None:
     return None if former["row"] in memory.moved_silently else True
 
 
-def _is_to_go(before: State, after: State, line: LedgerLine, run: int, memory: Memory) -> bool | None:
-    """Whether a line is to go; None where it may stay or go, and must only agree with its contact."""
-    is_there = line.contact_id in before.contacts
-    creator = before.creators().get(str(line.contact_id))
-    if line.outcome == "merged" and creator and (line.run != run or creator.run == run):
+def _is_to_go(before: State, after: State, entry: LedgerEntry, run: int, memory: Memory) -> bool | None:
+    """Whether an entry is to go; None where it may stay or go, and must only agree with its contact."""
+    is_there = entry.contact_id in before.contacts
+    creator = before.creators().get(str(entry.contact_id))
+    if entry.outcome == "merged" and creator and (entry.run != run or creator.run == run):
         # It goes with its contact; or with what had been filled before it by the run that is taken back.
-        is_gone = is_there and line.contact_id not in after.contacts
-        return True if is_gone else False if line.run == run else None
-    if line.run != run:
+        is_gone = is_there and entry.contact_id not in after.contacts
+        return True if is_gone else False if entry.run == run else None
+    if entry.run != run:
         return False
-    if line.outcome in ("error", "exists"):
-        return line.outcome == "error" or is_there
-    if not is_there or line.row in memory.saved_since:
+    if entry.outcome in ("error", "exists"):
+        return entry.outcome == "error" or is_there
+    if not is_there or entry.row in memory.saved_since:
         return False
-    if line.outcome == "created":
-        return _is_contact_to_go(before, after, line, memory)
-    if any(set(columns_of(update)) & set(columns_of(line)) for update in before.updates_of(str(line.contact_id))):
+    if entry.outcome == "created":
+        return _is_contact_to_go(before, after, entry, memory)
+    if any(set(columns_of(update)) & set(columns_of(entry)) for update in before.updates_of(str(entry.contact_id))):
         return None  # what a second look changed does not stand as the row filled it
-    return not line.filled or _still_tells(before, line, memory)
+    return not entry.filled or _still_tells(before, entry, memory)
 
 
-def _is_contact_to_go(before: State, after: State, line: LedgerLine, memory: Memory) -> bool | None:
-    if line.id in before.referenced:
+def _is_contact_to_go(before: State, after: State, entry: LedgerEntry, memory: Memory) -> bool | None:
+    if entry.id in before.referenced:
         return False
-    if any(update.to_stage and update in after.updates for update in before.updates_of(line.id)):
+    if any(update.to_stage and update in after.updates for update in before.updates_of(entry.id)):
         return False  # its history refers to it
-    writers = [line, *(writer for writer in _other_writers(before, line.id) if writer.filled)]
+    writers = [entry, *(writer for writer in _other_writers(before, entry.id) if writer.filled)]
     return True if all(_still_tells(before, writer, memory) is not None for writer in writers) else None
 
 
-def _still_tells(state: State, writer: LedgerLine | Update, memory: Memory) -> bool | None:
+def _still_tells(state: State, writer: LedgerEntry | Update, memory: Memory) -> bool | None:
     """Whether a row says what it said when it was written down; None where it hides that it does not."""
     row = state.source_row(writer.row)
     if row is None or row["updatedAt"] != writer.updated_at:
@@ -332,9 +334,9 @@ def _still_tells(state: State, writer: LedgerLine | Update, memory: Memory) -> b
     return None if writer.row in memory.moved_silently else True
 
 
-def _assert_emptied(before: Row, after: Row, taken: list[LedgerLine], undone: list[Update], run: int) -> None:
+def _assert_emptied(before: Row, after: Row, taken: list[LedgerEntry], undone: list[Update], run: int) -> None:
     """A contact that stays is as it was, but for what is taken out: there is nothing now, or what was before."""
-    writers: list[LedgerLine | Update] = [*taken, *undone]
+    writers: list[LedgerEntry | Update] = [*taken, *undone]
     filled = {column for writer in writers for column in columns_of(writer)}
     assert {c: v for c, v in after.items() if c not in filled} == {c: v for c, v in before.items() if c not in filled}
     expected = dict.fromkeys(filled - {_NEVER_EMPTY, "stageEnteredAt"})
@@ -348,22 +350,22 @@ def _assert_emptied(before: Row, after: Row, taken: list[LedgerLine], undone: li
 
 
 def rollback_counts(before: State, after: State, run: int) -> dict[str, Any]:
-    """What a rollback must report, by what became of the lines."""
+    """What a rollback must report, by what became of the entries."""
 
     def count(*outcomes: str) -> tuple[int, int]:
-        of_run = [line.row for line in before.lines.values() if line.run == run and line.outcome in outcomes]
-        stayed = sum(row in after.lines for row in of_run)
+        of_run = [entry.row for entry in before.entries.values() if entry.run == run and entry.outcome in outcomes]
+        stayed = sum(row in after.entries for row in of_run)
         return len(of_run) - stayed, stayed
 
-    (made_gone, made_kept), merges, lines = count("created"), count("merged"), count("exists", "error")
-    others = [line for line in before.lines.values() if line.run != run and line.row not in after.lines]
+    (made_gone, made_kept), merges, entries = count("created"), count("merged"), count("exists", "error")
+    others = [entry for entry in before.entries.values() if entry.run != run and entry.row not in after.entries]
     updates = [update in after.updates for update in before.updates if update.run == run]
     return {
         "reversed": made_gone,
         "kept": made_kept,
         "failed": 0,
         "merges": {"reversed": merges[0], "kept": merges[1], "failed": 0},
-        "lines": {"reversed": lines[0], "kept": lines[1], "failed": 0},
+        "lines": {"reversed": entries[0], "kept": entries[1], "failed": 0},
         "later_merges": len(others),
         "updates": {"reversed": updates.count(False), "kept": updates.count(True), "failed": 0},
     }

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.support.machine.world import LedgerLine, State
+from tests.support.machine.world import LedgerEntry, State
 from tests.support.reference import SETTLED
 
 
@@ -23,12 +23,12 @@ class Memory:
     emptied: dict[str, set[str]] = field(default_factory=dict)
     #: Contacts that people made.
     theirs: set[str] = field(default_factory=set)
-    #: Rows whose contact somebody saved since their line was written.
+    #: Rows whose contact somebody saved since their entry was written.
     saved_since: set[str] = field(default_factory=set)
     deleted: set[str] = field(default_factory=set)
-    #: Lines of rows whose contact was deleted: as they were then, they stay.
-    laid_to_rest: dict[str, LedgerLine] = field(default_factory=dict)
-    #: Rows that map to something else since their line was written; of those, the ones that do not show it.
+    #: Entries of rows whose contact was deleted: as they were then, they stay.
+    laid_to_rest: dict[str, LedgerEntry] = field(default_factory=dict)
+    #: Rows that map to something else since their entry was written; of those, the ones that do not show it.
     moved: set[str] = field(default_factory=set)
     moved_silently: set[str] = field(default_factory=set)
 
@@ -41,7 +41,7 @@ class Memory:
             self.emptied.setdefault(contact_id, set()).update(ours)
         written.update(columns)
         written.difference_update(name for name, value in columns.items() if value is None)
-        self.saved_since.update(line.row for line in state.lines.values() if line.contact_id == contact_id)
+        self.saved_since.update(entry.row for entry in state.entries.values() if entry.contact_id == contact_id)
 
     def contact_deleted(self, contact_id: str, state: State) -> None:
         """Somebody deleted a contact; `state` is from before."""
@@ -49,9 +49,9 @@ class Memory:
         self.theirs.discard(contact_id)
         self.written.pop(contact_id, None)
         self.emptied.pop(contact_id, None)
-        for line in state.lines.values():
-            if line.contact_id == contact_id and line.outcome in SETTLED:
-                self.laid_to_rest[line.row] = line
+        for entry in state.entries.values():
+            if entry.contact_id == contact_id and entry.outcome in SETTLED:
+                self.laid_to_rest[entry.row] = entry
 
     def row_changed(self, row: str) -> None:
         """A source row was changed or deleted."""
@@ -70,10 +70,10 @@ class Memory:
             self.moved.add(row)
             self.moved_silently.add(row)
 
-    def lines_written(self, before: State, after: State) -> None:
-        """A command of ours ran: rows that have a new line, or none any more, say what their line says."""
-        for row in before.lines.keys() | after.lines.keys():
-            if before.lines.get(row) != after.lines.get(row):
+    def entries_written(self, before: State, after: State) -> None:
+        """A command of ours ran: rows that have a new entry, or none any more, say what their entry says."""
+        for row in before.entries.keys() | after.entries.keys():
+            if before.entries.get(row) != after.entries.get(row):
                 self.moved.discard(row)
                 self.moved_silently.discard(row)
                 self.saved_since.discard(row)

@@ -16,7 +16,7 @@ from django.db import connection
 
 from tests.conftest import Database
 from tests.support.populations import HAS_CLERK_USER_ID, STAGE_LABELS, read_contacts
-from tests.support.reference import ATTRIBUTION, Line, Population, Resolution, Row
+from tests.support.reference import ATTRIBUTION, Entry, Population, Resolution, Row
 
 #: What we only read, and what people add to contacts. Of the contacts' history only what is not told by an update.
 OTHER_TABLES = ("users", "profiles", "leads", "crm_interactions")
@@ -33,7 +33,7 @@ _COLUMNS = {
         *("lastContactedAt", *ATTRIBUTION, "createdAt", "updatedAt"),
     ),
 }
-_LINES = """
+_ENTRIES = """
 SELECT CASE WHEN source LIKE '%leads' THEN 'leads:' ELSE 'profiles:' END || source_id, id, source, outcome, reason,
        contact_id, identity_keys::text, run_id, source_updated_at, filled, COALESCE(seen_updated_at, source_updated_at),
        seen_updated_at IS NOT NULL
@@ -51,8 +51,8 @@ SELECT "contactId" FROM crm_interactions
 """
 
 
-class LedgerLine(NamedTuple):
-    """A line of the ledger, but for what a second look remembers."""
+class LedgerEntry(NamedTuple):
+    """An entry of the ledger, but for what a second look remembers."""
 
     row: str
     id: str
@@ -65,8 +65,8 @@ class LedgerLine(NamedTuple):
     updated_at: datetime
     filled: tuple[str, ...]
 
-    def as_the_reference(self) -> Line:
-        """What the reference knows of a line."""
+    def as_the_reference(self) -> Entry:
+        """What the reference knows of an entry."""
         return {
             "source": self.source,
             "outcome": self.outcome,
@@ -107,7 +107,7 @@ class State:
     profiles: Mapping[str, Row]
     leads: Mapping[str, Row]
     contacts: Mapping[str, Row]
-    lines: Mapping[str, LedgerLine]
+    entries: Mapping[str, LedgerEntry]
     seen: Mapping[str, datetime]
     looked: frozenset[str]
     updates: Sequence[Update]
@@ -129,26 +129,26 @@ class State:
         )
 
     @property
-    def ledger(self) -> dict[str, Line]:
+    def ledger(self) -> dict[str, Entry]:
         """The ledger for the reference."""
-        return {row: line.as_the_reference() for row, line in self.lines.items()}
+        return {row: entry.as_the_reference() for row, entry in self.entries.items()}
 
     def source_row(self, reference: str) -> Row | None:
         """The row of a reference, if it is there."""
         table, _, identifier = reference.partition(":")
         return (self.profiles if table == "profiles" else self.leads).get(identifier)
 
-    def creators(self) -> dict[str, LedgerLine]:
-        """The lines that made contacts, by contact."""
-        return {line.id: line for line in self.lines.values() if line.outcome == "created"}
+    def creators(self) -> dict[str, LedgerEntry]:
+        """The entries that made contacts, by contact."""
+        return {entry.id: entry for entry in self.entries.values() if entry.outcome == "created"}
 
     def updates_of(self, contact_id: str) -> list[Update]:
         """What second looks changed in a contact, in their order."""
         return [update for update in self.updates if update.contact_id == contact_id]
 
-    def merged_into(self, contact_id: str) -> list[LedgerLine]:
-        """The lines of the rows that were merged into a contact."""
-        return [line for line in self.lines.values() if (line.outcome, line.contact_id) == ("merged", contact_id)]
+    def merged_into(self, contact_id: str) -> list[LedgerEntry]:
+        """The entries of the rows that were merged into a contact."""
+        return [entry for entry in self.entries.values() if (entry.outcome, entry.contact_id) == ("merged", contact_id)]
 
 
 class World:
@@ -177,16 +177,16 @@ class World:
         profile_columns = _COLUMNS["profiles"] + (("clerkUserId",) if self.has_clerk_user_id else ())
         with connection.cursor() as cursor:
             contacts = read_contacts(cursor)
-        lines = [(_line(row[:-2]), _aware(row[-2]), row[-1]) for row in self._rows(_LINES)]
+        entries = [(_entry(row[:-2]), _aware(row[-2]), row[-1]) for row in self._rows(_ENTRIES)]
         return State(
             self.generation,
             users=self._read("users", _COLUMNS["users"]),
             profiles=self._read("profiles", profile_columns),
             leads=self._read("leads", _COLUMNS["leads"]),
             contacts=contacts,
-            lines={line.row: line for line, *_ in lines},
-            seen={line.row: seen for line, seen, _ in lines},
-            looked=frozenset(line.row for line, _, looked in lines if looked),
+            entries={entry.row: entry for entry, *_ in entries},
+            seen={entry.row: seen for entry, seen, _ in entries},
+            looked=frozenset(entry.row for entry, _, looked in entries if looked),
             updates=[
                 Update(*map(_aware, row))._replace(filled=tuple(row[6].split(","))) for row in self._rows(_UPDATES)
             ],
@@ -256,10 +256,10 @@ class World:
             cursor.execute(statement, [_naive(value) for value in parameters])
 
 
-def _line(row: tuple[Any, ...]) -> LedgerLine:
+def _entry(row: tuple[Any, ...]) -> LedgerEntry:
     reference, identifier, source, outcome, reason, contact_id, keys, run, updated_at, filled = row
     names = tuple(filled.split(",")) if filled else ()
-    return LedgerLine(reference, identifier, source, outcome, reason, contact_id, keys, run, _aware(updated_at), names)
+    return LedgerEntry(reference, identifier, source, outcome, reason, contact_id, keys, run, _aware(updated_at), names)
 
 
 def _aware(value: Any) -> Any:
