@@ -1,4 +1,8 @@
-"""Rows and contacts of which some cannot be read or written: each costs itself, and none of its neighbours."""
+"""Rows and contacts of which some cannot be read or written: each costs itself, and none of its neighbours.
+
+What is refused together is halved until it stands alone, so one refusal among a thousand items costs some twenty
+attempts, and what it refused is known.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,6 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from crm.outcome import Refusal
 from crm.postgres.errors import row_refusal
 from crm.postgres.refusals import MAX_ALIKE, AlikeRefusals
-from crm.rules.bisecting import Bisection
 
 #: So many rows in succession that cannot be read, and none that can, are no coincidence.
 MAX_UNREADABLE = 100
@@ -22,6 +25,34 @@ Key = TypeVar("Key")
 Row = TypeVar("Row")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+class Bisection(Generic[Item, Result]):
+    """Attempts items, and yields them in their order: those that were not refused together, and each other one alone.
+
+    Whatever `attempt` raises ends it.
+    """
+
+    def __init__(self, items: Sequence[Item], attempt: Callable[[Sequence[Item]], Result | Refusal]) -> None:
+        """`attempt` returns a Refusal for items of which at least one is refused; then it must have changed nothing."""
+        self._attempt = attempt
+        self._waiting = [items] if items else []
+
+    def __iter__(self) -> Iterator[tuple[Sequence[Item], Result | Refusal]]:
+        """Each part with what was returned for it; a Refusal is of a single item."""
+        while self._waiting:
+            some = self._waiting.pop()
+            found = self._attempt(some)
+            if isinstance(found, Refusal) and len(some) > 1:
+                middle = len(some) // 2
+                self._waiting += [some[middle:], some[:middle]]
+            else:
+                yield some, found
+
+    @property
+    def left(self) -> list[Item]:
+        """The items that were not yielded yet, in their order."""
+        return [item for some in reversed(self._waiting) for item in some]
 
 
 def refusal_of_reading(error: Exception) -> Refusal | None:

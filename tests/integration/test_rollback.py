@@ -774,7 +774,7 @@ def test_a_run_that_cannot_be_taken_back_is_refused_and_nothing_is_written(datab
         refused(made + 1000, "There is no run", *arguments)
         refused(10**30, "There is no run", *arguments)
         refused(running.pk, "still going", *arguments)
-        refused(empty, "no line", *arguments)
+        refused(empty, "no entry", *arguments)
     going = rollback(str(made))
     assert (going.code, going.stdout) == (3, "")
     running.delete()

@@ -625,7 +625,7 @@ def test_a_row_that_cannot_be_a_contact_any_more_brings_nothing(database: Databa
 
 @contextmanager
 def meanwhile(
-    happening: Callable[[], object], *, after: str = "FROM crm_contacts c LEFT JOIN LATERAL"
+    happening: Callable[[], object], *, after: str = "FROM crm_contacts c WHERE c.id = wanted.id"
 ) -> Iterator[None]:
     """Let something happen once, between the look at a contact and the write."""
     left = [happening]

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crm.outcome import Refusal
-from crm.rules.bisecting import Bisection
+from crm.postgres.apart import Bisection
 
 
 def refusing(bad: set[int], attempts: list[list[int]] | None = None) -> Callable[[Sequence[int]], int | Refusal]:

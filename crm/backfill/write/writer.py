@@ -19,11 +19,10 @@ from crm.backfill.write.upsert import StillUnmatchedError, UpsertResult, upsert
 from crm.fields import array_types, as_columns, unnest
 from crm.models import BackfillBatch, CRMContact
 from crm.outcome import Outcome, Reason, Refusal, RowOutcome, Source, Totals
-from crm.postgres.apart import refusal_of_writing, refuses_all
+from crm.postgres.apart import Bisection, refusal_of_writing, refuses_all
 from crm.postgres.errors import RewrittenError, SettledMeanwhileError
 from crm.postgres.refusals import MAX_ALIKE, AlikeRefusals, names_of_the_schema
 from crm.postgres.transactions import Timeouts
-from crm.rules.bisecting import Bisection
 from crm.rules.mapping import ATTRIBUTION, ATTRIBUTION_UNIT, ContactDraft, MappedRow
 from crm.rules.matching import ASSIGNMENT_UNIT, PROFILE_FILLS
 from crm.runs import lease
