@@ -1,15 +1,13 @@
-"""What people see of a run: the progress and the summary, with rich; and one JSON object for machines."""
+"""What people see of a run: the summary, with rich; and one JSON object for machines."""
 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping
 from typing import IO, Any, cast
 
 from django.core.management.base import OutputWrapper
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -17,13 +15,9 @@ from crm.backfill.gone_contacts import GoneContacts
 from crm.backfill.latecomers import ContactsTwice
 from crm.backfill.runner import RunReport
 from crm.models.ledger import RunStatus
-from crm.outcome import Source, Totals
 from crm.postgres.target import target, target_line
 from crm.runs.lost_reports import LostReport
-from crm.runs.progress import Silence
 
-#: Without a terminal, a line about this often; seconds.
-LINE_EVERY = 10.0
 #: How many contacts a line names.
 MAX_NAMED = 10
 
@@ -31,95 +25,6 @@ MAX_NAMED = 10
 _INDENT = " " * len("Reconciliation: ")
 
 _LABELS_OF_TYPE = (("Clients", "CLIENT"), ("Tax Preparers", "PREPARER"), ("Affiliates", "AFFILIATE"), ("Leads", "LEAD"))
-
-
-class TerminalProgress:
-    """A bar a source, with rate and time left."""
-
-    def __init__(self, console: Console) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description:<16}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.completed:,.0f} / {task.total:,.0f}", justify="right"),
-            TextColumn("{task.fields[rate]:>14}"),
-            TimeRemainingColumn(),
-            console=console,
-        )
-        self._tasks: dict[Source, TaskID] = {}
-        self._second_looks: dict[Source, TaskID] = {}
-        self._last_batch = 0.0
-
-    def begin(self, rows: dict[Source, int]) -> None:
-        """Show an empty bar for each source."""
-        self._progress.console.print("Source rows by source", highlight=False)
-        self._progress.start()
-        self._last_batch = self._progress.get_time()
-        for source, count in rows.items():
-            self._tasks[source] = self._progress.add_task(source.title, total=count, rate="", start=False)
-
-    def advance(self, source: Source, totals: Totals) -> None:
-        """Move the source's bar on. What arrived since the count makes the bar longer, never fuller than full."""
-        if totals.revisited:
-            self._advance_second_look(source, totals.revisited)
-            return
-        task = self._progress.tasks[self._tasks[source]]
-        if task.start_time is None:
-            # Its first batch has taken since the end of the one before.
-            task.start_time = self._last_batch
-        self._last_batch = self._progress.get_time()
-        done = task.completed + totals.read
-        elapsed = task.elapsed or 0.0
-        rate = f"{done / elapsed:,.0f} rows/s" if elapsed else ""
-        self._progress.update(task.id, completed=done, total=max(task.total or 0, done), rate=rate)
-
-    def _advance_second_look(self, source: Source, rows: int) -> None:
-        """A bar without an end: how many rows changed is known when all have been asked."""
-        if source not in self._second_looks:
-            title = f"{source.title}: again"
-            self._second_looks[source] = self._progress.add_task(title, total=0, rate="")
-        done = self._progress.tasks[self._second_looks[source]].completed + rows
-        self._progress.update(self._second_looks[source], completed=done, total=done)
-
-    def end(self) -> None:
-        """Leave the bars as they are."""
-        self._progress.stop()
-
-
-class LineProgress:
-    """A line now and then, for a log."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._to_do = self._done = 0
-        self._started = self._told = time.monotonic()
-
-    def begin(self, rows: dict[Source, int]) -> None:
-        """Say how much there is to do."""
-        self._to_do = sum(rows.values())
-        self._console.print(f"{self._to_do:,} source rows to look at", highlight=False)
-
-    def advance(self, source: Source, totals: Totals) -> None:
-        """Say how far the run is, when it has not been said for a while."""
-        self._done += totals.rows
-        now = time.monotonic()
-        if now - self._told >= LINE_EVERY:
-            self._told = now
-            rate = self._done / (now - self._started)
-            self._console.print(
-                f"{source.title}: {self._done:,} of {max(self._to_do, self._done):,} source rows, {rate:,.0f} rows/s",
-                highlight=False,
-            )
-
-    def end(self) -> None:
-        """Nothing: the summary follows."""
-
-
-def progress_on_stderr(*, wanted: bool) -> TerminalProgress | LineProgress | Silence:
-    """Bars on a terminal, lines elsewhere; nothing where none is wanted."""
-    console = Console(stderr=True)
-    if not wanted:
-        return Silence()
-    return TerminalProgress(console) if console.is_terminal else LineProgress(console)
 
 
 def console_on(stdout: OutputWrapper, *, width: int = 110) -> Console:

@@ -176,7 +176,7 @@ class _Work:
         run_id = self.life.run.pk if self.life.run else None
         context = RunContext(self.options, self.facts, run_id, resolutions, every, pending_ids, before.unstarted)
         with _executor(context, self.life.interruption, self._on_batch) as executor:
-            self.watcher.begin(rows)
+            self.watcher.begin("source rows", {source.title: count for source, count in rows.items()})
             for source in rows:
                 executor.run(Task(source, Phase.PENDING))
             for source in resolutions.among(rows):
@@ -220,7 +220,10 @@ class _Work:
 
     def _on_batch(self, source: Source, totals: Totals) -> None:
         self.tally.add(source, totals)
-        self.watcher.advance(source, totals)
+        if totals.revisited:
+            self.watcher.advance(f"{source.title}: again", totals.revisited)
+        else:
+            self.watcher.advance(source.title, totals.read)
         _heed_ceiling(self.options, self.tally.totals)
 
     def close(self, ending: Ending) -> RunReport:

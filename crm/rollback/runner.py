@@ -17,14 +17,13 @@ from functools import partial
 from typing import NamedTuple, Protocol
 
 from django.db import connection
-from django.db.models import Count
 from django.utils import timezone
 
 from crm.backfill.read.readahead import ReadingThread
 from crm.errors import OperatorError
 from crm.models import BackfillRun, ContactUpdate, LedgerEntry, Rollback
 from crm.models.ledger import RunStatus
-from crm.outcome import Outcome, Source, Totals
+from crm.outcome import Outcome
 from crm.postgres import errors
 from crm.postgres.facts.foreign_keys import find_foreign_keys
 from crm.postgres.facts.rights import Operation, require_rights
@@ -33,6 +32,7 @@ from crm.rollback.ahead import PagesAhead
 from crm.rollback.reader import Reader
 from crm.rollback.undo import Counts, DatabaseUndoer, DryRunUndoer, Reverted, RunDeletedError, Undoer, counted
 from crm.rules.entry import Entry
+from crm.rules.reverting import Verdict
 from crm.rules.throttling import BatchSizer
 from crm.runs import control, lease
 from crm.runs.lifecycle import Checked, Ending, Lifecycle, lifecycle
@@ -172,14 +172,14 @@ class _Work:
     def __post_init__(self) -> None:
         self._retries = Retries(connection, self.life.interruption, BatchSizer(fixed=self.batch_size))
 
-    def through(self, entries: dict[Source, int]) -> None:
-        """Undo every entry. Raises what ends it before."""
+    def through(self, entries: int) -> None:
+        """Undo every entry, and every change of an update. Raises what ends it before."""
         rollback = self.life.run
         undoer: Undoer = (
             DatabaseUndoer(connection, self.reader, rollback.pk) if rollback else DryRunUndoer(connection, self.reader)
         )
         try:
-            self.progress.begin(entries)
+            self.progress.begin("entries", {self._title: entries})
             # What --update changed goes first: a contact that the run made is as it made it then.
             self._work_through(partial(self._batch_of_updates, undoer))
             with ReadingThread(connection) as thread:
@@ -215,12 +215,22 @@ class _Work:
                 return
             self._retries.sizer.after_batch(len(done.entries), seconds=0)
             after = done.last
-            self.counts.add(counted(done.undone))
-            for source in {entry.source for entry in done.entries if isinstance(entry.outcome, Outcome)}:
-                read = sum(entry.source == source for entry in done.entries)
-                self.progress.advance(Source(source), Totals(read=read))
+            counts = counted(done.undone)
+            self.counts.add(counts)
+            self.progress.advance(self._title, sum(map(counts.of, Verdict)), self._result())
             if self.listener:
                 self.listener(done.undone)
+
+    @property
+    def _title(self) -> str:
+        dry = "" if self.life.run else " (dry run)"
+        return f"Rolling back run {self.reader.run.pk}{dry}"
+
+    def _result(self) -> str:
+        counts = {verdict: self.counts.of(verdict) for verdict in Verdict}
+        return ", ".join(
+            f"{count:,} {verdict}" for verdict, count in counts.items() if count or verdict is not Verdict.FAILED
+        )
 
     def _batch_after(self, batch: _Batch, after: str) -> _Done | None:
         return batch(after, self._retries.sizer.size)
@@ -262,11 +272,10 @@ def _require_run(run_id: int, facts: DatabaseFacts, *, may_take_over: bool) -> B
     return run
 
 
-def _require_entries(run: BackfillRun) -> dict[Source, int]:
-    """How many entries the ledger has of the run, by source; none is fine only where a rollback has to be closed."""
-    counts = LedgerEntry.objects.filter(run=run).values_list("source").annotate(Count("id"))
-    entries = {Source(source): count for source, count in counts}
-    if not entries and not ContactUpdate.objects.filter(run=run).exists() and not _is_to_be_closed(run):
+def _require_entries(run: BackfillRun) -> int:
+    """How many entries and changes there are of the run; none is fine only where a rollback has to be closed."""
+    entries = sum(model.objects.filter(run=run).count() for model in (LedgerEntry, ContactUpdate))
+    if not entries and not _is_to_be_closed(run):
         raise OperatorError(_nothing_left(run))
     return entries
 

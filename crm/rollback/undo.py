@@ -421,10 +421,14 @@ class Counts:
         self.numbers.update(other.numbers)
         self.reasons.update(other.reasons)
 
+    def of(self, verdict: Verdict) -> int:
+        """Lines that came to a verdict, of every kind."""
+        return sum(self.numbers[f"{kind}_{verdict}"] for kind in set(_KINDS.values()))
+
     @property
     def failed(self) -> int:
         """Entries that the database would not undo."""
-        return sum(self.numbers[f"{kind}_failed"] for kind in ("contacts", "merges", "updates"))
+        return self.of(Verdict.FAILED)
 
     @property
     def remaining(self) -> int:

@@ -21,7 +21,6 @@ from pytest_django import DjangoDbBlocker
 from crm.backfill.runner import run_backfill
 from crm.models import BackfillRun
 from crm.models.ledger import RunStatus
-from crm.outcome import Source, Totals
 from crm.rules.options import RunOptions
 from crm.runs import control, lease
 from crm.runs.process import ProcessIdentity
@@ -353,7 +352,7 @@ class Sleeper(Silence):
     def __init__(self) -> None:
         self.taker: BackfillRun | None = None
 
-    def advance(self, source: Source, totals: Totals) -> None:  # noqa: ARG002 - the progress of a run
+    def advance(self, part: str, done: int, result: str = "") -> None:  # noqa: ARG002 - the progress of a run
         """The batch is committed, and the next one not yet begun."""
         if self.taker is None:
             (sleeping,) = statuses()

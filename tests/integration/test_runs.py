@@ -16,7 +16,7 @@ from crm.backfill.runner import run_backfill
 from crm.errors import OperatorError
 from crm.models import BackfillRun, Rollback
 from crm.models.ledger import RunStatus
-from crm.outcome import Source, Totals
+from crm.outcome import Source
 from crm.rules.options import RunOptions
 from crm.rules.throttling import ErrorBudget
 from crm.runs import control
@@ -163,7 +163,7 @@ class Meddler(Silence):
     def __init__(self, action: str) -> None:
         self._action: str | None = action
 
-    def advance(self, source: Source, totals: Totals) -> None:  # noqa: ARG002 - the progress of a run
+    def advance(self, part: str, done: int, result: str = "") -> None:  # noqa: ARG002 - the progress of a run
         """The batch is committed, and the next one not yet begun."""
         if self._action:
             control.act(self._action, control.latest(1)[0].pk)
@@ -176,9 +176,9 @@ def test_a_run_that_was_resumed_before_it_noticed_the_pause_does_not_ask_for_it(
     builders.add_many_leads(9)
     pause, resume = Meddler("pause"), Meddler("resume")
 
-    def pause_and_resume(_progress: Silence, source: Source, totals: Totals) -> None:
-        pause.advance(source, totals)
-        resume.advance(source, totals)
+    def pause_and_resume(_progress: Silence, part: str, done: int) -> None:
+        pause.advance(part, done)
+        resume.advance(part, done)
 
     monkeypatch.setattr(Silence, "advance", pause_and_resume)
     ended = backfill("--batch-size", "3", "--no-progress")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from multiprocessing import synchronize
 from pathlib import Path
@@ -141,7 +141,7 @@ def test_no_worker_shares_a_lock_that_it_could_take_with_it(
 class Clockwork(Silence):
     """A progress with a thread of its own, as that on a terminal has."""
 
-    def begin(self, rows: dict[Source, int]) -> None:  # noqa: ARG002 - the progress of a run
+    def begin(self, unit: str, parts: Mapping[str, int]) -> None:  # noqa: ARG002 - the progress of a run
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._is_over.wait)
         self._thread.start()

@@ -10,14 +10,7 @@ from django.core.management.base import CommandError, CommandParser
 from django.utils.dateparse import parse_date, parse_datetime
 
 from crm.backfill.capacity import max_workers, require_room_for
-from crm.backfill.report import (
-    as_json,
-    console_on,
-    in_place_of_the_report,
-    news,
-    print_summary,
-    progress_on_stderr,
-)
+from crm.backfill.report import as_json, console_on, in_place_of_the_report, news, print_summary
 from crm.backfill.runner import RunReport, run_backfill
 from crm.errors import OperatorError
 from crm.management.arguments import MAX_ROWS, positive
@@ -28,6 +21,7 @@ from crm.postgres.errors import refusing_to_start
 from crm.rules.options import RunOptions
 from crm.rules.throttling import FIRST_ROWS, ErrorBudget
 from crm.runs.lost_reports import noted
+from crm.runs.progress import progress_on_stderr
 
 
 class Command(OperatorCommand):

@@ -8,13 +8,14 @@ from typing import Any
 
 from django.core.management.base import CommandError, CommandParser
 
-from crm.backfill.report import console_on, progress_on_stderr
+from crm.backfill.report import console_on
 from crm.errors import OperatorError
 from crm.management.arguments import new_file, run_number
 from crm.management.operator_command import OperatorCommand
 from crm.rollback.report import as_json, listing, news, print_summary
 from crm.rollback.runner import DEFAULT_BATCH_SIZE, roll_back
 from crm.runs import control
+from crm.runs.progress import progress_on_stderr
 
 LEAST_BATCH, LARGEST_BATCH = 1, 5_000
 
