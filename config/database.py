@@ -17,6 +17,9 @@ it only tunes Prisma's own engine, and refused where dropping it would be unsafe
                           dropped: there is no pool here, every batch has a timeout of its own, and nothing is prepared
 
 No message holds the URL or a value out of it: a password can end up in any part of a URL that was written wrongly.
+
+`Env.db_url` of django-environ hands every parameter on to libpq, drops one that is given twice, and does not know what
+they mean to Prisma. What it cannot read it quotes, in a warning or an error, or takes for a URL that has no database.
 """
 
 from collections.abc import Mapping

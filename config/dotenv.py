@@ -9,6 +9,9 @@ r"""A file `.env`, read by the conventions of dotenv as python-dotenv has them. 
 A byte order mark and the line ends of Windows do no harm, and the last line of a name counts. ${NAME}, which other
 tools would expand, is refused outside single quotation marks.
 Whatever else stands in a line is refused by its number. No message holds a word of the file: there are secrets in it.
+
+`Env.read_env` of django-environ skips a line that it cannot read, such as `NAME = value`, and logs it with its secret.
+It also cuts a value off at any #, or keeps the comment in it.
 """
 
 import re

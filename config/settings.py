@@ -14,11 +14,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import environ
 from django.core.exceptions import ImproperlyConfigured, ValidationError
 from django.core.validators import validate_email
 
 from config import database, dotenv, embedded
+from config.environment import Env
 
 BASE_DIR = Path(__file__).resolve().parent.parent
 
@@ -30,7 +30,7 @@ SHORTEST_KEY, FEWEST_DIFFERENT = 50, 5
 #: The variables that begin with CRM_; the system check knows any other one for misspelled.
 CRM_VARIABLES = ("CRM_DOTENV", "CRM_EMBEDDED_DATA", "CRM_PLACEHOLDER_DOMAIN", "CRM_STATEMENT_TIMEOUT")
 
-env = environ.Env()
+env = Env()
 
 
 def _read_dotenv(path: Path) -> None:
@@ -38,7 +38,7 @@ def _read_dotenv(path: Path) -> None:
 
     Nor is one without DATABASE_URL: whoever has written a file does not mean to go without a database.
     """
-    if os.environ.get("CRM_DOTENV") == "off" or not os.path.lexists(path):
+    if env.str("CRM_DOTENV", default="") == "off" or not os.path.lexists(path):
         return
     try:
         if not stat.S_ISREG(path.stat().st_mode):
@@ -55,7 +55,7 @@ def _read_dotenv(path: Path) -> None:
         ) from None
     for name, value in dotenv.parse(text).items():
         os.environ.setdefault(name, value)
-    if "DATABASE_URL" not in os.environ:
+    if "DATABASE_URL" not in env:
         raise ImproperlyConfigured(
             f"{path} names no DATABASE_URL: add the line, or set CRM_DOTENV=off in the environment to go without the "
             "file."
@@ -82,8 +82,7 @@ HOW_TO_MAKE_A_KEY = (
 
 
 def _secret_key() -> str:
-    # Read without django-environ: a value that begins with $ is the name of another variable to it.
-    key = os.environ.get("SECRET_KEY", "").strip()
+    key: str = env.str("SECRET_KEY", default="")
     is_strong = len(key) >= SHORTEST_KEY and len(set(key)) >= FEWEST_DIFFERENT
     if key and (DEBUG or is_strong):
         return key
@@ -100,8 +99,8 @@ def _secret_key() -> str:
 
 def _embedded_data() -> Path | None:
     """The folder of the embedded server, which is used only by whoever names it."""
-    folder = os.environ.get("CRM_EMBEDDED_DATA")
-    if folder and "DATABASE_URL" in os.environ:
+    folder = env.str("CRM_EMBEDDED_DATA", default="")
+    if folder and "DATABASE_URL" in env:
         raise ImproperlyConfigured(
             "DATABASE_URL and CRM_EMBEDDED_DATA are both set, so it is not clear which database is meant: unset "
             "CRM_EMBEDDED_DATA to work on the one of DATABASE_URL. For the embedded development database unset "
@@ -110,34 +109,17 @@ def _embedded_data() -> Path | None:
     return Path(folder).resolve() if folder else None
 
 
-def _seconds(name: str, default: int) -> int:
-    value = os.environ.get(name, "").strip()
-    if not value:
-        return default
-    if not (value.isascii() and value.isdigit()):
+def _seconds(name: str, default: int, most: int | None = None) -> int:
+    seconds: int = env.int(name, default=default)
+    if seconds < 0:
         raise ImproperlyConfigured(f"{name} is not a whole number of seconds: correct it, or leave it out.")
-    return int(value)
-
-
-def _timeout(name: str, default: int) -> int:
-    seconds = _seconds(name, default)
-    if seconds > LONGEST_TIMEOUT:
-        raise ImproperlyConfigured(f"{name} is more than {LONGEST_TIMEOUT}: write 0 for no limit at all.")
+    if most is not None and seconds > most:
+        raise ImproperlyConfigured(f"{name} is more than {most}: write 0 for no limit at all.")
     return seconds
 
 
-def _switch(name: str, *, default: bool) -> bool:
-    """On or off. Anything else is refused: django-environ would take a misspelt `on` for off."""
-    value = os.environ.get(name, "").strip().lower()
-    if not value:
-        return default
-    if value not in (*env.BOOLEAN_TRUE_STRINGS, "false", "off", "no", "n", "0"):
-        raise ImproperlyConfigured(f"{name} is neither on nor off: write one of them, or leave it out.")
-    return value in env.BOOLEAN_TRUE_STRINGS
-
-
 def _domain(name: str, default: str) -> str:
-    value = os.environ.get(name, "").strip().lower() or default
+    value: str = env.str(name, default=default).lower()
     try:
         validate_email(f"client-0@{value}")
     except ValidationError:
@@ -153,7 +135,7 @@ _read_dotenv(BASE_DIR / ".env")
 
 BACKFILL_SCHEMA = "crm_backfill"
 database.require_no_detour(os.environ)
-IS_DEVELOPMENT = "DATABASE_URL" not in os.environ
+IS_DEVELOPMENT = "DATABASE_URL" not in env
 EMBEDDED_DATA = _embedded_data()
 
 DATABASE_CONNECTION_LIMIT: int | None = None
@@ -161,7 +143,7 @@ LEGACY_SCHEMA = database.DEFAULT_SCHEMA
 DATABASES: dict[str, dict[str, Any]]
 
 if not IS_DEVELOPMENT:
-    _database = database.parse(os.environ["DATABASE_URL"], backfill_schema=BACKFILL_SCHEMA)
+    _database = database.parse(env.str("DATABASE_URL", default=""), backfill_schema=BACKFILL_SCHEMA)
     LEGACY_SCHEMA = _database.legacy_schema
     DATABASE_CONNECTION_LIMIT = _database.connection_limit
     DATABASES = {"default": _database.django_entry(BACKFILL_SCHEMA)}
@@ -172,11 +154,11 @@ else:
 
 CRM_PLACEHOLDER_DOMAIN = _domain("CRM_PLACEHOLDER_DOMAIN", default="crm-backfill.invalid")
 # How long one statement of a command may take; a batch's own allows itself a minute.
-CRM_STATEMENT_TIMEOUT = _timeout("CRM_STATEMENT_TIMEOUT", default=600)
+CRM_STATEMENT_TIMEOUT = _seconds("CRM_STATEMENT_TIMEOUT", default=600, most=LONGEST_TIMEOUT)
 
 # Security
 
-DEBUG = _switch("DEBUG", default=False)
+DEBUG: bool = env.bool("DEBUG", default=False)
 SECRET_KEY = _secret_key()
 #: Why the admin cannot be served, if it cannot.
 NOT_SERVED = (
@@ -189,7 +171,7 @@ ALLOWED_HOSTS = env.list("ALLOWED_HOSTS", default=[])
 CSRF_TRUSTED_ORIGINS = env.list("CSRF_TRUSTED_ORIGINS", default=[])
 
 # To be turned off for a look at the admin through `runserver` on one's own machine, and for nothing else.
-HTTPS_ONLY = _switch("HTTPS_ONLY", default=not DEBUG and not IS_DEVELOPMENT)
+HTTPS_ONLY: bool = env.bool("HTTPS_ONLY", default=not DEBUG and not IS_DEVELOPMENT)
 SECURE_SSL_REDIRECT = HTTPS_ONLY
 SESSION_COOKIE_SECURE = HTTPS_ONLY
 CSRF_COOKIE_SECURE = HTTPS_ONLY
@@ -198,7 +180,7 @@ SECURE_HSTS_SECONDS = _seconds("SECURE_HSTS_SECONDS", default=3600 if HTTPS_ONLY
 SECURE_HSTS_INCLUDE_SUBDOMAINS = HTTPS_ONLY
 SECURE_HSTS_PRELOAD = HTTPS_ONLY
 # Only a proxy that always sets this header, whatever the client sent, may be believed.
-if _switch("BEHIND_TLS_PROXY", default=False):
+if env.bool("BEHIND_TLS_PROXY", default=False):
     SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https")
 
 # The admin

@@ -1,0 +1,30 @@
+"""The environment's typed values, read by django-environ, and refused where it would guess.
+
+It takes a misspelled `on` for off, a value that begins with $ for the name of another variable, whose absence is the
+default, and leaves the white space around the items of a list. Its errors quote the value, which may be a secret.
+"""
+
+from typing import Any, Final
+
+import environ
+from django.core.exceptions import ImproperlyConfigured
+
+_SWITCH: Final = dict.fromkeys(environ.Env.BOOLEAN_TRUE_STRINGS, True) | dict.fromkeys(
+    ("false", "off", "no", "n", "0"), False
+)
+_FAULT: Final = {bool: "neither on nor off: write one of them", int: "not a whole number: correct it"}
+
+
+class Env(environ.Env):  # type: ignore[misc] # django-environ has no type hints
+    """`env.bool("DEBUG", default=False)` and the like. White space around a value is no part of it; empty is unset."""
+
+    def get_value(self, var: str, cast: Any = None, default: Any = environ.Env.NOTSET, **_parsing: Any) -> Any:
+        """Return the value of a variable, or the default. Raises ImproperlyConfigured, without the value."""
+        text = self.ENVIRON.get(var, "").strip()
+        if not text and default is not self.NOTSET:
+            return default
+        try:
+            value: Any = _SWITCH[text.lower()] if cast is bool else self.parse_value(text, cast)
+        except (KeyError, ValueError):
+            raise ImproperlyConfigured(f"{var} is {_FAULT[cast]}, or leave it out.") from None
+        return [item.strip() for item in value] if cast is list else value
