@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import IO, Any, cast
+from typing import Any
 
-from django.core.management.base import OutputWrapper
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from crm.backfill.gone_contacts import GoneContacts
 from crm.backfill.latecomers import ContactsTwice
 from crm.backfill.runner import RunReport
 from crm.models.ledger import RunStatus
+from crm.output.table import Summary, print_line
 from crm.postgres.target import target, target_line
 from crm.runs.lost_reports import LostReport
 
@@ -25,11 +23,6 @@ MAX_NAMED = 10
 _INDENT = " " * len("Reconciliation: ")
 
 _LABELS_OF_TYPE = (("Clients", "CLIENT"), ("Tax Preparers", "PREPARER"), ("Affiliates", "AFFILIATE"), ("Leads", "LEAD"))
-
-
-def console_on(stdout: OutputWrapper, *, width: int = 110) -> Console:
-    """Rich on a command's own stdout; wide enough for every line where there is no terminal to fit into."""
-    return Console(file=cast(IO[str], stdout), width=None if stdout.isatty() else width)
 
 
 def as_json(report: RunReport) -> str:
@@ -72,14 +65,8 @@ def as_json(report: RunReport) -> str:
 def print_summary(report: RunReport, console: Console) -> None:
     """The summary for people, with the labels that the users of the old script know."""
     totals = report.totals
-    table = Table(title=_headline(report), title_justify="left", show_header=False, box=None, pad_edge=False)
-    table.add_column(min_width=26)
-    table.add_column(justify="right")
-    table.add_column(style="dim")
-
-    def row(label: str, count: int | str, remark: str = "", style: str = "") -> None:
-        shown = f"{count:,}" if isinstance(count, int) else count
-        table.add_row(Text(label, style), Text(shown, style), remark)
+    table = Summary(_headline(report))
+    row = table.count
 
     rate = f", {totals.read / report.seconds:,.0f} rows/s" if report.seconds else ""
     row("Total Processed", totals.read, f"source rows{rate}", "bold")
@@ -111,9 +98,9 @@ def print_summary(report: RunReport, console: Console) -> None:
         for column in sorted(totals.updated_by_column.keys() | totals.kept_by_column.keys()):
             kept = f"{totals.kept_by_column[column]:,} kept" if totals.kept_by_column[column] else ""
             row(f"  {column}", totals.updated_by_column[column], kept)
-    console.print(table)
-    console.print(reconciliation_lines(report), highlight=False, soft_wrap=True)
-    console.print(target_line(), highlight=False, soft_wrap=True, markup=False)
+    table.print_on(console)
+    print_line(console, reconciliation_lines(report))
+    print_line(console, target_line())
 
 
 def reconciliation_lines(report: RunReport) -> str:

@@ -11,14 +11,13 @@ from typing import Any
 
 from django.db import DatabaseError
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from crm.errors import OperatorError
 from crm.interruption import StoppedError
 from crm.models.ledger import RunStatus
 from crm.output.files import new_file
 from crm.output.spreadsheet import row_writer
+from crm.output.table import Summary, print_line
 from crm.postgres.target import target, target_line
 from crm.rollback.runner import Listener, ListingError, RollbackReport
 from crm.rollback.undo import Reverted
@@ -61,13 +60,8 @@ def as_json(report: RollbackReport) -> str:
 def print_summary(report: RollbackReport, console: Console) -> None:
     """The summary for people."""
     numbers = report.counts.numbers
-    table = Table(title=_headline(report), title_justify="left", show_header=False, box=None, pad_edge=False)
-    table.add_column(min_width=32)
-    table.add_column(justify="right")
-    table.add_column(style="dim")
-
-    def row(label: str, count: int, remark: str = "", style: str = "") -> None:
-        table.add_row(Text(label, style), Text(f"{count:,}", style), remark)
+    table = Summary(_headline(report))
+    row = table.count
 
     deleted = "would be deleted" if report.dry_run else "deleted"
     contacts = [numbers[f"contacts_{verdict}"] for verdict in Verdict]
@@ -98,11 +92,11 @@ def print_summary(report: RollbackReport, console: Console) -> None:
         row("Why rows were kept or failed", report.counts.reasons.total(), remark, "bold")
     for reason, count in sorted(report.counts.reasons.items()):
         row(f"  {reason}", count)
-    console.print(table)
-    console.print(target_line(), highlight=False, soft_wrap=True, markup=False)
+    table.print_on(console)
+    print_line(console, target_line())
     if report.status == RunStatus.FINISHED and not report.dry_run:
         for line in _ways_back(report):
-            console.print(line, highlight=False, soft_wrap=True)
+            print_line(console, line)
 
 
 def _ways_back(report: RollbackReport) -> list[str]:

@@ -1,4 +1,4 @@
-"""What people see of a verification, with rich; one JSON object for machines; and the findings as CSV."""
+"""What people see of a verification; one JSON object for machines; and the findings as CSV."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
-from rich.console import Console, Group
-from rich.table import Table
-from rich.text import Text
+from rich.console import Console
 
 from crm.outcome import Outcome, Source
 from crm.output.spreadsheet import row_writer
+from crm.output.table import Column, Summary, Table, print_line
 from crm.postgres.target import target, target_line
 from crm.verification.figures import OTHERS, Figures
 from crm.verification.findings import Check, Finding, Kind
@@ -99,40 +98,33 @@ def news(report: VerificationReport) -> str | None:
 
 def print_report(report: VerificationReport, console: Console) -> None:
     """The report for people: what was proven, what was found, what the business asks for."""
-    console.print(_proof(report))
+    _print_proof(report, console)
     for kind in Kind:
         if report.findings.of_kind(kind):
-            console.print(_found(report, kind), "")
-    console.print(_business(report))
+            _print_findings(report, kind, console)
+    _business(report).print_on(console)
     for note in _notes(report):
-        console.print(note, highlight=False, soft_wrap=True)
+        print_line(console, note)
 
 
 def _count_of_defects(report: VerificationReport) -> str:
     return f"{report.defects:,} {'defect' if report.defects == 1 else 'defects'}"
 
 
-def _proof(report: VerificationReport) -> Group:
+def _print_proof(report: VerificationReport, console: Console) -> None:
     verdict = _count_of_defects(report) if report.defects else "no defect"
-    table = Table(
-        title=f"Verified in {report.seconds:,.1f} s on generation {report.generation}: {verdict}",
-        title_justify="left",
-        title_style="bold red" if report.defects else "bold",
-        show_header=False,
-        box=None,
-        pad_edge=False,
-    )
-    table.add_column(min_width=32)
-    table.add_column(justify="right")
-    table.add_column(style="dim")
-    for label, count, remark in _proof_rows(report):
-        table.add_row(label, f"{count:,}", remark)
+    title = f"Verified in {report.seconds:,.1f} s on generation {report.generation}: {verdict}"
+    table = Summary(title, title_style="bold red" if report.defects else "bold")
+    for row in _proof_rows(report):
+        table.count(*row)
+    table.print_on(console)
     counts = report.row_counts
     reconciliation = (
         f"Reconciliation: {counts.rows:,} rows = {sum(counts.excluded.values()):,} excluded + {counts.in_ledger:,} in "
         f"the ledger + {sum(counts.pending.values()):,} pending  {'(holds)' if counts.balances else '(DOES NOT HOLD)'}"
     )
-    return Group(table, Text(reconciliation), Text(target_line()), "")
+    for line in (reconciliation, target_line(), ""):
+        print_line(console, line)
 
 
 def _proof_rows(report: VerificationReport) -> Iterator[tuple[str, int, str]]:
@@ -165,45 +157,41 @@ def _remark(report: VerificationReport, outcome: Outcome) -> str:
     return ", ".join(parts)
 
 
-def _found(report: VerificationReport, kind: Kind) -> Group:
-    table = Table(
-        title=_TITLE_OF_KIND[kind], title_justify="left", title_style="bold red" if kind is Kind.DEFECT else "bold"
-    )
-    for name in ("Check", "Row", "Contact", "Columns"):
-        table.add_column(name, overflow="fold")
+def _print_findings(report: VerificationReport, kind: Kind, console: Console) -> None:
+    columns = (Column("Check", may_be_cut=True), Column("Row"), Column("Contact"), Column("Columns", may_be_cut=True))
+    table = Table(*columns, title=_TITLE_OF_KIND[kind], title_style="bold red" if kind is Kind.DEFECT else "bold")
     remaining = []
     for check in Check:
         theirs = [finding for finding in report.findings.kept if (finding.check, finding.kind) == (check, kind)]
         for finding in theirs[:LISTED]:
-            table.add_row(
-                check.statement, Text(finding.row or ""), Text(finding.contact_id or ""), " ".join(finding.columns)
-            )
+            table.add(check.statement, finding.row or "", finding.contact_id or "", " ".join(finding.columns))
         if (count := report.findings.counts[check, kind]) > LISTED:
             remaining.append(f"... and {count - LISTED:,} more: {check.statement} (--csv FILE lists all)")
-    return Group(table, *remaining)
+    table.print_on(console)
+    for line in (*remaining, ""):
+        print_line(console, line)
 
 
 def _business(report: VerificationReport) -> Table:
-    table = Table(title="Contacts in the CRM, by type and by what made them", title_justify="left")
-    table.add_column("")
-    for name in ("Total", "With attribution", "Percent", "Oldest", "Newest"):
-        table.add_column(name, justify="right", no_wrap=True)
+    names = ("Total", "With attribution", "Percent", "Oldest", "Newest")
+    columns = (Column(), *(Column(name, is_number=True) for name in names))
+    table = Table(*columns, title="Contacts in the CRM, by type and by what made them")
     for contact_type in (*_types(report), None):
         of_type = report.figures.get((contact_type, None))
         if of_type is None:
             continue
-        table.add_row(contact_type or "All", *_cells(of_type), style="bold")
+        table.add(contact_type or "All", *_cells(of_type), style="bold")
         for source in (*Source, OTHERS):
             if (figures := report.figures.get((contact_type, source))) is not None:
-                table.add_row(f"  {source.title if isinstance(source, Source) else 'Others'}", *_cells(figures))
+                table.add(f"  {source.title if isinstance(source, Source) else 'Others'}", *_cells(figures))
     return table
 
 
-def _cells(figures: Figures) -> list[str]:
+def _cells(figures: Figures) -> list[str | int]:
     percent = "" if figures.percent is None else f"{figures.percent:.1f} %"
-    with_attribution = "" if figures.with_attribution is None else f"{figures.with_attribution:,}"
+    with_attribution = "" if figures.with_attribution is None else figures.with_attribution
     moments = ((moment or "")[:16] for moment in (figures.oldest, figures.newest))
-    return [f"{figures.total:,}", with_attribution, percent, *moments]
+    return [figures.total, with_attribution, percent, *moments]
 
 
 def _types(report: VerificationReport) -> list[str]:

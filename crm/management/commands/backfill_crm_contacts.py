@@ -10,13 +10,14 @@ from django.core.management.base import CommandError, CommandParser
 from django.utils.dateparse import parse_date, parse_datetime
 
 from crm.backfill.capacity import max_workers, require_room_for
-from crm.backfill.report import as_json, console_on, in_place_of_the_report, news, print_summary
+from crm.backfill.report import as_json, in_place_of_the_report, news, print_summary
 from crm.backfill.runner import RunReport, run_backfill
 from crm.errors import OperatorError
 from crm.management.arguments import MAX_ROWS, positive
 from crm.management.operator_command import OperatorCommand
 from crm.outcome import Source
 from crm.output.streams import OutputError
+from crm.output.table import console_on
 from crm.postgres.errors import refusing_to_start
 from crm.rules.options import RunOptions
 from crm.rules.throttling import FIRST_ROWS, ErrorBudget

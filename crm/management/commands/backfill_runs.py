@@ -18,6 +18,7 @@ from crm.management.operator_command import OperatorCommand
 from crm.models import BackfillRun
 from crm.models.ledger import RunStatus
 from crm.outcome import NUMBERS, Outcome
+from crm.output.table import Column, Table, console_on
 from crm.rules.options import as_arguments
 from crm.runs import control, lease
 from crm.runs.watching import POLL_INTERVAL, watch
@@ -31,8 +32,11 @@ STOPPED = 4
 #: A run that is `running` at the end of the watching is dead.
 _EXIT_CODES_OF_WATCH = {RunStatus.FINISHED: 0, RunStatus.FAILED: 5, RunStatus.RUNNING: 5}
 _COLUMNS = (
-    *("run", "kind", "status", "started (UTC)", "read", *Outcome, "new errors", "changed", "last heartbeat (UTC)"),
-    "taken back",
+    Column("run", is_number=True),
+    *map(Column, ("kind", "status", "started (UTC)")),
+    *(Column(name, is_number=True) for name in ("read", *Outcome, "new errors", "changed")),
+    Column("last heartbeat (UTC)"),
+    Column("taken back", may_be_cut=True),
 )
 #: What a rollback has none of.
 _OF_A_BACKFILL = (
@@ -74,7 +78,7 @@ class Command(OperatorCommand):
             if action == "watch":
                 self._watch(options["run"])
             else:
-                self.stdout.write(self._answer(action, options))
+                self._answer(action, options)
         except OperatorError as error:
             raise CommandError(str(error), returncode=error.exit_code) from None
 
@@ -96,14 +100,23 @@ class Command(OperatorCommand):
                 return RunStatus(end.value.status)
             self.stdout.flush()
 
-    def _answer(self, action: str, options: dict[str, Any]) -> str:
+    def _answer(self, action: str, options: dict[str, Any]) -> None:
         if action == "list":
             found = control.latest(options["last"])
-            return json.dumps([control.summary(run) for run in found]) if options["json"] else _table(found)
-        if action == "show":
+            if options["json"]:
+                self.stdout.write(json.dumps([control.summary(run) for run in found]))
+            elif found:
+                _table(found).print_on(console_on(self.stdout))
+            else:
+                self.stdout.write("There has been no run.")
+        elif action == "show":
             details = control.details(options["run"])
-            return json.dumps(details) if options["json"] else _lines(details)
-        return _what_now(action, control.act(action, options["run"]))
+            if options["json"]:
+                self.stdout.write(json.dumps(details))
+            else:
+                _details(details).print_on(console_on(self.stdout))
+        else:
+            self.stdout.write(_what_now(action, control.act(action, options["run"])))
 
 
 def _parser_of(actions: Any, action: str, what: str) -> CommandParser:
@@ -151,50 +164,39 @@ def _command_of(run: BackfillRun) -> str:
     return shlex.join(["python", "manage.py", *arguments])
 
 
-def _table(found: Sequence[BackfillRun]) -> str:
-    if not found:
-        return "There has been no run."
-    lines = [_COLUMNS, *(_cells(run) for run in found)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(_COLUMNS))]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if name in _RIGHT else cell.ljust(width)
-            for name, cell, width in zip(_COLUMNS, line, widths, strict=True)
-        ).rstrip()
-        for line in lines
-    )
+def _table(found: Sequence[BackfillRun]) -> Table:
+    table = Table(*_COLUMNS)
+    for run in found:
+        table.add(*_cells(run))
+    return table
 
 
-_RIGHT = {"run", "read", *Outcome, "new errors", "changed"}
-
-
-def _cells(run: BackfillRun) -> tuple[str, ...]:
+def _cells(run: BackfillRun) -> tuple[str | int, ...]:
     counts = [run.read, *(getattr(run, outcome) for outcome in Outcome), run.error_new, run.updated]
     return (
         str(run.pk),
         run.kind,
         f"{run.status} (dead)" if run.status == RunStatus.RUNNING and lease.process_is_gone(run) else run.status,
         _moment(run.started_at),
-        *(f"{count:,}" for count in counts),
+        *counts,
         _moment(run.heartbeat_at) if run.status == RunStatus.RUNNING else "",
         control.taken_back(run),
     )
 
 
-def _lines(details: dict[str, Any]) -> str:
-    """A name and a value a line; what is nested as JSON, what is unknown or of no concern not at all."""
+def _details(details: dict[str, Any]) -> Table:
+    """A name and a value a row; what is nested as JSON, what is unknown or of no concern not at all."""
     left_out = _OF_A_BACKFILL if details["kind"] == BackfillRun.Kind.ROLLBACK else ()
-    width = max(map(len, details))
-    return "\n".join(
-        f"{name:<{width}}  {_shown(name, value)}"
-        for name, value in details.items()
-        if value is not None and name not in left_out
-    )
+    table = Table(Column(), Column())
+    for name, value in details.items():
+        if value is not None and name not in left_out:
+            table.add(name, _shown(name, value))
+    return table
 
 
-def _shown(name: str, value: Any) -> str:
+def _shown(name: str, value: Any) -> str | int:
     if isinstance(value, int) and not isinstance(value, bool):
-        return str(value) if name in _NUMBERS_OF_THINGS else f"{value:,}"
+        return str(value) if name in _NUMBERS_OF_THINGS else value
     return value if isinstance(value, str) else json.dumps(value)
 
 

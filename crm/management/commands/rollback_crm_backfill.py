@@ -8,10 +8,10 @@ from typing import Any
 
 from django.core.management.base import CommandError, CommandParser
 
-from crm.backfill.report import console_on
 from crm.errors import OperatorError
 from crm.management.arguments import new_file, run_number
 from crm.management.operator_command import OperatorCommand
+from crm.output.table import console_on
 from crm.rollback.report import as_json, listing, news, print_summary
 from crm.rollback.runner import DEFAULT_BATCH_SIZE, roll_back
 from crm.runs import control

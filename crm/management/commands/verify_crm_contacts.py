@@ -11,11 +11,11 @@ from django.core.management.base import CommandError, CommandParser
 from django.db import connection
 from rich.console import Console
 
-from crm.backfill.report import console_on
 from crm.errors import OperatorError
 from crm.management.arguments import new_file
 from crm.management.operator_command import OperatorCommand
 from crm.output.files import file_of_option
+from crm.output.table import console_on
 from crm.postgres.errors import as_operator_error
 from crm.verification import verify
 from crm.verification.findings import Finding
@@ -63,7 +63,7 @@ class Command(OperatorCommand):
         if json:
             self.stdout.write(as_json(report))
         else:
-            print_report(report, console_on(self.stdout, width=130))
+            print_report(report, console_on(self.stdout))
         if report.exit_code:
             raise SystemExit(report.exit_code)
 
