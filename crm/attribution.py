@@ -20,7 +20,6 @@ unless it goes with its column. So does one that was there before, broken, and w
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from psycopg import sql
 from config.database import quoted_name
 from crm import sqlstates
 from crm.errors import OperatorError
+from crm.interruption import sleep_until_signal
 from crm.postgres.errors import sqlstate
 
 TABLE = "crm_contacts"
@@ -220,7 +220,7 @@ def _with_patience(connection: BaseDatabaseWrapper, patience: Patience, step: Ca
             if pause is None:
                 raise _lock_not_given(connection, attempt) from error
         logger.info("%s is in use by other sessions; attempt %d in %g s", TABLE, attempt + 1, pause)
-        time.sleep(pause)
+        sleep_until_signal(pause)
     return None
 
 

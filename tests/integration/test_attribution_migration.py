@@ -6,7 +6,6 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 from typing import Any
 
 import psycopg
@@ -151,7 +150,7 @@ def in_every_pause(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]
         pauses.append(seconds)
         action()
 
-    monkeypatch.setattr(attribution, "time", SimpleNamespace(sleep=pause))
+    monkeypatch.setattr(attribution, "sleep_until_signal", pause)
     return pauses
 
 

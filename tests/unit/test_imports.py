@@ -132,6 +132,16 @@ def test_nothing_prints() -> None:
     assert calls == []
 
 
+def test_whoever_waits_can_be_interrupted() -> None:
+    waiting = {
+        module
+        for module, tree in modules().items()
+        for node in ast.walk(tree)
+        if within(module, "crm") and isinstance(node, ast.Call) and ast.unparse(node.func) in ("time.sleep", "sleep")
+    }
+    assert waiting == {"crm.interruption"}
+
+
 def test_the_walk_sees_what_there_is() -> None:
     assert "crm.rules.matching" in imports_of("crm.backfill.write.upsert")
     assert "crm.runs.lease" in imports_of("crm.backfill.runner"), "from crm.runs import lease"

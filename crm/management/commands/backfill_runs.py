@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import time
 from collections.abc import Generator, Sequence
 from datetime import datetime
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from django.core.management.base import CommandError, CommandParser
 
 from crm.errors import OperatorError
-from crm.interruption import StoppedError
+from crm.interruption import StoppedError, sleep_until_signal
 from crm.management.arguments import positive, run_number
 from crm.management.operator_command import OperatorCommand
 from crm.models import BackfillRun
@@ -84,7 +83,7 @@ class Command(OperatorCommand):
 
     def _watch(self, run_id: int) -> None:
         try:
-            status = self._follow(watch(run_id, lambda: time.sleep(POLL_INTERVAL)))
+            status = self._follow(watch(run_id, lambda: sleep_until_signal(POLL_INTERVAL)))
         except KeyboardInterrupt:
             raise StoppedError(
                 f"Interrupted. Run {run_id} goes on: `python manage.py backfill_runs pause {run_id}` stops it."
