@@ -1,4 +1,4 @@
-"""What several commands take as an argument, and refuse in words that say what is possible."""
+"""Argument types that several commands share. A refusal says which values are accepted."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from pathlib import Path
 
 from crm.runs import control
 
-#: What PostgreSQL takes for a number of rows, with room to spare.
+#: A number of rows that PostgreSQL accepts everywhere.
 MAX_ROWS = 2**31 - 1
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 on. Raises ArgumentTypeError."""
+    """Return a whole number of at least 1. Raises ArgumentTypeError."""
     if not (text.isascii() and text.isdigit() and len(text) <= len(str(MAX_ROWS)) and 1 <= int(text) <= MAX_ROWS):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {MAX_ROWS}")
     return int(text)
 
 
 def new_file(text: str) -> Path:
-    """The name of a file to write. Raises ArgumentTypeError for `-`, which would be the name of one as well."""
+    """Return the name of a file to write. Raises ArgumentTypeError for `-`, which would be a valid file name."""
     if text == "-":
-        raise argparse.ArgumentTypeError("'-' is no file: without this option the output goes to standard output")
+        raise argparse.ArgumentTypeError("'-' is not a file: leave the option out to write to standard output")
     return Path(text)
 
 
 def run_number(text: str) -> int | str:
-    """The number of a run, or `latest`."""
+    """Return the number of a run, or `latest`."""
     if text == control.LATEST:
         return text
     try:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no run: write its number, as `backfill_runs list` shows it"
+            f"{text!r} is not a run: give its number, as shown by `backfill_runs list`"
         ) from None

@@ -1,4 +1,4 @@
-"""What every command of ours has in common: it ends when it is told to, and it does not wait for ever."""
+"""The base class of the operator's commands: signals stop them, and their statements have time limits."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from crm.interruption import StoppedError, stopped_by_signals
 from crm.postgres.limits import limited
 from crm.version import FULL_VERSION
 
-EPILOG = "Exit code 6, of every command: standard output could not be written (a full disk, a closed pipe)."
+EPILOG = "Exit code 6, for every command: standard output could not be written (a full disk, a closed pipe)."
 
 
 class OperatorCommand(BaseCommand):
     """A command that Ctrl-C, SIGTERM and SIGHUP end with exit code 4, and whose statements have limits."""
 
     def get_version(self) -> str:
-        """What `--version` says: ours, and not Django's alone."""
+        """Return the version of this project and of Django, for `--version`."""
         return FULL_VERSION
 
     def create_parser(self, prog_name: str, subcommand: str, **kwargs: Any) -> CommandParser:
-        """The parser, with the exit code that all commands have. `--up` is to be no --update."""
+        """Return the parser, with the exit code of all commands. Abbreviated options, such as `--up`, are refused."""
         return super().create_parser(prog_name, subcommand, **{"epilog": EPILOG, "allow_abbrev": False, **kwargs})
 
     def execute(self, *arguments: Any, **options: Any) -> str | None:
@@ -30,6 +30,6 @@ class OperatorCommand(BaseCommand):
             with stopped_by_signals(), limited():
                 return super().execute(*arguments, **options)
         except StoppedError as stopped:
-            # No CommandError, whose name Django puts before the message: what the operator asked for is none.
+            # Not a CommandError: Django would print its name, but a stop that the operator requested is no error.
             self.stderr.write(str(stopped))
             raise SystemExit(stopped.exit_code) from None

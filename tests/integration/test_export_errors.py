@@ -195,7 +195,7 @@ def test_a_row_that_is_gone_from_the_application_is_marked_so(database: Database
     run()
     database.rows("DELETE FROM leads WHERE id <> %s RETURNING id", left)
     ended = command()
-    assert ended.stderr == "Rows in error: 4, of which 2 are gone from the application\n"
+    assert ended.stderr == "Rows in error: 4, of which 2 no longer exist in the application\n"
     rows = rows_of(ended.stdout)
     assert {row["id"] for row in rows if not row["row_gone"]} == {left, profile}
     assert {(row["row_gone"], row["what_to_do"]) for row in rows if row["id"] not in (left, profile)} == {

@@ -91,7 +91,7 @@ def test_runserver_without_debug_and_hosts_says_which_variables_to_set(database:
     settings.DEBUG, settings.ALLOWED_HOSTS = False, []
     refused = ended(partial(manage.main, ["manage.py", "runserver", "--noreload"]))
     assert (refused.code, refused.stdout, refused.stderr.count("\n")) == (2, "", 1)
-    assert refused.stderr.startswith("The admin is served to no host: ")
+    assert refused.stderr.startswith("The admin has no host to serve: ")
     for named in ("DEBUG=on", "ALLOWED_HOSTS"):
         assert named in refused.stderr
 

@@ -97,7 +97,7 @@ def test_latest_names_the_run_that_began_last(database: Database) -> None:
     assert (refused.code, f"Run {going.pk} is interrupted: only one that is" in refused.stderr) == (2, True)
     assert (status_of(old), status_of(going)) == ("finished", "interrupted")
     unknown = backfill_runs("show", "last")
-    assert (unknown.code, "'last' is no run: write its number" in unknown.stderr) == (2, True)
+    assert (unknown.code, "'last' is not a run: give its number" in unknown.stderr) == (2, True)
 
 
 @pytest.mark.parametrize("action", ["show", "watch", *control.ACTIONS])
@@ -124,7 +124,7 @@ def test_resume_says_that_nothing_runs_yet_and_how_to_go_on(
     database: Database, options: RunOptions, command: str
 ) -> None:
     said = backfill_runs("resume", str(make_run("paused", options=options.recorded()).pk)).stdout
-    assert "Nothing runs yet" in said
+    assert "Nothing is running yet" in said
     assert f"`python manage.py {command}`" in said
     parser = load_command_class("crm", "backfill_crm_contacts").create_parser("manage.py", "backfill_crm_contacts")
     asked = vars(parser.parse_args(shlex.split(command)[1:]))
@@ -137,7 +137,7 @@ def test_nobody_waits_for_the_next_batch_of_a_dead_run(database: Database) -> No
     dead = make_run("running", **neighbour())
     assert "running (dead)" in backfill_runs("list").stdout
     told = backfill_runs("pause", str(dead.pk)).stdout
-    assert told.startswith(f"Run {dead.pk} is paused. Nothing is at work, its process is gone; but no other run may ")
+    assert told.startswith(f"Run {dead.pk} is paused. Its process was already dead, and now no other run can start. ")
     assert f"backfill_runs resume {dead.pk}`" in told
     assert "next batch" not in told
     assert "(dead)" not in backfill_runs("list").stdout
@@ -146,9 +146,9 @@ def test_nobody_waits_for_the_next_batch_of_a_dead_run(database: Database) -> No
 def test_resume_of_a_rollback_names_its_command(database: Database) -> None:
     paused = make_run("paused", kind="rollback", options={"rolls_back": 3})
     said = backfill_runs("resume", str(paused.pk)).stdout
-    assert "only `python manage.py rollback_crm_backfill 3` goes on from there" in said
-    assert "leave it to the next night" not in said
-    assert "A nightly backfill brings back what was reversed" in said
+    assert "only `python manage.py rollback_crm_backfill 3` continues it" in said
+    assert "wait for the nightly run" not in said
+    assert "A nightly backfill would recreate what was reversed" in said
 
 
 def test_numbers_of_runs_and_of_processes_are_no_counts(database: Database) -> None:
@@ -286,7 +286,7 @@ def test_runs_are_listed_for_people(database: Database) -> None:
     lines = backfill_runs("list").stdout.splitlines()
     assert lines[0].split() == [
         *("run", "kind", "status", "started", "(UTC)", "read", "created", "merged", "exists", "error"),
-        *("new", "errors", "changed", "last", "heartbeat", "(UTC)", "taken", "back"),
+        *("new", "errors", "changed", "last", "heartbeat", "(UTC)", "rollback"),
     ]
     assert [line.split()[:3] for line in lines[1:]] == [
         [str(going.pk), "backfill", "running"],

@@ -188,7 +188,7 @@ def test_of_whom_nothing_is_known_nothing_is_told(database: Database, given: Any
     given("nobody@example.com\n")
     finished = trace(whom)
     assert (finished.code, finished.stdout) == (1, "")
-    assert finished.stderr == "Nothing is known: no row, no contact, no entry of the ledger.\n"
+    assert finished.stderr == "Nothing found: no row, no contact and no ledger entry.\n"
     given("nobody@example.com\n")
     assert trace(whom, "--json").answer["found"] is False
 

@@ -139,7 +139,7 @@ def test_ctrl_c_ends_the_watching_and_leaves_the_run_alone(database: Database) -
     stdout, stderr = process.communicate(timeout=30)
     assert (process.returncode, stdout) == (4, "")
     assert stderr == (
-        f"Interrupted. Run {going.pk} goes on: `python manage.py backfill_runs pause {going.pk}` stops it.\n"
+        f"Interrupted. Run {going.pk} continues; `python manage.py backfill_runs pause {going.pk}` stops it.\n"
     )
     going.refresh_from_db()
     assert going.status == "running"

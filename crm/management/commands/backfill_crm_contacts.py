@@ -1,4 +1,4 @@
-"""`python manage.py backfill_crm_contacts`: bring everyone who is missing into crm_contacts."""
+"""`python manage.py backfill_crm_contacts`: migrate everyone who is missing from crm_contacts."""
 
 from __future__ import annotations
 
@@ -29,34 +29,34 @@ class Command(OperatorCommand):
     """Arguments, one call, print."""
 
     help = (
-        "Bring users, profiles and leads that the CRM lacks into crm_contacts. Run it again at any time: it goes on "
-        "where it stopped, and looks only at what is new. Exit code 0: finished; 1: finished, with rows newly in "
-        "error, or with a person twice; 2: wrong usage, or a database that cannot be reached or does not fit; "
-        "3: another run is going; 4: stopped; 5: failed."
+        "Migrate users, profiles and leads that are missing from the CRM into crm_contacts. It can be run again at "
+        "any time: it continues where it stopped, migrates new rows and retries rows in error. Exit code 0: finished; "
+        "1: finished, but with new errors, or with a person who has two contacts; 2: wrong usage, or a database that "
+        "is unreachable or unsuitable; 3: another run is in progress; 4: stopped; 5: failed."
     )
     requires_system_checks: list[str] = []  # noqa: RUF012 - Django's attribute
 
     def add_arguments(self, parser: CommandParser) -> None:
-        """What may be asked."""
-        parser.add_argument("--dry-run", action="store_true", help="tell what a run would do, and write nothing at all")
+        """Add the options."""
+        parser.add_argument("--dry-run", action="store_true", help="report what a run would do; write nothing")
         parser.add_argument(
             "--update",
             action="store_true",
-            help="also bring contacts up to date with rows that changed since or came later: those that nobody touched "
-            "become what one run would make, in others blanks are filled; one process does this part, whatever "
-            "--workers says",
+            help="also update contacts from rows that changed or were added since: unmodified contacts become what one "
+            "run over all rows would create, in others only empty fields are filled. This pass uses one process, "
+            "whatever --workers says",
         )
         parser.add_argument(
             "--recreate-deleted",
             action="store_true",
-            help="also bring back the contacts of settled rows that are gone from crm_contacts, whoever deleted them; "
-            "for a table that was restored or purged. Look first with --dry-run; not together with --update",
+            help="also recreate contacts that are missing from crm_contacts, whoever deleted them, for a table that "
+            "was restored or purged. Use --dry-run first. Not together with --update",
         )
         parser.add_argument(
             "--batch-size",
             type=positive,
             metavar="ROWS",
-            help=f"rows that commit together (default: {FIRST_ROWS}, then what the server does in about a second)",
+            help=f"rows per transaction (default: {FIRST_ROWS} at first, then what the server does in about a second)",
         )
         parser.add_argument(
             "--only",
@@ -70,7 +70,7 @@ class Command(OperatorCommand):
             "--limit",
             type=positive,
             metavar="ROWS",
-            help="end with so many rows that are new, which known errors are not; with one worker only",
+            help="stop after this number of new rows; known errors do not count; requires one worker",
         )
         parser.add_argument(
             "--since",
@@ -83,25 +83,24 @@ class Command(OperatorCommand):
             type=_workers,
             default=1,
             metavar="N",
-            help="processes that share the work; `auto` for one a processor, as far as connections allow (default 1)",
+            help="number of worker processes; `auto` starts one per processor, as connections allow (default: 1)",
         )
-        parser.add_argument("--max-rate", type=positive, metavar="ROWS", help="no more than so many rows a second")
+        parser.add_argument("--max-rate", type=positive, metavar="ROWS", help="maximum rows per second")
         parser.add_argument(
             "--max-errors",
             type=_ceiling,
             metavar="N|N%",
-            help="end the run when more rows than this are newly in error: a number, or a share of the rows read. "
-            "Errors that earlier runs had do not count, so it ends only a run in which they first appear",
+            help="stop the run when it has more new errors than this: a number, or a share of the rows read, which is "
+            "checked from 1,000 rows on. Errors from earlier runs do not count, so only the run in which they first "
+            "appear stops",
         )
         parser.add_argument(
             "--max-replica-lag",
             type=_seconds,
             metavar="SECONDS",
-            help="wait while a replica is further behind; stop when that cannot be seen",
+            help="wait while a replica lags more than this; stop if the lag cannot be read",
         )
-        parser.add_argument(
-            "--strict", action="store_true", help="exit code 1 for rows in error that earlier runs had, too"
-        )
+        parser.add_argument("--strict", action="store_true", help="return exit code 1 for known errors, too")
         parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
         parser.add_argument("--no-progress", action="store_true", help="show no progress")
 
@@ -126,9 +125,11 @@ class Command(OperatorCommand):
     ) -> None:
         """Run the backfill. The exit codes are in the help."""
         if limit is not None and workers != 1:
-            raise CommandError("--limit goes with one worker: leave --workers out.", returncode=2)
+            raise CommandError("--limit requires one worker: leave --workers out.", returncode=2)
         if update and recreate_deleted:
-            raise CommandError("--recreate-deleted first, and --update in a run of its own after it.", returncode=2)
+            raise CommandError(
+                "--recreate-deleted and --update need two runs: run --recreate-deleted first.", returncode=2
+            )
         try:
             with refusing_to_start():
                 workers = workers or max_workers()
@@ -169,7 +170,7 @@ class Command(OperatorCommand):
 
 
 def _workers(text: str) -> int | None:
-    """A number of workers; None for as many as the machine and the server allow."""
+    """Return a number of workers; None for as many as the machine and the server allow."""
     if text == "auto":
         return None
     try:
@@ -184,7 +185,7 @@ def _seconds(text: str) -> float:
     except ValueError:
         seconds = -1.0
     if not 0 <= seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds of at least 0")
     return seconds
 
 
@@ -196,7 +197,7 @@ def _ceiling(text: str) -> ErrorBudget:
 
 
 def _moment(text: str) -> str:
-    """An ISO date or time as PostgreSQL's timestamp in UTC."""
+    """Return an ISO date or time as a PostgreSQL timestamp in UTC."""
     try:
         moment = parse_datetime(text)
         day = parse_date(text) if moment is None else None

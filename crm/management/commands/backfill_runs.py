@@ -1,4 +1,4 @@
-"""`python manage.py backfill_runs`: look at runs, watch one, and pause, resume or cancel one from outside."""
+"""`python manage.py backfill_runs`: list, show and watch runs; pause, resume or cancel one from another process."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from crm.runs import control, lease
 from crm.runs.watching import POLL_INTERVAL, watch
 
 _HELP = {
-    "pause": "stop it at its next batch; no other run may start until it is resumed or cancelled",
-    "resume": "let the next run go on where a paused one stopped",
-    "cancel": "stop it at its next batch for good; what was committed stays",
+    "pause": "stop a run at its next batch; no other run can start until it is resumed or cancelled",
+    "resume": "let the next run continue where a paused run stopped",
+    "cancel": "stop a run at its next batch permanently; committed batches stay",
 }
 STOPPED = 4
-#: A run that is `running` at the end of the watching is dead.
+#: If a run is still `running` when watching ends, its process is dead.
 _EXIT_CODES_OF_WATCH = {RunStatus.FINISHED: 0, RunStatus.FAILED: 5, RunStatus.RUNNING: 5}
 _COLUMNS = (
     Column("run", is_number=True),
     *map(Column, ("kind", "status", "started (UTC)")),
     *(Column(name, is_number=True) for name in ("read", *Outcome, "new errors", "changed")),
     Column("last heartbeat (UTC)"),
-    Column("taken back", may_be_cut=True),
+    Column("rollback", may_be_cut=True),
 )
-#: What a rollback has none of.
+#: Keys that do not apply to a rollback.
 _OF_A_BACKFILL = (
     *NUMBERS,
     *("batches", "by_source", "by_reason", "new_by_reason", "updated_by_column"),
 )
-#: What is a name in digits, and no count of anything.
+#: Keys whose number is an identifier, not a count.
 _NUMBERS_OF_THINGS = ("run", "rolls_back", "process_id")
 
 
@@ -50,27 +50,29 @@ class Command(OperatorCommand):
     """Arguments, one call, print."""
 
     help = (
-        "List, show and watch runs of the backfill; pause, resume or cancel one. Exit code 2: it cannot be done, and "
-        "the line on stderr says why; 4: stopped; otherwise 0. Of watch that of the run's end: 0: finished; 4: paused, "
-        "cancelled or interrupted (or the watching was stopped); 5: failed, or dead."
+        "List, show and watch runs of the backfill; pause, resume or cancel a run. Exit code 2: not possible, for the "
+        "reason given on stderr; 4: stopped; otherwise 0. The exit code of watch depends on the run: 0: finished; "
+        "4: paused, cancelled or interrupted (or watching was stopped); 5: failed, or its process is dead."
     )
     requires_system_checks: list[str] = []  # noqa: RUF012 - Django's attribute
 
     def add_arguments(self, parser: CommandParser) -> None:
-        """What may be asked."""
+        """Add the actions and their options."""
         actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-        listing = _parser_of(actions, "list", "the last runs, the newest first")
-        listing.add_argument("--last", type=positive, default=20, metavar="N", help="how many (default: %(default)s)")
+        listing = _parser_of(actions, "list", "list the latest runs, newest first")
+        listing.add_argument(
+            "--last", type=positive, default=20, metavar="N", help="number of runs (default: %(default)s)"
+        )
         listing.add_argument("--json", action="store_true", help="print one JSON array of runs")
-        showing = _parser_of(actions, "show", "one run, with all that is known of it")
+        showing = _parser_of(actions, "show", "show everything recorded about a run")
         _add_run(showing)
         showing.add_argument("--json", action="store_true", help="print one JSON object")
-        _add_run(_parser_of(actions, "watch", "follow a run to its end; Ctrl-C ends the watching and not the run"))
+        _add_run(_parser_of(actions, "watch", "follow a run to its end; Ctrl-C stops watching, not the run"))
         for action in control.ACTIONS:
             _add_run(_parser_of(actions, action, _HELP[action]))
 
     def handle(self, *_args: Any, action: str, **options: Any) -> None:
-        """Do it. The exit codes are in the help."""
+        """Run the action. The exit codes are in the help."""
         try:
             if "run" in options:
                 options["run"] = control.number(options["run"])
@@ -86,7 +88,7 @@ class Command(OperatorCommand):
             status = self._follow(watch(run_id, lambda: sleep_until_signal(POLL_INTERVAL)))
         except KeyboardInterrupt:
             raise StoppedError(
-                f"Interrupted. Run {run_id} goes on: `python manage.py backfill_runs pause {run_id}` stops it."
+                f"Interrupted. Run {run_id} continues; `python manage.py backfill_runs pause {run_id}` stops it."
             ) from None
         if code := _EXIT_CODES_OF_WATCH.get(status, STOPPED):
             raise SystemExit(code)
@@ -124,38 +126,38 @@ def _parser_of(actions: Any, action: str, what: str) -> CommandParser:
 
 
 def _add_run(parser: CommandParser) -> None:
-    help_text = f"the run's number, as `backfill_runs list` shows it, or `{control.LATEST}`"
+    help_text = f"the run's number, as shown by `backfill_runs list`, or `{control.LATEST}`"
     parser.add_argument("run", type=run_number, metavar="RUN", help=help_text)
 
 
 def _what_now(action: str, run: BackfillRun) -> str:
     if action == "pause":
         what = (
-            ". Nothing is at work, its process is gone; but no other run may start now."
+            "is paused. Its process was already dead, and now no other run can start"
             if lease.process_is_gone(run)
-            else ": it ends at its next batch."
+            else "is paused and stops at its next batch"
         )
-        goes_on = "it be gone on with" if run.kind == BackfillRun.Kind.ROLLBACK else "the next run go on"
+        continues = "the rollback" if run.kind == BackfillRun.Kind.ROLLBACK else "the next run"
         return (
-            f"Run {run.pk} is paused{what} `python manage.py backfill_runs resume {run.pk}` lets {goes_on}, "
-            f"`cancel {run.pk}` ends it for good."
+            f"Run {run.pk} {what}. `python manage.py backfill_runs resume {run.pk}` lets {continues} continue, "
+            f"`cancel {run.pk}` ends it permanently."
         )
     if action == "resume" and run.kind == BackfillRun.Kind.ROLLBACK:
         return (
-            f"Run {run.pk} is {run.status}: it keeps no other one out any more. Nothing runs yet; only "
-            f"`{_command_of(run)}` goes on from there. A nightly backfill brings back what was reversed: switch it off "
-            "until the rollback is at its end."
+            f"Run {run.pk} is {run.status} and no longer blocks other runs. Nothing is running yet: only "
+            f"`{_command_of(run)}` continues it. A nightly backfill would recreate what was reversed: disable it until "
+            "the rollback has finished."
         )
     if action == "resume":
         return (
-            f"Run {run.pk} is {run.status}: it keeps no other one out any more. Nothing runs yet; the next run goes on "
-            f"from there. Start it with `{_command_of(run)}`, or leave it to the next night."
+            f"Run {run.pk} is {run.status} and no longer blocks other runs. Nothing is running yet: to continue, start "
+            f"`{_command_of(run)}` or wait for the nightly run."
         )
-    return f"Run {run.pk} is cancelled: if it was going, it ends at its next batch. What was committed stays."
+    return f"Run {run.pk} is cancelled. If it was running, it stops at its next batch. Committed batches stay."
 
 
 def _command_of(run: BackfillRun) -> str:
-    """The command that asks for the same again."""
+    """Return the command that continues the run."""
     if run.kind == BackfillRun.Kind.ROLLBACK:
         arguments = ["rollback_crm_backfill", str(run.options["rolls_back"])]
     else:
@@ -184,7 +186,7 @@ def _cells(run: BackfillRun) -> tuple[str | int, ...]:
 
 
 def _details(details: dict[str, Any]) -> Table:
-    """A name and a value a row; what is nested as JSON, what is unknown or of no concern not at all."""
+    """Return one row per key; nested values as JSON. Omits keys that are unknown or do not apply."""
     left_out = _OF_A_BACKFILL if details["kind"] == BackfillRun.Kind.ROLLBACK else ()
     table = Table(Column(), Column())
     for name, value in details.items():

@@ -1,4 +1,4 @@
-"""`python manage.py export_backfill_errors`: the rows in error, and what to do about each."""
+"""`python manage.py export_backfill_errors`: the rows in error, with a remedy for each."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ class Command(OperatorCommand):
     """Arguments, one call, print."""
 
     help = (
-        "Export the rows that could not be contacts, as CSV: one line each, with the reason and what to do about it. "
-        "Every run of the backfill tries them again. Names nobody but by id, unless asked to. Only reads. "
-        "Exit code 2: wrong usage, or a database that cannot be reached or does not fit; 4: stopped; otherwise 0."
+        "Export the rows in error as CSV, one line each, with the reason and a remedy. Every run of the backfill "
+        "retries these rows. The export has no personal data unless --with-email is given. Read-only. "
+        "Exit code 2: wrong usage, or a database that is unreachable or unsuitable; 4: stopped; otherwise 0."
     )
     requires_system_checks: list[str] = []  # noqa: RUF012 - Django's attribute
 
     def add_arguments(self, parser: CommandParser) -> None:
-        """What may be asked."""
+        """Add the options."""
         parser.add_argument(
             "--output",
             type=new_file,
             metavar="FILE",
-            help="write to this new file, which only this user may then read, instead of stdout",
+            help="write to this new file, readable only by the current user, instead of stdout",
         )
         parser.add_argument(
-            "--with-email", action="store_true", help="add each row's email address as it is stored: personal data"
+            "--with-email", action="store_true", help="add the stored email address of each row (personal data)"
         )
 
     def handle(self, *_args: Any, output: Path | None, with_email: bool, **_options: Any) -> None:
@@ -49,20 +49,20 @@ class Command(OperatorCommand):
         try:
             with (
                 self._file(output) as file,
-                as_operator_error("The database broke the export off: {}. Try again."),
+                as_operator_error("The database interrupted the export: {}. Try again."),
                 closing(dead_letters(connection, with_email=with_email)) as letters,
             ):
                 counts = self._write(file, columns, letters)
         except OperatorError as error:
             raise CommandError(str(error), returncode=error.exit_code) from None
-        gone = f", of which {counts[True]:,} are gone from the application" if counts[True] else ""
+        gone = f", of which {counts[True]:,} no longer exist in the application" if counts[True] else ""
         self.stderr.write(f"Rows in error: {counts.total():,}{gone}", style_func=str)
 
     def _write(self, file: IO[str], columns: list[str], letters: Iterator[DeadLetter]) -> Counter[bool]:
-        """Write the rows; how many of them are gone from the application, and how many are not."""
+        """Write the rows. Return how many no longer exist in the application (True), and how many do (False)."""
         counts: Counter[bool] = Counter()
         write = row_writer(file)
-        # Whatever refuses the rows does so before anything is printed.
+        # If the database refuses the query, nothing has been printed yet.
         first = list(islice(letters, 1))
         write(columns)
         for letter in chain(first, letters):

@@ -1,4 +1,4 @@
-"""Fill an empty database with made-up people."""
+"""`python manage.py load_sample_data`: fill an empty database with sample data."""
 
 from typing import Any
 
@@ -13,28 +13,27 @@ class Command(BaseCommand):
     """Arguments, one call, print."""
 
     help = (
-        "Make the application's tables where they are missing, and fill them with made-up people as they really are. "
-        "A database whose tables hold rows is never touched."
+        "Create the application's tables if they are missing, and fill them with realistic sample data. "
+        "A database whose tables contain rows is refused."
     )
-    # Tables of an application that has never been migrated are what this makes.
+    # The database may never have been migrated: this command creates the application's tables.
     requires_migrations_checks = False
 
     def add_arguments(self, parser: CommandParser) -> None:
-        """Add how many people, of which generation, from which seed."""
+        """Add the options."""
         parser.add_argument(
             "--people",
             type=int,
             default=10_000,
             metavar="N",
-            help="how many human beings (default: %(default)s). Four in ten have a user and a profile, the others are "
-            "known by their leads alone: about 0.4 profiles and 0.9 leads a person, and 3 contacts that the CRM has "
-            "already for every 100",
+            help="number of people (default: %(default)s). Four in ten have a user and a profile, the others only "
+            "leads: per 100 people about 40 profiles, 90 leads and 3 contacts that are already in the CRM",
         )
         parser.add_argument(
             "--generation",
             choices=GENERATIONS,
             default=GENERATIONS[0],
-            help="whose tables (default: %(default)s)",
+            help="generation (version) of the application's tables (default: %(default)s)",
         )
         parser.add_argument(
             "--seed",

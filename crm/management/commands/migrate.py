@@ -1,4 +1,4 @@
-"""`python manage.py migrate`: Django's own, without the checks that concern the role of the backfill and its runs."""
+"""`python manage.py migrate`: Django's command, without the checks of the backfill's role and of a run."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from crm.checks import NOT_FOR_MIGRATE
 
 
 class Command(migrate.Command):
-    """Who migrates owns the tables, and may do more with them than the backfill needs; and makes what a run lacks."""
+    """Skips the checks of excess rights, which an owner has, and of what a run lacks, which `migrate` may add."""
 
     def check(self, *arguments: Any, **options: Any) -> None:
-        """Run all checks but those of rights which the backfill does not need, and of what a run lacks."""
+        """Run all checks except for excess rights and for what a run would refuse."""
         super().check(*arguments, **options | {"tags": sorted(registry.tags_available().difference(NOT_FOR_MIGRATE))})

@@ -1,4 +1,4 @@
-"""`python manage.py resolve_crm_conflict ROW`: say whose contact a row in conflict is. The next run carries it out."""
+"""`python manage.py resolve_crm_conflict ROW`: resolve a row in conflict. The next run applies the resolution."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ class Command(OperatorCommand):
     """Arguments, one call, print."""
 
     help = (
-        "Decide about a row in conflict, which export_backfill_errors lists. The decision is recorded with who and "
-        "when, and the next run of the backfill carries it out. Deciding again replaces it. Without a decision, the "
-        "contacts are shown to which the row's keys lead. Exit code 0: recorded, or shown; 2: this cannot be decided, "
-        "or the database cannot be reached; 3: a run is going; 4: stopped."
+        "Resolve a row in conflict; export_backfill_errors lists these rows. The resolution is recorded with user and "
+        "time, and the next run of the backfill applies it. A new resolution replaces it. Without --contact or "
+        "--separate, the command shows the contact that each key of the row matches. Exit code 0: recorded, or shown; "
+        "2: this cannot be resolved, or the database is unreachable; 3: a run is in progress; 4: stopped."
     )
     requires_system_checks: list[str] = []  # noqa: RUF012 - Django's attribute
 
     def add_arguments(self, parser: CommandParser) -> None:
-        """What may be asked."""
+        """Add the arguments."""
         parser.add_argument("row", metavar="ROW", help="the row: profiles:<id> or leads:<id>")
         resolution = parser.add_mutually_exclusive_group()
-        resolution.add_argument("--contact", metavar="ID", help="the row is this contact's person")
+        resolution.add_argument("--contact", metavar="ID", help="the row belongs to this contact")
         resolution.add_argument(
-            "--separate", metavar="EMAIL", help="the row is another person: make a contact with this address for it"
+            "--separate", metavar="EMAIL", help="the row is another person: create a contact with this address for it"
         )
 
     def handle(self, *_args: Any, row: str, contact: str | None, separate: str | None, **_options: Any) -> None:
@@ -48,6 +48,6 @@ class Command(OperatorCommand):
         except OperatorError as error:
             raise CommandError(str(error), returncode=error.exit_code) from None
         self.stdout.write(
-            f"{reference} {resolved}. `python manage.py backfill_crm_contacts` carries it out; until then, "
-            "deciding again replaces it."
+            f"{reference} {resolved}. `python manage.py backfill_crm_contacts` applies this; until then, a new "
+            "resolution replaces it."
         )

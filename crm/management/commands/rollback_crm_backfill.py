@@ -1,4 +1,4 @@
-"""`python manage.py rollback_crm_backfill RUN`: take a run back, except for what people touched since."""
+"""`python manage.py rollback_crm_backfill RUN`: roll back a run, except for what people changed since."""
 
 from __future__ import annotations
 
@@ -24,33 +24,33 @@ class Command(OperatorCommand):
     """Arguments, one call, print."""
 
     help = (
-        "Take a run of the backfill back: delete the contacts that it created and nobody touched, take out what it "
-        "filled in others, and let its rows be pending again. Where later runs stand, a warning gives the order to "
-        "roll back in; it does not wait for an answer. Run it again when it was stopped: it goes on. Exit code "
-        "0: all is reversed or kept; 1: some of it failed; 2: it cannot be taken back, or the database cannot be "
-        "reached; 3: another run is going; 4: stopped; 5: failed."
+        "Roll back a run of the backfill: delete the contacts that it created and nobody modified, remove what it "
+        "filled in others, and make its rows pending again. If later runs exist, a warning gives the order in which "
+        "to roll back; the command does not wait for an answer. A stopped rollback continues when it is run again. "
+        "Exit code 0: everything is reversed or kept; 1: some of it failed; 2: the run cannot be rolled back, or the "
+        "database is unreachable; 3: another run is in progress; 4: stopped; 5: failed."
     )
     requires_system_checks: list[str] = []  # noqa: RUF012 - Django's attribute
 
     def add_arguments(self, parser: CommandParser) -> None:
-        """What may be asked."""
+        """Add the options."""
         parser.add_argument(
             "run",
             type=run_number,
             metavar="RUN",
-            help=f"the run's number, as backfill_runs list shows it; `{control.LATEST}` is refused on purpose",
+            help=f"the run's number, as shown by `backfill_runs list`; `{control.LATEST}` is refused on purpose",
         )
-        parser.add_argument("--dry-run", action="store_true", help="tell what would be done, and write nothing at all")
+        parser.add_argument("--dry-run", action="store_true", help="report what would be done; write nothing")
         parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
         parser.add_argument(
-            "--csv", type=new_file, metavar="FILE", help="list in a new file what becomes of each row, by its reference"
+            "--csv", type=new_file, metavar="FILE", help="list the result for each row in this new file"
         )
         parser.add_argument(
             "--batch-size",
             type=_batch_size,
             default=DEFAULT_BATCH_SIZE,
             metavar="ROWS",
-            help=f"rows that commit together, at most {LARGEST_BATCH} (default {DEFAULT_BATCH_SIZE})",
+            help=f"rows per transaction, at most {LARGEST_BATCH} (default: {DEFAULT_BATCH_SIZE})",
         )
         parser.add_argument("--no-progress", action="store_true", help="show no progress")
 
@@ -65,7 +65,7 @@ class Command(OperatorCommand):
         no_progress: bool,
         **_options: Any,
     ) -> None:
-        """Take the run back. The exit codes are in the help."""
+        """Roll back the run. The exit codes are in the help."""
         progress = progress_on_stderr(wanted=not no_progress)
         try:
             number = _number(run)
@@ -73,7 +73,7 @@ class Command(OperatorCommand):
                 report = roll_back(number, dry_run=dry_run, batch_size=batch_size, progress=progress, listener=listener)
         except OperatorError as error:
             raise CommandError(str(error), returncode=error.exit_code) from None
-        # First: whatever becomes of stdout, this was told.
+        # First, so that it is reported even if stdout cannot be written.
         for line in news(report):
             self.stderr.write(line)
         if json:
@@ -88,9 +88,9 @@ def _number(given: int | str) -> int:
     if isinstance(given, int):
         return given
     raise OperatorError(
-        f"A rollback takes no `{given}`, so that it takes back what was looked at and no run that began since: give "
-        f"the run's number. The latest run is {control.number(given)}; `python manage.py backfill_runs list` shows the "
-        "others. Nothing was written."
+        f"A rollback does not accept `{given}`, because another run may have started since you looked: give the run's "
+        f"number. The latest run is {control.number(given)}; `python manage.py backfill_runs list` shows the others. "
+        "Nothing was written."
     )
 
 

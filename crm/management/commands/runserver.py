@@ -1,4 +1,4 @@
-"""`python manage.py runserver`: Django's own, which ends in one line where the database or a setting is missing."""
+"""`python manage.py runserver`: Django's command, with a one-line error if the database or a setting is missing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from crm.errors import OperatorError
 
 
 class Command(runserver.Command):
-    """Looks at the database before Django's reloader takes over, in whose thread an error is a traceback."""
+    """Checks the database before Django starts its reloader, whose thread would print a traceback."""
 
     def handle(self, *arguments: Any, **options: Any) -> str | None:
         """Serve the admin."""
@@ -26,7 +26,7 @@ class Command(runserver.Command):
             raise OperatorError(settings.NOT_SERVED)
         if not (settings.DEBUG or settings.ALLOWED_HOSTS):
             raise OperatorError(
-                "The admin is served to no host: set DEBUG=on for a look at it on this machine, or, on a server, "
-                "ALLOWED_HOSTS to the names under which it is reached; in the environment or in .env."
+                "The admin has no host to serve: in the environment or in .env, set DEBUG=on to view it on this "
+                "machine, or, on a server, ALLOWED_HOSTS to the names under which it is reached."
             )
         return super().handle(*arguments, **options)

@@ -1,4 +1,4 @@
-"""`python manage.py trace_contact`: what happened to one person."""
+"""`python manage.py trace_contact`: the history of one person."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ class Command(OperatorCommand):
     """Arguments, one call, print."""
 
     help = (
-        "Tell what happened to one person: contacts, source rows, entries of the ledger, updates, decisions, runs and "
-        "rollbacks. Names ids, outcomes, columns and moments, and no one's data. Only reads. Exit code 0: something is "
-        "known; 1: nothing is; 2: wrong usage, or a database that cannot be reached or does not fit; 4: stopped."
+        "Show the history of one person: contacts, source rows, ledger entries, updates, resolutions, runs and "
+        "rollbacks. The output has ids, outcomes, column names and times, but no personal data. Read-only. Exit code "
+        "0: found; 1: nothing found; 2: wrong usage, or a database that is unreachable or unsuitable; 4: stopped."
     )
     requires_system_checks: list[str] = []  # noqa: RUF012 - Django's attribute
 
     def add_arguments(self, parser: CommandParser) -> None:
-        """What may be asked."""
+        """Add the arguments."""
         parser.add_argument(
-            "whom",
+            "reference",
             metavar="CONTACT|ROW|-",
             help="a contact's id, profiles:<id> or leads:<id>; - reads an email address from standard input",
         )
         parser.add_argument(
-            "--json", action="store_true", help="print one JSON object and nothing else on stdout, every time in UTC"
+            "--json", action="store_true", help="print one JSON object and nothing else on stdout, with times in UTC"
         )
 
-    def handle(self, *_args: Any, whom: str, json: bool, **_options: Any) -> None:
-        """Trace. The exit codes are in the help."""
+    def handle(self, *_args: Any, reference: str, json: bool, **_options: Any) -> None:
+        """Trace the person. The exit codes are in the help."""
         try:
-            with as_operator_error("The database broke the trace off: {}. Try again."):
-                if whom == ON_STANDARD_INPUT:
+            with as_operator_error("The database interrupted the trace: {}. Try again."):
+                if reference == ON_STANDARD_INPUT:
                     trace = trace_address(connection, _only_line())
                 else:
-                    trace = trace_reference(connection, whom)
+                    trace = trace_reference(connection, reference)
         except OperatorError as error:
             raise CommandError(str(error), returncode=error.exit_code) from None
         if json:
@@ -54,26 +54,26 @@ class Command(OperatorCommand):
         elif trace["found"]:
             self.stdout.write("\n".join(as_lines(trace)))
         if not trace["found"]:
-            self.stderr.write("Nothing is known: no row, no contact, no entry of the ledger.")
+            self.stderr.write("Nothing found: no row, no contact and no ledger entry.")
             raise SystemExit(1)
 
 
 def _only_line() -> str:
-    # Python has none where the shell closed it.
+    # None if the shell closed it.
     if (stdin := cast("TextIO | None", sys.stdin)) is None:
         raise _unreadable("it is closed")
     try:
-        # On a terminal the end would be waited for.
+        # On a terminal, reading to the end would wait.
         lines = [stdin.readline()] if stdin.isatty() else stdin
         address, more = islice(chain(filter(None, map(str.strip, lines)), ("", "")), 2)
     except UnicodeDecodeError:
-        raise OperatorError("Standard input is no text in UTF-8.") from None
+        raise OperatorError("Standard input is not UTF-8 text.") from None
     except OSError as error:
         raise _unreadable(error.strerror or str(error)) from None
     if more:
-        raise OperatorError("There is more than one line on standard input: give one email address alone.")
+        raise OperatorError("Standard input has more than one line: give a single email address.")
     return address
 
 
 def _unreadable(why: str) -> OperatorError:
-    return OperatorError(f"Standard input cannot be read ({why}): give the email address on it, from a file or a pipe.")
+    return OperatorError(f"Standard input cannot be read ({why}): pass the email address from a file or a pipe.")

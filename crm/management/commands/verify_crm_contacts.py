@@ -1,4 +1,4 @@
-"""`python manage.py verify_crm_contacts`: prove that everybody is in crm_contacts, as they should be."""
+"""`python manage.py verify_crm_contacts`: prove that the migration is complete and correct."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ class Command(OperatorCommand):
     """Arguments, one call, print."""
 
     help = (
-        "Prove that every source row is accounted for and that every contact which the backfill made is what its row "
-        "says. Only reads. Exit code 0: no defect (what is pending, or was changed since, is told and is none); "
-        "1: defects; 2: wrong usage, or a database that cannot be reached or verified; 4: stopped."
+        "Prove that every source row is accounted for and that every contact that the backfill created matches its "
+        "row. Read-only. Exit code 0: no defect (pending rows and later changes are reported, but are not defects); "
+        "1: defects; 2: wrong usage, or a database that is unreachable or cannot be verified; 4: stopped."
     )
     requires_system_checks: list[str] = []  # noqa: RUF012 - Django's attribute
 
     def add_arguments(self, parser: CommandParser) -> None:
-        """What may be asked."""
+        """Add the options."""
         parser.add_argument(
             "--json",
             action="store_true",
-            help="print one JSON object and nothing else on stdout; of many findings of a sort, the first hundred",
+            help="print one JSON object and nothing else on stdout, with the first hundred findings of each kind",
         )
         parser.add_argument(
             "--csv",
@@ -50,14 +50,14 @@ class Command(OperatorCommand):
         """Verify. The exit codes are in the help."""
         try:
             with (
-                as_operator_error("The database broke the verification off: {}. Nothing was proven; try again."),
+                as_operator_error("The database interrupted the verification: {}. Nothing was proven; try again."),
                 _written_to(csv) as on_finding,
                 _counted(Console(stderr=True)) as on_page,
             ):
                 report = verify(connection, on_finding=on_finding, on_page=on_page)
         except OperatorError as error:
             raise CommandError(str(error), returncode=error.exit_code) from None
-        # First: whatever becomes of stdout, this was told.
+        # First, so that it is reported even if stdout cannot be written.
         if line := news(report):
             self.stderr.write(line)
         if json:
@@ -70,7 +70,7 @@ class Command(OperatorCommand):
 
 @contextmanager
 def _written_to(path: Path | None) -> Iterator[Callable[[Finding], None] | None]:
-    """What writes a finding to the file, which gets its name when the last one is written."""
+    """Yield a function that writes a finding to the file. The file gets its name after the last one."""
     if path is None:
         yield None
         return
@@ -80,9 +80,9 @@ def _written_to(path: Path | None) -> Iterator[Callable[[Finding], None] | None]
 
 @contextmanager
 def _counted(console: Console) -> Iterator[Callable[[int], None]]:
-    """On a terminal, show how many contacts were compared up to now."""
+    """On a terminal, show how many contacts have been compared."""
     compared = 0
-    with console.status("Counting rows and entries ...") if console.is_terminal else nullcontext() as status:
+    with console.status("Counting rows and ledger entries ...") if console.is_terminal else nullcontext() as status:
 
         def count(contacts: int) -> None:
             nonlocal compared
