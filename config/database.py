@@ -1,25 +1,25 @@
-"""DATABASE_URL, as Prisma writes it, translated into Django's terms. Pure: nothing is read, started or connected.
+"""Translates DATABASE_URL from Prisma's format into Django settings. Pure: reads, starts and connects to nothing.
 
-libpq refuses a URL with Prisma's parameters, so each of them is translated where it has a meaning here, dropped where
-it only tunes Prisma's own engine, and refused where dropping it would be unsafe. An unknown one is refused by name.
+libpq refuses a URL with Prisma's parameters. So each parameter is translated if it has a meaning here, dropped if it
+only tunes Prisma's engine, and refused if dropping it would be unsafe. An unknown parameter is refused by name.
 
-    schema                the application's schema; comes second in the search path, after our own
+    schema                the application's schema; second in the search path, after crm_backfill
     sslmode, channel_binding, application_name, connect_timeout, host, port, options
-                          handed to libpq; `host` may be the folder of a socket
-    sslaccept=strict      sslmode=verify-full, against the given root certificate or those of the system
-    sslcert               to Prisma the certificate of the server's authority: sslrootcert. Beside `sslkey` it is
-                          libpq's own parameter: the client's certificate
-    sslrootcert=system    the authorities of the system, with sslmode=verify-full
+                          passed to libpq; `host` may be the directory of a socket
+    sslaccept=strict      sslmode=verify-full, with the given root certificate or those of the system
+    sslcert               in Prisma the certificate of the server's authority: sslrootcert. With `sslkey` it is
+                          libpq's parameter: the client's certificate
+    sslrootcert=system    the certificate authorities of the system, with sslmode=verify-full
     sslidentity           refused: libpq does not read PKCS#12
     pgbouncer=true        no start-up options, no server-side cursors
-    connection_limit      how many connections a run may use
+    connection_limit      the number of connections that a run may use
     pool_timeout, socket_timeout, statement_cache_size, max_connection_lifetime, max_idle_connection_lifetime
-                          dropped: there is no pool here, every batch has a timeout of its own, and nothing is prepared
+                          dropped: there is no pool, every batch has its own timeout, and no statement is prepared
 
-No message holds the URL or a value out of it: a password can end up in any part of a URL that was written wrongly.
+No message contains the URL or a value from it: in a malformed URL, any part may be the password.
 
-`Env.db_url` of django-environ hands every parameter on to libpq, drops one that is given twice, and does not know what
-they mean to Prisma. What it cannot read it quotes, in a warning or an error, or takes for a URL that has no database.
+`Env.db_url` of django-environ passes every parameter on to libpq, drops one that is given twice, and does not know what
+they mean to Prisma. What it cannot read it quotes, in a warning or an error, or takes for a URL without a database.
 """
 
 from collections.abc import Mapping
@@ -29,17 +29,17 @@ from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from django.core.exceptions import ImproperlyConfigured
 
-# Prisma's own defaults: a URL that leaves these out means them.
+# Prisma's defaults.
 DEFAULT_HOST: Final = "localhost"
 DEFAULT_PORT: Final = 5432
 DEFAULT_SCHEMA: Final = "public"
 DEFAULT_CONNECT_TIMEOUT: Final = "5"
 
 APPLICATION_NAME: Final = "crm_backfill"
-#: A statement and its values go to the server apart. In one text, whatever the server had against a single row would
-#: write all rows into its log.
+#: Send a statement and its values to the server separately. As one text, an error in a single row would write all rows
+#: into the server's log.
 BINDING: Final = {"server_side_binding": True}
-# PostgreSQL cuts a longer name off without a word, and it then names another schema.
+# PostgreSQL truncates a longer name silently, and it then names another schema.
 LONGEST_NAME: Final = 63
 
 _PASSED_ON: Final = frozenset(
@@ -73,38 +73,38 @@ _CHOICES: Final = {
     "sslmode": ("disable", "allow", "prefer", "require", "verify-ca", "verify-full"),
 }
 _FILES: Final = ("sslcert", "sslkey", "sslrootcert")
-#: libpq's word for the certificates of the operating system.
+#: libpq's name for the certificates of the operating system.
 SYSTEM_CERTIFICATES: Final = "system"
-# PostgreSQL's own upper bound of max_connections.
+# The upper bound of max_connections in PostgreSQL.
 MAX_CONNECTIONS: Final = 262_143
 
 
-#: Variables that lead libpq to another server than the one that a connection names.
+#: Variables that make libpq connect to another server than the one that a connection names.
 DETOURS: Final = ("PGHOSTADDR", "PGSERVICE")
 
 
 class DatabaseUrlError(ImproperlyConfigured):
-    """DATABASE_URL cannot be used. The message is one line: the name, the reason, the way out; never the value."""
+    """DATABASE_URL cannot be used. The message has the name, the reason and the remedy in one line, never a value."""
 
     def __init__(self, reason: str, way_out: str) -> None:
         super().__init__(f"DATABASE_URL cannot be used: {reason}. {way_out}")
 
 
 def require_no_detour(environment: Mapping[str, str]) -> None:
-    """Refuse an environment in which libpq would connect to another server than the one that is named.
+    """Refuse an environment in which libpq would connect to another server than the one in DATABASE_URL.
 
     Raises ImproperlyConfigured.
     """
     if found := [name for name in DETOURS if environment.get(name)]:
         raise ImproperlyConfigured(
-            f"{' and '.join(found)} in the environment would lead to another server than the one that is named: unset "
-            "it, and let DATABASE_URL say where to connect."
+            f"{' and '.join(found)} in the environment would make the connection use another server than the one in "
+            "DATABASE_URL: unset it."
         )
 
 
 @dataclass(frozen=True)
 class Database:
-    """What a URL says. `repr` leaves out what must not be shown."""
+    """The parts of a URL. `repr` omits the secret ones."""
 
     host: str
     port: int
@@ -117,7 +117,7 @@ class Database:
     libpq: dict[str, str] = field(repr=False)
 
     def django_entry(self, backfill_schema: str) -> dict[str, Any]:
-        """The entry of Django's DATABASES, with our schema before the application's in the search path."""
+        """Return the entry for Django's DATABASES, with `backfill_schema` first in the search path."""
         libpq = dict(self.libpq)
         if not self.behind_pgbouncer:
             own = startup_options(backfill_schema, self.legacy_schema)
@@ -135,7 +135,7 @@ class Database:
 
 
 def parse(url: str, *, backfill_schema: str) -> Database:
-    """Read a URL as Prisma writes it. Raises DatabaseUrlError, which names the part that cannot be used."""
+    """Parse a URL in Prisma's format. Raises DatabaseUrlError, which names the part that cannot be used."""
     parts = _split(url)
     parameters = _parameters(parts.query)
     credentials, _, address = parts.netloc.rpartition("@")
@@ -157,14 +157,14 @@ def parse(url: str, *, backfill_schema: str) -> Database:
 
 
 def startup_options(backfill_schema: str, legacy_schema: str) -> str:
-    """The start-up options of a connection: the search path, quoted for SQL and then for the server's splitting."""
+    """Return the start-up options of a connection. The search path is quoted for SQL, then for the options parser."""
     path = f"{backfill_schema},{quoted_name(legacy_schema)}"
     escaped = "".join(f"\\{character}" if character.isspace() or character == "\\" else character for character in path)
     return f"-c search_path={escaped} -c TimeZone=UTC"
 
 
 def quoted_name(name: str) -> str:
-    """The name as an SQL identifier."""
+    """Return the name as a quoted SQL identifier."""
     return '"' + name.replace('"', '""') + '"'
 
 
@@ -172,12 +172,12 @@ def _split(url: str) -> SplitResult:
     if not url.strip():
         raise DatabaseUrlError(
             "it is set but empty",
-            "Give it a value, or unset it and set CRM_EMBEDDED_DATA to work on the embedded development database.",
+            "Give it a value, or unset it and set CRM_EMBEDDED_DATA to use the embedded development database.",
         )
     try:
         parts = urlsplit(url.strip())
     except ValueError:
-        # Its message quotes the URL.
+        # The message of this error quotes the URL.
         raise DatabaseUrlError("it is not a URL", _PERCENT_ENCODE) from None
     if parts.scheme not in ("postgresql", "postgres"):
         raise DatabaseUrlError(
@@ -185,7 +185,7 @@ def _split(url: str) -> SplitResult:
             "Give the direct address of the PostgreSQL database, without quotation marks.",
         )
     if parts.fragment or "#" in url:
-        raise DatabaseUrlError("there is a # in it", _PERCENT_ENCODE)
+        raise DatabaseUrlError("it contains a #", _PERCENT_ENCODE)
     return parts
 
 
@@ -201,33 +201,31 @@ def _parameters(query: str) -> dict[str, str]:
         _check_parameter(name, value)
     if len(parameters) < len(given):
         twice = next(name for name in parameters if sum(name == other for other, _ in given) > 1)
-        raise DatabaseUrlError(f"the parameter {twice} is given more than once", "Leave one of them.")
+        raise DatabaseUrlError(f"the parameter {twice} is given more than once", "Remove all but one.")
     if "sslidentity" in parameters:
         raise DatabaseUrlError(
             "sslidentity is a PKCS#12 file, which libpq does not read",
-            "Split it with openssl into a certificate and a key, and give sslcert and sslkey.",
+            "Split it with openssl into a certificate and a key, and set sslcert and sslkey.",
         )
     return parameters
 
 
 def _check_parameter(name: str, value: str) -> None:
     if name not in _PASSED_ON | _TRANSLATED | _DROPPED | {"sslidentity"}:
-        # Only a plain word is repeated: the rest of a password that holds a ? or & lands here too.
+        # Show only a plain word: the rest of a password that contains a ? or & ends up here, too.
         shown = f"the parameter {name}" if _is_plain_word(name) else "one of its parameters"
-        raise DatabaseUrlError(f"{shown} is not known here", f"Take it out of the URL. {_PERCENT_ENCODE}")
+        raise DatabaseUrlError(f"{shown} is unknown", f"Remove it from the URL. {_PERCENT_ENCODE}")
     if "\0" in value:
-        raise DatabaseUrlError(f"the parameter {name} holds a NUL character", "Take it out of the URL.")
+        raise DatabaseUrlError(f"the parameter {name} contains a NUL character", "Remove it from the URL.")
     if name in _CHOICES and value not in _CHOICES[name]:
         raise DatabaseUrlError(f"the parameter {name} has an unknown value", f"Use one of {', '.join(_CHOICES[name])}.")
     if name in _WHOLE_NUMBERS and not (value.isascii() and value.isdigit()):
-        raise DatabaseUrlError(f"the parameter {name} is not a whole number", "Correct it or take it out.")
+        raise DatabaseUrlError(f"the parameter {name} is not a whole number", "Correct or remove it.")
     if name == "connection_limit" and not 1 <= int(value[:9]) <= MAX_CONNECTIONS:
-        raise DatabaseUrlError(
-            f"connection_limit is not a number from 1 to {MAX_CONNECTIONS}", "Correct it, or take it out."
-        )
+        raise DatabaseUrlError(f"connection_limit is not a number from 1 to {MAX_CONNECTIONS}", "Correct or remove it.")
     if name in _FILES and not value.startswith("/") and (name, value) != ("sslrootcert", SYSTEM_CERTIFICATES):
-        # Prisma resolves a relative path against the folder of its own schema file, which is not here.
-        raise DatabaseUrlError(f"the parameter {name} is not a full path", "Give the path from / on.")
+        # Prisma resolves a relative path against the directory of its schema file, which is unknown here.
+        raise DatabaseUrlError(f"the parameter {name} is not an absolute path", "Give a path that begins with /.")
 
 
 def _is_plain_word(name: str) -> bool:
@@ -248,7 +246,7 @@ def _address(address: str) -> tuple[str, int]:
 
 def _require_one_host(text: str) -> None:
     if "," in text:
-        raise DatabaseUrlError("it names several hosts", "Give the one of the primary server.")
+        raise DatabaseUrlError("it names several hosts", "Give only the primary server.")
 
 
 def _port(port: str) -> int:
@@ -262,7 +260,7 @@ def _name(path: str) -> str:
     if not encoded:
         raise DatabaseUrlError("it names no database", "Put the name after the host: postgresql://user@host:5432/name.")
     if "/" in encoded:
-        raise DatabaseUrlError("there is a / in the name of the database", _PERCENT_ENCODE)
+        raise DatabaseUrlError("the database name contains a /", _PERCENT_ENCODE)
     return _decoded(encoded, "name of the database")
 
 
@@ -272,14 +270,14 @@ def _decoded(value: str, what: str, *, encoded: bool = True) -> str:
     except UnicodeDecodeError:
         raise DatabaseUrlError(f"the {what} is not percent-encoded UTF-8", _PERCENT_ENCODE) from None
     if "\0" in decoded:
-        raise DatabaseUrlError(f"the {what} holds a NUL character", "PostgreSQL has no such thing: take it out.")
+        raise DatabaseUrlError(f"the {what} contains a NUL character", "PostgreSQL does not support that: remove it.")
     return decoded
 
 
 def _legacy_schema(schema: str, backfill_schema: str) -> str:
     if schema == backfill_schema:
         raise DatabaseUrlError(
-            f"its schema is {backfill_schema}, where the tables of the backfill live",
+            f"its schema is {backfill_schema}, which contains the tables of the backfill",
             "Give the schema of the application's tables (Prisma's default is public).",
         )
     if len(schema.encode()) > LONGEST_NAME:
@@ -295,11 +293,11 @@ def _libpq(parameters: dict[str, str]) -> dict[str, str]:
         libpq.setdefault("sslrootcert", certificate)
     if parameters.get("sslaccept") == "strict":
         if libpq.get("sslmode") == "disable":
-            raise DatabaseUrlError("sslaccept=strict and sslmode=disable contradict each other", "Take one out.")
+            raise DatabaseUrlError("sslaccept=strict and sslmode=disable contradict each other", "Remove one of them.")
         libpq["sslmode"] = "verify-full"
         libpq.setdefault("sslrootcert", SYSTEM_CERTIFICATES)
     if libpq.get("sslrootcert") == SYSTEM_CERTIFICATES and libpq.setdefault("sslmode", "verify-full") != "verify-full":
         raise DatabaseUrlError(
-            "sslrootcert=system needs sslmode=verify-full", "Say so, or name the file of a root certificate."
+            "sslrootcert=system needs sslmode=verify-full", "Set that, or name the file of a root certificate."
         )
     return libpq

@@ -1,14 +1,14 @@
-r"""A file `.env`, read by the conventions of dotenv as python-dotenv has them. Pure: text in, names and values out.
+r"""Parses a file `.env` by the conventions of python-dotenv. Pure: text in, names and values out.
 
     NAME=value            white space around the name, the = and the value is not part of them
     export NAME=value     the same
-    NAME=value # comment  a # after white space begins a comment; one within a value is part of it
-    NAME='value'          as it is, also # and white space
-    NAME="value"          the same, with \n, \t, \", \\ and the like
+    NAME=value # comment  a # after white space begins a comment; within a value it is part of the value
+    NAME='value'          taken literally, including # and white space
+    NAME="value"          the same, with escapes such as \n, \t, \" and \\
 
-A byte order mark and the line ends of Windows do no harm, and the last line of a name counts. ${NAME}, which other
-tools would expand, is refused outside single quotation marks.
-Whatever else stands in a line is refused by its number. No message holds a word of the file: there are secrets in it.
+A byte order mark and Windows line ends are accepted; if a name occurs more than once, the last line counts. ${NAME},
+which other tools expand, is refused outside single quotation marks. Any other line is refused by its number. No message
+quotes the file, because it contains secrets.
 
 `Env.read_env` of django-environ skips a line that it cannot read, such as `NAME = value`, and logs it with its secret.
 It also cuts a value off at any #, or keeps the comment in it.
@@ -34,20 +34,20 @@ _ESCAPED: Final = {"a": "\a", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "
 
 
 class DotenvError(ImproperlyConfigured):
-    """A line that cannot be read. The message names the line by its number alone."""
+    """A line cannot be read. The message gives only the number of the line."""
 
     def __init__(self, number: int, *, refers: bool = False) -> None:
         super().__init__(
-            f".env cannot be read: line {number} refers to another variable by ${{...}}, and nothing is expanded here. "
-            "Write its value out, or put a value that is meant as it stands into single quotation marks."
+            f".env cannot be read: line {number} refers to another variable by ${{...}}, which is not expanded. "
+            "Write the value itself, or put a literal value in single quotation marks."
             if refers
             else f".env cannot be read: line {number} is not NAME=value. Put a value with white space, quotation marks "
-            "or a # into single quotation marks, on one line, and a # before a comment."
+            "or a # in single quotation marks, on one line, and begin a comment with a #."
         )
 
 
 def parse(text: str) -> dict[str, str]:
-    """The variables that the text of a file names. Raises DotenvError."""
+    """Return the variables that are set in the text of a file. Raises DotenvError."""
     found: dict[str, str] = {}
     for number, line in enumerate(re.split(r"\r\n|\n|\r", text.removeprefix("\ufeff")), start=1):
         if _EMPTY.fullmatch(line):

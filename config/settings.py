@@ -1,9 +1,8 @@
-"""The settings of the project, one file. The environment decides, and a file .env beside manage.py where there is one.
+"""The settings of the project. They come from the environment and, if it exists, the file .env next to manage.py.
 
-With DATABASE_URL this is production unless DEBUG says otherwise: serving the admin needs a SECRET_KEY, and the admin is
-served over HTTPS only. With CRM_EMBEDDED_DATA in its place this is development, on the embedded PostgreSQL in that
-folder. Without either there is no database: a lost DATABASE_URL must not turn a server into a demo. .env.example names
-every variable.
+With DATABASE_URL this is production unless DEBUG is on: the admin needs a SECRET_KEY and is served over HTTPS only.
+With CRM_EMBEDDED_DATA instead, this is development on the embedded PostgreSQL in that directory. With neither there is
+no database: a server that lost its DATABASE_URL must not use a demo database. .env.example lists every variable.
 """
 
 import os
@@ -22,53 +21,52 @@ from config.environment import Env
 
 BASE_DIR = Path(__file__).resolve().parent.parent
 
-#: What PostgreSQL takes in milliseconds; seconds.
+#: The longest timeout of PostgreSQL, in seconds.
 LONGEST_TIMEOUT = 2_147_483
-#: The measure of Django's deployment check (security.W009).
+#: The limits of Django's deployment check (security.W009).
 SHORTEST_KEY, FEWEST_DIFFERENT = 50, 5
 
-#: The variables that begin with CRM_; the system check knows any other one for misspelled.
+#: The variables that begin with CRM_; the system check reports any other one as misspelled.
 CRM_VARIABLES = ("CRM_DOTENV", "CRM_EMBEDDED_DATA", "CRM_PLACEHOLDER_DOMAIN", "CRM_STATEMENT_TIMEOUT")
 
 env = Env()
 
 
 def _read_dotenv(path: Path) -> None:
-    """Load the file into the environment, whose own values win. An unreadable file is an error, not an absent one.
+    """Load the file into the environment, whose own values take precedence. A missing file is ignored.
 
-    Nor is one without DATABASE_URL: whoever has written a file does not mean to go without a database.
+    Raises ImproperlyConfigured if the file is unreadable or does not set DATABASE_URL.
     """
     if env.str("CRM_DOTENV", default="") == "off" or not os.path.lexists(path):
         return
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            # A pipe would be waited for without end.
+            # Reading a pipe could wait forever.
             raise ImproperlyConfigured(
-                f"{path} cannot be read, since it is no regular file: put one in its place, or set CRM_DOTENV=off to "
-                "go without it."
+                f"{path} cannot be read because it is not a regular file: replace it with one, or set CRM_DOTENV=off "
+                "to ignore it."
             )
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ImproperlyConfigured(
-            f"{path} cannot be read ({type(error).__name__}): give this user the right to read it, as UTF-8 text, "
-            "or set CRM_DOTENV=off to go without it."
+            f"{path} cannot be read ({type(error).__name__}): make it UTF-8 text that this user can read, or set "
+            "CRM_DOTENV=off to ignore it."
         ) from None
     for name, value in dotenv.parse(text).items():
         os.environ.setdefault(name, value)
     if "DATABASE_URL" not in env:
         raise ImproperlyConfigured(
-            f"{path} names no DATABASE_URL: add the line, or set CRM_DOTENV=off in the environment to go without the "
-            "file."
+            f"{path} does not set DATABASE_URL: add it, or set CRM_DOTENV=off in the environment to ignore the file."
         )
 
 
 def _development_key(path: Path) -> str:
-    """A secret made up once per checkout, so that a restart of the development server logs nobody out."""
+    """Return a secret that is created once per checkout: sessions survive a restart of the development server."""
     made_up = path.with_name(f"{path.name}.{os.getpid()}")
     if not path.exists():
         made_up.touch(mode=0o600)
         made_up.write_text(secrets.token_urlsafe(50), encoding="ascii")
-        # A link never replaces: of several processes that start at once, the first one's key is everybody's.
+        # A link never replaces a file: processes that start at the same time all use the first key.
         with suppress(FileExistsError):
             path.hardlink_to(made_up)
         made_up.unlink()
@@ -76,8 +74,8 @@ def _development_key(path: Path) -> str:
 
 
 HOW_TO_MAKE_A_KEY = (
-    'Make one with `python3 -c "import secrets; print(secrets.token_urlsafe(50))"` and put it into the environment or '
-    "into .env."
+    'Create one with `python3 -c "import secrets; print(secrets.token_urlsafe(50))"` and set it in the environment or '
+    "in .env."
 )
 
 
@@ -88,23 +86,23 @@ def _secret_key() -> str:
         return key
     if key:
         raise ImproperlyConfigured(
-            f"SECRET_KEY is easily guessed: the admin signs its sessions with it, so it needs {SHORTEST_KEY} "
-            f"characters, {FEWEST_DIFFERENT} different ones among them. {HOW_TO_MAKE_A_KEY}"
+            f"SECRET_KEY is easily guessed: the admin signs its sessions with it, so it needs at least {SHORTEST_KEY} "
+            f"characters, {FEWEST_DIFFERENT} of them different. {HOW_TO_MAKE_A_KEY}"
         )
     if DEBUG or IS_DEVELOPMENT:
         return _development_key(BASE_DIR / ".secret-key.development")
-    # Only serving the admin needs one, and refuses to go without: a cron line has no use for a secret.
+    # Only the admin needs a key, and is not served without one; the other commands work without it.
     return ""
 
 
 def _embedded_data() -> Path | None:
-    """The folder of the embedded server, which is used only by whoever names it."""
+    """Return the data directory of the embedded server, if one is set."""
     folder = env.str("CRM_EMBEDDED_DATA", default="")
     if folder and "DATABASE_URL" in env:
         raise ImproperlyConfigured(
-            "DATABASE_URL and CRM_EMBEDDED_DATA are both set, so it is not clear which database is meant: unset "
-            "CRM_EMBEDDED_DATA to work on the one of DATABASE_URL. For the embedded development database unset "
-            "DATABASE_URL, and set CRM_DOTENV=off where .env names it."
+            "DATABASE_URL and CRM_EMBEDDED_DATA are both set, so the database is ambiguous: unset CRM_EMBEDDED_DATA to "
+            "use DATABASE_URL. To use the embedded development database, unset DATABASE_URL, and set CRM_DOTENV=off if "
+            ".env sets it."
         )
     return Path(folder).resolve() if folder else None
 
@@ -112,9 +110,9 @@ def _embedded_data() -> Path | None:
 def _seconds(name: str, default: int, most: int | None = None) -> int:
     seconds: int = env.int(name, default=default)
     if seconds < 0:
-        raise ImproperlyConfigured(f"{name} is not a whole number of seconds: correct it, or leave it out.")
+        raise ImproperlyConfigured(f"{name} is not a whole number of seconds: correct or remove it.")
     if most is not None and seconds > most:
-        raise ImproperlyConfigured(f"{name} is more than {most}: write 0 for no limit at all.")
+        raise ImproperlyConfigured(f"{name} is greater than {most}: set 0 for no limit.")
     return seconds
 
 
@@ -124,7 +122,7 @@ def _domain(name: str, default: str) -> str:
         validate_email(f"client-0@{value}")
     except ValidationError:
         raise ImproperlyConfigured(
-            f"{name} is not the domain of an email address: correct it, or leave it out for {default}."
+            f"{name} is not the domain of an email address: correct it, or remove it to use {default}."
         ) from None
     return value
 
@@ -150,17 +148,17 @@ if not IS_DEVELOPMENT:
 else:
     DATABASES = {"default": embedded.django_entry(EMBEDDED_DATA, BACKFILL_SCHEMA, LEGACY_SCHEMA)}
 
-# What the operator may choose
+# Options of the operator
 
 CRM_PLACEHOLDER_DOMAIN = _domain("CRM_PLACEHOLDER_DOMAIN", default="crm-backfill.invalid")
-# How long one statement of a command may take; a batch's own allows itself a minute.
+# The limit for one statement of a command, in seconds; statements of a batch have a limit of a minute.
 CRM_STATEMENT_TIMEOUT = _seconds("CRM_STATEMENT_TIMEOUT", default=600, most=LONGEST_TIMEOUT)
 
 # Security
 
 DEBUG: bool = env.bool("DEBUG", default=False)
 SECRET_KEY = _secret_key()
-#: Why the admin cannot be served, if it cannot.
+#: Why the admin cannot be served; None if it can.
 NOT_SERVED = (
     None
     if SECRET_KEY
@@ -170,23 +168,23 @@ NOT_SERVED = (
 ALLOWED_HOSTS = env.list("ALLOWED_HOSTS", default=[])
 CSRF_TRUSTED_ORIGINS = env.list("CSRF_TRUSTED_ORIGINS", default=[])
 
-# To be turned off for a look at the admin through `runserver` on one's own machine, and for nothing else.
+# Turn this off only to view the admin through `runserver` on your own machine.
 HTTPS_ONLY: bool = env.bool("HTTPS_ONLY", default=not DEBUG and not IS_DEVELOPMENT)
 SECURE_SSL_REDIRECT = HTTPS_ONLY
 SESSION_COOKIE_SECURE = HTTPS_ONLY
 CSRF_COOKIE_SECURE = HTTPS_ONLY
-# An hour, so that a mistake heals by itself; raise it once the admin has been reached over HTTPS for a while.
+# One hour, so that a mistake is temporary; raise it when HTTPS has worked for some time.
 SECURE_HSTS_SECONDS = _seconds("SECURE_HSTS_SECONDS", default=3600 if HTTPS_ONLY else 0)
 SECURE_HSTS_INCLUDE_SUBDOMAINS = HTTPS_ONLY
 SECURE_HSTS_PRELOAD = HTTPS_ONLY
-# Only a proxy that always sets this header, whatever the client sent, may be believed.
+# Trust this header only from a proxy that always sets it, whatever the client sent.
 if env.bool("BEHIND_TLS_PROXY", default=False):
     SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https")
 
 # The admin
 
 INSTALLED_APPS = [
-    # First, since its runserver takes the place of Django's.
+    # First, because its runserver replaces Django's.
     "crm",
     "django.contrib.admin",
     "django.contrib.auth",
@@ -240,8 +238,8 @@ USE_I18N = True
 USE_TZ = True
 TIME_ZONE = "UTC"
 
-# Log lines go to stderr, so that stdout holds a command's answer and nothing else. What is no news, such as a wait for
-# --max-rate, goes to a terminal alone: cron would mail it every night.
+# Log to stderr, so that stdout contains only the output of a command. INFO messages, such as a wait for --max-rate, are
+# shown only on a terminal: cron would mail them every night.
 LOGGING = {
     "version": 1,
     "disable_existing_loggers": False,

@@ -1,4 +1,4 @@
-"""The admin is all there is to see."""
+"""URLs: the admin, and a redirect to it."""
 
 from django.contrib import admin
 from django.urls import path

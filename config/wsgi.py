@@ -1,4 +1,4 @@
-"""The admin for a WSGI server: `gunicorn config.wsgi`. It serves the database of DATABASE_URL and no other."""
+"""The admin for a WSGI server: `gunicorn config.wsgi`. It serves only the database of DATABASE_URL."""
 
 import os
 
@@ -10,8 +10,8 @@ os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
 
 if settings.IS_DEVELOPMENT:
     raise ImproperlyConfigured(
-        "DATABASE_URL is not set: config.wsgi serves no other database. Set it in the environment of the web server, "
-        "or in .env. `python manage.py runserver` shows the embedded development database."
+        "DATABASE_URL is not set, and config.wsgi serves no other database. Set it in the environment of the web "
+        "server or in .env. To serve the embedded development database, use `python manage.py runserver`."
     )
 
 if settings.NOT_SERVED:

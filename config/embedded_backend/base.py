@@ -1,4 +1,4 @@
-"""Starts the embedded server when the first connection is wanted, and says that it is the one that is worked on.
+"""Starts the embedded server on the first connection, and reports on stderr that it is in use.
 
 So importing the settings (for `--help`, a type checker, `check`) starts nothing.
 """
@@ -15,23 +15,23 @@ from config import embedded
 
 
 class DatabaseClient(client.DatabaseClient):
-    """`dbshell`, on the embedded server and no other."""
+    """`dbshell` on the embedded server."""
 
     def runshell(self, parameters: Iterable[str]) -> None:
         """Start psql."""
-        # Where the server listens is known once it has been connected to; it runs as long as this process.
+        # The address is known after the first connection; the server runs as long as this process.
         with self.connection.temporary_connection():
             pass
         super().runshell(parameters)
 
 
 class DatabaseWrapper(base.DatabaseWrapper):
-    """PostgreSQL as Django has it; `EMBEDDED_DATA` in the settings of the database names the data folder."""
+    """Django's PostgreSQL backend; `EMBEDDED_DATA` in the settings of the database is the data directory."""
 
     client_class = DatabaseClient
 
     def get_connection_params(self) -> dict[str, Any]:
-        """Start the server where it does not run, and return where it listens."""
+        """Start the server if it is not running, and return the parameters with its address."""
         data = self.settings_dict["EMBEDDED_DATA"]
         address = embedded.start(data)
         _announce(data)
@@ -41,4 +41,4 @@ class DatabaseWrapper(base.DatabaseWrapper):
 
 @cache
 def _announce(data: Path) -> None:
-    sys.stderr.write(f"This is the embedded development database in {data}.\n")
+    sys.stderr.write(f"Using the embedded development database in {data}.\n")

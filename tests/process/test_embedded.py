@@ -90,7 +90,7 @@ def test_a_killed_process_does_not_keep_it_alive(data: Path) -> None:
     assert is_running(data)
     result = python("manage.py", "showmigrations", CRM_EMBEDDED_DATA=str(data))
     assert result.returncode == 0, result.stderr
-    assert result.stderr == f"This is the embedded development database in {data}.\n"
+    assert result.stderr == f"Using the embedded development database in {data}.\n"
     assert not is_running(data)
 
 
@@ -171,7 +171,7 @@ def test_no_folder_above_it_is_opened_to_others(data: Path) -> None:
     assert stat.S_IMODE(data.parent.stat().st_mode) == 0o700
     if os.geteuid() == 0:
         assert (result.returncode, result.stdout) == (2, "")
-        assert f"who may not pass through {data.parent} on the way to {data}" in result.stderr
+        assert f"who cannot enter {data.parent} to reach {data}" in result.stderr
         assert result.stderr.count("\n") == 1
     else:
         assert result.returncode == 0, result.stderr
@@ -182,5 +182,5 @@ def test_a_folder_with_files_of_others_is_left_as_it_is(data: Path) -> None:
     (data / "thesis.txt").write_text("years of work")
     result = showmigrations(data)
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.startswith(f"{data} holds other files than those of the embedded PostgreSQL")
+    assert result.stderr.startswith(f"{data} contains files that do not belong to the embedded PostgreSQL")
     assert (stat.S_IMODE(data.stat().st_mode), data.stat().st_uid) == (0o755, os.geteuid())
