@@ -1,7 +1,7 @@
-"""The admin: contacts, runs and the ledger, to look at. Nobody adds, changes or deletes anything here.
+"""The admin: contacts, runs and the ledger, read-only.
 
-The tables may hold millions of rows. So a list counts only so far (`read_only`), comes in the order of an index, and
-asks nothing a row; a filter takes its own values and no other (`filters`).
+The tables may have millions of rows. So a list counts up to a bound (`read_only`), uses the order of an index and runs
+no query per row; a filter accepts only its own values (`filters`).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from crm.rules.mapping import ATTRIBUTION, contact_id
 from crm.runs import control
 
 admin.site.site_header = admin.site.site_title = "CRM contacts backfill"
-admin.site.index_title = "What the backfill did"
+admin.site.index_title = "Contacts, runs and ledger"
 
 MAX_ENTRIES = 100
 MAX_BATCHES = 100
@@ -90,13 +90,13 @@ class ContactAdmin(ReadOnlyAdmin):
     )
     list_filter = (MadeFilter, TypeFilter, StageFilter, AttributedFilter)
     search_fields = ("email",)
-    search_help_text = "An id, or how an email address, a first name or a last name begins."
+    search_help_text = "An id, or the beginning of an email address, a first name or a last name."
     # By its unique index; there is none on the creation.
     ordering = ("email",)
     fieldsets = (
         (None, {"fields": ("first_name", "last_name", "email", "phone", "company")}),
-        ("The backfill", {"fields": ("made_by_the_backfill", "ledger", "updates")}),
-        ("In the CRM", {"fields": ("contact_type", "stage", "stage_entered_at", "source", "last_contacted_at")}),
+        ("Backfill", {"fields": ("made_by_the_backfill", "ledger", "updates")}),
+        ("CRM", {"fields": ("contact_type", "stage", "stage_entered_at", "source", "last_contacted_at")}),
         ("Assignment", {"fields": ("assigned_preparer_id", "assigned_at")}),
         ("Attribution", {"fields": (*_ATTRIBUTION, "attribution_confidence")}),
         ("Keys", {"fields": ("id", "user_id", "clerk_user_id", "created_at", "updated_at")}),
@@ -132,7 +132,7 @@ class ContactAdmin(ReadOnlyAdmin):
         """First and last name."""
         return f"{contact.first_name} {contact.last_name}"
 
-    @admin.display(boolean=True, description="made by backfill")
+    @admin.display(boolean=True, description="created by the backfill")
     def made_by_the_backfill(self, contact: Any) -> bool:
         """Whether the backfill made it."""
         return bool(contact.made)
@@ -191,7 +191,7 @@ class BatchInline(NothingToChange, admin.TabularInline):  # type: ignore[type-ar
 
     model = BackfillBatch
     formset = LatestBatches
-    verbose_name_plural = f"the last batches, {MAX_BATCHES} at most"
+    verbose_name_plural = f"latest batches (at most {MAX_BATCHES})"
     ordering = ("-id",)
     readonly_fields = (
         *("source", "read", *OUTCOMES, "error_new", "revisited", *UPDATE_COUNTS),
@@ -224,10 +224,10 @@ class RunAdmin(ReadOnlyAdmin):
     fieldsets = (
         (None, {"fields": ("kind", "status", "failure", "report_is_lost", "ledger")}),
         ("Rows", {"fields": ("read", *OUTCOMES, "error_new", "balanced", "tables")}),
-        ("Looked at again", {"fields": ("revisited", *UPDATE_COUNTS, "changed_by_column", "changed")}),
+        ("Revisited rows", {"fields": ("revisited", *UPDATE_COUNTS, "changed_by_column", "changed")}),
         ("Rollback", {"fields": ("taken_back", "rollback_runs", "counts_of_the_rollback")}),
-        ("When", {"fields": ("started_at", "heartbeat_at", "finished_at", "duration")}),
-        ("Who and what", {"fields": ("operator", "version", "rules", "legacy_schema", "generation", "asked")}),
+        ("Times", {"fields": ("started_at", "heartbeat_at", "finished_at", "duration")}),
+        ("Operator and version", {"fields": ("operator", "version", "rules", "legacy_schema", "generation", "asked")}),
         ("Process", {"fields": ("host", "boot_id", "pid_namespace", "process_id", "process_started")}),
     )
 
@@ -246,7 +246,7 @@ class RunAdmin(ReadOnlyAdmin):
         """What was asked."""
         return _indented(run.options)
 
-    @admin.display(description="the tables at the end")
+    @admin.display(description="row counts at the end")
     def tables(self, run: BackfillRun) -> str:
         """The census."""
         return _indented(run.census) if run.census is not None else "-"
@@ -255,12 +255,12 @@ class RunAdmin(ReadOnlyAdmin):
         """The runs, with their rollbacks."""
         return control.with_rollbacks(super().get_queryset(request))
 
-    @admin.display
+    @admin.display(description="rollback")
     def taken_back(self, run: BackfillRun) -> str:
         """What a rollback took back, or which rollbacks took a run back."""
         return control.taken_back(run) or "-"
 
-    @admin.display(description="see run")
+    @admin.display(description="related runs")
     def rollback_runs(self, run: BackfillRun) -> str:
         """The way to the run that a rollback took back, or to the rollbacks of a run."""
         rollback = control.rollback_of(run)
@@ -268,7 +268,7 @@ class RunAdmin(ReadOnlyAdmin):
         links = ((_link(BackfillRun, number, str(number)),) for number in numbers)
         return format_html_join(", ", "{}", links) or "-"
 
-    @admin.display(description="counts of the rollback")
+    @admin.display(description="rollback counts")
     def counts_of_the_rollback(self, run: BackfillRun) -> str:
         """All that a rollback counted."""
         rollback = control.rollback_of(run)
@@ -282,7 +282,7 @@ class RunAdmin(ReadOnlyAdmin):
             columns.update(batch.updated_by_column)
         return _indented(dict(sorted(columns.items()))) if columns else "-"
 
-    @admin.display(description="what was changed")
+    @admin.display(description="changes")
     def changed(self, run: BackfillRun) -> SafeString:
         """The way to what --update changed."""
         address = reverse("admin:crm_contactupdate_changelist")
@@ -313,7 +313,7 @@ class ContactNamingAdmin(ReadOnlyAdmin):
         if entry.contact_id is None:
             return "-"
         if not entry.contact_is_there:
-            return f"{entry.contact_id} (deleted since)"
+            return f"{entry.contact_id} (deleted)"
         return _link(CRMContact, entry.contact_id, entry.contact_id)
 
 
@@ -324,7 +324,7 @@ class LedgerAdmin(ContactNamingAdmin):
     list_display = ("source_row", "outcome", "reason", "contacts", "what_was_filled", "run_link", "source_updated_at")
     list_filter = (OutcomeFilter, ReasonFilter, SourceFilter, RunFilter)
     search_fields = ("source_id",)
-    search_help_text = "The whole id of a source row (with or without profiles: or leads: before it) or of a contact."
+    search_help_text = "The complete id of a source row (optionally after profiles: or leads:) or of a contact."
     ordering = ("id",)
     fields = (
         "source",
@@ -379,7 +379,7 @@ class LedgerAdmin(ContactNamingAdmin):
             return self.contact(entry)
         return "no contact" if identifier is None else _link(CRMContact, identifier, identifier)
 
-    @admin.display
+    @admin.display(description="remedy")
     def what_to_do(self, entry: LedgerEntry) -> str:
         """What a person can do about an error."""
         if entry.outcome != Outcome.ERROR:
@@ -400,12 +400,12 @@ class LedgerAdmin(ContactNamingAdmin):
         """What the row filled in the contact."""
         return _spaced(entry.filled)
 
-    @admin.display(description="the entry before")
+    @admin.display(description="previous entry")
     def former_values(self, entry: LedgerEntry) -> str:
         """What the entry said before the row was made a contact again."""
         return _indented(entry.former) if entry.former else "-"
 
-    @admin.display(description="resolution by a person")
+    @admin.display(description="resolution")
     def resolution(self, entry: LedgerEntry) -> str:
         """The way to the resolution of the row's conflict, where there is one."""
         found = ConflictResolution.objects.filter(pk=entry.pk).first()
@@ -423,7 +423,7 @@ class ResolutionAdmin(ContactNamingAdmin):
 
     list_display = ("row", "contact", "separate_email", "decided_by", "decided_at", "entry")
     search_fields = ("row",)
-    search_help_text = "The whole id of a source row (with or without profiles: or leads: before it)."
+    search_help_text = "The complete id of a source row (optionally after profiles: or leads:)."
     ordering = ("id",)
     fields = ("row", "contact", "separate_email", "decided_by", "decided_at", "entry", "id")
 
@@ -450,7 +450,7 @@ class ContactUpdateAdmin(ContactNamingAdmin):
     list_display = ("contact", "what_was_changed", "type_change", "stage_change", "entry_link", "run_link")
     list_filter = (RunFilter,)
     search_fields = ("contact_id",)
-    search_help_text = "The whole id of a contact."
+    search_help_text = "The complete id of a contact."
     ordering = ("-id",)
     fields = (
         *("contact", "what_was_changed", "type_change", "stage_change", "stage_entered_before"),
@@ -478,7 +478,7 @@ class ContactUpdateAdmin(ContactNamingAdmin):
         """The columns."""
         return _spaced(change.columns)
 
-    @admin.display(description="what was there before")
+    @admin.display(description="previous values")
     def former_values(self, change: ContactUpdate) -> str:
         """By column: a value, or the row that has it."""
         return _indented(change.former) if change.former else "-"

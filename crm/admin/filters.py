@@ -91,7 +91,7 @@ class ConditionFilter(ValueFilter):
 class MadeFilter(ConditionFilter):
     """By who made the contact."""
 
-    title = "made by the backfill"
+    title = "created by the backfill"
     parameter_name = "made"
     condition = MADE_BY_BACKFILL
 

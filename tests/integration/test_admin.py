@@ -75,7 +75,7 @@ def test_a_row_that_is_gone_from_the_application_is_marked_so(database: Database
 
 
 def test_a_contact_that_the_backfill_never_met_says_so(browser: Client) -> None:
-    assert "the backfill never met this contact" in page(browser, CRMContact, add_contact("somebody@example.com"))
+    assert "the backfill never matched this contact" in page(browser, CRMContact, add_contact("somebody@example.com"))
 
 
 def test_a_contact_with_more_entries_than_fit_says_so(browser: Client, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +84,7 @@ def test_a_contact_with_more_entries_than_fit_says_so(browser: Client, monkeypat
     add_lead("ann@example.com")
     add_lead("ann@example.com")
     run()
-    assert "There are more" in page(browser, CRMContact, contact)
+    assert "More entries exist" in page(browser, CRMContact, contact)
 
 
 def test_contacts_are_filtered(browser: Client) -> None:
@@ -160,8 +160,8 @@ def test_an_entry_leads_to_its_contact_until_that_is_deleted(browser: Client) ->
     CRMContact.objects.filter(pk=identifier).delete()
     answer = browser.get(address(LedgerEntry)).content.decode()
     assert link not in answer
-    assert f"{identifier} (deleted since)" in answer
-    assert f"{identifier} (deleted since)" in page(browser, LedgerEntry, identifier)
+    assert f"{identifier} (deleted)" in answer
+    assert f"{identifier} (deleted)" in page(browser, LedgerEntry, identifier)
     assert browser.get(address(CRMContact, "change", identifier), follow=True).redirect_chain
 
 
@@ -199,9 +199,9 @@ def test_a_conflict_of_an_earlier_version_and_one_whose_contact_is_gone_are_show
     run()
     entry = contact_id("profiles", row)
     database.rows("DELETE FROM crm_contacts RETURNING id")
-    assert f"Contact: {there} (deleted since) (email), no contact (userId)" in page(browser, LedgerEntry, entry)
+    assert f"Contact: {there} (deleted) (email), no contact (userId)" in page(browser, LedgerEntry, entry)
     database.rows("UPDATE ledger_entry SET identity_keys = NULL RETURNING id")
-    assert f"Contact: {there} (deleted since)" in page(browser, LedgerEntry, entry)
+    assert f"Contact: {there} (deleted)" in page(browser, LedgerEntry, entry)
     assert listed(browser, LedgerEntry, q=there) == {entry}
 
 
@@ -250,12 +250,12 @@ def test_a_rollback_is_shown_with_what_it_took_back(browser: Client) -> None:
         (number, rollback.pk, f"by run {rollback.pk}"),
         (rollback.pk, number, f"of run {number}: contacts 1"),
     ):
-        assert f"Taken back: {words}" in page(browser, BackfillRun, key)
+        assert f"Rollback: {words}" in page(browser, BackfillRun, key)
         assert words in text(browser.get(address(BackfillRun)).content.decode())
         link = f'<a href="{address(BackfillRun, "change", other)}">{other}</a>'
         assert link in browser.get(address(BackfillRun, "change", key)).content.decode()
     assert '"contacts_reversed": 1' in page(browser, BackfillRun, rollback.pk)
-    assert "Taken back: -" in page(browser, BackfillRun, run()["run"])
+    assert "Rollback: -" in page(browser, BackfillRun, run()["run"])
 
 
 def test_an_update_is_shown_with_what_it_changed_and_the_way_to_it(database: Database, browser: Client) -> None:
@@ -307,7 +307,7 @@ def test_a_contact_with_more_updates_than_fit_says_so(
     add_lead("ann@example.com", phone=" ", referrerUsername="ref")
     run(update=True)
     assert ContactUpdate.objects.count() == 2
-    assert "There are more; search the updates" in page(browser, CRMContact, contact)
+    assert "More updates exist: search the updates" in page(browser, CRMContact, contact)
 
 
 def test_a_contacts_page_asks_as_much_for_many_facts_as_for_few(database: Database, browser: Client) -> None:
