@@ -18,4 +18,4 @@ def test_the_readmes_picture_is_what_make_demo_prints(database: Database) -> Non
     assert len(counted) > 15
     assert "\n".join(counted) in README
     (contacts,) = (line.split()[1] for line in counted if line.startswith("  Clients"))
-    assert f"made {contacts} contacts of the type `CLIENT`" in README
+    assert f"created {contacts} contacts of type `CLIENT`" in README
