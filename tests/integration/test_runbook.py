@@ -3,7 +3,7 @@
 Blocks of `sh` run in bash, those of `sql` in psql, the lines of `crontab` as cron runs them, on made-up people in a
 database of their own, with the umask that most systems have; that of `logrotate` has to name every log of cron's. A
 block of `text` is the output of the block before it, where `...` stands for anything. After
-the language a block may say how it ends (`exits 1`), what has to be the case (`with a run that is going`), or who types
+the language a block may say how it ends (`exits 1`), what has to be the case (`with a run in progress`), or who types
 it (`as root`, `as an administrator` of the database).
 """
 
@@ -99,7 +99,7 @@ class Operator:
         printed = execute(block)
         if block.output is not None:
             assert_shows(self.filled_in(block.output), printed, f"line {block.line}")
-        if block.note == "with a run that is going":
+        if block.note == "with a run in progress":
             self.query(f"DELETE FROM crm_backfill.backfill_run WHERE id = {RUN_THAT_IS_GOING}")
             self.values["RUN"] = FIRST_FULL_RUN
 
@@ -230,7 +230,7 @@ def _readable_by_others(folder: Path) -> Iterator[Path]:
 
 
 CIRCUMSTANCES: dict[str, Callable[[Operator], None]] = {
-    "with a run that is going": Operator.let_a_run_go,
+    "with a run in progress": Operator.let_a_run_go,
     "with a row in conflict": Operator.take_a_conflict,
     "with a table that was restored": Operator.lose_contacts,
     "with the attribution columns dropped": Operator.drop_attribution,

@@ -74,7 +74,7 @@ def test_the_readmes_options_take_a_value_where_the_command_does() -> None:
 
 
 def test_the_runbook_names_each_exit_code() -> None:
-    assert set(first_cells(section("Every night", RUNBOOK))) == EXIT_CODES
+    assert set(first_cells(section("Nightly run", RUNBOOK))) == EXIT_CODES
 
 
 def test_the_readme_and_each_help_name_the_exit_code_of_a_lost_output() -> None:
@@ -97,10 +97,10 @@ def test_the_readme_has_the_runbooks_line_for_cron_and_makes_the_folder_of_its_l
 
 
 def test_the_help_the_readme_and_the_runbook_say_that_max_errors_counts_new_errors_alone() -> None:
-    said = "errors that earlier runs had do not count"
+    said = "errors from earlier runs do not count"
     options = actions_of(parser_of("backfill_crm_contacts"))
     (help_text,) = [action.help for action in options if "--max-errors" in action.option_strings]
-    for text in (help_text or "", section("Options"), section("Every night", RUNBOOK)):
+    for text in (help_text or "", section("Options"), section("Nightly run", RUNBOOK)):
         assert said in " ".join(text.lower().split())
 
 
@@ -113,7 +113,7 @@ def test_no_command_of_the_runbook_has_a_password() -> None:
 
 
 def test_the_runbook_knows_each_status_of_a_run() -> None:
-    told = " ".join(first_cells(section("When something went wrong", RUNBOOK)))
+    told = " ".join(first_cells(section("Troubleshooting", RUNBOOK)))
     assert set(re.findall(r"\w+", told)) >= {status.value for status in RunStatus}
 
 
@@ -161,7 +161,7 @@ def test_every_setting_of_the_environment_is_explained() -> None:
 
 
 def test_the_runbook_tells_that_a_view_which_cannot_be_evaluated_logs_the_value() -> None:
-    rows = [line for line in section("What PostgreSQL logs", RUNBOOK).splitlines() if line.startswith("|")]
+    rows = [line for line in section("PostgreSQL's log", RUNBOOK).splitlines() if line.startswith("|")]
     (row,) = [row for row in rows if "view" in row]
     assert "correct the view" in row
     assert "log_min_error_statement" not in row, "that leaves out the statement, and the value is in the message"
