@@ -24,7 +24,7 @@ def keys_of(title: str) -> list[str]:
 
 
 #: What the runs, rollbacks and verifications print all.
-COMMON = keys_of("Keys of every command")
+COMMON = keys_of("Common keys")
 
 
 def printed(answer: dict[str, Any], page: list[str]) -> Iterator[str]:
@@ -53,19 +53,19 @@ def test_every_key_of_each_command_is_documented_and_the_other_way_round(databas
     BackfillRun.objects.update(report_lost=True)
     again = backfill("--update", "--json", "--no-progress").answer
     assert again["lost_reports"] == [{"run_id": made, "error_new": 1}]
-    assert_documented("A run", again)
+    assert_documented("Run", again)
     with connection.cursor() as cursor:
         cursor.execute("UPDATE crm_contacts SET phone = '1' WHERE id = %s", [contact_with("ann@example.com")["id"]])
     verified = called("verify_crm_contacts", "--json").answer
     assert verified["findings"]
-    assert_documented("A verification", verified)
+    assert_documented("Verification", verified)
     for arguments in (["--dry-run"], []):
         finished = called("rollback_crm_backfill", str(made), "--json", "--no-progress", *arguments)
-        assert_documented("A rollback", finished.answer)
+        assert_documented("Rollback", finished.answer)
     (newest, *_) = json.loads(called("backfill_runs", "list", "--json").stdout)
-    assert_documented("A run in the list", newest, common=[])
+    assert_documented("List of runs", newest, common=[])
     shown = called("backfill_runs", "show", str(newest["run"]), "--json").answer
-    assert_documented("One run of the list", shown, common=keys_of("A run in the list"))
+    assert_documented("Details of a run", shown, common=keys_of("List of runs"))
 
 
 def test_every_key_of_a_trace_is_documented_and_the_other_way_round(database: Database) -> None:
@@ -80,7 +80,7 @@ def test_every_key_of_a_trace_is_documented_and_the_other_way_round(database: Da
         updated = backfill("--update", "--json", "--no-progress").answer["run"]
         if status == "CONVERTED":
             called("rollback_crm_backfill", str(updated), "--no-progress")
-    page = keys_of("A trace")
+    page = keys_of("Trace")
     traces = [called("trace_contact", row, "--json").answer for row in (lead, profile)]
     assert sorted({key for trace in traces for key in printed(trace, page)}) == sorted(page)
 
