@@ -1,32 +1,31 @@
--- A role for the backfill that may do what the backfill does, and nothing else.
+-- Create a role with the rights that the backfill needs, and no others.
 --
 --   psql --set role=crm_backfill_job --set schema=public --file docs/least_privilege.sql "$OWNER_URL"
 --
---   role      the name of the role; made where it is missing, without a password        default: crm_backfill_job
---   schema    the schema of the application's tables                                    default: public
---   update    on: the role may also look at rows again (backfill_crm_contacts --update)  default: off
---   rollback  on: the role may also take a run back (rollback_crm_backfill)             default: off
+--   role      the name of the role; created without a password if it is missing           default: crm_backfill_job
+--   schema    the schema of the application's tables                                      default: public
+--   update    on: the role can also update contacts (backfill_crm_contacts --update)      default: off
+--   rollback  on: the role can also roll back a run (rollback_crm_backfill)               default: off
 --
--- psql knows no misspelled variable: the last line that is printed says which of the two are on.
+-- psql ignores misspelled variables: check the last line of the output, which says which of the two options are on.
 --
--- It works on the database that psql is connected to, as a superuser, or as the owner of the application's tables and
--- of the schema crm_backfill. To make the role takes CREATEROLE besides; whoever has not is told the two statements
--- that an administrator has to run before, and nothing is changed. Run it after every `python manage.py migrate`, and
--- again at any time: whatever the role was granted in this database is taken away, in every schema (also by default
--- privileges), and what it needs is granted anew, in one transaction. What the role owns, and what roles it is a member
--- of, stays as it is, and so do rights that belong to the whole server: on parameters (PostgreSQL 15 and later), on
--- tablespaces and on other databases. A superuser, whoever runs this, and the owner of the database, of a schema or of
--- a table is refused: such a role has other work. So is a table of somebody who is not trusted (docs/runbook.md) that
--- refers to contacts. Then give it a password (\password crm_backfill_job), put it into DATABASE_URL, and let
+-- Run the script in the application's database, as a superuser or as the owner of the application's tables and of the
+-- schema crm_backfill. Creating the role also takes CREATEROLE; without it, the script prints the two statements that
+-- an administrator must run first, and changes nothing. Run it after every `python manage.py migrate`, and at any other
+-- time: in one transaction, it revokes everything that was granted to the role in this database, in every schema (also
+-- by default privileges), and grants what the role needs. It does not change what the role owns, the roles of which it
+-- is a member, and rights of the whole server: on parameters (PostgreSQL 15 and later), on tablespaces and on other
+-- databases. It refuses a superuser, the current role, and the owner of the database, of a schema or of a table,
+-- because such a role has other tasks. It also refuses a table of an untrusted role (docs/runbook.md) that refers to
+-- contacts. Then set a password (\password crm_backfill_job), set the role in DATABASE_URL, and list missing and excess
+-- rights with
 --
 --   python manage.py check --database default
 --
--- tell what is missing or too much.
---
--- `migrate` is not for this role. It makes the schema crm_backfill and the tables in it, which takes CREATE on the
--- database (or a schema of that name that it owns), and it adds the attribution columns to crm_contacts where Prisma has
--- not, which only the owner of that table can. Run it under the role that the application's own migrations run under.
--- The admin is not for this role either: it keeps accounts and sessions in crm_backfill and shows interactions.
+-- `migrate` is not for this role. It creates the schema crm_backfill and its tables, which takes CREATE on the database
+-- (or ownership of such a schema), and adds the attribution columns to crm_contacts if Prisma has not, which takes
+-- ownership of that table. Use the role that runs the application's own migrations. The admin is not for this role
+-- either: it keeps accounts and sessions in crm_backfill and shows interactions.
 
 \set ON_ERROR_STOP on
 \set QUIET on
@@ -49,16 +48,16 @@
 
 BEGIN;
 
--- Whoever may create in another schema of the search path could have a function of theirs called by this script.
+-- With another search path, this script could call functions that other roles created in its schemas.
 SET LOCAL search_path = pg_catalog, pg_temp;
 
--- A block of PL/pgSQL cannot see the variables of psql.
+-- A PL/pgSQL block cannot read psql variables.
 SET LOCAL least_privilege.role = :'role';
 SET LOCAL least_privilege.schema = :'schema';
 SET LOCAL least_privilege.update = :'update';
 SET LOCAL least_privilege.rollback = :'rollback';
 
--- Everything that would stop the script half-way is looked for first.
+-- First check for everything that would stop the script half-way.
 DO $$
 DECLARE
   job text := current_setting('least_privilege.role');
@@ -86,7 +85,7 @@ BEGIN
     RAISE EXCEPTION 'There is no table crm_contacts in the schema %: name another one with --set schema=...', app;
   END IF;
 
-  -- What is taken away from the role below, whoever owns or administers something would miss.
+  -- An owner or administrator would miss the rights that are revoked below.
   SELECT string_agg(what, ', ') INTO others FROM (
     SELECT 'a superuser' FROM pg_roles WHERE oid = job_oid AND rolsuper
      UNION ALL
@@ -105,7 +104,7 @@ BEGIN
       'another one, or one that is to be made, with --set role=... Nothing was changed.', job, others;
   END IF;
 
-  -- As in crm/postgres/trust.py: what belongs to others would be read or written with the rights of the backfill.
+  -- As in crm/postgres/trust.py: the code of other owners would run with the rights of the backfill.
   FOR whose IN
     WITH RECURSIVE trusted(role) AS (
       SELECT oid FROM pg_roles WHERE rolname IN ('pg_database_owner', job) OR rolsuper
@@ -166,7 +165,7 @@ BEGIN
 END
 $$;
 
--- What the role was granted in this database, by an earlier run of this script or otherwise, in whatever schema.
+-- Revoke what was granted to the role in this database, by this script or otherwise, in any schema.
 DO $$
 DECLARE
   job text := current_setting('least_privilege.role');
@@ -242,7 +241,7 @@ BEGIN
 END
 $$;
 
--- What it has already, others may be the only ones to grant: there is nothing to do then.
+-- Skip what the role already has: perhaps only another role can grant it.
 SELECT format('GRANT CONNECT ON DATABASE %I TO %I', datname, :'role')
   FROM pg_database
  WHERE datname = current_database()
@@ -254,8 +253,8 @@ SELECT format('GRANT USAGE ON SCHEMA %I TO %I', nspname, :'role')
    AND (pg_has_role(nspowner, 'USAGE') OR NOT has_schema_privilege(:'role', oid, 'USAGE'))
 \gexec
 
--- The application's tables, column by column: what is not named here can be neither read nor written. Columns that a
--- generation of the application does not have are passed over.
+-- The application's tables, column by column: other columns can be neither read nor written. Columns that a generation
+-- of the application lacks are skipped.
 WITH wanted (table_name, privilege, columns) AS (
   VALUES
     ('users', 'SELECT', ARRAY['id', 'email', 'updatedAt']),
@@ -267,7 +266,7 @@ WITH wanted (table_name, privilege, columns) AS (
       'lastContactedAt', 'createdAt', 'updatedAt', 'referrerUsername', 'referrerType', 'commissionRate',
       'commissionRateLockedAt', 'attributionMethod', 'attributionConfidence'
     ]),
-    -- xmin is PostgreSQL's own: it tells a rollback whether a contact is still as it was when it was judged.
+    -- By the system column xmin, a rollback detects that a contact changed after it was assessed.
     ('crm_contacts', 'SELECT', ARRAY[
       'xmin', 'id', 'userId', 'clerkUserId', 'contactType', 'firstName', 'lastName', 'email', 'phone', 'company',
       'stage', 'stageEnteredAt', 'source', 'assignedPreparerId', 'assignedAt', 'referrerUsername', 'referrerType',
@@ -280,7 +279,7 @@ WITH wanted (table_name, privilege, columns) AS (
       'commissionRate', 'commissionRateLockedAt', 'attributionMethod', 'attributionConfidence', 'createdAt',
       'updatedAt', 'lastContactedAt'
     ]),
-    -- What a merge may fill.
+    -- The columns that a merge can fill.
     ('crm_contacts', 'UPDATE', ARRAY[
       'userId', 'clerkUserId', 'phone', 'company', 'assignedPreparerId', 'assignedAt', 'referrerUsername',
       'referrerType', 'commissionRate', 'commissionRateLockedAt', 'attributionMethod', 'attributionConfidence',
@@ -295,23 +294,23 @@ SELECT format('GRANT %s (%s) ON %I.%I TO %I', privilege, string_agg(quote_ident(
  GROUP BY table_name, privilege
 \gexec
 
--- Our own tables.
+-- The tables of the backfill.
 GRANT SELECT, INSERT, UPDATE ON crm_backfill.backfill_run, crm_backfill.ledger_entry TO :"role";
 GRANT SELECT, INSERT ON crm_backfill.backfill_batch, crm_backfill.contact_update TO :"role";
--- Whether a commit came through whose answer was lost.
+-- To find out whether a commit succeeded whose answer was lost.
 GRANT SELECT, INSERT, DELETE ON crm_backfill.committed_transaction TO :"role";
--- A run reads what was decided about rows in conflict; resolve_crm_conflict records it under this role too.
+-- Runs read the resolutions of conflicts; resolve_crm_conflict records them under this role, too.
 GRANT SELECT, INSERT, UPDATE ON crm_backfill.conflict_decision TO :"role";
--- The list of runs and the trace of a contact show what was taken back.
+-- The list of runs and the trace of a contact show rollbacks.
 GRANT SELECT ON crm_backfill.rollback TO :"role";
--- The function that runs what writes contacts, with the rights of whoever calls it, is everyone's by default.
+-- The function that writes contacts runs with the rights of its caller; by default, everyone can execute it.
 SELECT format('GRANT EXECUTE ON FUNCTION crm_backfill.try_execute(text, text[]) TO %I', :'role')
  WHERE NOT has_function_privilege(:'role', 'crm_backfill.try_execute(text, text[])', 'EXECUTE')
 \gexec
 
 \if :update
-  -- OPTIONAL: looking at rows again. A contact that nobody touched becomes what its rows say: its name, type and origin
-  -- are written anew, a placeholder email is replaced, and its stage moves forward, with a line in its history.
+  -- OPTIONAL: updates. An unmodified contact becomes what its rows say: name, type and origin are written again, a
+  -- placeholder email is replaced, and the stage moves forward, with an entry in its history.
   GRANT UPDATE ("firstName", "lastName", "email", "contactType", "source", "stage", "stageEnteredAt")
      ON :"schema".crm_contacts TO :"role";
   GRANT INSERT ("id", "contactId", "fromStage", "toStage", "reason", "createdAt") ON :"schema".crm_stage_history
@@ -319,12 +318,12 @@ SELECT format('GRANT EXECUTE ON FUNCTION crm_backfill.try_execute(text, text[]) 
 \endif
 
 \if :rollback
-  -- OPTIONAL: taking a run back. A contact goes only where nobody has changed or filled in anything since, in whatever
-  -- column, and where no row of any table refers to it; so all of that must be seen.
+  -- OPTIONAL: rollbacks. A contact is deleted only if no column was changed or filled since and no row of any table
+  -- refers to it; so the role must be able to read all of that.
   GRANT SELECT, DELETE ON :"schema".crm_contacts TO :"role";
   GRANT DELETE ON crm_backfill.ledger_entry, crm_backfill.contact_update TO :"role";
   \if :update
-    -- With a promotion goes the line of the history that told of it.
+    -- Reversing a promotion deletes its entry in the history.
     GRANT SELECT ("id"), DELETE ON :"schema".crm_stage_history TO :"role";
   \endif
   GRANT INSERT, UPDATE ON crm_backfill.rollback TO :"role";
@@ -338,7 +337,7 @@ SELECT format('GRANT EXECUTE ON FUNCTION crm_backfill.try_execute(text, text[]) 
    WHERE contype = 'f' AND confrelid = format('%I.crm_contacts', :'schema')::regclass
    GROUP BY conrelid, nspname
   \gexec
-  -- The application's own tables that refer to contacts, where Prisma keeps the relations and there are no foreign keys.
+  -- The application's tables that refer to contacts, if Prisma manages the relations without foreign keys.
   SELECT format('GRANT SELECT ("contactId") ON %s TO %I', attrelid::regclass, :'role')
     FROM pg_attribute
    WHERE attrelid IN (to_regclass(format('%I.crm_interactions', :'schema')),
