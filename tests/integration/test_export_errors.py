@@ -177,7 +177,7 @@ def test_every_row_is_read_as_it_was_written(values: list[str]) -> None:
 def test_a_dash_is_no_file(name: str, arguments: tuple[str, ...]) -> None:
     ended = called(name, *arguments)
     assert (ended.code, ended.stdout) == (2, "")
-    assert "without this option the output goes to standard output" in ended.stderr
+    assert "leave the option out to write to standard output" in ended.stderr
 
 
 @pytest.mark.parametrize(
