@@ -14,6 +14,7 @@ import pytest
 from django.core.checks import CheckMessage
 from pytest_django import Settings
 
+from config.environment import Env
 from config.settings import CRM_VARIABLES, _read_dotenv
 from crm.file_checks import check_dotenv, check_variables
 from crm.output.files import complete_file, new_file
@@ -196,7 +197,9 @@ def test_a_misspelled_variable_of_dotenv_is_warned_of_by_the_check(
 ) -> None:
     path = tmp_path / ".env"
     path.write_text("DATABASE_URL=postgresql://nowhere\nCRM_PLACEHOLDER_DOMAINS=example.com\n")
-    monkeypatch.setattr(os, "environ", {"CRM_DOTENV": "on"})
+    environment = {"CRM_DOTENV": "on"}
+    monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.setattr(Env, "ENVIRON", environment)
     _read_dotenv(path)
     (warning,) = check_variables()
     assert warning.hint == "Write CRM_PLACEHOLDER_DOMAIN, or leave it out."
