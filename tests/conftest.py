@@ -32,7 +32,7 @@ from crm.models import (
     LedgerEntry,
     Rollback,
 )
-from crm.runs import lifecycle, retrying
+from crm.runs import retrying
 from tests.support import installed_server
 from tests.support.populations import add_labels
 from tests.support.profiles import left_out, load_profile, share_examples
@@ -163,7 +163,7 @@ def _retries_are_quick() -> Iterator[None]:
     """Nobody is to wait for another try longer than what is tried takes; the tries are as many as ever."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(retrying, "FIRST_WAIT", 0.001)
-        patch.setattr(lifecycle, "WAITS_BEFORE_ANOTHER_LOOK", [0.001] * len(lifecycle.WAITS_BEFORE_ANOTHER_LOOK))
+        patch.setattr(retrying, "WAITS_BEFORE_ANOTHER_LOOK", [0.001] * len(retrying.WAITS_BEFORE_ANOTHER_LOOK))
         yield
 
 

@@ -19,7 +19,8 @@ from django.db import connection
 from django.db.models.functions import Now
 
 from crm import sqlstates
-from crm.conflicts.dead_letters import named_contacts, remedy, shown_resolution
+from crm.conflicts.dead_letters import shown_resolution
+from crm.conflicts.remedies import named_contacts, remedy
 from crm.errors import OperatorError
 from crm.models import ConflictResolution, CRMContact, LedgerEntry
 from crm.outcome import Outcome, Reason

@@ -25,14 +25,12 @@ from crm.models import BackfillRun
 from crm.models.ledger import RunStatus
 from crm.postgres import errors
 from crm.postgres.errors import UnknownEndError
-from crm.runs import lease
+from crm.runs import lease, retrying
 from crm.runs.garbage import seldom_collected
 from crm.runs.lease import LeaseLostError
 
 logger = logging.getLogger(__name__)
 
-#: How long the beginning and the end of a run wait after a transient error; seconds.
-WAITS_BEFORE_ANOTHER_LOOK = (0.5, 1.0, 2.0, 4.0)
 #: How long the check of its reconciliation and the end of its record may take where a run is to stop; seconds. With
 #: the grace of the batch they are the two seconds that an operator waits.
 GRACE_OF_THE_CHECK, GRACE_OF_THE_END = 0.3, 0.6
@@ -182,7 +180,7 @@ class Lifecycle:
 
     def retrying(self, look: Callable[[], Answer], *, even_if_stopped: bool = False) -> Answer:
         """Look again over a fresh connection after a transient error; a batch has its own way to retry."""
-        for wait in WAITS_BEFORE_ANOTHER_LOOK:
+        for wait in retrying.WAITS_BEFORE_ANOTHER_LOOK:
             try:
                 return look()
             except DjangoDatabaseError as error:

@@ -1,4 +1,4 @@
-"""How a batch that met a transient error is retried."""
+"""How often, and after which waits, a transient error is retried; and the retries of a batch."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from crm.rules.throttling import BatchSizer
 MAX_RETRIES = 5
 #: The first wait, in seconds; each one is about twice the one before.
 FIRST_WAIT = 0.5
+#: How long the beginning and the end of a run wait after a bad moment; seconds.
+WAITS_BEFORE_ANOTHER_LOOK = (0.5, 1.0, 2.0, 4.0)
 
 Answer = TypeVar("Answer")
 

@@ -18,8 +18,7 @@ from django.test import Client
 from django.test.utils import CaptureQueriesContext
 from django.urls import reverse
 
-from crm import admin as crm_admin
-from crm.admin import read_only
+from crm.admin import model_admins, read_only
 from crm.models import BackfillBatch, BackfillRun, ConflictResolution, ContactUpdate, CRMContact, LedgerEntry, Rollback
 from crm.rules.mapping import contact_id
 from tests.conftest import Database
@@ -79,7 +78,7 @@ def test_a_contact_that_the_backfill_never_met_says_so(browser: Client) -> None:
 
 
 def test_a_contact_with_more_entries_than_fit_says_so(browser: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crm_admin, "MAX_ENTRIES", 1)
+    monkeypatch.setattr(model_admins, "MAX_ENTRIES", 1)
     contact = add_contact("ann@example.com")
     add_lead("ann@example.com")
     add_lead("ann@example.com")
@@ -301,7 +300,7 @@ def test_a_contact_is_shown_with_what_updates_changed_the_last_first(database: D
 def test_a_contact_with_more_updates_than_fit_says_so(
     database: Database, browser: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(crm_admin, "MAX_ENTRIES", 1)
+    monkeypatch.setattr(model_admins, "MAX_ENTRIES", 1)
     contact = add_contact("ann@example.com")
     add_lead("ann@example.com", phone="555 0101")
     add_lead("ann@example.com", phone=" ", referrerUsername="ref")
@@ -337,7 +336,7 @@ def test_a_run_that_is_going_is_shown(browser: Client) -> None:
 
 
 def test_a_long_run_shows_its_last_batches(browser: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crm_admin, "MAX_BATCHES", 2)
+    monkeypatch.setattr(model_admins, "MAX_BATCHES", 2)
     add_many_leads(6)
     number = run(batch_size=1)["run"]
     answer = browser.get(address(BackfillRun, "change", number))

@@ -14,7 +14,7 @@ from django.db import connection
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from crm.conflicts import dead_letters
+from crm.conflicts import dead_letters, remedies
 from crm.outcome import Reason, Source
 from crm.output.spreadsheet import cell, row_writer
 from crm.postgres import snapshot
@@ -87,7 +87,7 @@ def test_what_the_database_said_of_a_row_is_told(database: Database) -> None:
 
 @pytest.mark.parametrize("reason", Reason)
 def test_each_reason_has_one_sentence_that_says_what_to_do(reason: Reason) -> None:
-    sentence = dead_letters.remedy("leads:1", reason, "c1", {"email": "c1", "userId": None})
+    sentence = remedies.remedy("leads:1", reason, "c1", {"email": "c1", "userId": None})
     assert sentence.count(". ") == 0
     assert sentence.endswith(".")
 
@@ -98,7 +98,7 @@ def test_a_reason_of_a_later_version_is_exported_too(database: Database) -> None
     with connection.cursor() as cursor:
         cursor.execute("UPDATE ledger_entry SET reason = 'something_new'")
     (row,) = rows_of(command().stdout)
-    assert (row["reason"], row["what_to_do"]) == ("something_new", dead_letters.REMEDY_OF_OTHERS)
+    assert (row["reason"], row["what_to_do"]) == ("something_new", remedies.REMEDY_OF_OTHERS)
 
 
 def test_no_personal_data_unless_it_is_asked_for(database: Database) -> None:
@@ -199,7 +199,7 @@ def test_a_row_that_is_gone_from_the_application_is_marked_so(database: Database
     rows = rows_of(ended.stdout)
     assert {row["id"] for row in rows if not row["row_gone"]} == {left, profile}
     assert {(row["row_gone"], row["what_to_do"]) for row in rows if row["id"] not in (left, profile)} == {
-        (dead_letters.GONE, dead_letters.REMEDY_OF_GONE)
+        (dead_letters.GONE, remedies.REMEDY_OF_GONE)
     }
 
 
@@ -371,4 +371,4 @@ def test_a_conflict_of_an_earlier_version_names_the_contact_that_it_has(database
 def test_each_contact_of_a_conflict_is_named_once_with_the_keys_that_lead_to_it(
     contact: str | None, keys: dict[str, str | None] | None, named: str
 ) -> None:
-    assert dead_letters.named_contacts(contact, keys) == named
+    assert remedies.named_contacts(contact, keys) == named

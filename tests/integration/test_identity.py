@@ -18,7 +18,7 @@ from crm.backfill.read.noncanonical_emails import NoncanonicalAddresses
 from crm.errors import OperatorError
 from crm.models import BackfillRun, LedgerEntry
 from crm.rules.mapping import contact_id
-from crm.runs import lifecycle, retrying
+from crm.runs import retrying
 from crm.verification import verify
 from tests.conftest import Database
 from tests.support.builders import add_contact, add_lead, add_many_leads, add_profile, add_user, contacts, ledger
@@ -31,7 +31,7 @@ from tests.support.reference import address_of
 @pytest.fixture(autouse=True)
 def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no try wait for long."""
-    monkeypatch.setattr(lifecycle, "WAITS_BEFORE_ANOTHER_LOOK", (0.01, 0.01))
+    monkeypatch.setattr(retrying, "WAITS_BEFORE_ANOTHER_LOOK", (0.01, 0.01))
     monkeypatch.setattr(retrying, "MAX_RETRIES", 5)
 
 

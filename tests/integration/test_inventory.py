@@ -18,7 +18,7 @@ from crm.models import BackfillRun
 from crm.models.ledger import RunStatus
 from crm.outcome import Fault, Outcome, Source
 from crm.postgres.facts.schema import examine
-from crm.runs import lifecycle
+from crm.runs import retrying
 from tests.conftest import Database
 from tests.support.builders import add_lead, add_many_leads, add_profile
 from tests.support.circumstances import in_batch, set_status
@@ -217,7 +217,7 @@ def test_a_run_that_lost_its_fence_counts_the_tables_and_does_not_judge_its_own_
 
 
 def test_what_could_not_be_counted_is_not_checked(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lifecycle, "WAITS_BEFORE_ANOTHER_LOOK", ())
+    monkeypatch.setattr(retrying, "WAITS_BEFORE_ANOTHER_LOOK", ())
     monkeypatch.setattr(runner, "count_rows", lambda *_: terminate_this_session())
     add_many_leads(3)
     ended = backfill()

@@ -20,7 +20,7 @@ from crm.backfill.write.writer import BatchWriter
 from crm.models import BackfillRun
 from crm.postgres import transactions
 from crm.postgres.transactions import Timeouts
-from crm.runs import lifecycle, retrying
+from crm.runs import retrying
 from tests.conftest import Database
 from tests.support.builders import CREATED_AT, add_lead, add_many_leads, contacts, ledger
 from tests.support.circumstances import terminated_at
@@ -73,7 +73,7 @@ pytestmark = pytest.mark.usefixtures("impatience")
 @pytest.fixture
 def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no try wait for long."""
-    monkeypatch.setattr(lifecycle, "WAITS_BEFORE_ANOTHER_LOOK", (0.01, 0.01))
+    monkeypatch.setattr(retrying, "WAITS_BEFORE_ANOTHER_LOOK", (0.01, 0.01))
     monkeypatch.setattr(retrying, "MAX_RETRIES", MAX_TRIES)
 
 

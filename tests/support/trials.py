@@ -20,7 +20,7 @@ from django.db import connection
 
 from crm.models import BackfillRun
 from crm.models.ledger import RunStatus
-from crm.runs import lifecycle, retrying
+from crm.runs import retrying
 from tests.conftest import Database
 from tests.support.builders import LATER, add_contact, add_lead, add_many_leads, add_profile, add_user
 from tests.support.commands import Finished, called, run
@@ -121,7 +121,7 @@ def bench(database: Database, scenario: Scenario) -> Iterator[Bench]:
 def impatience() -> Iterator[None]:
     """Let no try wait for long."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lifecycle, "WAITS_BEFORE_ANOTHER_LOOK", (0.001, 0.001))
+        patch.setattr(retrying, "WAITS_BEFORE_ANOTHER_LOOK", (0.001, 0.001))
         patch.setattr(retrying, "MAX_RETRIES", 5)
         yield
 
