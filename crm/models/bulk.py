@@ -7,56 +7,50 @@ values are taken off the objects in one go and sent as one array, in the same UN
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable
 from operator import attrgetter
 from typing import Any
 
-from django.db import connections, models
-from django.db.models.constants import OnConflict
+from django.db import NotSupportedError, connections, models
 
 from crm.fields import array_types, unnest
 from crm.try_execute import try_execute
 
 
 class ColumnwiseQuerySet(models.QuerySet[Any]):
-    """A queryset whose `bulk_create` takes its values column by column, as they are, and inserts in its own order.
+    """A queryset whose `bulk_create` takes its values column by column, as they are."""
 
-    `inserted_ids` are the primary keys of the rows that it inserted. Django reports every object as written when it
-    ignores conflicts; only PostgreSQL knows.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.inserted_ids: set[Any] = set()
-
-    def _insert(
+    def bulk_create(
         self,
-        objs: list[models.Model],
-        fields: Sequence[models.Field[Any, Any]],
-        returning_fields: Collection[models.Field[Any, Any]] | None = None,  # noqa: ARG002 - Django's signature
-        raw: bool = False,  # noqa: ARG002, FBT001, FBT002 - Django's signature
-        using: str | None = None,
-        on_conflict: OnConflict | None = None,
-        update_fields: Collection[models.Field[Any, Any]] | None = None,
-        unique_fields: Collection[models.Field[Any, Any]] | None = None,
-    ) -> list[tuple[Any, ...]]:
-        connection = connections[using or self.db]
-        operations: Any = connection.ops
-        options = self.model._meta
+        objs: Iterable[Any],
+        batch_size: int | None = None,
+        ignore_conflicts: bool = False,  # noqa: FBT001, FBT002 - Django's signature
+        update_conflicts: bool = False,  # noqa: FBT001, FBT002 - Django's signature
+        update_fields: Collection[str] | None = None,
+        unique_fields: Collection[str] | None = None,
+    ) -> list[Any]:
+        """Insert all objects in their order by one statement, and return those that were inserted.
+
+        Django returns every object when it ignores conflicts; only PostgreSQL knows. Where a trigger gave a row another
+        key, a new object that has nothing but this key stands for it. Batches and updates are not supported.
+
+        Raises django.db.DatabaseError where PostgreSQL refuses a row; see crm.try_execute.
+        """
+        if batch_size is not None or update_conflicts or update_fields or unique_fields:
+            raise NotSupportedError("All objects are inserted by one statement, and none is updated.")
+        rows = list(objs)
+        if not rows:
+            return rows
+        connection = connections[self.db]
+        quoted, options = connection.ops.quote_name, self.model._meta
+        fields = options.concrete_fields
         arrays = array_types(fields, connection)
-        suffix = operations.on_conflict_suffix_sql(
-            fields,
-            on_conflict,
-            (field.column for field in update_fields or ()),
-            (field.column for field in unique_fields or ()),
-        )
-        table, key = operations.quote_name(options.db_table), operations.quote_name(str(options.pk.column))
-        ordered = [operations.quote_name(str(options.get_field(name).column)) for name in self.query.order_by]
-        order = f"ORDER BY {', '.join(ordered)}" if ordered else ""
+        on_conflict = "ON CONFLICT DO NOTHING" if ignore_conflicts else ""
         statement = (
-            f"INSERT INTO {table} ({', '.join(arrays)}) SELECT * FROM {unnest('sent', arrays)} {order} "
-            f"{suffix} RETURNING {key}"
+            f"INSERT INTO {quoted(options.db_table)} ({', '.join(arrays)}) "
+            f"SELECT * FROM {unnest('sent', arrays)} {on_conflict} "
+            f"RETURNING {quoted(options.pk.column)}"
         )
-        keys = try_execute(connection, statement, [list(map(attrgetter(field.attname), objs)) for field in fields])
-        self.inserted_ids.update(keys)
-        return [(key,) for key in keys]
+        keys = try_execute(connection, statement, [list(map(attrgetter(field.attname), rows)) for field in fields])
+        by_key = dict(zip(map(attrgetter(options.pk.attname), rows), rows, strict=True))
+        return [by_key.get(key) or self.model(pk=key) for key in keys]

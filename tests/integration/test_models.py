@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from django.apps import apps
 from django.core import serializers
+from django.db import IntegrityError, NotSupportedError, transaction
 from django.db import connection as default_connection
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models import Field, Model, QuerySet
@@ -261,11 +262,26 @@ def test_contacts_are_inserted_as_arrays(connection: BaseDatabaseWrapper, *, ign
     assert CRMContact.objects.using(connection.alias).get(contact_type="PREPARER").pk == "b"
 
 
-def test_contacts_are_inserted_in_the_order_of_the_queryset(database: Database) -> None:
-    contacts = CRMContact.bulk.order_by("email")
-    contacts.bulk_create([contact("a", email="zoe@example.com"), contact("b", email="ann@example.com")])
-    assert database.rows("SELECT id FROM crm_contacts ORDER BY ctid") == [("b",), ("a",)]
-    assert contacts.inserted_ids == {"a", "b"}
+def test_contacts_are_inserted_in_their_order_and_those_that_were_are_returned(database: Database) -> None:
+    CRMContact.bulk.bulk_create([contact("there", email="there@example.com")])
+    given = [contact(name, email=f"{name}@example.com") for name in ("zoe", "there", "ann")]
+    assert CRMContact.bulk.bulk_create(iter(given), ignore_conflicts=True) == [given[0], given[2]]
+    assert database.rows("SELECT id FROM crm_contacts ORDER BY ctid") == [("there",), ("zoe",), ("ann",)]
+    assert CRMContact.bulk.bulk_create([], ignore_conflicts=True) == []
+    with pytest.raises(IntegrityError), transaction.atomic():
+        CRMContact.bulk.bulk_create(given)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_size": 2},
+        {"update_conflicts": True, "update_fields": ["email"], "unique_fields": ["id"]},
+    ],
+)
+def test_contacts_are_neither_inserted_in_parts_nor_updated(options: dict[str, Any]) -> None:
+    with pytest.raises(NotSupportedError):
+        CRMContact.bulk.bulk_create([contact("a")], **options)
 
 
 def test_an_enum_field_survives_a_migration() -> None:

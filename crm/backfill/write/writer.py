@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 from django.db import DatabaseError, transaction
@@ -132,11 +133,11 @@ class DatabaseStore:
     def insert(self, drafts: Sequence[ContactDraft]) -> set[str]:
         """Insert contacts; return the ids of those that were inserted."""
         # Two indexes are of the address: in its order, an insert walks along them instead of jumping about.
-        contacts = CRMContact.bulk.using(self._connection.alias).order_by("email")
-        contacts.bulk_create(map(CRMContact.of_draft, drafts), ignore_conflicts=True)
-        if not contacts.inserted_ids <= {draft.id for draft in drafts}:
+        ordered = sorted(drafts, key=attrgetter("email"))
+        ids = {contact.id for contact in self._bulk_create(ordered, ignore_conflicts=True)}
+        if not ids <= {draft.id for draft in drafts}:
             raise RewrittenError(first_trigger(self._connection, "INSERT"), "id")
-        return contacts.inserted_ids
+        return ids
 
     def find_new(self, ids: Collection[str]) -> list[str]:
         """Those of these contacts that this transaction itself may have made, by a trigger that told nothing of it."""
@@ -155,7 +156,11 @@ class DatabaseStore:
 
     def insert_aloud(self, draft: ContactDraft) -> None:
         """Insert a contact, and raise for whatever is in its way."""
-        CRMContact.bulk.using(self._connection.alias).bulk_create([CRMContact.of_draft(draft)])
+        self._bulk_create([draft], ignore_conflicts=False)
+
+    def _bulk_create(self, drafts: Sequence[ContactDraft], *, ignore_conflicts: bool) -> list[CRMContact]:
+        contacts = [CRMContact(*draft) for draft in drafts]  # type: ignore[misc] # the draft's fields are the model's
+        return CRMContact.bulk.using(self._connection.alias).bulk_create(contacts, ignore_conflicts=ignore_conflicts)
 
     def fill(self, fills: dict[str, dict[str, Any]]) -> None:
         """Fill contacts, and only what is NULL at that moment."""
