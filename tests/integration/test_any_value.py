@@ -245,6 +245,15 @@ def test_a_second_row_with_the_id_of_one_that_was_migrated_changes_nothing(datab
     assert rollback(str(number), "--json").answer["status"] == "finished"
 
 
+def test_a_run_is_taken_back_with_an_error_whose_row_has_no_moment(database: Database) -> None:
+    database.change(KEYLESS)
+    add_lead("bob@example.com", id=add_lead("ann@example.com"))
+    answer = run()
+    assert answer["new_by_reason"] == {"duplicate_id": 1}
+    undone = rollback(str(answer["run"]), "--json").answer
+    assert (undone["status"], undone["lines"]["reversed"]) == ("finished", 1)
+
+
 def test_a_ledger_that_was_not_migrated_is_told_before_anything_happens(database: Database) -> None:
     add_many_leads(1)
     database.change('ALTER TABLE ledger_entry RENAME COLUMN "trigger" TO was')
