@@ -12,13 +12,17 @@ Whoever may make schemas in the database may have made ours before we did.
 Other code is called whatever the search path says, and belongs to a table, a foreign key or a type:
 
 - The functions of a view, and those in the indexes of a table, which the planner calls as soon as they have only
-  constants as arguments. So every table that is read or written must belong to a trusted role.
-- A rollback reads the table of a foreign key. Where the key says CASCADE, that table's deferred triggers run at the end
-  of our transaction, up to PostgreSQL 17 as our role. So it must belong to a trusted role as well.
-- The functions of triggers, which whoever has TRIGGER on a table can put there. One that is SECURITY DEFINER runs with
-  its owner's rights.
+  constants as arguments. So every table that is read or written must belong to a trusted role: with a table come its
+  partitions and other children, and with a view all that it reads.
+- A rollback reads the table of a foreign key. Where the key says CASCADE, SET NULL or SET DEFAULT, its triggers run
+  at the end of our statement or transaction, up to PostgreSQL 17 as our role. So the table must belong to a trusted
+  role as well, and counts as one that is written.
+- The functions of triggers and of their conditions, which whoever has TRIGGER on a table can put there. The function of
+  a trigger that is SECURITY DEFINER runs with its owner's rights.
 - The casts and the CHECK constraints of a type, both made by its owner. A cast stays with its function when the type
   gets another owner, and so do the functions of indexes, constraints, defaults and views when the table gets one.
+
+Where a row-level policy holds for the session's role, no run begins.
 
 Temporary objects are no way in: PostgreSQL looks for no function and no operator among them, and tables of ours or of
 the application come before them.
@@ -31,6 +35,7 @@ from typing import Any
 
 import psycopg
 from django.conf import settings
+from psycopg import sql
 
 from config.database import quoted_name
 from crm.errors import OperatorError
@@ -44,49 +49,99 @@ _WRITTEN = ("crm_contacts", "crm_stage_history")
 
 # In one round trip: every connection asks. pg_has_role() is true of superusers for any role, and of the database's
 # owner for pg_database_owner. An array belongs to whom its elements belong to.
+#
+# `tables` are those that a statement of ours may come to, `parts` what belongs to them, and `needs` the types,
+# operators and functions that those depend on, with what these depend on. PostgreSQL's own depend on nothing. The
+# planner expects millions of rows, and would have its plan for some dozens compiled.
 _UNTRUSTED = """
+SET LOCAL jit = off;
 WITH RECURSIVE trusted(role) AS (
   SELECT oid FROM pg_roles WHERE rolname IN ('pg_database_owner', current_user) OR rolsuper
    UNION
   SELECT datdba FROM pg_database WHERE datname = current_database()
    UNION
   SELECT relowner FROM pg_class
-   WHERE relname = 'crm_contacts' AND relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = $2)
+   WHERE relname = 'crm_contacts' AND relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = {legacy_schema})
    UNION
   SELECT member FROM trusted JOIN pg_auth_members ON roleid = role
 ), untrusted(role) AS (
   SELECT oid FROM pg_roles WHERE oid NOT IN (SELECT role FROM trusted)
-), tables AS (
-  SELECT c.oid, relkind, relowner, format('%I.%I', nspname, relname) AS name,
-         nspname = $3 OR relname = ANY($5) AS is_written
+), tables(oid, is_written) AS (
+  SELECT c.oid, nspname = {own_schema} OR relname = ANY({written})
     FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
-   WHERE relkind IN ('r', 'p', 'v', 'm', 'f') AND (nspname = $2 AND relname = ANY($4) OR nspname = $3)
+   WHERE relkind IN ('r', 'p', 'v', 'm', 'f')
+     AND (nspname = {legacy_schema} AND relname = ANY({application}) OR nspname = {own_schema})
+   UNION
+  SELECT next.oid, next.is_written FROM tables CROSS JOIN LATERAL (
+    -- Partitions and other children, which are read and written with their parent.
+    SELECT inhrelid, is_written FROM pg_inherits WHERE inhparent = tables.oid
+     UNION ALL
+    -- What is under a view. A materialized one is only read.
+    SELECT refobjid, is_written FROM pg_rewrite w JOIN pg_class c ON c.oid = ev_class AND relkind <> 'm'
+      JOIN pg_depend ON classid = 'pg_rewrite'::regclass AND objid = w.oid AND refclassid = 'pg_class'::regclass
+     WHERE ev_class = tables.oid
+     UNION ALL
+    -- What refers to a table that is written: a rollback reads it, and the foreign key may write it.
+    SELECT conrelid, ARRAY[confupdtype, confdeltype] && ARRAY['c', 'n', 'd']::"char"[]
+      FROM pg_depend JOIN pg_constraint k ON classid = 'pg_constraint'::regclass AND k.oid = objid
+     WHERE is_written AND refclassid = 'pg_class'::regclass AND refobjid = tables.oid
+       AND contype = 'f' AND confrelid = tables.oid
+    ) AS next(oid, is_written)
+), named_tables AS (
+  SELECT c.oid, relowner, format('%I.%I', nspname, relname) AS name,
+         nspname = {legacy_schema} AND relname = ANY({application}) OR nspname = {own_schema} AS is_known
+    FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
+   WHERE c.oid = ANY (ARRAY(SELECT oid FROM tables)) AND relkind IN ('r', 'p', 'v', 'm', 'f')
 ), foreign_keys AS (
-  SELECT conname, conrelid, conkey, relowner, format('%I.%I', nspname, relname) AS name
-    FROM pg_constraint k JOIN pg_class c ON c.oid = conrelid JOIN pg_namespace n ON n.oid = relnamespace
-   WHERE contype = 'f' AND confrelid IN (SELECT oid FROM tables WHERE is_written)
-), types(type) AS (
-  SELECT atttypid FROM pg_attribute
-   WHERE attrelid IN (SELECT oid FROM tables) AND attnum > 0 AND NOT attisdropped
+  SELECT conname, conrelid, relowner, name FROM pg_constraint JOIN named_tables t ON t.oid = conrelid
+   WHERE contype = 'f' AND conparentid = 0 AND confrelid = ANY (ARRAY(SELECT oid FROM tables WHERE is_written))
+), triggers AS (
+  SELECT t.oid, tgname, tgfoid, name FROM pg_trigger t JOIN named_tables ON named_tables.oid = tgrelid
+   WHERE tgrelid = ANY (ARRAY(SELECT oid FROM tables WHERE is_written)) AND NOT tgisinternal AND tgenabled <> 'D'
+), parts(class, oid) AS (
+  SELECT 'pg_class'::regclass, oid FROM tables
+   UNION ALL
+  SELECT 'pg_class'::regclass, indexrelid FROM pg_index WHERE indrelid = ANY (ARRAY(SELECT oid FROM tables))
+   UNION ALL
+  SELECT 'pg_rewrite'::regclass, w.oid FROM pg_rewrite w JOIN pg_class c ON c.oid = ev_class AND relkind <> 'm'
+   WHERE ev_class = ANY (ARRAY(SELECT oid FROM tables))
+   UNION ALL
+  SELECT 'pg_constraint'::regclass, oid FROM pg_constraint
+   WHERE conrelid = ANY (ARRAY(SELECT oid FROM tables)) AND contype <> 'f'
+   UNION ALL
+  SELECT 'pg_attrdef'::regclass, oid FROM pg_attrdef
+   WHERE adrelid = ANY (ARRAY(SELECT oid FROM tables WHERE is_written))
+   UNION ALL
+  SELECT 'pg_trigger'::regclass, oid FROM triggers
+), needs(class, oid) AS (
+  SELECT refclassid, refobjid FROM parts JOIN pg_depend ON classid = class AND objid = oid
+   WHERE refclassid IN ('pg_type'::regclass, 'pg_operator'::regclass)
+      OR refclassid = 'pg_proc'::regclass AND class <> 'pg_trigger'::regclass
    UNION
-  SELECT atttypid FROM foreign_keys JOIN pg_attribute ON attrelid = conrelid AND attnum = ANY (conkey)
-   UNION
-  SELECT part FROM types JOIN pg_type t ON t.oid = type, LATERAL (VALUES (typbasetype), (typelem)) AS parts(part)
-   WHERE part <> 0
+  SELECT refclassid, refobjid FROM needs CROSS JOIN LATERAL (
+    SELECT refclassid, refobjid FROM pg_depend WHERE classid = class AND objid = oid
+     UNION ALL
+    -- The constraints of a domain.
+    SELECT theirs.refclassid, theirs.refobjid FROM pg_depend own JOIN pg_depend theirs USING (classid, objid)
+     WHERE own.refclassid = class AND own.refobjid = oid AND own.deptype = 'a'
+       AND class = 'pg_type'::regclass AND classid = 'pg_constraint'::regclass
+    ) AS next
+   WHERE refclassid IN ('pg_type'::regclass, 'pg_operator'::regclass, 'pg_proc'::regclass)
 ), own_types AS (
   SELECT t.oid, typowner, format('%I.%I', nspname, typname) AS name
     FROM pg_type t JOIN pg_namespace n ON n.oid = typnamespace
-   WHERE nspname <> 'pg_catalog' AND t.oid IN (SELECT type FROM types) AND NOT (typcategory = 'A' AND typelem <> 0)
+   WHERE t.oid = ANY (ARRAY(SELECT oid FROM needs WHERE class = 'pg_type'::regclass))
+     AND nspname <> 'pg_catalog' AND NOT (typcategory = 'A' AND typelem <> 0)
 )
 SELECT 'stranger', nspname::text, NULL::text, pg_get_userbyid(nspowner)::text, NULL::text FROM pg_namespace
- WHERE nspname = ANY($1) AND nspowner NOT IN (SELECT role FROM trusted)
+ WHERE nspname = ANY({schemas}) AND nspowner NOT IN (SELECT role FROM trusted)
  UNION ALL
 SELECT 'grant', n.nspname::text, g.rolname::text, pg_get_userbyid(n.nspowner),
        CASE WHEN a.grantor <> n.nspowner THEN ' CASCADE' ELSE '' END
   FROM pg_namespace n
  CROSS JOIN LATERAL aclexplode(n.nspacl) a
   LEFT JOIN pg_roles g ON g.oid = a.grantee
- WHERE n.nspname = ANY($1) AND a.privilege_type = 'CREATE'
+ WHERE n.nspname = ANY({schemas}) AND a.privilege_type = 'CREATE'
    AND COALESCE(g.rolname <> current_user AND NOT pg_has_role(g.oid, n.nspowner, 'MEMBER'), true)
  UNION ALL
 SELECT 'planted', kind, format('%I.', n.nspname) || name, pg_get_userbyid(owner), NULL
@@ -104,41 +159,31 @@ SELECT 'planted', kind, format('%I.', n.nspname) || name, pg_get_userbyid(owner)
                         WHERE own.oprname = p.oprname AND own.oprnamespace = 'pg_catalog'::regnamespace)
        ) planted
   JOIN pg_namespace n ON n.oid = namespace
- WHERE n.nspname = ANY($1) AND pg_get_userbyid(owner) <> current_user
+ WHERE n.nspname = ANY({schemas}) AND pg_get_userbyid(owner) <> current_user
    AND NOT pg_has_role(owner, n.nspowner, 'MEMBER')
  UNION ALL
 SELECT 'called', name, NULL, pg_get_userbyid(relowner), format('ALTER TABLE %s OWNER TO ...;', name)
-  FROM tables WHERE relowner IN (SELECT role FROM untrusted)
+  FROM named_tables
+ WHERE relowner IN (SELECT role FROM untrusted) AND (is_known OR oid NOT IN (SELECT conrelid FROM foreign_keys))
  UNION ALL
 SELECT 'called', format('the foreign key %I of %s', conname, name), NULL, pg_get_userbyid(relowner),
        format('ALTER TABLE %1$s DROP CONSTRAINT %2$I; or ALTER TABLE %1$s OWNER TO ...;', name, conname)
   FROM foreign_keys WHERE relowner IN (SELECT role FROM untrusted)
  UNION ALL
-SELECT 'called', format('the function %s in the trigger %I of %s', function, tgname, name), NULL,
-       pg_get_userbyid(proowner),
+-- Its own, and those of its condition.
+SELECT DISTINCT 'called', format('the function %s in the trigger %I of %s', function, tgname, name), NULL,
+       pg_get_userbyid(proowner)::text,
        format('DROP TRIGGER %I ON %s; or ALTER FUNCTION %s OWNER TO ...;', tgname, name, function)
-  FROM tables JOIN pg_trigger ON tgrelid = tables.oid JOIN pg_proc p ON p.oid = tgfoid
-  JOIN pg_namespace n ON n.oid = pronamespace, format('%I.%I()', nspname, proname) AS function
- WHERE is_written AND NOT tgisinternal AND tgenabled <> 'D' AND NOT prosecdef
-   AND proowner IN (SELECT role FROM untrusted) AND nspname <> 'pg_catalog'
- UNION ALL
--- Indexes and views, CHECK constraints of tables and types, and what fills the columns of a table that is written.
-SELECT DISTINCT 'called', format('the function %s, on which the application''s tables depend,', function), NULL,
-       pg_get_userbyid(proowner)::text, format('ALTER FUNCTION %s OWNER TO ...;', function)
-  FROM pg_depend d JOIN pg_proc p ON refclassid = 'pg_proc'::regclass AND p.oid = refobjid,
+  FROM triggers t JOIN pg_depend ON classid = 'pg_trigger'::regclass AND objid = t.oid
+  JOIN pg_proc p ON refclassid = 'pg_proc'::regclass AND p.oid = refobjid,
        LATERAL (VALUES (p.oid::regprocedure::text)) AS names(function)
- WHERE proowner IN (SELECT role FROM untrusted) AND pronamespace <> 'pg_catalog'::regnamespace
-   AND CASE classid
-         WHEN 'pg_class'::regclass
-         THEN objid IN (SELECT indexrelid FROM pg_index WHERE indrelid IN (SELECT oid FROM tables))
-         WHEN 'pg_constraint'::regclass
-         THEN objid IN (SELECT k.oid FROM pg_constraint k WHERE conrelid IN (SELECT oid FROM tables)
-                                                              OR contypid IN (SELECT oid FROM own_types))
-         WHEN 'pg_attrdef'::regclass
-         THEN objid IN (SELECT a.oid FROM pg_attrdef a WHERE adrelid IN (SELECT oid FROM tables WHERE is_written))
-         WHEN 'pg_rewrite'::regclass
-         THEN objid IN (SELECT w.oid FROM pg_rewrite w WHERE ev_class IN (SELECT oid FROM tables))
-         ELSE false END
+ WHERE proowner IN (SELECT role FROM untrusted) AND NOT (p.oid = tgfoid AND prosecdef)
+ UNION ALL
+SELECT 'called', format('the function %s, on which the application''s tables depend,', function), NULL,
+       pg_get_userbyid(proowner), format('ALTER FUNCTION %s OWNER TO ...;', function)
+  FROM pg_proc p, LATERAL (VALUES (p.oid::regprocedure::text)) AS names(function)
+ WHERE p.oid = ANY (ARRAY(SELECT oid FROM needs WHERE class = 'pg_proc'::regclass))
+   AND proowner IN (SELECT role FROM untrusted)
  UNION ALL
 SELECT 'called', format('the type %s', name), NULL, pg_get_userbyid(typowner),
        format('ALTER TYPE %s OWNER TO ...;', name)
@@ -166,13 +211,21 @@ def require_trusted(session: psycopg.Connection, schemas: Sequence[str], legacy_
     """Raise UntrustedCodeError where others could have their code called, with the statements that mend it.
 
     Of `schemas`, those of the search path, those that are not there are passed over. `legacy_schema` is the one of the
-    application's tables. For the schemas to be looked at safely, the search path has to be SAFE_SEARCH_PATH.
+    application's tables. For the schemas to be looked at safely, the search path has to be SAFE_SEARCH_PATH. The
+    transaction's statements are not compiled (`jit`) afterwards.
     """
     found: dict[str, list[tuple[Any, ...]]] = {}
-    parameters = [list(schemas), legacy_schema, settings.BACKFILL_SCHEMA, list(_APPLICATION), list(_WRITTEN)]
-    with psycopg.RawCursor(session) as cursor:
-        for kind, *row in cursor.execute(_UNTRUSTED.encode(), parameters).fetchall():
-            found.setdefault(kind, []).append(tuple(row))
+    query = sql.SQL(_UNTRUSTED).format(
+        schemas=list(schemas),
+        legacy_schema=legacy_schema,
+        own_schema=settings.BACKFILL_SCHEMA,
+        application=list(_APPLICATION),
+        written=list(_WRITTEN),
+    )
+    cursor = session.execute(query, prepare=False)
+    cursor.nextset()
+    for kind, *row in cursor.fetchall():
+        found.setdefault(kind, []).append(tuple(row))
     for kind, message in _MESSAGES.items():
         if kind in found:
             raise UntrustedCodeError(message(found[kind]))

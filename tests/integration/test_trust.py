@@ -200,17 +200,20 @@ def test_the_script_that_gives_rights_calls_nothing_that_others_have_made(own_pu
 
 # What others own, and what would be called through it
 
-#: A function that says that it was called, in a schema of the attacker's. A sequence goes on although the transaction
-#: is rolled back.
+#: A function that says that it was called, in a schema of the attacker's, with other rights than the attacker's or those
+#: of a table's owner. A sequence goes on although the transaction is rolled back.
 EVIL = """
 CREATE SEQUENCE evil.calls;
 GRANT USAGE ON SCHEMA evil TO PUBLIC;
 GRANT USAGE ON SEQUENCE evil.calls TO PUBLIC;
 CREATE FUNCTION evil.called() RETURNS trigger LANGUAGE plpgsql AS
-  $$ BEGIN IF current_user <> 'mallory' THEN PERFORM nextval('evil.calls'); END IF; RETURN NEW; END $$;
+  $$ BEGIN IF current_user NOT IN ('mallory', 'pg_database_owner') THEN PERFORM nextval('evil.calls'); END IF; RETURN NEW; END $$;
 CREATE FUNCTION evil.called(int) RETURNS int LANGUAGE plpgsql IMMUTABLE AS
-  $$ BEGIN IF current_user <> 'mallory' THEN PERFORM nextval('evil.calls'); END IF; RETURN 1; END $$;
-CREATE TYPE evil.e AS ENUM ('c');
+  $$ BEGIN IF current_user NOT IN ('mallory', 'pg_database_owner') THEN PERFORM nextval('evil.calls'); END IF; RETURN 1; END $$;
+CREATE FUNCTION evil.as_its_owner() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS
+  $$ BEGIN RETURN NEW; END $$;
+CREATE FUNCTION evil.same(int, int) RETURNS boolean LANGUAGE sql AS $$ SELECT $1 = $2 * evil.called($1) $$;
+CREATE OPERATOR evil.=== (LEFTARG = int, RIGHTARG = int, FUNCTION = evil.same);
 """
 CAST = """
 CREATE FUNCTION evil.as_text({type}) RETURNS text LANGUAGE plpgsql AS
@@ -276,6 +279,50 @@ ATTACKS = {
         "the function evil.called() in the trigger mine of public.crm_contacts of mallory",
         ("DROP TRIGGER mine ON public.crm_contacts;",),
     ),
+    "the condition of a trigger": Attack(
+        "GRANT TRIGGER ON crm_contacts TO mallory",
+        """CREATE TRIGGER mine BEFORE INSERT ON public.crm_contacts FOR EACH ROW
+             WHEN (evil.called(length(NEW.id)) = 1) EXECUTE FUNCTION evil.as_its_owner()""",
+        RUN,
+        "the function evil.called(integer) in the trigger mine of public.crm_contacts of mallory",
+        ("DROP TRIGGER mine ON public.crm_contacts;",),
+    ),
+    "the trigger of a partition": Attack(
+        """CREATE TABLE public.history (LIKE crm_stage_history, PRIMARY KEY (id)) PARTITION BY HASH (id);
+           CREATE TABLE public.history_1 PARTITION OF public.history FOR VALUES WITH (MODULUS 1, REMAINDER 0);
+           DROP TABLE crm_stage_history; ALTER TABLE public.history RENAME TO crm_stage_history;
+           GRANT TRIGGER ON public.history_1 TO mallory""",
+        "CREATE TRIGGER mine BEFORE INSERT ON public.history_1 FOR EACH ROW EXECUTE FUNCTION evil.called()",
+        UPDATE,
+        "the function evil.called() in the trigger mine of public.history_1 of mallory",
+        ("DROP TRIGGER mine ON public.history_1;",),
+    ),
+    "the trigger of a table that refers to contacts, at the end of our statement": Attack(
+        "GRANT TRIGGER ON crm_interactions TO mallory; ALTER TABLE crm_interactions OWNER TO pg_database_owner; "
+        "GRANT USAGE ON SCHEMA public TO pg_database_owner",
+        "CREATE TRIGGER mine AFTER DELETE ON public.crm_interactions EXECUTE FUNCTION evil.called()",
+        ROLLBACK,
+        "the function evil.called() in the trigger mine of public.crm_interactions of mallory",
+        ("DROP TRIGGER mine ON public.crm_interactions;",),
+    ),
+    "an index of a child": Attack(
+        "GRANT CREATE ON SCHEMA public TO mallory; CREATE TABLE public.leads_1 () INHERITS (public.leads); "
+        "ALTER TABLE public.leads_1 OWNER TO mallory",
+        "CREATE INDEX ON public.leads_1 ((evil.called(1)))",
+        RUN,
+        "public.leads_1 of mallory",
+        ("ALTER TABLE public.leads_1 OWNER TO ...;", "ALTER FUNCTION evil.called(integer) OWNER TO ...;"),
+    ),
+    "a table under a view": Attack(
+        """DROP TABLE crm_interactions; CREATE TABLE public.calls (contact text);
+           CREATE VIEW public.crm_interactions AS SELECT contact AS "contactId" FROM public.calls;
+           ALTER TABLE public.calls OWNER TO mallory;
+           GRANT CREATE ON SCHEMA public TO mallory""",
+        "CREATE INDEX ON public.calls ((evil.called(1)))",
+        ROLLBACK,
+        "public.calls of mallory",
+        ("ALTER TABLE public.calls OWNER TO ...;", "ALTER FUNCTION evil.called(integer) OWNER TO ...;"),
+    ),
     "an index of a table": Attack(
         "GRANT CREATE ON SCHEMA public TO mallory; ALTER TABLE leads OWNER TO mallory",
         "CREATE INDEX ON public.leads ((evil.called(1)))",
@@ -289,10 +336,13 @@ ATTACKS = {
            ALTER VIEW public.crm_interactions OWNER TO mallory;
            GRANT CREATE ON SCHEMA public TO mallory""",
         """CREATE OR REPLACE VIEW public.crm_interactions AS
-             SELECT 'c'::text AS "contactId" FROM pg_am WHERE evil.called(oid::int) = 1""",
+             SELECT 'c'::text AS "contactId" FROM pg_am WHERE oid::int OPERATOR(evil.===) 1""",
         ROLLBACK,
         "public.crm_interactions of mallory",
-        ("ALTER TABLE public.crm_interactions OWNER TO ...;", "ALTER FUNCTION evil.called(integer) OWNER TO ...;"),
+        (
+            "ALTER TABLE public.crm_interactions OWNER TO ...;",
+            "ALTER FUNCTION evil.same(integer,integer) OWNER TO ...;",
+        ),
     ),
 }
 
@@ -300,10 +350,13 @@ ATTACKS = {
 @contextmanager
 def attack(name: str) -> Iterator[tuple[Attack, tuple[str, ...]]]:
     """A database under attack, with contacts to make, update and take back, and the command that would fall for it."""
-    profile = add_profile()
+    profile, converted = add_profile(), add_lead("moe@example.com")
     assert ended_on(database_url(), *RUN) == (0, "")
     user = add_user("pat@example.com")
-    as_owner(f"""UPDATE profiles SET "userId" = '{user}', "updatedAt" = now() WHERE id = '{profile}'""")
+    as_owner(
+        f"""UPDATE profiles SET "userId" = '{user}', "updatedAt" = now() WHERE id = '{profile}'""",
+        f"""UPDATE leads SET status = 'CONVERTED', "updatedAt" = now() WHERE id = '{converted}'""",
+    )
     add_lead("lee@example.com")
     found = ATTACKS[name]
     with session() as observer:
