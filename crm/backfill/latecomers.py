@@ -35,9 +35,9 @@ from crm.errors import OperatorError
 from crm.models import BackfillBatch, BackfillRun, ContactUpdate, LedgerEntry
 from crm.models.ledger import RunStatus
 from crm.outcome import Outcome, Source, Totals
-from crm.postgres.facts.foreign_keys import KEEP_FOREIGN_KEYS, find_foreign_keys, is_unreferenced
+from crm.postgres.facts.foreign_keys import find_foreign_keys, is_unreferenced
 from crm.postgres.facts.schema import DatabaseFacts
-from crm.postgres.transactions import Timeouts
+from crm.postgres.transactions import Timeouts, lock_as_a_writer
 from crm.postgres.trust import UntrustedCodeError
 from crm.rules.entry import Entry
 from crm.rules.mapping import ContactDraft, MappedRow, map_rows
@@ -168,7 +168,7 @@ class Latecomers:
     def _settle(self, ids: Sequence[str], writer: BatchWriter) -> list[str]:
         """Settle some of them in one transaction; those that stay."""
         started = time.monotonic()
-        with lease.batch(self.connection, self.run_id, Timeouts(), KEEP_FOREIGN_KEYS) as totals:
+        with lease.batch(self.connection, self.run_id, Timeouts(), lock_as_a_writer("crm_contacts")) as totals:
             with self.connection.cursor() as cursor:
                 cursor.execute(_LOCK, [list(ids)])
             entries = read_entries(self.connection, self.facts.second_digits, _ENTRIES, [list(ids)])

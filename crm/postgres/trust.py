@@ -24,6 +24,9 @@ Other code is called whatever the search path says, and belongs to a table, a fo
 
 Where a row-level policy holds for the session's role, no run begins.
 
+What a trigger or a foreign key takes may be granted, so either may come while a run goes on. Each batch asks again,
+once the tables that it writes are locked against both: see `crm.runs.lease.batch`.
+
 Temporary objects are no way in: PostgreSQL looks for no function and no operator among them, and tables of ours or of
 the application come before them.
 """
@@ -35,6 +38,7 @@ from typing import Any
 
 import psycopg
 from django.conf import settings
+from django.db.backends.base.base import BaseDatabaseWrapper
 from psycopg import sql
 
 from config.database import quoted_name
@@ -207,12 +211,24 @@ class UntrustedCodeError(OperatorError):
     """Our statements would call code of a role that is not trusted."""
 
 
-def require_trusted(session: psycopg.Connection, schemas: Sequence[str], legacy_schema: str) -> None:
+def require_still_trusted(connection: BaseDatabaseWrapper) -> None:
+    """Raise UntrustedCodeError where others could have their code called by now.
+
+    What could be put into a schema of the search path is not asked again: that takes a right which was refused before.
+    """
+    connection.ensure_connection()
+    with connection.wrap_database_errors:
+        require_trusted(connection.connection, [], settings.LEGACY_SCHEMA, otherwise="Nothing more was written.")
+
+
+def require_trusted(
+    session: psycopg.Connection, schemas: Sequence[str], legacy_schema: str, *, otherwise: str = "Nothing was written."
+) -> None:
     """Raise UntrustedCodeError where others could have their code called, with the statements that mend it.
 
     Of `schemas`, those of the search path, those that are not there are passed over. `legacy_schema` is the one of the
     application's tables. For the schemas to be looked at safely, the search path has to be SAFE_SEARCH_PATH. The
-    transaction's statements are not compiled (`jit`) afterwards.
+    transaction's statements are not compiled (`jit`) afterwards. `otherwise` ends the message.
     """
     found: dict[str, list[tuple[Any, ...]]] = {}
     query = sql.SQL(_UNTRUSTED).format(
@@ -228,7 +244,7 @@ def require_trusted(session: psycopg.Connection, schemas: Sequence[str], legacy_
         found.setdefault(kind, []).append(tuple(row))
     for kind, message in _MESSAGES.items():
         if kind in found:
-            raise UntrustedCodeError(message(found[kind]))
+            raise UntrustedCodeError(f"{message(found[kind])} {otherwise}")
 
 
 def _told_of_strangers(found: Sequence[tuple[Any, ...]]) -> str:
@@ -238,8 +254,7 @@ def _told_of_strangers(found: Sequence[tuple[Any, ...]]) -> str:
         "The search path holds a schema of somebody who owns neither the database nor crm_contacts, and is no member "
         f"of their owners: {whose}. A function or operator in it would be called in the place of PostgreSQL's own, "
         "with the rights of this role. Have a look at what is in it. Then let a superuser give it to the database's "
-        f"owner with {statements} or drop it; one that only the role's own search_path names can be left out there. "
-        "Nothing was written."
+        f"owner with {statements} or drop it; one that only the role's own search_path names can be left out there."
     )
 
 
@@ -262,8 +277,7 @@ def _told_of_others(found: Sequence[tuple[Any, ...]]) -> str:
         "there would be called in the place of PostgreSQL's own, with the rights of this role. Let the owner or a "
         f"superuser run {' '.join(statements)} A role that the application's own migrations run under is to own the "
         f"schema, or to be a member of its owner: ALTER SCHEMA {quoted_name(first)} OWNER TO that role. (PostgreSQL 14 "
-        "and older let everyone create in the schema public, and a database that was upgraded from there still does.) "
-        "Nothing was written."
+        "and older let everyone create in the schema public, and a database that was upgraded from there still does.)"
     )
 
 
@@ -274,8 +288,7 @@ def _told_of_planted(found: Sequence[tuple[Any, ...]]) -> str:
     return (
         f"The search path holds {named}{more}, which would be called in the place of PostgreSQL's own, with the rights "
         "of this role; and whom it belongs to is neither the owner of the schema nor a superuser. Have a look at it. "
-        f"Then let a superuser run {statements} or, where it is to stay, ALTER ... OWNER TO the owner of the schema. "
-        "Nothing was written."
+        f"Then let a superuser run {statements} or, where it is to stay, ALTER ... OWNER TO the owner of the schema."
     )
 
 
@@ -286,7 +299,7 @@ def _told_of_called(found: Sequence[tuple[Any, ...]]) -> str:
     return (
         f"The backfill would call code that is not to be trusted, with the rights of this role, through {named}{more}. "
         "Its owner is no superuser, owns neither the database nor crm_contacts, and is no member of their owners. Have "
-        f"a look at it. Then let its owner or a superuser run {statements} Nothing was written."
+        f"a look at it. Then let its owner or a superuser run {statements}"
     )
 
 

@@ -58,6 +58,7 @@ from crm.runs import lease
 from crm.runs.other_rules import OtherRules
 from crm.try_execute import try_execute
 
+_LOCK_HISTORY = "LOCK TABLE crm_stage_history IN ROW EXCLUSIVE MODE"
 _SEEN_COLUMNS = {"id": "text[]", "version": "text[]"}
 _SEEN = unnest("seen", _SEEN_COLUMNS)
 _AS_SEEN = "c.id = seen.id AND c.xmin = seen.version::xid"
@@ -319,7 +320,7 @@ class DatabaseUndoer:
         Raises what `undo` does.
         """
         judged = judge_changes(records, self._reader)
-        with self._batch():
+        with self._batch(_LOCK_HISTORY):
             restored, refused = self._apart(sorted(judged.restored), lambda ids: self._restore(ids, judged))
             undone = _conclude_updates(judged, restored, refused)
             gone = [record for contact in sorted(restored) for record in judged.restored[contact].records]
@@ -331,8 +332,8 @@ class DatabaseUndoer:
             self._count(undone)
         return undone
 
-    def _batch(self) -> AbstractContextManager[Totals]:
-        return lease.batch(self._connection, self._rollback_id, self._timeouts, KEEP_FOREIGN_KEYS)
+    def _batch(self, *locks: str) -> AbstractContextManager[Totals]:
+        return lease.batch(self._connection, self._rollback_id, self._timeouts, KEEP_FOREIGN_KEYS, *locks)
 
     def _forget_entries(self, ids: list[str]) -> None:
         """Let rows be pending again, or what they were before they were made contacts again: of a contact that is gone.

@@ -27,6 +27,7 @@ from crm.models.ledger import RunStatus
 from crm.outcome import Totals
 from crm.postgres import errors
 from crm.postgres.transactions import Timeouts, certain_transaction
+from crm.postgres.trust import require_still_trusted
 from crm.runs.process import ProcessIdentity
 from crm.version import RULES, VERSION
 
@@ -114,12 +115,14 @@ def between_runs() -> Iterator[None]:
 def batch(connection: BaseDatabaseWrapper, run_id: int, timeouts: Timeouts, *first: str) -> Iterator[Totals]:
     """A batch of a run in a transaction of its own: what is written inside, counts and heartbeat commit together.
 
-    Yields the counts, to be added to. `first` are statements that begin it.
+    Yields the counts, to be added to. `first` are statements that begin it. They must lock the tables that are written,
+    as whoever writes does: then no trigger or foreign key of an untrusted role can be added until the end.
 
-    Raises LeaseLostError when the run is no longer the running one, and what `certain_transaction` does. Nothing of the
-    batch is written then.
+    Raises LeaseLostError when the run is no longer the running one, UntrustedCodeError where such a one is there by now,
+    and what `certain_transaction` does. Nothing of the batch is written then.
     """
     with certain_transaction(connection, timeouts, *first):
+        require_still_trusted(connection)
         totals = Totals()
         yield totals
         renew(run_id, totals)

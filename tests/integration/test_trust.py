@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from django.db import connection
+from psycopg.errors import LockNotAvailable
 
 from crm.postgres.facts.foreign_keys import find_foreign_keys
 from crm.postgres.trust import UntrustedCodeError
 from tests.conftest import Database
 from tests.support.builders import add_lead, add_profile, add_user, contacts
+from tests.support.commands import each_statement
 from tests.support.processes import database_url, session
 from tests.support.roles import role_made_by_script
 from tests.support.sessions import COMMANDS, assert_refused, ended_on, role_with
@@ -200,16 +202,18 @@ def test_the_script_that_gives_rights_calls_nothing_that_others_have_made(own_pu
 
 # What others own, and what would be called through it
 
-#: A function that says that it was called, in a schema of the attacker's, with other rights than the attacker's or those
-#: of a table's owner. A sequence goes on although the transaction is rolled back.
+#: Functions that say that they were called with other rights than the attacker's or those of a table's owner.
+#: A sequence goes on although the transaction is rolled back.
 EVIL = """
 CREATE SEQUENCE evil.calls;
 GRANT USAGE ON SCHEMA evil TO PUBLIC;
 GRANT USAGE ON SEQUENCE evil.calls TO PUBLIC;
+CREATE FUNCTION evil.note() RETURNS bigint LANGUAGE sql AS
+  $$ SELECT nextval('evil.calls') WHERE current_user NOT IN ('mallory', 'pg_database_owner') $$;
 CREATE FUNCTION evil.called() RETURNS trigger LANGUAGE plpgsql AS
-  $$ BEGIN IF current_user NOT IN ('mallory', 'pg_database_owner') THEN PERFORM nextval('evil.calls'); END IF; RETURN NEW; END $$;
+  $$ BEGIN PERFORM evil.note(); RETURN NEW; END $$;
 CREATE FUNCTION evil.called(int) RETURNS int LANGUAGE plpgsql IMMUTABLE AS
-  $$ BEGIN IF current_user NOT IN ('mallory', 'pg_database_owner') THEN PERFORM nextval('evil.calls'); END IF; RETURN 1; END $$;
+  $$ BEGIN PERFORM evil.note(); RETURN 1; END $$;
 CREATE FUNCTION evil.as_its_owner() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS
   $$ BEGIN RETURN NEW; END $$;
 CREATE FUNCTION evil.same(int, int) RETURNS boolean LANGUAGE sql AS $$ SELECT $1 = $2 * evil.called($1) $$;
@@ -393,8 +397,8 @@ def test_what_others_could_have_called_is_refused_until_it_is_mended(own_public:
 def test_what_is_refused_would_be_called_otherwise(
     own_public: Database, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    for module in ("session", "facts.foreign_keys"):
-        monkeypatch.setattr(f"crm.postgres.{module}.require_trusted", lambda *_: None, raising=False)
+    for module in ("session", "trust"):
+        monkeypatch.setattr(f"crm.postgres.{module}.require_trusted", lambda *_, **__: None)
     with attack(name) as (_, command):
         ended_on(database_url(), *command)
         with session() as observer:
@@ -421,3 +425,110 @@ def test_a_column_of_a_type_of_others_that_refers_to_a_contact_is_refused(own_pu
         )
         refused = ended_on(database_url(), "backfill_runs", "list")
         assert_refused(refused, f"the type evil.word of {ATTACKER}", "ALTER TYPE evil.word OWNER TO ...;")
+
+
+# What is made while a run goes on
+
+AT_WORK = {
+    "a run": (RUN, "crm_contacts"),
+    "an update": (UPDATE, "crm_contacts"),
+    "the history of an update": (UPDATE, "crm_stage_history"),
+    "a rollback": ((*ROLLBACK, "1"), "crm_contacts"),
+    "a rollback of an update": ((*ROLLBACK, "2"), "crm_contacts"),
+    "the history in a rollback of an update": ((*ROLLBACK, "2"), "crm_stage_history"),
+}
+
+
+@contextmanager
+def at_work(name: str) -> Iterator[tuple[tuple[str, ...], str]]:
+    """A command that has two batches or more, and what makes a trigger on a table that it writes."""
+    command, table = AT_WORK[name]
+    leads = [add_lead(f"{number}@example.com") for number in range(2)]
+    if command != RUN:
+        assert ended_on(database_url(), *RUN) == (0, "")
+        converted = "UPDATE leads SET status = 'CONVERTED', \"updatedAt\" = now() WHERE id = '{}'"
+        as_owner(*map(converted.format, leads))
+    if command[0] == ROLLBACK[0]:
+        add_lead("new@example.com")
+        assert ended_on(database_url(), *UPDATE) == (0, "")
+        with session() as observer:
+            runs = observer.execute("SELECT id::text FROM backfill_run run ORDER BY run.id").fetchall()
+        command = (*ROLLBACK, *runs[int(command[-1]) - 1])
+    made = (
+        f"CREATE TRIGGER mine BEFORE INSERT OR UPDATE OR DELETE ON public.{table} "
+        "FOR EACH ROW EXECUTE FUNCTION evil.called()"
+    )
+    try:
+        with attacker(
+            f"GRANT USAGE ON SCHEMA public TO {ATTACKER}",
+            f"GRANT TRIGGER ON crm_contacts, crm_stage_history TO {ATTACKER}",
+            f"CREATE SCHEMA evil AUTHORIZATION {ATTACKER}",
+        ):
+            with session(ATTACKER) as own:
+                own.execute(EVIL.encode())
+                own.commit()
+            yield (*command, "--batch-size", "1"), made
+    finally:
+        as_owner("DROP SCHEMA IF EXISTS evil CASCADE")
+
+
+@contextmanager
+def in_the_second_batch(act: Callable[[], None], *, after_its_beginning: bool) -> Iterator[None]:
+    """Act when the second batch is about to begin, or has begun."""
+    batches: list[Any] = []
+    acted = False
+
+    def watch(execute: Any, sql: Any, parameters: Any, many: bool, context: dict[str, Any]) -> Any:  # noqa: FBT001 - Django's signature
+        nonlocal acted
+        begins = "SET CONSTRAINTS ALL IMMEDIATE" in str(sql)
+        if begins:
+            batches.append(context["connection"])
+        # Another thread reads over another connection.
+        if (
+            len(batches) == 2
+            and not acted
+            and context["connection"] is batches[1]
+            and begins is not after_its_beginning
+        ):
+            acted = True
+            act()
+        return execute(sql, parameters, many, context)
+
+    with each_statement(watch):
+        yield
+    assert acted
+
+
+@pytest.mark.parametrize("name", AT_WORK)
+def test_a_trigger_that_is_made_during_a_run_ends_it_before_its_next_batch(own_public: Database, name: str) -> None:
+    with at_work(name) as (command, made):
+
+        def act() -> None:
+            with session(ATTACKER) as own:
+                own.execute(made.encode())
+                own.commit()
+
+        with in_the_second_batch(act, after_its_beginning=False):
+            code, _ = ended_on(database_url(), *command)
+        assert not was_called("evil")
+        assert code == 5
+        with session() as observer:
+            ((failure,),) = observer.execute("SELECT failure FROM backfill_run ORDER BY id DESC LIMIT 1").fetchall()
+        assert f"the function evil.called() in the trigger mine of {made.split(' ON ')[1].split(' ')[0]}" in failure
+        assert "DROP TRIGGER mine ON" in failure
+        assert "Nothing more was written." in failure
+
+
+@pytest.mark.parametrize("name", AT_WORK)
+def test_nobody_makes_a_trigger_between_the_check_of_a_batch_and_its_end(own_public: Database, name: str) -> None:
+    with at_work(name) as (command, made):
+
+        def act() -> None:
+            with session(ATTACKER) as own:
+                own.execute("SET lock_timeout = 20")
+                with pytest.raises(LockNotAvailable):
+                    own.execute(made.encode())
+
+        with in_the_second_batch(act, after_its_beginning=True):
+            code, _ = ended_on(database_url(), *command)
+        assert code == 0

@@ -1,4 +1,4 @@
-"""Writes what a second look changes: a batch is one transaction, and holds no lock before its first write.
+"""Writes what a second look changes: a batch is one transaction, and locks no row before its first write.
 
 rows -> entries, contacts, keys -> decide -> contacts and stage history -> record of changes -> entries -> counts and
 heartbeat
@@ -24,7 +24,7 @@ from crm.outcome import Refusal, Source, Totals
 from crm.postgres.apart import write_apart
 from crm.postgres.errors import SettledMeanwhileError
 from crm.postgres.refusals import in_words, names_of_the_schema
-from crm.postgres.transactions import Timeouts
+from crm.postgres.transactions import Timeouts, lock_as_a_writer
 from crm.rules.mapping import ContactDraft, MappedRow, Rules, contact_id
 from crm.rules.updating import EMAIL, FIELDS_OF_CHANGE, REFUSED, Change, Look, decide, rows_of, totals_of
 from crm.runs import lease
@@ -38,6 +38,7 @@ REASON = "CRM contacts backfill"
 _FIELDS = {field.attname: field for field in CRMContact._meta.concrete_fields}
 _STEP_FIELDS = {field.attname: field for field in CRMStageHistory._meta.concrete_fields}
 _WRITTEN = tuple(dict.fromkeys(name for fields in FIELDS_OF_CHANGE.values() for name in fields))
+_LOCKS = (lock_as_a_writer("crm_contacts"), lock_as_a_writer("crm_stage_history"))
 # Bare: to name the key would take the right to read it.
 _HISTORY = """
 INSERT INTO crm_stage_history (id, "contactId", "fromStage", "toStage", reason, "createdAt")
@@ -122,7 +123,7 @@ class UpdateWriter:
         transient error. Nothing of the batch is written then.
         """
         started = time.monotonic()
-        with lease.batch(self._connection, self._run_id, self._timeouts) as totals:
+        with lease.batch(self._connection, self._run_id, self._timeouts, *_LOCKS) as totals:
             for rows in pages:
                 changes = self._settle(source, rows)
                 self._record(changes)

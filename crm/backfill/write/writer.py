@@ -23,7 +23,7 @@ from crm.outcome import Outcome, Reason, Refusal, RowOutcome, Source, Totals
 from crm.postgres.apart import Bisection, refusal_of_writing, refuses_all
 from crm.postgres.errors import RewrittenError, SettledMeanwhileError
 from crm.postgres.refusals import MAX_ALIKE, AlikeRefusals, names_of_the_schema
-from crm.postgres.transactions import Timeouts
+from crm.postgres.transactions import Timeouts, lock_as_a_writer
 from crm.rules.mapping import ATTRIBUTION, ATTRIBUTION_UNIT, ContactDraft, MappedRow
 from crm.rules.matching import ASSIGNMENT_UNIT, PROFILE_FILLS
 from crm.runs import lease
@@ -208,7 +208,7 @@ class BatchWriter:
         then.
         """
         started = time.monotonic()
-        with lease.batch(self._connection, self.run_id, self._timeouts) as totals:
+        with lease.batch(self._connection, self.run_id, self._timeouts, lock_as_a_writer("crm_contacts")) as totals:
             # A batch that is tried again begins with what the one before it has left.
             alike = replace(self._alike)
             for rows in pages:

@@ -16,7 +16,7 @@ from django.conf import settings
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.errors import OperatorError
-from crm.postgres.trust import require_trusted
+from crm.postgres.trust import require_still_trusted
 
 #: The tables and columns of the application, in any generation, that refer to a contact's id.
 KNOWN = (("crm_interactions", "contactId"), ("crm_stage_history", "contactId"))
@@ -84,8 +84,8 @@ def find_foreign_keys(connection: BaseDatabaseWrapper) -> list[Reference]:
     Raises OperatorError where this role could not see all the rows that refer to a contact, and UntrustedCodeError
     where a table that refers to one belongs to a role that is not trusted: it may be newer than the connection.
     """
+    require_still_trusted(connection)
     with connection.cursor() as cursor:
-        require_trusted(connection.connection, [], settings.LEGACY_SCHEMA)
         cursor.execute(_FOREIGN_KEYS, [settings.LEGACY_SCHEMA])
         found = cursor.fetchall()
         cursor.execute(_KNOWN_COLUMNS, [*map(list, zip(*KNOWN, strict=True)), settings.LEGACY_SCHEMA])
