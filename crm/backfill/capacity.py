@@ -71,7 +71,7 @@ def require_room_for(workers: int) -> None:
     if _is_behind_pgbouncer() and (workers == 1 or settings.DATABASE_CONNECTION_LIMIT is None):
         return
     room = _room()
-    # One worker is this process itself; of several it is the one above them.
+    # One worker is this process itself; of several it is the one above them, which reads only when they are gone.
     needed = workers * CONNECTIONS_OF_A_WORKER + (workers > 1)
     if room.connections < needed:
         fewer = "Give fewer --workers, `auto` for as many as there may be, or raise" if workers > 1 else "Raise"

@@ -147,12 +147,8 @@ class WorkerPool:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, /, *_error: object) -> None:
-        try:
-            self._exits.close()
-        except BaseException:
-            self._dismiss(at_once=True)
-            raise
         self._dismiss(at_once=kind is KeyboardInterrupt)
+        self._exits.close()
 
     def run(self, task: Task) -> None:
         """See Executor. One worker takes the rows with a resolution, and this process revisits rows.
@@ -169,6 +165,8 @@ class WorkerPool:
 
     def _in_process(self) -> InProcess:
         if self._revisiting is None:
+            # Nothing is left for the workers to do, and this process is about to read over a second connection.
+            self._dismiss(at_once=False)
             self._revisiting = self._exits.enter_context(InProcess(self._context, self._stop, self._on_batch))
         return self._revisiting
 
@@ -266,6 +264,7 @@ class WorkerPool:
             worker.process.join(max(0.0, until - time.monotonic()))
             worker.process.kill()
             worker.process.join()
+        self._at_work, self._spare = [], []
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -16,6 +17,7 @@ from django.db import connection
 from pytest_django import Settings
 
 from crm.backfill.capacity import max_workers, require_room_for
+from crm.backfill.read.readahead import ReadingThread
 from crm.backfill.runner import run_backfill
 from crm.backfill.workers import MAX_REPLACEMENTS
 from crm.backfill.write.dry_run import DryRunWriter
@@ -30,8 +32,10 @@ from crm.runs.progress import Silence
 from tests.conftest import Database
 from tests.support.builders import add_many_leads, add_profile, ledger
 from tests.support.circumstances import acting_as, reading_role
-from tests.support.commands import backfill, run
-from tests.support.processes import session
+from tests.support.commands import backfill, each_statement, run
+from tests.support.processes import session, wait_until
+from tests.support.roles import ROLE, role_made_by_script
+from tests.support.sessions import managed
 
 MANY_CORES = 1_000
 WriteBatch = Callable[[BatchWriter, Source, Iterable[Sequence[MappedRow]]], Totals]
@@ -225,6 +229,65 @@ def test_more_workers_than_there_are_connections_for_are_refused(
     assert BackfillRun.objects.count() == len(ledger()) == 0
     settings.DATABASE_CONNECTION_LIMIT = 5
     assert backfill("--workers", "2", *arguments).code == 0
+
+
+@pytest.mark.process
+def test_a_run_takes_no_more_connections_than_there_must_be(database: Database, tmp_path: Path) -> None:
+    counted = tmp_path / "counted"
+
+    def taken() -> int:
+        with session() as observer:
+            ((count,),) = observer.execute(
+                "SELECT count(*) FROM pg_stat_activity WHERE usename = %s", [ROLE]
+            ).fetchall()
+        return int(count)
+
+    def watch(execute: Any, sql: Any, parameters: Any, many: bool, context: dict[str, Any]) -> Any:  # noqa: FBT001 - Django's signature
+        if "SET CONSTRAINTS" in str(sql):
+            revisits = "crm_stage_history" in str(sql)
+            if revisits:
+                # The server needs a moment to see that a connection is gone.
+                wait_until(lambda: taken() <= 2 * 2 + 1)
+            with counted.open("a") as file:
+                file.write(f"{taken()} {revisits}\n")
+        return execute(sql, parameters, many, context)
+
+    add_many_leads(20)
+    with role_made_by_script(update="on") as url:
+        run_of = ("backfill_crm_contacts", "--no-progress", "--batch-size", "5", "--workers", "2")
+        assert managed(*run_of, url=url).code == 0
+        database.rows("""UPDATE leads SET status = 'CONVERTED', "updatedAt" = now() RETURNING NULL""")
+        add_many_leads(20, first=21)
+        with each_statement(watch):
+            ended = managed(*run_of, "--update", url=url)
+        assert ended.code == 0, ended.stderr
+    counts = [line.split() for line in counted.read_text().splitlines()]
+    assert {revisits for _, revisits in counts} == {"False", "True"}
+    assert max(int(count) for count, _ in counts) <= 2 * 2 + 1
+
+
+@pytest.mark.process
+def test_no_worker_outlives_a_run_that_is_stopped_while_its_reading_ends(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_many_leads(20)
+    run()
+    database.rows("""UPDATE leads SET status = 'CONVERTED', "updatedAt" = now() RETURNING NULL""")
+    leave = ReadingThread.__exit__
+
+    def stop_twice(self: ReadingThread, *error: object) -> None:
+        try:
+            if multiprocessing.parent_process() is None:
+                for _ in range(2):
+                    os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            leave(self, *error)
+
+    monkeypatch.setattr(ReadingThread, "__exit__", stop_twice)
+    ended = backfill("--workers", "2", "--update", "--json")
+    assert multiprocessing.active_children() == []
+    assert (ended.code, ended.answer["status"]) == (4, "interrupted")
+    assert BackfillRun.objects.holding().count() == 0
 
 
 def test_what_others_have_is_counted_by_a_role_that_may_not_see_what_they_do(
