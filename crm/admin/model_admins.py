@@ -53,7 +53,7 @@ from crm.models.ledger import RunStatus
 from crm.outcome import Outcome, Source, UpdateOutcome
 from crm.postgres.snapshot import in_pages
 from crm.rules.mapping import ATTRIBUTION, contact_id
-from crm.runs import control
+from crm.runs import control, lease
 
 admin.site.site_header = admin.site.site_title = "CRM contacts backfill"
 admin.site.index_title = "Contacts, runs and ledger"
@@ -239,7 +239,7 @@ class RunAdmin(ReadOnlyAdmin):
     @admin.display(description="report lost", boolean=True)
     def report_is_lost(self, run: BackfillRun) -> bool:
         """Whether it ended without a report that a later run has not reported either."""
-        return run.report_lost and run.status != RunStatus.RUNNING
+        return run.report_lost and run.status != RunStatus.RUNNING and not lease.may_be_at_work(run)
 
     @admin.display(description="options")
     def asked(self, run: BackfillRun) -> str:

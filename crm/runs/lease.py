@@ -118,8 +118,8 @@ def batch(connection: BaseDatabaseWrapper, run_id: int, timeouts: Timeouts, *fir
     Yields the counts, to be added to. `first` are statements that begin it. They must lock the tables that are written,
     as whoever writes does: then no trigger or foreign key of an untrusted role can be added until the end.
 
-    Raises LeaseLostError when the run is no longer the running one, UntrustedCodeError where such a one is there by now,
-    and what `certain_transaction` does. Nothing of the batch is written then.
+    Raises LeaseLostError when the run is no longer the running one, UntrustedCodeError where such a one is there, and
+    what `certain_transaction` does. Nothing of the batch is written then.
     """
     with certain_transaction(connection, timeouts, *first):
         require_still_trusted(connection)
@@ -192,6 +192,14 @@ def take_over_if_dead(run: BackfillRun) -> bool:
 def process_is_gone(run: BackfillRun) -> bool:
     """Whether the process of a run has ended for certain, as far as this machine can tell."""
     return _process_of(run).is_gone()
+
+
+def may_be_at_work(run: BackfillRun) -> bool:
+    """Whether another process than this one may still have a run to end, whatever the status that others gave it."""
+    process = _process_of(run)
+    if process == ProcessIdentity.own() or process.is_gone():
+        return False
+    return BackfillRun.objects.filter(pk=run.pk, heartbeat_at__gte=Now() - HEARTBEAT_LASTS).exists()
 
 
 def is_silent(run: BackfillRun) -> bool:

@@ -13,6 +13,7 @@ from django.db import DatabaseError, connection, transaction
 
 from crm.models import BackfillRun
 from crm.models.ledger import RunStatus
+from crm.runs import lease
 
 #: How long the note of a report waits for whoever has locked the run's record.
 MAX_WAIT = "100ms"
@@ -28,11 +29,12 @@ class LostReport(NamedTuple):
 def lost_reports(run_id: int) -> list[LostReport]:
     """Return the reports of earlier runs that were lost and that no run has reported since.
 
-    A run that was rolled back has no rows in error any more: those that are still wrong are new in the next run.
+    A run that was rolled back has no rows in error any more: those that are still wrong are new in the next run. One
+    that was cancelled or paused may be at its last batch, with its report to come.
     """
     lost = BackfillRun.objects.filter(pk__lt=run_id, report_lost=True).order_by("pk")
     lost = lost.exclude(rollbacks__run__status=RunStatus.FINISHED)
-    return [LostReport(*run) for run in lost.values_list("pk", "error_new")]
+    return [LostReport(run.pk, run.error_new) for run in lost if not lease.may_be_at_work(run)]
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from django.contrib.admin import site
 from django.db import IntegrityError, connection, transaction
 from pytest_django import DjangoDbBlocker
 
@@ -441,6 +442,27 @@ def test_rows_newly_in_error_in_a_run_that_wrote_no_report_are_news_to_the_next(
     assert f"Run {killed} did not write its report. Rows newly in error in it: 1;" in ended.stderr
     ended = backfill("--json", "--no-progress")
     assert (ended.code, ended.answer["lost_reports"], ended.stderr) == (0, [], "")
+
+
+def test_a_report_that_a_cancelled_run_is_yet_to_write_is_not_lost(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    builders.add_lead("nobody")
+    cancelled = run_backfill(RunOptions()).run_id
+    assert cancelled is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", os.getppid)
+        alive = ProcessIdentity.own()
+    BackfillRun.objects.filter(pk=cancelled).update(status="cancelled", report_lost=True, **columns_of(alive))
+    is_lost = site.get_model_admin(BackfillRun).report_is_lost
+    assert not is_lost(BackfillRun.objects.get(pk=cancelled))
+    ended = backfill("--json", "--no-progress")
+    assert (ended.code, ended.answer["lost_reports"], ended.stderr) == (0, [], "")
+    # What lives on may do something else by now.
+    let_the_heartbeat_be(cancelled, "5 minutes 1 second")
+    assert is_lost(BackfillRun.objects.get(pk=cancelled))
+    ended = backfill("--json", "--no-progress")
+    assert (ended.code, ended.answer["lost_reports"]) == (1, [{"run_id": cancelled, "error_new": 1}])
 
 
 @pytest.mark.process
