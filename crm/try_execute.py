@@ -43,8 +43,10 @@ def try_execute(connection: BaseDatabaseWrapper, statement: str, parameters: Seq
     body = body.replace("%", "%%")
     placeholders = ", ".join(["%s::text"] * len(parameters))
     with connection.cursor() as cursor:
+        # With the very types of ours, so that PostgreSQL finds none of the same name that fits better.
         cursor.execute(
-            f"SELECT * FROM {settings.BACKFILL_SCHEMA}.{FUNCTION}({QUOTE}{body}{QUOTE}, {placeholders})",
+            f"SELECT * FROM {settings.BACKFILL_SCHEMA}.{FUNCTION}"
+            f"({QUOTE}{body}{QUOTE}::text, VARIADIC ARRAY[{placeholders}]::text[])",
             parameters,
         )
         rows = cursor.fetchall()

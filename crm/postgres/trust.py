@@ -42,6 +42,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from psycopg import sql
 
 from config.database import quoted_name
+from crm import try_execute
 from crm.errors import OperatorError
 
 #: What to set before anything is asked: then no other schema has a say.
@@ -309,3 +310,49 @@ _MESSAGES: Mapping[str, Callable[[Sequence[tuple[Any, ...]]], str]] = {
     "planted": _told_of_planted,
     "called": _told_of_called,
 }
+
+
+# In our own schema no name is PostgreSQL's: ours are called there, and another one of the same name may fit better.
+# Trusted are the same as above.
+_STRANGERS_IN_OURS = f"""
+{_UNTRUSTED.partition(", untrusted(role)")[0]}
+SELECT kind, format('%I.%s', $1::text, name), pg_get_userbyid(owner), is_ours
+  FROM (SELECT 'ROUTINE', pronamespace, proowner, oid = to_regprocedure($3),
+               format('%I(%s)', proname, pg_get_function_identity_arguments(oid))
+          FROM pg_proc
+         UNION ALL
+        SELECT 'OPERATOR', oprnamespace, oprowner, false,
+               format('%s (%s, %s)', oprname, COALESCE(format_type(NULLIF(oprleft, 0), NULL), 'NONE'),
+                      format_type(oprright, NULL))
+          FROM pg_operator
+       ) AS made(kind, namespace, owner, is_ours, name)
+ WHERE namespace = (SELECT oid FROM pg_namespace WHERE nspname = $1::text)
+   AND owner NOT IN (SELECT role FROM trusted)
+ ORDER BY 1, 2
+"""
+
+
+def require_own_routines(session: psycopg.Connection, legacy_schema: str) -> None:
+    """Raise UntrustedCodeError where a role that is not trusted has a function or an operator in our own schema.
+
+    Whoever made the schema before we did has left them there. As for `require_trusted`, the search path has to be
+    SAFE_SEARCH_PATH.
+    """
+    parameters = [settings.BACKFILL_SCHEMA, legacy_schema, try_execute.SIGNATURE]
+    with psycopg.RawCursor(session) as cursor:
+        found = cursor.execute(_STRANGERS_IN_OURS.encode(), parameters).fetchall()
+    if not found:
+        return
+    named = ", ".join(f"{name} of {owner}" for _, name, owner, _ in found[:_NAMED])
+    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    # Without its function a run cannot be: `migrate` makes it once.
+    statements = " ".join(
+        f"ALTER FUNCTION {try_execute.SIGNATURE} OWNER TO ...;" if is_ours else f"DROP {kind} {name};"
+        for kind, name, _, is_ours in found[:_NAMED]
+    )
+    raise UntrustedCodeError(
+        f"The schema {settings.BACKFILL_SCHEMA} holds {named}{more}, which could be called in the place of the "
+        "backfill's own, with the rights of this role. Its owner is no superuser, owns neither the database nor "
+        f"crm_contacts, and is no member of their owners. Have a look at it. Then let a superuser run {statements} or, "
+        "where it is to stay, ALTER ... OWNER TO the owner of the schema. Nothing was written."
+    )

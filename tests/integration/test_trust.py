@@ -10,6 +10,7 @@ import pytest
 from django.db import connection
 from psycopg.errors import LockNotAvailable
 
+from crm.models import CRMContact
 from crm.postgres.facts.foreign_keys import find_foreign_keys
 from crm.postgres.trust import UntrustedCodeError
 from tests.conftest import Database
@@ -108,6 +109,10 @@ def test_every_command_refuses_a_schema_in_which_others_may_create(
             )
         assert not was_called(schema)
         put_right(refused[1])
+        if schema == "crm_backfill":
+            refused = ended_on(database_url(), *COMMANDS[0])
+            assert_refused(refused, f"{schema}.same(oid, integer) of {ATTACKER}")
+            put_right(refused[1])
         assert ended_on(database_url(), *COMMANDS[0]) == (0, "")
         assert not was_called(schema)
     assert len(contacts()) == 1
@@ -142,6 +147,72 @@ def test_the_owner_its_members_and_superusers_may_create(own_public: Database) -
     finally:
         as_owner("REASSIGN OWNED BY application TO CURRENT_USER", "DROP OWNED BY application", "DROP ROLE application")
         as_owner("DROP OWNED BY root", "DROP ROLE root")
+
+
+# What a stranger left in our own schema, before it was given to its owner
+
+#: As many parameters as a contact has columns: without VARIADIC, PostgreSQL takes it before ours.
+OVERLOAD = f"try_execute({', '.join(['text'] * (1 + len(CRMContact._meta.concrete_fields)))})"
+
+
+@contextmanager
+def left_in_our_schema() -> Iterator[None]:
+    with attacker(f"GRANT USAGE, CREATE ON SCHEMA crm_backfill TO {ATTACKER}"):
+        with session(ATTACKER) as own:
+            own.execute(
+                f"""
+                CREATE SEQUENCE crm_backfill.calls;
+                GRANT USAGE ON SEQUENCE crm_backfill.calls TO PUBLIC;
+                CREATE FUNCTION crm_backfill.{OVERLOAD} RETURNS TABLE (id text, refusal text[]) LANGUAGE plpgsql AS
+                  $$ BEGIN PERFORM pg_catalog.nextval('crm_backfill.calls'); END $$;
+                CREATE FUNCTION crm_backfill.same(text, text) RETURNS boolean LANGUAGE sql AS 'SELECT true';
+                CREATE OPERATOR crm_backfill.@=@ (
+                  LEFTARG = text, RIGHTARG = text, FUNCTION = crm_backfill.same
+                );
+                """.encode()
+            )
+            own.commit()
+        as_owner(f"REVOKE CREATE ON SCHEMA crm_backfill FROM {ATTACKER}")
+        yield
+
+
+def test_every_command_refuses_what_a_stranger_left_in_our_schema_whatever_its_name(own_public: Database) -> None:
+    with left_in_our_schema():
+        refused = (0, "")
+        for command in COMMANDS:
+            refused = ended_on(database_url(), *command)
+            assert_refused(
+                refused,
+                f"crm_backfill.{OVERLOAD} of {ATTACKER}",
+                "DROP OPERATOR crm_backfill.@=@ (text, text); DROP ROUTINE crm_backfill.same(text, text);",
+            )
+        assert not was_called("crm_backfill")
+        put_right(refused[1])
+        assert ended_on(database_url(), *RUN) == (0, "")
+    assert len(contacts()) == 1
+
+
+def test_our_function_is_called_although_another_one_fits_better(
+    own_public: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("crm.postgres.session.require_own_routines", lambda *_: None)
+    with left_in_our_schema():
+        assert ended_on(database_url(), *RUN) == (0, "")
+        assert not was_called("crm_backfill")
+    assert len(contacts()) == 1
+
+
+def test_our_function_in_the_hands_of_a_stranger_is_given_back_and_not_dropped(own_public: Database) -> None:
+    function = "FUNCTION crm_backfill.try_execute(text, text[])"
+    with attacker():
+        as_owner(f"ALTER {function} OWNER TO {ATTACKER}")
+        try:
+            refused = ended_on(database_url(), *RUN)
+            assert_refused(refused, f"of {ATTACKER}", f"ALTER {function} OWNER TO ...;")
+            assert "DROP" not in refused[1]
+        finally:
+            as_owner(f"ALTER {function} OWNER TO CURRENT_USER")
+        assert ended_on(database_url(), *RUN) == (0, "")
 
 
 @pytest.mark.parametrize("schema", ["crm_backfill", "public"])
