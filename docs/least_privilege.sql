@@ -15,10 +15,11 @@
 -- time: in one transaction, it revokes everything that was granted to the role in this database, in every schema (also
 -- by default privileges), and grants what the role needs. It does not change what the role owns, the roles of which it
 -- is a member, and rights of the whole server: on parameters (PostgreSQL 15 and later), on tablespaces and on other
--- databases. It refuses a superuser, the current role, and the owner of the database, of a schema or of a table,
--- because such a role has other tasks. It also refuses a table of an untrusted role (docs/runbook.md) that refers to
--- contacts. Then set a password (\password crm_backfill_job), set the role in DATABASE_URL, and list missing and excess
--- rights with
+-- databases. If another role than the owner granted a right, the script names that role and the statements with which
+-- a superuser revokes the right, and changes nothing. It refuses a superuser, the current role, and the owner of the
+-- database, of a schema or of a table, because such a role has other tasks. It also refuses a table of an untrusted
+-- role (docs/runbook.md) that refers to contacts. Then set a password (\password crm_backfill_job), set the role in
+-- DATABASE_URL, and list missing and excess rights with
 --
 --   python manage.py check --database default
 --
@@ -165,78 +166,99 @@ BEGIN
 END
 $$;
 
--- Revoke what was granted to the role in this database, by this script or otherwise, in any schema.
+-- Revoke what was granted to the role in this database, by this script or otherwise, in any schema. Then check again:
+-- only the grantor can revoke a right.
 DO $$
 DECLARE
   job text := current_setting('least_privilege.role');
   job_oid oid := (SELECT oid FROM pg_roles WHERE rolname = job);
   granted record;
   left_over text[] := '{}';
+  of_grantors text[] := '{}';
+  statements text[] := '{}';
 BEGIN
-  FOR granted IN
-    SELECT format('REVOKE ALL ON %s %s FROM %I CASCADE', CASE relkind WHEN 'S' THEN 'SEQUENCE' ELSE 'TABLE' END,
-                  c.oid::regclass, job) AS statement,
-           relowner AS owner, c.oid::regclass::text AS name, false AS is_needed
-      FROM pg_class c
-     WHERE EXISTS (SELECT FROM aclexplode(relacl) WHERE grantee = job_oid)
-        OR EXISTS (SELECT FROM pg_attribute, aclexplode(attacl) WHERE attrelid = c.oid AND grantee = job_oid)
-    UNION ALL
-    SELECT format('REVOKE ALL ON ROUTINE %s FROM %I CASCADE', oid::regprocedure, job), proowner,
-           oid::regprocedure::text, false
-      FROM pg_proc WHERE EXISTS (SELECT FROM aclexplode(proacl) WHERE grantee = job_oid)
-    UNION ALL
-    SELECT format('REVOKE ALL ON TYPE %I.%I FROM %I CASCADE', nspname, typname, job), typowner,
-           format('type %I.%I', nspname, typname), false
-      FROM pg_type t JOIN pg_namespace n ON n.oid = typnamespace
-     WHERE EXISTS (SELECT FROM aclexplode(typacl) WHERE grantee = job_oid)
-    UNION ALL
-    SELECT format('REVOKE ALL ON LANGUAGE %I FROM %I CASCADE', lanname, job), lanowner, format('language %I', lanname),
-           false
-      FROM pg_language WHERE EXISTS (SELECT FROM aclexplode(lanacl) WHERE grantee = job_oid)
-    UNION ALL
-    SELECT format('REVOKE ALL ON FOREIGN DATA WRAPPER %I FROM %I CASCADE', fdwname, job), fdwowner,
-           format('foreign-data wrapper %I', fdwname), false
-      FROM pg_foreign_data_wrapper WHERE EXISTS (SELECT FROM aclexplode(fdwacl) WHERE grantee = job_oid)
-    UNION ALL
-    SELECT format('REVOKE ALL ON FOREIGN SERVER %I FROM %I CASCADE', srvname, job), srvowner,
-           format('foreign server %I', srvname), false
-      FROM pg_foreign_server WHERE EXISTS (SELECT FROM aclexplode(srvacl) WHERE grantee = job_oid)
-    UNION ALL
-    SELECT format('REVOKE ALL ON LARGE OBJECT %s FROM %I CASCADE', oid, job), lomowner,
-           format('large object %s', oid), false
-      FROM pg_largeobject_metadata WHERE EXISTS (SELECT FROM aclexplode(lomacl) WHERE grantee = job_oid)
-    UNION ALL
-    SELECT format('REVOKE ALL ON SCHEMA %I FROM %I CASCADE', nspname, job), nspowner, format('schema %I', nspname),
-           nspname IN ('crm_backfill', current_setting('least_privilege.schema')) AND NOT EXISTS (
-             SELECT FROM aclexplode(nspacl) WHERE grantee = job_oid AND (privilege_type <> 'USAGE' OR is_grantable))
-      FROM pg_namespace WHERE EXISTS (SELECT FROM aclexplode(nspacl) WHERE grantee = job_oid)
-    UNION ALL
-    SELECT format('REVOKE ALL ON DATABASE %I FROM %I CASCADE', datname, job), datdba, format('database %I', datname),
-           NOT EXISTS (
-             SELECT FROM aclexplode(datacl) WHERE grantee = job_oid AND (privilege_type <> 'CONNECT' OR is_grantable))
-      FROM pg_database
-     WHERE datname = current_database() AND EXISTS (SELECT FROM aclexplode(datacl) WHERE grantee = job_oid)
-    UNION ALL
-    SELECT format('ALTER DEFAULT PRIVILEGES FOR ROLE %I%s REVOKE ALL ON %s FROM %I CASCADE',
-                  pg_get_userbyid(defaclrole), ' IN SCHEMA ' || quote_ident(nspname),
-                  CASE defaclobjtype WHEN 'r' THEN 'TABLES' WHEN 'S' THEN 'SEQUENCES' WHEN 'f' THEN 'ROUTINES'
-                                     WHEN 'T' THEN 'TYPES' WHEN 'n' THEN 'SCHEMAS' WHEN 'L' THEN 'LARGE OBJECTS' END,
-                  job),
-           defaclrole, format('default privileges of %I', pg_get_userbyid(defaclrole)), false
-      FROM pg_default_acl LEFT JOIN pg_namespace n ON n.oid = defaclnamespace
-     WHERE EXISTS (SELECT FROM aclexplode(defaclacl) WHERE grantee = job_oid)
-  LOOP
-    IF granted.owner = job_oid THEN
-      CONTINUE;
-    ELSIF pg_has_role(granted.owner, 'USAGE') THEN
-      EXECUTE granted.statement;
-    ELSIF NOT granted.is_needed THEN
-      left_over := left_over || format('%s (owner %s)', granted.name, pg_get_userbyid(granted.owner));
-    END IF;
+  FOR pass IN 1..2 LOOP
+    FOR granted IN
+      -- Of a relation, ALL would name columns too, on which its grantor may have no say.
+      SELECT format('REVOKE %s ON %s %s FROM %I CASCADE', string_agg(DISTINCT privilege_type, ', '),
+                    CASE relkind WHEN 'S' THEN 'SEQUENCE' ELSE 'TABLE' END, c.oid::regclass, job) AS statement,
+             grantor, relowner AS owner, c.oid::regclass::text AS name, false AS is_needed
+        FROM pg_class c, aclexplode(relacl) WHERE grantee = job_oid GROUP BY c.oid, relkind, relowner, grantor
+       UNION
+      SELECT format('REVOKE %s ON TABLE %s FROM %I CASCADE',
+                    string_agg(DISTINCT format('%s (%I)', privilege_type, attname), ', '), c.oid::regclass, job),
+             grantor, relowner, c.oid::regclass::text, false
+        FROM pg_class c JOIN pg_attribute ON attrelid = c.oid, aclexplode(attacl)
+       WHERE grantee = job_oid AND NOT attisdropped GROUP BY c.oid, relowner, grantor
+       UNION
+      SELECT format('REVOKE ALL ON ROUTINE %s FROM %I CASCADE', oid::regprocedure, job), grantor, proowner,
+             oid::regprocedure::text, false
+        FROM pg_proc, aclexplode(proacl) WHERE grantee = job_oid
+       UNION
+      SELECT format('REVOKE ALL ON TYPE %I.%I FROM %I CASCADE', nspname, typname, job), grantor, typowner,
+             format('type %I.%I', nspname, typname), false
+        FROM pg_type t JOIN pg_namespace n ON n.oid = typnamespace, aclexplode(typacl) WHERE grantee = job_oid
+       UNION
+      SELECT format('REVOKE ALL ON LANGUAGE %I FROM %I CASCADE', lanname, job), grantor, lanowner,
+             format('language %I', lanname), false
+        FROM pg_language, aclexplode(lanacl) WHERE grantee = job_oid
+       UNION
+      SELECT format('REVOKE ALL ON FOREIGN DATA WRAPPER %I FROM %I CASCADE', fdwname, job), grantor, fdwowner,
+             format('foreign-data wrapper %I', fdwname), false
+        FROM pg_foreign_data_wrapper, aclexplode(fdwacl) WHERE grantee = job_oid
+       UNION
+      SELECT format('REVOKE ALL ON FOREIGN SERVER %I FROM %I CASCADE', srvname, job), grantor, srvowner,
+             format('foreign server %I', srvname), false
+        FROM pg_foreign_server, aclexplode(srvacl) WHERE grantee = job_oid
+       UNION
+      SELECT format('REVOKE ALL ON LARGE OBJECT %s FROM %I CASCADE', oid, job), grantor, lomowner,
+             format('large object %s', oid), false
+        FROM pg_largeobject_metadata, aclexplode(lomacl) WHERE grantee = job_oid
+       UNION
+      SELECT format('REVOKE ALL ON SCHEMA %I FROM %I CASCADE', nspname, job), grantor, nspowner,
+             format('schema %I', nspname),
+             nspname IN ('crm_backfill', current_setting('least_privilege.schema')) AND NOT EXISTS (
+               SELECT FROM aclexplode(nspacl) WHERE grantee = job_oid AND (privilege_type <> 'USAGE' OR is_grantable))
+        FROM pg_namespace, aclexplode(nspacl) WHERE grantee = job_oid
+       UNION
+      SELECT format('REVOKE ALL ON DATABASE %I FROM %I CASCADE', datname, job), grantor, datdba,
+             format('database %I', datname),
+             NOT EXISTS (
+               SELECT FROM aclexplode(datacl) WHERE grantee = job_oid AND (privilege_type <> 'CONNECT' OR is_grantable))
+        FROM pg_database, aclexplode(datacl) WHERE datname = current_database() AND grantee = job_oid
+       UNION
+      SELECT format('ALTER DEFAULT PRIVILEGES FOR ROLE %I%s REVOKE ALL ON %s FROM %I CASCADE',
+                    pg_get_userbyid(defaclrole), ' IN SCHEMA ' || quote_ident(nspname),
+                    CASE defaclobjtype WHEN 'r' THEN 'TABLES' WHEN 'S' THEN 'SEQUENCES' WHEN 'f' THEN 'ROUTINES'
+                                       WHEN 'T' THEN 'TYPES' WHEN 'n' THEN 'SCHEMAS' WHEN 'L' THEN 'LARGE OBJECTS' END,
+                    job),
+             grantor, defaclrole, format('default privileges of %I', pg_get_userbyid(defaclrole)), false
+        FROM pg_default_acl LEFT JOIN pg_namespace n ON n.oid = defaclnamespace, aclexplode(defaclacl)
+       WHERE grantee = job_oid
+    LOOP
+      IF granted.owner = job_oid OR pass = 2 AND granted.is_needed THEN
+        CONTINUE;
+      ELSIF pass = 1 AND pg_has_role(granted.owner, 'USAGE') THEN
+        EXECUTE granted.statement;
+      ELSIF pass = 1 THEN
+        CONTINUE;
+      ELSIF granted.grantor = granted.owner THEN
+        left_over := left_over || format('%s (owner %s)', granted.name, pg_get_userbyid(granted.owner));
+      ELSE
+        of_grantors := of_grantors || format('%s (granted by %s)', granted.name, pg_get_userbyid(granted.grantor));
+        statements := statements
+          || format('SET ROLE %I; %s; RESET ROLE;', pg_get_userbyid(granted.grantor), granted.statement);
+      END IF;
+    END LOOP;
   END LOOP;
   IF left_over <> '{}' THEN
     RAISE EXCEPTION 'What the role % may do on % can only be taken away by the owner, or by a superuser: let one of '
       'them run this. Nothing was changed.', job, array_to_string(left_over, ', ');
+  END IF;
+  IF of_grantors <> '{}' THEN
+    RAISE EXCEPTION 'What the role % may do on % was granted by somebody else than the owner, who alone takes it '
+      'away: let a superuser run % Then run this again. Nothing was changed.',
+      job, array_to_string(of_grantors, ', '), array_to_string(statements, ' ');
   END IF;
 END
 $$;

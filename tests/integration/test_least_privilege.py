@@ -831,6 +831,55 @@ def test_what_only_others_can_take_away_is_told_and_nothing_is_done(database: Da
     assert may(database, "public.crm_contacts", "DELETE")
 
 
+#: What is granted to `{other}`, to be granted on by it to `{role}`; and how the script names it.
+GRANTED_ON = {
+    "SELECT (body) ON elsewhere.notes": "elsewhere.notes",
+    "SELECT ON public.profiles": "public.profiles",
+    "USAGE ON SEQUENCE elsewhere.numbers": "elsewhere.numbers",
+    "EXECUTE ON FUNCTION elsewhere.act()": "elsewhere.act()",
+    "USAGE ON TYPE elsewhere.mood": "type elsewhere.mood",
+    "SELECT ON LARGE OBJECT 4711": "large object 4711",
+    "CREATE ON SCHEMA elsewhere": "schema elsewhere",
+    "CREATE ON DATABASE {database}": "database {database}",
+}
+
+
+def test_what_somebody_else_than_the_owner_granted_is_told_and_nothing_is_done(
+    database: Database, django_db_blocker: DjangoDbBlocker
+) -> None:
+    name = str(connection.settings_dict["NAME"])
+    rights = [right.replace("{database}", name) for right in GRANTED_ON]
+    as_owner(
+        "CREATE SCHEMA elsewhere",
+        "CREATE TABLE elsewhere.notes (body text)",
+        "CREATE SEQUENCE elsewhere.numbers",
+        "CREATE FUNCTION elsewhere.act() RETURNS void LANGUAGE sql AS ''",
+        "CREATE TYPE elsewhere.mood AS ENUM ('well')",
+        "SELECT lo_create(4711)",
+    )
+    try:
+        with role_made_by_script(rollback="on"), role_of_others():
+            as_owner(
+                "GRANT USAGE ON SCHEMA public, elsewhere TO {other}",
+                *(f"GRANT {right} TO {{other}} WITH GRANT OPTION" for right in rights),
+                "SET ROLE {other}",
+                *(f"GRANT {right} TO {{role}}" for right in rights),
+            )
+            refused = run_script(role=ROLE)
+            assert (refused.returncode, refused.stdout) == (3, "")
+            for named in GRANTED_ON.values():
+                assert f"{named} (granted by {OTHERS})".replace("{database}", name) in refused.stderr
+            assert may(database, "public.crm_contacts", "DELETE"), "nothing was changed"
+            way_out = refused.stderr[refused.stderr.index("SET ROLE ") : refused.stderr.index(" Then run this again.")]
+            as_owner(*way_out.split("; "))
+            result = run_script(role=ROLE)
+            assert (result.returncode, result.stdout, result.stderr) == (0, granted_to(), "")
+            assert granted(database) == {"database CONNECT", "schema crm_backfill USAGE", "schema public USAGE"}
+            assert check(django_db_blocker) == []
+    finally:
+        as_owner("DROP SCHEMA elsewhere CASCADE", "SELECT lo_unlink(4711)")
+
+
 @pytest.mark.parametrize(
     ("given", "what"),
     [
