@@ -114,7 +114,10 @@ BEGIN
        UNION
       SELECT relowner FROM pg_class WHERE oid = contacts
        UNION
-      SELECT member FROM trusted JOIN pg_auth_members ON roleid = role
+      -- Since PostgreSQL 16 a membership may allow nothing; before, there are no such columns.
+      SELECT member FROM trusted JOIN pg_auth_members m ON roleid = role, to_jsonb(m) AS allows
+       WHERE admin_option OR COALESCE((allows->>'inherit_option')::bool, true)
+             OR COALESCE((allows->>'set_option')::bool, true)
     )
     SELECT format('%I.%I', nspname, relname) AS name, pg_get_userbyid(relowner) AS owner, conname
       FROM pg_constraint k JOIN pg_class c ON c.oid = conrelid JOIN pg_namespace n ON n.oid = relnamespace

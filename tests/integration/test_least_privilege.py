@@ -935,6 +935,31 @@ def test_the_script_grants_nothing_where_a_table_of_somebody_else_refers_to_cont
             as_owner("DROP SCHEMA elsewhere CASCADE")
 
 
+@pytest.mark.parametrize(("option", "is_trusted"), [("ADMIN", True), ("INHERIT", True), ("SET", True), (None, False)])
+def test_a_membership_that_allows_nothing_makes_nobody_trusted(
+    database: Database, option: str | None, *, is_trusted: bool
+) -> None:
+    with session() as observer:
+        if observer.info.server_version < 160000:
+            pytest.skip("before PostgreSQL 16 every membership allows something")
+    options = ", ".join(f"{each} {str(each == option).upper()}" for each in ("ADMIN", "INHERIT", "SET"))
+    drop_role()
+    with role_of_others():
+        as_owner(
+            "CREATE SCHEMA elsewhere AUTHORIZATION {other}",
+            "CREATE TABLE elsewhere.notes (contact text REFERENCES public.crm_contacts)",
+            "ALTER TABLE elsewhere.notes OWNER TO {other}",
+            f"GRANT {embedded.USER} TO {{other}} WITH {options}",
+        )
+        try:
+            result = run_script(role=ROLE)
+            assert (result.returncode == 0) is is_trusted
+            assert (f"The table elsewhere.notes of {OTHERS}, " in result.stderr) is not is_trusted
+        finally:
+            drop_role()
+            as_owner("DROP SCHEMA elsewhere CASCADE")
+
+
 # What is not for the role
 
 
