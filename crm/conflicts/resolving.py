@@ -16,7 +16,6 @@ from contextlib import AbstractContextManager, contextmanager
 
 from django.conf import settings
 from django.db import connection
-from django.db.models.functions import Now
 
 from crm import sqlstates
 from crm.conflicts.dead_letters import shown_resolution
@@ -29,6 +28,7 @@ from crm.rules.addresses import canonical_address_sql
 from crm.rules.mapping import normalised_email
 from crm.rules.row_reference import RowReference
 from crm.runs import lease
+from crm.try_execute import try_execute
 
 # The row itself and its own account are not somebody else.
 _WHOSE = f"""
@@ -43,6 +43,13 @@ SELECT 'leads:' || id FROM leads
  UNION ALL
 SELECT 'the decision on another row' FROM conflict_decision WHERE separate_email = %(email)s AND id <> %(id)s
  LIMIT 1
+"""
+_RECORD = """
+INSERT INTO conflict_decision (id, "row", contact_id, separate_email, decided_by, decided_at)
+VALUES (%s, %s, %s, %s, %s, statement_timestamp())
+    ON CONFLICT (id) DO UPDATE SET ("row", contact_id, separate_email, decided_by, decided_at) =
+       ROW (excluded."row", excluded.contact_id, excluded.separate_email, excluded.decided_by, excluded.decided_at)
+RETURNING id
 """
 
 
@@ -129,16 +136,7 @@ def _whose(email: str, row: RowReference) -> str | None:
 
 
 def _record(row: RowReference, contact: str | None, email: str | None) -> None:
-    ConflictResolution.objects.update_or_create(
-        id=row.entry_id,
-        defaults={
-            "row": str(row),
-            "contact_id": contact,
-            "separate_email": email,
-            "decided_by": lease.operator(),
-            "decided_at": Now(),
-        },
-    )
+    try_execute(connection, _RECORD, [row.entry_id, str(row), contact, email, lease.operator()])
 
 
 @contextmanager
@@ -158,6 +156,7 @@ def _as_operator_error(what_now: str) -> AbstractContextManager[None]:
             "A table is missing that this role would see: run `python manage.py migrate`, or let the owner GRANT USAGE "
             f"on the schema {settings.BACKFILL_SCHEMA}."
         ),
+        sqlstates.UNDEFINED_FUNCTION: "This database lacks a function that this takes: run `python manage.py migrate`.",
         sqlstates.INSUFFICIENT_PRIVILEGE: (
             "This role may not look for the row or record a decision: docs/least_privilege.sql gives the rights."
         ),

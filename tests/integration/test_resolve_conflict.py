@@ -19,7 +19,9 @@ from tests.support.builders import add_contact, add_lead, add_user, ledger
 from tests.support.circumstances import acting_as, reading_role
 from tests.support.commands import run
 from tests.support.conflicts import ANN, OTHER, entry_of, resolve, resolved, somebody_elses_account
-from tests.support.processes import database_url, manage
+from tests.support.processes import database_url, manage, server_log, session
+from tests.support.roles import role_made_by_script
+from tests.support.sessions import managed
 
 # The record
 
@@ -54,6 +56,28 @@ def test_the_address_is_in_the_resolution_and_nowhere_else(
     for text in (*texts, caplog.text, str(database.dump("ledger_entry", "backfill_run", "backfill_batch"))):
         assert "example.com" not in text
         assert "ann@" not in text
+
+
+def test_the_address_of_a_decision_that_postgresql_refuses_is_not_in_the_servers_log(database: Database) -> None:
+    row, _, contact = somebody_elses_account()
+    with role_made_by_script() as url, session() as owner:
+        owner.autocommit = True
+        owner.execute("ALTER TABLE conflict_decision ADD CONSTRAINT closed CHECK (decided_by = '') NOT VALID")
+        try:
+            with server_log() as logged:
+                refused = [
+                    managed("resolve_crm_conflict", row, *decision, url=url)
+                    for decision in (("--separate", OTHER), ("--contact", contact))
+                ]
+                log = logged()
+        finally:
+            owner.execute("ALTER TABLE conflict_decision DROP CONSTRAINT closed")
+    for finished in refused:
+        assert (finished.code, finished.stdout) == (2, "")
+        assert "Nothing was recorded: try again." in finished.stderr
+        assert "IntegrityError (23514)" in finished.stderr
+    assert log == ""
+    assert not ConflictResolution.objects.exists()
 
 
 # Refusals
