@@ -19,6 +19,7 @@ from django.contrib.admin import site
 from django.db import IntegrityError, connection, transaction
 from pytest_django import DjangoDbBlocker
 
+from crm.admin.model_admins import RunAdmin
 from crm.backfill.runner import run_backfill
 from crm.models import BackfillRun
 from crm.models.ledger import RunStatus
@@ -454,7 +455,7 @@ def test_a_report_that_a_cancelled_run_is_yet_to_write_is_not_lost(
         patch.setattr(os, "getpid", os.getppid)
         alive = ProcessIdentity.own()
     BackfillRun.objects.filter(pk=cancelled).update(status="cancelled", report_lost=True, **columns_of(alive))
-    is_lost = site.get_model_admin(BackfillRun).report_is_lost
+    is_lost = RunAdmin(BackfillRun, site).report_is_lost
     assert not is_lost(BackfillRun.objects.get(pk=cancelled))
     ended = backfill("--json", "--no-progress")
     assert (ended.code, ended.answer["lost_reports"], ended.stderr) == (0, [], "")

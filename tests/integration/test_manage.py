@@ -17,8 +17,10 @@ from crm import checks
 from crm.errors import OperatorError
 from crm.version import VERSION
 from tests.conftest import Database
-from tests.support.commands import ended
-from tests.support.processes import SECRET, python
+from tests.support.builders import add_lead
+from tests.support.commands import ended, run
+from tests.support.processes import SECRET, database_url, python
+from tests.support.sessions import managed, role_with
 
 
 def raiser(error: Exception) -> Callable[..., None]:
@@ -94,6 +96,20 @@ def test_runserver_without_debug_and_hosts_says_which_variables_to_set(database:
     assert refused.stderr.startswith("The admin has no host to serve: ")
     for named in ("DEBUG=on", "ALLOWED_HOSTS"):
         assert named in refused.stderr
+
+
+def test_flush_is_refused_since_the_contacts_would_stay(database: Database) -> None:
+    add_lead("ann@example.com")
+    made = run()
+    database.rows("DELETE FROM crm_contacts RETURNING id")
+    before = database.dump()
+    with role_with() as role:
+        refused = managed("flush", "--no-input", url=database_url(role=role))
+    assert (refused.code, refused.stdout, refused.stderr.count("\n")) == (2, "", 1)
+    assert "rollback_crm_backfill" in refused.stderr
+    assert database.dump() == before
+    assert made["created"] == 1
+    assert run()["created"] == 0, "a contact that was deleted comes back without its line"
 
 
 def test_what_a_check_found_is_no_wrong_usage(monkeypatch: pytest.MonkeyPatch) -> None:
