@@ -28,7 +28,7 @@ from psycopg import sql
 
 from config.database import quoted_name
 from crm.errors import OperatorError
-from crm.postgres.trust import SAFE_SEARCH_PATH, require_own_routines, require_trusted
+from crm.postgres.trust import SAFE_SEARCH_PATH, require_trusted
 
 #: Settings that PgBouncer keeps with the client. How timestamps and our own string constants are read.
 FOLLOWED: Mapping[str, str] = {"DateStyle": "ISO, MDY", "standard_conforming_strings": "on"}
@@ -120,7 +120,6 @@ def _require_fitting(connection: BaseDatabaseWrapper) -> None:
     in_use = names_in(search_path) if is_pooled else [settings.BACKFILL_SCHEMA, settings.LEGACY_SCHEMA, *own]
     in_use = [role if name == "$user" else name for name in in_use]
     require_trusted(session, in_use, settings.LEGACY_SCHEMA)
-    require_own_routines(session, settings.LEGACY_SCHEMA)
     if is_pooled:
         _set(session, FOLLOWED)
         _require_settings(session, role, database)

@@ -17,8 +17,8 @@ Other code is called whatever the search path says, and belongs to a table, a fo
 - A rollback reads the table of a foreign key. Where the key says CASCADE, SET NULL or SET DEFAULT, its triggers run
   at the end of our statement or transaction, up to PostgreSQL 17 as our role. So the table must belong to a trusted
   role as well, and counts as one that is written.
-- The functions of triggers and of their conditions, which whoever has TRIGGER on a table can put there. The function of
-  a trigger that is SECURITY DEFINER runs with its owner's rights.
+- The functions of triggers and of their conditions, which whoever has TRIGGER on a table can put there. Also that of a
+  trigger that is SECURITY DEFINER: what it sets by set_config() or SET CONSTRAINTS outlasts it, such as a search path.
 - The casts and the CHECK constraints of a type, both made by its owner. A cast stays with its function when the type
   gets another owner, and so do the functions of indexes, constraints, defaults and views when the table gets one.
 
@@ -68,7 +68,11 @@ WITH RECURSIVE trusted(role) AS (
   SELECT relowner FROM pg_class
    WHERE relname = 'crm_contacts' AND relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = {legacy_schema})
    UNION
-  SELECT member FROM trusted JOIN pg_auth_members ON roleid = role
+  -- Since PostgreSQL 16 a membership may allow nothing.
+  SELECT member FROM trusted JOIN pg_auth_members m ON roleid = role,
+         LATERAL (VALUES (to_jsonb(m))) AS granted(options)
+   WHERE admin_option OR COALESCE((options ->> 'inherit_option')::boolean, true)
+         OR COALESCE((options ->> 'set_option')::boolean, true)
 ), untrusted(role) AS (
   SELECT oid FROM pg_roles WHERE oid NOT IN (SELECT role FROM trusted)
 ), tables(oid, is_written) AS (
@@ -101,7 +105,7 @@ WITH RECURSIVE trusted(role) AS (
   SELECT conname, conrelid, relowner, name FROM pg_constraint JOIN named_tables t ON t.oid = conrelid
    WHERE contype = 'f' AND conparentid = 0 AND confrelid = ANY (ARRAY(SELECT oid FROM tables WHERE is_written))
 ), triggers AS (
-  SELECT t.oid, tgname, tgfoid, name FROM pg_trigger t JOIN named_tables ON named_tables.oid = tgrelid
+  SELECT t.oid, tgname, name FROM pg_trigger t JOIN named_tables ON named_tables.oid = tgrelid
    WHERE tgrelid = ANY (ARRAY(SELECT oid FROM tables WHERE is_written)) AND NOT tgisinternal AND tgenabled <> 'D'
 ), parts(class, oid) AS (
   SELECT 'pg_class'::regclass, oid FROM tables
@@ -167,6 +171,24 @@ SELECT 'planted', kind, format('%I.', n.nspname) || name, pg_get_userbyid(owner)
  WHERE n.nspname = ANY({schemas}) AND pg_get_userbyid(owner) <> current_user
    AND NOT pg_has_role(owner, n.nspowner, 'MEMBER')
  UNION ALL
+-- In our own schema no name is PostgreSQL's: ours are called there, and another one of the same name may fit better.
+-- Without its function a run cannot be: `migrate` makes it once.
+SELECT 'ours', kind, format('%I.%s', {own_schema}, name), pg_get_userbyid(owner),
+       CASE WHEN is_needed THEN format('ALTER FUNCTION %s OWNER TO ...;', {function})
+            ELSE format('DROP %s %I.%s;', kind, {own_schema}, name) END
+  FROM (SELECT 'ROUTINE', pronamespace, proowner,
+               format('%I.%I(%s)', {own_schema}, proname, oidvectortypes(proargtypes)) = {function},
+               format('%I(%s)', proname, pg_get_function_identity_arguments(oid))
+          FROM pg_proc
+         UNION ALL
+        SELECT 'OPERATOR', oprnamespace, oprowner, false,
+               format('%s (%s, %s)', oprname, COALESCE(format_type(NULLIF(oprleft, 0), NULL), 'NONE'),
+                      format_type(oprright, NULL))
+          FROM pg_operator
+       ) AS made(kind, namespace, owner, is_needed, name)
+ WHERE namespace = (SELECT oid FROM pg_namespace WHERE nspname = {own_schema})
+   AND owner IN (SELECT role FROM untrusted)
+ UNION ALL
 SELECT 'called', name, NULL, pg_get_userbyid(relowner), format('ALTER TABLE %s OWNER TO ...;', name)
   FROM named_tables
  WHERE relowner IN (SELECT role FROM untrusted) AND (is_known OR oid NOT IN (SELECT conrelid FROM foreign_keys))
@@ -182,7 +204,7 @@ SELECT DISTINCT 'called', format('the function %s in the trigger %I of %s', func
   FROM triggers t JOIN pg_depend ON classid = 'pg_trigger'::regclass AND objid = t.oid
   JOIN pg_proc p ON refclassid = 'pg_proc'::regclass AND p.oid = refobjid,
        LATERAL (VALUES (p.oid::regprocedure::text)) AS names(function)
- WHERE proowner IN (SELECT role FROM untrusted) AND NOT (p.oid = tgfoid AND prosecdef)
+ WHERE proowner IN (SELECT role FROM untrusted)
  UNION ALL
 SELECT 'called', format('the function %s, on which the application''s tables depend,', function), NULL,
        pg_get_userbyid(proowner), format('ALTER FUNCTION %s OWNER TO ...;', function)
@@ -238,6 +260,7 @@ def require_trusted(
         own_schema=settings.BACKFILL_SCHEMA,
         application=list(_APPLICATION),
         written=list(_WRITTEN),
+        function=try_execute.SIGNATURE,
     )
     cursor = session.execute(query, prepare=False)
     cursor.nextset()
@@ -293,6 +316,18 @@ def _told_of_planted(found: Sequence[tuple[Any, ...]]) -> str:
     )
 
 
+def _told_of_ours(found: Sequence[tuple[Any, ...]]) -> str:
+    named = ", ".join(f"{name} of {owner}" for _, name, owner, _ in found[:_NAMED])
+    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    statements = " ".join(statement for *_, statement in found[:_NAMED])
+    return (
+        f"The schema {settings.BACKFILL_SCHEMA} holds {named}{more}, which could be called in the place of the "
+        "backfill's own, with the rights of this role. Its owner is no superuser, owns neither the database nor "
+        f"crm_contacts, and is no member of their owners. Have a look at it. Then let a superuser run {statements} or, "
+        "where it is to stay, ALTER ... OWNER TO the owner of the schema."
+    )
+
+
 def _told_of_called(found: Sequence[tuple[Any, ...]]) -> str:
     named = ", ".join(f"{what} of {owner}" for what, _, owner, _ in found[:_NAMED])
     statements = " ".join(dict.fromkeys(statement for *_, statement in found[:_NAMED]))
@@ -308,51 +343,6 @@ _MESSAGES: Mapping[str, Callable[[Sequence[tuple[Any, ...]]], str]] = {
     "stranger": _told_of_strangers,
     "grant": _told_of_others,
     "planted": _told_of_planted,
+    "ours": _told_of_ours,
     "called": _told_of_called,
 }
-
-
-# In our own schema no name is PostgreSQL's: ours are called there, and another one of the same name may fit better.
-# Trusted are the same as above.
-_STRANGERS_IN_OURS = f"""
-{_UNTRUSTED.partition(", untrusted(role)")[0]}
-SELECT kind, format('%I.%s', $1::text, name), pg_get_userbyid(owner), is_ours
-  FROM (SELECT 'ROUTINE', pronamespace, proowner, oid = to_regprocedure($3),
-               format('%I(%s)', proname, pg_get_function_identity_arguments(oid))
-          FROM pg_proc
-         UNION ALL
-        SELECT 'OPERATOR', oprnamespace, oprowner, false,
-               format('%s (%s, %s)', oprname, COALESCE(format_type(NULLIF(oprleft, 0), NULL), 'NONE'),
-                      format_type(oprright, NULL))
-          FROM pg_operator
-       ) AS made(kind, namespace, owner, is_ours, name)
- WHERE namespace = (SELECT oid FROM pg_namespace WHERE nspname = $1::text)
-   AND owner NOT IN (SELECT role FROM trusted)
- ORDER BY 1, 2
-"""
-
-
-def require_own_routines(session: psycopg.Connection, legacy_schema: str) -> None:
-    """Raise UntrustedCodeError where a role that is not trusted has a function or an operator in our own schema.
-
-    Whoever made the schema before we did has left them there. As for `require_trusted`, the search path has to be
-    SAFE_SEARCH_PATH.
-    """
-    parameters = [settings.BACKFILL_SCHEMA, legacy_schema, try_execute.SIGNATURE]
-    with psycopg.RawCursor(session) as cursor:
-        found = cursor.execute(_STRANGERS_IN_OURS.encode(), parameters).fetchall()
-    if not found:
-        return
-    named = ", ".join(f"{name} of {owner}" for _, name, owner, _ in found[:_NAMED])
-    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-    # Without its function a run cannot be: `migrate` makes it once.
-    statements = " ".join(
-        f"ALTER FUNCTION {try_execute.SIGNATURE} OWNER TO ...;" if is_ours else f"DROP {kind} {name};"
-        for kind, name, _, is_ours in found[:_NAMED]
-    )
-    raise UntrustedCodeError(
-        f"The schema {settings.BACKFILL_SCHEMA} holds {named}{more}, which could be called in the place of the "
-        "backfill's own, with the rights of this role. Its owner is no superuser, owns neither the database nor "
-        f"crm_contacts, and is no member of their owners. Have a look at it. Then let a superuser run {statements} or, "
-        "where it is to stay, ALTER ... OWNER TO the owner of the schema. Nothing was written."
-    )

@@ -10,6 +10,7 @@ import pytest
 from django.db import connection
 from psycopg.errors import LockNotAvailable
 
+from config import embedded
 from crm.models import CRMContact
 from crm.postgres.facts.foreign_keys import find_foreign_keys
 from crm.postgres.trust import UntrustedCodeError
@@ -195,7 +196,8 @@ def test_every_command_refuses_what_a_stranger_left_in_our_schema_whatever_its_n
 def test_our_function_is_called_although_another_one_fits_better(
     own_public: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("crm.postgres.session.require_own_routines", lambda *_: None)
+    for module in ("session", "trust"):
+        monkeypatch.setattr(f"crm.postgres.{module}.require_trusted", lambda *_, **__: None)
     with left_in_our_schema():
         assert ended_on(database_url(), *RUN) == (0, "")
         assert not was_called("crm_backfill")
@@ -354,6 +356,40 @@ ATTACKS = {
         "the function evil.called() in the trigger mine of public.crm_contacts of mallory",
         ("DROP TRIGGER mine ON public.crm_contacts;",),
     ),
+    "a trigger with its owner's rights that changes the search path": Attack(
+        "GRANT TRIGGER ON crm_contacts TO mallory",
+        """CREATE FUNCTION evil.is(text, text) RETURNS boolean LANGUAGE plpgsql AS
+             $$ BEGIN PERFORM evil.note(); RETURN texteq($1, $2); END $$;
+           CREATE OPERATOR evil.= (LEFTARG = text, RIGHTARG = text, FUNCTION = evil.is);
+           CREATE FUNCTION evil.elsewhere() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS
+             $$ BEGIN PERFORM set_config('search_path', 'crm_backfill, public, evil, pg_catalog', false); RETURN NEW;
+                END $$;
+           CREATE TRIGGER mine BEFORE INSERT ON public.crm_contacts FOR EACH ROW EXECUTE FUNCTION evil.elsewhere()""",
+        RUN,
+        "the function evil.elsewhere() in the trigger mine of public.crm_contacts of mallory",
+        ("DROP TRIGGER mine ON public.crm_contacts;",),
+    ),
+    "a trigger with its owner's rights that defers one of ours": Attack(
+        "GRANT TRIGGER ON crm_contacts TO mallory",
+        """CREATE TABLE evil.queue (n int);
+           GRANT INSERT ON evil.queue TO PUBLIC;
+           CREATE CONSTRAINT TRIGGER late AFTER INSERT ON evil.queue DEFERRABLE INITIALLY DEFERRED
+             FOR EACH ROW EXECUTE FUNCTION evil.called();
+           CREATE FUNCTION evil.later() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS
+             $$ BEGIN SET CONSTRAINTS ALL DEFERRED; INSERT INTO evil.queue VALUES (1); RETURN NEW; END $$;
+           CREATE TRIGGER mine BEFORE INSERT ON public.crm_contacts FOR EACH ROW EXECUTE FUNCTION evil.later()""",
+        RUN,
+        "the function evil.later() in the trigger mine of public.crm_contacts of mallory",
+        ("DROP TRIGGER mine ON public.crm_contacts;",),
+    ),
+    "the default of a domain": Attack(
+        "CREATE DOMAIN public.flag AS int; ALTER DOMAIN public.flag OWNER TO mallory; "
+        "ALTER TABLE crm_contacts ADD flag public.flag",
+        "ALTER DOMAIN public.flag SET DEFAULT evil.called(1)",
+        RUN,
+        "the type public.flag of mallory",
+        ("ALTER TYPE public.flag OWNER TO ...;", "ALTER FUNCTION evil.called(integer) OWNER TO ...;"),
+    ),
     "the condition of a trigger": Attack(
         "GRANT TRIGGER ON crm_contacts TO mallory",
         """CREATE TRIGGER mine BEFORE INSERT ON public.crm_contacts FOR EACH ROW
@@ -474,7 +510,8 @@ def test_what_is_refused_would_be_called_otherwise(
         ended_on(database_url(), *command)
         with session() as observer:
             # Since PostgreSQL 18 a trigger runs as the role that set it off, also at the end of a transaction.
-            is_safe = "at the end" in name and observer.info.server_version >= 180000
+            is_late = "at the end" in name or "defers" in name
+            is_safe = is_late and observer.info.server_version >= 180000
         assert was_called("evil") is not is_safe
 
 
@@ -603,3 +640,13 @@ def test_nobody_makes_a_trigger_between_the_check_of_a_batch_and_its_end(own_pub
         with in_the_second_batch(act, after_its_beginning=True):
             code, _ = ended_on(database_url(), *command)
         assert code == 0
+
+
+def test_a_member_that_may_nothing_by_it_is_not_trusted(own_public: Database) -> None:
+    with session() as observer:
+        if observer.info.server_version < 160000:
+            pytest.skip("before PostgreSQL 16 every membership allows something")
+    with attack("the function of a trigger") as (found, command):
+        as_owner(f"GRANT {embedded.USER} TO {ATTACKER} WITH ADMIN FALSE, INHERIT FALSE, SET FALSE")
+        assert_refused(ended_on(database_url(), *command), found.named)
+        as_owner(f"REVOKE {embedded.USER} FROM {ATTACKER}")
