@@ -1,0 +1,268 @@
+"""The rules of the mapping as examples that a reader can check by eye, one table for both who must keep to them.
+
+The project's mapping is held to it in tests/unit/test_mapping.py, the reference in tests/property/test_reference.py. So
+they cannot come to differ in what is written here. Rows and contacts have the names that the database gives columns;
+a profile comes with the email of its user.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any, NamedTuple
+
+Row = dict[str, Any]
+
+OLD_STAGES = ("NEW", "CONTACTED", "DOCUMENTS", "PREPARING", "COMPLETE")
+NEW_STAGES = ("NEW", "CONTACTED", "QUALIFIED", "DOCUMENTS", "FILED", "CLOSED", "LOST")
+CREATED, UPDATED, CALLED, LOCKED = (datetime(2025, 1, day, 0, 0, 0, 123000, tzinfo=UTC) for day in range(1, 5))
+PLACEHOLDER_DOMAIN = "nobody.invalid"
+#: What nothing is written in.
+BLANKS = ("", " ", " \t\n", "\N{NO-BREAK SPACE}")
+
+PROFILE: Row = {
+    "id": "profile1",
+    "createdAt": CREATED,
+    "updatedAt": UPDATED,
+    "role": "CLIENT",
+    "firstName": "Ann",
+    "lastName": "Lee",
+    "phone": "555 0100",
+    "companyName": "Lee & Co",
+    "userId": "user1",
+    "clerkUserId": "user_clerk1",
+    "email": "ann@example.com",
+}
+LEAD: Row = {
+    "id": "lead1",
+    "createdAt": CREATED,
+    "updatedAt": UPDATED,
+    "status": "NEW",
+    "type": "CUSTOMER",
+    "email": "ann@example.com",
+    "firstName": "Ann",
+    "lastName": "Lee",
+    "phone": "555 0100",
+    "source": "landing",
+    "lastContactedAt": None,
+    "referrerUsername": "ref",
+    "referrerType": "AFFILIATE",
+    "commissionRate": Decimal("12.50"),
+    "commissionRateLockedAt": LOCKED,
+    "attributionMethod": "cookie",
+    "attributionConfidence": 85,
+    "assignedPreparerId": None,
+}
+
+
+class Example(NamedTuple):
+    """A row, and what becomes of it: columns of its contact, or the reason why it makes none."""
+
+    row: Row
+    source: str
+    expected: Row | str
+    stages: tuple[str, ...] = OLD_STAGES
+
+    def __str__(self) -> str:
+        plain = PROFILE if "role" in self.row else LEAD
+        differing = ", ".join(f"{name}={value!r}" for name, value in self.row.items() if value != plain[name])
+        return f"{self.source}: {differing or 'plain'}" + (", new stages" if self.stages == NEW_STAGES else "")
+
+
+def profile(expected: Row | str, source: str = "clients", **columns: Any) -> Example:
+    return Example(PROFILE | columns, source, expected)
+
+
+def lead(expected: Row | str, stages: tuple[str, ...] = OLD_STAGES, **columns: Any) -> Example:
+    row = LEAD | columns
+    return Example(row, "converted_leads" if row["status"] == "CONVERTED" else "active_leads", expected, stages)
+
+
+EXAMPLES: tuple[Example, ...] = (
+    # A profile brings what it has and nothing else.
+    profile(
+        {
+            "id": "c5553e87145513b2e3947d1c8",
+            "userId": "user1",
+            "clerkUserId": "user_clerk1",
+            "contactType": "CLIENT",
+            "firstName": "Ann",
+            "lastName": "Lee",
+            "email": "ann@example.com",
+            "phone": "555 0100",
+            "company": "Lee & Co",
+            "stage": "NEW",
+            "stageEnteredAt": CREATED,
+            "source": "backfill",
+            "assignedPreparerId": None,
+            "assignedAt": None,
+            "referrerUsername": None,
+            "referrerType": None,
+            "commissionRate": None,
+            "commissionRateLockedAt": None,
+            "attributionMethod": None,
+            "attributionConfidence": 100,
+            "createdAt": CREATED,
+            "updatedAt": UPDATED,
+            "lastContactedAt": None,
+        }
+    ),
+    # Its role gives the type, whatever its spelling; a role that is not the source's is never a client.
+    profile({"contactType": "PREPARER"}, "preparers", role="TAX_PREPARER"),
+    profile({"contactType": "AFFILIATE"}, "affiliates", role="AFFILIATE"),
+    profile({"contactType": "CLIENT"}, role="client"),
+    profile({"contactType": "AFFILIATE"}, "affiliates", role="affiliate"),
+    profile({"contactType": "PREPARER"}, "preparers", role="tax_preparer"),
+    profile({"contactType": "PREPARER"}, "preparers", role="Tax-Preparer"),
+    profile({"contactType": "PREPARER"}, "preparers", role="tax preparer"),
+    profile("unknown_role", role="PARTNER"),
+    profile("unknown_role", role=""),
+    profile("unknown_role", role="PARTNER", email="nope"),
+    # Without an email it gets a placeholder; one that is none is an error.
+    *(profile({"email": "client-profile1@nobody.invalid"}, email=blank) for blank in (None, *BLANKS)),
+    *(
+        profile({"email": f"{kind}-profile1@nobody.invalid"}, source, role=role, email=blank)
+        for role, source, kind in (
+            ("TAX_PREPARER", "preparers", "preparer"),
+            ("AFFILIATE", "affiliates", "affiliate"),
+        )
+        for blank in (None, "", " \t")
+    ),
+    # Ids that differ in case are two people, and addresses are compared without it.
+    profile({"email": "client-profile1-874c5f4f1dbc@nobody.invalid"}, id="Profile1", email=None),
+    profile({"email": "client-profile1-712abfa66e47@nobody.invalid"}, id="PROFILE1", email=None),
+    profile("invalid_email", email="not-an-email"),
+    # Texts are trimmed; a blank name is unknown, and other blanks are nothing.
+    profile(
+        {"firstName": "José", "lastName": "de  la Cruz", "phone": "1", "company": "A B"},
+        firstName=" José\t",
+        lastName="\nde  la Cruz ",
+        phone=" 1 ",
+        companyName=" A B ",
+    ),
+    *(
+        profile(
+            {"firstName": "Unknown", "lastName": "Unknown", "phone": None, "company": None},
+            **dict.fromkeys(("firstName", "lastName", "phone", "companyName"), blank),
+        )
+        for blank in (None, *BLANKS)
+    ),
+    profile({"clerkUserId": None}, clerkUserId=None),
+    # A lead brings its attribution as it is, and its dates; it has no account and no company.
+    lead(
+        {
+            "id": "c87d86343e222704d593c1884",
+            "userId": None,
+            "clerkUserId": None,
+            "contactType": "LEAD",
+            "firstName": "Ann",
+            "lastName": "Lee",
+            "email": "ann@example.com",
+            "phone": "1",
+            "company": None,
+            "stage": "NEW",
+            "stageEnteredAt": CREATED,
+            "source": "web",
+            "assignedPreparerId": "profile9",
+            "assignedAt": UPDATED,
+            "referrerUsername": " Ref ",
+            "referrerType": "AFFILIATE",
+            "commissionRate": Decimal("100.10"),
+            "commissionRateLockedAt": LOCKED,
+            "attributionMethod": "",
+            "attributionConfidence": 85,
+            "createdAt": CREATED,
+            "updatedAt": UPDATED,
+            "lastContactedAt": CALLED,
+        },
+        phone=" 1 ",
+        source=" web ",
+        assignedPreparerId="profile9",
+        lastContactedAt=CALLED,
+        referrerUsername=" Ref ",
+        commissionRate=Decimal("100.10"),
+        attributionMethod="",
+    ),
+    *(lead({"firstName": "Unknown", "lastName": "Unknown"}, firstName=blank, lastName=blank) for blank in BLANKS),
+    # Its status gives the nearest stage that the database has.
+    lead({"stage": "CONTACTED"}, status="CONTACTED"),
+    lead({"stage": "CONTACTED"}, status="QUALIFIED"),
+    lead({"stage": "COMPLETE"}, status="CONVERTED"),
+    lead({"stage": "NEW"}, NEW_STAGES),
+    lead({"stage": "CONTACTED"}, NEW_STAGES, status="CONTACTED"),
+    lead({"stage": "QUALIFIED"}, NEW_STAGES, status="QUALIFIED"),
+    lead({"stage": "QUALIFIED"}, NEW_STAGES, status="qualified"),
+    lead({"stage": "CLOSED"}, NEW_STAGES, status="CONVERTED"),
+    lead({"stage": "LOST"}, NEW_STAGES, status="DISQUALIFIED"),
+    lead({"stage": "COMPLETE"}, (*NEW_STAGES, "COMPLETE"), status="CONVERTED"),
+    # It was entered at the closest recorded moment.
+    lead({"stageEnteredAt": CREATED}, lastContactedAt=CALLED),
+    lead({"stageEnteredAt": CALLED}, status="CONTACTED", lastContactedAt=CALLED),
+    lead({"stageEnteredAt": UPDATED}, status="CONTACTED"),
+    lead({"stageEnteredAt": CALLED}, status="QUALIFIED", lastContactedAt=CALLED),
+    lead({"stageEnteredAt": UPDATED}, NEW_STAGES, status="QUALIFIED", lastContactedAt=CALLED),
+    lead({"stageEnteredAt": UPDATED}, status="CONVERTED", lastContactedAt=CALLED),
+    lead({"stageEnteredAt": UPDATED}, NEW_STAGES, status="DISQUALIFIED", lastContactedAt=CALLED),
+    # Of an active lead the type gives the contact's; a converted one is a client.
+    lead({"contactType": "PREPARER"}, type="TAX_PREPARER"),
+    lead({"contactType": "PREPARER"}, type="tax-preparer"),
+    lead({"contactType": "AFFILIATE"}, type="AFFILIATE"),
+    *(
+        lead({"contactType": "CLIENT"}, status="CONVERTED", type=lead_type)
+        for lead_type in ("CUSTOMER", "TAX_PREPARER", "AFFILIATE", "FRANCHISE")
+    ),
+    # What is wrong with it is told in this order.
+    lead("unknown_status", status="ARCHIVED"),
+    lead("unknown_status", status="ARCHIVED", type="FRANCHISE", email="nope"),
+    lead("unknown_type", type="FRANCHISE"),
+    lead("unknown_type", type="FRANCHISE", email="nope"),
+    *(lead("invalid_email", email=email) for email in ("nope", *BLANKS)),
+    # Where it came from, and who has it in hand.
+    *(lead({"source": "lead_form"}, source=blank) for blank in (None, *BLANKS)),
+    lead({"source": "a b"}, source=" a b "),
+    *(lead({"assignedPreparerId": None, "assignedAt": None}, assignedPreparerId=blank) for blank in (None, *BLANKS)),
+)
+
+#: What stands in a column, and the address that it is, if it is one.
+EMAILS: tuple[tuple[str, str | None], ...] = (
+    ("ann@example.com", "ann@example.com"),
+    (" Ann@Example.COM\n", "ann@example.com"),
+    ("\N{NO-BREAK SPACE}ann@example.com\t", "ann@example.com"),
+    ("bob.o'neil+tax@example.org", "bob.o'neil+tax@example.org"),
+    ("max@BÜRO.example", "max@büro.example"),
+    ("root@localhost", "root@localhost"),
+    ("jösé@example.com", None),
+    ("\N{KELVIN SIGN}arl@example.com", None),
+    ("\N{LATIN SMALL LETTER LONG S}am@example.com", None),
+    ("ann@@example.com", None),
+    ("a..b@example.com", None),
+    (".ab@example.com", None),
+    ("ab.@example.com", None),
+    ("ab@example..com", None),
+    ("ab@-example.com", None),
+    ("ab@example-.com", None),
+    ("ab@example.c", None),
+    ("ab@example.com.", None),
+    ("ab@ex_ample.com", None),
+    ("ab@" + "e" * 63 + ".com", "ab@" + "e" * 63 + ".com"),
+    ("ab@" + "e" * 64 + ".com", None),
+    ("a" * 300 + "@example.com", "a" * 300 + "@example.com"),
+    ("a" * 309 + "@example.com", None),
+    ("ann", None),
+    ("@example.com", None),
+    ("ann@", None),
+    ("a b@example.com", None),
+    ("ann@example.com, bob@example.com", None),
+    ("", None),
+    (" ", None),
+)
+
+#: The spellings of one label.
+SUPER_ADMIN = ("SUPER_ADMIN", "super_admin", "Super-Admin", "super admin", "sUPER aDMIN")
+
+#: The id of the contact that a row of a table makes, for ever.
+CONTACT_IDS = {
+    ("leads", "1"): "c591960b957b66547385f92a3",
+    ("leads", "l1"): "c55ba79a2e7b33c1bf1a4ec4b",
+    ("profiles", "1"): "c2d0ef52da9e25776f534157a",
+}
