@@ -20,13 +20,25 @@ def modules() -> dict[str, ast.Module]:
     }
 
 
-def imports_of(module: str) -> set[str]:
+@cache
+def imports_of(module: str) -> frozenset[str]:
     """The modules that a module imports, wherever in it; of `from package import module` the module."""
-    return set(_imports(modules()[module]))
+    return frozenset(_imports(module))
 
 
-def _imports(tree: ast.Module) -> Iterator[str]:
-    for node in ast.walk(tree):
+def calls_of(module: str) -> list[ast.Call]:
+    """The calls in a module, wherever in it."""
+    return [node for node in _nodes(module) if isinstance(node, ast.Call)]
+
+
+@cache
+def _nodes(module: str) -> list[ast.AST]:
+    """What is looked at in a module. To walk through all modules takes a second."""
+    return [node for node in ast.walk(modules()[module]) if isinstance(node, ast.Import | ast.ImportFrom | ast.Call)]
+
+
+def _imports(module: str) -> Iterator[str]:
+    for node in _nodes(module):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

@@ -18,6 +18,8 @@ Case = TypeVar("Case")
 
 #: Whether this is `make soak`.
 SOAKING = os.environ.get("HYPOTHESIS_PROFILE") == "soak"
+#: How many a property test draws on one day; each day draws others.
+DAILY_EXAMPLES = 25
 #: The least that `make soak` asks of a property test, over all of its cases; and of the stateful machine, with the
 #: steps of each example.
 MIN_EXAMPLES, MACHINE_EXAMPLES, MACHINE_STEPS = 2_000, 1_000, 40
@@ -89,7 +91,9 @@ def settings_of(item: pytest.Item) -> settings | None:
 
 def load_profile() -> None:
     """Load the profile that the environment names. A machine that has other things to do is no reason to fail."""
-    settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.register_profile(
+        "unhurried", max_examples=DAILY_EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    )
     settings.register_profile("soak", settings.get_profile("unhurried"), max_examples=MIN_EXAMPLES, print_blob=True)
     settings.load_profile("soak" if SOAKING else "unhurried")
 

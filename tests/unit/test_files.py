@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import shutil
 import stat
@@ -18,7 +17,7 @@ from config.environment import Env
 from config.settings import CRM_VARIABLES, _read_dotenv
 from crm.file_checks import check_dotenv, check_variables
 from crm.output.files import complete_file, new_file
-from tests.support.modules import imports_of, modules
+from tests.support.modules import calls_of, imports_of, modules
 
 
 @pytest.fixture(params=[0o000, 0o022, 0o277], ids=oct)
@@ -108,9 +107,9 @@ def calls_in_crm(*names: str) -> set[str]:
     """The modules of the application that call a function or a method of one of these names."""
     return {
         module
-        for module, tree in modules().items()
-        for node in ast.walk(tree)
-        if module.startswith("crm.") and isinstance(node, ast.Call)
+        for module in modules()
+        if module.startswith("crm.")
+        for node in calls_of(module)
         if getattr(node.func, "attr", getattr(node.func, "id", None)) in names
     }
 

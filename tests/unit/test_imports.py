@@ -10,7 +10,7 @@ from graphlib import TopologicalSorter
 
 import pytest
 
-from tests.support.modules import ROOT, imports_of, modules
+from tests.support.modules import ROOT, calls_of, imports_of, modules
 
 #: From the ground up. A module imports what is in its own package or in a layer below, and nothing else of the project.
 LAYERS = (
@@ -125,9 +125,9 @@ def test_what_tests_share_is_in_support_and_no_test_module_is_imported() -> None
 def test_nothing_prints() -> None:
     calls = [
         f"{module}:{node.lineno}"
-        for module, tree in modules().items()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+        for module in modules()
+        for node in calls_of(module)
+        if isinstance(node.func, ast.Name) and node.func.id == "print"
     ]
     assert calls == []
 
