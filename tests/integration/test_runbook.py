@@ -31,8 +31,8 @@ from pytest_django import DjangoDbBlocker
 from config import embedded
 from crm.attribution import COLUMNS
 from crm.legacy_schema import create_legacy_tables
-from tests.support import installed_server
-from tests.support.processes import BASE_DIR, SECRET
+from tests.support import installed_server, zygote
+from tests.support.processes import BASE_DIR, SECRET, socket_of_zygote
 from tests.support.scratch import EmptyDatabase, django_connection, scratch_database, session
 
 PAGE = BASE_DIR / "docs" / "runbook.md"
@@ -268,7 +268,8 @@ def operator(tmp_path: Path, django_db_blocker: DjangoDbBlocker) -> Iterator[Ope
     shutil.copy(BASE_DIR / "manage.py", tmp_path)
     python = tmp_path / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
-    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n', encoding="utf-8")
+    forking = f'"{sys.executable}" -I -S "{zygote.__file__}" ask "{socket_of_zygote()}"'
+    python.write_text(f'#!/bin/sh\nexec {forking} "$@"\n', encoding="utf-8")
     python.chmod(0o755)
     environment = {name: os.environ[name] for name in ("HOME", "LANG") if name in os.environ}
     environment |= {"PATH": f"{tools}:{os.environ['PATH']}", "SECRET_KEY": SECRET}
@@ -283,7 +284,7 @@ def operator(tmp_path: Path, django_db_blocker: DjangoDbBlocker) -> Iterator[Ope
             someone = Operator(database, owner, tmp_path, environment, {"RUN": FIRST_FULL_RUN})
             with_url = environment | {"DATABASE_URL": database.url(role=owner)}
             subprocess.run(  # noqa: S603 - our own command
-                [sys.executable, "manage.py", "load_sample_data", "--people", PEOPLE],
+                [str(python), "manage.py", "load_sample_data", "--people", PEOPLE],
                 cwd=tmp_path, env=with_url, check=True, capture_output=True,
             )  # fmt: skip
             ((someone.values["CONTACT"],),) = someone.query("SELECT min(id) FROM crm_contacts")

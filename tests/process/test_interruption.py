@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,9 +20,9 @@ from crm.models.ledger import RunStatus
 from crm.runs.progress import Silence
 from tests.conftest import Database
 from tests.support.builders import CREATED_AT, add_many_leads, contacts, ledger
-from tests.support.circumstances import CONTACTS, COUNTS, address_of_the_test_database, in_batch
+from tests.support.circumstances import CONTACTS, COUNTS, in_batch
 from tests.support.commands import Finished, backfill, run
-from tests.support.processes import BASE_DIR, wait_until
+from tests.support.processes import Command, database_url, start, wait_until
 from tests.support.undisturbed import BATCH_SIZE, PEOPLE, as_an_undisturbed_run_ends, populate_five_batches
 
 every_signal = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -145,7 +144,7 @@ def test_a_terminal_that_is_gone_ends_a_run_with_its_batch_unless_nohup_was_aske
 
 
 @contextmanager
-def held_up_in_batch_3(database: Database) -> Iterator[tuple[subprocess.Popen[str], psycopg.Connection]]:
+def held_up_in_batch_3(database: Database) -> Iterator[tuple[Command, psycopg.Connection]]:
     """The real command, whose third batch waits for somebody who has not committed yet."""
     add_many_leads(PEOPLE)
     address = embedded.start(settings.EMBEDDED_DATA)
@@ -156,14 +155,8 @@ def held_up_in_batch_3(database: Database) -> Iterator[tuple[subprocess.Popen[st
         "VALUES ('somebody', 'LEAD', '', '', 'person-25@example.com', %s)",
         [CREATED_AT],
     )
-    command = subprocess.Popen(  # noqa: S603 - our own interpreter with arguments from this file
-        [sys.executable, "manage.py", "backfill_crm_contacts", "--batch-size", str(BATCH_SIZE), "--no-progress"],
-        cwd=BASE_DIR,
-        env={"PATH": os.environ["PATH"], "CRM_DOTENV": "off"} | address_of_the_test_database(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    arguments = ("backfill_crm_contacts", "--batch-size", str(BATCH_SIZE), "--no-progress")
+    command = start(*arguments, url=database_url())
     try:
         wait_until(lambda: is_waiting_for_a_lock(database))
         yield command, somebody
@@ -178,7 +171,7 @@ def is_waiting_for_a_lock(database: Database) -> bool:
     return bool(database.rows(query))
 
 
-def ended(command: subprocess.Popen[str]) -> Finished:
+def ended(command: Command) -> Finished:
     stdout, stderr = command.communicate(timeout=20)
     return Finished(command.returncode, stdout, stderr)
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import select
+import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from urllib.parse import quote
 
@@ -16,9 +22,12 @@ from django.conf import settings
 from django.db import connection
 
 from config import embedded
+from tests.support import zygote
 
 BASE_DIR = Path(__file__).resolve().parents[2]
 SECRET = "a-long-secret-made-for-these-tests-alone-0123456789-abcdefghij"
+#: Long enough for a machine with much else to do.
+AT_MOST_SECONDS = 120.0
 #: A database that nobody can reach, as an operator would write it.
 URL = "postgresql://crm:hunter2@db.invalid:1/tax?schema=app&connection_limit=3"
 
@@ -37,33 +46,97 @@ def database_url(*, role: str = embedded.USER, parameters: str = "") -> str:
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Python in the project's folder to its end, with these variables and none of the developer's own."""
-    return subprocess.run(  # noqa: S603 - our own interpreter with arguments from the tests
-        [sys.executable, *arguments],
-        cwd=BASE_DIR,
-        env=_inherited() | {"DJANGO_SETTINGS_MODULE": "config.settings"} | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return _forked(arguments, _inherited() | {"DJANGO_SETTINGS_MODULE": "config.settings"} | environment)
 
 
-def start(*arguments: str, url: str) -> subprocess.Popen[str]:
+class Command:
+    """A process that was forked, under the names of `subprocess.Popen`."""
+
+    def __init__(self, arguments: Sequence[str], environment: dict[str, str]) -> None:
+        (out, its_out), (err, its_err) = os.pipe(), os.pipe()
+        self.stdout, self.stderr = os.fdopen(out), os.fdopen(err)
+        self.args = arguments
+        self.returncode: int | None = None
+        self._printed: tuple[str, str] | None = None
+        path = str(socket_of_zygote())
+        with open(os.devnull) as stdin, os.fdopen(its_out, "w") as stdout, os.fdopen(its_err, "w") as stderr:  # noqa: PTH123 - a device
+            streams = (stdin.fileno(), stdout.fileno(), stderr.fileno())
+            self._ended, self.pid = zygote.begin(path, list(arguments), environment, str(BASE_DIR), None, *streams)
+
+    def poll(self) -> int | None:
+        """The exit code, where it has ended."""
+        if self.returncode is None and select.select([self._ended], [], [], 0)[0]:
+            self.returncode = zygote.end(self._ended)
+        return self.returncode
+
+    def wait(self, timeout: float = AT_MOST_SECONDS) -> int:
+        """Wait for its end. Raises `subprocess.TimeoutExpired` as Popen does."""
+        if self.returncode is None:
+            if not select.select([self._ended], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            self.returncode = zygote.end(self._ended)
+        return self.returncode
+
+    def communicate(self, timeout: float = AT_MOST_SECONDS) -> tuple[str, str]:
+        """What it prints to its end; once more the same."""
+        if self._printed is not None:
+            return self._printed
+        with self.stdout, self.stderr, ThreadPoolExecutor() as readers:
+            reading = [readers.submit(stream.read) for stream in (self.stdout, self.stderr)]
+            try:
+                self.wait(timeout)
+            except subprocess.TimeoutExpired:
+                # Otherwise nobody would come to the end of what it prints.
+                self.kill()
+                raise
+            stdout, stderr = (each.result() for each in reading)
+        self._printed = stdout, stderr
+        return self._printed
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal, unless it has ended."""
+        if self.poll() is None:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Kill it."""
+        self.send_signal(signal.SIGKILL)
+
+
+def start(*arguments: str, url: str) -> Command:
     """`manage.py` with these arguments, with nothing of the developer's environment."""
-    return subprocess.Popen(  # noqa: S603 - our own interpreter with arguments from the tests
-        [sys.executable, "manage.py", *arguments],
-        cwd=BASE_DIR,
-        env=_inherited() | {"DATABASE_URL": url, "SECRET_KEY": SECRET},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return Command(("manage.py", *arguments), _inherited() | {"DATABASE_URL": url, "SECRET_KEY": SECRET})
 
 
 def manage(*arguments: str, url: str) -> subprocess.CompletedProcess[str]:
     """The same, to its end."""
-    process = start(*arguments, url=url)
-    stdout, stderr = process.communicate(timeout=60)
-    return subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr)
+    return _forked(("manage.py", *arguments), _inherited() | {"DATABASE_URL": url, "SECRET_KEY": SECRET})
+
+
+@cache
+def socket_of_zygote() -> Path:
+    """Where a process listens that forks instead of starting Python anew; it is gone with this one."""
+    folder = tempfile.TemporaryDirectory(prefix="zygote")
+    path = Path(folder.name, "socket")
+    # It ends when its standard input does.
+    process = subprocess.Popen(  # noqa: S603 - our own interpreter
+        [sys.executable, "-P", zygote.__file__, "serve", str(path)],
+        cwd=BASE_DIR, env=_inherited(), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert process.stdin is not None
+    atexit.register(folder.cleanup)
+    atexit.register(process.wait)
+    atexit.register(process.stdin.close)
+    wait_until(path.exists)
+    return path
+
+
+def _forked(arguments: Sequence[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    command = Command(arguments, environment)
+    stdout, stderr = command.communicate()
+    assert command.returncode is not None
+    return subprocess.CompletedProcess(arguments, command.returncode, stdout, stderr)
 
 
 @contextmanager
