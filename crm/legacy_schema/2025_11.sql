@@ -105,6 +105,49 @@ CREATE TABLE "leads" (
     CONSTRAINT "leads_pkey" PRIMARY KEY ("id")
 );
 
+CREATE TABLE "tax_intake_leads" (
+    "id" TEXT NOT NULL,
+    "first_name" TEXT NOT NULL,
+    "middle_name" TEXT,
+    "last_name" TEXT NOT NULL,
+    "email" TEXT NOT NULL,
+    "phone" TEXT NOT NULL,
+    "country_code" TEXT NOT NULL DEFAULT '+1',
+    "address_line_1" TEXT,
+    "address_line_2" TEXT,
+    "city" TEXT,
+    "state" TEXT,
+    "zip_code" TEXT,
+    "full_form_data" JSONB,
+    "completed" BOOLEAN NOT NULL DEFAULT false,
+    "referrerUsername" TEXT,
+    "referrerType" TEXT,
+    "attributionMethod" TEXT,
+    "assignedPreparerId" TEXT,
+    "contactRequested" BOOLEAN NOT NULL DEFAULT false,
+    "contactMethod" TEXT,
+    "lastContactedAt" TIMESTAMP(3),
+    "contactNotes" TEXT,
+    "profileId" TEXT,
+    "convertedToClient" BOOLEAN NOT NULL DEFAULT false,
+    "taxReturnId" TEXT,
+    "convertedAt" TIMESTAMP(3),
+    "created_at" TIMESTAMP(3) NOT NULL DEFAULT CURRENT_TIMESTAMP,
+    "updated_at" TIMESTAMP(3) NOT NULL,
+
+    CONSTRAINT "tax_intake_leads_pkey" PRIMARY KEY ("id")
+);
+
+CREATE TABLE "client_preparers" (
+    "id" TEXT NOT NULL,
+    "clientId" TEXT NOT NULL,
+    "preparerId" TEXT NOT NULL,
+    "assignedAt" TIMESTAMP(3) NOT NULL DEFAULT CURRENT_TIMESTAMP,
+    "isActive" BOOLEAN NOT NULL DEFAULT true,
+
+    CONSTRAINT "client_preparers_pkey" PRIMARY KEY ("id")
+);
+
 CREATE TABLE "crm_contacts" (
     "id" TEXT NOT NULL,
     "userId" TEXT,
@@ -199,6 +242,22 @@ CREATE INDEX "leads_referrerUsername_idx" ON "leads" ("referrerUsername");
 CREATE INDEX "leads_status_idx" ON "leads" ("status");
 CREATE INDEX "leads_type_idx" ON "leads" ("type");
 
+CREATE UNIQUE INDEX "tax_intake_leads_email_key" ON "tax_intake_leads" ("email");
+CREATE INDEX "tax_intake_leads_assignedPreparerId_idx" ON "tax_intake_leads" ("assignedPreparerId");
+CREATE INDEX "tax_intake_leads_attributionMethod_idx" ON "tax_intake_leads" ("attributionMethod");
+CREATE INDEX "tax_intake_leads_completed_idx" ON "tax_intake_leads" ("completed");
+CREATE INDEX "tax_intake_leads_contactRequested_idx" ON "tax_intake_leads" ("contactRequested");
+CREATE INDEX "tax_intake_leads_convertedToClient_idx" ON "tax_intake_leads" ("convertedToClient");
+CREATE INDEX "tax_intake_leads_created_at_idx" ON "tax_intake_leads" ("created_at");
+CREATE INDEX "tax_intake_leads_email_idx" ON "tax_intake_leads" ("email");
+CREATE INDEX "tax_intake_leads_profileId_idx" ON "tax_intake_leads" ("profileId");
+CREATE INDEX "tax_intake_leads_referrerUsername_idx" ON "tax_intake_leads" ("referrerUsername");
+CREATE INDEX "tax_intake_leads_taxReturnId_idx" ON "tax_intake_leads" ("taxReturnId");
+
+CREATE UNIQUE INDEX "client_preparers_clientId_preparerId_key" ON "client_preparers" ("clientId", "preparerId");
+CREATE INDEX "client_preparers_clientId_idx" ON "client_preparers" ("clientId");
+CREATE INDEX "client_preparers_preparerId_idx" ON "client_preparers" ("preparerId");
+
 CREATE UNIQUE INDEX "crm_contacts_clerkUserId_key" ON "crm_contacts" ("clerkUserId");
 CREATE UNIQUE INDEX "crm_contacts_email_key" ON "crm_contacts" ("email");
 CREATE UNIQUE INDEX "crm_contacts_userId_key" ON "crm_contacts" ("userId");
@@ -222,6 +281,12 @@ CREATE INDEX "crm_stage_history_contactId_createdAt_idx" ON "crm_stage_history" 
 
 ALTER TABLE "profiles" ADD CONSTRAINT "profiles_userId_fkey"
     FOREIGN KEY ("userId") REFERENCES "users"("id") ON DELETE CASCADE ON UPDATE CASCADE;
+ALTER TABLE "tax_intake_leads" ADD CONSTRAINT "tax_intake_leads_profileId_fkey"
+    FOREIGN KEY ("profileId") REFERENCES "profiles"("id") ON DELETE SET NULL ON UPDATE CASCADE;
+ALTER TABLE "client_preparers" ADD CONSTRAINT "client_preparers_clientId_fkey"
+    FOREIGN KEY ("clientId") REFERENCES "profiles"("id") ON DELETE CASCADE ON UPDATE CASCADE;
+ALTER TABLE "client_preparers" ADD CONSTRAINT "client_preparers_preparerId_fkey"
+    FOREIGN KEY ("preparerId") REFERENCES "profiles"("id") ON DELETE CASCADE ON UPDATE CASCADE;
 ALTER TABLE "crm_contacts" ADD CONSTRAINT "crm_contacts_userId_fkey"
     FOREIGN KEY ("userId") REFERENCES "users"("id") ON DELETE SET NULL ON UPDATE CASCADE;
 ALTER TABLE "crm_interactions" ADD CONSTRAINT "crm_interactions_contactId_fkey"

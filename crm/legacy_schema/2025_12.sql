@@ -3,6 +3,7 @@
 CREATE TYPE "UserRole" AS ENUM ('super_admin', 'admin', 'lead', 'client', 'tax_preparer', 'affiliate');
 CREATE TYPE "LeadType" AS ENUM ('CUSTOMER', 'TAX_PREPARER', 'AFFILIATE');
 CREATE TYPE "LeadStatus" AS ENUM ('NEW', 'CONTACTED', 'QUALIFIED', 'CONVERTED', 'DISQUALIFIED');
+CREATE TYPE "LeadUrgency" AS ENUM ('LOW', 'NORMAL', 'HIGH', 'URGENT');
 CREATE TYPE "ContactType" AS ENUM ('CLIENT', 'LEAD', 'AFFILIATE', 'PREPARER');
 CREATE TYPE "PipelineStage" AS ENUM ('NEW', 'CONTACTED', 'QUALIFIED', 'DOCUMENTS', 'FILED', 'CLOSED', 'LOST');
 CREATE TYPE "InteractionType" AS ENUM ('EMAIL', 'PHONE_CALL', 'MEETING', 'NOTE', 'OTHER');
@@ -111,6 +112,55 @@ CREATE TABLE "leads" (
     CONSTRAINT "leads_pkey" PRIMARY KEY ("id")
 );
 
+CREATE TABLE "tax_intake_leads" (
+    "id" TEXT NOT NULL,
+    "first_name" TEXT NOT NULL,
+    "middle_name" TEXT,
+    "last_name" TEXT NOT NULL,
+    "email" TEXT NOT NULL,
+    "phone" TEXT NOT NULL,
+    "country_code" TEXT NOT NULL DEFAULT '+1',
+    "address_line_1" TEXT,
+    "address_line_2" TEXT,
+    "city" TEXT,
+    "state" TEXT,
+    "zip_code" TEXT,
+    "full_form_data" JSONB,
+    "completed" BOOLEAN NOT NULL DEFAULT false,
+    "referrerUsername" TEXT,
+    "referrerType" TEXT,
+    "attributionMethod" TEXT,
+    "assignedPreparerId" TEXT,
+    "contactRequested" BOOLEAN NOT NULL DEFAULT false,
+    "contactMethod" TEXT,
+    "lastContactedAt" TIMESTAMP(3),
+    "contactNotes" TEXT,
+    "profileId" TEXT,
+    "convertedToClient" BOOLEAN NOT NULL DEFAULT false,
+    "taxReturnId" TEXT,
+    "convertedAt" TIMESTAMP(3),
+    "leadScore" INTEGER DEFAULT 0,
+    "leadScoreUpdatedAt" TIMESTAMP(3),
+    "urgency" "LeadUrgency" NOT NULL DEFAULT 'NORMAL',
+    "lastViewedAt" TIMESTAMP(3),
+    "emailOpens" INTEGER NOT NULL DEFAULT 0,
+    "emailClicks" INTEGER NOT NULL DEFAULT 0,
+    "created_at" TIMESTAMP(3) NOT NULL DEFAULT CURRENT_TIMESTAMP,
+    "updated_at" TIMESTAMP(3) NOT NULL,
+
+    CONSTRAINT "tax_intake_leads_pkey" PRIMARY KEY ("id")
+);
+
+CREATE TABLE "client_preparers" (
+    "id" TEXT NOT NULL,
+    "clientId" TEXT NOT NULL,
+    "preparerId" TEXT NOT NULL,
+    "assignedAt" TIMESTAMP(3) NOT NULL DEFAULT CURRENT_TIMESTAMP,
+    "isActive" BOOLEAN NOT NULL DEFAULT true,
+
+    CONSTRAINT "client_preparers_pkey" PRIMARY KEY ("id")
+);
+
 CREATE TABLE "crm_contacts" (
     "id" TEXT NOT NULL,
     "userId" TEXT,
@@ -205,6 +255,25 @@ CREATE INDEX "leads_referrerUsername_idx" ON "leads" ("referrerUsername");
 CREATE INDEX "leads_status_idx" ON "leads" ("status");
 CREATE INDEX "leads_type_idx" ON "leads" ("type");
 
+CREATE UNIQUE INDEX "tax_intake_leads_email_key" ON "tax_intake_leads" ("email");
+CREATE INDEX "tax_intake_leads_assignedPreparerId_idx" ON "tax_intake_leads" ("assignedPreparerId");
+CREATE INDEX "tax_intake_leads_attributionMethod_idx" ON "tax_intake_leads" ("attributionMethod");
+CREATE INDEX "tax_intake_leads_completed_idx" ON "tax_intake_leads" ("completed");
+CREATE INDEX "tax_intake_leads_contactRequested_idx" ON "tax_intake_leads" ("contactRequested");
+CREATE INDEX "tax_intake_leads_convertedToClient_idx" ON "tax_intake_leads" ("convertedToClient");
+CREATE INDEX "tax_intake_leads_created_at_idx" ON "tax_intake_leads" ("created_at");
+CREATE INDEX "tax_intake_leads_email_idx" ON "tax_intake_leads" ("email");
+CREATE INDEX "tax_intake_leads_lastViewedAt_idx" ON "tax_intake_leads" ("lastViewedAt");
+CREATE INDEX "tax_intake_leads_leadScore_idx" ON "tax_intake_leads" ("leadScore");
+CREATE INDEX "tax_intake_leads_profileId_idx" ON "tax_intake_leads" ("profileId");
+CREATE INDEX "tax_intake_leads_referrerUsername_idx" ON "tax_intake_leads" ("referrerUsername");
+CREATE INDEX "tax_intake_leads_taxReturnId_idx" ON "tax_intake_leads" ("taxReturnId");
+CREATE INDEX "tax_intake_leads_urgency_idx" ON "tax_intake_leads" ("urgency");
+
+CREATE UNIQUE INDEX "client_preparers_clientId_preparerId_key" ON "client_preparers" ("clientId", "preparerId");
+CREATE INDEX "client_preparers_clientId_idx" ON "client_preparers" ("clientId");
+CREATE INDEX "client_preparers_preparerId_idx" ON "client_preparers" ("preparerId");
+
 CREATE UNIQUE INDEX "crm_contacts_clerkUserId_key" ON "crm_contacts" ("clerkUserId");
 CREATE UNIQUE INDEX "crm_contacts_email_key" ON "crm_contacts" ("email");
 CREATE UNIQUE INDEX "crm_contacts_userId_key" ON "crm_contacts" ("userId");
@@ -228,6 +297,12 @@ CREATE INDEX "crm_stage_history_contactId_createdAt_idx" ON "crm_stage_history" 
 
 ALTER TABLE "profiles" ADD CONSTRAINT "profiles_userId_fkey"
     FOREIGN KEY ("userId") REFERENCES "users"("id") ON DELETE CASCADE ON UPDATE CASCADE;
+ALTER TABLE "tax_intake_leads" ADD CONSTRAINT "tax_intake_leads_profileId_fkey"
+    FOREIGN KEY ("profileId") REFERENCES "profiles"("id") ON DELETE SET NULL ON UPDATE CASCADE;
+ALTER TABLE "client_preparers" ADD CONSTRAINT "client_preparers_clientId_fkey"
+    FOREIGN KEY ("clientId") REFERENCES "profiles"("id") ON DELETE CASCADE ON UPDATE CASCADE;
+ALTER TABLE "client_preparers" ADD CONSTRAINT "client_preparers_preparerId_fkey"
+    FOREIGN KEY ("preparerId") REFERENCES "profiles"("id") ON DELETE CASCADE ON UPDATE CASCADE;
 ALTER TABLE "crm_contacts" ADD CONSTRAINT "crm_contacts_userId_fkey"
     FOREIGN KEY ("userId") REFERENCES "users"("id") ON DELETE SET NULL ON UPDATE CASCADE;
 ALTER TABLE "crm_interactions" ADD CONSTRAINT "crm_interactions_contactId_fkey"

@@ -10,8 +10,12 @@ from django.conf import settings
 from django.db.backends.utils import CursorWrapper
 from psycopg import sql
 
-#: Oldest first. `2025_10_mixed` is a database half-way to `2025_11`, whose roles are spelt both ways.
-GENERATIONS: tuple[str, ...] = ("2025_10", "2025_10_mixed", "2025_11", "2025_12")
+#: Oldest first. `2025_10_mixed` is a database half-way to `2025_11`, whose roles are spelt both ways; `2025_10_21`,
+#: `2025_12_b` and `2025_12_c` are steps of the application's own migrations that a database may have stopped at.
+GENERATIONS: tuple[str, ...] = (
+    *("2025_10", "2025_10_21", "2025_10_mixed", "2025_11", "2025_12"),
+    *("2025_12_b", "2025_12_c", "2026_01"),
+)
 
 
 def ddl(generation: str) -> str:

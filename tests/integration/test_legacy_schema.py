@@ -8,12 +8,33 @@ from pytest_django import Settings
 
 from crm.legacy_schema import GENERATIONS, create_legacy_tables, ddl
 
-TABLES = {"crm_contacts", "crm_interactions", "crm_stage_history", "leads", "profiles", "users"}
+TABLES = {
+    *("client_preparers", "crm_contacts", "crm_interactions", "crm_stage_history"),
+    *("leads", "profiles", "tax_intake_leads", "users"),
+}
 UPPER = ["SUPER_ADMIN", "ADMIN", "LEAD", "CLIENT", "TAX_PREPARER", "AFFILIATE"]
 LOWER = [role.lower() for role in UPPER]
-ROLES = {"2025_10": UPPER, "2025_10_mixed": UPPER + LOWER, "2025_11": LOWER, "2025_12": LOWER}
+ROLES = {
+    "2025_10": UPPER,
+    "2025_10_21": UPPER,
+    "2025_10_mixed": UPPER + LOWER,
+    "2025_11": LOWER,
+    "2025_12": LOWER,
+    "2025_12_b": ["admin", "lead", "client", "tax_preparer"],
+    "2025_12_c": ["admin", "client", "tax_preparer"],
+    "2026_01": ["admin", "client", "tax_preparer", "affiliate"],
+}
 # Facts of the real databases: columns, indexes (primary keys among them), foreign keys.
-COUNTS = {"2025_10": (119, 48, 5), "2025_10_mixed": (119, 48, 5), "2025_11": (136, 45, 5), "2025_12": (143, 45, 5)}
+COUNTS = {
+    "2025_10": (148, 61, 7),
+    "2025_10_21": (152, 64, 8),
+    "2025_10_mixed": (148, 61, 7),
+    "2025_11": (169, 61, 8),
+    "2025_12": (182, 64, 8),
+    "2025_12_b": (207, 69, 8),
+    "2025_12_c": (225, 77, 8),
+    "2026_01": (227, 78, 8),
+}
 
 every_generation = pytest.mark.parametrize("generation", GENERATIONS)
 
@@ -39,9 +60,7 @@ def create(generation: str) -> None:
 
 
 @every_generation
-def test_the_six_tables_are_made_in_the_legacy_schema_with_all_that_belongs_to_them(
-    schema: str, generation: str
-) -> None:
+def test_every_table_is_made_in_the_legacy_schema_with_all_that_belongs_to_them(schema: str, generation: str) -> None:
     create(generation)
     assert (
         set(query("SELECT table_name::text FROM information_schema.tables WHERE table_schema = %s", schema)) == TABLES
@@ -124,5 +143,20 @@ def test_tables_that_are_there_are_not_made_again(schema: str) -> None:
 
 
 def test_an_unknown_generation_is_refused_with_those_there_are() -> None:
-    with pytest.raises(ValueError, match="2025_10, 2025_10_mixed, 2025_11, 2025_12"):
+    with pytest.raises(ValueError, match=r"2025_10, 2025_10_21, .*, 2026_01"):
         ddl("2024_01")
+
+
+@every_generation
+def test_an_intake_has_the_columns_of_its_generation(schema: str, generation: str) -> None:
+    create(generation)
+    columns = query(
+        "SELECT column_name::text FROM information_schema.columns "
+        "WHERE table_schema = %s AND table_name = 'tax_intake_leads'",
+        schema,
+    )
+    later = {"convertedToClient": "2025_10_21", "tax_year": "2025_12_b", "unqualified": "2025_12_c"}
+    order = [*GENERATIONS[:1], *GENERATIONS[2:3], *GENERATIONS[1:2], *GENERATIONS[3:]]
+    assert {column: column in columns for column in later} == {
+        column: order.index(generation) >= order.index(first) for column, first in later.items()
+    }

@@ -60,7 +60,13 @@ _OUR_COLUMNS = [
     for field in model._meta.concrete_fields
 ]
 #: A column that tells the generations apart, newest first.
-MARKS_OF_GENERATION = (("2025_12", "profiles", "crmEmailAutomation"), ("2025_11", "crm_contacts", "leadScore"))
+MARKS_OF_GENERATION = (
+    ("2026_01", "profiles", "supabaseUserId"),
+    ("2025_12_c", "profiles", "googleDriveFolderId"),
+    ("2025_12_b", "profiles", "affiliateGroupId"),
+    ("2025_12", "profiles", "crmEmailAutomation"),
+    ("2025_11", "crm_contacts", "leadScore"),
+)
 
 
 @dataclass(frozen=True, slots=True)
