@@ -109,7 +109,7 @@ def _check_generation(cursor: CursorWrapper, there: dict[str, set[str]], generat
             f"The tables in the schema {settings.LEGACY_SCHEMA} are not of generation {generation}: they have no "
             f"{', '.join(lacking)}. Choose their generation with --generation, or use another database."
         )
-    found = _generation_of(_spelling_of_roles(cursor), there["profiles"])
+    found = _generation_of(_spelling_of_roles(cursor), there)
     if found != generation:
         raise OperatorError(
             f"The tables in the schema {settings.LEGACY_SCHEMA} are of {found or 'no known generation'}, not of "
@@ -131,10 +131,10 @@ def _spelling_of_roles(cursor: CursorWrapper) -> str:
     return "upper" if upper else "lower"
 
 
-def _generation_of(roles: str, profile_columns: set[str]) -> str | None:
-    """The newest generation whose columns of profiles are all there, if its roles are spelt like this."""
+def _generation_of(roles: str, there: dict[str, set[str]]) -> str | None:
+    """The newest generation whose columns are all there, if its roles are spelt like this."""
     for generation, shape in reversed(SHAPES.items()):
-        if shape.roles == roles and profile_columns.issuperset(shape.columns["profiles"]):
+        if shape.roles == roles and all(there[table].issuperset(columns) for table, columns in shape.columns.items()):
             return generation
     return None
 

@@ -50,9 +50,18 @@ _LEAD_TYPES: Final = weighted({"CUSTOMER": 76, "TAX_PREPARER": 13, "AFFILIATE": 
 _LEAD_TYPE_OF_ROLE: Final = {"TAX_PREPARER": "TAX_PREPARER", "AFFILIATE": "AFFILIATE"}
 _STATUSES: Final = weighted({"NEW": 42, "CONTACTED": 26, "QUALIFIED": 13, "CONVERTED": 10, "DISQUALIFIED": 9})
 _STATUSES_OF_ACCOUNTS: Final = weighted({"NEW": 8, "CONTACTED": 9, "QUALIFIED": 10, "CONVERTED": 72, "DISQUALIFIED": 1})
+# What becomes of those whom a generation has no role for.
+_INSTEAD: Final = {"SUPER_ADMIN": "ADMIN", "AFFILIATE": "CLIENT"}
 _LEADS_EACH: Final = weighted({1: 83, 2: 12, 3: 4, 6: 1})
 _CONTACTED: Final = frozenset({"CONTACTED", "QUALIFIED", "CONVERTED"})
 _NO_ATTRIBUTION: Final = (None, None, None, None, None, "100", None)
+# What the application writes for whom nobody referred.
+_DIRECT: Final = (None, None, "0.00", None, "direct", "100", None)
+# Those who sign up mostly came by the intake, which has been there for the last of the three years.
+_INTAKE_OF_CLIENT: Final = 0.55
+_INTAKE_OF_LEAD: Final = 0.2
+_CONVERTED: Final = 0.85
+_INTAKE_YEARS: Final = (2023, 2024, 2025)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +159,12 @@ class _Population:
 
     def _with_account(self, person: Person, role: str) -> None:
         chance = self._chance
+        if role in self._shape.missing_roles:
+            if role == "LEAD":
+                # Whoever signs up waits for approval: a user without a profile.
+                self._user(person, self._typed_email(person.email, 0.95))
+                return
+            role = _INSTEAD[role]
         lead = None
         if person.number >= len(_FOUNDERS) and chance.happens(0.35):
             lead = self._leads_before_the_account(person, role)
@@ -158,7 +173,9 @@ class _Population:
             email = self._account_email(person)
             user_id = self._user(person, email)
         clerk_id = chance.clerk_id(person.arrived) if self._shape.clerk and chance.happens(0.7) else None
-        account = self._profile(person, role, user_id, clerk_id)
+        account = self._profile(person, role, user_id, clerk_id, email)
+        if role == "CLIENT":
+            self._client(person, account)
         if email and chance.happens(0.004):
             self._second_account(person, email)
         elif person.number >= len(_FOUNDERS):
@@ -175,7 +192,25 @@ class _Population:
         """The same person signed up again, as a client and in another case: only a person can say which one it is."""
         user_id = self._user(person, email.swapcase())
         clerk_id = self._chance.clerk_id(person.arrived) if self._shape.clerk else None
-        self._profile(person, "CLIENT", user_id, clerk_id)
+        self._profile(person, "CLIENT", user_id, clerk_id, email.swapcase())
+
+    def _client(self, person: Person, account: Account) -> None:
+        """The intake by which the client came, and the preparers whom the client has had."""
+        chance = self._chance
+        if person.number >= len(_FOUNDERS) and chance.happens(_INTAKE_OF_CLIENT):
+            became = account if chance.happens(_CONVERTED) else None
+            self._intake(person, chance.before(person.arrived, 30 * DAY), self._typed_email(person.email, 0.9), became)
+        if not self._preparers or not chance.happens(0.45):
+            return
+        theirs = {chance.pick(self._preparers).profile_id for _ in range(1 + chance.happens(0.15))} - {
+            account.profile_id
+        }
+        for number, preparer in enumerate(sorted(theirs)):
+            at = chance.after(account.at, 300 * DAY)
+            active = "t" if number == 0 or chance.happens(0.2) else "f"
+            self._rows["client_preparers"].append(
+                (chance.cuid(at), account.profile_id, preparer, chance.timestamp(at), active)
+            )
 
     def _user(self, person: Person, email: str) -> str:
         chance = self._chance
@@ -196,7 +231,7 @@ class _Population:
         self._rows["users"].append(row)
         return user_id
 
-    def _profile(self, person: Person, role: str, user_id: str | None, clerk_id: str | None) -> Account:
+    def _profile(self, person: Person, role: str, user_id: str | None, clerk_id: str | None, email: str) -> Account:
         chance = self._chance
         at = chance.after(person.arrived, 10 * MINUTE)
         profile_id = chance.cuid(at)
@@ -216,7 +251,7 @@ class _Population:
             *self._secrets(person),
             chance.timestamp(at),
             chance.timestamp(chance.after(at, 500 * DAY)),
-            *self._columns_of_this_generation(clerk_id),
+            *self._columns_of_this_generation(clerk_id, email),
         )
         self._rows["profiles"].append(row)
         return Account(profile_id, user_id, clerk_id, role, at, first, last, phone)
@@ -278,8 +313,9 @@ class _Population:
             bank if chance.happens(0.4) else None,
         )
 
-    def _columns_of_this_generation(self, clerk_id: str | None) -> Row:
+    def _columns_of_this_generation(self, clerk_id: str | None, email: str) -> Row:
         chance = self._chance
+        columns = self._shape.columns["profiles"]
         if self._shape.clerk:
             return (clerk_id,)
         row: Row = (
@@ -288,8 +324,70 @@ class _Population:
             "https://www.example.com/" if chance.happens(0.03) else None,
             "t" if chance.happens(0.9) else "f",
         )
-        if "crmLeadScoring" in self._shape.columns["profiles"]:
+        if "crmLeadScoring" in columns:
             row += ("t" if chance.happens(0.2) else "f", "t" if chance.happens(0.1) else "f")
+        if "affiliateStatus" in columns:
+            row += (chance.pick(("NONE", "NONE", "PENDING", "APPROVED")),)
+        if "googleDriveFolderId" in columns:
+            row += (None,)
+        if "supabaseUserId" in columns:
+            row += (email if email and chance.happens(0.6) else None, None)
+        return row
+
+    # Intakes
+
+    def _intake(self, person: Person, at: int, email: str, became: Account | None) -> None:
+        """An intake of this person, who became this client by it, or is still to be called."""
+        chance = self._chance
+        updated = chance.after(at, 60 * DAY)
+        contacted = chance.timestamp(at + chance.number(updated - at + 1)) if chance.happens(0.4) else None
+        username, kind, _, _, method, _, _ = self._attribution(at)
+        country, phone = ("+1", self._typed_phone(person)) if chance.happens(0.95) else ("+52", "55 5550 0100")
+        row: Row = (
+            chance.cuid(at),
+            self._typed_name(person.first),
+            chance.maybe(0.15, words.MIDDLE_NAMES),
+            self._typed_name(person.last),
+            email,
+            phone,
+            country,
+            f"{1 + chance.number(900)} Sample Street",
+            chance.pick(words.CITIES),
+            "GA",
+            "00000",
+            f'{{"ssn": "000-00-{person.number % 10_000:04d}"}}' if chance.happens(0.7) else None,
+            "t" if became or chance.happens(0.5) else "f",
+            username,
+            kind,
+            method,
+            self._assignment(at),
+            "t" if chance.happens(0.25) else "f",
+            chance.maybe(0.3, words.CONTACT_METHODS),
+            contacted,
+            chance.maybe(0.3, words.NOTES) if contacted else None,
+            chance.timestamp(at),
+            chance.timestamp(updated),
+        )
+        self._rows["tax_intake_leads"].append(row + self._later_columns_of_intake(at, updated, became))
+
+    def _later_columns_of_intake(self, at: int, updated: int, became: Account | None) -> Row:
+        chance, columns = self._chance, self._shape.columns["tax_intake_leads"]
+        row: Row = ()
+        if "convertedToClient" in columns:
+            linked = became.profile_id if became and chance.happens(0.7) else None
+            converted = chance.timestamp(updated) if became and chance.happens(0.9) else None
+            row += (linked, "t" if became else "f", converted)
+        if "tax_year" in columns:
+            row += (str(chance.pick(_INTAKE_YEARS)),)
+        if "unqualified" in columns:
+            lost = not became and chance.happens(0.08)
+            row += (
+                "t" if lost else "f",
+                "no answer" if lost else None,
+                chance.timestamp(updated) if lost and chance.happens(0.9) else None,
+                chance.pick(words.NOTES) if lost else None,
+                None if became else chance.timestamp(chance.after(at, 90 * DAY)),
+            )
         return row
 
     # Leads
@@ -307,6 +405,10 @@ class _Population:
             if chance.happens(0.015):
                 # Signed up and never went on: a user without a profile.
                 self._user(person, person.email)
+            if chance.happens(_INTAKE_OF_LEAD):
+                self._intake(
+                    person, chance.before(person.arrived, 20 * DAY), self._typed_email(person.email, 0.9), None
+                )
             self._crm.meet_lead(self._rows, person, first_lead)
             self._household_email = person.email
 
@@ -401,10 +503,12 @@ class _Population:
         """Username, type, rate, locked at, method, confidence, cookie."""
         chance = self._chance
         luck = chance.random()
-        if luck < 0.64 or not self._referrers:
+        if luck < 0.1 or not self._referrers:
             return _NO_ATTRIBUTION
+        if luck < 0.64:
+            return _DIRECT
         if luck < 0.65:
-            # Nobody sent this person; some forms write that down as text.
+            # Some forms write down as text that there is nobody.
             return ("", "", None, None, "direct", "100", None)
         method, confidence = chance.pick(_METHODS)
         rate = chance.pick(_RATES) if chance.happens(0.9) else None
