@@ -99,7 +99,8 @@ class RowOutcome(NamedTuple):
     filled: tuple[str, ...] = ()
     refusal: Refusal | None = None
     contact_updated_at: str | None = None
-    confidence_before: int | None = None
+    #: What a merge replaced of the attribution that there was not, by the name of the field.
+    attribution_before: Mapping[str, str | int | None] | None = None
     identity_keys: Mapping[str, str | None] | None = None
 
     @property

@@ -14,13 +14,12 @@ from django.http import HttpRequest
 from crm.models import BackfillRun, CRMContact, LedgerEntry
 from crm.models.ledger import RunStatus
 from crm.outcome import Outcome, Reason, Source
-from crm.rules.mapping import ATTRIBUTION
 
 MAX_RUNS_TO_CHOOSE = 25
 
 OUTCOMES = tuple(outcome.value for outcome in Outcome)
 MADE_BY_BACKFILL = Exists(LedgerEntry.objects.filter(pk=OuterRef("pk"), outcome=Outcome.CREATED))
-HAS_ATTRIBUTION = Q(*((f"{name}__isnull", False) for name in ATTRIBUTION), _connector=Q.OR)
+HAS_ATTRIBUTION = Q(referrer_username__regex=r"\S")
 
 
 class ValueFilter(admin.SimpleListFilter):

@@ -334,7 +334,7 @@ class LedgerAdmin(ContactNamingAdmin):
         "what_to_do",
         "contacts",
         "what_was_filled",
-        "confidence_before",
+        "attribution_before",
         "run_link",
         "source_updated_at",
         "seen_updated_at",
@@ -454,7 +454,7 @@ class ContactUpdateAdmin(ContactNamingAdmin):
     ordering = ("-id",)
     fields = (
         *("contact", "what_was_changed", "type_change", "stage_change", "stage_entered_before"),
-        *("former_values", "placeholder", "confidence_before", "entry_link", "source", "source_id", "run_link"),
+        *("former_values", "placeholder", "attribution_before", "entry_link", "source", "source_id", "run_link"),
         *("source_updated_at", "contact_updated_at"),
     )
 

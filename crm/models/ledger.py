@@ -199,7 +199,7 @@ class LedgerEntry(models.Model):
     contact_updated_at = ExactTimestampField(
         null=True, help_text="The updatedAt of the contact that it was merged into, which a fill leaves as it is"
     )
-    confidence_before = models.BigIntegerField(null=True, help_text="Of the attribution that there was not")
+    attribution_before = models.JSONField(null=True, help_text="What was replaced of an attribution that there was not")
     identity_keys = models.JSONField(
         null=True, help_text="For a conflict: the contact to which each key of the row leads, if any"
     )

@@ -30,7 +30,7 @@ class ContactUpdate(models.Model):
     from_stage = models.TextField(null=True)
     to_stage = models.TextField(null=True)
     stage_entered_before = ExactTimestampField(null=True)
-    confidence_before = models.BigIntegerField(null=True, help_text="Of the attribution that there was not")
+    attribution_before = models.JSONField(null=True, help_text="What was replaced of an attribution that there was not")
     placeholder = models.TextField(null=True, help_text="The placeholder email that was replaced")
     former = models.JSONField(
         null=True, help_text="What was there before, or the row that has it: nothing where it was empty"

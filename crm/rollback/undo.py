@@ -16,13 +16,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill.update.writer import stage_history_id, write_contacts
 from crm.backfill.write.writer import lock_contacts
-from crm.fields import as_columns, unnest
+from crm.fields import array_types, as_columns, unnest
 from crm.models import CRMContact, CRMStageHistory, LedgerEntry, Rollback
 from crm.outcome import Outcome, Totals, UpdateOutcome
 from crm.postgres.apart import write_apart
@@ -43,9 +43,8 @@ from crm.rules.reverting import (
     KeepReason,
     Rows,
     Verdict,
-    columns_of,
-    confidence_before,
-    confidence_in,
+    before_merge,
+    confidence_of,
     differs_from_merge,
     edited_columns,
     is_unchanged,
@@ -83,7 +82,6 @@ UPDATE ledger_entry entry SET ({_ENTRY_COLUMNS}) = (
  WHERE id = ANY(%s::text[]) AND former IS NOT NULL
 """
 _COLUMN = {column.attname: f'"{column.column}"' for column in CRMContact._meta.concrete_fields}
-_CONFIDENCE = "attribution_confidence"
 
 Versions = dict[str, str]
 
@@ -93,10 +91,19 @@ class TakeBack:
     """What merges wrote into a contact and is to be taken out again, with what other runs merged on top of it."""
 
     version: str
-    columns: set[str]
+    #: The confidence of the row that made the contact.
     confidence: int
-    entries: list[Entry]
+    before: dict[str, Any] = field(default_factory=dict)
+    entries: list[Entry] = field(default_factory=list)
     later_merges: list[Entry] = field(default_factory=list)
+
+    def put_back(self, merge: Entry) -> None:
+        """Let what stood before a merge be there again, as far as no other merge says that it came before.
+
+        An attribution is filled before it is completed: what stood before the first of them is the whole unit.
+        """
+        before = before_merge(merge, self.confidence)
+        self.before = self.before | before if "attribution" in merge.filled else before | self.before
 
 
 @dataclass(slots=True)
@@ -184,10 +191,9 @@ def judge(page: Page, reader: Reader, restored: Mapping[str, Restored] | None = 
         _judge_merged(entry, contacts.get(entry.contact_id), creator, judged, rows, reader.other_rules)
     for contact_id, take_back in judged.take_backs.items():
         others = [merge for merge in judged.merges[contact_id] if merge.run_id != run_id]
-        take_back.later_merges = merges_that_miss(contacts[contact_id], take_back.columns, others, rows)
+        take_back.later_merges = merges_that_miss(contacts[contact_id], take_back.before, others, rows)
         for merge in take_back.later_merges:
-            take_back.columns.update(columns_of(merge))
-            take_back.confidence = confidence_in(merge, take_back.confidence)
+            take_back.put_back(merge)
     for entry in entries:
         if entry.outcome is Outcome.ERROR or (entry.outcome is Outcome.EXISTS and entry.contact_id in contacts):
             judged.decided.append(Assessment(entry, Verdict.REVERSED))
@@ -248,15 +254,14 @@ def _judge_merged(
         judged.decided.append(Assessment(entry, Verdict.REVERSED))
     elif not is_unchanged(entry, rows):
         judged.decided.append(Assessment(entry, Verdict.KEPT, KeepReason.SOURCE_CHANGED))
-    elif differing := differs_from_merge(contact, entry, rows):
+    elif differing := differs_from_merge(contact, entry, rows, judged.merges.get(contact.values.id, ())):
         by_other_rules = other_rules.of([entry.run_id]) is not None
         why = why_it_differs(contact, _marker_of(entry, creator), by_other_rules=by_other_rules)
         judged.decided.append(Assessment(entry, Verdict.KEPT, why, _named(differing)))
     else:
-        before = TakeBack(contact.version, set(), confidence_before(creator, rows), [])
-        take_back = judged.take_backs.setdefault(contact.values.id, before)
-        take_back.confidence = confidence_in(entry, take_back.confidence)
-        take_back.columns.update(columns_of(entry))
+        nothing = TakeBack(contact.version, confidence_of(creator, rows))
+        take_back = judged.take_backs.setdefault(contact.values.id, nothing)
+        take_back.put_back(entry)
         take_back.entries.append(entry)
 
 
@@ -382,17 +387,18 @@ class DatabaseUndoer:
         return set(try_execute(self._connection, _DELETE.format(unreferenced=is_unreferenced(references)), seen))
 
     def _take_back(self, contact_ids: Sequence[str], judged: Judged) -> set[str]:
-        by_columns: dict[tuple[str, ...], list[tuple[str, str, int]]] = {}
+        by_columns: dict[tuple[str, ...], list[tuple[Any, ...]]] = {}
         for contact_id in contact_ids:
-            merge = judged.take_backs[contact_id]
-            by_columns.setdefault(tuple(sorted(merge.columns)), []).append(
-                (contact_id, merge.version, merge.confidence)
+            found = judged.take_backs[contact_id]
+            columns = tuple(sorted(found.before))
+            by_columns.setdefault(columns, []).append(
+                (contact_id, found.version, *(found.before[name] for name in columns))
             )
         taken: set[str] = set()
         lock_contacts(self._connection, contact_ids)
         for columns, contacts in by_columns.items():
             values = as_columns(contacts)
-            taken.update(try_execute(self._connection, _take_back_statement(columns), values))
+            taken.update(try_execute(self._connection, _take_back_statement(columns, self._connection), values))
         return taken
 
     def _count(self, undone: Reverted) -> None:
@@ -556,13 +562,13 @@ def _without(references: Sequence[Reference], history: Sequence[str]) -> Sequenc
     ]
 
 
-def _take_back_statement(columns: Iterable[str]) -> str:
-    assignments = ", ".join(
-        f"{_COLUMN[column]} = {'seen.confidence' if column == _CONFIDENCE else 'NULL'}" for column in columns
-    )
+def _take_back_statement(columns: Sequence[str], connection: BaseDatabaseWrapper) -> str:
+    fields = {field.attname: field for field in CRMContact._meta.concrete_fields}
+    arrays = array_types([fields[name] for name in columns], connection)
+    assignments = ", ".join(f"{_COLUMN[name]} = seen.{_COLUMN[name]}" for name in columns)
     return (
         f"UPDATE crm_contacts c SET {assignments} "
-        f"FROM {unnest('seen', {**_SEEN_COLUMNS, 'confidence': 'bigint[]'})} "
+        f"FROM {unnest('seen', {**_SEEN_COLUMNS, **arrays})} "
         f"WHERE {_AS_SEEN} RETURNING c.id"
     )
 

@@ -12,14 +12,15 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from crm.rules.entry import Entry
-from crm.rules.mapping import FULL_CONFIDENCE, ContactDraft
+from crm.rules.mapping import ContactDraft
 from crm.rules.reverting import (
     Assessment,
     KeepReason,
     Rows,
     Verdict,
+    attribution_of_json,
+    before_merge,
     columns_of,
-    confidence_in,
     differs_from_merge,
     is_unchanged,
     merges_that_miss,
@@ -66,9 +67,9 @@ class UpdateRecord(NamedTuple):
             "contact_type": self.from_type,
             "stage": self.from_stage,
             "stage_entered_at": self.stage_entered_before,
-            "attribution_confidence": self.entry.confidence_before,
             "email": self.placeholder,
         }
+        known |= attribution_of_json(self.entry.attribution_before)
         return was | {name: value for name, value in known.items() if name in was}
 
 
@@ -106,23 +107,24 @@ def judge_updates(
             continue
         restored = judged.restored.get(contact.values.id) or Restored(contact.version, contact.values)
         stands = ContactSnapshot(restored.values, contact.version)
-        if reason := _why_it_stays(record, stands, rows, other_rules):
+        theirs = merges.get(contact.values.id, ())
+        if reason := _why_it_stays(record, stands, rows, theirs, other_rules):
             judged.decided.append(reason)
             continue
         judged.restored[contact.values.id] = restored
         restored.records.append(record)
-        _restore(restored, stands, record, merges.get(contact.values.id, ()), rows)
+        _restore(restored, stands, record, theirs, rows)
     return judged
 
 
 def _why_it_stays(
-    record: UpdateRecord, contact: ContactSnapshot, rows: Rows, other_rules: OtherRules
+    record: UpdateRecord, contact: ContactSnapshot, rows: Rows, merges: Iterable[Entry], other_rules: OtherRules
 ) -> Assessment | None:
     if contact.values.updated_at != record.entry.contact_updated_at:
         return Assessment(record.entry, Verdict.KEPT, KeepReason.EDITED, "updatedAt")
     if not is_unchanged(record.entry, rows) or record.before(rows) is None:
         return Assessment(record.entry, Verdict.KEPT, KeepReason.SOURCE_CHANGED)
-    if differing := differs_from_merge(contact, record.entry, rows):
+    if differing := differs_from_merge(contact, record.entry, rows, merges):
         by_other_rules = other_rules.of([record.entry.run_id]) is not None
         why = why_it_differs(contact, record.entry.contact_updated_at, by_other_rules=by_other_rules)
         return Assessment(record.entry, Verdict.KEPT, why, ", ".join(differing))
@@ -137,9 +139,8 @@ def _restore(
     emptied = [name for name, value in before.items() if value is None]
     others = [merge for merge in merges if merge.run_id != record.entry.run_id and merge not in restored.later_merges]
     missing = merges_that_miss(stands, emptied, others, rows)
-    nothing: dict[str, Any] = dict.fromkeys(column for merge in missing for column in columns_of(merge))
+    nothing: dict[str, Any] = {}
     for merge in missing:
-        if "attribution_confidence" in columns_of(merge):
-            nothing["attribution_confidence"] = confidence_in(merge, FULL_CONFIDENCE)
+        nothing = before_merge(merge) | nothing
     restored.values = restored.values._replace(**(nothing | before))
     restored.later_merges += missing

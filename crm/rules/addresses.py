@@ -56,7 +56,7 @@ def hides_something(address: str) -> bool:
 def trimmed_address_sql(column: str) -> str:
     """The SQL of `trimmed_address`."""
     return (
-        f"CASE WHEN octet_length({column}) = char_length({column}) THEN btrim({column}, {_literal(_ASCII_SET)}) "
+        f"CASE WHEN octet_length({column}) = char_length({column}) THEN btrim({column}, {literal(_ASCII_SET)}) "
         f"ELSE regexp_replace({column} COLLATE \"C\", {_AT_THE_ENDS_SQL}, '', 'g') END"
     )
 
@@ -77,7 +77,8 @@ def may_be_noncanonical_sql(column: str) -> str:
     return f"{column} COLLATE \"C\" ~ '[^!-@[-~]'"
 
 
-def _literal(text: str) -> str:
+def literal(text: str) -> str:
+    """Return text as a literal of PostgreSQL's, whatever is in it."""
     return "E'" + "".join(f"\\u{ord(character):04x}" for character in text) + "'"
 
 

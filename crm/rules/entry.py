@@ -27,7 +27,8 @@ class Entry(NamedTuple):
     written_at: str | None
     seen_updated_at: str | None = None
     contact_updated_at: str | None = None
-    confidence_before: int | None = None
+    #: What a merge replaced of the attribution that there was not: JSON, by the name of the field.
+    attribution_before: str | None = None
 
     @property
     def table(self) -> str:

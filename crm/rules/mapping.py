@@ -17,15 +17,19 @@ from django.core.exceptions import ValidationError
 from django.core.validators import validate_email
 
 from crm.outcome import Reason, Refusal, Source
-from crm.rules.addresses import canonical_address, hides_something, trimmed_address
+from crm.rules.addresses import canonical_address, hides_something, literal, trimmed_address
 from crm.rules.source_rows import LeadRow, ProfileRow, RawRow
+
+#: What Python's str.strip() takes away, for PostgreSQL's btrim(): both must see the same text.
+WHITE_SPACE = "".join(character for character in map(chr, range(0x3001)) if character.isspace())
 
 UNKNOWN_NAME = "Unknown"
 PROFILE_ORIGIN = "backfill"
 LEAD_ORIGIN = "lead_form"
 FULL_CONFIDENCE = 100
 
-#: The five nullable fields of an attribution; with the confidence they are one unit.
+#: The five nullable fields of an attribution; with the confidence they are one unit. It is there if it names a
+#: referrer: the application stores the method `direct` and a rate of zero for people whom nobody referred.
 ATTRIBUTION = (
     "referrer_username",
     "referrer_type",
@@ -169,6 +173,16 @@ def contact_id_sql(reference: str) -> str:
 def normalised(label: str) -> str:
     """A role, status or type without its spelling: the generations write it in upper or lower case."""
     return label.strip().upper().replace("-", "_").replace(" ", "_")
+
+
+def referrer(username: str | None) -> str | None:
+    """Return who referred a person, in one spelling: a username has no case. None where it names nobody."""
+    return (username.strip().lower() or None) if username else None
+
+
+def has_no_referrer_sql(username: str) -> str:
+    """Return the SQL condition that a username names nobody."""
+    return f"COALESCE(btrim({username}, {literal(WHITE_SPACE)}), '') = ''"
 
 
 def trimmed(text: str | None) -> str | None:

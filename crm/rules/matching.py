@@ -11,12 +11,16 @@ from typing import Any, NamedTuple
 
 from crm.outcome import Outcome, Reason, Refusal, RowOutcome
 from crm.rules.addresses import canonical_address
-from crm.rules.mapping import ATTRIBUTION, ATTRIBUTION_UNIT, ContactDraft, MappedRow, Resolution
+from crm.rules.mapping import ATTRIBUTION_UNIT, ContactDraft, MappedRow, Resolution, referrer
 
 #: The accounts of a person; at most one contact has each.
 ACCOUNTS = ("user_id", "clerk_user_id")
 #: What a profile fills in a contact of ours where nothing is.
 PROFILE_FILLS = (*ACCOUNTS, "phone", "company")
+#: What completes an attribution that has no rate as yet.
+COMMISSION_UNIT = ("commission_rate", "commission_rate_locked_at")
+#: What is filled of an attribution, by the name under which it is told.
+ATTRIBUTION_PARTS: Mapping[str, tuple[str, ...]] = {"attribution": ATTRIBUTION_UNIT, "commission": COMMISSION_UNIT}
 ASSIGNMENT_UNIT = ("assigned_preparer_id", "assigned_at")
 _FILLED_ALONE = (*PROFILE_FILLS, "last_contacted_at")
 
@@ -34,9 +38,9 @@ class ExistingContact:
     company: str | None = None
     has_assignment: bool = False
     last_contacted_at: str | None = None
-    has_attribution: bool = False
+    #: The values of ATTRIBUTION_UNIT.
+    attribution: tuple[Any, ...] = (None,) * len(ATTRIBUTION_UNIT)
     updated_at: str | None = None
-    confidence: int | None = None
     fills: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -52,10 +56,19 @@ class ExistingContact:
             company=draft.company,
             has_assignment=draft.assigned_preparer_id is not None or draft.assigned_at is not None,
             last_contacted_at=draft.last_contacted_at,
-            has_attribution=_has_attribution(draft),
+            attribution=attribution_of(draft),
             updated_at=draft.updated_at,
-            confidence=draft.attribution_confidence,
         )
+
+    @property
+    def referrer(self) -> str | None:
+        """Who referred the person."""
+        return referrer(self.attribution[ATTRIBUTION_UNIT.index("referrer_username")])
+
+    @property
+    def has_rate(self) -> bool:
+        """Whether the attribution has a rate."""
+        return self.attribution[ATTRIBUTION_UNIT.index("commission_rate")] is not None
 
     def take(self, values: Mapping[str, Any]) -> None:
         """Have these values where nothing is."""
@@ -63,7 +76,14 @@ class ExistingContact:
             if getattr(self, name) is None:
                 setattr(self, name, values.get(name))
         self.has_assignment = self.has_assignment or any(values.get(name) is not None for name in ASSIGNMENT_UNIT)
-        self.has_attribution = self.has_attribution or any(values.get(name) is not None for name in ATTRIBUTION)
+        if self.referrer is None:
+            self.attribution = tuple(map(values.get, ATTRIBUTION_UNIT, self.attribution))
+        elif not self.has_rate:
+            self.attribute({name: values[name] for name in COMMISSION_UNIT if name in values})
+
+    def attribute(self, values: Mapping[str, Any]) -> None:
+        """Have these values of the attribution, by the name of the field."""
+        self.attribution = tuple(map(values.get, ATTRIBUTION_UNIT, self.attribution))
 
 
 class Conflict(Exception):  # noqa: N818 - a verdict on a row, not a failure of the program
@@ -241,10 +261,11 @@ def decide(rows: Iterable[MappedRow], known: ExistingContacts) -> MatchPlan:
             plan.creates.append(draft)
             plan.row_outcomes.append(_outcome_of(row, Outcome.CREATED, contact_id=draft.id, filled=_filled_in(contact)))
         elif contact.ours or contact.id == draft.id:
+            before = dict(zip(ATTRIBUTION_UNIT, contact.attribution, strict=True))
             filled = fill(contact, draft)
             known.note_accounts(contact)
             row_outcome = _outcome_of(row, Outcome.MERGED, contact_id=contact.id, filled=filled)
-            plan.row_outcomes.append(_with_what_was(row_outcome, contact))
+            plan.row_outcomes.append(_with_what_was(row_outcome, contact, before))
             if contact.fills and contact.id not in made:
                 plan.fills[contact.id] = contact.fills
         else:
@@ -269,10 +290,14 @@ def fill(contact: ExistingContact, draft: ContactDraft) -> tuple[str, ...]:
         filled |= {name: getattr(draft, name) for name in ASSIGNMENT_UNIT}
         names.append("assignment")
         contact.has_assignment = True
-    if not contact.has_attribution and _has_attribution(draft):
-        filled |= {name: getattr(draft, name) for name in ATTRIBUTION_UNIT}
-        names.append("attribution")
-        contact.has_attribution = True
+    if unit := _attribution_to_fill(contact, draft):
+        name, fields = unit
+        attributed = {each: getattr(draft, each) for each in fields}
+        contact.attribute(attributed)
+        # Whose attribution is completed goes with it: it is written only where the contact still says so.
+        username = {"referrer_username": contact.attribution[0]}
+        filled |= attributed if name == "attribution" else username | attributed
+        names.append(name)
     contact.fills |= filled
     return tuple(names)
 
@@ -282,29 +307,36 @@ def _filled_in(contact: ExistingContact) -> tuple[str, ...]:
     names = [name for name in _FILLED_ALONE if getattr(contact, name) is not None]
     if contact.has_assignment:
         names.append("assignment")
-    if contact.has_attribution:
+    if contact.referrer is not None:
         names.append("attribution")
     return tuple(names)
 
 
-def _has_attribution(draft: ContactDraft) -> bool:
-    return not (
-        draft.referrer_username is None
-        and draft.referrer_type is None
-        and draft.commission_rate is None
-        and draft.commission_rate_locked_at is None
-        and draft.attribution_method is None
-    )
+def _attribution_to_fill(contact: ExistingContact, draft: ContactDraft) -> tuple[str, tuple[str, ...]] | None:
+    """What of its attribution a draft fills in a contact: all of it where there is no referrer, or the rate alone."""
+    theirs = referrer(draft.referrer_username)
+    if theirs is None:
+        return None
+    if contact.referrer is None:
+        return "attribution", ATTRIBUTION_PARTS["attribution"]
+    if contact.referrer == theirs and not contact.has_rate and draft.commission_rate is not None:
+        return "commission", ATTRIBUTION_PARTS["commission"]
+    return None
+
+
+def attribution_of(draft: ContactDraft) -> tuple[Any, ...]:
+    """The values of a contact's attribution, in the order of ATTRIBUTION_UNIT."""
+    return tuple(getattr(draft, name) for name in ATTRIBUTION_UNIT)
 
 
 def _is_another(theirs: str | None, ours: str | None) -> bool:
     return theirs is not None and ours is not None and theirs != ours
 
 
-def _with_what_was(row_outcome: RowOutcome, contact: ExistingContact) -> RowOutcome:
+def _with_what_was(row_outcome: RowOutcome, contact: ExistingContact, before: Mapping[str, Any]) -> RowOutcome:
     """What a rollback of the fill must know of the contact: whether it changed since, and what was replaced in it."""
-    confidence = contact.confidence if "attribution" in row_outcome.filled else None
-    return row_outcome._replace(contact_updated_at=contact.updated_at, confidence_before=confidence)
+    replaced = {name: before[name] for unit in row_outcome.filled for name in ATTRIBUTION_PARTS.get(unit, ())}
+    return row_outcome._replace(contact_updated_at=contact.updated_at, attribution_before=replaced or None)
 
 
 def _outcome_of(

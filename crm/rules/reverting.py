@@ -7,6 +7,7 @@ entry was written, or is gone, says nothing about what was written: its columns 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 from crm.rules.entry import Entry
 from crm.rules.mapping import FULL_CONFIDENCE, ContactDraft, MappedRow
-from crm.rules.matching import ACCOUNTS, ExistingContact, fill
+from crm.rules.matching import ACCOUNTS, COMMISSION_UNIT, ExistingContact, fill
 from crm.rules.snapshot import ContactSnapshot
 from crm.rules.updating import FIELDS_OF_CHANGE
 
@@ -74,14 +75,22 @@ def edited_columns(contact: ContactSnapshot, creator: Entry, merges: Iterable[En
     if contact.values.updated_at != creator.written_at:
         return ["updated_at"]
     written = _possible_values(creator, ContactDraft._fields, rows)
-    for merge in merges:
+    # What completes an attribution comes after it.
+    for merge in sorted(merges, key=completes):
         written |= _possible_values(merge, columns_of(merge), rows)
     return [*_differences(contact, written), *contact.set_elsewhere]
 
 
-def differs_from_merge(contact: ContactSnapshot, merge: Entry, rows: Rows) -> list[str]:
-    """The columns in which the contact is not what the merge has written."""
-    return _differences(contact, _possible_values(merge, columns_of(merge), rows))
+def differs_from_merge(contact: ContactSnapshot, merge: Entry, rows: Rows, others: Iterable[Entry] = ()) -> list[str]:
+    """The columns in which the contact is not what the merge has written, nor what others completed."""
+    completed = "attribution" in merge.filled and any(map(completes, others))
+    columns = [name for name in columns_of(merge) if not (completed and name in COMMISSION_UNIT)]
+    return _differences(contact, _possible_values(merge, columns, rows))
+
+
+def completes(merge: Entry) -> bool:
+    """Whether a merge brought the rate of an attribution that another row had filled."""
+    return "commission" in merge.filled
 
 
 def why_it_differs(contact: ContactSnapshot, written_at: str | None, *, by_other_rules: bool) -> KeepReason:
@@ -116,7 +125,10 @@ def merges_that_miss(
     back: its row changed since, or the contact does not have what it filled.
     """
     gone = set(emptied)
-    waiting = [merge for merge in merges if is_unchanged(merge, rows) and not differs_from_merge(contact, merge, rows)]
+    others = list(merges)
+    waiting = [
+        merge for merge in others if is_unchanged(merge, rows) and not differs_from_merge(contact, merge, rows, others)
+    ]
     found: list[Entry] = []
     while missing := [merge for merge in waiting if _would_fill(contact, gone, rows[merge.id])]:
         found += missing
@@ -136,15 +148,26 @@ def _columns_of(filled: Iterable[str]) -> tuple[str, ...]:
     return tuple(column for name in filled for column in FIELDS_OF_CHANGE[name])
 
 
-def confidence_before(creator: Entry | None, rows: Rows) -> int:
-    """The confidence that a contact without attribution had: that of the row that made it, which has none either."""
+def before_merge(merge: Entry, confidence: int = FULL_CONFIDENCE) -> dict[str, Any]:
+    """Return what stood in the columns that a merge filled, before it.
+
+    `confidence` is that of a contact without attribution, for an entry of an earlier version that does not say so.
+    """
+    before: dict[str, Any] = dict.fromkeys(columns_of(merge))
+    if "attribution_confidence" in before:
+        before["attribution_confidence"] = confidence
+    return before | attribution_of_json(merge.attribution_before)
+
+
+def attribution_of_json(text: str | None) -> dict[str, Any]:
+    """Return the fields of an attribution as an entry of the ledger keeps them."""
+    return json.loads(text) if text else {}
+
+
+def confidence_of(creator: Entry | None, rows: Rows) -> int:
+    """Return the confidence of the row that made a contact."""
     row = rows.get(creator.id) if creator else None
     return row.mapped.draft.attribution_confidence if row and row.mapped.draft else FULL_CONFIDENCE
-
-
-def confidence_in(merge: Entry, otherwise: int) -> int:
-    """The confidence that stood in a contact before a merge, where it filled the attribution and its entry says so."""
-    return otherwise if merge.confidence_before is None else merge.confidence_before
 
 
 def _possible_values(entry: Entry, columns: Iterable[str], rows: Rows) -> dict[str, tuple[Any, ...] | None]:

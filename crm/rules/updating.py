@@ -14,20 +14,21 @@ from crm.outcome import Source, Totals, UpdateOutcome
 from crm.rules.entry import Entry
 from crm.rules.fold import FILLED_UNITS, STAGE, UNITS_OF_FIRST, fold, stage_order
 from crm.rules.mapping import (
-    ATTRIBUTION,
     CONTACT_TYPE_OF_SOURCE,
     STAGES_OF_STATUS,
     ContactDraft,
     MappedRow,
     Rules,
     placeholder_name,
+    referrer,
 )
-from crm.rules.matching import Conflict, ExistingContact, ExistingContacts
+from crm.rules.matching import ATTRIBUTION_PARTS, Conflict, ExistingContact, ExistingContacts
 from crm.rules.snapshot import ContactSnapshot
 
 LEAD = "LEAD"
 #: What a row's keys disagree in, and what PostgreSQL refused: kept under these names.
 IDENTITY, REFUSED = "identity", "refused"
+ATTRIBUTION, COMMISSION = ATTRIBUTION_PARTS
 EMAIL, TYPE, STAGE_ENTERED = "email", "contact_type", "stage_entered_at"
 #: The fields of everything that an update may write, by the name under which it is told.
 FIELDS_OF_CHANGE: Mapping[str, tuple[str, ...]] = {
@@ -41,8 +42,8 @@ FIELDS_OF_CHANGE: Mapping[str, tuple[str, ...]] = {
 _NOTHING_PERSONAL = ("user_id", "clerk_user_id", "last_contacted_at", "assignment")
 #: What a record of a change has a column of its own for.
 _RECORDED_APART = (EMAIL, TYPE, STAGE, STAGE_ENTERED)
-# The fields that tell whether a unit is there: a confidence alone is no attribution.
-_TELLING = {**FIELDS_OF_CHANGE, "attribution": ATTRIBUTION}
+# The fields that tell whether a unit is there: without a referrer there is no attribution, whatever else is.
+_TELLING = {**FIELDS_OF_CHANGE, ATTRIBUTION: ("referrer_username",), COMMISSION: ("commission_rate",)}
 # When a lead was assigned moves with every change of its row: the preparer tells whether it is another assignment.
 _COMPARED = {**FIELDS_OF_CHANGE, "assignment": ("assigned_preparer_id",)}
 
@@ -152,6 +153,14 @@ class _Expected:
     by_rows: ContactDraft
     origins_by_rows: Mapping[str, RowOfContact]
 
+    def written(self, name: str) -> dict[str, Any]:
+        """What is written of a name: of an attribution that another row completes, no rate."""
+        values = {each: getattr(self.values, each) for each in FIELDS_OF_CHANGE[name]}
+        if name == ATTRIBUTION and COMMISSION in self.origins:
+            draft = self.origins[name].row.draft
+            values |= {each: getattr(draft, each) for each in FIELDS_OF_CHANGE[COMMISSION]}
+        return values
+
 
 @dataclass(slots=True)
 class Look:
@@ -219,7 +228,7 @@ def _change(looked: RowOfContact, contact: RevisitedContact, look: Look, rules: 
         verdict = _verdict(told, expected, contact, rules)
         if verdict:
             written[told] = origin
-            values |= {each: getattr(expected.values, each) for each in FIELDS_OF_CHANGE[told]}
+            values |= expected.written(told)
         elif verdict is False and is_its_own:
             kept.append(told)
     kept += _kept_from(looked, expected, contact, rules)
@@ -303,7 +312,18 @@ def _of_this_contact(
 
 
 def _lacks(values: ContactDraft, unit: str) -> bool:
+    if unit == ATTRIBUTION:
+        return referrer(values.referrer_username) is None
     return all(getattr(values, name) is None for name in _TELLING[unit])
+
+
+def _fields_of(
+    name: str, origins: Mapping[str, RowOfContact], fields: Mapping[str, tuple[str, ...]]
+) -> tuple[str, ...]:
+    """The fields of a unit; of an attribution that another row completes, those without the rate."""
+    if name == ATTRIBUTION and COMMISSION in origins:
+        return tuple(each for each in fields[name] if each not in fields[COMMISSION])
+    return fields[name]
 
 
 def _differs(one: ContactDraft, other: ContactDraft, fields: Iterable[str]) -> bool:
@@ -315,7 +335,8 @@ def _verdict(name: str, expected: _Expected, contact: RevisitedContact, rules: R
         return _of_written(name, expected, contact, rules) if contact.is_as_written else None
     if _lacks(contact.values, name):
         return name not in contact.given
-    return True if _differs(expected.values, contact.values, FIELDS_OF_CHANGE[name]) else None
+    compared = _fields_of(name, expected.origins, FIELDS_OF_CHANGE)
+    return True if _differs(expected.values, contact.values, compared) else None
 
 
 def _of_written(name: str, expected: _Expected, contact: RevisitedContact, rules: Rules) -> bool | None:
@@ -351,7 +372,7 @@ def _kept_from(looked: RowOfContact, expected: _Expected, contact: RevisitedCont
             differs = (
                 name not in expected.origins
                 and not _lacks(contact.values, name)
-                and _differs(expected.by_rows, contact.values, _COMPARED[name])
+                and _differs(expected.by_rows, contact.values, _fields_of(name, expected.origins_by_rows, _COMPARED))
             )
         if differs:
             kept.append(name)

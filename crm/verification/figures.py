@@ -8,10 +8,13 @@ from typing import Any
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.postgres.loaders import read_as_text
+from crm.rules.mapping import has_no_referrer_sql
 
 #: The source of contacts that somebody else made.
 OTHERS = "others"
 
+_REFERRER = 'c."referrerUsername"'
+_WITH_REFERRER = f"count(*) FILTER (WHERE NOT {has_no_referrer_sql(_REFERRER)})"
 _FIGURES = """
 SELECT CASE WHEN GROUPING(c."contactType") = 0 THEN c."contactType"::text END,
        CASE WHEN GROUPING(entry.source) = 0 THEN COALESCE(entry.source, %(others)s) END,
@@ -25,7 +28,7 @@ SELECT CASE WHEN GROUPING(c."contactType") = 0 THEN c."contactType"::text END,
 class Figures:
     """Contacts of one type, or of one source, or both. `oldest` and `newest` are of their creation, in UTC.
 
-    `with_attribution` counts those that have a referrer; None where the table has no such column.
+    `with_attribution` counts those that name a referrer; None where the table has no such column.
     """
 
     total: int
@@ -57,7 +60,7 @@ FiguresTable = dict[tuple[str | None, str | None], Figures]
 
 def count_contacts(connection: BaseDatabaseWrapper, *, has_referrer: bool) -> FiguresTable:
     """The figures of every contact of the CRM, ours and others', in one pass."""
-    query = _FIGURES.format(with_attribution='count(c."referrerUsername")' if has_referrer else "NULL")
+    query = _FIGURES.format(with_attribution=_WITH_REFERRER if has_referrer else "NULL")
     with connection.cursor() as cursor:
         read_as_text(cursor)
         cursor.execute(query, {"others": OTHERS})

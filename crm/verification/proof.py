@@ -12,7 +12,6 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from crm.backfill.read.source import WHITE_SPACE
 from crm.outcome import Source
 from crm.postgres.facts.columns import ATTRIBUTION_COLUMNS
 from crm.postgres.facts.requirements import CONFIDENCE
@@ -27,6 +26,7 @@ from crm.rules.mapping import (
     SOURCE_OF_ROLE,
     STAGES_OF_STATUS,
     UNKNOWN_NAME,
+    WHITE_SPACE,
 )
 
 # No more than what is an address to `crm.rules.mapping` as well. Without bounds in it, which cost PostgreSQL

@@ -212,7 +212,7 @@ def test_a_fill_that_is_refused_costs_the_row_that_brought_it(database: Database
 
 def test_the_next_row_of_a_person_makes_the_contact_that_the_first_could_not(database: Database) -> None:
     database.change(OBSTACLES["number out of range"].put)
-    first = add_lead("ann@example.com", createdAt="2025-01-01", commissionRate="12.50")
+    first = add_lead("ann@example.com", createdAt="2025-01-01", commissionRate="12.50", referrerUsername="ref")
     second = add_lead("ann@example.com", createdAt="2025-01-02")
     add_many_leads(PEOPLE)
     answer = run()

@@ -8,8 +8,7 @@ from django.db import connection
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from crm.backfill.read.source import WHITE_SPACE
-from crm.rules.mapping import contact_id, contact_id_sql
+from crm.rules.mapping import WHITE_SPACE, contact_id, contact_id_sql
 from tests.conftest import Database
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))

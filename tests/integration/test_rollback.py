@@ -349,7 +349,7 @@ EDITS = {
 
 @pytest.mark.parametrize("edit", EDITS)
 def test_a_contact_that_somebody_touched_stays_as_it_is_and_is_never_made_again(database: Database, edit: str) -> None:
-    lead = add_lead("ann@example.com", commissionRate="12.50")
+    lead = add_lead("ann@example.com", commissionRate="12.50", referrerUsername="ref")
     made = run()
     change(EDITS[edit])
     dump = database.dump(*LEGACY_TABLES, "ledger_entry")
@@ -467,7 +467,7 @@ def merged_by_a_second_run(**lead: Any) -> tuple[dict[str, Any], dict[str, Any]]
     """A profile's contact from one run, and a lead of the same person merged into it by another."""
     add_profile(email="ann@example.com")
     first = run()
-    add_lead("ann@example.com", commissionRate="7.50", attributionConfidence=85, **lead)
+    add_lead("ann@example.com", commissionRate="7.50", referrerUsername="ref", attributionConfidence=85, **lead)
     return first, run()
 
 
@@ -478,7 +478,7 @@ def test_what_a_run_merged_is_taken_out_again(database: Database) -> None:
     assert report["merges"] == {"reversed": 1, "kept": 0, "failed": 0}
     contact = contact_with("ann@example.com")
     assert contact["attributionConfidence"] == 100
-    emptied = ("commissionRate", "phone", "lastContactedAt", "assignedPreparerId", "assignedAt")
+    emptied = ("referrerUsername", "commissionRate", "phone", "lastContactedAt", "assignedPreparerId", "assignedAt")
     assert [contact[column] for column in emptied] == [None] * len(emptied)
     assert taken_back(first["run"])["reversed"] == 1
 
@@ -486,11 +486,73 @@ def test_what_a_run_merged_is_taken_out_again(database: Database) -> None:
 def test_the_confidence_is_that_of_the_row_that_made_the_contact_again(database: Database) -> None:
     add_lead("ann@example.com", attributionConfidence=40)
     run()
-    add_lead("ann@example.com", commissionRate="7.50", attributionConfidence=85)
+    add_lead("ann@example.com", commissionRate="7.50", referrerUsername="ref", attributionConfidence=85)
     second = run()
     assert contact_with("ann@example.com")["attributionConfidence"] == 85
     taken_back(second["run"])
     assert contact_with("ann@example.com")["attributionConfidence"] == 40
+
+
+DIRECT: dict[str, Any] = {"attributionMethod": "direct", "commissionRate": "0.00", "attributionConfidence": 95}
+
+
+@pytest.mark.parametrize("username", [None, " "])
+def test_what_was_written_down_for_nobody_comes_back_when_a_referrer_is_taken_out(
+    database: Database, username: str | None
+) -> None:
+    add_lead("ann@example.com", referrerUsername=username, **DIRECT)
+    run()
+    before = contacts()
+    add_lead("ann@example.com", referrerUsername="ref", commissionRate="7.50", attributionMethod="cookie")
+    second = run()
+    assert str(contact_with("ann@example.com")["commissionRate"]) == "7.50"
+    assert taken_back(second["run"])["merges"] == {"reversed": 1, "kept": 0, "failed": 0}
+    assert contacts() == before
+
+
+def test_a_rate_that_completed_an_attribution_is_taken_out_alone(database: Database) -> None:
+    add_lead("ann@example.com", referrerUsername="ref", attributionMethod="cookie")
+    run()
+    before = contacts()
+    add_lead("ann@example.com", referrerUsername="REF", commissionRate="7.50", commissionRateLockedAt="2025-01-02")
+    second = run()
+    assert str(contact_with("ann@example.com")["commissionRate"]) == "7.50"
+    assert verify(connection).findings.kept == []
+    assert taken_back(second["run"])["merges"]["reversed"] == 1
+    assert contacts() == before
+
+
+def test_an_attribution_and_its_rate_are_taken_out_together(database: Database) -> None:
+    add_lead("ann@example.com", **DIRECT)
+    run()
+    before = contacts()
+    add_lead("ann@example.com", id="z", referrerUsername="ref", attributionMethod="cookie", createdAt="2024-01-01")
+    add_lead("ann@example.com", id="a", referrerUsername="ref", commissionRate="7.50", createdAt="2024-01-02")
+    second = run()
+    assert verify(connection).findings.kept == []
+    assert taken_back(second["run"])["merges"]["reversed"] == 2
+    assert contacts() == before
+
+
+@pytest.mark.parametrize("somebody_elses", [False, True])
+def test_an_update_puts_a_referrer_in_the_place_of_nobody_and_a_rollback_nobody_in_the_place_of_the_referrer(
+    database: Database,
+    somebody_elses: bool,  # noqa: FBT001 - a parameter of the test
+) -> None:
+    if somebody_elses:
+        add_contact("ann@example.com", **DIRECT)
+    lead = add_lead("ann@example.com", phone=" ", **DIRECT)
+    run()
+    before = contacts()
+    change(
+        """UPDATE leads SET "commissionRate" = 7.50, "referrerUsername" = 'ref', "updatedAt" = now() WHERE id = %s""",
+        lead,
+    )
+    second = run(update=True)
+    assert second["updated_by_column"] == {"attribution": 1}
+    assert contact_with("ann@example.com")["referrerUsername"] == "ref"
+    assert taken_back(second["run"])["updates"] == {"reversed": 1, "kept": 0, "failed": 0}
+    assert contacts() == before
 
 
 def edit_by_hand() -> None:
@@ -505,7 +567,7 @@ def test_what_a_run_merged_into_an_edited_contact_is_taken_out_again(database: D
     run()
     edit_by_hand()
     before = contacts()
-    add_lead("ann@example.com", commissionRate="7.50", attributionConfidence=85)
+    add_lead("ann@example.com", commissionRate="7.50", referrerUsername="ref", attributionConfidence=85)
     second = run()
     assert str(contact_with("ann@example.com")["commissionRate"]) == "7.50"
     foretold = taken_back_dry(second["run"], 1000)
@@ -551,10 +613,10 @@ def test_what_an_update_filled_in_an_edited_contact_is_taken_out_again(
 
 def test_an_entry_without_the_contacts_marker_is_judged_by_the_row_that_made_the_contact(database: Database) -> None:
     _, second = merged_by_a_second_run()
-    change("UPDATE ledger_entry SET contact_updated_at = NULL, confidence_before = NULL")
+    change("UPDATE ledger_entry SET contact_updated_at = NULL, attribution_before = NULL")
     assert taken_back(second["run"])["merges"]["reversed"] == 1
     run()
-    change("UPDATE ledger_entry SET contact_updated_at = NULL, confidence_before = NULL")
+    change("UPDATE ledger_entry SET contact_updated_at = NULL, attribution_before = NULL")
     edit_by_hand()
     assert taken_back(BackfillRun.objects.latest("pk").pk)["merges"]["kept"] == 1
 
@@ -641,8 +703,8 @@ def test_what_is_taken_out_is_missed_by_nobody(database: Database) -> None:
     run()
     add_lead("ann@example.com", phone="555 0101")
     second = run()
-    add_lead("ann@example.com", phone="555 0102", commissionRate="7.50")
-    add_lead("ann@example.com", phone=" ", commissionRate="8.50")
+    add_lead("ann@example.com", phone="555 0102", commissionRate="7.50", referrerUsername="ref")
+    add_lead("ann@example.com", phone=" ", commissionRate="8.50", referrerUsername="ref")
     run()
     whole, entries = contacts(), ledger()
     report = taken_back(second["run"])
@@ -655,7 +717,7 @@ def test_what_is_taken_out_is_missed_by_nobody(database: Database) -> None:
 
 def test_a_row_merged_by_the_same_run_stays_with_a_contact_that_stays(database: Database) -> None:
     add_profile(email="ann@example.com")
-    add_lead("ann@example.com", commissionRate="7.50")
+    add_lead("ann@example.com", commissionRate="7.50", referrerUsername="ref")
     made = run()
     change("""UPDATE crm_contacts SET phone = NULL, "updatedAt" = now()""")
     report = taken_back(made["run"])
@@ -667,7 +729,7 @@ def test_a_row_merged_by_the_same_run_stays_with_a_contact_that_stays(database: 
 
 def test_the_summary_says_what_the_reasons_are_and_where_they_are_explained(database: Database) -> None:
     add_profile(email="ann@example.com")
-    add_lead("ann@example.com", commissionRate="7.50")
+    add_lead("ann@example.com", commissionRate="7.50", referrerUsername="ref")
     made = run()
     assert "Why rows" not in rollback(str(made["run"]), "--dry-run").stdout
     change("""UPDATE crm_contacts SET phone = NULL, "updatedAt" = now()""")

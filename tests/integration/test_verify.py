@@ -340,7 +340,8 @@ def test_an_attribution_is_held_against_one_row_whole(database: Database, runs: 
 
 def test_a_confidence_is_held_against_the_row_that_brought_the_attribution(database: Database) -> None:
     client = add_client()
-    builders.add_lead("pat@example.com", attributionMethod="cookie", attributionConfidence=0, createdAt="2024-01-01")
+    referred: dict[str, Any] = {"referrerUsername": "first", "attributionMethod": "cookie", "attributionConfidence": 0}
+    builders.add_lead("pat@example.com", createdAt="2024-01-01", **referred)
     add_attributed_lead("pat@example.com", attributionConfidence=85)
     run()
     assert found() == []

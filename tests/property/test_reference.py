@@ -308,13 +308,23 @@ def test_what_is_there_is_not_filled() -> None:
     assert result.contacts == run(lead("l1", **first)).contacts
 
 
-@pytest.mark.parametrize("column", NULLABLE_ATTRIBUTION)
-def test_attribution_is_filled_as_a_unit_or_not_at_all(column: str) -> None:
-    partial = NO_ATTRIBUTION | {column: REFERRED[column], "attributionConfidence": 7}
-    taken = run(lead("l1"), lead("l2", createdAt=DAY[1], **partial))
-    assert {key: made_by(taken, "leads:l1")[key] for key in ATTRIBUTION} == partial
-    kept = run(lead("l1", **partial), lead("l2", createdAt=DAY[1], **ALSO_REFERRED))
-    assert {key: made_by(kept, "leads:l1")[key] for key in ATTRIBUTION} == partial
+DIRECT: Row = {**NO_ATTRIBUTION, "commissionRate": Decimal("0.00"), "attributionMethod": "direct"}
+
+
+@pytest.mark.parametrize("nobody", [None, "", " "])
+def test_an_attribution_without_a_referrer_is_none_and_is_filled_as_a_unit(nobody: str | None) -> None:
+    direct = DIRECT | {"referrerUsername": nobody}
+    filled = run(lead("l1", **direct), lead("l2", createdAt=DAY[1], **REFERRED))
+    assert {key: made_by(filled, "leads:l1")[key] for key in ATTRIBUTION} == REFERRED
+    kept = run(lead("l1"), lead("l2", createdAt=DAY[1], **direct))
+    assert {key: made_by(kept, "leads:l1")[key] for key in ATTRIBUTION} == NO_ATTRIBUTION
+
+
+def test_a_rate_that_is_missing_comes_from_the_same_referrer_alone() -> None:
+    without = REFERRED | {"commissionRate": None, "commissionRateLockedAt": None}
+    theirs = lead("l3", createdAt=DAY[3], **(REFERRED | {"referrerUsername": " REF", "attributionMethod": "other"}))
+    result = run(lead("l1", **without), lead("l2", createdAt=DAY[1], **ALSO_REFERRED), theirs)
+    assert {key: made_by(result, "leads:l1")[key] for key in ATTRIBUTION} == REFERRED
 
 
 def test_a_lead_without_attribution_does_not_bring_its_confidence() -> None:

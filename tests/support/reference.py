@@ -46,6 +46,7 @@ NULLABLE_ATTRIBUTION = (
     "attributionMethod",
 )
 ATTRIBUTION = (*NULLABLE_ATTRIBUTION, "attributionConfidence")
+COMMISSION = ("commissionRate", "commissionRateLockedAt")
 CONTACT_COLUMNS = (
     *("id", "userId", "clerkUserId", "contactType", "firstName", "lastName", "email", "phone", "company"),
     *("stage", "stageEnteredAt", "source", "assignedPreparerId", "assignedAt"),
@@ -383,17 +384,30 @@ def fill_from_profile(contact: Row, draft: Row) -> None:
 
 
 def fill_from_lead(contact: Row, draft: Row) -> None:
-    """A lead merges: attribution and assignment as units, phone and last contact, where there is nothing."""
-    if all(contact[column] is None for column in NULLABLE_ATTRIBUTION) and any(
-        draft[column] is not None for column in NULLABLE_ATTRIBUTION
-    ):
+    """A lead merges: attribution and assignment as units, phone and last contact, where there is nothing.
+
+    An attribution is there where it names a referrer; one that has no rate as yet is completed by the same referrer's.
+    """
+    if referrer(draft) and not referrer(contact):
         contact.update({column: draft[column] for column in ATTRIBUTION})
+    elif (
+        referrer(draft)
+        and referrer(draft) == referrer(contact)
+        and contact["commissionRate"] is None
+        and draft["commissionRate"] is not None
+    ):
+        contact.update({column: draft[column] for column in COMMISSION})
     unassigned = contact["assignedPreparerId"] is None and contact["assignedAt"] is None
     if unassigned and draft["assignedPreparerId"] is not None:
         contact.update({column: draft[column] for column in ("assignedPreparerId", "assignedAt")})
     for column in ("phone", "lastContactedAt"):
         if contact[column] is None:
             contact[column] = draft[column]
+
+
+def referrer(row: Row) -> str:
+    """Who referred the person, without case; empty for nobody."""
+    return (row["referrerUsername"] or "").strip().lower()
 
 
 def contact_id_of(reference: str) -> str:

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from tests.support import reference
-from tests.support.reference import ATTRIBUTION, NULLABLE_ATTRIBUTION, Entry, Population, Row
+from tests.support.reference import ATTRIBUTION, COMMISSION, Entry, Population, Row, referrer
 
-#: What is filled together, by the name in the report; for each, the columns that tell whether something is there.
+#: What is filled together, by the name in the report. An attribution is there if it names a referrer; the others if one
+#: of their columns is there.
 UNITS: dict[str, tuple[str, ...]] = {
     "user_id": ("userId",),
     "clerk_user_id": ("clerkUserId",),
@@ -24,6 +25,7 @@ UNITS: dict[str, tuple[str, ...]] = {
     "last_contacted_at": ("lastContactedAt",),
     "assignment": ("assignedPreparerId", "assignedAt"),
     "attribution": ATTRIBUTION,
+    "commission": COMMISSION,
 }
 #: What the row alone says that counts first.
 FIRST = {
@@ -193,9 +195,11 @@ def _verdict(
         if not mine and world.is_due(origin.ref, origin.row):
             continue
         told = "stage_entered_at" if name == "stage" and expected["stage"] == contact["stage"] else name
-        verdict = _of(told, expected, contact, world, population)
+        verdict = _of(told, expected, contact, world, population, completed="commission" in origins)
         if verdict:
             wanted[told] = {column: expected[column] for column in COLUMNS[told]}
+            if told == "attribution" and "commission" in origins:
+                wanted[told] |= {column: origin.draft[column] for column in COMMISSION}
         elif verdict is False and mine:
             kept.append(told)
     if not untouched:
@@ -205,7 +209,9 @@ def _verdict(
             for name, origin in origins_by_rows.items()
             if origin.ref == ref
             and (name not in origins or name not in UNITS)
-            and _would_change(name, source, by_rows, contact, population, is_ours=is_ours)
+            and _would_change(
+                name, source, by_rows, contact, population, is_ours=is_ours, completed="commission" in origins_by_rows
+            )
         ]
     if source in reference.PROFILE_TYPES:
         _email(population, row, draft, contact, wanted, kept, untouched=untouched)
@@ -262,9 +268,13 @@ def _fold(base: Row | None, speakers: list[Speaker], population: Population) -> 
         if population.stages.index(speaker.draft["stage"]) > population.stages.index(result["stage"]):
             result |= {column: speaker.draft[column] for column in STAGE["stage"]}
             origins["stage"] = speaker
+        attributed = bool(referrer(result)) and not referrer({"referrerUsername": before["referrerUsername"]})
         for name, columns in UNITS.items():
-            telling = NULLABLE_ATTRIBUTION if name == "attribution" else columns
-            if any(result[column] != before[column] for column in telling):
+            if name == "attribution":
+                changed = attributed
+            else:
+                changed = any(result[column] != before[column] for column in columns)
+            if changed and not (name == "commission" and (attributed or not referrer(result))):
                 origins[name] = speaker
     return result or {}, origins
 
@@ -286,11 +296,27 @@ def _promote_a_lead(contact: Row, speakers: list[Speaker], expected: Row, origin
         origins["contact_type"] = promoting
 
 
-def _of(name: str, expected: Row, contact: Row, world: World, population: Population) -> bool | None:
-    columns = COLUMNS[name]
+def _is_there(contact: Row, name: str) -> bool:
+    if name == "attribution":
+        return bool(referrer(contact))
+    if name == "commission":
+        return contact["commissionRate"] is not None
+    return any(contact[column] is not None for column in UNITS[name])
+
+
+def _compared(name: str, *, completed: bool) -> tuple[str, ...]:
+    """The columns of a unit; without the rate where another row completed the attribution by it."""
+    if name == "attribution" and completed:
+        return tuple(column for column in ATTRIBUTION if column not in COMMISSION)
+    return COLUMNS[name]
+
+
+def _of(
+    name: str, expected: Row, contact: Row, world: World, population: Population, *, completed: bool
+) -> bool | None:
+    columns = _compared(name, completed=completed)
     if name in UNITS:
-        telling = NULLABLE_ATTRIBUTION if name == "attribution" else columns
-        if all(contact[column] is None for column in telling):
+        if not _is_there(contact, name):
             return _may_fill(world, contact, name)
         return any(expected[column] != contact[column] for column in columns) or None
     if not world.is_untouched(contact):
@@ -303,12 +329,12 @@ def _of(name: str, expected: Row, contact: Row, world: World, population: Popula
     return any(expected[column] != contact[column] for column in columns) or None
 
 
-def _would_change(name: str, source: str, by_rows: Row, contact: Row, population: Population, *, is_ours: bool) -> bool:
+def _would_change(
+    name: str, source: str, by_rows: Row, contact: Row, population: Population, *, is_ours: bool, completed: bool
+) -> bool:
     if name in UNITS:
-        telling = NULLABLE_ATTRIBUTION if name == "attribution" else UNITS[name]
-        compared = ("assignedPreparerId",) if name == "assignment" else UNITS[name]
-        is_there = any(contact[column] is not None for column in telling)
-        return is_there and any(by_rows[column] != contact[column] for column in compared)
+        compared = ("assignedPreparerId",) if name == "assignment" else _compared(name, completed=completed)
+        return _is_there(contact, name) and any(by_rows[column] != contact[column] for column in compared)
     if not is_ours:
         return False
     if name == "stage":

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crm.rules.fold import FILLED_UNITS, UNITS_OF_FIRST, fold
-from crm.rules.mapping import ContactDraft, MappedRow, Rules
+from crm.rules.mapping import ContactDraft, MappedRow, Rules, referrer
 from crm.rules.matching import ExistingContacts, decide
 
 STAGES = ("NEW", "CONTACTED", "QUALIFIED", "COMPLETE")
@@ -76,7 +76,24 @@ def test_every_unit_comes_whole_from_the_row_that_is_named(rows: list[ContactDra
     folded = fold(rows, RULES)
     for unit in (*FILLED_UNITS, *UNITS_OF_FIRST):
         fields = FILLED_UNITS.get(unit, (unit,))
-        origin = rows[folded.origins.get(unit, 0)]
+        # A rate that completes nothing came with its attribution.
+        named = "attribution" if unit == "commission" and unit not in folded.origins else unit
+        origin = rows[folded.origins.get(named, 0)]
+        if unit == "attribution" and "commission" in folded.origins:
+            fields = tuple(name for name in fields if name not in FILLED_UNITS["commission"])
         assert [getattr(folded.values, name) for name in fields] == [getattr(origin, name) for name in fields]
-        telling = [name for name in fields if name != "attribution_confidence"]
+        if unit == "commission":
+            continue
+        telling = ("referrer_username",) if unit == "attribution" else fields
         assert (unit in folded.origins) == any(getattr(folded.values, name) is not None for name in telling)
+
+
+@given(rows_of_one_person())
+def test_the_first_referrer_is_the_contacts_and_the_first_of_their_rates(rows: list[ContactDraft]) -> None:
+    folded = fold(rows, RULES).values
+    referred = [row for row in rows if referrer(row.referrer_username)]
+    if referred:
+        first = referrer(referred[0].referrer_username)
+        theirs = [row for row in referred if referrer(row.referrer_username) == first]
+        rates = [row.commission_rate for row in theirs if row.commission_rate is not None]
+        assert (referrer(folded.referrer_username), folded.commission_rate) == (first, next(iter(rates), None))

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crm.outcome import Outcome, Reason, RowOutcome
-from crm.rules.mapping import ATTRIBUTION_UNIT, ContactDraft, MappedRow, contact_id
+from crm.rules.mapping import ContactDraft, MappedRow, contact_id
 from crm.rules.matching import (
+    COMMISSION_UNIT,
     PROFILE_FILLS,
     ExistingContact,
     ExistingContacts,
@@ -231,16 +232,48 @@ def test_an_attribution_is_filled_whole_or_not_at_all() -> None:
     empty = contact("a", ours=True)
     assert fill(empty, draft) == ("attribution",)
     assert empty.fills == ATTRIBUTED
-    assert fill(contact("a", ours=True, has_attribution=True), draft) == ()
+    others = dict(ATTRIBUTED, referrer_username="other")
+    assert fill(contact("a", ours=True, attribution=tuple(others.values())), draft) == ()
 
 
-@pytest.mark.parametrize("name", ATTRIBUTION_UNIT[:-1])
-def test_any_one_of_the_five_makes_an_attribution(name: str) -> None:
-    known = contact("a", ours=True)
-    attributed: dict[str, Any] = {name: "x"}
-    assert fill(known, BARE._replace(**attributed)) == ("attribution",)
-    assert set(known.fills) == set(ATTRIBUTION_UNIT)
-    assert ExistingContact.of_draft(BARE._replace(**attributed)).has_attribution
+DIRECT: dict[str, Any] = {
+    "referrer_username": None,
+    "referrer_type": None,
+    "commission_rate": "0.00",
+    "commission_rate_locked_at": None,
+    "attribution_method": "direct",
+    "attribution_confidence": 100,
+}
+
+
+@pytest.mark.parametrize("nobody", [None, "", " ", "\N{NO-BREAK SPACE}"])
+def test_whom_nobody_referred_has_no_attribution_whatever_is_written_down(nobody: str | None) -> None:
+    direct = DIRECT | {"referrer_username": nobody}
+    referred = contact("a", ours=True, attribution=tuple(direct.values()))
+    assert fill(referred, BARE._replace(**ATTRIBUTED)) == ("attribution",)
+    assert referred.fills == ATTRIBUTED
+    assert fill(contact("a", ours=True), BARE._replace(**direct)) == ()
+
+
+@pytest.mark.parametrize("username", ["ref", " REF "])
+def test_the_same_referrers_rate_completes_an_attribution_that_has_none(username: str) -> None:
+    known = contact("a", ours=True, attribution=tuple((ATTRIBUTED | {"commission_rate": None}).values()))
+    draft = BARE._replace(**(ATTRIBUTED | {"referrer_username": username, "attribution_method": "other"}))
+    assert fill(known, draft) == ("commission",)
+    assert known.fills == {name: ATTRIBUTED[name] for name in ("referrer_username", *COMMISSION_UNIT)}
+    assert fill(known, draft._replace(commission_rate="9.00")) == ()
+
+
+def test_another_referrers_rate_completes_nothing() -> None:
+    known = contact("a", ours=True, attribution=tuple((ATTRIBUTED | {"commission_rate": None}).values()))
+    assert fill(known, BARE._replace(**(ATTRIBUTED | {"referrer_username": "other"}))) == ()
+
+
+def test_a_merge_says_what_it_replaced_of_an_attribution() -> None:
+    lead = row("1", table="leads", **ATTRIBUTED)
+    there = contact("a", ours=True, email=lead.draft.email if lead.draft else "", attribution=tuple(DIRECT.values()))
+    (outcome,) = decided([lead], there).row_outcomes
+    assert (outcome.filled, outcome.attribution_before) == (("attribution",), DIRECT)
 
 
 def test_a_confidence_alone_is_no_attribution() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from django.db.backends.base.base import BaseDatabaseWrapper
 
@@ -11,12 +12,13 @@ from crm.postgres.facts.columns import COLUMN
 from crm.postgres.facts.schema import DatabaseFacts
 from crm.postgres.loaders import read_as_text
 from crm.rules.addresses import canonical_address, trimmed_address
-from crm.rules.mapping import ATTRIBUTION, MappedRow, contact_id_sql
+from crm.rules.mapping import ATTRIBUTION_UNIT, MappedRow, contact_id_sql
 from crm.rules.matching import ExistingContact, ExistingContacts, ProfileOfAddress
 
 # A contact is found by index under each key; one OR over all of them would be left to the planner's luck.
 _CONTACTS = """
-SELECT c.id, c.email, c."userId", c."clerkUserId", {ours}, c.phone, c.company, {rest}
+SELECT c.id, c.email, c."userId", c."clerkUserId", {ours}, c.phone, c.company, {assignment}, c."lastContactedAt",
+       {attribution}, c."updatedAt"
   FROM crm_contacts c
  WHERE c.id IN (SELECT id FROM crm_contacts WHERE email = ANY(%(emails)s)
           UNION SELECT id FROM crm_contacts WHERE "userId" = ANY(%(user_ids)s)
@@ -26,12 +28,9 @@ SELECT c.id, c.email, c."userId", c."clerkUserId", {ours}, c.phone, c.company, {
 """
 _OURS = "EXISTS (SELECT FROM ledger_entry entry WHERE entry.id = c.id AND entry.outcome = 'created')"
 # A person may have taken the preparer away and left the date: a unit is missing when all of it is.
-_ASSIGNMENT = '(c."assignedPreparerId" IS NOT NULL OR c."assignedAt" IS NOT NULL), c."lastContactedAt"'
-_ATTRIBUTION = f"""
-{_ASSIGNMENT}, COALESCE({", ".join(f'c."{COLUMN[name]}"::text' for name in ATTRIBUTION)}) IS NOT NULL, c."updatedAt",
-c."attributionConfidence"
-"""
-_NO_ATTRIBUTION = f'{_ASSIGNMENT}, false, c."updatedAt", NULL'
+_ASSIGNMENT = '(c."assignedPreparerId" IS NOT NULL OR c."assignedAt" IS NOT NULL)'
+_ATTRIBUTION = ", ".join(f'c."{COLUMN[name]}"' for name in ATTRIBUTION_UNIT)
+_NO_ATTRIBUTION = ", ".join(["NULL"] * len(ATTRIBUTION_UNIT))
 _SPELLED = "SELECT email, id, NULL AS profile_id FROM crm_contacts WHERE email = ANY(%(spellings)s)"
 # Each LATERAL with its LIMIT is one index probe, whatever the planner believes.
 _AND_PROFILES = f"""
@@ -107,7 +106,8 @@ class ContactIndex:
         spelled = [identifier for email in emails for identifier in self._spelled.get(email, ())]
         query = _CONTACTS.format(
             ours=_OURS if self._facts.has_ledger else "false",
-            rest=_ATTRIBUTION if self._facts.has_attribution else _NO_ATTRIBUTION,
+            assignment=_ASSIGNMENT,
+            attribution=_ATTRIBUTION if self._facts.has_attribution else _NO_ATTRIBUTION,
         )
         parameters = {
             "emails": sorted(emails),
@@ -118,7 +118,15 @@ class ContactIndex:
         with self._connection.cursor() as cursor:
             read_as_text(cursor)
             cursor.execute(query, parameters)
-            return [ExistingContact(*row) for row in cursor.fetchall()]
+            return [_contact(row) for row in cursor.fetchall()]
+
+
+def _contact(row: tuple[Any, ...]) -> ExistingContact:
+    *values, updated_at = row
+    contact = ExistingContact(*values[: -len(ATTRIBUTION_UNIT)])
+    contact.attribution = tuple(values[-len(ATTRIBUTION_UNIT) :])
+    contact.updated_at = updated_at
+    return contact
 
 
 def likely_spellings(row: MappedRow) -> Iterable[str]:

@@ -38,9 +38,9 @@ logger = logging.getLogger(__name__)
 _ENTRIES = f"""
 WITH proven AS MATERIALIZED ({{proven}})
 SELECT id, source, source_id, outcome, contact_id, run_id, source_updated_at, filled, seen_updated_at,
-       contact_updated_at, confidence_before
+       contact_updated_at, attribution_before
   FROM (SELECT count(*)::text, NULL, (count(*) FILTER (WHERE touched))::text, NULL, NULL, NULL::bigint, NULL::timestamp,
-               NULL, NULL::timestamp, NULL::timestamp, NULL::bigint, NULL::bigint
+               NULL, NULL::timestamp, NULL::timestamp, NULL, NULL::bigint
           FROM proven
          UNION ALL
         SELECT {COLUMNS}, 0
@@ -52,8 +52,9 @@ SELECT id, source, source_id, outcome, contact_id, run_id, source_updated_at, fi
           FROM contact_update change
          WHERE NOT EXISTS (SELECT FROM proven WHERE proven.id = change.contact_id)
        ) AS entry(id, source, source_id, outcome, contact_id, run_id, source_updated_at, filled, seen_updated_at,
-                  contact_updated_at, confidence_before, turn)
- ORDER BY contact_id COLLATE "C" NULLS FIRST, outcome <> 'created', run_id, turn, id COLLATE "C"
+                  contact_updated_at, attribution_before, turn)
+ ORDER BY contact_id COLLATE "C" NULLS FIRST, outcome <> 'created', run_id, turn, filled LIKE '%%commission%%',
+          id COLLATE "C"
 """
 #: A query that proves no contact.
 NONE_PROVEN = "SELECT NULL::text AS id, false AS touched WHERE false"

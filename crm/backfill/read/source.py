@@ -24,7 +24,7 @@ from crm.postgres.apart import read_in_parts, refusal_of_reading
 from crm.postgres.facts.schema import SOURCE_OF_STRAYS, DatabaseFacts
 from crm.postgres.loaders import read_as_text
 from crm.rules.addresses import trimmed_address_sql
-from crm.rules.mapping import contact_id, contact_id_sql
+from crm.rules.mapping import WHITE_SPACE, contact_id, contact_id_sql
 from crm.rules.source_rows import SOURCE_TABLES, RawRow, SourceTable
 
 Key = tuple[str | None, ...]
@@ -33,9 +33,6 @@ Key = tuple[str | None, ...]
 BYTES_OF_PAGE = 4_000_000
 #: Begins the key of a page of ids that several rows have. No text of PostgreSQL's has a NUL.
 _REPEATED = "\0repeated"
-
-#: What Python's str.strip() takes away, for PostgreSQL's btrim(): both must see the same text.
-WHITE_SPACE = "".join(character for character in map(chr, range(0x3001)) if character.isspace())
 
 
 def entry_of_row(columns: str = "outcome, reason, run_id") -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from django.db.backends.base.base import BaseDatabaseWrapper
@@ -25,7 +25,8 @@ from crm.postgres.apart import write_apart
 from crm.postgres.errors import SettledMeanwhileError
 from crm.postgres.refusals import in_words, names_of_the_schema
 from crm.postgres.transactions import Timeouts, lock_as_a_writer
-from crm.rules.mapping import ContactDraft, MappedRow, Rules, contact_id
+from crm.rules.mapping import ATTRIBUTION_UNIT, ContactDraft, MappedRow, Rules, contact_id, referrer
+from crm.rules.matching import COMMISSION_UNIT
 from crm.rules.updating import EMAIL, FIELDS_OF_CHANGE, REFUSED, Change, Look, decide, rows_of, totals_of
 from crm.runs import lease
 from crm.try_execute import try_execute
@@ -58,7 +59,7 @@ _RECORDED = {
     **dict.fromkeys(("source_updated_at", "contact_updated_at"), "timestamp[]"),
     **dict.fromkeys(("from_type", "to_type", "from_stage", "to_stage"), "text[]"),
     "stage_entered_before": "timestamp[]",
-    "confidence_before": "bigint[]",
+    "attribution_before": "jsonb[]",
     "placeholder": "text[]",
     "former": "jsonb[]",
 }
@@ -289,10 +290,23 @@ def _recorded_together(change: Change, names: Sequence[str]) -> tuple[str | int 
         before.stage if "stage" in written else None,
         change.values["stage"] if "stage" in written else None,
         before.stage_entered_at if "stage_entered_at" in written else None,
-        before.attribution_confidence if "attribution_confidence" in written else None,
+        _attribution_before(before, written),
         before.email if "email" in written else None,
         json.dumps(former) if former else None,
     )
+
+
+def _attribution_before(before: ContactDraft, written: Collection[str]) -> str | None:
+    """What stood where an attribution is written, as JSON; where it named a referrer, the row tells that has it."""
+    replaced = [name for name in ATTRIBUTION_UNIT if name in written]
+    if referrer(before.referrer_username) is not None:
+        # The username is that of a person: a rate that was missing, and a confidence, are nobody's.
+        replaced = [name for name in replaced if name in ("attribution_confidence", *_of_nobody(before))]
+    return json.dumps({name: getattr(before, name) for name in replaced}) if replaced else None
+
+
+def _of_nobody(before: ContactDraft) -> tuple[str, ...]:
+    return COMMISSION_UNIT if before.commission_rate is None else ()
 
 
 def _update_statement(connection: BaseDatabaseWrapper) -> str:

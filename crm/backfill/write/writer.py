@@ -24,8 +24,8 @@ from crm.postgres.apart import Bisection, refusal_of_writing, refuses_all
 from crm.postgres.errors import RewrittenError, SettledMeanwhileError
 from crm.postgres.refusals import MAX_ALIKE, AlikeRefusals, names_of_the_schema
 from crm.postgres.transactions import Timeouts, lock_as_a_writer
-from crm.rules.mapping import ATTRIBUTION, ATTRIBUTION_UNIT, ContactDraft, MappedRow
-from crm.rules.matching import ASSIGNMENT_UNIT, PROFILE_FILLS
+from crm.rules.mapping import ATTRIBUTION_UNIT, ContactDraft, MappedRow, has_no_referrer_sql
+from crm.rules.matching import ASSIGNMENT_UNIT, COMMISSION_UNIT, PROFILE_FILLS
 from crm.runs import lease
 from crm.try_execute import try_execute
 
@@ -41,9 +41,9 @@ _MET = (Outcome.MERGED, Outcome.EXISTS)
 _ENTRY = (
     *("id", "source_id", "outcome", "reason", "contact_id", "source_updated_at", "filled"),
     *("sqlstate", '"constraint"', '"column"', '"table"', '"trigger"'),
-    *("contact_updated_at", "confidence_before", "identity_keys"),
+    *("contact_updated_at", "attribution_before", "identity_keys"),
 )
-_CASTS = {"confidence_before": "bigint", "identity_keys": "jsonb"}
+_CASTS = dict.fromkeys(("attribution_before", "identity_keys"), "jsonb")
 _CASTS |= dict.fromkeys(("source_updated_at", "contact_updated_at"), "timestamp")
 _SENT = ", ".join(f"{name}::{_CASTS[name]}" if name in _CASTS else name for name in _ENTRY)
 # Without a model object an entry: the ledger is a third of the rows' way through Python otherwise.
@@ -67,13 +67,21 @@ def _fill_statement(connection: BaseDatabaseWrapper) -> str:
     """Fill each value where nothing is at this very moment; attribution and assignment as the units that they are."""
     unassigned = " AND ".join(f"c.{_COLUMN[name]} IS NULL" for name in ASSIGNMENT_UNIT)
     unassigned += f" AND v.{_COLUMN['assigned_preparer_id']} IS NOT NULL"
-    unattributed = " AND ".join(f"c.{_COLUMN[name]} IS NULL" for name in ATTRIBUTION)
-    unattributed += f" AND v.{_COLUMN['attribution_confidence']} IS NOT NULL"
+    referrer, rate, confidence = (
+        _COLUMN[name] for name in ("referrer_username", "commission_rate", "attribution_confidence")
+    )
+    unattributed = f"{has_no_referrer_sql(f'c.{referrer}')} AND v.{confidence} IS NOT NULL"
+    # The rate alone, where the contact still says who referred the person.
+    incomplete = f"c.{rate} IS NULL AND v.{rate} IS NOT NULL AND v.{confidence} IS NULL AND c.{referrer} = v.{referrer}"
     alone = [f"{_COLUMN[name]} = COALESCE(c.{_COLUMN[name]}, v.{_COLUMN[name]})" for name in _FILLED_ALONE]
+    conditions = {
+        **dict.fromkeys(ASSIGNMENT_UNIT, unassigned),
+        **dict.fromkeys(ATTRIBUTION_UNIT, unattributed),
+        **dict.fromkeys(COMMISSION_UNIT, f"({unattributed}) OR ({incomplete})"),
+    }
     units = [
         f"{_COLUMN[name]} = CASE WHEN {condition} THEN v.{_COLUMN[name]} ELSE c.{_COLUMN[name]} END"
-        for condition, unit in ((unassigned, ASSIGNMENT_UNIT), (unattributed, ATTRIBUTION_UNIT))
-        for name in unit
+        for name, condition in conditions.items()
     ]
     fields = {field.attname: field for field in CRMContact._meta.concrete_fields}
     sent = {"id": "text[]", **array_types([fields[name] for name in _FILLED], connection)}
@@ -331,7 +339,7 @@ def _entry(row_outcome: RowOutcome) -> tuple[str | int | None, ...]:
         ",".join(row_outcome.filled) or None,
         *refusal,
         row_outcome.contact_updated_at,
-        row_outcome.confidence_before,
+        json.dumps(row_outcome.attribution_before) if row_outcome.attribution_before else None,
         json.dumps(row_outcome.identity_keys) if row_outcome.identity_keys else None,
     )
 
