@@ -37,8 +37,8 @@ _UNITS = {
     "company": "{of}.company IS NOT NULL",
     "last_contacted_at": '{of}."lastContactedAt" IS NOT NULL',
     "assignment": '{of}."assignedPreparerId" IS NOT NULL',
-    "attribution": """COALESCE({of}."referrerUsername", {of}."referrerType", {of}."commissionRate"::text,
-      {of}."commissionRateLockedAt"::text, {of}."attributionMethod") IS NOT NULL""",
+    # Without the rate that completes an attribution: it takes two leads of one person from the same referrer.
+    "attribution": f"btrim({{of}}.\"referrerUsername\", {_SPACE}) <> ''",
 }
 
 
@@ -56,7 +56,7 @@ _FIRST_PLACES = ", ".join(
 )
 _FIRST_ROWS = " ".join(f"LEFT JOIN waiting {unit} ON {unit}.place = first.{unit}" for unit in _UNITS)
 _ANYTHING_TO_FILL = " OR ".join(
-    f"({unit}.place IS NOT NULL AND NOT ({there.format(of='c')}))" for unit, there in _UNITS.items()
+    f"({unit}.place IS NOT NULL AND ({there.format(of='c')}) IS NOT TRUE)" for unit, there in _UNITS.items()
 )
 _PREPARE = f"""
 CREATE TEMPORARY TABLE other_address AS
@@ -96,7 +96,7 @@ SELECT "createdAt", source_id FROM draft ORDER BY place DESC LIMIT 1
 _OF_CONTACT = f"""
 c.id, c."userId", c."clerkUserId",
 EXISTS (SELECT FROM ledger_entry line WHERE line.id = c.id AND outcome = 'created') AS ours,
-{_units_where("NOT ({there})", "c")} AS blanks
+{_units_where("({there}) IS NOT TRUE", "c")} AS blanks
 """
 _SETTLE = f"""
 WITH met AS (
@@ -139,7 +139,8 @@ WITH met AS (
                        CASE WHEN has THEN c."commissionRateLockedAt" ELSE attribution."commissionRateLockedAt" END,
                        CASE WHEN has THEN c."attributionMethod" ELSE attribution."attributionMethod" END,
                        CASE WHEN has THEN c."attributionConfidence" ELSE attribution."attributionConfidence" END
-                  FROM (SELECT attribution.place IS NULL OR {_UNITS["attribution"].format(of="c")}) AS attributed(has))
+                  FROM (SELECT attribution.place IS NULL OR ({_UNITS["attribution"].format(of="c")}) IS TRUE)
+                    AS attributed(has))
          FROM first {_FIRST_ROWS}
         WHERE c.id = first.contact AND ({_ANYTHING_TO_FILL})
      )

@@ -4,12 +4,15 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Final
 
-from crm.postgres.facts.columns import ATTRIBUTION_COLUMNS
-
 #: In the order in which foreign keys let them be filled.
 TABLES: Final = (
     *("users", "profiles", "leads", "tax_intake_leads", "client_preparers"),
     *("crm_contacts", "crm_interactions", "crm_stage_history"),
+)
+
+_ATTRIBUTION: Final = (
+    *("referrerUsername", "referrerType", "commissionRate", "commissionRateLockedAt"),
+    *("attributionMethod", "attributionConfidence"),
 )
 
 FIRST_DAY: Final = date(2022, 11, 1)
@@ -60,7 +63,7 @@ _LEADS: Final = (
     "utmCampaign",
     "ipAddress",
     "userAgent",
-    *ATTRIBUTION_COLUMNS,
+    *_ATTRIBUTION,
     "attributionCookieId",
     "assignedPreparerId",
     "contactRequested",
@@ -118,7 +121,7 @@ _CONTACTS: Final = (
     "source",
     "assignedPreparerId",
     "assignedAt",
-    *ATTRIBUTION_COLUMNS,
+    *_ATTRIBUTION,
     "createdAt",
     "updatedAt",
     "lastContactedAt",

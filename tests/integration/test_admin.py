@@ -87,7 +87,7 @@ def test_a_contact_with_more_entries_than_fit_says_so(browser: Client, monkeypat
 
 
 def test_contacts_are_filtered(browser: Client) -> None:
-    theirs = add_contact("theirs@example.com", contactType="CLIENT", stage="CONTACTED", referrerType="AFFILIATE")
+    theirs = add_contact("theirs@example.com", contactType="CLIENT", stage="CONTACTED", referrerUsername="ref")
     ours = contact_id("leads", add_lead("ours@example.com"))
     run()
     assert listed(browser, CRMContact) == {theirs, ours}
