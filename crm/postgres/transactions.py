@@ -81,7 +81,8 @@ def certain_transaction(
             number = _begin(connection, timeouts, first, token)
             yield
             is_committing = True
-    except (DjangoDatabaseError, KeyboardInterrupt) as error:
+    except (DjangoDatabaseError, OperatorError, KeyboardInterrupt) as error:
+        # Django makes a new connection at once where a commit lost its own; that session may not be fit.
         if not is_committing or not _is_committed_after_all(connection, number, token):
             raise
         logger.warning("%s at the commit, which had come through", errors.describe(error))

@@ -241,17 +241,15 @@ def require_still_trusted(connection: BaseDatabaseWrapper) -> None:
     """
     connection.ensure_connection()
     with connection.wrap_database_errors:
-        require_trusted(connection.connection, [], settings.LEGACY_SCHEMA, otherwise="Nothing more was written.")
+        require_trusted(connection.connection, [], settings.LEGACY_SCHEMA)
 
 
-def require_trusted(
-    session: psycopg.Connection, schemas: Sequence[str], legacy_schema: str, *, otherwise: str = "Nothing was written."
-) -> None:
+def require_trusted(session: psycopg.Connection, schemas: Sequence[str], legacy_schema: str) -> None:
     """Raise UntrustedCodeError where others could have their code called, with the statements that mend it.
 
     Of `schemas`, those of the search path, those that are not there are passed over. `legacy_schema` is the one of the
     application's tables. For the schemas to be looked at safely, the search path has to be SAFE_SEARCH_PATH. The
-    transaction's statements are not compiled (`jit`) afterwards. `otherwise` ends the message.
+    transaction's statements are not compiled (`jit`) afterwards.
     """
     found: dict[str, list[tuple[Any, ...]]] = {}
     query = sql.SQL(_UNTRUSTED).format(
@@ -268,7 +266,7 @@ def require_trusted(
         found.setdefault(kind, []).append(tuple(row))
     for kind, message in _MESSAGES.items():
         if kind in found:
-            raise UntrustedCodeError(f"{message(found[kind])} {otherwise}")
+            raise UntrustedCodeError(f"{message(found[kind])} Nothing is written from here on.")
 
 
 def _told_of_strangers(found: Sequence[tuple[Any, ...]]) -> str:

@@ -127,20 +127,20 @@ class Lifecycle:
         except KeyboardInterrupt:
             connection.close()
             ending = _stopped_before_the_check(ending)
-        except DjangoDatabaseError as error:
+        except (DjangoDatabaseError, OperatorError) as error:
             connection.close()
             if self.interruption.requested:
                 ending = _stopped_before_the_check(ending)
             else:
-                ending = _failed(ending, errors.describe(error))
+                ending = _failed(ending, _in_words(error))
         try:
             return self._end_with_retries(ending, recorded)
-        except DjangoDatabaseError as error:
+        except (DjangoDatabaseError, OperatorError) as error:
             if self._was_cancelled(error):
                 return _stopped_before_the_end(ending)
-            return _failed(ending, errors.describe(error))
+            return _failed(ending, _in_words(error))
 
-    def _was_cancelled(self, error: DjangoDatabaseError) -> bool:
+    def _was_cancelled(self, error: Exception) -> bool:
         return self.interruption.requested and errors.sqlstate(error) in errors.TIMEOUTS
 
     def keeping_the_lease(self, look: Callable[[], Answer]) -> Answer:
@@ -199,7 +199,7 @@ class Lifecycle:
             connection.close()
             try:
                 self._end_with_retries(ending, {})
-            except DjangoDatabaseError as told:
+            except (DjangoDatabaseError, OperatorError) as told:
                 logger.warning("run %s could not be closed: %s", self.run.pk, errors.describe(told))
 
 
@@ -223,6 +223,11 @@ def _no_query_log() -> Iterator[None]:
         yield
     finally:
         settings.DEBUG = debug
+
+
+def _in_words(error: Exception) -> str:
+    """What ended a run, for its record: a session that is not fit any more says itself why."""
+    return str(error) if isinstance(error, OperatorError) else errors.describe(error)
 
 
 def _with_check(ending: Ending, checked: Checked) -> Ending:

@@ -28,6 +28,7 @@ from tests.support.commands import Finished, backfill, rollback, run, statement_
 from tests.support.forks import COMMIT, labels
 from tests.support.processes import session
 from tests.support.profiles import every
+from tests.support.runs import neighbour
 from tests.support.undisturbed import (
     BATCH_SIZE,
     PEOPLE,
@@ -210,6 +211,33 @@ def test_the_answer_to_a_commit_is_lost(database: Database, caplog: pytest.LogCa
         assert answer["read"] == len(ledger())
         assert len(sizes_of_batches()) == BATCHES
         assert_nothing_was_tried_again(caplog)
+
+
+@pytest.mark.parametrize("command", [backfill, rollback])
+def test_a_run_fails_where_the_session_that_would_ask_after_its_commit_is_not_fit(
+    database: Database, command: Callable[..., Finished]
+) -> None:
+    add_many_leads(2)
+    arguments = ["--json"] if command is backfill else [str(run()["run"]), "--json"]
+
+    def commit_and_be_refused(lost: psycopg.Connection) -> None:
+        lost.execute("GRANT CREATE ON SCHEMA public TO PUBLIC")
+        commit_and_close(lost)
+
+    try:
+        with losing_the_answer_to_commit(COMMITS_BEFORE + 1, commit_and_be_refused):
+            ended = command(*arguments)
+    finally:
+        with session() as owner:
+            owner.execute("REVOKE CREATE ON SCHEMA public FROM PUBLIC")
+            owner.commit()
+    assert (ended.code, ended.answer["status"]) == (5, "failed")
+    assert ended.answer["failure"].startswith("it is not known whether the last transaction was committed")
+    assert "Nothing was written" not in ended.stdout + ended.stderr
+    assert len(contacts()) == (2 if command is backfill else 0)
+    BackfillRun.objects.holding().update(**neighbour())
+    assert run()["status"] == "finished"
+    assert len(contacts()) == len(ledger()) == 2
 
 
 @contextmanager

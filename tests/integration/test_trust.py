@@ -513,7 +513,7 @@ def attack(name: str) -> Iterator[tuple[Attack, tuple[str, ...]]]:
 def test_what_others_could_have_called_is_refused_until_it_is_mended(own_public: Database, name: str) -> None:
     with attack(name) as (found, command):
         for refused in (ended_on(database_url(), *command), ended_on(database_url(), *command, "--dry-run")):
-            assert_refused(refused, found.named, found.ways_out[0], "Nothing was written.")
+            assert_refused(refused, found.named, found.ways_out[0], "Nothing is written from here on.")
         assert not was_called("evil")
         for way_out in found.ways_out:
             assert_refused(ended_on(database_url(), *command), way_out)
@@ -645,7 +645,7 @@ def test_a_trigger_that_is_made_during_a_run_ends_it_before_its_next_batch(own_p
             ((failure,),) = observer.execute("SELECT failure FROM backfill_run ORDER BY id DESC LIMIT 1").fetchall()
         assert f"the function evil.called() in the trigger mine of {made.split(' ON ')[1].split(' ')[0]}" in failure
         assert "DROP TRIGGER mine ON" in failure
-        assert "Nothing more was written." in failure
+        assert "Nothing is written from here on." in failure
 
 
 @pytest.mark.parametrize("name", AT_WORK)
