@@ -12,10 +12,15 @@ from django.db import connection
 from crm.backfill.read import readahead
 from crm.backfill.read.readahead import ReadAhead, ReadingThread
 from crm.backfill.read.source import Key, Page, SourceReader
+from crm.models import BackfillRun, LedgerEntry
 from crm.outcome import Source
 from crm.postgres.facts.schema import examine
+from crm.rollback.ahead import PagesAhead
+from crm.rollback.reader import Reader
+from crm.rules.reverting import Line
 from tests.conftest import Database
 from tests.support.builders import add_many_leads
+from tests.support.commands import run
 
 
 @contextmanager
@@ -99,3 +104,31 @@ def test_a_batch_ends_early_rather_than_wait_for_a_page_that_does_not_come(
         monkeypatch.setattr(readahead, "MAX_WAIT", 60)
         rest, _ = taken(reading, key, 12)
     assert (first, rest) == ([4], [4, 4])
+
+
+def test_a_rollback_takes_a_smaller_page_that_was_read_ahead_and_no_larger_one(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_many_leads(12)
+    made = BackfillRun.objects.get(pk=run()["run"])
+    reads: list[int] = []
+    page = Reader.page
+
+    def noting(self: Reader, after: str, size: int) -> list[Line]:
+        reads.append(size)
+        return page(self, after, size)
+
+    monkeypatch.setattr(Reader, "page", noting)
+    facts = examine(connection, for_writing=False)
+    with ReadingThread(connection) as thread:
+        pages = PagesAhead(Reader.of(connection, facts, made), thread)
+        sizes, ids, after = [], [], ""
+        for size in (2, 4, 4, 1, 9, 9, 9):
+            lines = pages.page(after, size).lines
+            sizes.append(len(lines))
+            ids += [line.id for line in lines]
+            after = ids[-1]
+    assert sizes == [2, 2, 4, 1, 1, 2, 0]
+    assert ids == sorted(LedgerEntry.objects.values_list("pk", flat=True))
+    # One that is too large is left, and at the end it is made sure that there is nothing.
+    assert reads == [2, 2, 4, 4, 1, 1, 9, 9, 9]
