@@ -164,6 +164,14 @@ def _logging_is_configured_once() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _no_variable_is_the_tests_own() -> Iterator[None]:
+    """A check warns of every variable that begins as the project's do and is none of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(installed_server.VARIABLE, raising=False)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _retries_are_quick() -> Iterator[None]:
     """Nobody is to wait for another try longer than what is tried takes; the tries are as many as ever."""
     with pytest.MonkeyPatch.context() as patch:

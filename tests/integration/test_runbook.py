@@ -276,7 +276,7 @@ def operator(tmp_path: Path, django_db_blocker: DjangoDbBlocker) -> Iterator[Ope
     try:
         with scratch_database("runbook") as database:
             owner = embedded.USER
-            if installed_server.VARIABLE in os.environ:
+            if installed_server.PROGRAMS:
                 owner = database.role
                 database.execute("ALTER DATABASE {name} OWNER TO {role}")
             with django_connection(database, django_db_blocker, role=owner) as theirs, theirs.cursor() as cursor:

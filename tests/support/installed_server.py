@@ -18,6 +18,8 @@ from pathlib import Path
 from config import embedded
 
 VARIABLE = "CRM_TEST_SERVER"
+#: Where its programs are; empty without it.
+PROGRAMS = os.environ.get(VARIABLE, "")
 #: PostgreSQL does not run as root; Debian's package makes this user.
 OWNER = "postgres"
 PORT = "5432"
@@ -26,8 +28,8 @@ _OPTIONS = f"-c listen_addresses= -p {PORT} -c fsync=off -c max_connections=100"
 
 def use_where_asked_for() -> None:
     """Let whoever asks for the embedded server have the installed one."""
-    if programs := os.environ.get(VARIABLE):
-        address = cache(lambda: _start(Path(programs)))
+    if PROGRAMS:
+        address = cache(lambda: _start(Path(PROGRAMS)))
         embedded.start = lambda _data: address()  # type: ignore[assignment] # for this process alone
 
 
