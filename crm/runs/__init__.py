@@ -1,1 +1,1 @@
-"""What every run needs, of whatever kind: lease, control, retries, progress."""
+"""The parts that backfills and rollbacks share: lease, control, retries, progress."""

@@ -1,8 +1,8 @@
-"""What people do to runs from outside, in the terminal and in the admin: look, pause, resume, cancel.
+"""Read, pause, resume and cancel runs, for the command line and the admin.
 
-Each change is one UPDATE of a run that still has a status from which the change may be made, so nothing goes wrong
-when two people do it at once or the run ends meanwhile. The process of a run notices at its next batch: its heartbeat
-finds no running run, the batch is rolled back, and it ends.
+Each change is one UPDATE with a condition on the current status, so concurrent changes, and a run that ends meanwhile,
+cannot conflict. The process of a run notices the change at its next batch: the update of its heartbeat matches no
+running run, so it rolls the batch back and stops.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from crm.postgres import errors
 from crm.postgres.snapshot import in_pages
 from crm.postgres.transactions import Timeouts, certain_transaction
 
-#: What people may make of a run, by what it is. A process alone ends its own run as finished, failed or interrupted.
+#: The statuses that an operator may give a run, by its current status. Only the run's own process sets `finished` and
+#: `failed`.
 TRANSITIONS: Mapping[RunStatus, frozenset[RunStatus]] = {
     RunStatus.RUNNING: frozenset({RunStatus.PAUSED, RunStatus.CANCELLED}),
     RunStatus.PAUSED: frozenset({RunStatus.INTERRUPTED, RunStatus.CANCELLED}),
@@ -36,16 +37,16 @@ TRANSITIONS: Mapping[RunStatus, frozenset[RunStatus]] = {
     RunStatus.FAILED: frozenset(),
     RunStatus.FINISHED: frozenset(),
 }
-#: What each action makes of a run. A resumed one is interrupted, like one that was stopped by a signal: the next run
-#: goes on where it stopped.
+#: The status that each action sets. A resumed run becomes `interrupted`, as if a signal had stopped it: the next run
+#: continues from there.
 ACTIONS: Mapping[str, RunStatus] = {
     "pause": RunStatus.PAUSED,
     "resume": RunStatus.INTERRUPTED,
     "cancel": RunStatus.CANCELLED,
 }
-#: Names the run that began last.
+#: Stands for the number of the run that started last.
 LATEST = "latest"
-#: How long an action waits for the batch that is just committing; seconds.
+#: How long an action waits for a batch that is committing, in seconds.
 PATIENCE = 5.0
 
 _PAST = {"pause": "paused", "resume": "resumed", "cancel": "cancelled"}
@@ -54,33 +55,33 @@ logger = logging.getLogger(__name__)
 
 
 def latest(count: int) -> list[BackfillRun]:
-    """The last runs, the newest first. Raises OperatorError before `migrate`, and where they may not be read."""
+    """Return the latest runs, newest first.
+
+    Raises OperatorError before `migrate`, and if this role may not read the runs.
+    """
     with as_operator_error():
         return list(with_rollbacks(BackfillRun.objects.all())[:count])
 
 
 def with_rollbacks(runs: QuerySet[BackfillRun]) -> QuerySet[BackfillRun]:
-    """The same runs, each with what `rollback_of` and `rolled_back_by` tell of it, in one query for all."""
+    """Prefetch what `rollback_of` and `rolled_back_by` need, in one query for all runs."""
     return runs.select_related("rollback").prefetch_related(
         Prefetch("rollbacks", Rollback.objects.select_related("run").order_by("run_id"))
     )
 
 
 def rollback_of(run: BackfillRun) -> Rollback | None:
-    """What a run that is a rollback took back, and of which run; None for any other run."""
+    """Return the counts of a run that is a rollback, or None for any other run."""
     return getattr(run, "rollback", None)
 
 
 def rolled_back_by(run: BackfillRun) -> list[int]:
-    """The rollbacks that took a run back, whole or in part, the first one first."""
+    """Return the numbers of the rollbacks of a run, complete or partial, oldest first."""
     return sorted(rollback.pk for rollback in run.rollbacks.all())
 
 
 def took_back(rollback: Rollback) -> dict[str, int]:
-    """How many rows a rollback took back: which made contacts, were merged, updated contacts, or met others.
-
-    And how many of the run's rows it kept, and on how many it failed.
-    """
+    """Return the number of rows that a rollback reversed, by kind, and of those that it kept or failed on."""
     return {
         "contacts": rollback.contacts_reversed,
         "merges": rollback.merges_reversed,
@@ -93,48 +94,48 @@ def took_back(rollback: Rollback) -> dict[str, int]:
 
 
 def number(given: int | str) -> int:
-    """The number of the run that is given by it, or by LATEST. Raises OperatorError where there has been none."""
+    """Return the number of a run, given by number or as LATEST. Raises OperatorError if there is no run yet."""
     if given != LATEST:
         return int(given)
     found = latest(1)
     if not found:
-        raise OperatorError("There has been no run.")
+        raise OperatorError("There is no run yet.")
     return found[0].pk
 
 
 def find(run_id: int) -> BackfillRun:
-    """A run by its number. Raises OperatorError where there is none, and django.db.Error for a transient error."""
+    """Return a run by its number. Raises OperatorError if there is none, and lets database errors through."""
     run = BackfillRun.objects.filter(pk=run_id).first()
     if run is None:
-        raise OperatorError(f"There is no run {run_id}. `python manage.py backfill_runs list` shows those there are.")
+        raise OperatorError(f"There is no run {run_id}. `python manage.py backfill_runs list` lists the runs.")
     return run
 
 
 def possible_actions(status: str) -> list[str]:
-    """What may be done to a run of this status."""
+    """Return the actions that are possible for a run with this status."""
     return [action for action, target in ACTIONS.items() if target in TRANSITIONS[RunStatus(status)]]
 
 
 def pause(run_id: int) -> BackfillRun:
-    """Stop a run at its next batch, and let no other one start. Raises OperatorError; see `act`."""
+    """Stop a run at its next batch, and prevent other runs from starting. Raises OperatorError; see `act`."""
     return act("pause", run_id)
 
 
 def resume(run_id: int) -> BackfillRun:
-    """Let the next run go on where a paused one stopped. Raises OperatorError; see `act`."""
+    """Allow the next run to continue where a paused run stopped. Raises OperatorError; see `act`."""
     return act("resume", run_id)
 
 
 def cancel(run_id: int) -> BackfillRun:
-    """Stop a run at its next batch, or a paused one, for good. Raises OperatorError; see `act`."""
+    """End a running run at its next batch, or a paused run at once. Raises OperatorError; see `act`."""
     return act("cancel", run_id)
 
 
 def act(action: str, run_id: int) -> BackfillRun:
-    """Do one of ACTIONS to a run; the run as it is then.
+    """Apply one of ACTIONS to a run, and return the changed run.
 
-    Raises OperatorError, and changes nothing, where there is no such run, where it is not one to which that may be
-    done, and where a batch is committing for longer than PATIENCE.
+    Raises OperatorError, with nothing changed, if there is no such run, if its status does not allow the action, and
+    if a batch takes longer than PATIENCE to commit.
     """
     target = ACTIONS[action]
     allowed = [status for status, targets in TRANSITIONS.items() if target in targets]
@@ -146,32 +147,32 @@ def act(action: str, run_id: int) -> BackfillRun:
         run = find(run_id)
         if not changed:
             raise OperatorError(
-                f"Run {run_id} is {run.status}: only one that is {' or '.join(allowed)} can be {_PAST[action]}."
+                f"Run {run_id} is {run.status}: only a run that is {' or '.join(allowed)} can be {_PAST[action]}."
             )
-    logger.info("run %s was %s from outside", run_id, _PAST[action])
+    logger.info("run %s was %s by an operator", run_id, _PAST[action])
     return run
 
 
 def taken_back(run: BackfillRun) -> str:
-    """What a rollback took back, or by which one a run was taken back, for people."""
+    """Describe what a rollback reversed, or which rollbacks reversed a run; empty if neither applies."""
     if (rollback := rollback_of(run)) is not None:
         counts = took_back(rollback)
         figures = "; ".join(f"{kind.replace('_', ' ')} {count:,}" for kind, count in counts.items() if count)
         return f"of run {rollback.of_id}: {figures or 'nothing'}"
-    by = ", ".join(map(_as_far_as_it_came, run.rollbacks.all()))
+    by = ", ".join(map(_rollback_summary, run.rollbacks.all()))
     return by and f"by run {by}"
 
 
-def _as_far_as_it_came(rollback: Rollback) -> str:
-    """A rollback's number; where something of the run stands, how much, or that it did not come to its end."""
-    stands = [f"{count:,} {kind}" for kind in ("kept", "failed") if (count := took_back(rollback)[kind])]
+def _rollback_summary(rollback: Rollback) -> str:
+    """Return a rollback's number, with its status if it did not finish and the rows that it did not reverse."""
+    remarks = [f"{count:,} {kind}" for kind in ("kept", "failed") if (count := took_back(rollback)[kind])]
     if rollback.run.status != RunStatus.FINISHED:
-        stands.insert(0, rollback.run.status)
-    return f"{rollback.pk} ({', '.join(stands)})" if stands else str(rollback.pk)
+        remarks.insert(0, rollback.run.status)
+    return f"{rollback.pk} ({', '.join(remarks)})" if remarks else str(rollback.pk)
 
 
 def summary(run: BackfillRun) -> dict[str, Any]:
-    """A run for machines: names as in the report of a run, moments in ISO form."""
+    """Return a run as JSON values, with the keys of a run's report and times in ISO format."""
     rollback = rollback_of(run)
     return {
         "run": run.pk,
@@ -190,9 +191,9 @@ def summary(run: BackfillRun) -> dict[str, Any]:
 
 
 def details(run_id: int) -> dict[str, Any]:
-    """A run for machines, with who started it and how, and what its batches add up to.
+    """Return a run as JSON values, with its options, operator and process, and the totals of its batches.
 
-    Raises OperatorError where there is none, and where it may not be read.
+    Raises OperatorError if there is no such run, and if this role may not read it.
     """
     by_source: dict[str, Counter[str]] = {}
     by_reason: Counter[str] = Counter()
@@ -201,7 +202,7 @@ def details(run_id: int) -> dict[str, Any]:
     batches = 0
     with as_operator_error():
         run = find(run_id)
-        told = summary(run)
+        overview = summary(run)
         for batch in in_pages(BackfillBatch.objects.filter(run=run)):
             batches += 1
             totals = batch.totals()
@@ -210,7 +211,7 @@ def details(run_id: int) -> dict[str, Any]:
             new_by_reason.update(totals.errors_new_by_reason)
             updated_by_column.update(totals.updated_by_column)
     return {
-        **told,
+        **overview,
         "options": run.options,
         "version": run.version,
         "rules": run.rules,
@@ -229,15 +230,15 @@ def details(run_id: int) -> dict[str, Any]:
 
 
 def as_operator_error(run_id: int | None = None) -> AbstractContextManager[None]:
-    """Turn what the database refuses into what can be done about it."""
+    """Raise database errors as OperatorError, with a remedy for those that an operator can fix."""
     known = {
         sqlstates.LOCK_NOT_AVAILABLE: (
-            f"Run {run_id} has been committing for {PATIENCE:g} s. Nothing was changed: try again."
+            f"Run {run_id} has been committing a batch for {PATIENCE:g} s. Nothing was changed: run the command again."
         ),
     }
     if run_id is None:
         known[sqlstates.UNDEFINED_TABLE] = (
-            "There are no runs that this role can see: run `python manage.py migrate` first, or GRANT SELECT on the "
-            f"tables in {settings.BACKFILL_SCHEMA}."
+            "There are no runs that this role can read: run `python manage.py migrate` first, or GRANT SELECT on the "
+            f"tables in {settings.BACKFILL_SCHEMA} to this role."
         )
-    return errors.as_operator_error("The database broke off: {}. Nothing was changed: try again.", known=known)
+    return errors.as_operator_error("Database error: {}. Nothing was changed: run the command again.", known=known)

@@ -1,4 +1,4 @@
-"""Python's collector of cyclic garbage, kept from looking at every batch again and again."""
+"""Settings of Python's garbage collector for the time of a run."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-#: Containers that may be made before the collector looks at them: about those of two batches.
+#: Number of new containers that starts a collection: about those of two batches.
 YOUNG_OBJECTS = 200_000
 
 
 @contextmanager
 def seldom_collected() -> Iterator[None]:
-    """Let the collector run seldom, and never look at what is there already.
+    """Make collections rare, and exclude the objects that exist already.
 
-    A batch is a hundred thousand small objects that hold no cycle and go all at once. By default the collector looks
-    at each of them several times before that, for a third of the client's time.
+    A batch consists of about a hundred thousand small objects without cycles, which are all freed together. With the
+    default thresholds the collector examines each of them several times, which takes a third of the client's time.
     """
     thresholds = gc.get_threshold()
     gc.freeze()

@@ -1,8 +1,9 @@
-"""At most one run at a time, and every batch asks whether it is still the one.
+"""The lease: at most one run is in progress, and each batch checks that it still belongs to that run.
 
-The lease is a partial unique index over the runs that are `running` or `paused`, not a session lock: those do not
-survive PgBouncer. Each batch renews the heartbeat `WHERE status = 'running'` in its own transaction. When no row is
-updated, the run was paused, cancelled or taken over: the batch is rolled back and the run stops.
+The lease is a partial unique index over the runs that are `running` or `paused`. It is not a session lock, because
+session locks do not work through PgBouncer. Each batch renews the heartbeat `WHERE status = 'running'` in its own
+transaction. If that updates no row, the run was paused, cancelled or taken over: the batch is rolled back and the run
+stops.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from crm.runs.process import ProcessIdentity
 from crm.version import RULES, VERSION
 
 HEARTBEAT_LASTS = timedelta(minutes=5)
-#: How long the tokens of committed transactions are kept, at least.
+#: Minimum age at which the tokens of committed transactions are deleted.
 TOKENS_LAST = timedelta(days=1)
 _TAKEN_OVER = "taken over"
 
@@ -40,13 +41,13 @@ logger = logging.getLogger(__name__)
 
 
 class AnotherRunError(OperatorError):
-    """Another run is going, or is paused."""
+    """Another run is in progress or paused."""
 
     exit_code = 3
 
 
 class LeaseLostError(Exception):
-    """The run is no longer the running one: it was paused, cancelled, taken over, or its record was deleted."""
+    """The run no longer holds the lease: it was paused, cancelled or taken over, or its record was deleted."""
 
 
 def claim(
@@ -55,9 +56,9 @@ def claim(
     generation: str,
     also: Callable[[BackfillRun], object] = lambda _run: None,
 ) -> BackfillRun:
-    """Begin a run, and do `also` what belongs to its record, in the same transaction.
+    """Create and return the record of a run, which takes the lease; call `also` with it in the same transaction.
 
-    Raises AnotherRunError when another one holds the lease; a dead one is taken over.
+    A run whose process is dead is taken over. Raises AnotherRunError if any other run holds the lease.
     """
     process = ProcessIdentity.own()
     run = BackfillRun(
@@ -66,7 +67,7 @@ def claim(
         version=VERSION,
         rules=RULES,
         generation=generation,
-        # Cleared when the report is written: whatever ends the run before, the next one reports its new errors.
+        # Cleared when the report is written. If the run ends before, the next run reports its new errors.
         report_lost=kind == BackfillRun.Kind.BACKFILL,
         operator=operator(),
         host=process.host,
@@ -93,16 +94,16 @@ def claim(
             raise
         holding = BackfillRun.objects.holding().first()
         raise AnotherRunError(
-            _who_holds(holding) if holding else "Another run began at the same moment and has just ended: try again."
+            _who_holds(holding) if holding else "Another run started at the same time and has ended: run this again."
         ) from None
     return run
 
 
 @contextmanager
 def between_runs() -> Iterator[None]:
-    """A transaction of its own during which no run is going, nor begins.
+    """Open a transaction during which no run is in progress and none can start.
 
-    Raises AnotherRunError while one is going; a dead one is ended.
+    A run whose process is dead is ended first. Raises AnotherRunError if another run is in progress.
     """
     with certain_transaction(connection, None, "LOCK TABLE backfill_run IN SHARE ROW EXCLUSIVE MODE"):
         for run in BackfillRun.objects.running():
@@ -113,13 +114,13 @@ def between_runs() -> Iterator[None]:
 
 @contextmanager
 def batch(connection: BaseDatabaseWrapper, run_id: int, timeouts: Timeouts, *first: str) -> Iterator[Totals]:
-    """A batch of a run in a transaction of its own: what is written inside, counts and heartbeat commit together.
+    """Run one batch in its own transaction, which also commits the counts and the heartbeat of the run.
 
-    Yields the counts, to be added to. `first` are statements that begin it. They must lock the tables that are written,
-    as whoever writes does: then no trigger or foreign key of an untrusted role can be added until the end.
+    Yields the counts, to which the batch adds. `first` are statements to execute first. They must lock the written
+    tables as a writer does: then no untrusted role can add a trigger or foreign key before the end of the batch.
 
-    Raises LeaseLostError when the run is no longer the running one, UntrustedCodeError where such a one is there, and
-    what `certain_transaction` does. Nothing of the batch is written then.
+    Raises LeaseLostError if the run has lost the lease, UntrustedCodeError if there is such a trigger or foreign key,
+    and the errors of `certain_transaction`. Nothing of the batch is written then.
     """
     with certain_transaction(connection, timeouts, *first):
         require_still_trusted(connection)
@@ -129,7 +130,10 @@ def batch(connection: BaseDatabaseWrapper, run_id: int, timeouts: Timeouts, *fir
 
 
 def renew(run_id: int, totals: Totals) -> None:
-    """Renew the heartbeat and add a batch to the run's counters. Raises LeaseLostError. In the batch's transaction."""
+    """Renew the heartbeat and add a batch's counts to the run, in the transaction of the batch.
+
+    Raises LeaseLostError if the run is not `running` any more.
+    """
     updated = (
         BackfillRun.objects.running()
         .filter(pk=run_id)
@@ -143,13 +147,13 @@ def renew(run_id: int, totals: Totals) -> None:
 
 
 def why_not_held(run_id: int) -> str | None:
-    """Why a run is no longer the running one, in words; None while it is."""
+    """Return why a run has lost the lease, or None if it still holds it."""
     status = BackfillRun.objects.filter(pk=run_id).values_list("status", flat=True).first()
-    return None if status == RunStatus.RUNNING else f"the run was {status or 'deleted'} before its end"
+    return None if status == RunStatus.RUNNING else f"the run was {status or 'deleted'} before it ended"
 
 
 def release(run_id: int, status: RunStatus, **results: Any) -> bool:
-    """End the run, if it still is the running one."""
+    """End a run with a status and results. Returns False, with nothing changed, if it has lost the lease."""
     with certain_transaction(connection):
         ended = BackfillRun.objects.running().filter(pk=run_id).update(status=status, finished_at=Now(), **results)
     return bool(ended)
@@ -157,11 +161,13 @@ def release(run_id: int, status: RunStatus, **results: Any) -> bool:
 
 @contextmanager
 def kept(run_id: int | None) -> Iterator[None]:
-    """Keep the lease of a run as long as what is inside takes, which may be a count of whole tables.
+    """Keep the lease of a run during a long statement in the block, such as a count of whole tables.
 
-    The connection is busy all the while, and behind a pooler it may be the only one. So the run's record is locked in
-    the transaction of the count, as somebody locks it who refers to it: whoever would take over sees that, and whoever
-    pauses or cancels the run is not kept from it. The heartbeat is renewed at the end.
+    The connection is busy during that time, and behind a pooler it may be the only one, so no heartbeat can be sent.
+    Instead, the transaction locks the run's record FOR KEY SHARE: another process that would take over a silent run
+    skips locked ones, and pausing or cancelling the run is not blocked. The heartbeat is renewed at the end.
+
+    Does nothing if `run_id` is None.
     """
     if run_id is None:
         yield
@@ -174,13 +180,13 @@ def kept(run_id: int | None) -> Iterator[None]:
 
 
 def take_over_if_dead(run: BackfillRun) -> bool:
-    """End a running run whose process is gone or has not been heard of for five minutes; whether it was ended."""
+    """End a running run whose process is gone or has no heartbeat for five minutes; return whether it did."""
     gone = process_is_gone(run)
     running = BackfillRun.objects.running().filter(pk=run.pk)
     why = "its process is gone" if gone else "no heartbeat for five minutes"
     with transaction.atomic():
         if not gone:
-            # A record that is locked is that of a run which counts, see `kept`, or is committing a batch.
+            # A locked record belongs to a run that is counting (see `kept`) or committing a batch.
             silent = running.filter(heartbeat_at__lt=Now() - HEARTBEAT_LASTS).select_for_update(skip_locked=True)
             running = running.filter(pk__in=[found.pk for found in silent])
         taken = running.update(status=RunStatus.INTERRUPTED, finished_at=Now(), failure=f"{_TAKEN_OVER}: {why}")
@@ -190,7 +196,7 @@ def take_over_if_dead(run: BackfillRun) -> bool:
 
 
 def process_is_gone(run: BackfillRun) -> bool:
-    """Whether the process of a run has ended for certain, as far as this machine can tell."""
+    """Return whether the process of a run has certainly ended. False if this machine cannot know."""
     return _process_of(run).is_gone()
 
 
@@ -203,7 +209,7 @@ def may_be_at_work(run: BackfillRun) -> bool:
 
 
 def is_silent(run: BackfillRun) -> bool:
-    """Whether the heartbeat of a running run is so old that the next one may take it over."""
+    """Return whether the heartbeat of a running run is old enough for the next run to take it over."""
     return BackfillRun.objects.running().filter(pk=run.pk, heartbeat_at__lt=Now() - HEARTBEAT_LASTS).exists()
 
 
@@ -214,19 +220,19 @@ def _process_of(run: BackfillRun) -> ProcessIdentity:
 def _who_holds(run: BackfillRun) -> str:
     if run.status == RunStatus.PAUSED:
         return (
-            f"Run {run.pk} is paused, and no other may start meanwhile. "
-            f"`python manage.py backfill_runs resume {run.pk}` lets the next one go on, "
-            f"`cancel {run.pk}` ends it for good."
+            f"Run {run.pk} is paused, so no other run can start. "
+            f"`python manage.py backfill_runs resume {run.pk}` allows the next run to continue it, "
+            f"`cancel {run.pk}` ends it."
         )
     return (
-        f"Run {run.pk} is going: started {run.started_at:%Y-%m-%d %H:%M:%S} UTC by {run.operator} on {run.host} "
+        f"Run {run.pk} is in progress: started {run.started_at:%Y-%m-%d %H:%M:%S} UTC by {run.operator} on {run.host} "
         f"(process {run.process_id}), last heartbeat {run.heartbeat_at:%H:%M:%S} UTC. Wait for it, or stop it with "
         f"`python manage.py backfill_runs cancel {run.pk}`."
     )
 
 
 def operator() -> str:
-    """The operating system's user who works here."""
+    """Return the name of the operating system user who runs this process, or `uid <number>` if it has none."""
     try:
         return getpass.getuser()
     except (OSError, KeyError):

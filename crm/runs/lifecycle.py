@@ -1,10 +1,10 @@
-"""From the claim of a run to its close, whatever its kind: a backfill, or the rollback of one.
+"""The lifecycle of a run, from claim to close, for backfills and rollbacks.
 
     with lifecycle() as life: claim -> carry_out(work) -> close(check)
 
-From the claim to the close a signal never leaves a run behind that nobody runs. The claim and the end of the record are
-short, and are never broken off; the work and the check of the reconciliation are. Both ends are retried after a bad
-moment.
+A signal never leaves a run that is `running` without a process. Signals cancel the work and the check of the
+reconciliation, but neither the claim nor the closing of the record, which are short. Claim and close are retried after
+transient errors.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from crm.runs.lease import LeaseLostError
 
 logger = logging.getLogger(__name__)
 
-#: How long the check of its reconciliation and the end of its record may take where a run is to stop; seconds. With
-#: the grace of the batch they are the two seconds that an operator waits.
+#: How long the check of the reconciliation and the closing of the record may take after a stop request, in seconds.
+#: Together with the grace of the batch, an operator waits two seconds.
 GRACE_OF_THE_CHECK, GRACE_OF_THE_END = 0.3, 0.6
 Answer = TypeVar("Answer")
 
 
 class Ending(NamedTuple):
-    """How a run ended, and why it did not finish.
+    """The status with which a run ended, and the reason if it did not finish.
 
-    `balanced` is None where its reconciliation was not checked; `not_checked` says why.
+    `balanced` is None if the reconciliation was not checked; `not_checked` is the reason.
     """
 
     status: RunStatus
@@ -50,9 +50,9 @@ class Ending(NamedTuple):
 
 
 class Checked(NamedTuple):
-    """What the check of a reconciliation found, and what the run's record is to remember of it.
+    """The result of checking the reconciliation. `recorded` has the columns of the run's record to set.
 
-    `failure` is set where the run fails by it.
+    `failure` is set if the run fails because of the result.
     """
 
     balanced: bool | None
@@ -69,18 +69,21 @@ class Lifecycle:
     run: BackfillRun | None = None
 
     def claim(self, claim: Callable[[], BackfillRun]) -> BackfillRun:
-        """Claim the run. Raises what `lease.claim` does, and StoppedError where the operator asked to stop before."""
+        """Claim and return the run.
+
+        Raises the errors of `lease.claim`, and StoppedError if the operator stopped the command during the claim.
+        """
         try:
             self.run = claim()
         except DjangoDatabaseError:
             if self.interruption.requested:
-                # Whatever it was that failed: it may well have been cancelled.
-                raise StoppedError("Interrupted at the start. No row was touched; run the command again.") from None
+                # Any error may be the effect of the cancelled statement.
+                raise StoppedError("Interrupted at the start. Nothing was changed; run the command again.") from None
             raise
         return self.run
 
     def carry_out(self, work: Callable[[], None], *failures: type[Exception]) -> Ending:
-        """Do the work of a run; how it ended. `failures` are errors whose text is for the run's record."""
+        """Run `work`, and return how it ended. `failures` are errors whose text goes into the run's record."""
         expected: tuple[type[Exception], ...] = (*failures, OperatorError)
         try:
             with self.interruption.breakable():
@@ -93,10 +96,10 @@ class Lifecycle:
             connection.close()
             return Ending(RunStatus.INTERRUPTED, STOPPED_IN_A_BATCH)
         except LeaseLostError:
-            # What the record says is what happened.
+            # `_end` reads the status from the record.
             return Ending(RunStatus.INTERRUPTED)
         except expected as error:
-            # A new connection may be refused in the middle of a run, too.
+            # Such as a new connection that is refused during the run.
             return Ending(RunStatus.FAILED, str(error))
         except UnknownEndError as error:
             connection.close()
@@ -104,7 +107,7 @@ class Lifecycle:
             return Ending(status, errors.describe(error))
         except DjangoDatabaseError as error:
             if self.interruption.requested:
-                # Whatever it was that failed: it may well have been cancelled.
+                # Any error may be the effect of the cancelled statement.
                 connection.close()
                 return Ending(RunStatus.INTERRUPTED, STOPPED_IN_A_BATCH)
             logger.error("the run failed: %s", errors.describe(error))  # noqa: TRY400 - a traceback may quote people's data
@@ -113,9 +116,9 @@ class Lifecycle:
         return Ending(RunStatus.FINISHED)
 
     def close(self, ending: Ending, count: Callable[[], None], check: Callable[[], Checked]) -> Ending:
-        """End the run's record; how the run ended after all.
+        """Check the reconciliation, close the run's record and return how the run ended.
 
-        `count` reads what was committed, and `check` the reconciliation.
+        `count` reads the committed counts, `check` checks the reconciliation.
         """
         recorded: Mapping[str, Any] = {}
         self.interruption.grant(GRACE_OF_THE_CHECK)
@@ -143,25 +146,25 @@ class Lifecycle:
     def _was_cancelled(self, error: Exception) -> bool:
         return self.interruption.requested and errors.sqlstate(error) in errors.TIMEOUTS
 
-    def keeping_the_lease(self, look: Callable[[], Answer]) -> Answer:
-        """Do the same as `retrying`, and keep the lease as long as it takes."""
+    def keeping_the_lease(self, read: Callable[[], Answer]) -> Answer:
+        """Call `read` like `retrying` does, and keep the lease meanwhile."""
 
         def counted() -> Answer:
             with lease.kept(self.run.pk if self.run else None):
-                return look()
+                return read()
 
         return self.retrying(counted)
 
     def _end_with_retries(self, ending: Ending, recorded: Mapping[str, Any]) -> Ending:
         def end() -> Ending:
-            # Somebody may have locked the record; whoever comes next takes it over then.
+            # If another session has locked the record, the next run takes this one over.
             self.interruption.grant(GRACE_OF_THE_END)
             return self._end(ending, recorded)
 
         return self.retrying(end, even_if_stopped=True)
 
     def _end(self, ending: Ending, recorded: Mapping[str, Any]) -> Ending:
-        """End the record, unless it was ended, or deleted, by another process: what it says then is what happened."""
+        """Close the record. If another process has closed or deleted it, return the ending that it recorded."""
         if self.run is None:
             return ending
         results = {"balanced": ending.balanced, **recorded}
@@ -171,41 +174,44 @@ class Lifecycle:
         found = record.values_list("status", "failure").first()
         if found is None:
             return _failed(ending._replace(failure=None), f"the record of run {self.run.pk} was deleted meanwhile")
-        # Whoever ended it did not count.
+        # The process that ended it did not count.
         record.update(**results)
         if ending.status == RunStatus.FAILED:
             return ending
         status, failure = found
         return ending._replace(status=RunStatus(status), failure=failure)
 
-    def retrying(self, look: Callable[[], Answer], *, even_if_stopped: bool = False) -> Answer:
-        """Look again over a fresh connection after a transient error; a batch has its own way to retry."""
+    def retrying(self, read: Callable[[], Answer], *, even_if_stopped: bool = False) -> Answer:
+        """Call `read`, again over a new connection after a transient error. For anything but batches; see `Retries`.
+
+        Raises django.db.Error if the error is not transient or persists, or if a stop was requested.
+        """
         for wait in retrying.WAITS_BEFORE_ANOTHER_LOOK:
             try:
-                return look()
+                return read()
             except DjangoDatabaseError as error:
                 cause = errors.transient_cause(error)
                 if cause is None or self._was_cancelled(error) or (self.interruption.requested and not even_if_stopped):
                     raise
-                logger.warning("%s: looking again in %.1f s", cause, wait)
+                logger.warning("%s: retrying in %.1f s", cause, wait)
                 connection.close()
                 self.interruption.sleep(wait)
-        return look()
+        return read()
 
     def abandon(self, error: BaseException) -> None:
-        """Close a run that ends by an error that nobody foresaw."""
+        """Close a run that an unexpected error has ended."""
         if self.run is not None:
             ending = Ending(RunStatus.FAILED, f"an error in the program ({type(error).__name__})")
             connection.close()
             try:
                 self._end_with_retries(ending, {})
-            except (DjangoDatabaseError, OperatorError) as told:
-                logger.warning("run %s could not be closed: %s", self.run.pk, errors.describe(told))
+            except (DjangoDatabaseError, OperatorError) as refusal:
+                logger.warning("run %s could not be closed: %s", self.run.pk, errors.describe(refusal))
 
 
 @contextmanager
 def lifecycle() -> Iterator[Lifecycle]:
-    """A run, from before its claim until after its close."""
+    """Handle signals from before the claim of a run until after its close, and close it if an error ends it."""
     life = Lifecycle()
     with life.interruption.heeded(), _no_query_log(), seldom_collected():
         try:
@@ -217,7 +223,7 @@ def lifecycle() -> Iterator[Lifecycle]:
 
 @contextmanager
 def _no_query_log() -> Iterator[None]:
-    """With DEBUG on, Django would keep the statement of every batch in memory, with all of its parameters."""
+    """Turn DEBUG off: Django would keep every statement in memory, with its parameters."""
     debug, settings.DEBUG = settings.DEBUG, False
     try:
         yield

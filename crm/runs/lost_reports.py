@@ -1,6 +1,7 @@
-"""Reports that were not written: the next run tells what was news in them, so that no error is known unseen.
+"""Lost reports: the next run reports the new errors of runs whose report was not written.
 
-A run owes its report from its claim on. So one that is killed, or whose output is full, needs no note of its own.
+A run is marked `report_lost` from its claim until its report is written. So a run that is killed, or whose output is
+full, does not have to write anything.
 """
 
 from __future__ import annotations
@@ -15,22 +16,23 @@ from crm.models import BackfillRun
 from crm.models.ledger import RunStatus
 from crm.runs import lease
 
-#: How long the note of a report waits for whoever has locked the run's record.
+#: How long `noted` waits for a lock on the run's record.
 MAX_WAIT = "100ms"
 
 
 class LostReport(NamedTuple):
-    """A run whose report was lost, and how many rows were newly in error in it."""
+    """A run whose report was lost, and its number of new errors."""
 
     run_id: int
     error_new: int
 
 
 def lost_reports(run_id: int) -> list[LostReport]:
-    """Return the reports of earlier runs that were lost and that no run has reported since.
+    """Return the lost reports of earlier runs that no run has reported since.
 
-    A run that was rolled back has no rows in error any more: those that are still wrong are new in the next run. One
-    that was cancelled or paused may be at its last batch, with its report to come.
+    Excludes runs that were rolled back: their rows have no ledger entries any more, so rows that are still wrong count
+    as new errors in the next run. Excludes cancelled and paused runs that may still be at their last batch, because
+    these write their report later.
     """
     lost = BackfillRun.objects.filter(pk__lt=run_id, report_lost=True).order_by("pk")
     lost = lost.exclude(rollbacks__run__status=RunStatus.FINISHED)
@@ -38,16 +40,16 @@ def lost_reports(run_id: int) -> list[LostReport]:
 
 
 @contextmanager
-def noted(run_id: int | None, told: Sequence[LostReport]) -> Iterator[None]:
-    """Write the report of a run inside. Notes then that it is not lost, nor are those that it told of.
+def noted(run_id: int | None, reported: Sequence[LostReport]) -> Iterator[None]:
+    """Write the report of a run in the block; then clear `report_lost` of the run and of the `reported` ones.
 
-    A note that cannot be made at once, or that a signal breaks off, changes nothing for a run that is over: what was
-    written is told twice then.
+    If that fails, or a signal interrupts it, the error is suppressed, because the run has ended: the next run reports
+    the same again.
     """
     yield
-    # Without a connection the record could not be ended, and a new one may have to wait for the same lock.
+    # Without a connection, closing the record failed as well, and a new connection may have to wait for the same lock.
     if run_id is not None and connection.connection is not None:
         with suppress(DatabaseError, KeyboardInterrupt), transaction.atomic():
             with connection.cursor() as cursor:
                 cursor.execute(f"SET LOCAL lock_timeout = '{MAX_WAIT}'")
-            BackfillRun.objects.filter(pk__in=[run_id, *(lost.run_id for lost in told)]).update(report_lost=False)
+            BackfillRun.objects.filter(pk__in=[run_id, *(lost.run_id for lost in reported)]).update(report_lost=False)

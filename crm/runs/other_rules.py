@@ -1,6 +1,6 @@
-"""The runs that went by other rules than this version.
+"""Runs that applied other rules than this version.
 
-What such a run wrote may differ from what its rows map to now, although neither the row nor the contact was changed.
+A contact that such a run wrote may differ from what its row maps to now, although neither of them was changed.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ _OTHERS = "SELECT id, version, rules FROM backfill_run WHERE rules IS DISTINCT F
 
 @dataclass(frozen=True, slots=True)
 class OtherRules:
-    """These runs by number, each with the version and the rules that it went by, in words."""
+    """Runs by number, each with a description of its version and rules."""
 
     runs: Mapping[int, str]
 
     @classmethod
     def read(cls, connection: BaseDatabaseWrapper) -> OtherRules:
-        """Ask the runs' records. A run whose record is gone is none of these."""
+        """Read the records of the runs. Runs whose record was deleted are not included."""
         with connection.cursor() as cursor:
             cursor.execute(_OTHERS, [RULES])
             return cls({run: _named(version, rules) for run, version, rules in cursor.fetchall()})
 
     def of(self, run_ids: Iterable[int | None]) -> str | None:
-        """The latest of these runs that went by other rules, in words; None where none did."""
+        """Return the version and rules of the latest of these runs with other rules, or None if there is none."""
         theirs = [run for run in run_ids if run is not None and run in self.runs]
         return self.runs[max(theirs)] if theirs else None
 

@@ -1,7 +1,7 @@
-"""Which process works on a run, and whether it is still there.
+"""The identity of the process that executes a run, and whether it still exists.
 
-A number alone says little: numbers are used again, and in each container there is a process 1. What is compared is the
-process on its host since its boot, in its namespace, by the moment when it was started.
+A process id is not enough: ids are reused, and every container has a process 1. So a process is identified by host,
+boot, PID namespace, process id and start time.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 PROC = Path("/proc")
-#: Where the state and the start are in /proc/<pid>/stat, counted behind the name, which may hold anything.
+#: Positions of the state and the start time in /proc/<pid>/stat, counted after the name, which may contain spaces.
 _STATE, _STARTED = 0, 19
-#: The states of a process that has ended and that nobody has asked for yet.
+#: The states of a process that has ended, but that its parent has not waited for.
 _ENDED = ("Z", "X")
 
 
 class ProcessIdentity(NamedTuple):
-    """A process. What is None could not be seen; `started` is in ticks of the clock since the boot."""
+    """A process. A value that could not be read is None; `started` is in clock ticks since the boot."""
 
     host: str
     process_id: int
@@ -29,13 +29,13 @@ class ProcessIdentity(NamedTuple):
 
     @classmethod
     def own(cls) -> Self:
-        """This process."""
+        """Return the identity of this process."""
         stat = _stat(os.getpid())
         started = None if stat is None else int(stat[_STARTED])
         return cls(socket.gethostname(), os.getpid(), _boot_id(), _pid_namespace(), started)
 
     def is_gone(self) -> bool:
-        """Whether it has ended for certain. Of a process that cannot be seen from here nobody knows."""
+        """Return whether the process has certainly ended. False for a process that is not visible from here."""
         here = ProcessIdentity.own()
         where = (self.host, self.boot_id, self.pid_namespace)
         if None in (*where, self.started) or where != (here.host, here.boot_id, here.pid_namespace):
@@ -65,7 +65,7 @@ def _pid_namespace() -> str | None:
 
 
 def _stat(process_id: int) -> list[str] | None:
-    """What the system says of a process, behind its name; None where it says nothing."""
+    """Return the fields of /proc/<pid>/stat after the name, or None if it cannot be read."""
     try:
         text = (PROC / str(process_id) / "stat").read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -1,4 +1,4 @@
-"""How far a run is, whatever its kind: what it reports batch by batch, and how stderr shows it."""
+"""Progress of a run: the interface that a run reports to after each batch, and its output on stderr."""
 
 from __future__ import annotations
 
@@ -10,42 +10,42 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
-#: Without a terminal, a line about this often; seconds.
+#: Seconds between two lines of LineProgress.
 LINE_EVERY = 10.0
 
 
 class Progress(Protocol):
-    """Watches a run, which works through its parts: the sources of a backfill, the entries of a rollback."""
+    """Receives the progress of a run by part: the sources of a backfill, the entries of a rollback."""
 
     def begin(self, unit: str, parts: Mapping[str, int]) -> None:
-        """Show what there is to do: how many of the unit ("source rows") each part has, by its name for people."""
+        """Start. `parts` has the total of each part, in `unit`, such as "source rows", by the part's display name."""
 
     def advance(self, part: str, done: int, result: str = "") -> None:
-        """Show that a batch was committed, with `done` more of the part.
+        """Show that a batch was committed, with `done` more units of the part.
 
-        `result` says what became of all of the part up to now; without it the rate is shown. A part that was not
-        announced has an unknown end.
+        `result` is the result of the part so far; without it, the rate is shown. A part that `begin` did not name has
+        an unknown total.
         """
 
     def end(self) -> None:
-        """The run is over."""
+        """Stop, at the end of the run."""
 
 
 class Silence:
-    """A progress that shows nothing."""
+    """Shows nothing."""
 
     def begin(self, unit: str, parts: Mapping[str, int]) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def advance(self, part: str, done: int, result: str = "") -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def end(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class TerminalProgress:
-    """A bar a part, with the rate or the result, and the time left."""
+    """Shows a bar for each part, with the rate or the result, and the remaining time."""
 
     def __init__(self, console: Console) -> None:
         self._bars = Bars(
@@ -68,12 +68,12 @@ class TerminalProgress:
             self._add(part, total)
 
     def advance(self, part: str, done: int, result: str = "") -> None:
-        """Move the part's bar on. What arrived since the count makes the bar longer, never fuller than full."""
+        """Advance the bar of the part. If rows were added since the count, the total grows with them."""
         if part not in self._tasks:
             self._add(part, 0)
         task = self._bars.tasks[self._tasks[part]]
         if task.start_time is None:
-            # Its first batch has taken since the end of the one before.
+            # The first batch of a part began when the batch before it ended.
             task.start_time = self._last_batch
         self._last_batch = self._bars.get_time()
         completed = task.completed + done
@@ -85,12 +85,12 @@ class TerminalProgress:
         self._tasks[part] = self._bars.add_task(part, total=total, result="", start=False)
 
     def end(self) -> None:
-        """Leave the bars as they are."""
+        """Stop updating the bars."""
         self._bars.stop()
 
 
 class LineProgress:
-    """A line now and then, for a log."""
+    """Prints a line every LINE_EVERY seconds, for a log."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -99,12 +99,12 @@ class LineProgress:
         self._started = self._last_line = time.monotonic()
 
     def begin(self, unit: str, parts: Mapping[str, int]) -> None:
-        """Say how much there is to do."""
+        """Print the total."""
         self._unit, self._to_do = unit, sum(parts.values())
         self._print(f"{self._to_do:,} {unit} to look at", *(parts if len(parts) == 1 else ()))
 
     def advance(self, part: str, done: int, result: str = "") -> None:
-        """Say how far the run is, when it has not been said for a while."""
+        """Print the progress, unless a line was printed within LINE_EVERY seconds."""
         self._done += done
         now = time.monotonic()
         if now - self._last_line >= LINE_EVERY:
@@ -116,11 +116,11 @@ class LineProgress:
         self._console.print(": ".join((*part, text)), highlight=False, markup=False, soft_wrap=True)
 
     def end(self) -> None:
-        """Nothing: the summary follows."""
+        """Do nothing: the summary follows."""
 
 
 def progress_on_stderr(*, wanted: bool) -> Progress:
-    """Bars on a terminal, lines elsewhere; nothing where none is wanted."""
+    """Return a progress with bars if stderr is a terminal, otherwise with lines; a silent one if not `wanted`."""
     console = Console(stderr=True)
     if not wanted:
         return Silence()

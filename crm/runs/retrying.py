@@ -1,4 +1,4 @@
-"""How often, and after which waits, a transient error is retried; and the retries of a batch."""
+"""Retries after transient errors: their number and waits, and the retries of a batch."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from crm.interruption import InterruptedRunError, StopRequest, sleep_until
 from crm.postgres import errors
 from crm.rules.throttling import BatchSizer
 
-#: How often a batch is tried again.
+#: Maximum number of retries of a batch.
 MAX_RETRIES = 5
-#: The first wait, in seconds; each one is about twice the one before.
+#: The first wait, in seconds. Each wait is about twice the one before.
 FIRST_WAIT = 0.5
-#: How long the beginning and the end of a run wait after a bad moment; seconds.
+#: Waits before the retries of reads at the beginning and the end of a run, in seconds.
 WAITS_BEFORE_ANOTHER_LOOK = (0.5, 1.0, 2.0, 4.0)
 
 Answer = TypeVar("Answer")
@@ -29,23 +29,23 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Backoff:
-    """How often a batch is tried again, and the first wait in seconds; each wait is about twice the one before."""
+    """The maximum number of retries, and the first wait in seconds. Each wait is about twice the one before."""
 
     max_retries: int = field(default_factory=lambda: MAX_RETRIES)
     first_wait: float = field(default_factory=lambda: FIRST_WAIT)
 
     def announce(self, cause: str, attempt: int) -> float:
-        """Log why a batch is tried again after its attempt of this number, from 1 on; return how long to wait."""
+        """Log the retry after the attempt of this number, counted from 1, and return the wait in seconds."""
         wait: float = self.first_wait * 2 ** (attempt - 1) * random.uniform(0.75, 1.25)  # noqa: S311 - jitter, not a secret
-        logger.warning("%s: trying the batch again in %.1f s (try %d of %d)", cause, wait, attempt, self.max_retries)
+        logger.warning("%s: retrying the batch in %.1f s (retry %d of %d)", cause, wait, attempt, self.max_retries)
         return wait
 
 
 @dataclass(slots=True)
 class Retries:
-    """Retries a batch that met a transient error: after a wait, and with half the rows where that may help.
+    """Retries a batch after a transient error: after a wait, and with half the rows if that may help.
 
-    The batch reads its size off `sizer` each time.
+    The batch reads its size from `sizer` each time.
     """
 
     connection: BaseDatabaseWrapper
@@ -54,11 +54,11 @@ class Retries:
     backoff: Backoff = field(default_factory=Backoff)
 
     def run(self, batch: Callable[[], Answer], before_retry: Callable[[], object] = lambda: None) -> Answer:
-        """Run a batch, which is one transaction, until it gets through; return what it returns.
+        """Run a batch, which is one transaction, until it succeeds, and return its result.
 
         Raises:
-            InterruptedRunError: when a stop was requested while it waited.
-            django.db.Error: for what no retry can cure, did not cure, or must not try while a stop is requested.
+            InterruptedRunError: if a stop was requested during a wait.
+            django.db.Error: if the error is not transient, persists, or occurs after a stop was requested.
         """
         attempt = 1
         while True:
@@ -69,7 +69,8 @@ class Retries:
                 if cause is None or attempt > self.backoff.max_retries or self.stop.requested:
                     raise
                 wait = self.backoff.announce(cause, attempt)
-                # Sessions that lock in any order go on doing so: what ends their deadlocks is a batch of one row.
+                # Sessions that lock rows in another order keep doing so; only a batch of one row cannot deadlock.
+                # So halving the batch does not count as an attempt.
                 attempt += not (errors.is_deadlock(error) and self.sizer.size > 1)
                 if (reason := errors.too_many_rows(error)) and self.sizer.size > 1:
                     logger.warning(self.sizer.halve(reason))

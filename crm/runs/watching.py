@@ -1,7 +1,6 @@
-"""What somebody sees of a run who watches it from another terminal. Only reads.
+"""Shows the progress of a run in another terminal. Only reads.
 
-The run knows nothing of it. What is shown has been committed: the run's record, its batches by source, a rollback's
-counts.
+It shows committed data only: the run's record, its batches by source, and the counts of a rollback.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from crm.models.ledger import RunStatus
 from crm.outcome import Outcome, Source
 from crm.runs import control, lease
 
-#: How often somebody who watches looks; seconds.
+#: Seconds between two reads.
 POLL_INTERVAL = 1.0
 
 _COUNTS_OF_ROLLBACK = [
@@ -29,16 +28,15 @@ _COUNTS_OF_ROLLBACK = [
 
 
 def watch(run_id: int, wait: Callable[[], object]) -> Generator[str, None, BackfillRun]:
-    """What is new of a run, line by line; the run as it is at the end.
+    """Yield a line for each change of a run; return the run when it has ended or its process is gone.
 
-    Ends with the run, and where its process is gone. Calls `wait` between two looks. Raises OperatorError where there
-    is no such run, and where the database breaks off.
+    Calls `wait` between two reads. Raises OperatorError if there is no such run, and for database errors.
     """
     shown: dict[str, str] = {}
     beginning: str | None = None
     while True:
         with control.as_operator_error():
-            # The run before its batches: when it has ended, none of them is missing.
+            # Read the run before its batches, so that none of them is missing if it has ended.
             run = control.find(run_id)
             progress = dict(_progress(run))
             is_dead = lease.process_is_gone(run) and control.find(run_id).status == RunStatus.RUNNING
@@ -52,7 +50,7 @@ def watch(run_id: int, wait: Callable[[], object]) -> Generator[str, None, Backf
             yield _end(run)
             return run
         if is_dead:
-            yield f"Run {run.pk} is dead: its process is gone. The next run takes it over and goes on from there."
+            yield f"Run {run.pk} is dead: its process is gone. The next run takes it over and continues from there."
             return run
         wait()
 
@@ -64,10 +62,10 @@ def _beginning(run: BackfillRun) -> str:
 
 
 def _progress(run: BackfillRun) -> Iterator[tuple[str, str]]:
-    """What has been done up to now, a line for each source, in the order of a run; and that nothing is heard of it."""
+    """Yield a name and a line for each source, in the order of a run, and for a missing heartbeat."""
     if lease.is_silent(run):
         since = f"No heartbeat since {_moment(run.heartbeat_at)} UTC"
-        yield "silence", f"{since}: it counts large tables, or is dead, which the next run finds out."
+        yield "silence", f"{since}: it is counting large tables or is dead. The next run finds out which."
     if run.kind == BackfillRun.Kind.ROLLBACK:
         counts: dict[str, Any] = dict(Rollback.objects.filter(pk=run.pk).values().first() or {})
         done = [f"{counts[name]:,} {words}" for name, words in _COUNTS_OF_ROLLBACK if counts.get(name)]
@@ -82,7 +80,7 @@ def _progress(run: BackfillRun) -> Iterator[tuple[str, str]]:
     by_source: dict[str, dict[str, Any]] = {batch["source"]: dict(batch) for batch in batches}
     for source in Source:
         if (done_of := by_source.get(source)) is not None:
-            again = f", {done_of['again']:,} looked at again" if done_of["again"] else ""
+            again = f", {done_of['again']:,} revisited" if done_of["again"] else ""
             in_batches = f"in {done_of['count']:,} {'batch' if done_of['count'] == 1 else 'batches'}"
             rows = f"{_rows(done_of['rows'])}{again} {in_batches}"
             yield source, f"{_moment(done_of['last'])}  {source.title:<16}{rows}"
@@ -97,7 +95,7 @@ def _end(run: BackfillRun) -> str:
         counts = f" {_rows(run.read)} read: {outcomes}; {run.error_new:,} newly in error."
         if run.revisited:
             counts += (
-                f" {run.revisited:,} looked at again: {run.updated:,} changed, {run.kept:,} kept only, "
+                f" {run.revisited:,} revisited: {run.updated:,} changed, {run.kept:,} kept only, "
                 f"{run.unchanged:,} unchanged."
             )
     return f"Run {run.pk} is {run.status} after {seconds:,.1f} s{why}.{counts}"

@@ -210,7 +210,7 @@ def test_a_run_that_lost_its_fence_counts_the_tables_and_does_not_judge_its_own_
         ended = backfill("--batch-size", "10")
     assert ended.code == 4
     assert "30 rows = 0 excluded + 20 in the ledger + 10 pending" in ended.stdout
-    assert f"(not checked: the run was {status} before its end)" in ended.stdout
+    assert f"(not checked: the run was {status} before it ended)" in ended.stdout
     record = BackfillRun.objects.get()
     assert record.census is not None
     assert (record.status, record.balanced, record.census["lines"]["created"]) == (status, None, 20)

@@ -65,7 +65,7 @@ def test_the_database_takes_no_second_run_that_holds_the_fence(database: Databas
         BackfillRun.objects.filter(status="finished").update(status=second)
 
 
-@pytest.mark.parametrize(("status", "said"), [("running", "going"), ("paused", "paused")])
+@pytest.mark.parametrize(("status", "said"), [("running", "in progress"), ("paused", "paused")])
 def test_a_run_that_began_and_was_paused_after_another_one_looked_keeps_it_out(
     database: Database, status: str, said: str
 ) -> None:
@@ -126,7 +126,7 @@ def test_two_that_see_nobody_at_the_same_instant(
         (winner,) = (outcome for outcome in outcomes if isinstance(outcome, BackfillRun))
         (loser,) = (outcome for outcome in outcomes if isinstance(outcome, lease.AnotherRunError))
         assert loser.exit_code == 3
-        assert str(loser).startswith(f"Run {winner.pk} is going: started ")
+        assert str(loser).startswith(f"Run {winner.pk} is in progress: started ")
         assert max(seconds) < 1
         assert list(statuses().values()).count("running") == 1
         assert lease.release(winner.pk, RunStatus.FINISHED)
@@ -177,7 +177,7 @@ def test_two_processes_that_are_started_at_the_same_instant(database: Database) 
             assert loser.returncode == 3, stderr
             assert stdout == ""
             (going,) = (run_id for run_id, status in statuses().items() if status == "running")
-            assert f"Run {going} is going: started " in stderr
+            assert f"Run {going} is in progress: started " in stderr
             assert stderr.count("\n") == 1
             # The machine of the tests may be busy: what it takes to start is no part of the second.
             assert seconds < 1 + 2 * to_start
@@ -193,7 +193,7 @@ def test_two_processes_that_are_started_at_the_same_instant(database: Database) 
 def test_a_run_that_is_heard_of_is_not_taken_over(database: Database) -> None:
     going = make_run()
     let_the_heartbeat_be(going.pk, "4 minutes 55 seconds")
-    with pytest.raises(lease.AnotherRunError, match=f"Run {going.pk} is going: started .* by pat on elsewhere"):
+    with pytest.raises(lease.AnotherRunError, match=f"Run {going.pk} is in progress: started .* by pat on elsewhere"):
         claim()
     assert statuses() == {going.pk: "running"}
 

@@ -125,7 +125,7 @@ def phones() -> set[str | None]:
 
 
 def retries_told(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.message for record in caplog.records if "trying the batch again" in record.message]
+    return [record.message for record in caplog.records if "retrying the batch" in record.message]
 
 
 def test_a_run_that_merges_gets_by_sessions_that_update_in_any_order(

@@ -140,7 +140,7 @@ def test_who_may_not_see_the_lag_is_told_so_and_stops(database: Database) -> Non
         (7_200.0, Pause("max-replica-lag: 7,200.0 s > 10 s: waiting 10.0 s", 10.0)),
         (
             math.inf,
-            Pause("max-replica-lag: a replica is catching up, by an unknown lag > 10 s: waiting 10.0 s", 10.0),
+            Pause("max-replica-lag: a replica is catching up, its lag is unknown > 10 s: waiting 10.0 s", 10.0),
         ),
     ],
 )

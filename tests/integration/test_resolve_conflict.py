@@ -189,7 +189,7 @@ def test_nothing_is_resolved_while_a_run_is_going(database: Database) -> None:
     row, _, contact = somebody_elses_account()
     BackfillRun.objects.update(status=RunStatus.RUNNING, host="another machine", heartbeat_at=Now())
     refused = resolve(row, "--contact", contact)
-    assert (refused.code, "is going" in refused.stderr) == (3, True)
+    assert (refused.code, "is in progress" in refused.stderr) == (3, True)
     assert not ConflictResolution.objects.exists()
     BackfillRun.objects.update(heartbeat_at=Now() - lease.HEARTBEAT_LASTS * 2)
     resolved(row, "--contact", contact)

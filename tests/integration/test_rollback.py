@@ -1267,7 +1267,7 @@ def others_at_work(database: Database) -> list[Any]:
 
 
 def test_a_run_that_is_not_named_by_its_number_is_not_taken_back(database: Database) -> None:
-    assert "There has been no run." in rollback("latest").stderr
+    assert "There is no run yet." in rollback("latest").stderr
     add_lead("ann@example.com")
     run()
     number = run()["run"]

@@ -65,7 +65,7 @@ def test_an_action_is_done_to_the_runs_it_is_for_and_refused_to_others(
         assert finished.code == 2
         assert finished.stdout == ""
         wanted = " or ".join(start for (name, start) in MADE_OF if name == action)
-        said = f"Run {run.pk} is {status}: only one that is {wanted} can be {PAST[action]}.\n"
+        said = f"Run {run.pk} is {status}: only a run that is {wanted} can be {PAST[action]}.\n"
         assert finished.stderr.endswith(said)
         assert finished.stderr.count("\n") == 1
     else:
@@ -84,7 +84,7 @@ def test_a_run_that_is_not_there(database: Database, action: str, number: str) -
     finished = backfill_runs(action, "--", number)
     assert finished.code == 2
     assert finished.stderr.endswith(
-        f"There is no run {number}. `python manage.py backfill_runs list` shows those there are.\n"
+        f"There is no run {number}. `python manage.py backfill_runs list` lists the runs.\n"
     )
 
 
@@ -94,7 +94,7 @@ def test_latest_names_the_run_that_began_last(database: Database) -> None:
     for action, made in (("pause", "paused"), ("resume", "interrupted")):
         assert backfill_runs(action, "latest").stdout.startswith(f"Run {going.pk} is {made}")
     refused = backfill_runs("cancel", "latest")
-    assert (refused.code, f"Run {going.pk} is interrupted: only one that is" in refused.stderr) == (2, True)
+    assert (refused.code, f"Run {going.pk} is interrupted: only a run that is" in refused.stderr) == (2, True)
     assert (status_of(old), status_of(going)) == ("finished", "interrupted")
     unknown = backfill_runs("show", "last")
     assert (unknown.code, "'last' is not a run: give its number" in unknown.stderr) == (2, True)
@@ -104,7 +104,7 @@ def test_latest_names_the_run_that_began_last(database: Database) -> None:
 def test_there_is_no_latest_run_before_the_first(database: Database, action: str) -> None:
     finished = backfill_runs(action, "latest")
     assert (finished.code, finished.stdout, finished.stderr.count("\n")) == (2, "", 1)
-    assert "There has been no run." in finished.stderr
+    assert "There is no run yet." in finished.stderr
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,9 @@ def test_a_batch_that_commits_for_long_is_waited_for_but_not_for_ever(
         batch.execute("UPDATE backfill_run SET read = 0")
         finished = backfill_runs("pause", str(run.pk))
     assert finished.code == 2
-    assert finished.stderr.endswith(f"Run {run.pk} has been committing for 0.2 s. Nothing was changed: try again.\n")
+    assert finished.stderr.endswith(
+        f"Run {run.pk} has been committing a batch for 0.2 s. Nothing was changed: run the command again.\n"
+    )
     assert status_of(run) == "running"
     assert backfill_runs("pause", str(run.pk)).code == 0
 
@@ -274,13 +276,13 @@ def test_a_batch_that_is_just_committing_is_counted_and_then_the_run_is_paused(d
 )
 def test_who_comes_second_changes_nothing(database: Database, status: str, meanwhile: str, action: str) -> None:
     run = make_run(status)
-    with pytest.raises(OperatorError, match=f"Run {run.pk} is {meanwhile}: only one that is"):
+    with pytest.raises(OperatorError, match=f"Run {run.pk} is {meanwhile}: only a run that is"):
         act_while_another_session(f"UPDATE backfill_run SET status = '{meanwhile}'", action, run)
     assert status_of(run) == meanwhile
 
 
 def test_runs_are_listed_for_people(database: Database) -> None:
-    assert backfill_runs("list").stdout == "There has been no run.\n"
+    assert backfill_runs("list").stdout == "There is no run yet.\n"
     old = make_run("finished", read=1234567, created=1234560, error=7, error_new=6)
     going = make_run("running")
     lines = backfill_runs("list").stdout.splitlines()

@@ -71,7 +71,7 @@ def test_the_end_says_what_became_of_the_rows_that_were_looked_at_again(database
     lines, _ = watched(updating.pk)
     assert lines[-1].endswith(
         " 1 row read: 1 created, 0 merged, 0 exists, 0 error; 0 newly in error. "
-        "1,234 looked at again: 1,200 changed, 30 kept only, 4 unchanged."
+        "1,234 revisited: 1,200 changed, 30 kept only, 4 unchanged."
     )
 
 
@@ -126,7 +126,7 @@ def test_a_rollback_is_watched_by_what_it_took_back(database: Database) -> None:
 def test_a_run_that_is_not_there_cannot_be_watched(database: Database) -> None:
     with pytest.raises(OperatorError, match="There is no run 7"):
         watched(7)
-    assert called("backfill_runs", "watch", "latest").stderr.endswith("There has been no run.\n")
+    assert called("backfill_runs", "watch", "latest").stderr.endswith("There is no run yet.\n")
 
 
 @pytest.mark.process

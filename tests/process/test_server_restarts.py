@@ -107,7 +107,7 @@ def starting_at_try(number: int, server: Server) -> Iterator[list[str]]:
     causes: list[str] = []
 
     def heed(record: logging.LogRecord) -> bool:
-        if "trying the batch again" in record.getMessage():
+        if "retrying the batch" in record.getMessage():
             causes.append(record.getMessage().split(":")[0])
             if len(causes) == number:
                 server.start()

@@ -109,7 +109,7 @@ class Command(OperatorCommand):
             elif found:
                 _table(found).print_on(console_on(self.stdout))
             else:
-                self.stdout.write("There has been no run.")
+                self.stdout.write("There is no run yet.")
         elif action == "show":
             details = control.details(options["run"])
             if options["json"]:
