@@ -1,1 +1,1 @@
-"""How we talk to PostgreSQL: connections, errors, transactions, snapshots, arrays."""
+"""Access to PostgreSQL: connections, errors, transactions, snapshots, arrays."""

@@ -1,7 +1,7 @@
-"""Rows and contacts of which some cannot be read or written: each costs itself, and none of its neighbours.
+"""Reads and writes items of which some are refused, so that a refused item does not affect the others.
 
-What is refused together is halved until it stands alone, so one refusal among a thousand items costs some twenty
-attempts, and what it refused is known.
+Items that are refused together are bisected until the refused ones are found. One refusal among a thousand items costs
+about twenty attempts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from crm.outcome import Refusal
 from crm.postgres.errors import row_refusal
 from crm.postgres.refusals import MAX_ALIKE, AlikeRefusals
 
-#: So many rows in succession that cannot be read, and none that can, are no coincidence.
+#: If this many rows cannot be read, and none can, the fault is not in the rows.
 MAX_UNREADABLE = 100
 
 Key = TypeVar("Key")
@@ -28,18 +28,18 @@ Result = TypeVar("Result")
 
 
 class Bisection(Generic[Item, Result]):
-    """Attempts items, and yields them in their order: those that were not refused together, and each other one alone.
+    """Attempts items and yields them in order: parts that succeed together, and each refused item alone.
 
-    Whatever `attempt` raises ends it.
+    An exception of `attempt` is raised and ends the iteration.
     """
 
     def __init__(self, items: Sequence[Item], attempt: Callable[[Sequence[Item]], Result | Refusal]) -> None:
-        """`attempt` returns a Refusal for items of which at least one is refused; then it must have changed nothing."""
+        """`attempt` returns a Refusal, having changed nothing, if at least one of the items is refused."""
         self._attempt = attempt
         self._waiting = [items] if items else []
 
     def __iter__(self) -> Iterator[tuple[Sequence[Item], Result | Refusal]]:
-        """Each part with what was returned for it; a Refusal is of a single item."""
+        """Yield each part with the result of `attempt`. A part with a Refusal has one item."""
         while self._waiting:
             some = self._waiting.pop()
             found = self._attempt(some)
@@ -51,12 +51,15 @@ class Bisection(Generic[Item, Result]):
 
     @property
     def left(self) -> list[Item]:
-        """The items that were not yielded yet, in their order."""
+        """The items that were not yielded yet, in order."""
         return [item for some in reversed(self._waiting) for item in some]
 
 
 def refusal_of_reading(error: Exception) -> Refusal | None:
-    """What is wrong with a row that cannot be read; None when it is not the row. A view may say anything for names."""
+    """Return the refusal of a row that cannot be read, or None if the error is not caused by the row.
+
+    It has no names, since the functions of a view can raise any text as names.
+    """
     if isinstance(error, DatabaseError):
         refusal = row_refusal(error)
         return refusal and Refusal(refusal.sqlstate)
@@ -64,7 +67,7 @@ def refusal_of_reading(error: Exception) -> Refusal | None:
 
 
 def refusal_of_writing(error: DatabaseError) -> Refusal:
-    """What is wrong with a row that PostgreSQL refused to write. Raises the error when it is not the row."""
+    """Return the refusal of a row that PostgreSQL refused to write. Raises the error if the row did not cause it."""
     refusal = row_refusal(error)
     if refusal is None:
         raise error
@@ -74,9 +77,9 @@ def refusal_of_writing(error: DatabaseError) -> Refusal:
 def read_in_parts(
     keys: Sequence[Key], read: Callable[[Sequence[Key]], Result]
 ) -> Iterator[tuple[Sequence[Key], Result | Refusal]]:
-    """What is read with these keys, in their order; a key by itself with what is wrong with the row that it names.
+    """Yield parts of the keys, in order, with what `read` returned; a key whose row cannot be read, with its refusal.
 
-    Raises what the reading raised where it is not the rows, or where not one of many can be read.
+    Raises the error of `read` if the rows did not cause it, or if MAX_UNREADABLE rows cannot be read and none can.
     """
     is_any_read, unreadable = False, 0
 
@@ -100,10 +103,10 @@ def read_in_parts(
 def read_apart(
     connection: BaseDatabaseWrapper, keys: Sequence[Key], read: Callable[[Sequence[Key]], list[Row]]
 ) -> tuple[list[Row], dict[Key, Refusal]]:
-    """The rows with these keys, and what is wrong with those that cannot be read. Raises what `read_in_parts` does."""
+    """Return the rows with these keys, and by key the refusals of those that cannot be read. See `read_in_parts`."""
 
     def read_some(some: Sequence[Key]) -> list[Row]:
-        # Inside a transaction, a statement that fails would be the last one.
+        # Without a savepoint, a failed statement would abort the whole transaction.
         with transaction.atomic(using=connection.alias):
             return read(some)
 
@@ -119,7 +122,7 @@ def read_apart(
 
 @dataclass(slots=True)
 class Written(Generic[Item, Result]):
-    """What was written together, with what that returned; and what PostgreSQL refused."""
+    """The parts that were written, each with the result of `write`, and the items that PostgreSQL refused."""
 
     done: list[tuple[Sequence[Item], Result]] = field(default_factory=list)
     refused: list[tuple[Item, Refusal]] = field(default_factory=list)
@@ -128,12 +131,12 @@ class Written(Generic[Item, Result]):
 def write_apart(
     connection: BaseDatabaseWrapper, items: Sequence[Item], write: Callable[[Sequence[Item]], Result]
 ) -> Written[Item, Result]:
-    """Write the items; where PostgreSQL refuses one, halve until it is alone, so that the others are written.
+    """Write the items, bisecting them if PostgreSQL refuses some, so that the others are written.
 
-    Where many in succession are refused for one reason, and a sample of all that is left as well, what is left counts
-    as refused: a table that refuses everything costs some hundred statements, and not two for each item.
+    If many items in succession are refused for one reason, and so is a sample of the remaining ones, all remaining
+    items count as refused: a table that refuses everything costs a few hundred statements instead of two per item.
 
-    Raises what the writing raised where it is not the item.
+    Raises the error of `write` if no item caused it.
     """
 
     def write_or_refusal(some: Sequence[Item]) -> Result | Refusal:
@@ -164,7 +167,7 @@ def refuses_all(
     refusal: Refusal,
     write: Callable[[Sequence[Item]], Result | Refusal],
 ) -> bool:
-    """Whether each of a sample from all over these items is refused for this reason. Nothing of it stays written."""
+    """Return whether each item of an evenly spread sample is refused for this reason. Rolls each attempt back."""
     for item in items[:: math.ceil(len(items) / MAX_ALIKE) or 1]:
         with transaction.atomic(using=connection.alias):
             found = write([item])

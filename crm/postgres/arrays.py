@@ -1,10 +1,10 @@
-"""Lists of text rendered as PostgreSQL array literals, a whole column at a time.
+"""Renders lists of text as PostgreSQL array literals, a whole column at a time.
 
-psycopg renders a list element by element in Python, which costs more than everything else that the client does for a
-row. This does the same with a handful of passes over the joined text, each at C speed.
+psycopg renders a list element by element in Python, which takes more time than everything else that the client does for
+a row. This module renders the joined text with a few string operations, each at C speed.
 
-psycopg would also say that a list of strings is a text[]. Here the statement says what it is, or the column that it is
-compared with: a citext is to be compared as one.
+psycopg also sends a list of strings as text[]. This module sends it without a type, so that PostgreSQL takes the type
+from the statement or the compared column: citext columns are compared as citext.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from psycopg.abc import Buffer
 from psycopg.adapt import PyFormat
 from psycopg.types.array import ListDumper
 
-# PostgreSQL's text has no NUL, so marks that begin with one are never mistaken for content.
+# Text in PostgreSQL cannot contain NUL, so marks that begin with NUL cannot occur in values.
 _NUL = "\0"
 _BETWEEN = "\0,"
 _NULL = "\0n"
 
 
 def render(values: Sequence[str | None]) -> str:
-    """The array literal of the values; None becomes NULL.
+    """Return the array literal of the values; None becomes NULL.
 
-    Raises TypeError for anything else than text or None, and psycopg.DataError for a NUL, as psycopg does.
+    Raises TypeError for a value that is neither text nor None, and psycopg.DataError for a NUL, as psycopg does.
     """
     if not values:
         return "{}"
@@ -45,18 +45,18 @@ def render(values: Sequence[str | None]) -> str:
 
 
 class TextListDumper(ListDumper):
-    """psycopg's dumper of lists, with a fast way for lists of text; other lists go psycopg's own way."""
+    """psycopg's dumper of lists, with a fast path for lists of text."""
 
     def get_key(self, obj: list[Any], format: PyFormat) -> type:  # noqa: A002, ARG002 - psycopg's signature
-        """One dumper for all lists: what is in them is seen when they are rendered."""
+        """Use one dumper for all lists, whatever their elements."""
         return self.cls
 
     def upgrade(self, obj: list[Any], format: PyFormat) -> TextListDumper:  # noqa: A002, ARG002 - psycopg's signature
-        """No other dumper is needed."""
+        """Return this dumper."""
         return self
 
     def dump(self, obj: list[Any]) -> Buffer | None:
-        """The literal, of no type of its own: the statement casts it."""
+        """Return the literal, without a type: the statement casts it."""
         try:
             return render(obj).encode()
         except TypeError:
@@ -64,6 +64,6 @@ class TextListDumper(ListDumper):
 
 
 def use_fast_arrays(connection: BaseDatabaseWrapper, **_signal: Any) -> None:
-    """Let a new connection send every list as a literal without a type. A receiver of `connection_created`."""
+    """Make a new connection send every list as a literal without a type. A receiver of `connection_created`."""
     if connection.vendor == "postgresql":
         connection.connection.adapters.register_dumper(list, TextListDumper)

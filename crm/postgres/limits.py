@@ -1,7 +1,7 @@
-"""How long a statement of a command may wait for a lock, and how long it may take, whichever it is.
+"""Lock and statement timeouts for all statements of a command outside the batches.
 
-What a batch allows itself is less, and is set in its own transaction. Here is what holds for all the rest: what is read
-before, beside and after. Nothing of it may wait for ever for somebody who has locked a table and gone home.
+A batch sets shorter ones in its own transaction. These limits ensure that no other statement waits forever for a
+session that keeps a table locked.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.signals import connection_created
 from psycopg.pq import TransactionStatus
 
-#: How long a statement waits for a lock; milliseconds.
+#: How long a statement waits for a lock, in milliseconds.
 LOCK_TIMEOUT = 5_000
 
 
 @contextmanager
 def limited() -> Iterator[None]:
-    """Let every statement inside have the two limits, whichever connection and thread it comes from."""
+    """Apply the limits to every statement in the block, on any connection and thread."""
     wrapper = connections[DEFAULT_DB_ALIAS]
-    # A session from before has none. Whoever needs the next one asks for it, and answers for what goes wrong then.
+    # An open session has no limits. The next statement opens a new one, and handles the errors of that.
     wrapper.close()
     connection_created.connect(_limit, weak=False)
     try:
         yield
     finally:
         connection_created.disconnect(_limit)
-        # A session that is used for something else afterwards has them no more.
+        # A later session must not keep the limits.
         wrapper.close()
         if _locally in wrapper.execute_wrappers:
             wrapper.execute_wrappers.remove(_locally)
 
 
 def statement_timeout() -> int:
-    """How long a statement may take that is none of a batch's; milliseconds, 0 for as long as it likes."""
+    """Return the timeout of a statement outside the batches, in milliseconds; 0 means no limit."""
     return int(settings.CRM_STATEMENT_TIMEOUT) * 1_000
 
 
@@ -47,7 +47,7 @@ def _limit(connection: BaseDatabaseWrapper, **_signal: Any) -> None:
         with connection.cursor() as cursor:
             cursor.execute(_limits(local=False))
     elif _locally not in connection.execute_wrappers:
-        # PgBouncer lends a session for a transaction only, and what is set for longer is set for somebody else.
+        # PgBouncer assigns a session for one transaction; a setting for longer would affect other clients.
         connection.execute_wrappers.append(_locally)
 
 
@@ -63,7 +63,7 @@ def _locally(
     many: bool,  # noqa: FBT001 - Django's signature
     context: Mapping[str, Any],
 ) -> Any:
-    """Begin a transaction with the limits, and one for a statement that would be outside of any."""
+    """Set the limits at the start of each transaction, and wrap a statement outside of one in a transaction."""
     wrapper: BaseDatabaseWrapper = context["connection"]
     session = wrapper.connection
     if session is None or session.info.transaction_status != TransactionStatus.IDLE:

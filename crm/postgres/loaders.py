@@ -1,8 +1,7 @@
-"""Timestamps that Python cannot hold are read as PostgreSQL's own text.
+"""Reads timestamps that Python cannot represent as text.
 
-A column may hold `infinity`, a year before Christ or one after 9999. psycopg raises an error for such a value when its
-row is fetched, and the page or the command that asked loses all the other rows with it. So every connection of Django's
-returns the text instead, and code that shows a timestamp shows what is stored.
+A column may contain `infinity`, a year BC or one after 9999. psycopg raises an error when it fetches such a value, and
+all other rows of the query are lost, too. So every Django connection returns such a value as PostgreSQL's text.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ class _TimestampLoader(TimestampLoader):
 class _ZonedLoader(TimestamptzLoader):
     """A datetime in UTC, or text."""
 
-    #: Django compares it with the zone of the connection, and where they differ it registers a loader of its own.
+    #: Django registers its own loader if this differs from the time zone of the connection.
     timezone = UTC
 
     def load(self, data: Buffer) -> Any:
@@ -43,17 +42,20 @@ class _ZonedLoader(TimestamptzLoader):
 
 
 def read_every_timestamp(connection: BaseDatabaseWrapper, **_signal: Any) -> None:
-    """Let a new connection return as text what a datetime cannot hold. A receiver of `connection_created`."""
+    """Make a new connection return timestamps that datetime cannot represent as text.
+
+    A receiver of `connection_created`.
+    """
     if connection.vendor == "postgresql":
         connection.connection.adapters.register_loader("timestamp", _TimestampLoader)
         connection.connection.adapters.register_loader("timestamptz", _ZonedLoader)
 
 
 class _RateLoader(Loader):
-    """A numeric as text, with two decimals or as many as it needs: 5, 5.00 and 5.000000 are one rate."""
+    """A numeric as text, with at least two decimals and no further trailing zeros: 5 and 5.000 are both `5.00`."""
 
     def load(self, data: Buffer) -> str:
-        """PostgreSQL's text without the zeros at its end."""
+        """Return PostgreSQL's text without trailing zeros."""
         text = bytes(data).decode()
         whole, point, decimals = text.partition(".")
         if not point:
@@ -62,15 +64,15 @@ class _RateLoader(Loader):
 
 
 class _MomentLoader(Loader):
-    """A timestamp with time zone as text, in UTC as the session has it: as one without."""
+    """A timestamp with time zone as text without the zone. The session's time zone is UTC."""
 
     def load(self, data: Buffer) -> str:
-        """PostgreSQL's text without the zone."""
+        """Return PostgreSQL's text without the zone."""
         return bytes(data).decode().replace("+00", "", 1)
 
 
 def read_as_text(cursor: CursorWrapper) -> None:
-    """Let this cursor return timestamps and numerics as text, one text for one value."""
+    """Make this cursor return timestamps and numerics as text, equal values as equal text."""
     cursor.adapters.register_loader("timestamp", TextLoader)
     cursor.adapters.register_loader("timestamptz", _MomentLoader)
     cursor.adapters.register_loader("numeric", _RateLoader)

@@ -1,8 +1,8 @@
-"""Our own PostgreSQL schema: made before the first migration, and nothing of ours ever lands beside it.
+"""Creates the backfill's own PostgreSQL schema before the first migration.
 
-Prisma owns every table of the application's schema and drops what it does not know. So our schema comes first in the
-search path, which `crm.postgres.session` checks, and Django's tables and ours are made there. What would put them
-elsewhere is refused before it happens.
+Prisma owns every table of the application's schema and drops unknown ones. So the backfill's schema is first in the
+search path, which `crm.postgres.session` checks, and all tables of Django and of the backfill are created there.
+`migrate` is refused if they would be created elsewhere.
 """
 
 from typing import Any
@@ -16,16 +16,16 @@ from crm import sqlstates
 from crm.errors import OperatorError
 
 READ_ONLY = (
-    "Nothing can be written here: the server is a standby, or default_transaction_read_only is on for it, for the "
-    "database or for the role. Give DATABASE_URL the address of the primary, or let the setting be off."
+    "This session is read-only: the server is a standby, or default_transaction_read_only is on for it, for the "
+    "database or for the role. Set DATABASE_URL to the address of the primary, or turn the setting off."
 )
 
 
 def prepare(using: str, **_signal: Any) -> None:
-    """Make the schema where it is missing. A receiver of `pre_migrate`; changes nothing when called again.
+    """Create the schema if it is missing. A receiver of `pre_migrate`.
 
-    Raises OperatorError where nothing can be written here, where this role may not make the schema or use it, and where
-    Django's record of migrations lies in another schema.
+    Raises OperatorError if the session is read-only, if this role may not create or use the schema, and if a table
+    `django_migrations` in another schema would be used.
     """
     connection = connections[using]
     if connection.vendor != "postgresql":
@@ -52,15 +52,15 @@ def _exists(cursor: CursorWrapper) -> bool:
 def _create(cursor: CursorWrapper) -> None:
     schema = quoted_name(settings.BACKFILL_SCHEMA)
     try:
-        # Somebody may have been first since the look.
+        # Another process may have created it since `_exists`.
         cursor.execute(f"CREATE SCHEMA IF NOT EXISTS {schema}")
     except DatabaseError as error:
         if getattr(error.__cause__, "sqlstate", None) != sqlstates.INSUFFICIENT_PRIVILEGE:
             raise
         role = quoted_name(_current_role(cursor))
         raise OperatorError(
-            f"The schema {settings.BACKFILL_SCHEMA} is missing, and this role may not make it. Let the owner of the "
-            f"database run CREATE SCHEMA {schema} AUTHORIZATION {role}; and try again."
+            f"The schema {settings.BACKFILL_SCHEMA} is missing, and this role may not create it. As the owner of the "
+            f"database, run CREATE SCHEMA {schema} AUTHORIZATION {role}; then run this command again."
         ) from error
 
 
@@ -74,16 +74,17 @@ def _check_privileges(cursor: CursorWrapper) -> None:
     may, owner = cursor.fetchone()
     if may:
         return
-    # Not by a GRANT: nobody but its owner may create in a schema that our statements look into.
+    # Do not suggest a GRANT: only the owner may create objects in a schema of the search path.
     raise OperatorError(
-        f"This role may not make tables in the schema {schema}: give DATABASE_URL the address of its owner, the role "
-        f"{owner}, for `migrate`. Or let a superuser run "
-        f"ALTER SCHEMA {quoted_name(schema)} OWNER TO {quoted_name(_current_role(cursor))}; and try again."
+        f"This role may not create tables in the schema {schema}: run `migrate` with the owner, the role {owner}, in "
+        "DATABASE_URL. Or, as a superuser, run "
+        f"ALTER SCHEMA {quoted_name(schema)} OWNER TO {quoted_name(_current_role(cursor))}; then run this command "
+        "again."
     )
 
 
 def _check_record_of_migrations(cursor: CursorWrapper) -> None:
-    """Another Django's record in the application's schema would be taken for ours as long as we have none."""
+    """Refuse a table django_migrations of another project, which would be used as long as ours does not exist."""
     cursor.execute(
         "SELECT nspname FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace "
         "WHERE pg_class.oid = to_regclass('django_migrations') AND nspname <> %s",
@@ -91,8 +92,8 @@ def _check_record_of_migrations(cursor: CursorWrapper) -> None:
     )
     if (row := cursor.fetchone()) is not None:
         raise OperatorError(
-            f"The schema {row[0]} holds a table django_migrations of another Django project, which would be taken for "
-            "the record of this one. Move it out of the search path, and try again."
+            f"The schema {row[0]} contains a table django_migrations of another Django project, which this project "
+            "would use as its own. Move it to a schema outside the search path, then run this command again."
         )
 
 

@@ -1,4 +1,4 @@
-"""Rows that PostgreSQL refuses: what of their errors may be written down, and when it is not the rows' fault."""
+"""Rows that PostgreSQL refuses: which parts of the error may be stored, and when the rows are not the cause."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from crm.outcome import Refusal
 from crm.postgres.errors import EveryRowRefusedError
 
-#: So many rows in succession that are refused for one reason, and none between them that lands, are no coincidence.
+#: If this many rows in succession are refused for one reason, the fault may not be in the rows.
 MAX_ALIKE = 100
 
 _NAMES = """
@@ -29,9 +29,9 @@ SELECT (SELECT conname FROM pg_constraint WHERE conname = %(constraint)s::text
 
 
 def names_of_the_schema(connection: BaseDatabaseWrapper, refusal: Refusal) -> Refusal:
-    """A refusal with only those names that the database's catalogue has, and its trigger for the trigger's function.
+    """Return a refusal with only the names that exist in the catalogue, and the trigger instead of its function.
 
-    A function may RAISE with whatever it likes for the names: the value that it refuses, for one.
+    A function may RAISE any text as a name, such as the refused value, which may be personal data.
     """
     if refusal[1:] == Refusal()[1:]:
         return refusal
@@ -50,35 +50,35 @@ def names_of_the_schema(connection: BaseDatabaseWrapper, refusal: Refusal) -> Re
 
 
 def in_words(refusal: Refusal) -> str:
-    """What PostgreSQL named, for a log line or a run's record."""
-    said = {
+    """Describe a refusal for the log or a run's record."""
+    names = {
         "SQLSTATE": refusal.sqlstate,
         "constraint": refusal.constraint,
         "column": refusal.column,
         "table": refusal.table,
         "trigger": refusal.trigger,
     }
-    return ", ".join(f"{name} {value}" for name, value in said.items() if value) or "no word from PostgreSQL"
+    return ", ".join(f"{name} {value}" for name, value in names.items() if value) or "PostgreSQL named no cause"
 
 
 @dataclass(slots=True)
 class AlikeRefusals:
-    """Counts rows in succession that are refused for one reason, so that a batch is not bisected for ever.
+    """Counts rows in succession that are refused for one reason, so that the bisection of a batch ends.
 
-    Rows that were refused by an earlier run as well say nothing: every run tries them again.
+    Do not note rows that an earlier run has refused as well: every run retries them.
     """
 
     refusal: Refusal | None = None
     count: int = 0
 
     def note(self, refusal: Refusal) -> bool:
-        """Note a refused row; whether there are so many alike that the rows after it are to be asked."""
+        """Count a refused row. Return whether the count is high enough to sample the remaining rows."""
         self.count = self.count + 1 if refusal == self.refusal else 1
         self.refusal = refusal
         return self.count % MAX_ALIKE == 0
 
     def end(self) -> None:
-        """A row was written."""
+        """Reset the count, because a row was written."""
         self.refusal, self.count = None, 0
 
     def fail(self) -> None:

@@ -1,18 +1,19 @@
-"""What every session with the database must be, whatever its role, its database and a pooler say.
+"""Checks and configures every session with the database, whatever the settings of role, database and pooler.
 
-A receiver of Django's `connection_created`, so that no command can forget it. The search path decides which tables a
-name means: it has to be our schema and then the examined one. Past a pooler both come from our own start-up options;
-that they took effect is looked at, since a pooler may drop them without a word. Behind one they are the role's.
+This is a receiver of Django's `connection_created`, so that it applies to every command. The search path decides which
+table a name refers to: it must start with the backfill's schema and the application's. On a direct connection, the
+start-up options set it; this module checks that they took effect, because a pooler may drop them silently. Through
+PgBouncer, the role's own setting applies.
 
-PostgreSQL's own schema is not named in it. So it comes first, and new tables are made in ours. Whether the schemas can
-be trusted is asked before anything else, in a transaction in which no other schema has a say: see `crm.postgres.trust`.
+The search path does not name pg_catalog. So pg_catalog comes first, and new tables are created in the backfill's
+schema. Before anything else, in a transaction whose search path contains no other schema, `crm.postgres.trust` checks
+whether the schemas can be trusted.
 
-Of our own tables a session must see every row, whatever it is about to do: what a policy hides would be missing in
-silence.
+A session must see every row of the backfill's own tables: rows hidden by a policy would be missing silently.
 
-Settings that change what a text means, or that end our transactions, are set here. Behind a pooler only those can be
-that PgBouncer follows from server to server; the others would stay with a server connection that is not ours, so a
-session that has them otherwise is refused.
+Settings that change the meaning of values, or that end transactions, are set here. Through PgBouncer, only settings
+that it tracks per client can be set; others would stay with a server connection that other clients use. So a session
+with different values for those is refused.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from config.database import quoted_name
 from crm.errors import OperatorError
 from crm.postgres.trust import SAFE_SEARCH_PATH, require_trusted
 
-#: Settings that PgBouncer keeps with the client. How timestamps and our own string constants are read.
+#: Settings that PgBouncer tracks per client: how timestamps and string constants are read.
 FOLLOWED: Mapping[str, str] = {"DateStyle": "ISO, MDY", "standard_conforming_strings": "on"}
-#: The others, where PostgreSQL has them: how values are read, what would break a transaction off, that the values of a
-#: statement that failed are not logged, and that a statement is planned for the values that it has.
+#: Other settings, as far as the server has them. They determine how values are read, prevent the server from ending a
+#: transaction or logging the values of a failed statement, and allow plans for the actual values of a statement.
 SETTINGS: Mapping[str, str] = {
     "IntervalStyle": "postgres",
     "array_nulls": "on",
@@ -47,19 +48,19 @@ SETTINGS: Mapping[str, str] = {
     "transaction_timeout": "0",
     "transform_null_equals": "off",
 }
-#: A session that is frozen in a transaction holds locks; a batch that reads its page does not take as long. Between two
-#: transactions a session may wait for its turn, as --max-rate has it, or for a worker. A pooler has its own sessions.
+#: A process that hangs in a transaction holds locks; reading a page within a batch never takes five minutes. Between
+#: transactions a session may wait longer, because of --max-rate or for a worker. Not set through a pooler.
 IDLE = {"idle_in_transaction_session_timeout": "5min", "idle_session_timeout": "0"}
-#: Until the limits of a command are set; a database may have one that no look at a session takes less than.
+#: Timeout of the checks. The default of the database may be too short for them.
 _TO_LOOK = "1min"
 
-# In one round trip: a session may allow itself no time between two of a transaction.
+# In one round trip: the default of idle_in_transaction_session_timeout may be too short for two.
 _BEGIN = f"""
 BEGIN ISOLATION LEVEL READ COMMITTED; SHOW search_path; SET LOCAL search_path = {SAFE_SEARCH_PATH};
 SET LOCAL idle_in_transaction_session_timeout = '{IDLE["idle_in_transaction_session_timeout"]}';
 SET LOCAL statement_timeout = '{_TO_LOOK}'
 """
-# What the role, the database, or both, say of the search path: the most particular one counts.
+# The search path may be set for the role in the database, the role, or the database: the most specific one applies.
 _SESSION = """
 SELECT current_user, current_database(),
        (SELECT substr(config, length('search_path=') + 1)
@@ -88,9 +89,9 @@ SELECT wanted.name, wanted.value
 
 
 def require_fitting(connection: BaseDatabaseWrapper, **_signal: Any) -> None:
-    """Make a new connection's session what it must be. A receiver of `connection_created`.
+    """Check and configure the session of a new connection. A receiver of `connection_created`.
 
-    Raises OperatorError, and closes the connection, where it cannot be made so, and where the ledger is that of another
+    Raises OperatorError, after closing the connection, if a check fails, including if the ledger belongs to another
     schema.
     """
     if connection.vendor != "postgresql":
@@ -104,14 +105,14 @@ def require_fitting(connection: BaseDatabaseWrapper, **_signal: Any) -> None:
 
 
 def names_in(search_path: str) -> list[str]:
-    """The schemas that a search path names, as PostgreSQL reads it: quoted ones as they are, others in lower case."""
+    """Return the schemas of a search path as PostgreSQL reads it: unquoted names in lower case."""
     found = re.findall(r'"((?:[^"]|"")*)"|([^\s,"]+)', search_path)
     return [quoted.replace('""', '"') or plain.lower() for quoted, plain in found]
 
 
 def _require_fitting(connection: BaseDatabaseWrapper) -> None:
     is_pooled = bool(connection.settings_dict.get("DISABLE_SERVER_SIDE_CURSORS"))
-    # psycopg's own cursor: Django would keep these among the statements of the command.
+    # psycopg's cursor, because Django's would add these statements to the query log.
     session = connection.connection
     search_path = _begin(session)
     role, database, own_path, ledger_is_readable, hidden = _rows(session, _SESSION, settings.BACKFILL_SCHEMA)[0]
@@ -132,7 +133,7 @@ def _require_fitting(connection: BaseDatabaseWrapper) -> None:
 
 
 def _begin(session: psycopg.Connection) -> str:
-    """Begin a transaction in which only PostgreSQL's own functions and operators are called; the search path before."""
+    """Begin a transaction that can only call functions and operators of pg_catalog; return the previous search path."""
     cursor = session.execute(_BEGIN)
     cursor.nextset()
     ((search_path,),) = cursor.fetchall()
@@ -142,19 +143,18 @@ def _begin(session: psycopg.Connection) -> str:
 def _require_search_path(search_path: str, own: Sequence[str], role: str, database: str, *, is_pooled: bool) -> None:
     names = names_in(search_path)
     wanted = [settings.BACKFILL_SCHEMA, settings.LEGACY_SCHEMA]
-    # PostgreSQL's own schema comes first as long as nobody says where it comes.
+    # pg_catalog comes first unless the search path names it.
     if names[: len(wanted)] == wanted and "pg_catalog" not in names:
         return
     rest = [name for name in own if name not in (*wanted, "$user")]
     why = (
-        "A connection through PgBouncer cannot choose it"
+        "A connection through PgBouncer cannot set it"
         if is_pooled
-        else "The start-up options of the connection were dropped on the way, as a pooler does. Add pgbouncer=true to "
-        "DATABASE_URL"
+        else "The start-up options of the connection were dropped, as poolers do. Add pgbouncer=true to DATABASE_URL"
     )
     raise OperatorError(
-        f"The search path of this connection is {search_path}, so the tables of the backfill and of the schema "
-        f"{settings.LEGACY_SCHEMA} would be taken for others. {why}: let the role have it, once, with "
+        f"The search path of this connection is {search_path}, so table names would not refer to the tables of the "
+        f"backfill and of the schema {settings.LEGACY_SCHEMA}. {why}: set it for the role, once, with "
         f"ALTER ROLE {quoted_name(role)} IN DATABASE {quoted_name(database)} "
         f"SET search_path = {', '.join(map(quoted_name, (*wanted, *rest)))}; and reconnect PgBouncer's server "
         "connections."
@@ -162,9 +162,9 @@ def _require_search_path(search_path: str, own: Sequence[str], role: str, databa
 
 
 def _path(own: Sequence[str]) -> str:
-    """Our search path, with the role's own after it: a trigger of the application may need that.
+    """Return our search path, followed by the role's own, which a trigger of the application may need.
 
-    Temporary tables come last. They would come first if they were not named.
+    pg_temp is last: if it were not named, temporary tables would come first.
     """
     names = dict.fromkeys((settings.BACKFILL_SCHEMA, settings.LEGACY_SCHEMA, *own, "pg_temp"))
     return ", ".join(map(quoted_name, names))
@@ -175,21 +175,21 @@ def _require_settings(session: psycopg.Connection, role: str, database: str) -> 
         where = f"ALTER ROLE {quoted_name(role)} IN DATABASE {quoted_name(database)} SET"
         statements = " ".join(f"{where} {name} = {_literal(value)};" for name, value in otherwise)
         raise OperatorError(
-            f"This session has another {', '.join(name for name, _ in otherwise)} than the backfill needs, and a "
-            f"connection through PgBouncer cannot choose it: let the role have it with {statements} and reconnect "
+            f"This session's {', '.join(name for name, _ in otherwise)} is not what the backfill needs, and a "
+            f"connection through PgBouncer cannot set it: set it for the role with {statements} and reconnect "
             "PgBouncer's server connections."
         )
 
 
 def _require_all_rows(hidden: Sequence[str], role: str) -> None:
-    """What a policy hides of our own tables would be taken for not done, or for not decided."""
+    """Refuse row-level security on our own tables: rows that it hides would count as pending or unresolved."""
     if hidden:
         tables = [f"{quoted_name(settings.BACKFILL_SCHEMA)}.{quoted_name(name)}" for name in hidden]
         statements = " ".join(f"ALTER TABLE {table} DISABLE ROW LEVEL SECURITY;" for table in tables)
         raise OperatorError(
             f"The row-level security of {', '.join(f'{settings.BACKFILL_SCHEMA}.{name}' for name in hidden)} decides "
-            f"which rows the role {role} sees and writes, and every row of the backfill's own tables counts. Let their "
-            f"owner run {statements} Or let a superuser ALTER ROLE {quoted_name(role)} BYPASSRLS;"
+            f"which rows the role {role} sees and writes, but the backfill needs every row of its own tables. As their "
+            f"owner, run {statements} Or, as a superuser, run ALTER ROLE {quoted_name(role)} BYPASSRLS;"
         )
 
 
@@ -205,14 +205,13 @@ def _require_own_ledger(session: psycopg.Connection) -> None:
         if not _rows(session, "SELECT FROM pg_namespace WHERE nspname = $1", settings.LEGACY_SCHEMA):
             raise OperatorError(
                 f"There is no schema {settings.LEGACY_SCHEMA}, which DATABASE_URL names (?schema=). The ledger in the "
-                f"schema {settings.BACKFILL_SCHEMA} is that of the schema {other}: name that one."
+                f"schema {settings.BACKFILL_SCHEMA} belongs to the schema {other}: name that one."
             )
         renamed = f"UPDATE {runs} SET legacy_schema = {_literal(settings.LEGACY_SCHEMA)};"
         raise OperatorError(
-            f"The ledger in the schema {settings.BACKFILL_SCHEMA} is that of the schema {other}, and DATABASE_URL "
-            f"names the schema {settings.LEGACY_SCHEMA}: its rows would be taken for those. Name {other} (?schema=) or "
-            f"give the tables of {settings.LEGACY_SCHEMA} a database of their own. Where the schema was only renamed, "
-            f"{renamed}"
+            f"The ledger in the schema {settings.BACKFILL_SCHEMA} belongs to the schema {other}, but DATABASE_URL "
+            f"names the schema {settings.LEGACY_SCHEMA}. Name {other} (?schema=), or use another database for the "
+            f"tables of {settings.LEGACY_SCHEMA}. If the schema was only renamed, run {renamed}"
         )
 
 

@@ -1,4 +1,4 @@
-"""One consistent look at the database: a read-only transaction in which everything stands still, and streams in it."""
+"""Read-only transactions with one snapshot of the database, and queries that stream their rows."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from crm.postgres.loaders import read_as_text
 
 Found = TypeVar("Found", bound=Model)
 
-#: Rows that are fetched at a time.
+#: Number of rows to fetch at a time.
 PAGE = 2_000
 
-# A stream is read to its end, so its plan is to be the best one for all rows and not for the first ones.
+# A stream is read completely, so its plan should be the best for all rows and not for the first ones.
 _SETTINGS = """
 SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY;
 SET LOCAL statement_timeout = {statement};
@@ -29,7 +29,7 @@ SET LOCAL cursor_tuple_fraction = 1
 
 @contextmanager
 def snapshot(connection: BaseDatabaseWrapper) -> Iterator[None]:
-    """A transaction that sees one moment of all tables, and in which PostgreSQL refuses every write."""
+    """Open a read-only transaction in which all statements see the same snapshot of the database."""
     with _no_query_log(connection), transaction.atomic(using=connection.alias, durable=True):
         with connection.cursor() as cursor:
             cursor.execute(_SETTINGS.format(statement=statement_timeout()))
@@ -38,7 +38,7 @@ def snapshot(connection: BaseDatabaseWrapper) -> Iterator[None]:
 
 @contextmanager
 def _no_query_log(connection: BaseDatabaseWrapper) -> Iterator[None]:
-    """With DEBUG on, Django would keep thousands of statements in memory, each with the ids of a page."""
+    """Turn off Django's query log, which with DEBUG would keep thousands of statements in memory."""
     log, connection.queries_log = connection.queries_log, deque(maxlen=0)
     try:
         yield
@@ -49,9 +49,9 @@ def _no_query_log(connection: BaseDatabaseWrapper) -> Iterator[None]:
 def stream(
     connection: BaseDatabaseWrapper, name: str, query: str, parameters: Mapping[str, Any] | None = None
 ) -> Iterator[tuple[Any, ...]]:
-    """The rows of a query, a page at a time, in constant memory; timestamps and rates as text. Inside a snapshot only.
+    """Yield the rows of a query in constant memory, with timestamps and rates as text. Requires a `snapshot`.
 
-    The cursor is declared in SQL: it lives and dies with the transaction, so it works through PgBouncer as well.
+    The cursor is declared in SQL and ends with the transaction, so it works through PgBouncer, too.
     """
     with connection.cursor() as cursor:
         read_as_text(cursor)
@@ -67,7 +67,7 @@ def stream(
 
 
 def in_pages(found: QuerySet[Found]) -> Iterator[Found]:
-    """The objects of a queryset by their key, in constant memory and without a cursor in the server."""
+    """Yield the objects of a queryset by primary key, in constant memory and without a server-side cursor."""
     after = 0
     while page := list(found.filter(pk__gt=after).order_by("pk")[:PAGE]):
         yield from page

@@ -1,4 +1,4 @@
-"""Which database was worked on, for the summaries and the JSON: where it is, and never the user or the password."""
+"""The database that a command uses, for summaries and JSON, without user and password."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from django.db import connection
 
 
 def target() -> dict[str, str]:
-    """Host (of a socket the folder), port and name as DATABASE_URL has them, and the application's schema."""
+    """Return host (or folder of the socket), port and name from DATABASE_URL, and the application's schema."""
     return {
         "host": str(connection.settings_dict["HOST"]),
         "port": str(connection.settings_dict["PORT"]),
@@ -17,5 +17,5 @@ def target() -> dict[str, str]:
 
 
 def target_line() -> str:
-    """The same in a line, for people."""
+    """Return the target as one line of text."""
     return "Database: {name} on {host}:{port}, schema {schema}".format(**target())

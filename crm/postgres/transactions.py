@@ -1,10 +1,10 @@
-"""A transaction whose end is known, also where the answer to its commit is lost.
+"""Transactions whose result is known even if the answer to the commit is lost.
 
-Whoever loses the connection while a commit is under way does not know whether it came through. To try the work again
-may do it twice or count it twice; not to try it may lose it. PostgreSQL remembers what became of every transaction by
-its number, so whoever wrote the number down asks, over a new connection, when it has ended. The number alone does not
-tell how: a server that crashed forgets the last transactions that were not on its disk yet, and gives their numbers to
-others. So each transaction leaves a token of its own behind, which is there exactly when it was committed.
+If the connection is lost during a commit, the client does not know whether it succeeded. Repeating the work may do or
+count it twice; not repeating it may lose it. So each transaction records its number, and the client asks PostgreSQL
+over a new connection whether that transaction has ended. The number is not enough to know the result: a server that
+crashed has lost the last transactions that were not on disk, and reuses their numbers. So each transaction also inserts
+a token of its own, which exists exactly if the transaction was committed.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from crm.interruption import sleep_until_signal, stop_is_requested
 from crm.postgres import errors
 from crm.postgres.errors import UnknownEndError
 
-#: How long to wait before the server is asked again; seconds. In all, as long as a batch is tried again.
+#: Waits before the server is asked again, in seconds. Their sum is about that of the retries of a batch.
 WAITS = (0.05, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0)
-#: The longest of these waits once the operator asked to stop; seconds.
+#: The longest of these waits after a stop request, in seconds.
 MAX_WAIT_OF_A_STOP = 0.2
 
-#: How often a token is looked for whose transaction's number is that of a committed one: before the minor releases of
-#: 2022, PostgreSQL says so a moment before its rows can be seen.
+#: How often to look for the token of a transaction with the status committed: before the minor releases of 2022,
+#: PostgreSQL reports that status a moment before the rows are visible.
 LOOKS_FOR_A_TOKEN = 3
 
 _COMMITTED, _IN_PROGRESS = "committed", "in progress"
@@ -39,7 +39,7 @@ _NUMBER = "SELECT pg_current_xact_id()::text"
 _STATUS = "SELECT pg_xact_status(%s::xid8)"
 _HAS_COME_THROUGH = "SELECT EXISTS (SELECT FROM committed_transaction WHERE token = %s)"
 
-# Deferred constraints would speak up at the commit, when nobody can tell which row they mean.
+# A deferred constraint would fail at the commit, when the row that it refuses is unknown.
 _SETTINGS = "SET LOCAL lock_timeout = {lock}; SET LOCAL statement_timeout = {statement}; SET CONSTRAINTS ALL IMMEDIATE"
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """How long a transaction may wait for a lock, and how long one of its statements may take; milliseconds."""
+    """Lock timeout and statement timeout of a transaction, in milliseconds."""
 
     lock: int = 5_000
     statement: int = 60_000
@@ -66,14 +66,14 @@ def lock_as_a_writer(table: str) -> str:
 def certain_transaction(
     connection: BaseDatabaseWrapper, timeouts: Timeouts | None = None, *first: str
 ) -> Iterator[None]:
-    """A transaction of its own. It was committed where this is left without an error, and rolled back otherwise.
+    """Run the block in its own transaction. If no error is raised, it was committed, otherwise rolled back.
 
-    Without `timeouts`, it has those of the session. `first` are statements that come after these settings; all of them
-    are sent in one round trip. A signal that would break off the commit is passed over where the commit came through:
-    whoever asks whether to stop asks after it.
+    Without `timeouts`, those of the session apply. `first` are statements to execute after these settings; all are sent
+    in one round trip. A signal that interrupts the commit is ignored if the commit succeeded: callers check for a stop
+    request after it.
 
-    Raises UnknownEndError where the answer to the commit was lost and the server cannot be asked for longer than WAITS,
-    or until a signal ends the waiting.
+    Raises UnknownEndError if the answer to the commit was lost and the server cannot be asked, for the duration of
+    WAITS or until a signal.
     """
     token, number, is_committing = str(uuid4()), "", False
     try:
@@ -85,7 +85,7 @@ def certain_transaction(
         # Django makes a new connection at once where a commit lost its own; that session may not be fit.
         if not is_committing or not _is_committed_after_all(connection, number, token):
             raise
-        logger.warning("%s at the commit, which had come through", errors.describe(error))
+        logger.warning("%s during the commit, which succeeded", errors.describe(error))
 
 
 def _begin(connection: BaseDatabaseWrapper, timeouts: Timeouts | None, first: Iterable[str], token: str) -> str:
@@ -94,7 +94,7 @@ def _begin(connection: BaseDatabaseWrapper, timeouts: Timeouts | None, first: It
     with connection.cursor() as cursor:
         cursor.execute("; ".join([*settings, *first, token_is_there, _NUMBER]))
         while cursor.nextset():
-            """The number is what was asked for last."""
+            """Skip to the last result, which is the number."""
         (number,) = cursor.fetchone()
     return str(number)
 
@@ -107,7 +107,7 @@ def _is_committed_after_all(connection: BaseDatabaseWrapper, number: str, token:
 
 
 def _is_committed(connection: BaseDatabaseWrapper, number: str, token: str) -> bool:
-    """Whether a transaction was committed; waits until it has ended."""
+    """Wait until a transaction has ended, and return whether it was committed."""
     looks_in_vain = 0
     for wait in WAITS:
         connection.close()
@@ -116,17 +116,17 @@ def _is_committed(connection: BaseDatabaseWrapper, number: str, token: str) -> b
                 cursor.execute(_STATUS, [number])
                 (status,) = cursor.fetchone()
                 if status != _IN_PROGRESS:
-                    # By a statement of its own, whose snapshot is younger than the answer.
+                    # A separate statement, because its snapshot must be newer than the status.
                     cursor.execute(_HAS_COME_THROUGH, [token])
                     (is_there,) = cursor.fetchone()
                     looks_in_vain += not is_there
                     if is_there or status != _COMMITTED or looks_in_vain == LOOKS_FOR_A_TOKEN:
                         return bool(is_there)
         except OperatorError as error:
-            # The new session is not fit to ask, so nothing may be said of what was written.
+            # The new session does not pass the checks, so the result stays unknown.
             raise UnknownEndError from error
         except DjangoDatabaseError as error:
-            # The server crashed before anything of the transaction was on its disk: its number is of the future now.
+            # The server crashed before the transaction was on disk: its number has not been assigned again yet.
             if errors.sqlstate(error) == sqlstates.INVALID_PARAMETER_VALUE:
                 return False
             if errors.transient_cause(error) is None:

@@ -319,7 +319,7 @@ def test_it_is_refused_together_with_an_update_and_without_the_right_to_forget(
     assert "DELETE on contact_update" in ended.stderr
     assert predicted.code == 0
     (told,) = caplog.messages
-    assert "would be refused, since this role lacks: DELETE on contact_update" in told
+    assert "would be refused, because this role lacks: DELETE on contact_update" in told
 
 
 def test_what_a_restored_table_lacks_is_filled_again_once_every_row_is_due(database: Database) -> None:

@@ -76,7 +76,7 @@ def test_the_ledger_of_another_schema_is_refused_by_every_command(
 ) -> None:
     before = contents(two_schemas)
     finished = ended_on(two_schemas.url(parameters="&schema=app"), *command)
-    assert_refused(finished, "schema public", "schema app", "?schema=", "a database of their own")
+    assert_refused(finished, "schema public", "schema app", "?schema=", "use another database")
     assert contents(two_schemas) == before
 
 

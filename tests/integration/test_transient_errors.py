@@ -112,7 +112,7 @@ def retries_told(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [
         record.getMessage()
         for record in caplog.records
-        if record.levelno == logging.WARNING and "trying the batch again" in record.getMessage()
+        if record.levelno == logging.WARNING and "retrying the batch" in record.getMessage()
     ]
 
 
@@ -132,8 +132,8 @@ def test_a_transient_error_is_retried(database: Database, caplog: pytest.LogCapt
             finished = backfill("--batch-size", str(BATCH_SIZE), "--no-progress", "--json")
         assert (finished.code, finished.answer["status"], finished.answer["balanced"]) == (1, "finished", True)
         (told,) = retries_told(caplog)
-        assert told.startswith(f"{CAUSES[sqlstate]}: trying the batch again in ")
-        assert "(try 1 of 5)" in told
+        assert told.startswith(f"{CAUSES[sqlstate]}: retrying the batch in ")
+        assert "(retry 1 of 5)" in told
         if sqlstate in TOO_MANY_ROWS:
             assert halvings_told(caplog) == [
                 f"batch size: {BATCH_SIZE} -> {BATCH_SIZE // 2} rows after {TOO_MANY_ROWS[sqlstate]}"
@@ -282,7 +282,9 @@ def test_a_commit_that_a_crash_lost_is_not_taken_for_the_one_that_got_its_number
 def assert_nothing_was_tried_again(caplog: pytest.LogCaptureFixture) -> None:
     """The server was asked instead, and said that the commit had come through."""
     assert retries_told(caplog) == []
-    assert len([record for record in caplog.records if "had come through" in record.getMessage()]) == 1
+    assert (
+        len([record for record in caplog.records if "during the commit, which succeeded" in record.getMessage()]) == 1
+    )
 
 
 @pytest.mark.sampled(2)
@@ -432,7 +434,7 @@ def test_what_does_not_pass_ends_the_run_and_the_next_one_goes_on(
         failed = BackfillRun.objects.get()
         assert (failed.status, failed.failure) == ("failed", finished.answer["failure"])
         assert 0 < failed.read == len(ledger()) < PEOPLE
-        tries = [int(line.rpartition("(try ")[2].split()[0]) for line in retries_told(caplog)]
+        tries = [int(line.rpartition("(retry ")[2].split()[0]) for line in retries_told(caplog)]
         # A deadlock counts when there is one row left to be tried.
         halvings = math.floor(math.log2(BATCH_SIZE)) if sqlstate == "40P01" else 0
         assert tries == [1] * halvings + list(range(1, MAX_TRIES + 1))
@@ -493,7 +495,7 @@ def test_a_connection_that_is_lost_before_a_run_has_begun(database: Database, na
             finished = start()
         assert (finished.code, finished.stdout) == (5, ""), sent[statement - 1]
         assert finished.stderr.count("\n") == 1
-        assert "The database broke the start off: OperationalError" in finished.stderr
+        assert "Database error at the start: OperationalError" in finished.stderr
         assert database.dump() == before
     assert start().code == 0
 
@@ -557,4 +559,4 @@ def test_a_connection_that_is_lost_while_the_rows_are_counted_is_made_anew(
     add_many_leads(10)
     answer = run()
     assert (answer["status"], answer["created"], answer["balanced"]) == ("finished", 10, True)
-    assert any("looking again in" in record.message for record in caplog.records)
+    assert any(": retrying in " in record.message for record in caplog.records)

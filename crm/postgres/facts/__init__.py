@@ -1,1 +1,1 @@
-"""What a database has, and what this role may do in it. Only reads."""
+"""Facts about a database and the rights of this role. Only reads."""

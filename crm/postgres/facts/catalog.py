@@ -1,4 +1,4 @@
-"""What PostgreSQL's catalogue says of the application's tables: their kind, and their columns as they really are."""
+"""Reads the kind and the columns of the application's tables from PostgreSQL's catalogue."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from django.conf import settings
 from django.db.backends.base.base import BaseDatabaseWrapper
 
-#: Text as PostgreSQL has it; char(n) is none, since it pads what it is given.
+#: Types of text. Not char(n), which pads values.
 TEXT_TYPES = ("text", "varchar", "citext")
 MOMENT_TYPES = ("timestamp", "timestamptz")
 WHOLE_TYPES = ("int2", "int4", "int8")
-#: As many digits of a second as PostgreSQL has.
+#: PostgreSQL's maximum number of fractional digits of a second.
 ALL_DIGITS = 6
 
-# A domain is what it stands for; the modifier and what is refused or filled in may be said at each step. The steps are
-# taken for all columns at once: for each on its own the server would read all of its types again.
+# Resolves domains to their base types. Each domain on the way may set the modifier, NOT NULL and a default. All columns
+# are resolved together, because a query per column would scan pg_type each time.
 _COLUMNS = """
 WITH RECURSIVE columns AS (
   SELECT c.relname, c.relkind, a.*
@@ -45,7 +45,7 @@ SELECT a.relname, a.attrelid, a.relkind::text, a.attname, a.atttypid::regtype::t
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column of one of the application's tables. `type` is the plain name, of a domain that of what it stands for."""
+    """A column of one of the application's tables. `type` is the plain name of the type, for a domain of its base."""
 
     name: str
     declared_type: str
@@ -59,38 +59,38 @@ class Column:
     is_generated: bool
     is_identity: bool
     is_deterministic: bool
-    #: Empty for the one of the database.
+    #: Empty for the default collation of the database.
     collation: str
     readable: bool
 
     @property
     def cast(self) -> str:
-        """The type to which text is cast before it meets the column, for a statement with parameters."""
+        """The type to cast text to before comparing it with the column, escaped for a statement with parameters."""
         return self.qualified_type.replace("%", "%%") if self.is_enum else "text"
 
     @property
     def second_digits(self) -> int:
-        """How many digits of a second a timestamp has."""
+        """The number of fractional digits of a second that a timestamp stores."""
         return ALL_DIGITS if self.modifier < 0 else self.modifier
 
     @property
     def room(self) -> int | None:
-        """How many characters a varchar holds; None for all of them."""
-        # As in anychar_typmodout() in PostgreSQL: the length of the header is added.
+        """The maximum length of a varchar, or None if it is unlimited."""
+        # As in PostgreSQL's anychar_typmodout(): the modifier includes the length of the header.
         return self.modifier - 4 if self.type == "varchar" and self.modifier >= 4 else None
 
     @property
     def scale(self) -> int | None:
-        """How many decimals a numeric keeps; None for all of them."""
+        """The number of decimals of a numeric, or None if it is unlimited."""
         if self.modifier < 0:
             return None
-        # As numeric_typmod_scale() in PostgreSQL: eleven bits with a sign.
+        # As in PostgreSQL's numeric_typmod_scale(): eleven bits with a sign.
         return (((self.modifier - 4) & 0x7FF) ^ 1024) - 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """One of the application's tables, or what has its name."""
+    """One of the application's tables, or another relation with its name."""
 
     oid: int
     kind: str
@@ -98,7 +98,7 @@ class Table:
 
 
 def read_tables(connection: BaseDatabaseWrapper, names: Iterable[str]) -> dict[str, Table]:
-    """Those of the tables that the examined schema has."""
+    """Return, by name, the tables that exist in the application's schema."""
     with connection.cursor() as cursor:
         cursor.execute(_COLUMNS, [settings.LEGACY_SCHEMA, list(names)])
         rows = cursor.fetchall()

@@ -10,7 +10,7 @@ from crm.rules.mapping import ATTRIBUTION_UNIT
 from crm.rules.source_rows import SOURCE_TABLES
 from crm.rules.updating import FIELDS_OF_CHANGE
 
-#: The contact's columns by the name of the draft's field.
+#: The columns of a contact by the name of the draft's field.
 COLUMN = {field.attname: str(field.column) for field in CRMContact._meta.concrete_fields}
 
 
@@ -22,7 +22,7 @@ def columns_of(units: Iterable[Iterable[str]]) -> tuple[str, ...]:
 
 ATTRIBUTION_COLUMNS = tuple(COLUMN[name] for name in ATTRIBUTION_UNIT)
 CONTACT_COLUMNS = tuple(COLUMN.values())
-#: The columns of a contact that a merge may fill, and those that only --update writes in one that is there.
+#: The columns that a merge may fill in an existing contact, and those that only --update writes there.
 FILLED_COLUMNS = columns_of(FILLED_UNITS.values())
 PROMOTED_COLUMNS = tuple(name for name in columns_of(FIELDS_OF_CHANGE.values()) if name not in FILLED_COLUMNS)
 

@@ -1,10 +1,9 @@
-"""Who refers to `crm_contacts`: foreign keys, and the application's own tables.
+"""Finds the tables that refer to `crm_contacts`: by a foreign key, or as one of the application's known tables.
 
-Every foreign key counts that the catalogue knows, whatever its table, schema or columns. The application's tables have
-none where Prisma keeps the relations (`relationMode = "prisma"`).
+Every foreign key in the catalogue counts, whatever its table, schema and columns. So tables that the application adds
+later count as well. The known tables have no foreign keys if Prisma manages the relations (`relationMode = "prisma"`).
 
-The application grows tables that this project has never heard of. Whether their rows go with a contact (CASCADE), lose
-it (SET NULL) or keep it (RESTRICT) makes no difference here: a contact that somebody refers to is in use.
+The action of a foreign key (CASCADE, SET NULL, RESTRICT) does not matter: a contact with referring rows is in use.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ from crm.postgres.trust import require_still_trusted
 
 #: The tables and columns of the application, in any generation, that refer to a contact's id.
 KNOWN = (("crm_interactions", "contactId"), ("crm_stage_history", "contactId"))
-#: Until the transaction ends, no table refers to contacts that does not by now. The lock is that of any writer.
+#: Prevents new foreign keys to contacts until the transaction ends. The lock is that of any writer.
 KEEP_FOREIGN_KEYS = "LOCK TABLE crm_contacts IN ROW EXCLUSIVE MODE"
-# PostgreSQL compares no two columns of different collations: by theirs then, so that an index of theirs is of use.
+# PostgreSQL does not compare columns of different collations. The one of the referring column allows to use its index.
 _COLLATION = """
 CASE WHEN 0 NOT IN ({theirs}.attcollation, {ours}.attcollation) AND {theirs}.attcollation <> {ours}.attcollation
      THEN ' COLLATE ' || {theirs}.attcollation::regcollation ELSE '' END
 """
-# As what the catalogue's foreign keys say of theirs. Where there is one, the same condition is found twice.
+# The same columns as in _FOREIGN_KEYS. A table that also has the foreign key yields the same condition twice.
 _KNOWN_COLUMNS = """
 SELECT c.oid::regclass::text,
        format(CASE WHEN a.atttypid IN ('text'::regtype, 'varchar'::regtype) THEN 'r.%%I = c.id'
@@ -40,7 +39,7 @@ SELECT c.oid::regclass::text,
   JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = known.attname AND NOT a.attisdropped
   LEFT JOIN pg_attribute i ON i.attrelid = to_regclass(quote_ident(n.nspname) || '.crm_contacts') AND i.attname = 'id'
 """.format(collation=_COLLATION.format(theirs="a", ours="i"))
-# A partition's copy of its parent's constraint has a conparentid: asking the parent asks them all.
+# A partition's copy of its parent's constraint has a conparentid. The parent's covers all partitions.
 _FOREIGN_KEYS = """
 SELECT k.conrelid::regclass::text,
        (SELECT string_agg(format('r.%%I = c.%%I', theirs.attname, ours.attname) || {collation}, ' AND '
@@ -62,14 +61,14 @@ SELECT k.conrelid::regclass::text,
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """A reference to `crm_contacts`: its table, and when a row `r` of it refers to contact `c`."""
+    """A table that refers to `crm_contacts`, and the SQL condition that its row `r` refers to contact `c`."""
 
     table: str
     condition: str
 
     @property
     def exists(self) -> str:
-        """The SQL condition that some row of the table refers to contact `c`."""
+        """The SQL condition that any row of the table refers to contact `c`."""
         return f"EXISTS (SELECT FROM {_escaped(self.table)} r WHERE {_escaped(self.condition)})"
 
     @property
@@ -79,10 +78,10 @@ class Reference:
 
 
 def find_foreign_keys(connection: BaseDatabaseWrapper) -> list[Reference]:
-    """Every foreign key to `crm_contacts`, and what is known to refer to it without one.
+    """Return the references to `crm_contacts`, from foreign keys and from known tables.
 
-    Raises OperatorError where this role could not see all the rows that refer to a contact, and UntrustedCodeError
-    where a table that refers to one belongs to a role that is not trusted: it may be newer than the connection.
+    Raises OperatorError if this role cannot see all referring rows, and UntrustedCodeError if a referring table, which
+    may be newer than the connection, belongs to an untrusted role.
     """
     require_still_trusted(connection)
     with connection.cursor() as cursor:
@@ -92,23 +91,24 @@ def find_foreign_keys(connection: BaseDatabaseWrapper) -> list[Reference]:
         found = sorted({*found, *cursor.fetchall()})
     if unseen := sorted({table for table, _, readable, filtered in found if not readable or filtered}):
         raise OperatorError(
-            f"This role cannot see every row of {', '.join(unseen)}, which refers to crm_contacts. Let the owner GRANT "
-            "SELECT on it, and BYPASSRLS where it has row-level security: a contact in use must not be deleted."
+            f"This role cannot see every row of {', '.join(unseen)}, which refers to crm_contacts, so it could delete "
+            "contacts that are in use. As the owner, GRANT SELECT on it; if it has row-level security, also run ALTER "
+            "ROLE ... BYPASSRLS as a superuser."
         )
     return [Reference(table, condition) for table, condition, _, _ in found]
 
 
 def is_unreferenced(references: Sequence[Reference]) -> str:
-    """The SQL condition that no row of any table refers to contact `c`."""
+    """Return the SQL condition that no row of any table refers to contact `c`."""
     return " AND ".join(f"NOT {reference.exists}" for reference in references) or "true"
 
 
 def referring_tables(references: Sequence[Reference]) -> str:
-    """The SQL array of the tables that refer to contact `c`."""
+    """Return the SQL array of the tables that refer to contact `c`."""
     tables = [f"CASE WHEN {reference.exists} THEN {reference.name} END" for reference in references]
     return f"array_remove(ARRAY[{', '.join(tables)}]::text[], NULL)"
 
 
 def _escaped(sql: str) -> str:
-    """Names may hold what would be a placeholder."""
+    """Escape %, which would start a placeholder."""
     return sql.replace("%", "%%")

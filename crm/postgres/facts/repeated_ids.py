@@ -1,4 +1,4 @@
-"""Ids that several rows of a source have: a view, or a table without a key, may hold such. Only reads."""
+"""Finds ids that several rows of a source have, as in a view or a table without a key. Only reads."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.errors import OperatorError
 
-#: They are held in memory. Where more ids repeat, the table is no table of rows with ids.
+#: The maximum number of repeated ids, which are kept in memory. If there are more, the column is not an id.
 MAX_IDS = 10_000
 
-# The tables without an index over the id alone, valid and without a condition. One of a table to which others inherit
-# is not over theirs.
+# The tables without a valid unique index on the id alone, without a condition. An index does not cover tables that
+# inherit from its table.
 _NOT_UNIQUE = """
 SELECT name FROM unnest(%(tables)s::text[]) AS name WHERE NOT EXISTS (
   SELECT FROM pg_index i
@@ -27,9 +27,9 @@ _REPEATED = "SELECT id FROM {table} WHERE id IS NOT NULL GROUP BY id HAVING coun
 
 
 def find_repeated_ids(connection: BaseDatabaseWrapper, tables: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """By table the ids that several of its rows have; where an index keeps them unique, nothing is asked.
+    """Return, by table, the ids that several rows have. Does not query tables whose ids are unique by an index.
 
-    Raises OperatorError where they are too many.
+    Raises OperatorError if there are more than MAX_IDS.
     """
     found: dict[str, tuple[str, ...]] = {}
     with connection.cursor() as cursor:
@@ -39,7 +39,7 @@ def find_repeated_ids(connection: BaseDatabaseWrapper, tables: Iterable[str]) ->
             found[table] = tuple(identifier for (identifier,) in cursor.fetchall())
             if len(found[table]) > MAX_IDS:
                 raise OperatorError(
-                    f"More than {MAX_IDS:,} ids of {table} belong to several rows each, so its rows cannot be told "
-                    f"apart. Let the owner of {table} give each row an id of its own. Nothing was written."
+                    f"More than {MAX_IDS:,} ids of {table} belong to several rows each, so its rows cannot be "
+                    f"distinguished. The owner of {table} must give each row its own id. Nothing was written."
                 )
     return found

@@ -1,7 +1,8 @@
-"""What a database must be for the backfill to be right, and what is told where it is not: the name and the way out.
+"""Checks whether a database meets the requirements of the backfill, and describes each misfit with a remedy.
 
-Asked before anything happens, by dry runs too, and by `manage.py check --database default`. What can be handled is not
-refused: text where an enum was, any precision of timestamps, any scale of rates, domains, citext, views as sources.
+Runs and dry runs check this before anything else, and so does `manage.py check --database default`. Deviations that the
+code can handle are not refused: text instead of an enum, any precision of timestamps, any scale of rates, domains,
+citext, and views as sources.
 """
 
 from __future__ import annotations
@@ -27,30 +28,31 @@ LABELS: Mapping[str, tuple[str, ...]] = {
 }
 MOMENTS = ("createdAt", "updatedAt", "lastContactedAt", "commissionRateLockedAt", "stageEnteredAt", "assignedAt")
 RATE, CONFIDENCE = "commissionRate", "attributionConfidence"
-#: What a row is found by.
+#: Columns by which rows are found.
 KEYS: Mapping[str, tuple[str, ...]] = {
     "users": ("id", "email"),
     "profiles": ("id", "userId", "clerkUserId"),
     "leads": ("id", "email"),
     CONTACTS: ("id", "email", "userId", "clerkUserId"),
 }
-#: The keys, and what refers to one: two spellings of one must be two, and all are compared with each other.
+#: The keys and the columns that refer to them. Different spellings must compare as different, and all of these columns
+#: must be comparable with each other.
 COMPARED: Mapping[str, tuple[str, ...]] = {
     **KEYS,
     "leads": (*KEYS["leads"], "assignedPreparerId"),
     CONTACTS: (*KEYS[CONTACTS], "assignedPreparerId"),
 }
-#: What some source never has, so that the contact's column must take a NULL.
+#: Columns for which some source has no value, so they must accept NULL.
 LEFT_BLANK = (
     *("userId", "clerkUserId", "company", "assignedPreparerId", "assignedAt", "lastContactedAt"),
     *(name for name in ATTRIBUTION_COLUMNS if name != CONFIDENCE),
 )
-#: What is written in a table.
+#: Columns that are written, by table.
 WRITTEN: Mapping[str, tuple[str, ...]] = {
     CONTACTS: CONTACT_COLUMNS,
     HISTORY: tuple(str(field.column) for field in CRMStageHistory._meta.concrete_fields if field.column != "changedBy"),
 }
-#: How many characters it takes, where it is the same for every row: the id that we make, and our word for a source.
+#: The lengths of values that do not come from a row, such as the derived id and the names of stages.
 _LENGTHS: Mapping[str, Mapping[str, int]] = {
     CONTACTS: {"id": 25, "source": len("lead_form"), "contactType": len("AFFILIATE"), "stage": len("CONTACTED")},
     HISTORY: {"id": 25, "contactId": 25, "toStage": len("CONTACTED")},
@@ -66,12 +68,12 @@ SELECT a.attname FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid 
 _DEFERRABLE = "SELECT conname FROM pg_constraint WHERE conrelid = %s AND contype IN ('p', 'u', 'x') AND condeferrable"
 _RULES = "SELECT rulename FROM pg_rewrite WHERE ev_class = %s AND ev_type IN ('2', '3', '4') ORDER BY 1"
 _CHILDREN = "SELECT inhrelid::regclass::text FROM pg_inherits WHERE inhparent = %s ORDER BY 1"
-# A label that PostgreSQL would refuse where a contact's step is recorded.
+# Labels of a contact's stage that the stage history could not store.
 _LACKING_LABELS = """
 SELECT enumlabel::text FROM pg_enum WHERE enumtypid = %s
 EXCEPT SELECT enumlabel::text FROM pg_enum WHERE enumtypid = %s ORDER BY 1
 """
-# A row-level trigger before the insert may fill what we leave out.
+# Row-level BEFORE INSERT triggers, which may fill columns that the backfill omits.
 _FILLING_TRIGGERS = """
 SELECT tgname FROM pg_trigger
  WHERE tgrelid = %s AND NOT tgisinternal AND tgenabled IN ('O', 'A') AND tgtype & 7 = 7
@@ -94,7 +96,7 @@ SELECT COALESCE((SELECT max(id) FROM {table}), 0) > COALESCE(pg_sequence_last_va
 
 @dataclass(frozen=True, slots=True)
 class Unfit:
-    """Something about a database that does not fit, and what its owner can do about it."""
+    """A property of the database that the backfill cannot handle, and its remedy."""
 
     problem: str
     way_out: str
@@ -111,10 +113,11 @@ def misfits(
     for_inserting: bool,
     for_updating: bool,
 ) -> Iterator[Unfit]:
-    """What does not fit, thing by thing; asks no more of the database than the caller takes.
+    """Yield the misfits of a database, lazily: each check is made when the caller asks for the next misfit.
 
-    `columns` are those that are read or written, by table; some may be missing.
-    `for_inserting` is for runs of the backfill: whoever verifies one or takes it back makes no contact.
+    `columns` are those that are read or written, by table; some may not exist. `for_inserting` includes the
+    requirements for creating contacts, which verifications and rollbacks do not need, and `for_updating` those of
+    --update.
     """
     yield from _of_encoding(connection)
     yield from _of_names(connection, tables)
@@ -141,26 +144,26 @@ def _of_encoding(connection: BaseDatabaseWrapper) -> Iterator[Unfit]:
     ((encoding,),) = _rows(connection, "SELECT current_setting('server_encoding')")
     if encoding != "UTF8":
         yield Unfit(
-            f"The encoding of this database is {encoding}, and the backfill reads and writes UTF8 alone.",
-            "Move it into a database with the encoding UTF8 (pg_dump, CREATE DATABASE ... ENCODING 'UTF8' TEMPLATE "
+            f"The encoding of this database is {encoding}, but the backfill supports only UTF8.",
+            "Move it to a database with the encoding UTF8 (pg_dump, CREATE DATABASE ... ENCODING 'UTF8' TEMPLATE "
             "template0).",
         )
 
 
 def _of_names(connection: BaseDatabaseWrapper, tables: Mapping[str, Table]) -> Iterator[Unfit]:
-    """A table of the same name that comes first, or a temporary one, would be taken for the application's."""
+    """Refuse tables with the same name that come first in the search path, or are temporary."""
     for name, table in tables.items():
         meant = _rows(connection, _MEANT, name)
         if meant and meant[0][0] != table.oid:
             yield Unfit(
-                f"The name {name} means {meant[0][1]} in this session, and not the table of the schema "
+                f"The name {name} refers to {meant[0][1]} in this session, instead of the table in the schema "
                 f"{settings.LEGACY_SCHEMA}.",
-                "Rename or drop the other one.",
+                f"Rename or drop {meant[0][1]}.",
             )
 
 
 def types_of(table: str, column: str) -> tuple[str, tuple[str, ...]]:
-    """What the type of a column has to be, in words and by name."""
+    """Return the required type of a column, as a description and as the names of the accepted types."""
     if column in MOMENTS:
         return "a timestamp", MOMENT_TYPES
     if column == RATE:
@@ -198,14 +201,14 @@ def _of_collations(tables: Mapping[str, Table]) -> Iterator[Unfit]:
     ]
     if names:
         yield Unfit(
-            f"The collation of {', '.join(names)} is not deterministic, so that different keys would be taken for one.",
-            "Let the owner give the column a deterministic collation (ALTER TABLE ... ALTER COLUMN ... TYPE text "
+            f"The collation of {', '.join(names)} is not deterministic, so different keys may compare as equal.",
+            "As the owner, give the column a deterministic collation (ALTER TABLE ... ALTER COLUMN ... TYPE text "
             'COLLATE "default").',
         )
 
 
 def _of_mixed_collations(tables: Mapping[str, Table]) -> Iterator[Unfit]:
-    """PostgreSQL compares no two columns of which each has another collation of its own."""
+    """Refuse keys with different collations, which PostgreSQL does not compare."""
     found = {
         f"{table}.{name}": column.collation
         for table, keys in COMPARED.items()
@@ -214,60 +217,59 @@ def _of_mixed_collations(tables: Mapping[str, Table]) -> Iterator[Unfit]:
     }
     if len(set(found.values())) > 1:
         yield Unfit(
-            f"The collations of {', '.join(f'{name} ({collation})' for name, collation in found.items())} are not one, "
-            "and PostgreSQL does not compare columns of different collations.",
-            "Let the owner give them the same one (ALTER TABLE ... ALTER COLUMN ... TYPE text COLLATE ...).",
+            f"The collations of {', '.join(f'{name} ({collation})' for name, collation in found.items())} differ, and "
+            "PostgreSQL does not compare columns of different collations.",
+            "As the owner, give them the same one (ALTER TABLE ... ALTER COLUMN ... TYPE text COLLATE ...).",
         )
 
 
 def _of_contacts(connection: BaseDatabaseWrapper, table: Table) -> Iterator[Unfit]:
     if table.kind not in ("r", "p"):
         yield Unfit(
-            f"{CONTACTS} is {_kind(table)}, and contacts cannot be inserted safely into anything but a table.",
-            "Give DATABASE_URL the database and the schema of the table itself.",
+            f"{CONTACTS} is {_kind(table)}, but contacts can only be inserted safely into a table.",
+            "Set DATABASE_URL to the database and the schema of the table itself.",
         )
         return
     if table.kind == "r" and (children := [name for (name,) in _rows(connection, _CHILDREN, table.oid)]):
         yield Unfit(
-            f"{', '.join(children)} inherits from {CONTACTS}, whose unique keys do not hold there: a person could be "
-            "there twice.",
-            f"Let the owner move the rows into {CONTACTS} and ALTER TABLE {children[0]} NO INHERIT {CONTACTS}.",
+            f"{', '.join(children)} inherits from {CONTACTS}, whose unique keys do not apply there, so a person could "
+            "get two contacts.",
+            f"As the owner, move the rows into {CONTACTS} and run ALTER TABLE {children[0]} NO INHERIT {CONTACTS}.",
         )
     unique = {name for (name,) in _rows(connection, _UNIQUE, table.oid)}
     if missing := [name for name in KEYS[CONTACTS] if name in table.columns and name not in unique]:
         first = quoted_name(missing[0])
         yield Unfit(
-            f"{CONTACTS} has no unique key on {', '.join(missing)}: one that is valid, of this column alone, of all "
-            "rows and with as many NULLs as there are. Without it a person could be there twice.",
-            f"Let the owner CREATE UNIQUE INDEX CONCURRENTLY ON {CONTACTS} ({first}).",
+            f"{CONTACTS} has no unique key on {', '.join(missing)}, so a person could get two contacts. The key must "
+            "be valid, on this column alone, without a condition and without NULLS NOT DISTINCT.",
+            f"As the owner, run CREATE UNIQUE INDEX CONCURRENTLY ON {CONTACTS} ({first}).",
         )
     if deferrable := [name for (name,) in _rows(connection, _DEFERRABLE, table.oid)]:
         yield Unfit(
-            f"The constraint {', '.join(deferrable)} of {CONTACTS} is deferrable, and PostgreSQL inserts nothing past "
-            "such a one on conflict.",
-            "Let the table's owner make it NOT DEFERRABLE.",
+            f"The constraint {', '.join(deferrable)} of {CONTACTS} is deferrable, and PostgreSQL does not support such "
+            "constraints with ON CONFLICT.",
+            "As the owner, drop it and create it again as NOT DEFERRABLE.",
         )
     if filled := [name for name in LEFT_BLANK if name in table.columns and table.columns[name].not_null]:
         yield Unfit(
-            f"The column {', '.join(f'{CONTACTS}.{name}' for name in filled)} is NOT NULL, and not every person has a "
+            f"The column {', '.join(f'{CONTACTS}.{name}' for name in filled)} is NOT NULL, but not every person has a "
             "value for it.",
-            f"Let the owner ALTER TABLE {CONTACTS} ALTER COLUMN {quoted_name(filled[0])} DROP NOT NULL.",
+            f"As the owner, run ALTER TABLE {CONTACTS} ALTER COLUMN {quoted_name(filled[0])} DROP NOT NULL.",
         )
 
 
 def _of_history(connection: BaseDatabaseWrapper, history: Table, contacts: Table) -> Iterator[Unfit]:
-    """Where a contact's step could not be recorded, PostgreSQL would refuse to move the contact, night after night."""
+    """Refuse a stage history that cannot record changes: every --update would fail to promote the same contacts."""
     if history.kind not in ("r", "p"):
         yield Unfit(
-            f"{HISTORY} is {_kind(history)}, and --update records in a table alone that a contact moved to another "
-            "stage.",
+            f"{HISTORY} is {_kind(history)}, but --update can record changed stages only in a table.",
             "Run without --update.",
         )
         return
     if missing := [f"{HISTORY}.{name}" for name in sorted(WRITTEN[HISTORY]) if name not in history.columns]:
         yield Unfit(
-            f"This database has no column {', '.join(missing)}, in which --update records that a contact moved to "
-            "another stage: it is of a generation of the application that this version does not know.",
+            f"This database has no column {', '.join(missing)}, in which --update records changed stages: its "
+            "generation of the application is unknown to this version.",
             "Run without --update.",
         )
     for name in LABELS[HISTORY]:
@@ -277,10 +279,10 @@ def _of_history(connection: BaseDatabaseWrapper, history: Table, contacts: Table
         if lacking := _rows(connection, _LACKING_LABELS, stage.type_oid, column.type_oid):
             yield Unfit(
                 f"The column {HISTORY}.{name} is of the type {column.declared_type}, which lacks the label "
-                f"{', '.join(label for (label,) in lacking)} of {CONTACTS}.stage: --update could not record such a "
-                "step.",
-                f"Let the owner ALTER TABLE {HISTORY} ALTER COLUMN {quoted_name(name)} TYPE {stage.declared_type}, or "
-                "run without --update.",
+                f"{', '.join(label for (label,) in lacking)} of {CONTACTS}.stage: --update could not record changes of "
+                "that stage.",
+                f"As the owner, run ALTER TABLE {HISTORY} ALTER COLUMN {quoted_name(name)} TYPE {stage.declared_type}, "
+                "or run without --update.",
             )
 
 
@@ -292,23 +294,23 @@ def _of_written_table(connection: BaseDatabaseWrapper, name: str, table: Table) 
     written = WRITTEN[name]
     if rules := [rule for (rule,) in _rows(connection, _RULES, table.oid)]:
         yield Unfit(
-            f"The rule {', '.join(rules)} rewrites what is written into {name}, and PostgreSQL inserts nothing on "
-            "conflict past a rule.",
-            f"Let the owner DROP RULE {quoted_name(rules[0])} ON {name}; a trigger does the same.",
+            f"The rule {', '.join(rules)} rewrites statements that write {name}, and PostgreSQL does not support ON "
+            "CONFLICT with such rules.",
+            f"As the owner, run DROP RULE {quoted_name(rules[0])} ON {name} and use a trigger instead.",
         )
     if generated := [column for column in written if _is(table.columns.get(column), "is_generated")]:
         yield Unfit(
-            f"The column {', '.join(f'{name}.{column}' for column in generated)} is generated by PostgreSQL, and the "
+            f"The column {', '.join(f'{name}.{column}' for column in generated)} is generated by PostgreSQL, but the "
             "backfill writes it.",
-            f"Let the owner ALTER TABLE {name} ALTER COLUMN {quoted_name(generated[0])} DROP EXPRESSION, or DROP "
+            f"As the owner, run ALTER TABLE {name} ALTER COLUMN {quoted_name(generated[0])} DROP EXPRESSION, or DROP "
             "IDENTITY.",
         )
     for column, length in _LENGTHS[name].items():
         found = table.columns.get(column)
         if found is not None and found.room is not None and found.room < length:
             yield Unfit(
-                f"The column {name}.{column} has room for {found.room} characters, and the backfill writes {length}.",
-                f"Let the owner ALTER TABLE {name} ALTER COLUMN {quoted_name(column)} TYPE text.",
+                f"The column {name}.{column} has room for {found.room} characters, but the backfill writes {length}.",
+                f"As the owner, run ALTER TABLE {name} ALTER COLUMN {quoted_name(column)} TYPE text.",
             )
     lacking = [
         column.name
@@ -319,9 +321,9 @@ def _of_written_table(connection: BaseDatabaseWrapper, name: str, table: Table) 
     ]
     if lacking and not _rows(connection, _FILLING_TRIGGERS, table.oid):
         yield Unfit(
-            f"The column {', '.join(f'{name}.{column}' for column in lacking)} is NOT NULL without a default, and the "
+            f"The column {', '.join(f'{name}.{column}' for column in lacking)} is NOT NULL without a default, but the "
             "backfill does not fill it.",
-            f"Let the owner ALTER TABLE {name} ALTER COLUMN {quoted_name(lacking[0])} SET DEFAULT a value.",
+            f"As the owner, run ALTER TABLE {name} ALTER COLUMN {quoted_name(lacking[0])} SET DEFAULT with a value.",
         )
 
 
@@ -330,12 +332,12 @@ def _is(column: Column | None, attribute: str) -> bool:
 
 
 def _of_sequences(connection: BaseDatabaseWrapper) -> Iterator[Unfit]:
-    """After a restore by hand, numbers of ours may be given out a second time."""
+    """Refuse sequences that are behind their tables, as after a manual restore: they would repeat numbers."""
     schema = quoted_name(settings.BACKFILL_SCHEMA)
     for table, sequence in _rows(connection, _SEQUENCES, settings.BACKFILL_SCHEMA, list(_NUMBERED)):
         where = f"{schema}.{table}"
         if sequence and _rows(connection, _IS_BEHIND.format(table=where), sequence) == [(True,)]:
             yield Unfit(
-                f"The sequence {sequence} is behind the rows of {where}, so its next numbers are taken.",
+                f"The sequence {sequence} is behind the rows of {where}, so its next numbers already exist.",
                 f"Run SELECT setval('{sequence}', (SELECT max(id) FROM {where}));",
             )

@@ -1,7 +1,7 @@
-"""The rights on tables: which of them each operation needs, and whether the role of a connection has them.
+"""The rights that each operation needs, and the check whether the role of a connection has them.
 
-`RIGHTS` is the one list. A run is refused without the rights that it needs, and its dry run says so; the system checks
-go by the list; and `docs/least_privilege.sql` grants what is in it (a test compares the two).
+`RIGHTS` is the only list. A run is refused if it lacks a right, and its dry run reports that. The system checks use the
+list, and `docs/least_privilege.sql` grants what it contains (a test compares the two).
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ logger = logging.getLogger(__name__)
 
 
 class Operation(StrEnum):
-    """What needs rights."""
+    """An operation that needs rights."""
 
     RUN = "run"  # backfill_crm_contacts
     UPDATE = "update"  # backfill_crm_contacts --update
     RECREATE = "recreate"  # backfill_crm_contacts --recreate-deleted
     ROLLBACK = "rollback"  # rollback_crm_backfill
-    ROLLBACK_OF_UPDATE = "rollback_of_update"  # rollback_crm_backfill, where the run changed contacts
+    ROLLBACK_OF_UPDATE = "rollback_of_update"  # rollback_crm_backfill of a run that updated contacts
     RESOLVE = "resolve"  # resolve_crm_conflict
     SHOW = "show"  # backfill_runs, trace_contact
-    VERIFY = "verify"  # what verify_crm_contacts sees more with, and can do without
+    VERIFY = "verify"  # verify_crm_contacts, which finds more with these rights but does not require them
 
 
-#: The options of docs/least_privilege.sql that an operation takes, the one to name last; the others take none.
+#: The options of docs/least_privilege.sql that an operation needs; messages name the last one. Others need none.
 OPTIONS: dict[Operation, tuple[str, ...]] = {
     Operation.UPDATE: ("update",),
     Operation.RECREATE: ("rollback",),
@@ -57,9 +57,9 @@ OPTIONS: dict[Operation, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Right:
-    """A privilege on columns of a table, or on the whole table where none are named, and what needs it.
+    """A privilege on columns of a table, or on the whole table if none are named, and the operations that need it.
 
-    Some are granted whatever the options of the script, though only an optional operation needs them.
+    `is_always_granted`: the script grants it whatever its options, though only an optional operation needs it.
     """
 
     table: str
@@ -70,7 +70,7 @@ class Right:
 
     @property
     def is_basic(self) -> bool:
-        """Whether it is granted whatever the options of the script."""
+        """Whether the script grants it whatever its options."""
         return self.is_always_granted or any(operation not in OPTIONS for operation in self.operations)
 
     @property
@@ -88,12 +88,12 @@ OUR_TABLES = (_RUNS, _LEDGER, _BATCHES, _RESOLUTIONS, _CHANGES, _ROLLBACKS, _COM
 RIGHTS = (
     *(Right(table, "SELECT", (_RUN,), names) for table, names in COLUMNS_IN_USE.items() if table != CONTACTS),
     Right("users", "SELECT", (Operation.VERIFY,), ("updatedAt",)),
-    # The age of a row tells which contacts of a batch landed.
+    # xmin shows which contacts of a batch were inserted.
     Right(CONTACTS, "SELECT", (_RUN,), ("xmin", *CONTACT_COLUMNS)),
     Right(CONTACTS, "INSERT", (_RUN,), CONTACT_COLUMNS),
     Right(CONTACTS, "UPDATE", (_RUN, _ROLLBACK), FILLED_COLUMNS),
     Right(CONTACTS, "UPDATE", (_UPDATE,), PROMOTED_COLUMNS),
-    # Before a contact goes, what others filled in anywhere must be seen, and who refers to it.
+    # Before a contact is deleted, a rollback reads all of its columns and the tables that refer to it.
     Right(CONTACTS, "SELECT", (_ROLLBACK,)),
     *(Right(table, "SELECT", (_ROLLBACK,), (column,)) for table, column in KNOWN),
     Right(CONTACTS, "DELETE", (_ROLLBACK,)),
@@ -104,13 +104,13 @@ RIGHTS = (
     Right(_LEDGER, "DELETE", (_ROLLBACK,)),
     Right(_CHANGES, "SELECT", (_RUN,)),
     Right(_CHANGES, "INSERT", (_UPDATE,), is_always_granted=True),
-    # What updates changed in contacts that are gone has to go.
+    # The recorded updates of contacts that are missing are deleted.
     Right(_CHANGES, "DELETE", (Operation.RECREATE, _ROLLBACK)),
     Right(_RESOLUTIONS, "SELECT", (_RUN,)),
     *(Right(_RESOLUTIONS, privilege, (Operation.RESOLVE,)) for privilege in ("INSERT", "UPDATE")),
     *(Right(_COMMITTED, privilege, (_RUN, _ROLLBACK)) for privilege in ("SELECT", "INSERT", "DELETE")),
     Right(HISTORY, "INSERT", (_UPDATE,), WRITTEN[HISTORY]),
-    # With a promotion goes the row of the history that told of it.
+    # When a promotion is reversed, its row of the history is deleted.
     Right(HISTORY, "SELECT", (Operation.ROLLBACK_OF_UPDATE,), ("id",)),
     Right(HISTORY, "DELETE", (Operation.ROLLBACK_OF_UPDATE,)),
     Right(_ROLLBACKS, "SELECT", (Operation.SHOW,)),
@@ -119,11 +119,11 @@ RIGHTS = (
 
 
 def rights_of(*operations: Operation) -> Iterator[Right]:
-    """The rights that these operations need, in the order of `RIGHTS`."""
+    """Return the rights that these operations need, in the order of `RIGHTS`."""
     return (right for right in RIGHTS if not set(operations).isdisjoint(right.operations))
 
 
-#: By the oid of a table, since no name leads into a schema that the role may not look into.
+#: By oid, because a name cannot be resolved in a schema on which the role lacks USAGE.
 _MISSING = """
 WITH wanted AS (
   SELECT n.oid AS namespace, c.oid, t, r, name, number,
@@ -152,10 +152,10 @@ SELECT missing FROM missing ORDER BY number
 
 
 def require_rights(connection: BaseDatabaseWrapper, *operations: Operation, dry_run: bool) -> None:
-    """Raise OperatorError where this role lacks a right that one of the operations needs.
+    """Raise OperatorError if this role lacks a right that one of the operations needs; a dry run only logs a warning.
 
-    What it must be able to read of the application's tables is not asked here: `examine` says so in other words. A dry
-    run needs none of the rights: it is told what a run lacks, and how the last of the operations gets all of it.
+    The message contains the option of the script that grants the rights of the last operation. SELECT on the
+    application's tables is not checked here, but by `examine`.
     """
     wanted = [
         (right.table, right.privilege, column)
@@ -186,12 +186,11 @@ def require_rights(connection: BaseDatabaseWrapper, *operations: Operation, dry_
     script = f"docs/least_privilege.sql again{f' with --set {option}=on' if option else ''}"
     if dry_run:
         logger.warning(
-            "a run without --dry-run would be refused, since this role lacks: %s. Let the tables' owner run %s",
+            "a run without --dry-run would be refused, because this role lacks: %s. As the tables' owner, run %s",
             lacked,
             script,
         )
         return
     raise OperatorError(
-        f"This role lacks: {lacked}. Let the tables' owner run {script}, or look first with --dry-run. "
-        "Nothing was written."
+        f"This role lacks: {lacked}. As the tables' owner, run {script}, or try --dry-run first. Nothing was written."
     )

@@ -1,7 +1,7 @@
-"""What this database has: tables, columns, enum labels, rights, generation. Read before anything is written.
+"""Facts about this database: tables, columns, enum labels, rights, generation. Read before anything is written.
 
-Three generations of the application are in the field, and databases in between. One code path serves all: an optional
-column that is missing reads as NULL, a required one that is missing stops the run before it starts.
+Three generations of the application are in use, and databases between them. One code path supports all: a missing
+optional column is read as NULL, and a missing required column prevents the run.
 """
 
 from __future__ import annotations
@@ -44,22 +44,22 @@ from crm.rules.source_rows import SOURCE_TABLES
 
 logger = logging.getLogger(__name__)
 
-#: The source that takes rows without a role or status, and ids that several rows have: all of them are errors.
+#: The source of rows without a role or status, and of ids that several rows have. All of them are errors.
 SOURCE_OF_STRAYS: Mapping[str, Source] = {"profiles": Source.CLIENTS, "leads": Source.ACTIVE_LEADS}
 REQUIRED_CONTACT_TYPES = sorted({*CONTACT_TYPE_OF_SOURCE.values(), *CONTACT_TYPE_OF_LEAD_TYPE.values()})
-#: The pipelines where a contact's stage is no enum that would say so.
+#: The stages of a pipeline if the column is text and not an enum.
 STAGES_OF_2025_10 = ("NEW", "CONTACTED", "DOCUMENTS", "PREPARING", "COMPLETE")
 STAGES_SINCE = ("NEW", "CONTACTED", "QUALIFIED", "DOCUMENTS", "FILED", "CLOSED", "LOST")
-#: Of the rate that `migrate` adds where there is none.
+#: The decimals of the rate column that `migrate` adds if it is missing.
 DECIMALS_OF_OURS = 2
-#: What the ledger consists of for those who read it: what became of every row, and what updates changed later.
+#: The tables of the ledger for readers: the outcomes of rows, and the changes by updates.
 LEDGER_TABLES = (LedgerEntry._meta.db_table, ContactUpdate._meta.db_table)
 _OUR_COLUMNS = [
     (model._meta.db_table, str(field.column))
     for model in (BackfillBatch, BackfillRun, CommittedTransaction, ConflictResolution, ContactUpdate, LedgerEntry)
     for field in model._meta.concrete_fields
 ]
-#: A column that tells the generations apart, newest first.
+#: A column that identifies each generation, newest first.
 MARKS_OF_GENERATION = (
     ("2026_01", "profiles", "supabaseUserId"),
     ("2025_12_c", "profiles", "googleDriveFolderId"),
@@ -71,7 +71,7 @@ MARKS_OF_GENERATION = (
 
 @dataclass(frozen=True, slots=True)
 class DatabaseFacts:
-    """What the backfill must know of the database it works on."""
+    """What the backfill knows about the database."""
 
     generation: str
     has_attribution: bool
@@ -79,19 +79,19 @@ class DatabaseFacts:
     roles: Mapping[str, tuple[str, ...]]
     statuses: Mapping[str, tuple[str, ...]]
     stages: Mapping[str, str]
-    #: To what labels are cast before they meet the roles of profiles and the statuses of leads.
+    #: The types to cast labels to before comparing them with the roles of profiles and the statuses of leads.
     label_types: Mapping[str, str]
-    #: How many digits of a second every timestamp of a contact keeps, and how many decimals its rate; None for all.
+    #: The fractional digits that all timestamps of a contact store, and the decimals of its rate (None: unlimited).
     second_digits: int
     rate_decimals: int | None
-    #: The columns that may be NULL, and the optional ones that are not there, as `table.column`.
+    #: The columns that may be NULL, and the optional columns that are missing, as `table.column`.
     nullable: frozenset[str] = frozenset()
     missing: frozenset[str] = frozenset()
-    #: By table the ids that several of its rows have.
+    #: By table, the ids that several rows have.
     repeated_ids: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def rules(self) -> Rules:
-        """The rules of the mapping on this database."""
+        """Return the mapping rules for this database."""
         return Rules(
             stages=self.stages,
             placeholder_domain=settings.CRM_PLACEHOLDER_DOMAIN,
@@ -100,29 +100,29 @@ class DatabaseFacts:
         )
 
     def source_of_role(self, label: str) -> Source | None:
-        """The source of a profile with this role; None when it is excluded. What nobody knows goes with the clients."""
+        """Return the source of a profile with this role, or None if it is excluded. Unknown roles are clients."""
         role = normalised(label)
         return None if role in EXCLUDED_ROLES else SOURCE_OF_ROLE.get(role, Source.CLIENTS)
 
     def source_of_status(self, label: str) -> Source | None:
-        """The source of a lead with this status; None when it is excluded."""
+        """Return the source of a lead with this status, or None if it is excluded."""
         status = normalised(label)
         if status in STAGES_OF_STATUS and self.rules().stage_of(status) is None:
             return None
         return Source.CONVERTED_LEADS if status == "CONVERTED" else Source.ACTIVE_LEADS
 
     def exclusion(self, table: str, label: str) -> str:
-        """The reason why rows of `table` with this role or status are excluded."""
+        """Return the reason why rows of `table` with this role or status are excluded."""
         return EXCLUDED_ROLES[normalised(label)] if table == "profiles" else DISQUALIFIED
 
     def source_of(self, table: str, label: str | None) -> Source | None:
-        """The source of a row of `table` with this role or status; None when it is excluded."""
+        """Return the source of a row of `table` with this role or status, or None if it is excluded."""
         if label is None:
             return SOURCE_OF_STRAYS[table]
         return self.source_of_role(label) if table == "profiles" else self.source_of_status(label)
 
     def labels_of(self, source: Source) -> list[str]:
-        """The roles or statuses, as the database spells them, whose rows a source reads."""
+        """Return the roles or statuses that a source reads, as the database spells them."""
         by_name = self.roles if source.table == "profiles" else self.statuses
         labels = [label for spellings in by_name.values() for label in spellings]
         return [label for label in labels if self.source_of(source.table, label) is source]
@@ -136,13 +136,13 @@ def examine(
     for_updating: bool = False,
     for_recreating: bool = False,
 ) -> DatabaseFacts:
-    """Read the facts. Raises OperatorError where this database does not fit, with the names of what is missing.
+    """Read the facts. Raises OperatorError with the first requirement that this database does not meet.
 
-    `for_inserting` asks for what the backfill itself needs, `for_updating` for what --update needs besides, and
-    `for_recreating` for what --recreate-deleted does.
+    `for_inserting` checks the requirements of a backfill, `for_updating` also those of --update, and `for_recreating`
+    those of --recreate-deleted.
 
-    For a dry run, the right to SELECT is enough, and our own tables may be missing; where they are there, it warns of
-    the rights that its run would lack.
+    A dry run (not `for_writing`) needs SELECT only, and works before `migrate`. After it, the dry run logs a warning
+    with the rights that a run would lack.
     """
     _require_schema(connection)
     tables = read_tables(connection, (*REQUIRED_COLUMNS, HISTORY))
@@ -159,7 +159,7 @@ def examine(
         _require_migrations(has_attribution=has_attribution, has_ledger=ledger_is_readable is not None)
     elif for_inserting and ledger_is_readable is False:
         logger.warning(
-            "this role may not read the ledger: the dry run takes every row for new, also those of earlier runs"
+            "this role may not read the ledger: the dry run counts every row as new, also those of earlier runs"
         )
     if for_writing or (for_inserting and ledger_is_readable is not None):
         _require_rights(connection, for_updating=for_updating, for_recreating=for_recreating, dry_run=not for_writing)
@@ -197,7 +197,7 @@ def examine(
 
 
 def find_misfits(connection: BaseDatabaseWrapper) -> list[Unfit]:
-    """Everything that `examine` would refuse this database for but rights and what `migrate` makes."""
+    """Return all misfits for which `examine` refuses this database, except missing rights and migrations."""
     tables = read_tables(connection, (*REQUIRED_COLUMNS, HISTORY))
     if not tables.keys() >= REQUIRED_COLUMNS.keys():
         return []
@@ -205,7 +205,7 @@ def find_misfits(connection: BaseDatabaseWrapper) -> list[Unfit]:
 
 
 def _require_schema(connection: BaseDatabaseWrapper) -> None:
-    """Without the right to look into the schema, PostgreSQL would not even say which tables are there."""
+    """Require USAGE on the application's schema. Without it, names of tables in it cannot be resolved."""
     with connection.cursor() as cursor:
         cursor.execute(
             "SELECT quote_ident(current_user) FROM pg_namespace "
@@ -215,7 +215,7 @@ def _require_schema(connection: BaseDatabaseWrapper) -> None:
         row = cursor.fetchone()
     if row is not None:
         raise OperatorError(
-            f"This role may not look into the schema {settings.LEGACY_SCHEMA}. Let its owner GRANT USAGE ON SCHEMA "
+            f"This role may not use the schema {settings.LEGACY_SCHEMA}. As its owner, run GRANT USAGE ON SCHEMA "
             f"{quoted_name(settings.LEGACY_SCHEMA)} TO {row[0]}. Nothing was written."
         )
 
@@ -228,8 +228,8 @@ def _require_tables(columns: Mapping[str, Mapping[str, Column]], *, for_updating
         )
     if for_updating and HISTORY not in columns:
         raise OperatorError(
-            f"The schema {settings.LEGACY_SCHEMA} has no table {HISTORY}, in which --update records that a contact "
-            "moved to another stage: it is the application's to make. Run without --update. Nothing was written."
+            f"The schema {settings.LEGACY_SCHEMA} has no table {HISTORY}, in which --update records changed stages. "
+            "The application creates it. Run without --update. Nothing was written."
         )
 
 
@@ -237,8 +237,8 @@ def _require_columns(columns: Mapping[str, Mapping[str, Column]]) -> None:
     wanted = [(table, column) for table, names in REQUIRED_COLUMNS.items() for column in names]
     if missing := [f"{table}.{column}" for table, column in wanted if column not in columns[table]]:
         raise OperatorError(
-            f"This database has no column {', '.join(missing)}, which the backfill needs: it is of a generation of the "
-            "application that this version does not know. Nothing was written."
+            f"This database has no column {', '.join(missing)}, which the backfill needs: its generation of the "
+            "application is unknown to this version. Nothing was written."
         )
     optional = [(table, column) for table, names in OPTIONAL_COLUMNS.items() for column in names]
     unreadable = [
@@ -248,13 +248,13 @@ def _require_columns(columns: Mapping[str, Mapping[str, Column]]) -> None:
     ]
     if unreadable:
         raise OperatorError(
-            f"This role may not read {', '.join(unreadable)}. Let the tables' owner GRANT SELECT on them. "
+            f"This role may not read {', '.join(unreadable)}. As the tables' owner, GRANT SELECT on them. "
             "Nothing was written."
         )
 
 
 def _require_all_rows(connection: BaseDatabaseWrapper, tables: Sequence[str]) -> None:
-    """Rows that a policy hides would be missing without anybody being told."""
+    """Refuse row-level security that applies to this role: hidden rows would be missing silently."""
     with connection.cursor() as cursor:
         cursor.execute(
             "SELECT name FROM unnest(%s::text[]) AS name WHERE row_security_active(quote_ident(%s) || '.' || name)",
@@ -263,8 +263,8 @@ def _require_all_rows(connection: BaseDatabaseWrapper, tables: Sequence[str]) ->
         hidden = [name for (name,) in cursor.fetchall()]
     if hidden:
         raise OperatorError(
-            f"The row-level security of {', '.join(hidden)} decides which rows this role sees, so some might be "
-            "missed. Let a superuser ALTER ROLE ... BYPASSRLS, or use the tables' owner. Nothing was written."
+            f"The row-level security of {', '.join(hidden)} decides which rows this role sees, so rows may be missed. "
+            "As a superuser, run ALTER ROLE ... BYPASSRLS, or use the tables' owner. Nothing was written."
         )
 
 
@@ -274,16 +274,16 @@ def _require_writable(connection: BaseDatabaseWrapper) -> None:
         (read_only,) = cursor.fetchone()
     if read_only:
         raise OperatorError(
-            "Nothing can be written here: the server is a standby, or default_transaction_read_only is on for it, for "
-            "the database or for the role. Give DATABASE_URL the address of the primary, let the setting be off, or "
-            "look first with --dry-run. Nothing was written."
+            "This session is read-only: the server is a standby, or default_transaction_read_only is on for it, for "
+            "the database or for the role. Set DATABASE_URL to the address of the primary, turn the setting off, or "
+            "try --dry-run first. Nothing was written."
         )
 
 
 def _labels(
     connection: BaseDatabaseWrapper, columns: Mapping[str, Mapping[str, Column]], table: str, name: str
 ) -> dict[str, tuple[str, ...]]:
-    """The labels of a column and their spellings: those of its enum, in its order, or those that are there."""
+    """Return the labels of a column and their spellings: those of its enum in order, or the values of the text."""
     column = columns[table][name]
     query, parameters = "SELECT enumlabel FROM pg_enum WHERE enumtypid = %s ORDER BY enumsortorder", [column.type_oid]
     if not column.is_enum:
@@ -296,7 +296,7 @@ def _labels(
 def _labels_of_contacts(
     connection: BaseDatabaseWrapper, columns: Mapping[str, Mapping[str, Column]], generation: str, name: str
 ) -> dict[str, tuple[str, ...]]:
-    """What a contact's column may say. Text may say anything: then what its generation has an enum for."""
+    """Return the labels that a contact's column may contain. For a text column, those of the generation's enum."""
     if columns["crm_contacts"][name].is_enum:
         return _labels(connection, columns, "crm_contacts", name)
     if name == "contactType":
@@ -312,7 +312,7 @@ def _spellings(labels: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
 
 def _require_labels(contact_types: Mapping[str, Sequence[str]], stages: Mapping[str, object]) -> None:
-    # Written as they are: one that is spelled otherwise is another one to PostgreSQL.
+    # The exact spelling is required, because these labels are written.
     missing = [
         f'"ContactType" {label}' for label in REQUIRED_CONTACT_TYPES if label not in contact_types.get(label, ())
     ]
@@ -322,13 +322,13 @@ def _require_labels(contact_types: Mapping[str, Sequence[str]], stages: Mapping[
             missing.append(f'"PipelineStage" {" or ".join(wanted)}')
     if missing:
         raise OperatorError(
-            f"This database lacks the enum label {', '.join(missing)}, which contacts of the backfill need: it is of a "
-            "generation of the application that this version does not know. Nothing was written."
+            f"This database lacks the enum label {', '.join(missing)}, which contacts of the backfill need: its "
+            "generation of the application is unknown to this version. Nothing was written."
         )
 
 
 def _ledger_is_readable(connection: BaseDatabaseWrapper) -> bool | None:
-    """Whether the ledger may be read; None where there is none: a careful operator's dry run comes before `migrate`."""
+    """Return whether this role may read the ledger; None if it does not exist, as in a dry run before `migrate`."""
     with connection.cursor() as cursor:
         cursor.execute(
             """
@@ -367,7 +367,7 @@ def _require_rights(
 
 def _require_tables_of_ours(connection: BaseDatabaseWrapper, tables: Iterable[str]) -> None:
     with connection.cursor() as cursor:
-        # A table of the application's schema that has the name of one of ours is none of ours.
+        # A table with the same name in the application's schema does not count.
         cursor.execute(
             """
             WITH wanted(t, name) AS (
