@@ -1,1 +1,1 @@
-"""Where output goes: files, CSV, tables, and a standard output that may be full or closed."""
+"""Output: files, CSV, tables, and a standard output that may be full or closed."""

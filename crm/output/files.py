@@ -1,8 +1,8 @@
-"""Files that hold what concerns people: for this user alone, and never written through what lies at their name.
+"""Creates files with data about people, which only this user can read.
 
-A file is made exclusively, with mode 0600 whatever the umask, so whatever has its name is refused, and a symbolic link
-never followed: no list takes the place of an older one. What is to be whole is made beside its name and gets the name
-when it is complete: whoever reads it sees nothing half written.
+A file is created exclusively, with mode 0600 whatever the umask. So an existing file is never overwritten, and a
+symbolic link never followed. A file that must be complete is written under a temporary name in the same folder, and
+gets its own name at the end, so that no reader sees a partial file.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from crm.errors import OperatorError
 
 
 def new_file(path: Path) -> TextIO:
-    """Open a new file to write text to it. Raises OSError: FileExistsError where anything has its name."""
+    """Create a file and open it for writing text. Raises FileExistsError if anything has its name, or OSError."""
     return open(path, "x", newline="", encoding="utf-8", opener=_private)
 
 
 @contextmanager
 def complete_file(path: Path) -> Iterator[TextIO]:
-    """A new file to write text to, which gets its name at the end, and no name where an error comes first.
+    """Open a new file for writing text. It gets its name at the end of the block, or is deleted if an error is raised.
 
-    Raises OSError: at once where the folder cannot be written to, and FileExistsError, at once or at the end, where
-    anything has the name.
+    Raises FileExistsError, at the beginning or the end, if anything has its name, and OSError if the file cannot be
+    written.
     """
     with suppress(FileNotFoundError):
         path.lstat()
@@ -38,9 +38,9 @@ def complete_file(path: Path) -> Iterator[TextIO]:
         with new_file(beside) as file:
             yield file
             file.flush()
-            # After a crash the name is to be that of a complete file.
+            # So that the file is complete under its name even after a crash.
             os.fsync(file.fileno())
-        # A link never replaces what has the name by now.
+        # Unlike a rename, a link does not replace an existing file.
         path.hardlink_to(beside)
     finally:
         with suppress(OSError):
@@ -49,20 +49,20 @@ def complete_file(path: Path) -> Iterator[TextIO]:
 
 @contextmanager
 def file_of_option(path: Path, option: str) -> Iterator[TextIO]:
-    """A complete file that an option names. Raises OperatorError where it cannot be made, with the way out."""
+    """Open a `complete_file` that is given by an option. Raises OperatorError, with a remedy, if that fails."""
     try:
         with complete_file(path) as file:
             yield file
     except FileExistsError:
-        raise OperatorError(f"{path} is there already: name a new file with {option}.") from None
+        raise OperatorError(f"{path} already exists: name a new file with {option}.") from None
     except OSError as error:
         raise OperatorError(
-            f"The file {path} cannot be written: {error.strerror}. Name another one with {option}."
+            f"The file {path} cannot be written: {error.strerror}. Name another file with {option}."
         ) from None
 
 
 def _private(path: str, flags: int) -> int:
     descriptor = os.open(path, flags, 0o600)
-    # The umask may have taken more than was meant.
+    # The umask may have removed bits of the mode.
     os.fchmod(descriptor, 0o600)
     return descriptor

@@ -1,8 +1,8 @@
-"""Standard output and standard error, either of which may be full or closed.
+"""Standard output and standard error, which may be full or closed.
 
-What cannot be written to standard output ends a command with an exit code of its own, whoever was writing: the command,
-argparse, rich, or the interpreter when it flushes at its end. What cannot be written to standard error is lost, since
-there is no place left to say so; it never ends a run.
+If standard output cannot be written, the command ends with its own exit code, whether the command, argparse, rich or
+the interpreter's final flush was writing. Output to standard error that cannot be written is lost, because there is no
+other place to report it; it never ends a run.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ STANDARD_ERROR = 2
 
 
 class OutputError(OperatorError):
-    """Standard output could not be written, for the system's reason."""
+    """Standard output could not be written. `reason` is that of the operating system."""
 
     exit_code: ClassVar[int] = 6
 
     def __init__(self, reason: str) -> None:
         super().__init__(
-            f"Standard output could not be written ({reason}), so what was printed there is not complete. What the "
-            "command did stays done."
+            f"Standard output could not be written ({reason}), so it is incomplete. Changes that the command has made "
+            "stay."
         )
         self.reason = reason
 
 
 class _Stream:
-    """A standard stream; None is one that was closed before the interpreter began."""
+    """Wraps a standard stream, which is None if it was closed before the interpreter started."""
 
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
@@ -41,11 +41,11 @@ class _Stream:
         return getattr(self._stream, name)
 
     def isatty(self) -> bool:
-        """Whether it is a terminal."""
+        """Return whether the stream is a terminal."""
         return self._stream is not None and self._stream.isatty()
 
     def write(self, text: str) -> int:
-        """Write."""
+        """Write text."""
         if self._stream is None:
             self._fail("it is closed")
         else:
@@ -56,7 +56,7 @@ class _Stream:
         return len(text)
 
     def flush(self) -> None:
-        """Write what is buffered."""
+        """Flush the buffer."""
         if self._stream is not None:
             try:
                 self._stream.flush()
@@ -64,7 +64,7 @@ class _Stream:
                 self._give_up(error)
 
     def _give_up(self, error: OSError) -> None:
-        # Otherwise the interpreter would try to write what is buffered once more, and complain.
+        # Otherwise the interpreter would try to write the buffer again when it exits, and print an error.
         with suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, cast(TextIO, self._stream).fileno())
@@ -72,7 +72,7 @@ class _Stream:
         self._fail(error.strerror or type(error).__name__)
 
     def _fail(self, reason: str) -> None:
-        """What cannot be written is lost."""
+        """Ignore the failure: the text is lost."""
 
 
 class _StandardOutput(_Stream):
@@ -81,8 +81,8 @@ class _StandardOutput(_Stream):
 
 
 def with_checked_output(main: Callable[[list[str]], int], arguments: list[str]) -> int:
-    """Run a program; its exit code, or that of an output that could not be written."""
-    # A connection must not get the number of a stream that is closed.
+    """Run a program, and return its exit code, or that of OutputError if standard output could not be written."""
+    # So that no connection gets the descriptor of a closed stream.
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= STANDARD_ERROR:
         pass
     os.close(descriptor)

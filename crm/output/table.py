@@ -1,6 +1,6 @@
-"""Tables for people: columns without borders, a row a line, whole numbers with separators between thousands.
+"""Text tables: columns without borders, one line per row, integers with thousands separators.
 
-A pipe or a file gets every line whole. On a terminal the texts that may be cut are cut off to its width.
+On a terminal, columns that may be cut are shortened to its width. A pipe or a file gets complete lines.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.text import Text
 
 _GAP = Text("  ")
-#: What is left of a text that is cut off; characters.
+#: Minimum width of a column that is cut, in characters.
 _MIN_WIDTH = 10
 
 
 class Column(NamedTuple):
-    """How the cells of a column are laid out: texts stand to the left, numbers to the right."""
+    """The layout of a column. Numbers are aligned to the right, text to the left."""
 
     header: str = ""
     is_number: bool = False
@@ -27,7 +27,7 @@ class Column(NamedTuple):
 
 
 class Table:
-    """Rows under a title, and under a header where a column has one."""
+    """A table with a title, and a header if any column has one."""
 
     def __init__(self, *columns: Column, title: str = "", title_style: str = "bold") -> None:
         self._columns = columns
@@ -44,7 +44,7 @@ class Table:
         )
 
     def print_on(self, console: Console) -> None:
-        """Print it."""
+        """Print the table."""
         if self._title:
             print_line(console, self._title)
         widths = self._widths(console.width if console.file.isatty() else None)
@@ -59,7 +59,7 @@ class Table:
             for number, column in enumerate(self._columns)
         ]
         excess = 0 if available is None else sum(widths) + len(_GAP) * (len(widths) - 1) - available
-        # The last ones first: what comes first names the row.
+        # Cut the last columns first, because the first ones identify the row.
         for number in reversed(range(len(widths))):
             if self._columns[number].may_be_cut and excess > 0:
                 cut = min(excess, max(0, widths[number] - _MIN_WIDTH))
@@ -69,7 +69,7 @@ class Table:
 
 
 class Summary(Table):
-    """Counts under a title: what is counted, how many, and a remark."""
+    """A table of counts: label, number and remark."""
 
     def __init__(self, title: str, *, title_style: str = "bold") -> None:
         columns = (Column(min_width=26), Column(is_number=True), Column(may_be_cut=True, style="dim"))
@@ -81,12 +81,12 @@ class Summary(Table):
 
 
 def console_on(stdout: OutputWrapper) -> Console:
-    """Rich on a command's own stdout."""
+    """Return a rich console that writes to a command's stdout."""
     return Console(file=cast(IO[str], stdout), highlight=False)
 
 
 def print_line(console: Console, line: str | Text) -> None:
-    """Print a line whole, whatever the width, and nothing in it as markup."""
+    """Print a line without wrapping, highlighting or markup."""
     console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
