@@ -1,1 +1,1 @@
-"""Rows in error: the list of them, and what people say about those in conflict."""
+"""Rows in error: their export, and resolutions of conflicts."""

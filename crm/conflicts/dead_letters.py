@@ -1,4 +1,4 @@
-"""The rows in error, one after another, each with its remedy. Only reads."""
+"""Streams the rows in error, each with its remedy. Only reads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from crm.postgres.snapshot import snapshot, stream
 
 logger = logging.getLogger(__name__)
 
-#: What the export says of a row that is gone; of any other it says nothing.
+#: The value of `row_gone` for a row that no longer exists; otherwise it is empty.
 GONE = "gone"
 
 _ORDER = ", ".join(f"'{source}'" for source in Source)
@@ -34,7 +34,7 @@ _IS_GONE = f"""
        CASE WHEN entry.source IN ({_LEAD_SOURCES}) THEN NOT EXISTS (SELECT FROM leads WHERE id = entry.source_id)
             ELSE NOT EXISTS (SELECT FROM profiles WHERE id = entry.source_id) END
 """
-# One each, whatever the number of rows with the id.
+# One row at most, even if several have the id.
 _PEOPLE = f"""
   LEFT JOIN LATERAL (
     SELECT email FROM leads WHERE entry.source IN ({_LEAD_SOURCES}) AND leads.id = entry.source_id LIMIT 1
@@ -54,8 +54,8 @@ _RESOLUTIONS = " LEFT JOIN conflict_decision resolution ON resolution.id = entry
 class DeadLetter(NamedTuple):
     """A row in error.
 
-    `row_gone` is true for a row that is no longer there. `decision` is what a person said, without the address of a
-    contact of the row's own. `email` is as it is stored, and None unless it was asked for.
+    `row_gone` is GONE if the row no longer exists. `decision` is the resolution, without the address that it may
+    contain. `email` is the stored address, or None unless requested.
     """
 
     source: str
@@ -76,20 +76,20 @@ class DeadLetter(NamedTuple):
 
 
 def dead_letters(connection: BaseDatabaseWrapper, *, with_email: bool) -> Generator[DeadLetter, None, None]:
-    """Every row in error, source by source, streamed. Raises OperatorError where the database does not fit.
+    """Yield all rows in error, source by source. Contains no personal data unless `with_email`.
 
-    Names nobody but by id, unless `with_email` asks for the address.
+    Raises OperatorError if the database does not meet the requirements, or if there is no readable ledger.
     """
     email, people = ("COALESCE(lead.email, profile.email)", _PEOPLE) if with_email else ("NULL", "")
     with snapshot(connection):
         if not examine(connection, for_writing=False).has_ledger:
             raise OperatorError(
-                "There is no ledger that this role may read, so no row is in error: run `python manage.py migrate` "
-                "and `backfill_crm_contacts` first, or GRANT SELECT on its tables."
+                "There is no ledger that this role may read, so there are no rows in error to export: run `python "
+                "manage.py migrate` and `backfill_crm_contacts` first, or GRANT SELECT on its tables."
             )
         readable = is_readable(connection)
         if readable is False:
-            logger.warning("this role may not read conflict_decision: the export shows no decision")
+            logger.warning("this role may not read conflict_decision: the export contains no resolutions")
         resolution, resolutions = (_RESOLUTION, _RESOLUTIONS) if readable else ("NULL, NULL, false", "")
         query = _DEAD_LETTERS.format(email=email, is_gone=_IS_GONE, resolution=resolution, joins=people + resolutions)
         for row in stream(connection, "dead_letters", query):
@@ -97,8 +97,8 @@ def dead_letters(connection: BaseDatabaseWrapper, *, with_email: bool) -> Genera
 
 
 def shown_resolution(decided_at: str, contact_id: str | None) -> str:
-    """When a person resolved the conflict of a row, in UTC, and how; without the address of a contact of its own."""
-    whose = f"the contact {contact_id} is its person's" if contact_id else "it is another person"
+    """Describe a resolution: its time, in UTC, and its contact, without the address of a separate contact."""
+    whose = f"it belongs to the contact {contact_id}" if contact_id else "it gets its own contact"
     return f"at {decided_at} (UTC): {whose}"
 
 
@@ -106,7 +106,7 @@ def _dead_letter(source: str, source_id: str, reason: str, contact_id: str | Non
     *refusal, is_gone, email, keys, decided_at, resolved_contact, resolved_contact_is_gone = rest
     row = f"{Source(source).table}:{source_id}"
     identity_keys = json.loads(keys) if keys else None
-    resolution = f"Decided {shown_resolution(decided_at, resolved_contact)}" if decided_at else None
+    resolution = f"Resolved {shown_resolution(decided_at, resolved_contact)}" if decided_at else None
     if is_gone:
         what_to_do = REMEDY_OF_GONE
     elif resolution and reason == Reason.CONFLICT and not resolved_contact_is_gone:

@@ -1,12 +1,12 @@
-"""What people say about rows in conflict: recorded here, carried out by the next run.
+"""Records resolutions of rows in conflict, which the next run applies.
 
-A row is in conflict when its keys name two accounts, which no rule can sort out. A person says either whose contact it
-is, or that it gets one of its own with another address. The next run then does as it does with every row: it merges
-into a contact of ours and leaves somebody else's alone, and nothing is overwritten. Accounts that another contact has
-are left to that contact.
+A row is in conflict if its keys belong to two accounts, which no rule can decide. An operator either assigns the row to
+a contact, or gives it its own contact with another address. The next run then treats it like any other row: it merges
+it into a contact of the backfill, leaves a contact created elsewhere unchanged, and overwrites nothing. An account that
+another contact has stays there.
 
-Resolutions are made between runs, never during one: what is settled has been settled by those that there are, or
-without any, and whoever compares rows with contacts afterwards can rely on that.
+Resolutions are recorded only between runs. So all settled rows were settled by the current resolutions, and a
+verification or rollback can use these.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from crm.rules.row_reference import RowReference
 from crm.runs import lease
 from crm.try_execute import try_execute
 
-# The row itself and its own account are not somebody else.
+# The owner of an address, other than the row itself and its own account.
 _WHOSE = f"""
 SELECT 'contact ' || id FROM crm_contacts WHERE {canonical_address_sql("email")} = %(email)s AND id <> %(id)s
  UNION ALL
@@ -54,10 +54,10 @@ RETURNING id
 
 
 def belongs_to(row: RowReference, contact: str) -> None:
-    """Record that a row in conflict belongs to a contact; a resolution that was made before is replaced.
+    """Assign a row in conflict to a contact, replacing any earlier resolution.
 
-    Raises OperatorError where the row is not in conflict and where there is no such contact, and AnotherRunError while
-    a run is going.
+    Raises OperatorError if the row is not in conflict or there is no such contact, and AnotherRunError if a run is in
+    progress.
     """
     with _between_runs():
         _require_conflict(row)
@@ -67,10 +67,10 @@ def belongs_to(row: RowReference, contact: str) -> None:
 
 
 def is_separate(row: RowReference, address: str) -> None:
-    """Record that a row in conflict gets a contact of its own; a resolution that was made before is replaced.
+    """Give a row in conflict its own contact with this address, replacing any earlier resolution.
 
-    Raises OperatorError where the row is not in conflict, and where the address is none or somebody else's, and
-    AnotherRunError while a run is going.
+    Raises OperatorError if the row is not in conflict, or if the address is invalid or already used, and
+    AnotherRunError if a run is in progress.
     """
     email = normalised_email(address)
     if email is None:
@@ -78,34 +78,37 @@ def is_separate(row: RowReference, address: str) -> None:
     with _between_runs():
         _require_conflict(row)
         if owner := _whose(email, row):
-            raise OperatorError(f"That address is taken by {owner}: name one that is nobody's.")
+            raise OperatorError(f"That address is already used by {owner}: give another address.")
         _record(row, None, email)
 
 
 def conflict_of(row: RowReference) -> str:
-    """A row in conflict for people: the contacts to which its keys lead, what can be decided, and what has been.
+    """Describe a row in conflict: the contacts that its keys match, and its resolution or the possible ones.
 
-    Raises OperatorError where the row is not in conflict.
+    Raises OperatorError if the row is not in conflict.
     """
-    with _as_operator_error("Try again."):
+    with _as_operator_error("Run the command again."):
         entry = _require_conflict(row)
         resolution = ConflictResolution.objects.filter(pk=row.entry_id).first()
         whose = resolution and resolution.contact_id
         is_gone = whose is not None and not CRMContact.objects.filter(pk=whose).exists()
-    gone = f"The contact {whose} is gone since: decide again, unless a rollback deleted it and the next run makes it."
+    gone = (
+        f"The contact {whose} no longer exists: resolve the conflict again, unless a rollback deleted the contact and "
+        "the next run recreates it."
+    )
     if entry is None:
-        what = f". {gone}" if is_gone else ": the next run carries the decision out."
-        return f"{row} is pending, and decided on{what}"
+        what = f". {gone}" if is_gone else ": the next run applies the resolution."
+        return f"{row} is pending and has a resolution{what}"
     named = named_contacts(entry.contact_id, entry.identity_keys)
     if resolution is not None and entry.reason == Reason.CONFLICT:
         shown = shown_resolution(f"{resolution.decided_at:%Y-%m-%d %H:%M}", resolution.contact_id)
-        what = gone if is_gone else "The next run carries that out. To change it, decide again."
-        return f"{row}: {named}\nDecided by {resolution.decided_by} {shown}. {what}"
+        what = gone if is_gone else "The next run applies this. To change it, resolve the conflict again."
+        return f"{row}: {named}\nResolved by {resolution.decided_by} {shown}. {what}"
     return f"{row}: {named}\n{remedy(str(row), entry.reason, entry.contact_id, entry.identity_keys)}"
 
 
 def _require_conflict(row: RowReference) -> LedgerEntry | None:
-    """The entry of a row in conflict; None where a resolution is there and the entry is gone."""
+    """Return the entry of a row in conflict, or None if the row has a resolution and no entry."""
     entry = LedgerEntry.objects.filter(pk=row.entry_id).first()
     if (
         entry is not None
@@ -116,9 +119,9 @@ def _require_conflict(row: RowReference) -> LedgerEntry | None:
     if entry is not None:
         what = entry.outcome if entry.outcome != Outcome.ERROR else f"an error ({entry.reason})"
         raise OperatorError(f"The row {row} is not in conflict, it is {what}.")
-    # Without an entry, but resolved: the run that carried the resolution out was taken back, perhaps because of it.
+    # A resolved row has no entry if the run that applied the resolution was rolled back, perhaps because of it.
     if not ConflictResolution.objects.filter(pk=row.entry_id).exists():
-        raise OperatorError(f"The ledger has no row {row}: it is pending, excluded or not there.")
+        raise OperatorError(f"The ledger has no row {row}: it is pending, excluded or does not exist.")
     return None
 
 
@@ -141,8 +144,8 @@ def _record(row: RowReference, contact: str | None, email: str | None) -> None:
 
 @contextmanager
 def _between_runs() -> Iterator[None]:
-    """A transaction in which no run is going or begins; what is refused in it says that nothing was recorded."""
-    with _as_operator_error("Nothing was recorded: try again."), lease.between_runs():
+    """Open a transaction between runs, and add to errors raised in it that nothing was recorded."""
+    with _as_operator_error("Nothing was recorded: run the command again."), lease.between_runs():
         try:
             yield
         except OperatorError as error:
@@ -150,15 +153,15 @@ def _between_runs() -> Iterator[None]:
 
 
 def _as_operator_error(what_now: str) -> AbstractContextManager[None]:
-    """Turn what the database refuses into what can be done about it, without the address that it quotes."""
+    """Raise database errors as OperatorError with a remedy, without the text, which may quote the address."""
     known = {
         sqlstates.UNDEFINED_TABLE: (
-            "A table is missing that this role would see: run `python manage.py migrate`, or let the owner GRANT USAGE "
-            f"on the schema {settings.BACKFILL_SCHEMA}."
+            "A table is missing, or this role may not see it: run `python manage.py migrate`, or, as the owner, GRANT "
+            f"USAGE on the schema {settings.BACKFILL_SCHEMA}."
         ),
         sqlstates.UNDEFINED_FUNCTION: "This database lacks a function that this takes: run `python manage.py migrate`.",
         sqlstates.INSUFFICIENT_PRIVILEGE: (
-            "This role may not look for the row or record a decision: docs/least_privilege.sql gives the rights."
+            "This role may not read the row or record a resolution: docs/least_privilege.sql grants the rights."
         ),
     }
-    return errors.as_operator_error(f"The database broke off: {{}}. {what_now}", known=known)
+    return errors.as_operator_error(f"Database error: {{}}. {what_now}", known=known)

@@ -70,8 +70,8 @@ def test_every_row_in_error_has_one_line_and_others_have_none(database: Database
     ]
     assert rows[0]["contacts"] == f"{contact} (email), {by_user} (userId)"
     assert rows[0]["what_to_do"] == (
-        f"Decide whose contact it is, with resolve_crm_conflict profiles:{profile}: --contact {contact} or {by_user} "
-        "when that is this person's, --separate and another address when it is somebody else's."
+        f"Resolve the conflict with resolve_crm_conflict profiles:{profile}: --contact {contact} or {by_user} if that "
+        "is the same person, --separate with another address if none is."
     )
 
 
@@ -208,30 +208,30 @@ def test_a_conflict_that_was_decided_says_so_in_the_words_of_the_command_that_de
     builders.add_lead("nobody")
     run()
     for arguments, whose in (
-        (("--separate", "zoe@example.com"), "it is another person"),
-        (("--contact", contact), f"the contact {contact} is its person's"),
+        (("--separate", "zoe@example.com"), "it gets its own contact"),
+        (("--contact", contact), f"it belongs to the contact {contact}"),
     ):
         assert called("resolve_crm_conflict", f"profiles:{profile}", *arguments).code == 0
         ended = command()
         rows = {row["id"]: row for row in rows_of(ended.stdout)}
         shown = called("resolve_crm_conflict", f"profiles:{profile}").stdout
-        assert rows[profile]["decision"].startswith("Decided at ")
+        assert rows[profile]["decision"].startswith("Resolved at ")
         assert rows[profile]["decision"].endswith(f" (UTC): {whose}")
-        assert rows[profile]["decision"].removeprefix("Decided ") in shown
+        assert rows[profile]["decision"].removeprefix("Resolved ") in shown
         assert rows[profile]["what_to_do"] == (
-            f"Nothing: the next run carries the decision out. To change it, decide again with resolve_crm_conflict "
-            f"profiles:{profile}."
+            "Nothing: the next run applies the resolution. To change it, use resolve_crm_conflict "
+            f"profiles:{profile} again."
         )
         assert [row["decision"] for row in rows.values() if row["id"] != profile] == ["", ""]
-        assert rows[other]["what_to_do"].startswith("Decide whose contact it is")
+        assert rows[other]["what_to_do"].startswith("Resolve the conflict with")
         assert "zoe" not in ended.stdout
     database.rows("DELETE FROM crm_contacts WHERE id = %s RETURNING id", contact)
     (row,) = [row for row in rows_of(command().stdout) if row["id"] == profile]
-    assert row["what_to_do"].startswith("Decide whose contact it is"), "no run can carry that decision out"
+    assert row["what_to_do"].startswith("Resolve the conflict with"), "no run can apply that resolution"
     run()
     (row,) = [row for row in rows_of(command().stdout) if row["id"] == profile]
-    assert (row["reason"], row["what_to_do"][:12]) == ("stale_decision", "Decide again")
-    assert row["decision"].endswith(f"the contact {contact} is its person's")
+    assert (row["reason"], row["what_to_do"][:26]) == ("stale_decision", "Resolve the conflict again")
+    assert row["decision"].endswith(f"it belongs to the contact {contact}")
 
 
 def test_a_file_is_readable_by_its_owner_alone(database: Database, tmp_path: Path) -> None:
@@ -262,7 +262,7 @@ def test_a_file_that_is_there_is_never_replaced(database: Database, tmp_path: Pa
         for name, option in (("export_backfill_errors", "--output"), ("verify_crm_contacts", "--csv")):
             refused = called(name, option, str(yesterdays))
             assert (refused.code, refused.stdout) == (2, "")
-            assert refused.stderr.endswith(f"{yesterdays} is there already: name a new file with {option}.\n")
+            assert refused.stderr.endswith(f"{yesterdays} already exists: name a new file with {option}.\n")
     assert (sent, yesterdays.read_text(), list(tmp_path.iterdir())) == ([], "as it was", [yesterdays])
 
 
@@ -288,7 +288,7 @@ def test_nothing_is_written_and_the_right_to_select_is_enough(
         with acting_as(role):
             ended = command("--with-email")
         assert [record.getMessage() for record in caplog.records] == [
-            "this role may not read conflict_decision: the export shows no decision"
+            "this role may not read conflict_decision: the export contains no resolutions"
         ]
         with connection.cursor() as cursor:
             cursor.execute(f"GRANT SELECT ON conflict_decision TO {role}")

@@ -136,7 +136,7 @@ def test_without_a_resolution_the_conflict_is_shown_and_nothing_is_written(datab
     shown = resolve(row)
     assert (shown.code, shown.stderr) == (0, "")
     assert shown.stdout.startswith(f"{row}: {contact} (email), {by_user} (userId)\n")
-    assert f"--contact {contact} or {by_user} when" in shown.stdout
+    assert f"--contact {contact} or {by_user} if" in shown.stdout
     assert "--separate" in shown.stdout
     refused = resolve("profiles:nobody")
     assert (refused.code, "has no row profiles:nobody" in refused.stderr) == (2, True)
@@ -144,10 +144,10 @@ def test_without_a_resolution_the_conflict_is_shown_and_nothing_is_written(datab
     assert database.dump() == before
     resolved(row, "--contact", contact)
     told = resolve(row).stdout
-    assert f"the contact {contact} is its person's. The next run carries that out." in told
-    assert "Decide whose" not in told
+    assert f"it belongs to the contact {contact}. The next run applies this." in told
+    assert "Resolve the conflict with" not in told
     database.rows("DELETE FROM ledger_entry RETURNING id")
-    assert "the next run carries the decision out" in resolve(row).stdout
+    assert "the next run applies the resolution" in resolve(row).stdout
 
 
 def test_what_a_resolution_that_holds_no_more_is_about_is_shown(database: Database) -> None:
@@ -156,19 +156,21 @@ def test_what_a_resolution_that_holds_no_more_is_about_is_shown(database: Databa
     resolved(row, "--contact", other)
     database.rows("DELETE FROM crm_contacts WHERE id = %s RETURNING id", other)
     run()
-    assert resolve(row).stdout.startswith(f"{row}: {contact} (email), no contact (userId), {other}\nDecide again")
+    assert resolve(row).stdout.startswith(
+        f"{row}: {contact} (email), no contact (userId), {other}\nResolve the conflict again"
+    )
 
 
 def test_a_resolution_for_a_contact_that_is_gone_is_not_shown_as_good(database: Database) -> None:
     row, _, _ = somebody_elses_account()
     other = add_contact("other@example.com")
     resolved(row, "--contact", other)
-    assert "The next run carries that out." in resolve(row).stdout
+    assert "The next run applies this." in resolve(row).stdout
     database.rows("DELETE FROM crm_contacts WHERE id = %s RETURNING id", other)
     for _ in ("in conflict", "pending"):
         shown = resolve(row)
         assert (shown.code, shown.stderr) == (0, "")
-        assert f"The contact {other} is gone since: decide again" in shown.stdout
+        assert f"The contact {other} no longer exists: resolve the conflict again" in shown.stdout
         assert "carries" not in shown.stdout
         database.rows("DELETE FROM ledger_entry RETURNING id")
 
@@ -217,7 +219,7 @@ def test_a_role_that_may_not_decide_is_told_so(database: Database) -> None:
         with acting_as(role):
             refused = resolve(row, "--contact", contact)
     assert (blind.code, "GRANT USAGE on the schema crm_backfill" in blind.stderr) == (2, True)
-    assert (refused.code, "may not look for the row or record a decision" in refused.stderr) == (2, True)
+    assert (refused.code, "may not read the row or record a resolution" in refused.stderr) == (2, True)
 
 
 @pytest.mark.process
