@@ -163,17 +163,18 @@ class Migration(migrations.Migration):
                         default="running",
                     ),
                 ),
-                ("options", models.JSONField(default=dict, help_text="What was asked, as the command understood it")),
+                ("options", models.JSONField(default=dict, help_text="The options of the command, with defaults")),
                 ("version", models.TextField(help_text="The version of this project")),
                 ("generation", models.TextField(help_text="The generation of the application's tables")),
-                ("operator", models.TextField(help_text="The operating system's user who started it")),
+                ("operator", models.TextField(help_text="The operating system user who started it")),
                 ("host", models.TextField()),
                 ("process_id", models.IntegerField()),
                 ("started_at", models.DateTimeField(db_default=django.db.models.functions.datetime.Now())),
                 (
                     "heartbeat_at",
                     models.DateTimeField(
-                        db_default=django.db.models.functions.datetime.Now(), help_text="The last batch that committed"
+                        db_default=django.db.models.functions.datetime.Now(),
+                        help_text="The time of the last committed batch",
                     ),
                 ),
                 ("finished_at", models.DateTimeField(null=True)),
@@ -184,7 +185,9 @@ class Migration(migrations.Migration):
                 ("error", models.BigIntegerField(default=0)),
                 (
                     "error_new",
-                    models.BigIntegerField(default=0, help_text="Errors that no earlier run had with the same reason"),
+                    models.BigIntegerField(
+                        default=0, help_text="Rows whose ledger entry did not have this reason before"
+                    ),
                 ),
                 (
                     "census",
@@ -192,8 +195,8 @@ class Migration(migrations.Migration):
                         help_text="The tables at the end: rows = excluded + in the ledger + pending", null=True
                     ),
                 ),
-                ("balanced", models.BooleanField(help_text="Whether the identity held at the end", null=True)),
-                ("failure", models.TextField(help_text="Why it did not finish", null=True)),
+                ("balanced", models.BooleanField(help_text="Whether the reconciliation held at the end", null=True)),
+                ("failure", models.TextField(help_text="The reason why it did not finish", null=True)),
             ],
             options={
                 "verbose_name": "run",
@@ -277,21 +280,21 @@ class Migration(migrations.Migration):
                         choices=[("created", "created"), ("merged", "merged"), ("exists", "exists"), ("error", "error")]
                     ),
                 ),
-                ("reason", models.TextField(help_text="Why it is an error", null=True)),
+                ("reason", models.TextField(help_text="The reason of an error", null=True)),
                 (
                     "contact_id",
                     models.TextField(
-                        help_text="The contact it made, met or is in conflict with",
+                        help_text="The contact that it created or matched, or with which it is in conflict",
                         null=True,
                         verbose_name="contact id",
                     ),
                 ),
                 (
                     "source_updated_at",
-                    crm.fields.TimestampField(help_text="The source row's updatedAt when this was decided"),
+                    crm.fields.TimestampField(help_text="The source row's updatedAt when it was processed"),
                 ),
-                ("filled", models.TextField(help_text="What the row filled in the contact", null=True)),
-                ("sqlstate", models.TextField(help_text="PostgreSQL's code for a row that it refused", null=True)),
+                ("filled", models.TextField(help_text="The columns that the row filled in the contact", null=True)),
+                ("sqlstate", models.TextField(help_text="PostgreSQL's error code for a refused row", null=True)),
                 ("constraint", models.TextField(help_text="The constraint that refused the row", null=True)),
                 ("column", models.TextField(help_text="The column that was refused", null=True)),
                 (

@@ -32,12 +32,12 @@ class Migration(migrations.Migration):
                 (
                     "lines_reversed",
                     models.BigIntegerField(
-                        default=0, help_text="Rows that had met somebody's contact, or had an error"
+                        default=0, help_text="Rows that matched a contact created elsewhere, or were in error"
                     ),
                 ),
                 (
                     "lines_kept",
-                    models.BigIntegerField(default=0, help_text="Such rows whose contact was deleted since"),
+                    models.BigIntegerField(default=0, help_text="Such rows whose contact has been deleted since"),
                 ),
                 (
                     "later_merges",
@@ -50,7 +50,7 @@ class Migration(migrations.Migration):
                 (
                     "of",
                     models.ForeignKey(
-                        help_text="The run that it takes back",
+                        help_text="The run that is rolled back",
                         on_delete=django.db.models.deletion.CASCADE,
                         related_name="rollbacks",
                         to="crm.backfillrun",

@@ -18,14 +18,14 @@ class Migration(migrations.Migration):
                 (
                     "contact_id",
                     models.TextField(
-                        help_text="The contact that is this person's", null=True, verbose_name="contact id"
+                        help_text="The contact to which the row belongs", null=True, verbose_name="contact id"
                     ),
                 ),
                 (
                     "separate_email",
-                    models.TextField(help_text="The address of a contact of the row's own", null=True, unique=True),
+                    models.TextField(help_text="The address of the row's own contact", null=True, unique=True),
                 ),
-                ("decided_by", models.TextField(help_text="The operating system's user who decided")),
+                ("decided_by", models.TextField(help_text="The operating system user who recorded it")),
                 ("decided_at", models.DateTimeField(db_default=django.db.models.functions.datetime.Now())),
             ],
             options={

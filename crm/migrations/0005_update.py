@@ -29,14 +29,14 @@ class Migration(migrations.Migration):
                 ),
                 ("source_id", models.TextField(verbose_name="source id")),
                 ("contact_id", crm.fields.KeyField(db_index=True, verbose_name="contact id")),
-                ("columns", models.TextField(help_text="What was filled, replaced or promoted")),
+                ("columns", models.TextField(help_text="The columns that were filled, replaced or promoted")),
                 (
                     "source_updated_at",
-                    crm.fields.TimestampField(help_text="The source row's updatedAt when it was looked at"),
+                    crm.fields.TimestampField(help_text="The source row's updatedAt when it was revisited"),
                 ),
                 (
                     "contact_updated_at",
-                    crm.fields.TimestampField(help_text="The contact's updatedAt, which an update leaves as it is"),
+                    crm.fields.TimestampField(help_text="The contact's updatedAt, which an update does not change"),
                 ),
                 ("from_type", models.TextField(null=True)),
                 ("to_type", models.TextField(null=True)),
@@ -45,7 +45,9 @@ class Migration(migrations.Migration):
                 ("stage_entered_before", crm.fields.TimestampField(null=True)),
                 (
                     "confidence_before",
-                    models.IntegerField(help_text="Of the attribution that there was not", null=True),
+                    models.IntegerField(
+                        help_text="The attribution confidence before the attribution was filled", null=True
+                    ),
                 ),
                 ("placeholder", models.TextField(help_text="The placeholder email that was replaced", null=True)),
             ],
@@ -88,13 +90,13 @@ class Migration(migrations.Migration):
             model_name="backfillrun",
             name="kept",
             field=models.BigIntegerField(
-                default=0, help_text="Rows whose contact has another value that is not ours to change"
+                default=0, help_text="Rows whose contact has a value that a person may have written"
             ),
         ),
         migrations.AddField(
             model_name="backfillrun",
             name="revisited",
-            field=models.BigIntegerField(default=0, help_text="Rows that --update looked at again"),
+            field=models.BigIntegerField(default=0, help_text="Rows that --update revisited"),
         ),
         migrations.AddField(
             model_name="backfillrun",
@@ -110,7 +112,7 @@ class Migration(migrations.Migration):
             model_name="ledgerentry",
             name="seen_updated_at",
             field=crm.fields.TimestampField(
-                help_text="The source row's updatedAt when --update last looked at it again", null=True
+                help_text="The source row's updatedAt when --update last revisited it", null=True
             ),
         ),
         migrations.AddField(

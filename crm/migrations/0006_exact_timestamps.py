@@ -16,18 +16,18 @@ class Migration(migrations.Migration):
             name="legacy_schema",
             field=models.TextField(
                 default=crm.models.ledger.examined_schema,
-                help_text="The schema of the application's tables: the ledger is of no other",
+                help_text="The schema of the application's tables, to which the ledger belongs",
             ),
         ),
         migrations.AlterField(
             model_name="contactupdate",
             name="contact_updated_at",
-            field=crm.fields.ExactTimestampField(help_text="The contact's updatedAt, which an update leaves as it is"),
+            field=crm.fields.ExactTimestampField(help_text="The contact's updatedAt, which an update does not change"),
         ),
         migrations.AlterField(
             model_name="contactupdate",
             name="source_updated_at",
-            field=crm.fields.ExactTimestampField(help_text="The source row's updatedAt when it was looked at"),
+            field=crm.fields.ExactTimestampField(help_text="The source row's updatedAt when it was revisited"),
         ),
         migrations.AlterField(
             model_name="contactupdate",
@@ -38,12 +38,12 @@ class Migration(migrations.Migration):
             model_name="ledgerentry",
             name="seen_updated_at",
             field=crm.fields.ExactTimestampField(
-                help_text="The source row's updatedAt when --update last looked at it again", null=True
+                help_text="The source row's updatedAt when --update last revisited it", null=True
             ),
         ),
         migrations.AlterField(
             model_name="ledgerentry",
             name="source_updated_at",
-            field=crm.fields.ExactTimestampField(help_text="The source row's updatedAt when this was decided"),
+            field=crm.fields.ExactTimestampField(help_text="The source row's updatedAt when it was processed"),
         ),
     ]

@@ -13,7 +13,7 @@ class Migration(migrations.Migration):
             model_name="contactupdate",
             name="former",
             field=models.JSONField(
-                help_text="What was there before, or the row that has it: nothing where it was empty", null=True
+                help_text="By column, the previous value, or the row that has it; empty columns are omitted", null=True
             ),
         ),
         migrations.AddIndex(

@@ -24,7 +24,7 @@ class Migration(migrations.Migration):
             model_name="ledgerentry",
             name="source_updated_at",
             field=crm.fields.ExactTimestampField(
-                help_text="The source row's updatedAt when this was decided; an error's row may have none", null=True
+                help_text="The source row's updatedAt when it was processed; NULL for some rows in error", null=True
             ),
         ),
     ]

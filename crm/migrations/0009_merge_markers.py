@@ -13,13 +13,15 @@ class Migration(migrations.Migration):
         migrations.AddField(
             model_name="ledgerentry",
             name="confidence_before",
-            field=models.IntegerField(help_text="Of the attribution that there was not", null=True),
+            field=models.IntegerField(
+                help_text="The attribution confidence before the attribution was filled", null=True
+            ),
         ),
         migrations.AddField(
             model_name="ledgerentry",
             name="contact_updated_at",
             field=crm.fields.ExactTimestampField(
-                help_text="The updatedAt of the contact that it was merged into, which a fill leaves as it is",
+                help_text="The updatedAt of the contact that it was merged into, which a merge does not change",
                 null=True,
             ),
         ),

@@ -12,16 +12,18 @@ class Migration(migrations.Migration):
         migrations.AddField(
             model_name="backfillrun",
             name="boot_id",
-            field=models.TextField(help_text="The boot of the host that it runs since", null=True),
+            field=models.TextField(help_text="The id of the host's boot", null=True),
         ),
         migrations.AddField(
             model_name="backfillrun",
             name="pid_namespace",
-            field=models.TextField(help_text="Where the number of the process holds", null=True),
+            field=models.TextField(help_text="The namespace of the process id", null=True),
         ),
         migrations.AddField(
             model_name="backfillrun",
             name="process_started",
-            field=models.BigIntegerField(help_text="When it was started, in ticks since the boot", null=True),
+            field=models.BigIntegerField(
+                help_text="The start of the process, in clock ticks since the boot", null=True
+            ),
         ),
     ]

@@ -11,7 +11,7 @@ class Migration(migrations.Migration):
             model_name="ledgerentry",
             name="identity_keys",
             field=models.JSONField(
-                help_text="For a conflict: the contact to which each key of the row leads, if any", null=True
+                help_text="For a conflict: the contact that each key of the row matches, if any", null=True
             ),
         ),
     ]

@@ -13,14 +13,14 @@ class Migration(migrations.Migration):
             field=models.BooleanField(
                 db_default=False,
                 default=False,
-                help_text="Its report could not be written, and no later run has told of it",
+                help_text="Its report could not be written, and no later run has reported its new errors",
             ),
         ),
         migrations.AddField(
             model_name="ledgerentry",
             name="former",
             field=models.JSONField(
-                help_text="The line before the row was made a contact again, since its contact was gone", null=True
+                help_text="The previous entry, if the row was migrated again because its contact was missing", null=True
             ),
         ),
     ]

@@ -1,6 +1,6 @@
 from django.db import migrations, models
 
-AS_WELL = "Of the rows that changed their contact; earlier versions did not count them, but as kept"
+AS_WELL = "Of the rows that changed their contact; earlier versions counted them as kept"
 
 
 class Migration(migrations.Migration):
@@ -34,7 +34,7 @@ class Migration(migrations.Migration):
             models.BigIntegerField(
                 "kept only",
                 default=0,
-                help_text=("Rows that changed nothing, since the contact has another value that is not ours to change"),
+                help_text=("Rows that changed nothing, because a person may have written the contact's value"),
             ),
         ),
         migrations.AlterField("backfillbatch", "kept", models.IntegerField("kept only", default=0)),

@@ -13,7 +13,7 @@ class Migration(migrations.Migration):
             "rules",
             models.IntegerField(
                 null=True,
-                help_text="The number of the rules that it went by; of runs of earlier versions nobody knows it",
+                help_text="The number of the rules that it applied; unknown for runs of earlier versions",
             ),
         ),
     ]

@@ -1,6 +1,6 @@
 from django.db import migrations, models
 
-HELP = "Of the attribution that there was not"
+HELP = "The attribution confidence before the attribution was filled"
 
 
 class Migration(migrations.Migration):

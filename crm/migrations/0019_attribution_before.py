@@ -1,6 +1,6 @@
 from django.db import migrations, models
 
-HELP = "What was replaced of an attribution that there was not"
+HELP = "The values that the attribution replaced"
 NULLS = ", ".join(
     f"'{name}', NULL"
     for name in (

@@ -1,4 +1,4 @@
-"""The tables: the application's, which we map and do not own, and ours."""
+"""Models of the application's tables (unmanaged) and of the backfill's own tables."""
 
 from crm.models.conflict_resolution import ConflictResolution
 from crm.models.contacts import CRMContact, CRMInteraction, CRMStageHistory

@@ -1,4 +1,4 @@
-"""What a person says about a row in conflict."""
+"""Resolutions of rows in conflict."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from django.db.models.functions import Now
 
 
 class ConflictResolution(models.Model):
-    """Whose contact a row in conflict is: one that is there, or one of its own with another address.
+    """Assigns a row in conflict to an existing contact, or to its own new contact with another address.
 
-    The key is that of the row's entry in the ledger. A table beside the ledger, since a resolution outlives the entry:
-    it holds again when the run that carried it out is taken back, which deletes the entry. And the ledger names nobody,
-    where a resolution may hold an address: the only personal data in the tables of the backfill.
+    The key is that of the row's ledger entry. Resolutions are separate from the ledger because they outlive the entry,
+    which a rollback deletes: the resolution then applies again. And a resolution may contain an address, which the
+    ledger never does. It is the only personal data in the tables of the backfill.
     """
 
     id = models.TextField(primary_key=True)
     row = models.TextField(help_text="The row's reference, <table>:<id>")
-    contact_id = models.TextField("contact id", null=True, help_text="The contact that is this person's")
-    separate_email = models.TextField(null=True, unique=True, help_text="The address of a contact of the row's own")
-    decided_by = models.TextField(help_text="The operating system's user who decided")
+    contact_id = models.TextField("contact id", null=True, help_text="The contact to which the row belongs")
+    separate_email = models.TextField(null=True, unique=True, help_text="The address of the row's own contact")
+    decided_by = models.TextField(help_text="The operating system user who recorded it")
     decided_at = models.DateTimeField(db_default=Now())
 
     class Meta:

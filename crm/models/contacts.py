@@ -1,9 +1,9 @@
-"""The CRM's own tables: `crm_contacts`, `crm_interactions`, `crm_stage_history`. Prisma owns them too.
+"""The tables of the CRM, which Prisma owns: `crm_contacts`, `crm_interactions`, `crm_stage_history`.
 
-`CRMContact` maps exactly the columns that a contact of the backfill has, in the order of the table. Left out on
-purpose: the tax data (`filingStatus`, `dependents`, `previousYearAGI`, `taxYear`), which is not ours to read, and the
-columns that later generations add with a default (`leadScore`, `lastScoredAt`), which are the database's to fill in:
-what is mapped is written by `bulk_create`.
+`CRMContact` maps exactly the columns that the backfill writes, in the order of the table, because `bulk_create` writes
+all mapped columns. Excluded on purpose are the tax data (`filingStatus`, `dependents`, `previousYearAGI`, `taxYear`),
+which the backfill must not read, and columns that later generations add with a default (`leadScore`, `lastScoredAt`),
+which PostgreSQL fills.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class CRMContact(models.Model):
 
 
 class CRMInteraction(models.Model):
-    """A call, a mail, a meeting or a note with a contact. Its texts are not mapped: nothing here reads them."""
+    """A call, an email, a meeting or a note. Its texts are not mapped, because nothing reads them."""
 
     id = models.TextField(primary_key=True)
     contact = models.ForeignKey(
@@ -74,7 +74,7 @@ class CRMInteraction(models.Model):
 
 
 class CRMStageHistory(models.Model):
-    """A contact's step along the pipeline."""
+    """A change of a contact's stage."""
 
     id = models.TextField(primary_key=True)
     contact = models.ForeignKey(

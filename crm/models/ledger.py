@@ -1,4 +1,4 @@
-"""Our own tables: what was run, batch by batch, and what became of every source row."""
+"""The backfill's own tables: runs, batches, and the ledger with the outcome of each source row."""
 
 from __future__ import annotations
 
@@ -15,92 +15,96 @@ from crm.outcome import BREAKDOWNS, NUMBERS, Outcome, Source, Totals
 
 
 class RunStatus(models.TextChoices):
-    """Where a run stands."""
+    """The status of a run."""
 
-    RUNNING = "running"  # a process is at work, or died less than five minutes ago
-    PAUSED = "paused"  # stopped from outside; no other run may start until it is resumed or cancelled
-    CANCELLED = "cancelled"  # stopped from outside for good
-    INTERRUPTED = "interrupted"  # stopped by a signal, resumed after a pause, or found dead; the next run goes on
-    FAILED = "failed"  # stopped by an error that waiting did not cure; the next run goes on
-    FINISHED = "finished"  # went through to its end
+    RUNNING = "running"  # a process executes it, or died less than five minutes ago
+    PAUSED = "paused"  # stopped by an operator; no other run can start until it is resumed or cancelled
+    CANCELLED = "cancelled"  # stopped by an operator
+    INTERRUPTED = "interrupted"  # stopped by a signal, resumed after a pause, or found dead; the next run continues it
+    FAILED = "failed"  # stopped by an error that retries did not cure; the next run continues it
+    FINISHED = "finished"  # completed
 
 
-#: Who holds the lease: no other run starts meanwhile.
+#: The statuses that hold the lease: no other run can start meanwhile.
 HOLDING = (RunStatus.RUNNING, RunStatus.PAUSED)
 
 
 def examined_schema() -> str:
-    """The schema of the application's tables, as DATABASE_URL names it."""
+    """Return the schema of the application's tables from DATABASE_URL."""
     return str(settings.LEGACY_SCHEMA)
 
 
 class RunQuerySet(models.QuerySet["BackfillRun"]):
-    """Runs by what became of them."""
+    """Runs by status."""
 
     def running(self) -> Self:
-        """The run that is at work."""
+        """Return the run that is running."""
         return self.filter(status=RunStatus.RUNNING)
 
     def holding(self) -> Self:
-        """The run that keeps another one from starting; at most one, by a unique index."""
+        """Return the run that holds the lease; a unique index allows only one."""
         return self.filter(status__in=HOLDING)
 
 
 class BackfillRun(models.Model):
-    """One execution: what was asked, by whom and where, how it went."""
+    """One execution of the backfill or of a rollback: its options, operator, process and results."""
 
     class Kind(models.TextChoices):
-        """What a run does."""
+        """The kind of a run."""
 
         BACKFILL = "backfill"
         ROLLBACK = "rollback"
 
     kind = models.TextField(choices=Kind.choices, default=Kind.BACKFILL)
     status = models.TextField(choices=RunStatus.choices, default=RunStatus.RUNNING)
-    options = models.JSONField(default=dict, help_text="What was asked, as the command understood it")
+    options = models.JSONField(default=dict, help_text="The options of the command, with defaults")
     version = models.TextField(help_text="The version of this project")
     rules = models.IntegerField(
-        null=True, help_text="The number of the rules that it went by; of runs of earlier versions nobody knows it"
+        null=True, help_text="The number of the rules that it applied; unknown for runs of earlier versions"
     )
     generation = models.TextField(help_text="The generation of the application's tables")
     legacy_schema = models.TextField(
-        default=examined_schema, help_text="The schema of the application's tables: the ledger is of no other"
+        default=examined_schema, help_text="The schema of the application's tables, to which the ledger belongs"
     )
-    operator = models.TextField(help_text="The operating system's user who started it")
+    operator = models.TextField(help_text="The operating system user who started it")
     host = models.TextField()
     process_id = models.IntegerField()
-    # Without these three, whether the process is alive is told by the heartbeat alone.
-    boot_id = models.TextField(null=True, help_text="The boot of the host that it runs since")
-    pid_namespace = models.TextField(null=True, help_text="Where the number of the process holds")
-    process_started = models.BigIntegerField(null=True, help_text="When it was started, in ticks since the boot")
+    # Without these three, only the heartbeat shows whether the process is alive.
+    boot_id = models.TextField(null=True, help_text="The id of the host's boot")
+    pid_namespace = models.TextField(null=True, help_text="The namespace of the process id")
+    process_started = models.BigIntegerField(
+        null=True, help_text="The start of the process, in clock ticks since the boot"
+    )
     started_at = models.DateTimeField(db_default=Now())
-    heartbeat_at = models.DateTimeField(db_default=Now(), help_text="The last batch that committed")
+    heartbeat_at = models.DateTimeField(db_default=Now(), help_text="The time of the last committed batch")
     finished_at = models.DateTimeField(null=True)
     read = models.BigIntegerField(default=0)
     created = models.BigIntegerField(default=0)
     merged = models.BigIntegerField(default=0)
     exists = models.BigIntegerField(default=0)
     error = models.BigIntegerField(default=0)
-    error_new = models.BigIntegerField(default=0, help_text="Errors that no earlier run had with the same reason")
-    revisited = models.BigIntegerField(default=0, help_text="Rows that --update looked at again")
+    error_new = models.BigIntegerField(default=0, help_text="Rows whose ledger entry did not have this reason before")
+    revisited = models.BigIntegerField(default=0, help_text="Rows that --update revisited")
     updated = models.BigIntegerField("changed", default=0, help_text="Rows that changed their contact")
     updated_and_kept = models.BigIntegerField(
         "kept a value as well",
         null=True,
         default=0,
-        help_text="Of the rows that changed their contact; earlier versions did not count them, but as kept",
+        help_text="Of the rows that changed their contact; earlier versions counted them as kept",
     )
     kept = models.BigIntegerField(
         "kept only",
         default=0,
-        help_text="Rows that changed nothing, since the contact has another value that is not ours to change",
+        help_text="Rows that changed nothing, because a person may have written the contact's value",
     )
     unchanged = models.BigIntegerField(default=0)
     census = models.JSONField(null=True, help_text="The tables at the end: rows = excluded + in the ledger + pending")
-    balanced = models.BooleanField(null=True, help_text="Whether the identity held at the end")
-    failure = models.TextField(null=True, help_text="Why it did not finish")
+    balanced = models.BooleanField(null=True, help_text="Whether the reconciliation held at the end")
+    failure = models.TextField(null=True, help_text="The reason why it did not finish")
     report_lost = models.BooleanField(
-        default=False, db_default=False, help_text="Its report could not be written, and no later run has told of it"
+        default=False,
+        db_default=False,
+        help_text="Its report could not be written, and no later run has reported its new errors",
     )
 
     objects = RunQuerySet.as_manager()
@@ -110,7 +114,7 @@ class BackfillRun(models.Model):
         verbose_name = "run"
         ordering = ("-id",)
         constraints = (
-            # Over a constant, not the status: a run that was paused just after another one looked keeps that one out.
+            # On a constant, not the status: otherwise a run could start while another one is being paused.
             models.UniqueConstraint(Value(1), condition=Q(status__in=HOLDING), name="at_most_one_run_holds_the_fence"),
             models.CheckConstraint(
                 condition=Q(read=F("created") + F("merged") + F("exists") + F("error")),
@@ -127,7 +131,7 @@ class BackfillRun(models.Model):
 
 
 class BackfillBatch(models.Model):
-    """Rows that were committed together, counted. Written in the same transaction as they are."""
+    """The counts of a batch, committed in the transaction of its rows."""
 
     run = models.ForeignKey(BackfillRun, models.CASCADE, related_name="batches")
     source = models.TextField(choices=[(source.value, source.value) for source in Source])
@@ -160,56 +164,61 @@ class BackfillBatch(models.Model):
 
     @classmethod
     def of(cls, run_id: int, source: Source, totals: Totals, seconds: float) -> Self:
-        """A batch with these counts."""
+        """Return a batch with these counts."""
         breakdowns = {name: dict(counts) for name, counts in totals.breakdowns.items()}
         return cls(run_id=run_id, source=source, seconds=seconds, **totals.numbers, **breakdowns)
 
     def totals(self) -> Totals:
-        """The counts, to be added up."""
-        # Earlier versions did not count all of them.
+        """Return the counts."""
+        # Earlier versions left some of them NULL.
         counts: dict[str, Any] = {name: getattr(self, name) or 0 for name in NUMBERS}
         return Totals(**counts | {name: Counter(getattr(self, name)) for name in BREAKDOWNS})
 
 
 class LedgerEntry(models.Model):
-    """What became of one source row: exactly one entry for each row that was decided.
+    """The outcome of a source row. Each row has at most one entry.
 
-    The key is the contact id that the row makes (`crm.rules.mapping.contact_id`), a function of (table, row id). So
-    one index holds the promise of one entry a row, finds a row's entry, and tells whether a contact is of our making:
-    it is when there is an entry with its id and the outcome `created`.
+    The key is the contact id that is derived from the row (`crm.rules.mapping.contact_id`), a function of table and row
+    id. So one index ensures one entry per row, finds the entry of a row, and answers whether the backfill created a
+    contact: it did if the entry with the contact's id has the outcome `created`.
 
-    `run` has neither index nor constraint in the database: both would cost every row, and only an admin page and a
-    rollback look from that side.
+    `run` has neither index nor constraint in the database: both would slow down every insert, and only a page of the
+    admin and a rollback query by run.
     """
 
     id = KeyField(primary_key=True)
     source = models.TextField(choices=[(source.value, source.value) for source in Source])
     source_id = models.TextField("source id")
     outcome = models.TextField(choices=[(outcome.value, outcome.value) for outcome in Outcome])
-    reason = models.TextField(null=True, help_text="Why it is an error")
-    contact_id = models.TextField("contact id", null=True, help_text="The contact it made, met or is in conflict with")
+    reason = models.TextField(null=True, help_text="The reason of an error")
+    contact_id = models.TextField(
+        "contact id", null=True, help_text="The contact that it created or matched, or with which it is in conflict"
+    )
     run = models.ForeignKey(BackfillRun, models.DO_NOTHING, db_index=False, db_constraint=False, related_name="+")
     source_updated_at = ExactTimestampField(
-        null=True, help_text="The source row's updatedAt when this was decided; an error's row may have none"
+        null=True, help_text="The source row's updatedAt when it was processed; NULL for some rows in error"
     )
     seen_updated_at = ExactTimestampField(
-        null=True, help_text="The source row's updatedAt when --update last looked at it again"
+        null=True, help_text="The source row's updatedAt when --update last revisited it"
     )
-    filled = models.TextField(null=True, help_text="What the row filled in the contact")
+    filled = models.TextField(null=True, help_text="The columns that the row filled in the contact")
     contact_updated_at = ExactTimestampField(
-        null=True, help_text="The updatedAt of the contact that it was merged into, which a fill leaves as it is"
+        null=True, help_text="The updatedAt of the contact that it was merged into, which a merge does not change"
     )
-    attribution_before = models.JSONField(null=True, help_text="What was replaced of an attribution that there was not")
+    confidence_before = models.BigIntegerField(
+        null=True, help_text="The attribution confidence before the attribution was filled"
+    )
+    attribution_before = models.JSONField(null=True, help_text="The values that the attribution replaced")
     identity_keys = models.JSONField(
-        null=True, help_text="For a conflict: the contact to which each key of the row leads, if any"
+        null=True, help_text="For a conflict: the contact that each key of the row matches, if any"
     )
-    sqlstate = models.TextField(null=True, help_text="PostgreSQL's code for a row that it refused")
+    sqlstate = models.TextField(null=True, help_text="PostgreSQL's error code for a refused row")
     constraint = models.TextField(null=True, help_text="The constraint that refused the row")
     column = models.TextField(null=True, help_text="The column that was refused")
     table = models.TextField(null=True, help_text="The table that PostgreSQL named")
     trigger = models.TextField(null=True, help_text="The trigger that refused the row")
     former = models.JSONField(
-        null=True, help_text="The line before the row was made a contact again, since its contact was gone"
+        null=True, help_text="The previous entry, if the row was migrated again because its contact was missing"
     )
 
     class Meta:
@@ -217,7 +226,7 @@ class LedgerEntry(models.Model):
         verbose_name = "ledger entry"
         verbose_name_plural = "ledger"
         indexes = (
-            # The rows of a contact, but for the one that made it: few, so that a first run hardly pays for it.
+            # The rows of a contact, except the one that created it. They are few, so it costs a first run little.
             models.Index(
                 fields=["contact_id"], condition=Q(outcome__in=("merged", "exists")), name="ledger_entry_contact_id"
             ),
@@ -228,5 +237,5 @@ class LedgerEntry(models.Model):
 
     @property
     def row(self) -> str:
-        """The row's reference, `<table>:<id>`, the form in which log lines and commands name it."""
+        """The row's reference, `<table>:<id>`, as in logs and commands."""
         return f"{Source(self.source).table}:{self.source_id}"

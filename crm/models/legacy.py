@@ -1,8 +1,8 @@
-"""The application's people: `users`, `profiles`, `leads`. Prisma owns these tables; here they are only read.
+"""The application's tables `users`, `profiles` and `leads`. Prisma owns them; this project only reads them.
 
-Mapped is what the backfill and the admin need and what every generation has. Left out on purpose: the secret columns
-(`ssn`, `dateOfBirth`, `address`, `bankDetails`, `hashedPassword`), so that no query of ours can fetch one by accident;
-and `profiles.clerkUserId`, which is gone after 2025_10 and is read by `crm.backfill.read.source` where it exists.
+The models have the columns that the backfill and the admin need and that every generation has. Excluded on purpose are
+the secret columns (`ssn`, `dateOfBirth`, `address`, `bankDetails`, `hashedPassword`), so that no query can fetch them
+by accident, and `profiles.clerkUserId`, which exists only in 2025_10 and is read by `crm.backfill.read.source`.
 """
 
 from __future__ import annotations
@@ -15,45 +15,45 @@ from crm.fields import PostgresEnumField, RateField, TimestampField
 
 
 class ReadOnlyError(TypeError):
-    """Somebody tried to write a table that is only read."""
+    """Raised by an attempt to write a read-only table."""
 
     def __init__(self, table: str) -> None:
-        super().__init__(f"{table} belongs to the application and is only read here.")
+        super().__init__(f"{table} belongs to the application and is read-only here.")
 
 
 class ReadOnlyQuerySet(models.QuerySet[Any]):
-    """A queryset whose writing methods raise ReadOnlyError."""
+    """A queryset whose write methods raise ReadOnlyError."""
 
     def _refuse(self, *_args: Any, **_kwargs: Any) -> NoReturn:
         raise ReadOnlyError(self.model._meta.db_table)
 
     create = update = delete = bulk_create = bulk_update = get_or_create = update_or_create = _refuse
     acreate = aupdate = adelete = abulk_create = abulk_update = aget_or_create = aupdate_or_create = _refuse
-    # What Django itself goes through where it passes by `save`, as loaddata does.
+    # Django's internal methods, which code that bypasses `save` uses, such as loaddata.
     _insert = _update = _raw_delete = _refuse
 
 
 class ReadOnlyModel(models.Model):
-    """A row of a table that is only read: saving and deleting raise ReadOnlyError."""
+    """A row of a read-only table: `save` and `delete` raise ReadOnlyError."""
 
     objects = ReadOnlyQuerySet.as_manager()
 
     class Meta:
         abstract = True
-        # The one that Django would make otherwise can write.
+        # Django's default base manager could write.
         base_manager_name = "objects"
 
     def save(self, *_args: Any, **_kwargs: Any) -> NoReturn:
-        """Refuse."""
+        """Raise ReadOnlyError."""
         raise ReadOnlyError(self._meta.db_table)
 
     def delete(self, *_args: Any, **_kwargs: Any) -> NoReturn:
-        """Refuse."""
+        """Raise ReadOnlyError."""
         raise ReadOnlyError(self._meta.db_table)
 
 
 class User(ReadOnlyModel):
-    """An account of the application."""
+    """A user account of the application."""
 
     id = models.TextField(primary_key=True)
     email = models.TextField(unique=True)
@@ -91,7 +91,7 @@ class Profile(ReadOnlyModel):
 
 
 class Lead(ReadOnlyModel):
-    """Somebody who filled in a form, with the attribution that commissions are paid from."""
+    """A person who submitted a lead form, with the attribution for commissions."""
 
     id = models.TextField(primary_key=True)
     type = PostgresEnumField(enum="LeadType")

@@ -1,4 +1,4 @@
-"""What a rollback did, counted. Written in the same transactions as it."""
+"""The counts of a rollback, committed in the transactions of its batches."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from crm.models.ledger import BackfillRun
 
 
 class Rollback(models.Model):
-    """The counts of a run of the kind `rollback`, and which run it takes back.
+    """The counts of a run of the kind `rollback`, and the run that it rolls back.
 
-    Of every entry that the run still has in the ledger: reversed ones are gone, so that their rows are pending again;
-    kept and failed ones are there. `reasons` says why they are, by what stands in a rollback's report.
+    They count the entries that the run has in the ledger. Reversed entries are deleted, so their rows are pending
+    again; kept and failed entries stay. `reasons` has their number by reason, as in a rollback's report.
     """
 
     run = models.OneToOneField(BackfillRun, models.CASCADE, primary_key=True, related_name="rollback")
     of = models.ForeignKey(
-        BackfillRun, models.CASCADE, related_name="rollbacks", help_text="The run that it takes back"
+        BackfillRun, models.CASCADE, related_name="rollbacks", help_text="The run that is rolled back"
     )
     contacts_reversed = models.BigIntegerField(default=0)
     contacts_kept = models.BigIntegerField(default=0)
@@ -28,9 +28,9 @@ class Rollback(models.Model):
     updates_kept = models.BigIntegerField(default=0)
     updates_failed = models.BigIntegerField(default=0)
     lines_reversed = models.BigIntegerField(
-        default=0, help_text="Rows that had met somebody's contact, or had an error"
+        default=0, help_text="Rows that matched a contact created elsewhere, or were in error"
     )
-    lines_kept = models.BigIntegerField(default=0, help_text="Such rows whose contact was deleted since")
+    lines_kept = models.BigIntegerField(default=0, help_text="Such rows whose contact has been deleted since")
     later_merges = models.BigIntegerField(
         default=0,
         help_text="Rows that other runs had merged into a reversed contact, or over a reversed merge: pending again",

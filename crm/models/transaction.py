@@ -1,4 +1,4 @@
-"""Transactions that were committed, for whoever lost the answer to the commit."""
+"""Tokens of committed transactions, for clients that lost the answer to a commit."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from django.db.models.functions import Now
 
 
 class CommittedTransaction(models.Model):
-    """A transaction by the token that its process gave it; see crm.postgres.transactions.
+    """The token of a committed transaction; see crm.postgres.transactions.
 
-    Nobody asks for a token after its process has ended, so the claim of a run deletes old ones.
+    Only the process that committed it reads the token, so claiming a run deletes old tokens.
     """
 
     token = models.UUIDField(primary_key=True)

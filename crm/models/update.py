@@ -1,4 +1,4 @@
-"""What --update changed in contacts. Written in the same transactions as they are."""
+"""Changes of contacts by --update, committed in the transactions of the changes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from crm.outcome import Source
 
 
 class ContactUpdate(models.Model):
-    """What one source row changed in one contact when a run looked at it again.
+    """The changes of one source row in one contact when a run revisited it.
 
-    Names and labels, never a value of a person's: the values are those of the source row. The placeholder that was
-    replaced is made of the row's id. Together they are what a rollback needs to take the change back: also when the run
-    that settled the row was taken back before, so that there is no entry of it.
+    Contains names and labels, but no personal data: a rollback reads the values from the source row. A replaced
+    placeholder is derived from the row's id. A rollback needs nothing else, not even a ledger entry of the row, which
+    is missing if the run that settled the row was rolled back before.
     """
 
     run = models.ForeignKey(BackfillRun, models.CASCADE, related_name="contact_updates")
@@ -22,18 +22,18 @@ class ContactUpdate(models.Model):
     source = models.TextField(choices=[(source.value, source.value) for source in Source])
     source_id = models.TextField("source id")
     contact_id = KeyField("contact id", db_index=True)
-    columns = models.TextField(help_text="What was filled, replaced or promoted")
-    source_updated_at = ExactTimestampField(help_text="The source row's updatedAt when it was looked at")
-    contact_updated_at = ExactTimestampField(help_text="The contact's updatedAt, which an update leaves as it is")
+    columns = models.TextField(help_text="The columns that were filled, replaced or promoted")
+    source_updated_at = ExactTimestampField(help_text="The source row's updatedAt when it was revisited")
+    contact_updated_at = ExactTimestampField(help_text="The contact's updatedAt, which an update does not change")
     from_type = models.TextField(null=True)
     to_type = models.TextField(null=True)
     from_stage = models.TextField(null=True)
     to_stage = models.TextField(null=True)
     stage_entered_before = ExactTimestampField(null=True)
-    attribution_before = models.JSONField(null=True, help_text="What was replaced of an attribution that there was not")
+    attribution_before = models.JSONField(null=True, help_text="The values that the attribution replaced")
     placeholder = models.TextField(null=True, help_text="The placeholder email that was replaced")
     former = models.JSONField(
-        null=True, help_text="What was there before, or the row that has it: nothing where it was empty"
+        null=True, help_text="By column, the previous value, or the row that has it; empty columns are omitted"
     )
 
     class Meta:
@@ -50,12 +50,12 @@ class ContactUpdate(models.Model):
 
     @property
     def type_step(self) -> str:
-        """From what type to what, for people."""
+        """The change of the type as text."""
         return _step(self.from_type, self.to_type)
 
     @property
     def stage_step(self) -> str:
-        """From what stage to what, for people."""
+        """The change of the stage as text."""
         return _step(self.from_stage, self.to_stage)
 
 
