@@ -1,4 +1,4 @@
-"""The admin: contacts, runs and the ledger, to look at. Nobody adds, changes or deletes anything here."""
+"""The admin: contacts, runs and the ledger, read-only."""
 
-# Registers them, where Django looks for it.
+# Registers the model admins: Django's autodiscovery imports this package.
 from crm.admin import model_admins as model_admins

@@ -1,4 +1,4 @@
-"""The filters of the admin: each takes its own values and no other."""
+"""The filters of the admin. Each accepts only its own values."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ HAS_ATTRIBUTION = Q(referrer_username__regex=r"\S")
 
 
 class ValueFilter(admin.SimpleListFilter):
-    """Rows with one of a few values. Any other value in the address is refused before the database sees it."""
+    """Rows with one of a few values. Any other value in the address is refused before a query."""
 
     def values(self) -> Iterable[str]:
-        """What may be chosen."""
+        """Return the possible values."""
         raise NotImplementedError
 
     def narrowed(self, queryset: QuerySet[Any], value: str) -> QuerySet[Any]:
-        """The rows that have the value."""
+        """Return the rows that have the value."""
         return queryset.filter(**{str(self.parameter_name): value})
 
     def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:  # noqa: ARG002 - Django's signature
-        """The values, as they are."""
+        """Return the values, with themselves as labels."""
         return [(value, value) for value in self.values()]
 
     def queryset(self, request: HttpRequest, queryset: QuerySet[Any]) -> QuerySet[Any]:  # noqa: ARG002 - Django's signature
-        """The rows that were asked for."""
+        """Return the selected rows. Raises IncorrectLookupParameters for an unknown value."""
         value = self.value()
         if value is None:
             return queryset
@@ -48,10 +48,10 @@ class ValueFilter(admin.SimpleListFilter):
 
 
 class LabelFilter(ValueFilter):
-    """Rows with one of the labels that this database's enum has."""
+    """Rows with one of the labels of this database's enum."""
 
     def values(self) -> list[str]:
-        """The labels, in the enum's order."""
+        """Return the labels in the order of the enum."""
         connection = connections[CRMContact.objects.db]
         enum = CRMContact._meta.get_field(str(self.parameter_name)).db_type(connection)
         with connection.cursor() as cursor:
@@ -60,35 +60,35 @@ class LabelFilter(ValueFilter):
 
 
 class TypeFilter(LabelFilter):
-    """By type."""
+    """Filter by type."""
 
     title = "type"
     parameter_name = "contact_type"
 
 
 class StageFilter(LabelFilter):
-    """By stage."""
+    """Filter by stage."""
 
     title = "stage"
     parameter_name = "stage"
 
 
 class ConditionFilter(ValueFilter):
-    """Rows for which something holds, or does not."""
+    """Rows that meet a condition, or those that do not."""
 
     condition: Q | Exists
 
     def values(self) -> tuple[str, ...]:
-        """Yes and no."""
+        """Return yes and no."""
         return ("yes", "no")
 
     def narrowed(self, queryset: QuerySet[Any], value: str) -> QuerySet[Any]:
-        """The rows for which it holds, or the others."""
+        """Return the rows that meet the condition, or the others."""
         return queryset.filter(self.condition if value == "yes" else ~self.condition)
 
 
 class MadeFilter(ConditionFilter):
-    """By who made the contact."""
+    """Filter by whether the backfill created the contact."""
 
     title = "created by the backfill"
     parameter_name = "made"
@@ -96,7 +96,7 @@ class MadeFilter(ConditionFilter):
 
 
 class AttributedFilter(ConditionFilter):
-    """By whether somebody is named to whom a commission may be due."""
+    """Filter by whether the contact has any attribution, so that a commission may be due."""
 
     title = "attributed"
     parameter_name = "attributed"
@@ -104,46 +104,46 @@ class AttributedFilter(ConditionFilter):
 
 
 class SourceFilter(ValueFilter):
-    """By source."""
+    """Filter by source."""
 
     title = "source"
     parameter_name = "source"
 
     def values(self) -> Iterable[str]:
-        """The sources."""
+        """Return the sources."""
         return [source.value for source in Source]
 
 
 class OutcomeFilter(ValueFilter):
-    """By outcome."""
+    """Filter by outcome."""
 
     title = "outcome"
     parameter_name = "outcome"
 
     def values(self) -> Iterable[str]:
-        """The outcomes."""
+        """Return the outcomes."""
         return OUTCOMES
 
 
 class ReasonFilter(ValueFilter):
-    """By the reason of an error."""
+    """Filter by the reason of an error."""
 
     title = "reason"
     parameter_name = "reason"
 
     def values(self) -> Iterable[str]:
-        """The reasons."""
+        """Return the reasons."""
         return [reason.value for reason in Reason]
 
 
 class RunFilter(ValueFilter):
-    """By run: the last ones to choose from, and the one in the address."""
+    """Filter by run. The list contains the latest runs, and the one in the address."""
 
     title = "run"
     parameter_name = "run"
 
     def values(self) -> Iterable[str]:
-        """The runs, the newest first."""
+        """Return the numbers of the runs, newest first."""
         runs = [str(run) for run in BackfillRun.objects.values_list("pk", flat=True)[:MAX_RUNS_TO_CHOOSE]]
         asked = self.value()
         is_older = asked is not None and asked.isascii() and asked.isdigit() and len(asked) < 19 and asked not in runs
@@ -151,22 +151,22 @@ class RunFilter(ValueFilter):
 
 
 class KindFilter(ValueFilter):
-    """By what the run does."""
+    """Filter by kind of run."""
 
     title = "kind"
     parameter_name = "kind"
 
     def values(self) -> Iterable[str]:
-        """The kinds."""
+        """Return the kinds."""
         return BackfillRun.Kind.values
 
 
 class StatusFilter(ValueFilter):
-    """By status."""
+    """Filter by status."""
 
     title = "status"
     parameter_name = "status"
 
     def values(self) -> Iterable[str]:
-        """The statuses."""
+        """Return the statuses."""
         return RunStatus.values

@@ -77,7 +77,7 @@ ROW_IS_THERE = Case(
 
 @admin.register(CRMContact)
 class ContactAdmin(ReadOnlyAdmin):
-    """All contacts, whoever made them, each with what the ledger says of it."""
+    """All contacts, each with its ledger entries and updates."""
 
     list_display = (
         "email",
@@ -91,7 +91,7 @@ class ContactAdmin(ReadOnlyAdmin):
     list_filter = (MadeFilter, TypeFilter, StageFilter, AttributedFilter)
     search_fields = ("email",)
     search_help_text = "An id, or the beginning of an email address, a first name or a last name."
-    # By its unique index; there is none on the creation.
+    # The email has a unique index; the creation time has no index.
     ordering = ("email",)
     fieldsets = (
         (None, {"fields": ("first_name", "last_name", "email", "phone", "company")}),
@@ -103,7 +103,7 @@ class ContactAdmin(ReadOnlyAdmin):
     )
 
     def get_queryset(self, request: HttpRequest) -> Any:
-        """The contacts, with whether the backfill made them."""
+        """Annotate whether the backfill created the contact."""
         return super().get_queryset(request).annotate(made=MADE_BY_BACKFILL)
 
     def get_search_results(
@@ -112,7 +112,7 @@ class ContactAdmin(ReadOnlyAdmin):
         queryset: QuerySet[Any],
         search_term: str,
     ) -> tuple[QuerySet[Any], bool]:
-        """By key first, which is a look into an index; else by how every word of the search begins, in any case."""
+        """Search by key, which uses an index; if nothing matches, by the beginnings of address and names."""
         term = search_term.strip()
         if not term:
             return queryset, False
@@ -129,22 +129,22 @@ class ContactAdmin(ReadOnlyAdmin):
 
     @admin.display
     def name(self, contact: CRMContact) -> str:
-        """First and last name."""
+        """Return the first and last name."""
         return f"{contact.first_name} {contact.last_name}"
 
     @admin.display(boolean=True, description="created by the backfill")
     def made_by_the_backfill(self, contact: Any) -> bool:
-        """Whether the backfill made it."""
+        """Return whether the backfill created the contact."""
         return bool(contact.made)
 
     @admin.display(description="commission rate")
     def rate(self, contact: CRMContact) -> str:
-        """As it is stored, which may be NaN: Django would round it."""
+        """Return the stored rate, which may be NaN. Django would round it."""
         return "-" if contact.commission_rate is None else f"{contact.commission_rate:f}"
 
     @admin.display(description="ledger entries")
     def ledger(self, contact: CRMContact) -> str:
-        """The source rows that made it, were merged into it, met it or are in conflict with it."""
+        """Return the entries of source rows that created or matched the contact, or are in conflict with it."""
         entries = LedgerEntry.objects.filter(_names_contact(contact.pk)).order_by("source", "source_id")
         found = [
             {
@@ -161,7 +161,7 @@ class ContactAdmin(ReadOnlyAdmin):
 
     @admin.display
     def updates(self, contact: CRMContact) -> str:
-        """What --update changed in it, the last change first."""
+        """Return the changes of the contact by --update, latest first."""
         changes = ContactUpdate.objects.filter(contact_id=contact.pk).order_by("-pk")[: MAX_ENTRIES + 1]
         found = [
             {
@@ -177,10 +177,10 @@ class ContactAdmin(ReadOnlyAdmin):
 
 
 class LatestBatches(BaseInlineFormSet):  # type: ignore[type-arg] # django-stubs' formsets are generic, Django's are not
-    """The last batches of a run: a long one has thousands."""
+    """The latest batches of a run; a long run has thousands."""
 
     def get_queryset(self) -> QuerySet[Any]:
-        """The last ones."""
+        """Return the latest batches."""
         if not hasattr(self, "_queryset"):
             self._queryset = super().get_queryset()[:MAX_BATCHES]
         return self._queryset
@@ -204,7 +204,7 @@ class BatchInline(NothingToChange, admin.TabularInline):  # type: ignore[type-ar
 
 @admin.register(BackfillRun)
 class RunAdmin(ReadOnlyAdmin):
-    """The runs, the newest first."""
+    """The runs, newest first."""
 
     list_display = (
         "id",
@@ -233,36 +233,36 @@ class RunAdmin(ReadOnlyAdmin):
 
     @admin.display
     def duration(self, run: BackfillRun) -> str:
-        """How long it took, or has been at work."""
+        """Return the duration of the run up to its end or last heartbeat."""
         return str(timedelta(seconds=round(((run.finished_at or run.heartbeat_at) - run.started_at).total_seconds())))
 
     @admin.display(description="report lost", boolean=True)
     def report_is_lost(self, run: BackfillRun) -> bool:
-        """Whether it ended without a report that a later run has not reported either."""
+        """Return whether the run ended without a report, and no later run has reported its new errors."""
         return run.report_lost and run.status != RunStatus.RUNNING and not lease.may_be_at_work(run)
 
     @admin.display(description="options")
     def asked(self, run: BackfillRun) -> str:
-        """What was asked."""
+        """Return the options of the run."""
         return _indented(run.options)
 
     @admin.display(description="row counts at the end")
     def tables(self, run: BackfillRun) -> str:
-        """The census."""
+        """Return the row counts at the end of the run."""
         return _indented(run.census) if run.census is not None else "-"
 
     def get_queryset(self, request: HttpRequest) -> Any:
-        """The runs, with their rollbacks."""
+        """Prefetch the rollbacks of the runs."""
         return control.with_rollbacks(super().get_queryset(request))
 
     @admin.display(description="rollback")
     def taken_back(self, run: BackfillRun) -> str:
-        """What a rollback took back, or which rollbacks took a run back."""
+        """Return what a rollback reversed, or which rollbacks reversed the run."""
         return control.taken_back(run) or "-"
 
     @admin.display(description="related runs")
     def rollback_runs(self, run: BackfillRun) -> str:
-        """The way to the run that a rollback took back, or to the rollbacks of a run."""
+        """Return links to the run that a rollback reversed, or to the rollbacks of the run."""
         rollback = control.rollback_of(run)
         numbers = [rollback.of_id] if rollback else control.rolled_back_by(run)
         links = ((_link(BackfillRun, number, str(number)),) for number in numbers)
@@ -270,13 +270,13 @@ class RunAdmin(ReadOnlyAdmin):
 
     @admin.display(description="rollback counts")
     def counts_of_the_rollback(self, run: BackfillRun) -> str:
-        """All that a rollback counted."""
+        """Return all counts of a rollback."""
         rollback = control.rollback_of(run)
         return _indented(model_to_dict(rollback)) if rollback else "-"
 
     @admin.display(description="changed by column")
     def changed_by_column(self, run: BackfillRun) -> str:
-        """How often --update changed each column."""
+        """Return how often --update changed each column."""
         columns: Counter[str] = Counter()
         for batch in in_pages(run.batches.filter(updated__gt=0)):
             columns.update(batch.updated_by_column)
@@ -284,13 +284,13 @@ class RunAdmin(ReadOnlyAdmin):
 
     @admin.display(description="changes")
     def changed(self, run: BackfillRun) -> SafeString:
-        """The way to what --update changed."""
+        """Return a link to the changes by --update."""
         address = reverse("admin:crm_contactupdate_changelist")
         return format_html('<a href="{}?{}">all</a>', address, urlencode({"run": run.pk}))
 
     @admin.display(description="ledger entries")
     def ledger(self, run: BackfillRun) -> SafeString:
-        """Where to read what became of its rows."""
+        """Return links to the ledger entries of the run."""
         address = reverse("admin:crm_ledgerentry_changelist")
         return format_html(
             '<a href="{0}?{1}">all</a>, <a href="{0}?{2}">errors</a>',
@@ -301,15 +301,15 @@ class RunAdmin(ReadOnlyAdmin):
 
 
 class ContactNamingAdmin(ReadOnlyAdmin):
-    """A table whose rows name a contact by its id."""
+    """A model whose rows contain the id of a contact."""
 
     def get_queryset(self, request: HttpRequest) -> Any:
-        """The rows, with whether their contact is there."""
+        """Annotate whether the contact exists."""
         return super().get_queryset(request).annotate(contact_is_there=CONTACT_IS_THERE)
 
     @admin.display
     def contact(self, entry: Any) -> str:
-        """The contact, and the way to it unless it has been deleted since."""
+        """Return a link to the contact, or its id if it has been deleted."""
         if entry.contact_id is None:
             return "-"
         if not entry.contact_is_there:
@@ -319,7 +319,7 @@ class ContactNamingAdmin(ReadOnlyAdmin):
 
 @admin.register(LedgerEntry)
 class LedgerAdmin(ContactNamingAdmin):
-    """What became of every source row."""
+    """The ledger: the outcomes of source rows."""
 
     list_display = ("source_row", "outcome", "reason", "contacts", "what_was_filled", "run_link", "source_updated_at")
     list_filter = (OutcomeFilter, ReasonFilter, SourceFilter, RunFilter)
@@ -355,7 +355,7 @@ class LedgerAdmin(ContactNamingAdmin):
         queryset: QuerySet[Any],
         search_term: str,
     ) -> tuple[QuerySet[Any], bool]:
-        """A source row by the key that its id makes, which is a look into the index; else the entries of a contact."""
+        """Search a source row by the key derived from its id; if nothing matches, the entries of a contact."""
         term = search_term.strip()
         if not term:
             return queryset, False
@@ -364,7 +364,7 @@ class LedgerAdmin(ContactNamingAdmin):
 
     @admin.display(description="contact")
     def contacts(self, entry: Any) -> str:
-        """The contact; of a conflict all to which the row's keys lead, each with the keys."""
+        """Return the contact; for a conflict, all contacts that the keys of the row match, with these keys."""
         if not entry.identity_keys:
             return self.contact(entry)
         by_contact = keys_by_contact(entry.contact_id, entry.identity_keys)
@@ -381,45 +381,45 @@ class LedgerAdmin(ContactNamingAdmin):
 
     @admin.display(description="remedy")
     def what_to_do(self, entry: LedgerEntry) -> str:
-        """What a person can do about an error."""
+        """Return the remedy for an error."""
         if entry.outcome != Outcome.ERROR:
             return "-"
         return remedy(entry.row, entry.reason, entry.contact_id, entry.identity_keys)
 
     def get_queryset(self, request: HttpRequest) -> Any:
-        """The rows, with whether they and their contacts are there."""
+        """Annotate whether the source row exists."""
         return super().get_queryset(request).annotate(row_is_there=ROW_IS_THERE)
 
     @admin.display(description="row")
     def source_row(self, entry: Any) -> str:
-        """The row's reference, with a word where the application has no such row any more."""
+        """Return the row's reference, marked if the row no longer exists in the application."""
         return str(entry.row) if entry.row_is_there else f"{entry.row} (gone)"
 
     @admin.display(description="filled")
     def what_was_filled(self, entry: LedgerEntry) -> str:
-        """What the row filled in the contact."""
+        """Return the columns that the row filled in the contact."""
         return _spaced(entry.filled)
 
     @admin.display(description="previous entry")
     def former_values(self, entry: LedgerEntry) -> str:
-        """What the entry said before the row was made a contact again."""
+        """Return the previous entry of a row that was migrated again."""
         return _indented(entry.former) if entry.former else "-"
 
     @admin.display(description="resolution")
     def resolution(self, entry: LedgerEntry) -> str:
-        """The way to the resolution of the row's conflict, where there is one."""
+        """Return a link to the resolution of the row's conflict, if there is one."""
         found = ConflictResolution.objects.filter(pk=entry.pk).first()
         return _link(ConflictResolution, found.pk, f"by {found.decided_by}") if found else "-"
 
     @admin.display(description="run")
     def run_link(self, entry: LedgerEntry) -> str:
-        """The run that decided it."""
+        """Return a link to the run that processed the row."""
         return _link(BackfillRun, entry.run_id, str(entry.run_id))
 
 
 @admin.register(ConflictResolution)
 class ResolutionAdmin(ContactNamingAdmin):
-    """What people say about rows in conflict."""
+    """The resolutions of rows in conflict."""
 
     list_display = ("row", "contact", "separate_email", "decided_by", "decided_at", "entry")
     search_fields = ("row",)
@@ -433,19 +433,19 @@ class ResolutionAdmin(ContactNamingAdmin):
         queryset: QuerySet[Any],
         search_term: str,
     ) -> tuple[QuerySet[Any], bool]:
-        """A row by the key that its id makes."""
+        """Search a row by the key derived from its id."""
         term = search_term.strip()
         return (queryset.filter(pk__in=_keys_of(term)) if term else queryset), False
 
     @admin.display(description="ledger entry")
     def entry(self, resolution: ConflictResolution) -> str:
-        """The way to what became of the row."""
+        """Return a link to the ledger entry of the row."""
         return _link(LedgerEntry, resolution.pk, resolution.row)
 
 
 @admin.register(ContactUpdate)
 class ContactUpdateAdmin(ContactNamingAdmin):
-    """What --update changed in contacts."""
+    """The changes of contacts by --update."""
 
     list_display = ("contact", "what_was_changed", "type_change", "stage_change", "entry_link", "run_link")
     list_filter = (RunFilter,)
@@ -464,49 +464,49 @@ class ContactUpdateAdmin(ContactNamingAdmin):
         queryset: QuerySet[Any],
         search_term: str,
     ) -> tuple[QuerySet[Any], bool]:
-        """The updates of a contact, which is a look into the index."""
+        """Search the updates of a contact, by index."""
         term = search_term.strip()
         return (queryset.filter(contact_id=term) if term else queryset), False
 
     @admin.display(description="ledger entry")
     def entry_link(self, change: ContactUpdate) -> str:
-        """The entry of the source row that it came from; there is none while the row is pending again."""
+        """Return a link to the entry of the source row. It has no entry while it is pending again."""
         return _link(LedgerEntry, change.line_id, change.row)
 
     @admin.display(description="changed")
     def what_was_changed(self, change: ContactUpdate) -> str:
-        """The columns."""
+        """Return the changed columns."""
         return _spaced(change.columns)
 
     @admin.display(description="previous values")
     def former_values(self, change: ContactUpdate) -> str:
-        """By column: a value, or the row that has it."""
+        """Return, by column, the previous value or the row that has it."""
         return _indented(change.former) if change.former else "-"
 
     @admin.display(description="type")
     def type_change(self, change: ContactUpdate) -> str:
-        """From what to what."""
+        """Return the change of the type."""
         return change.type_step
 
     @admin.display(description="stage")
     def stage_change(self, change: ContactUpdate) -> str:
-        """From what to what."""
+        """Return the change of the stage."""
         return change.stage_step
 
     @admin.display(description="run")
     def run_link(self, change: ContactUpdate) -> str:
-        """The run that did it."""
+        """Return a link to the run."""
         return _link(BackfillRun, change.run_id, str(change.run_id))
 
 
 def _names_contact(identifier: str) -> Q:
-    """The ledger entries that name a contact: as theirs, or as one to which a key of a row in conflict leads."""
+    """Match ledger entries that name a contact, also as one that a key of a row in conflict matches."""
     by_key = Q(*((f"identity_keys__{key}", identifier) for key in IDENTITY_KEYS), _connector=Q.OR)
     return Q(contact_id=identifier) | (Q(identity_keys__isnull=False) & by_key)
 
 
 def _keys_of(term: str) -> list[str]:
-    """The keys of the entries of the rows that a search may mean."""
+    """Return the keys of the entries of rows that a search term may refer to."""
     table, _, source_id = term.partition(":")
     return [contact_id(named, term) for named in ("profiles", "leads")] + [contact_id(table, source_id)]
 

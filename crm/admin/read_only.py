@@ -1,4 +1,4 @@
-"""What all lists of the admin have in common: nobody changes anything, and a list counts only so far."""
+"""Common parts of all lists of the admin: they are read-only, and count rows up to a bound."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from django.core.paginator import Paginator
 from django.http import HttpRequest
 from django.utils.functional import cached_property
 
-#: Lists count no further, and lead no further.
+#: The maximum number of rows that a list counts and shows.
 MAX_COUNTED = 10_000
 
 
 class BoundedPaginator(Paginator):  # type: ignore[type-arg] # django-stubs' paginator is generic, Django's is not
-    """Counts up to a bound: nobody leafs through a million rows, and counting them all takes a while."""
+    """Counts up to a bound, because counting millions of rows takes long."""
 
     @cached_property
     def count(self) -> int:
-        """How many rows there are, or the bound."""
+        """The number of rows, or the bound."""
         rows: Any = self.object_list
         return int(rows.order_by()[:MAX_COUNTED].count())
 
@@ -30,34 +30,34 @@ class BoundedPaginator(Paginator):  # type: ignore[type-arg] # django-stubs' pag
 
 
 class BoundedChangeList(ChangeList):
-    """A list that does not call the bound a number of results."""
+    """A list that does not show the bound as the number of results."""
 
     def get_results(self, request: HttpRequest) -> None:
-        """Fetch the page."""
+        """Fetch the rows of the page."""
         super().get_results(request)
         if self.result_count == MAX_COUNTED:
-            # The search box tells the number where the two differ.
+            # The search box shows the number of results only if the two differ.
             self.full_result_count = self.result_count
 
 
 class NothingToChange:
-    """No permission but to view, for anybody."""
+    """Denies every permission except viewing."""
 
     def has_add_permission(self, *_request: Any) -> bool:
-        """Nobody adds."""
+        """Deny adding."""
         return False
 
     def has_change_permission(self, *_request: Any) -> bool:
-        """Nobody changes."""
+        """Deny changing."""
         return False
 
     def has_delete_permission(self, *_request: Any) -> bool:
-        """Nobody deletes."""
+        """Deny deleting."""
         return False
 
 
 class ReadOnlyAdmin(NothingToChange, admin.ModelAdmin):  # type: ignore[type-arg] # django-stubs' admin is generic, Django's is not
-    """A table to look at."""
+    """A read-only list of a model's rows."""
 
     actions = None
     paginator = BoundedPaginator
@@ -66,13 +66,13 @@ class ReadOnlyAdmin(NothingToChange, admin.ModelAdmin):  # type: ignore[type-arg
     sortable_by = ()
 
     def lookup_allowed(self, lookup: str, value: Any, request: HttpRequest | None = None) -> bool:  # noqa: ARG002 - Django's signature
-        """The filters' own parameters: another one would bring any value before the database."""
+        """Allow only the parameters of the filters, because any other would pass arbitrary values to the database."""
         return lookup in {getattr(choice, "parameter_name", None) for choice in self.list_filter}
 
     def get_object(self, request: HttpRequest, object_id: str, from_field: str | None = None) -> Any:
-        """The row with the id; PostgreSQL refuses to look for text with a NUL in it, which no row has."""
+        """Return the row with the id. None for an id with a NUL, which PostgreSQL refuses."""
         return None if "\0" in object_id else super().get_object(request, object_id, from_field)
 
     def get_changelist(self, request: HttpRequest, **kwargs: Any) -> type[ChangeList]:  # noqa: ARG002 - Django's signature
-        """The list that counts only so far."""
+        """Return BoundedChangeList."""
         return BoundedChangeList

@@ -205,9 +205,6 @@ class LedgerEntry(models.Model):
     contact_updated_at = ExactTimestampField(
         null=True, help_text="The updatedAt of the contact that it was merged into, which a merge does not change"
     )
-    confidence_before = models.BigIntegerField(
-        null=True, help_text="The attribution confidence before the attribution was filled"
-    )
     attribution_before = models.JSONField(null=True, help_text="The values that the attribution replaced")
     identity_keys = models.JSONField(
         null=True, help_text="For a conflict: the contact that each key of the row matches, if any"
