@@ -1,11 +1,11 @@
-"""People as they really are in the application's tables, made up and repeatable.
+"""Realistic and reproducible sample people for the application's tables.
 
-    words       what people are called and what they type: names, phones, referrers, messages
-    shapes      what differs between the generations of the tables
-    chance      everything random: picks, ids, dates
+    words       names, phone numbers, referrers and messages
+    shapes      differences between the generations of the tables
+    chance      random picks, ids and dates
     population  PURE: a number of people -> rows of every table, a chunk at a time
-    crm         PURE: the contacts that the CRM already has, and what happened to them
-    loader      the only part that touches a database
+    crm         PURE: contacts that the CRM already has, with their history
+    loader      the only part that uses a database
 
 The pure parts import the standard library only.
 """

@@ -1,4 +1,4 @@
-"""Everything random, from one seed: picks, ids, dates. The same seed gives the same sequence on every machine."""
+"""Random picks, ids and dates from one seed. The same seed gives the same sequence on every machine."""
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
@@ -18,14 +18,14 @@ _BASE_62: Final = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxy
 _PAIRS_36: Final = tuple(a + b for a in _BASE_36 for b in _BASE_36)
 _PAIRS_62: Final = tuple(a + b for a in _BASE_62 for b in _BASE_62)
 _FOUR_DIGITS: Final = 36**4
-# Clerk's ids are KSUIDs: 32 bits of seconds since this one, 128 bits of luck, in base 62. Six digits tell a second.
+# Clerk's ids are KSUIDs: 32 bits of seconds since this time and 128 random bits, in base 62.
 _KSUID_BEGINS: Final = 1_400_000_000
-# What a process of the application puts into each id it makes; it has been started more than once.
+# The process part of ids. The application has been started more than once.
 _FINGERPRINTS: Final = ("3b6u", "k0qz", "08jw")
 
 
 def weighted(shares: Mapping[T, int]) -> tuple[T, ...]:
-    """A tuple in which each value occurs as often as its share says, to pick from evenly."""
+    """Return a tuple that contains each value as often as its share, so that `pick` is weighted."""
     return tuple(value for value, share in shares.items() for _ in range(share))
 
 
@@ -41,7 +41,7 @@ def _four(number: int) -> str:
 
 
 class Chance:
-    """A moment is a whole number of milliseconds since the first day began."""
+    """A random generator. Moments are milliseconds since the beginning of the first day."""
 
     def __init__(self, seed: str, first_day: date, last_day: date) -> None:
         self.random = Random(seed).random  # noqa: S311 - sample data has to be repeatable, not secret
@@ -55,37 +55,37 @@ class Chance:
         self._serial = 0
 
     def happens(self, share: float) -> bool:
-        """Whether something happens that does so with this probability."""
+        """Return true with this probability."""
         return self.random() < share
 
     def pick(self, values: Sequence[T]) -> T:
-        """One of the values."""
+        """Return one of the values."""
         return values[int(self.random() * len(values))]
 
     def maybe(self, share: float, values: Sequence[T]) -> T | None:
-        """One of the values, or nothing at all."""
+        """Return one of the values with the probability `share`, otherwise None."""
         return values[int(self.random() * len(values))] if self.random() < share else None
 
     def number(self, below: int) -> int:
-        """A whole number from 0 on."""
+        """Return an integer from 0 to `below` - 1."""
         return int(self.random() * below)
 
     def after(self, moment: int, longest: int) -> int:
-        """A later moment, sooner rather than later, at most `longest` on and never past the end."""
+        """Return a moment up to `longest` later, mostly soon, and not after the end."""
         return min(self.end, moment + int(self.random() * self.random() * longest))
 
     def before(self, moment: int, longest: int) -> int:
-        """An earlier moment, at most `longest` back and never before the beginning."""
+        """Return a moment up to `longest` earlier, and not before the beginning."""
         return max(0, moment - int(self.random() * longest))
 
     def timestamp(self, moment: int) -> str:
-        """A moment as PostgreSQL writes it."""
+        """Return a moment in PostgreSQL's format."""
         day, rest = divmod(moment, DAY)
         second, millisecond = divmod(rest, SECOND)
         return f"{self._days[day]} {self._clock[second]}.{millisecond:03d}"
 
     def cuid(self, moment: int) -> str:
-        """An id as the application makes it at that moment: `c`, the time, a counter, the process, and luck."""
+        """Return an id as the application creates it: `c`, the time, a counter, the process, and random digits."""
         self._serial += 1
         high, low = divmod(self._first_moment + moment, _FOUR_DIGITS)
         first, second = divmod(int(self.random() * _FOUR_DIGITS * _FOUR_DIGITS), _FOUR_DIGITS)
@@ -93,7 +93,7 @@ class Chance:
         return f"c{_four(high)}{_four(low)}{counter}{_FINGERPRINTS[self._serial % 3]}{_four(first)}{_four(second)}"
 
     def clerk_id(self, moment: int) -> str:
-        """An id as Clerk makes it at that moment: `user_`, and 27 of 0-9A-Za-z that begin with the time."""
+        """Return an id as Clerk creates it: `user_` and 27 characters of 0-9A-Za-z, of which the first are the time."""
         luck = "".join([_PAIRS_62[int(self.random() * 3844)] for _ in range(13)])
         seconds = (self._first_moment + moment) // SECOND - _KSUID_BEGINS
         high, low = divmod((seconds << 128) // 62**21, 62**4)

@@ -1,8 +1,8 @@
-"""The contacts that the CRM already has: three people in a hundred, with what happened to them there.
+"""The contacts that the CRM already has, for three percent of the people, with their history.
 
-The CRM has been filling itself with new leads, and its users have been adding people by hand. So some contacts meet a
-lead or a profile by email, by user or by Clerk id; some stand under an old address, or in another case; some belong to
-nobody else; and some contradict the accounts, which only a person can sort out.
+The CRM has created contacts for new leads, and its users have added people manually. So some contacts match a lead or a
+profile by email, user or Clerk id; some have an old address, or one in another case; some match no row; and some
+contradict the accounts, which requires a resolution by an operator.
 """
 
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ from crm.sample_data.shapes import Shape
 
 _SHARE: Final = 0.03
 _NO_ATTRIBUTION: Final = (None, None, None, None, None, "100")
-#: By lead type, or by role where there was no lead.
+#: By lead type, or by role if there was no lead.
 _CONTACT_TYPES: Final = {"CUSTOMER": "LEAD", "TAX_PREPARER": "PREPARER", "AFFILIATE": "AFFILIATE", "CLIENT": "CLIENT"}
 _INTERACTION_TYPES: Final = weighted(words.INTERACTION_TYPES)
-#: How a contact meets an account. `split` and `taken` contradict it.
+#: The keys by which a contact matches an account. `split` and `taken` contradict the account.
 _MEETINGS: Final = weighted(
     {"all": 30, "user": 18, "clerk": 15, "email": 17, "another case": 10, "split": 6, "taken": 4}
 )
@@ -28,7 +28,7 @@ Rows = dict[str, list[Row]]
 
 @dataclass(frozen=True, slots=True)
 class _Card:
-    """What differs from one way of meeting to the next."""
+    """The keys of a contact."""
 
     email: str
     user_id: str | None = None
@@ -36,17 +36,17 @@ class _Card:
 
 
 class Crm:
-    """The contacts, interactions and stage history that the application's users made."""
+    """Generates the contacts, interactions and stage history that the application's users created."""
 
     def __init__(self, chance: Chance, shape: Shape) -> None:
         self._chance = chance
         self._stages = shape.stages
         self._scores = "leadScore" in shape.columns["crm_contacts"]
-        # A user whom no contact has, to be given to the wrong contact.
+        # A user without a contact, who will be assigned to a wrong contact.
         self._free_user: str | None = None
 
     def in_another_case(self, email: str) -> str:
-        """The same address, sometimes with other capitals."""
+        """Return the same address, mostly in another case."""
         chance = self._chance
         luck = chance.random()
         if luck < 0.3:
@@ -59,7 +59,7 @@ class Crm:
         return f"{own}@{domain.capitalize()}"
 
     def meet_lead(self, rows: Rows, person: Person, lead: Lead) -> None:
-        """The CRM made a contact of this lead when it came in, or somebody typed the person in later."""
+        """Maybe add a contact that the CRM created for this lead, or a user added later."""
         chance = self._chance
         if not chance.happens(_SHARE):
             return
@@ -67,14 +67,14 @@ class Crm:
         if chance.happens(0.15):
             email = self.in_another_case(email)
         elif chance.happens(0.08):
-            # Nobody else knows this address.
+            # No row has this address.
             email = f"walk-in.{person.email}"
         kept = chance.happens(0.6)
         attribution = lead.attribution[:6] if kept else _NO_ATTRIBUTION
         self._contact(rows, lead, _Card(email), lead.source if kept else "manual", attribution)
 
     def meet_account(self, rows: Rows, person: Person, account: Account, lead: Lead | None) -> None:
-        """Somebody added the person to the CRM, knowing more or less about the account."""
+        """Maybe add a contact that a user created for this account, with some of its keys."""
         chance = self._chance
         if not chance.happens(_SHARE):
             if account.user_id:

@@ -1,4 +1,4 @@
-"""Fills the application's tables with sample people, by COPY, in one transaction: all of them or nobody."""
+"""Fills the application's tables with sample people by COPY, in one transaction."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,26 +24,26 @@ _ELSEWHERE = (
 
 @dataclass(frozen=True)
 class Loaded:
-    """What was written."""
+    """The number of written rows by table, and the duration."""
 
     rows: dict[str, int]
     seconds: float
 
     @property
     def total(self) -> int:
-        """The number of rows of all tables."""
+        """The number of rows in all tables."""
         return sum(self.rows.values())
 
 
 def load(people: int, generation: str, seed: int) -> Loaded:
-    """Make the tables of `generation` where they are missing, and fill them with that many people.
+    """Create the tables of `generation` if they are missing, and fill them with this number of people.
 
-    Raises OperatorError, with nothing written, where `people` is less than 1, where a table holds rows, where the
-    tables are those of another generation or incomplete, and where the database refuses. Raises
-    django.db.OperationalError where there is no connection.
+    Raises OperatorError, with nothing written, if `people` is less than 1, if a table contains rows, if the tables are
+    incomplete or of another generation, and if the database refuses the rows. Raises django.db.OperationalError if the
+    connection fails.
     """
     if people < 1:
-        raise OperatorError(f"--people {people} makes nobody: give a number of at least 1.")
+        raise OperatorError(f"--people {people} creates no people: give a number of at least 1.")
     started = monotonic()
     connection.ensure_connection()
     try:
@@ -59,7 +59,7 @@ def load(people: int, generation: str, seed: int) -> Loaded:
 
 
 def _first_line(error: Exception) -> str:
-    """What happened, without the lines that quote rows."""
+    """Return the first line of an error, without those that quote rows."""
     return str(error).strip().partition("\n")[0].rstrip(".") + "."
 
 
@@ -81,7 +81,7 @@ def _prepare_tables(cursor: CursorWrapper, generation: str) -> None:
 
 
 def _columns_there(cursor: CursorWrapper) -> dict[str, set[str]]:
-    """The columns of those of the application's tables that exist."""
+    """Return the columns of the application's tables that exist, by table."""
     cursor.execute(
         "SELECT relname, array_agg(attname::text) FROM pg_class JOIN pg_attribute ON attrelid = pg_class.oid "
         "WHERE relnamespace = to_regnamespace(quote_ident(%s)) AND relname = ANY(%s) "
@@ -97,7 +97,7 @@ def _holds_rows(cursor: CursorWrapper, table: str) -> bool:
 
 
 def _check_generation(cursor: CursorWrapper, there: dict[str, set[str]], generation: str) -> None:
-    """The tables must be able to hold the rows, and must not be the tables of another generation that also can."""
+    """Refuse tables that lack columns, and tables of another generation that happen to have them."""
     lacking = [
         f"{table}.{column}"
         for table, columns in SHAPES[generation].columns.items()
@@ -132,7 +132,7 @@ def _spelling_of_roles(cursor: CursorWrapper) -> str:
 
 
 def _generation_of(roles: str, there: dict[str, set[str]]) -> str | None:
-    """The newest generation whose columns are all there, if its roles are spelt like this."""
+    """Return the newest generation with this spelling of roles whose columns all exist."""
     for generation, shape in reversed(SHAPES.items()):
         if shape.roles == roles and all(there[table].issuperset(columns) for table, columns in shape.columns.items()):
             return generation
@@ -147,7 +147,7 @@ def _fill(cursor: CursorWrapper, people: int, generation: str, seed: int) -> dic
             _copy(cursor, copies[table], rows)
             counts[table] += len(rows)
     for table in TABLES:
-        # Without statistics the planner takes a full table for an empty one, until autovacuum comes by.
+        # Without statistics, the planner assumes empty tables until autovacuum runs.
         cursor.execute(sql.SQL("ANALYZE {}").format(_qualified(table)))
     return counts
 

@@ -1,4 +1,4 @@
-"""What the makers of rows tell each other about a person."""
+"""The data about a person from which rows are generated."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ Row = tuple[str | None, ...]
 
 @dataclass(frozen=True, slots=True)
 class Person:
-    """A human being, before anything was typed into a form."""
+    """A person, with correctly spelled data. Forms may contain other spellings."""
 
     number: int
     arrived: int
@@ -16,7 +16,7 @@ class Person:
     last: str
     #: The first name as an address or a link has it.
     handle: str
-    #: The part of the email before the @. Its number makes it the person's own.
+    #: The part of the email before the @. Its number makes it unique.
     own: str
     #: In lower case.
     email: str
@@ -26,7 +26,7 @@ class Person:
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """A profile as it was written."""
+    """A profile as stored."""
 
     profile_id: str
     user_id: str | None
@@ -40,7 +40,7 @@ class Account:
 
 @dataclass(frozen=True, slots=True)
 class Lead:
-    """A lead as it was written."""
+    """A lead as stored."""
 
     kind: str
     at: int

@@ -1,12 +1,12 @@
-"""A number of people becomes rows of the application's tables, a chunk at a time, in constant memory.
+"""Generates rows of the application's tables for a number of people, a chunk at a time, in constant memory.
 
-A person is one human being. About four in ten have an account (a user and a profile), often after one or more leads;
-the others are known by their leads alone, mostly one, sometimes several. So ten thousand people make some four
-thousand profiles and nine thousand leads. People arrive evenly over three years, in order, and the first few are the
-business itself: they hold every role, so that even a handful of people has them all.
+About 40 % of the people have an account (a user and a profile), often after one or more leads. The others have only
+leads, mostly one, sometimes several. So ten thousand people have about four thousand profiles and nine thousand leads.
+People arrive evenly over three years, in order. The first ones are the staff: they have all roles, so that even a small
+number of people includes each role.
 
-Rows are tuples of text as PostgreSQL reads it, None for NULL, in the order of `Shape.columns`. The same people,
-generation and seed give the same rows, byte for byte.
+Rows are tuples of text in PostgreSQL's format, None for NULL, in the order of `Shape.columns`. The same number of
+people, generation and seed give identical rows.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from crm.sample_data.shapes import FIRST_DAY, SHAPES, TABLES
 Chunk = dict[str, list[Row]]
 
 CHUNK: Final = 5_000
-# The people whom others are assigned to or referred by: a few, so that memory does not grow with the number of people.
+# The maximum number of people to whom leads are assigned, or who refer others, so that memory stays constant.
 _REMEMBERED: Final = 250
 
 _ACCOUNT_SHARE: Final = 0.4
@@ -36,7 +36,7 @@ _FOUNDERS: Final = (
     "LEAD",
     "CLIENT",
 )
-# One account came without an email. There can be only one: addresses are unique.
+# One account has an empty email. There can be only one, because addresses are unique.
 _WITHOUT_EMAIL: Final = len(_FOUNDERS) - 1
 
 _CULTURES: Final = weighted(words.CULTURES)
@@ -66,7 +66,7 @@ _INTAKE_YEARS: Final = (2023, 2024, 2025)
 
 @dataclass(frozen=True, slots=True)
 class _Colleague:
-    """Somebody whom leads are assigned to or come from."""
+    """A person to whom leads are assigned, or who referred them."""
 
     profile_id: str
     user_id: str | None
@@ -74,9 +74,9 @@ class _Colleague:
 
 
 def generate(people: int, generation: str, seed: int) -> Iterator[Chunk]:
-    """Yield the rows of that many people, by table, CHUNK people at a time.
+    """Yield the rows of this number of people, by table, CHUNK people at a time.
 
-    Every foreign key points into the same chunk or an earlier one. Raises KeyError for a generation that has no shape.
+    Foreign keys refer to the same chunk or an earlier one. Raises KeyError for an unknown generation.
     """
     population = _Population(people, generation, seed)
     for start in range(0, people, CHUNK):
@@ -129,7 +129,7 @@ class _Population:
         )
 
     def _typed_name(self, name: str) -> str:
-        """The name as its owner typed it this time."""
+        """Return the name as typed into a form."""
         luck = self._chance.random()
         if luck < 0.9:
             return name
@@ -142,7 +142,7 @@ class _Population:
         return self._chance.pick(words.BLANKS)
 
     def _typed_email(self, email: str, as_it_is: float) -> str:
-        """The email as its owner typed it this time: another case, or space around it."""
+        """Return the email as typed into a form: maybe in another case, or with spaces around it."""
         if self._chance.happens(as_it_is):
             return email
         luck = self._chance.random()
@@ -189,7 +189,7 @@ class _Population:
         return self._typed_email(person.email, 0.95)
 
     def _second_account(self, person: Person, email: str) -> None:
-        """The same person signed up again, as a client and in another case: only a person can say which one it is."""
+        """Add a second account of the same person, with the address in another case: a conflict for an operator."""
         user_id = self._user(person, email.swapcase())
         clerk_id = self._chance.clerk_id(person.arrived) if self._shape.clerk else None
         self._profile(person, "CLIENT", user_id, clerk_id, email.swapcase())
@@ -270,7 +270,7 @@ class _Population:
         return role.lower()
 
     def _public_page(self, person: Person, role: str, profile_id: str, user_id: str | None) -> Row:
-        """Slug, bio, licence, tracking codes and bond: of preparers and affiliates only."""
+        """Return slug, bio, licence, tracking codes and bond, which only preparers and affiliates have."""
         chance = self._chance
         if role not in ("TAX_PREPARER", "AFFILIATE"):
             return (None, None, None, None, None, "f", None, None)
@@ -300,7 +300,7 @@ class _Population:
             colleagues[self._chance.number(_REMEMBERED)] = colleague
 
     def _secrets(self, person: Person) -> Row:
-        """What the backfill must never read. No number here is ever issued to anybody."""
+        """Return the columns that the backfill must never read. These numbers are never issued."""
         chance = self._chance
         if not chance.happens(0.3):
             return (None, None, None, None)
@@ -403,7 +403,7 @@ class _Population:
             self._lead(person, kind, chance.pick(_STATUSES), at, self._typed_email(email, 0.6))
         if is_own:
             if chance.happens(0.015):
-                # Signed up and never went on: a user without a profile.
+                # A user who signed up and did not continue has no profile.
                 self._user(person, person.email)
             if chance.happens(_INTAKE_OF_LEAD):
                 self._intake(
@@ -413,7 +413,7 @@ class _Population:
             self._household_email = person.email
 
     def _lead_email(self, person: Person) -> tuple[str, bool]:
-        """The email of a person's leads, and whether it is one that nobody else uses."""
+        """Return the email of a person's leads, and whether it is the person's own."""
         luck = self._chance.random()
         if luck < 0.007:
             return self._chance.pick(words.NOT_EMAILS), False
@@ -475,7 +475,7 @@ class _Population:
         return lead
 
     def _answers(self, kind: str) -> Row:
-        """What each form asks: of customers, of preparers, of affiliates."""
+        """Return the answers in the forms for customers, preparers and affiliates."""
         chance = self._chance
         if kind == "CUSTOMER":
             situation, income = chance.maybe(0.7, words.TAX_SITUATIONS), chance.maybe(0.5, words.INCOMES)
@@ -487,7 +487,7 @@ class _Population:
         return (None, None, None, None, None, experience, chance.maybe(0.8, words.AUDIENCES))
 
     def _visit(self) -> Row:
-        """Campaign, address and browser."""
+        """Return campaign, IP address and browser."""
         chance = self._chance
         campaign: Row = (None, None, None)
         if chance.happens(0.2):
@@ -500,7 +500,7 @@ class _Population:
         return (*campaign, address, chance.maybe(0.9, words.USER_AGENTS))
 
     def _attribution(self, at: int) -> Row:
-        """Username, type, rate, locked at, method, confidence, cookie."""
+        """Return username, type, rate, locked at, method, confidence and cookie."""
         chance = self._chance
         luck = chance.random()
         if luck < 0.1 or not self._referrers:
@@ -508,7 +508,7 @@ class _Population:
         if luck < 0.64:
             return _DIRECT
         if luck < 0.65:
-            # Some forms write down as text that there is nobody.
+            # No referrer. Some forms store that as text.
             return ("", "", None, None, "direct", "100", None)
         method, confidence = chance.pick(_METHODS)
         rate = chance.pick(_RATES) if chance.happens(0.9) else None
@@ -518,7 +518,7 @@ class _Population:
         return (username, chance.pick(_REFERRER_TYPES), rate, locked, method, confidence, cookie)
 
     def _assignment(self, at: int) -> str | None:
-        """Mostly a profile's id, sometimes a user's, rarely that of a preparer who is gone."""
+        """Return the id of a preparer's profile, sometimes of the user, rarely of a preparer who no longer exists."""
         chance = self._chance
         if not self._preparers or not chance.happens(0.3):
             return None

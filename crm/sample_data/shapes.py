@@ -1,10 +1,10 @@
-"""What differs between the generations of the application's tables, as far as sample rows are concerned."""
+"""Differences between the generations of the application's tables that concern sample rows."""
 
 from dataclasses import dataclass
 from datetime import date
 from typing import Final
 
-#: In the order in which foreign keys let them be filled.
+#: In the order that foreign keys require.
 TABLES: Final = (
     *("users", "profiles", "leads", "tax_intake_leads", "client_preparers"),
     *("crm_contacts", "crm_interactions", "crm_stage_history"),
@@ -148,10 +148,10 @@ _LATER_PROFILES: Final = ("middleName", "professionalTitle", "website", "booking
 
 @dataclass(frozen=True)
 class Shape:
-    """What the generator has to know of a generation. Columns that are left out take their defaults."""
+    """The properties of a generation that the generator needs. Omitted columns get their defaults."""
 
     last_day: date
-    #: "upper", "lower", or "both" where the two spellings live side by side.
+    #: "upper", "lower", or "both" if the enum has both spellings.
     roles: str
     #: Profiles hold Clerk ids and may have no user.
     clerk: bool

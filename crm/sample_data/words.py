@@ -1,8 +1,8 @@
 # ruff: noqa: RUF001 - letters that look alike are what names are made of
-"""What people are called and what they type. Made-up lists: nobody in particular is meant.
+"""Fictitious names and form inputs.
 
-Telephone numbers lie in ranges kept for fiction, IP addresses in ranges kept for documentation, and every email is
-under a domain kept for examples, so that no sample row can reach a real person.
+Phone numbers are in ranges reserved for fiction, IP addresses in ranges reserved for documentation, and email addresses
+in domains reserved for examples, so that no sample row refers to a real person.
 """
 
 import unicodedata
@@ -17,7 +17,7 @@ _PLAIN_LETTERS: Final = str.maketrans(
 
 @dataclass(frozen=True)
 class Name:
-    """A name as it is written, and what its owner puts into an email address."""
+    """A name, and its form in an email address."""
 
     written: str
     handle: str
@@ -37,7 +37,7 @@ def _handle(written: str) -> str:
 
 
 def _names(listed: str) -> tuple[Name, ...]:
-    """Names separated by commas. One in another script brings its handle along: `伟=wei`."""
+    """Parse names separated by commas. A name in another script is followed by its handle: `伟=wei`."""
     names = []
     for item in " ".join(listed.split()).split(", "):
         written, _, handle = item.partition("=")
@@ -153,7 +153,7 @@ EMAIL_DOMAINS: Final = (
     "office.example.com",
     "students.example.org",
 )
-#: `{first}`, `{last}`: the handles; `{number}` makes the address the person's own.
+#: `{first}`, `{last}`: the handles; `{number}` makes the address unique.
 EMAIL_FORMS: Final = (
     "{first}.{last}{number}",
     "{first}{last}{number}",
@@ -187,7 +187,7 @@ NOT_EMAILS: Final = (
 NOT_ACCOUNT_EMAILS: Final = ("{own}@", "{own}", "{own} at example.com", "{own}@example", "{own}@@example.com")
 
 AREA_CODES: Final = ("404", "678", "770", "212", "305", "312", "415", "512", "602", "713", "787", "808", "917", "951")
-#: `{area}` and `{line}`; 555-0100 to 555-0199 belong to nobody.
+#: `{area}` and `{line}`; 555-0100 to 555-0199 are reserved for fiction.
 PHONE_FORMS: Final = {
     "({area}) 555-{line}": 24,
     "{area}-555-{line}": 18,
