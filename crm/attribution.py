@@ -1,20 +1,20 @@
-"""The attribution columns of `crm_contacts`, and the index on one of them: added where they are missing.
+"""Adds the attribution columns of `crm_contacts` and the index on one of them, if they are missing.
 
-The table belongs to the application, which writes to it while this runs. So:
+The table belongs to the application, which writes to it at the same time. So:
 
-- The catalogue is asked first, which takes no lock on the table. Where Prisma was first, that is all that happens.
-- All missing columns come with one ALTER TABLE. It needs ACCESS EXCLUSIVE for an instant and rewrites nothing: the one
-  default is stored in the catalogue. While it waits for that lock, everybody else queues behind it, so it waits for
-  `lock_timeout` only, lets them pass, and tries again.
-- The index is built CONCURRENTLY, which lets the application read and write throughout. A build that is broken off
-  leaves an invalid index behind; the next attempt drops it, concurrently too, and builds anew.
+- The catalogue is read first, which takes no lock on the table. If Prisma has added everything, nothing else happens.
+- One ALTER TABLE adds all missing columns. It needs ACCESS EXCLUSIVE for a moment and rewrites nothing, because the
+  only default is stored in the catalogue. While it waits for the lock, all other sessions queue behind it. So it waits
+  for `lock_timeout` only, pauses to let them pass, and retries.
+- The index is built CONCURRENTLY, so the application can read and write meanwhile. An interrupted build leaves an
+  invalid index; the next attempt drops it, also concurrently, and builds it again.
 
-`migrate` looks at the table each time, and not at its own record: Prisma drops the columns again where its schema does
-not name them.
+`migrate` checks the table each time, instead of its own record: Prisma drops the columns if its schema does not contain
+them.
 
-What was added says so in a comment of its own, and only that is ever removed. A column and its comment commit together.
-An index gets its comment after the build: one that was broken off by force in between stays when this is taken back,
-unless it goes with its column. So does one that was there before, broken, and was only repaired.
+Columns and index get a comment that marks them, and only marked ones are ever removed. A column and its comment are
+committed together. An index gets its comment after the build, so the removal keeps an index that was built but not
+marked, unless its column is dropped. It also keeps an invalid index of others that was only rebuilt.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ INDEX = "crm_contacts_referrerUsername_idx"
 INDEXED_COLUMN = "referrerUsername"
 MARK = "Added by the CRM contacts backfill"
 
-#: Somebody else added the same thing after the catalogue was asked.
+#: Errors if another session has added the same object since the catalogue was read.
 ADDED_MEANWHILE = (sqlstates.DUPLICATE_COLUMN, sqlstates.DUPLICATE_TABLE, sqlstates.UNIQUE_VIOLATION)
 PASSING = (sqlstates.LOCK_NOT_AVAILABLE, sqlstates.DEADLOCK_DETECTED, *ADDED_MEANWHILE)
 
@@ -62,8 +62,8 @@ logger = logging.getLogger(__name__)
 class Patience:
     """How long to wait, in seconds.
 
-    `table` bounds the wait for the lock behind which the application queues; `build` that for the transactions that a
-    concurrent build has to see end, which keeps nobody waiting; `pauses` are those between the attempts.
+    `table` limits the wait for the table lock, behind which the application queues. `build` limits the wait of a
+    concurrent build for older transactions, which blocks no other session. `pauses` are the waits between attempts.
     """
 
     table: float = 3
@@ -72,13 +72,13 @@ class Patience:
 
 
 DEFAULT_PATIENCE = Patience()
-#: The migration that adds the columns for the first time, and takes them away when it is reversed.
+#: The migration that adds the columns, and removes them when it is reversed.
 MIGRATION = ("crm", "0002_attribution")
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A column or the index, as the catalogue has it."""
+    """A column or the index in the catalogue."""
 
     valid: bool
     marked: bool
@@ -86,7 +86,7 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """What the catalogue says of `crm_contacts`."""
+    """The attribution columns and the index of `crm_contacts` in the catalogue."""
 
     columns: Mapping[str, Found]
     index: Found | None
@@ -98,31 +98,31 @@ class Table:
 
     @property
     def lacks_index(self) -> bool:
-        """Whether there is no valid index of them."""
+        """Whether there is no valid index."""
         return self.index is None or not self.index.valid
 
     @property
     def marked_columns(self) -> list[str]:
-        """The columns that our migration added, by their comment."""
+        """The columns that the backfill added, according to their comments."""
         return [name for name, column in self.columns.items() if column.marked]
 
     @property
     def has_marked_index(self) -> bool:
-        """Whether our migration made the index."""
+        """Whether the backfill created the index."""
         return self.index is not None and self.index.marked
 
 
 def add(connection: BaseDatabaseWrapper, patience: Patience = DEFAULT_PATIENCE) -> None:
-    """Add the columns and the index that are missing; where nothing is, do nothing at all.
+    """Add the missing columns and the index; do nothing if none is missing.
 
-    Must not be called in a transaction. Raises OperatorError where the table is missing, where this role may not change
-    it (with the SQL for its owner), where the connection goes through PgBouncer and an index has to be built, and where
-    other sessions hold the table for longer than `patience` allows.
+    Must not be called in a transaction. Raises OperatorError if the table is missing, if this role may not change it
+    (with the SQL for its owner), if the connection uses PgBouncer and the index must be built, and if other sessions
+    lock the table for longer than `patience` allows.
     """
     table = _require_table(connection)
     if table.lacks_index:
         _require_session(connection, _statements_to_add(table))
-    # What is found broken was somebody's before: a repair is not an addition.
+    # An invalid index without the mark belongs to others: rebuilding it does not make it ours.
     is_addition = table.index is None or table.index.marked
     try:
         _with_patience(connection, patience, lambda: _add_columns(connection, patience))
@@ -134,10 +134,10 @@ def add(connection: BaseDatabaseWrapper, patience: Patience = DEFAULT_PATIENCE) 
 
 
 def restore(using: str, **_signal: Any) -> None:
-    """Add what is missing, whatever the record of migrations says. A receiver of `post_migrate`.
+    """Add missing columns and index again if the migration is applied. A receiver of `post_migrate`.
 
-    Prisma drops columns that its schema does not name, and Django would not run a migration twice. Does nothing where
-    the migration is not applied: then they are not to be there, or it adds them itself. Raises what `add` does.
+    Prisma drops columns that its schema does not contain, and Django runs a migration only once. Raises the errors of
+    `add`.
     """
     connection = connections[using]
     if connection.vendor == "postgresql" and MIGRATION in MigrationRecorder(connection).applied_migrations():
@@ -145,14 +145,14 @@ def restore(using: str, **_signal: Any) -> None:
 
 
 def remove(connection: BaseDatabaseWrapper, patience: Patience = DEFAULT_PATIENCE) -> None:
-    """Drop the columns, with the data in them, and the index that `add` added; whatever else is there stays.
+    """Drop the columns that `add` added, with their data, and the index. Other columns stay.
 
-    It is the reverse of `add` and asks no more questions than it: a column that was added goes even when Prisma knows
-    it by now, and so do indexes that others made on it. The attribution itself is not lost: it is the leads'.
+    A marked column is dropped even if Prisma's schema contains it meanwhile, and so are the indexes that others have
+    created on it. The attribution is not lost, because the leads have it.
 
-    Must not be called in a transaction. Raises OperatorError where this role may not change the table (with the SQL for
-    its owner), where something depends on a column, where the connection goes through PgBouncer and an index has to be
-    dropped, and where other sessions hold the table for longer than `patience` allows.
+    Must not be called in a transaction. Raises OperatorError if this role may not change the table (with the SQL for
+    its owner), if something depends on a column, if the connection uses PgBouncer and the index must be dropped, and if
+    other sessions lock the table for longer than `patience` allows.
     """
     table = _look(connection)
     if table is None:
@@ -166,14 +166,14 @@ def remove(connection: BaseDatabaseWrapper, patience: Patience = DEFAULT_PATIENC
         if sqlstate(error) == sqlstates.DEPENDENT_OBJECTS_STILL_EXIST:
             raise OperatorError(
                 f"A view or another object depends on an attribution column of {TABLE}, so none was dropped. "
-                "Drop that object, and try again."
+                "Drop that object, then run this command again."
             ) from error
         if sqlstate(error) != sqlstates.INSUFFICIENT_PRIVILEGE:
             raise
         raise _owner_needed(connection, _statements_to_remove(_require_table(connection))) from error
 
 
-# Each of these looks for itself: it may be the second attempt, or others may have been at work.
+# Each of these reads the catalogue again: it may be a retry, or other sessions may have changed the table.
 
 
 def _add_columns(connection: BaseDatabaseWrapper, patience: Patience) -> None:
@@ -219,7 +219,7 @@ def _with_patience(connection: BaseDatabaseWrapper, patience: Patience, step: Ca
                 raise _name_taken() from error
             if pause is None:
                 raise _lock_not_given(connection, attempt) from error
-        logger.info("%s is in use by other sessions; attempt %d in %g s", TABLE, attempt + 1, pause)
+        logger.info("%s is in use by other sessions: attempt %d in %g s", TABLE, attempt + 1, pause)
         sleep_until_signal(pause)
     return None
 
@@ -233,7 +233,7 @@ def _short_transaction(connection: BaseDatabaseWrapper, patience: Patience) -> I
 
 @contextmanager
 def _bounded_session(connection: BaseDatabaseWrapper, patience: Patience) -> Iterator[CursorWrapper]:
-    """For statements that refuse to run in a transaction. A role's statement_timeout would break off a long build."""
+    """Set timeouts for statements that cannot run in a transaction. A statement_timeout would cancel a long build."""
     with connection.cursor() as cursor:
         cursor.execute("SELECT current_setting('lock_timeout'), current_setting('statement_timeout')")
         lock_timeout, statement_timeout = cursor.fetchone()
@@ -351,16 +351,16 @@ def _identifier(*names: str) -> str:
     return ".".join(map(quoted_name, names))
 
 
-# What the operator is told
+# Messages for the operator
 
 
 def _require_session(connection: BaseDatabaseWrapper, statements: list[str]) -> None:
-    """A concurrent build needs timeouts of the session, and through PgBouncer those would become the application's."""
+    """Refuse PgBouncer: the timeouts of a concurrent build are those of the session, which other clients share."""
     if connection.settings_dict.get("DISABLE_SERVER_SIDE_CURSORS"):
         raise OperatorError(
-            f"The index {INDEX} cannot be built or dropped through PgBouncer without a long lock. For this one "
-            "command, give the database's direct address in DATABASE_URL, without pgbouncer=true; or run "
-            f"{'; '.join(statements)}; and try again."
+            f"The index {INDEX} cannot be built or dropped through PgBouncer without a long lock. For this command, "
+            "set DATABASE_URL to the direct address of the database, without pgbouncer=true. Or run "
+            f"{'; '.join(statements)}; then run this command again."
         )
 
 
@@ -369,8 +369,8 @@ def _owner_needed(connection: BaseDatabaseWrapper, statements: list[str]) -> Ope
         cursor.execute("SELECT current_user")
         (role,) = cursor.fetchone()
     return OperatorError(
-        f"The role {role} may not change the table {settings.LEGACY_SCHEMA}.{TABLE}. Let its owner run, one by one and "
-        f"not in a transaction, {'; '.join(statements)}; and try again."
+        f"The role {role} may not change the table {settings.LEGACY_SCHEMA}.{TABLE}. As its owner, one by one and not "
+        f"in a transaction, run {'; '.join(statements)}; then run this command again."
     )
 
 
@@ -378,14 +378,14 @@ def _lock_not_given(connection: BaseDatabaseWrapper, attempts: int) -> OperatorE
     sessions = ", ".join(map(str, _sessions_on_the_table(connection)))
     holders = f" (now: the server processes {sessions})" if sessions else ""
     return OperatorError(
-        f"Other sessions{holders} kept {settings.LEGACY_SCHEMA}.{TABLE} in use during all {attempts} attempts, and the "
-        "application was not to wait any longer. Find the long transaction in pg_stat_activity, let it end, and try "
-        "again: what is done stays done."
+        f"Other sessions{holders} used {settings.LEGACY_SCHEMA}.{TABLE} during all {attempts} attempts, and waiting "
+        "longer for its lock would have blocked the application. Find the long transaction in pg_stat_activity, wait "
+        "for its end, then run this command again. Completed steps stay."
     )
 
 
 def _name_taken() -> OperatorError:
     return OperatorError(
-        f"Something in the schema {settings.LEGACY_SCHEMA} that is no index of {TABLE} has the name {INDEX}, which "
-        "Prisma gives to the index on its referrers. Rename it, and try again."
+        f"The schema {settings.LEGACY_SCHEMA} has a relation {INDEX} that is not an index of {TABLE}. Prisma uses this "
+        "name for the index on its referrers. Rename the relation, then run this command again."
     )

@@ -1,7 +1,7 @@
-"""`python manage.py check --database default`: what the role of the backfill lacks, and what it should not have.
+"""`python manage.py check --database default`: missing and unneeded rights of the role, and unmet requirements.
 
-The rights that are asked for are those that `docs/least_privilege.sql` grants. Before `migrate`, and in a database
-without the application's tables, nothing is said of rights. Whatever else a run would be refused for is an error.
+The needed rights are those that `docs/least_privilege.sql` grants. Rights are checked only after `migrate`, in a
+database with the application's tables. Any other reason for which a run would be refused is an error.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from crm.postgres.facts.requirements import CONTACTS, HISTORY
 from crm.postgres.facts.rights import OUR_TABLES, RIGHTS, Operation, Right
 from crm.postgres.facts.schema import examine, find_misfits
 
-#: What no query here ever asks for.
+#: Columns that no query of the backfill reads.
 SECRET_COLUMNS = ("ssn", "dateOfBirth", "address", "bankDetails", "hashedPassword")
 READ_ONLY_TABLES = ("users", "profiles", "leads")
-#: What makes a role more than an ordinary one, in the order of the queries.
+#: Attributes that an ordinary role does not have, in the order of the queries.
 ATTRIBUTES = ("SUPERUSER", "CREATEROLE", "CREATEDB", "REPLICATION", "BYPASSRLS")
-#: Predefined roles that may only look at the server's statistics, for --max-replica-lag; and the one that the owner of
-#: a database is a member of by itself.
+#: Predefined roles that may only read the server's statistics, for --max-replica-lag, and pg_database_owner, of which
+#: the owner of the database is implicitly a member.
 HARMLESS_ROLES = (
     "pg_database_owner", "pg_monitor", "pg_read_all_settings", "pg_read_all_stats", "pg_stat_scan_tables",
 )  # fmt: skip
-#: The tag of the check that warns of rights which the backfill does not need: who migrates has and needs them.
+#: The tag of the check for rights that the backfill does not need. The role that runs `migrate` needs them.
 EXCESS = "excess_rights"
-#: The tag of the check for what a run would refuse and `migrate` may be the remedy for.
+#: The tag of the check for other refusals of a run, for which `migrate` may be the remedy.
 RUN = "run"
-#: The tags of the checks that `migrate` does without.
+#: The tags of the checks that `migrate` skips.
 NOT_FOR_MIGRATE = (EXCESS, RUN)
-#: How many names a warning lists.
+#: The maximum number of names in a warning.
 _NAMED = 10
-#: The only advice for a role that the server or the application depends on.
-KEEP = "Do not change this role: docs/least_privilege.sql makes one that may do what is needed and nothing else."
-SCRIPT = "docs/least_privilege.sql makes a role that may do what is needed and nothing else."
+#: The hint for a role that the server or the application needs.
+KEEP = "Do not change this role: docs/least_privilege.sql creates another one that has only the needed rights."
+SCRIPT = "docs/least_privilege.sql creates a role that has only the needed rights."
 
 
 class ColumnRight(NamedTuple):
@@ -57,7 +57,7 @@ class ColumnRight(NamedTuple):
 
 
 class _Rights:
-    """What the role of a connection may do."""
+    """The rights of a connection's role."""
 
     def __init__(self, connection: BaseDatabaseWrapper) -> None:
         self._connection = connection
@@ -76,7 +76,7 @@ class _Rights:
         return {name for (name,) in self.ask(query, [schema])}
 
     def on_columns(self, schema: str, tables: Iterable[str], privileges: Sequence[str]) -> dict[ColumnRight, bool]:
-        """For every column, and for xmin, whether the role has the privilege."""
+        """Return, for every column and xmin, whether the role has the privilege."""
         query = """
             SELECT nspname, relname, attname, privilege, has_column_privilege(c.oid, attnum, privilege)
               FROM pg_attribute
@@ -92,13 +92,13 @@ class _Rights:
 
 @register(Tags.database)
 def check_rights(databases: Sequence[str] | None = None, **_options: Any) -> list[CheckMessage]:
-    """What the role lacks, with the GRANT, for each database asked for."""
+    """Report missing rights, with the GRANT, for each of the databases."""
     return _of_roles(databases, _lacking)
 
 
 @register(EXCESS)
 def check_excess(databases: Sequence[str] | None = None, **_options: Any) -> list[CheckMessage]:
-    """What the role has too much of, for each database asked for."""
+    """Report rights that the backfill does not need, for each of the databases."""
     return _of_roles(databases, _excessive)
 
 
@@ -117,7 +117,7 @@ def _of_roles(
 
 
 def _as_operator_error() -> AbstractContextManager[None]:
-    return as_operator_error("The database broke the check off: {}. Try again.")
+    return as_operator_error("Database error during the check: {}. Run the command again.")
 
 
 def _is_migrated(rights: _Rights) -> bool:
@@ -131,12 +131,12 @@ def _lacking(_connection: BaseDatabaseWrapper, rights: _Rights) -> list[CheckMes
 
 
 def _excessive(connection: BaseDatabaseWrapper, rights: _Rights) -> list[CheckMessage]:
-    # On the embedded server people are made up, and there is one role for everything.
+    # The embedded server has sample data and only one role.
     if connection.settings_dict["ENGINE"] == "config.embedded_backend":
         return []
     messages = _too_much(rights, rights.role)
     if rights.logged_in != rights.role:
-        # Whatever runs in the session can go back to the role that logged in.
+        # Any code in the session can return to the role that logged in.
         with transaction.atomic(using=connection.alias):
             rights.ask("SELECT set_config('role', 'none', true)")
             messages += _too_much(_Rights(connection), f"{rights.logged_in} (after RESET ROLE)")
@@ -145,7 +145,7 @@ def _excessive(connection: BaseDatabaseWrapper, rights: _Rights) -> list[CheckMe
 
 @register(Tags.database)
 def check_fit(databases: Sequence[str] | None = None, **_options: Any) -> list[CheckMessage]:
-    """What a run would refuse a database for, for each database asked for."""
+    """Report requirements that a database does not meet, for each of the databases."""
     with _as_operator_error():
         return [
             Error(misfit.problem, hint=misfit.way_out, id="crm.E004")
@@ -157,11 +157,11 @@ def check_fit(databases: Sequence[str] | None = None, **_options: Any) -> list[C
 
 @register(RUN)
 def check_run(databases: Sequence[str] | None = None, **_options: Any) -> list[CheckMessage]:
-    """What else a run would be refused for, such as a ledger or a column that `migrate` makes."""
+    """Report other reasons for which a run would be refused, such as a table or column that `migrate` creates."""
     messages: list[CheckMessage] = []
     with _as_operator_error():
         for alias in databases or ():
-            # A run names one thing at a time. What the other checks tell in full comes first.
+            # `examine` reports only its first finding, so the complete lists of the other checks come first.
             if connections[alias].vendor != "postgresql" or check_rights([alias]) or check_fit([alias]):
                 continue
             try:
@@ -177,7 +177,7 @@ def _missing_schemas(rights: _Rights) -> list[CheckMessage]:
     """
     return [
         Error(
-            f"The role {rights.role} may not look into the schema {schema}.",
+            f"The role {rights.role} may not use the schema {schema}.",
             hint=f"GRANT USAGE ON SCHEMA {quoted_name(schema)} TO {quoted_name(rights.role)};",
             id="crm.E001",
         )
@@ -231,12 +231,12 @@ def _on_own(rights: _Rights) -> dict[ColumnRight, bool]:
 
 
 def _is_needed(right: ColumnRight) -> bool:
-    """Whether a role cannot do without a right, whatever it does."""
+    """Return whether every role of the backfill needs a right."""
     return any(need.is_basic and need.operations != (Operation.VERIFY,) for need in _needs(right))
 
 
 def _needs(right: ColumnRight) -> Iterator[Right]:
-    """The needs that a privilege on a column meets. To no right on a whole table does xmin belong."""
+    """Yield the entries of RIGHTS that a privilege on a column satisfies. Rights on whole tables exclude xmin."""
     for need in RIGHTS:
         is_meant = right.column in need.columns if need.columns else right.column != "xmin"
         if is_meant and (need.table, need.privilege) == (right.table, right.privilege):
@@ -252,7 +252,7 @@ def _hidden_rows(rights: _Rights) -> list[CheckMessage]:
     """
     return [
         Error(
-            f"Row-level security may hide rows of {table} from the role {rights.role}: nobody would miss them.",
+            f"Row-level security may hide rows of {table} from the role {rights.role}; they would be missing silently.",
             hint=f"ALTER ROLE {quoted_name(rights.role)} BYPASSRLS;",
             id="crm.E003",
         )
@@ -277,15 +277,15 @@ def _too_much(rights: _Rights, role: str) -> list[CheckMessage]:
     ]
     found = (
         ("W001", "may read secret columns", sorted({f"{right.table}.{right.column}" for right in secret})),
-        ("W002", "may write tables that are only read", written),
+        ("W002", "may write tables that the backfill only reads", written),
         (
             "W003",
-            "may write columns that the backfill leaves alone",
+            "may write columns that the backfill does not write",
             sorted({f"{right.table}.{right.column} ({right.privilege})" for right in changed}),
         ),
-        ("W004", "may make tables in the application's schema", _schemas_to_make_tables_in(rights)),
+        ("W004", "may create tables in the application's schema", _schemas_to_make_tables_in(rights)),
         ("W006", "has rights on other relations", _other_relations(rights)),
-        ("W007", "may create in other schemas", _other_schemas_to_create_in(rights)),
+        ("W007", "may create objects in other schemas", _other_schemas_to_create_in(rights)),
         ("W008", "may create schemas in the database", _database_to_create_in(rights)),
     )
     messages: list[CheckMessage] = [
@@ -296,7 +296,7 @@ def _too_much(rights: _Rights, role: str) -> list[CheckMessage]:
     if powers := [*_attributes(rights), *_memberships(rights)]:
         messages.append(
             Warning(
-                f"The role {role} is more than an ordinary role: {', '.join(power.name for power in powers)}.",
+                f"The role {role} has more power than an ordinary role: {', '.join(power.name for power in powers)}.",
                 hint=KEEP if _is_needed_elsewhere(rights) else " ".join(dict.fromkeys(p.way_out for p in powers)),
                 id="crm.W005",
             )
@@ -305,7 +305,7 @@ def _too_much(rights: _Rights, role: str) -> list[CheckMessage]:
 
 
 def _is_needed_elsewhere(rights: _Rights) -> bool:
-    """Whether the role is a superuser, or owns the database, one of the schemas or a relation in them."""
+    """Return whether the role is a superuser, or owns the database, one of the schemas or a relation in them."""
     query = """
         SELECT FROM pg_roles me
          WHERE rolname = current_user
@@ -326,7 +326,7 @@ def _writable(rights: _Rights, tables: Sequence[str]) -> list[str]:
                     AND (has_any_column_privilege(c.oid, 'INSERT') OR has_table_privilege(c.oid, 'DELETE'))))
          ORDER BY 1
     """
-    # An update tells the history of the contacts that it promotes, and a rollback takes that out again.
+    # --update inserts into the stage history, and a rollback deletes from it.
     return [name for (name,) in rights.ask(query, [settings.LEGACY_SCHEMA, tables, HISTORY])]
 
 
@@ -336,14 +336,14 @@ def _schemas_to_make_tables_in(rights: _Rights) -> list[str]:
 
 
 def _other_relations(rights: _Rights) -> list[str]:
-    """Views and foreign tables anywhere, and tables of schemas that the backfill has no business in."""
+    """Return views and foreign tables in any schema, and tables in schemas that the backfill does not use."""
     query = """
         SELECT nspname || '.' || relname FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
          WHERE nspname !~ '^pg_' AND nspname <> 'information_schema'
            AND (relkind IN ('v', 'm', 'f') OR relkind IN ('r', 'p') AND nspname <> ALL(%s))
            AND (has_any_column_privilege(c.oid, 'INSERT, UPDATE, REFERENCES')
                 OR has_table_privilege(c.oid, 'DELETE, TRUNCATE, TRIGGER')
-                -- What everyone may read says nothing of this role.
+                -- Not relations that PUBLIC may read.
                 OR NOT EXISTS (SELECT FROM aclexplode(relacl) WHERE grantee = 0 AND privilege_type = 'SELECT')
                    AND EXISTS (
                      SELECT FROM pg_attribute a
@@ -351,7 +351,7 @@ def _other_relations(rights: _Rights) -> list[str]:
                         AND has_column_privilege(c.oid, attnum, 'SELECT')
                         AND NOT EXISTS (
                               SELECT FROM aclexplode(attacl) WHERE grantee = 0 AND privilege_type = 'SELECT')
-                        -- A rollback looks for the rows that refer to a contact.
+                        -- A rollback reads the columns that refer to a contact.
                         AND NOT EXISTS (
                               SELECT FROM pg_constraint
                                WHERE contype = 'f' AND conrelid = c.oid AND attnum = ANY (conkey)
@@ -366,7 +366,7 @@ def _other_schemas_to_create_in(rights: _Rights) -> list[str]:
     query = """
         SELECT nspname FROM pg_namespace
          WHERE nspname !~ '^pg_' AND nspname NOT IN ('information_schema', %s) AND has_schema_privilege(oid, 'CREATE')
-           -- PostgreSQL 14 lets everyone create in this one by default.
+           -- PostgreSQL 14 and older grant this to PUBLIC by default.
            AND NOT (nspname = 'public' AND current_setting('server_version_num')::int < 150000
                     AND EXISTS (SELECT FROM aclexplode(nspacl) WHERE grantee = 0 AND privilege_type = 'CREATE'))
          ORDER BY 1
@@ -380,7 +380,7 @@ def _database_to_create_in(rights: _Rights) -> list[str]:
 
 
 def _triggers_of_others(rights: _Rights) -> list[CheckMessage]:
-    """Who may put triggers on the tables that the backfill writes, and is neither their owner nor a superuser."""
+    """Warn of roles, other than owners and superusers, that may create triggers on tables that the backfill writes."""
     query = """
         SELECT nspname, relname,
                array_agg(DISTINCT COALESCE(g.rolname::text, '') ORDER BY COALESCE(g.rolname::text, '')),
@@ -404,7 +404,7 @@ def _triggers_of_others(rights: _Rights) -> list[CheckMessage]:
         return []
     return [
         Warning(
-            "Others than the owner may put triggers, which run with the rights of the backfill, "
+            "Roles other than the owner may create triggers, which run with the rights of the backfill, "
             f"on {', '.join(where)}.",
             hint=" ".join(statements),
             id="crm.W009",
@@ -413,7 +413,7 @@ def _triggers_of_others(rights: _Rights) -> list[CheckMessage]:
 
 
 def _references_of_others(rights: _Rights) -> list[CheckMessage]:
-    """Who may refer to contacts by a foreign key, and so have every command refuse the database."""
+    """Warn of roles that may create foreign keys to contacts, with which they can make every command refuse to work."""
     query = """
         SELECT array_agg(DISTINCT COALESCE(g.rolname::text, '') ORDER BY COALESCE(g.rolname::text, '')),
                bool_or(grantor <> relowner)
@@ -429,10 +429,10 @@ def _references_of_others(rights: _Rights) -> list[CheckMessage]:
     """
     return [
         Warning(
-            f"Others than the owner may refer to {CONTACTS} by a foreign key: "
-            f"{_listed([role or 'PUBLIC' for role in roles])}. A contact that a row refers to is never taken back, and "
-            "a foreign key of a role that is not trusted is refused.",
-            # It takes away what was granted on columns as well.
+            f"Roles other than the owner may create foreign keys to {CONTACTS}: "
+            f"{_listed([role or 'PUBLIC' for role in roles])}. A rollback keeps contacts that a row refers to, and "
+            "every command refuses a foreign key of an untrusted role.",
+            # This also revokes grants on columns.
             hint=f"REVOKE REFERENCES ON {quoted_name(settings.LEGACY_SCHEMA)}.{quoted_name(CONTACTS)} "
             f"FROM {', '.join(quoted_name(role) if role else 'PUBLIC' for role in roles)}"
             f"{' CASCADE' if is_granted_on else ''};",
@@ -448,7 +448,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 class _Power(NamedTuple):
-    """What makes a role more than an ordinary one, and the statement that ends it."""
+    """A power that an ordinary role does not have, and the statement that revokes it."""
 
     name: str
     way_out: str
@@ -466,13 +466,13 @@ def _attributes(rights: _Rights) -> list[_Power]:
     return [
         _Power(name, f"ALTER ROLE {quoted_name(rights.role)} NO{name};")
         for name in _named(has)
-        # Policies would hide rows from any other role: E003 asks for it.
+        # With policies, the role needs BYPASSRLS to see all rows (E003).
         if not (name == "BYPASSRLS" and is_row_security_on)
     ]
 
 
 def _memberships(rights: _Rights) -> list[_Power]:
-    """The roles that it is a member of, or may become, and that may do more than the backfill does."""
+    """Return the roles of which this one is a member and that may do more than the backfill needs."""
     query = """
         SELECT r.rolname, r.rolname LIKE 'pg\\_%%',
                ARRAY[r.rolsuper, r.rolcreaterole, r.rolcreatedb, r.rolreplication, r.rolbypassrls], EXISTS (
@@ -483,7 +483,7 @@ def _memberships(rights: _Rights) -> list[_Power]:
                       WHERE m.member = me.oid AND pg_has_role(direct.oid, r.oid, 'MEMBER') ORDER BY 1)
           FROM pg_roles r JOIN pg_roles me ON me.rolname = current_user
          WHERE pg_has_role(r.oid, 'MEMBER') AND r.oid <> me.oid AND r.rolname <> ALL(%s)
-           -- A superuser is taken for a member of every role.
+           -- pg_has_role() is true for a superuser and any role.
            AND NOT me.rolsuper
          ORDER BY 1
     """

@@ -466,7 +466,7 @@ def test_what_depends_on_a_column_is_not_torn_away(table: Table) -> None:
 
 def test_a_name_that_something_else_has(table: Table) -> None:
     table.execute(f'CREATE INDEX "{INDEX}" ON {{schema}}.leads ("referrerUsername")')
-    with pytest.raises(OperatorError, match="Rename it"):
+    with pytest.raises(OperatorError, match="Rename the relation"):
         table.add()
 
 

@@ -271,7 +271,7 @@ def test_the_role_brings_its_search_path(database: Database) -> None:
         (
             "REVOKE USAGE ON SCHEMA crm_backfill FROM {role}",
             "E001",
-            "may not look into the schema crm_backfill.",
+            "may not use the schema crm_backfill.",
             'GRANT USAGE ON SCHEMA "crm_backfill" TO {role};',
         ),
     ],
@@ -314,18 +314,22 @@ def test_the_script_grants_the_function_that_writes_contacts_where_not_everyone_
             "W001",
             f"may read secret columns: {', '.join(sorted(f'{table}.{column}' for table, column in SECRETS))}.",
         ),
-        ("GRANT UPDATE (phone) ON public.leads TO {role}", "W002", "may write tables that are only read: leads."),
+        (
+            "GRANT UPDATE (phone) ON public.leads TO {role}",
+            "W002",
+            "may write tables that the backfill only reads: leads.",
+        ),
         (
             "GRANT DELETE ON public.crm_interactions, public.users TO {role}",
             "W002",
-            "may write tables that are only read: crm_interactions, users.",
+            "may write tables that the backfill only reads: crm_interactions, users.",
         ),
         (
             'GRANT UPDATE ("createdAt") ON public.crm_contacts TO {role}',
             "W003",
-            "may write columns that the backfill leaves alone: crm_contacts.createdAt (UPDATE).",
+            "may write columns that the backfill does not write: crm_contacts.createdAt (UPDATE).",
         ),
-        ("GRANT CREATE ON SCHEMA public TO {role}", "W004", "may make tables in the application's schema: public."),
+        ("GRANT CREATE ON SCHEMA public TO {role}", "W004", "may create tables in the application's schema: public."),
     ],
 )
 def test_the_check_warns_of_what_is_too_much(
@@ -382,7 +386,7 @@ def test_the_check_names_what_makes_a_role_more_than_an_ordinary_one(
 ) -> None:
     with role_made_by_script(), role_of_others():
         as_owner(*grants)
-        expected = f"crm.W005 The role {ROLE} is more than an ordinary role: {powers}. "
+        expected = f"crm.W005 The role {ROLE} has more power than an ordinary role: {powers}. "
         expected += ways_out.format(role=quoted_name(ROLE), other=quoted_name(OTHERS))
         assert [said for said in check(django_db_blocker) if said.startswith("crm.W005")] == [expected]
         as_owner(ways_out)
@@ -432,8 +436,8 @@ def test_what_a_role_needs_is_no_power(database: Database, django_db_blocker: Dj
             "W006",
             "has rights on other relations: elsewhere.notes.",
         ),
-        ("GRANT CREATE ON SCHEMA elsewhere TO {role}", "W007", "may create in other schemas: elsewhere."),
-        ("GRANT CREATE ON SCHEMA crm_backfill TO {role}", "W007", "may create in other schemas: crm_backfill."),
+        ("GRANT CREATE ON SCHEMA elsewhere TO {role}", "W007", "may create objects in other schemas: elsewhere."),
+        ("GRANT CREATE ON SCHEMA crm_backfill TO {role}", "W007", "may create objects in other schemas: crm_backfill."),
         ("GRANT CREATE ON DATABASE {database} TO {role}", "W008", "may create schemas in the database: {database}."),
     ],
 )
@@ -487,7 +491,7 @@ def test_the_check_warns_of_others_who_may_put_triggers_on_what_the_backfill_wri
         way_out = f'REVOKE TRIGGER ON "{schema}"."{name}" FROM PUBLIC, {quoted_name(OTHERS)};'
         (said,) = check(django_db_blocker)
         assert said == (
-            "crm.W009 Others than the owner may put triggers, which run with the rights of the backfill, "
+            "crm.W009 Roles other than the owner may create triggers, which run with the rights of the backfill, "
             f"on {table} (PUBLIC, {OTHERS}). {way_out}"
         )
         as_owner(way_out)
@@ -501,7 +505,9 @@ def test_the_check_warns_of_others_who_may_refer_to_contacts(
     with role_made_by_script(), role_of_others():
         as_owner(f"GRANT {what} ON public.crm_contacts TO {{other}}")
         (said,) = check(django_db_blocker)
-        assert said.startswith(f"crm.W012 Others than the owner may refer to crm_contacts by a foreign key: {OTHERS}. ")
+        assert said.startswith(
+            f"crm.W012 Roles other than the owner may create foreign keys to crm_contacts: {OTHERS}. "
+        )
         way_out = f'REVOKE REFERENCES ON "public"."crm_contacts" FROM {quoted_name(OTHERS)};'
         assert said.endswith(f" {way_out}")
         as_owner(way_out)
@@ -519,7 +525,7 @@ def test_the_check_looks_at_the_role_that_reset_role_leads_back_to(
         assert check(django_db_blocker, role="more%20rights") == [
             f"crm.W001 The role {OTHERS} (after RESET ROLE) may read secret columns: profiles.ssn. {checks.SCRIPT}",
             (
-                f"crm.W005 The role {OTHERS} (after RESET ROLE) is more than an ordinary role: CREATEROLE. "
+                f"crm.W005 The role {OTHERS} (after RESET ROLE) has more power than an ordinary role: CREATEROLE. "
                 f"ALTER ROLE {quoted_name(OTHERS)} NOCREATEROLE;"
             ),
         ]

@@ -138,4 +138,4 @@ def test_a_server_that_breaks_off_a_check(
 
     monkeypatch.setattr(checks, asked, break_off)
     assert manage.main(["manage.py", "check", "--database", "default"]) == 2
-    assert capsys.readouterr().err == "The database broke the check off: DataError (22P02). Try again.\n"
+    assert capsys.readouterr().err == "Database error during the check: DataError (22P02). Run the command again.\n"

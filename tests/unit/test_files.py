@@ -186,8 +186,8 @@ def test_a_variable_that_no_setting_reads_is_a_warning_with_the_nearest_name_and
     misspelled, unlike = check_variables()
     assert (misspelled.id, unlike.id) == ("crm.W011", "crm.W011")
     assert misspelled.msg == "No setting reads the variable CRM_STATMENT_TIMEOUT, so it has no effect."
-    assert misspelled.hint == "Write CRM_STATEMENT_TIMEOUT, or leave it out."
-    assert unlike.hint == f"The names are {', '.join(CRM_VARIABLES)}: correct it, or leave it out."
+    assert misspelled.hint == "Use CRM_STATEMENT_TIMEOUT, or remove it."
+    assert unlike.hint == f"Use one of {', '.join(CRM_VARIABLES)}, or remove it."
     assert "hunter2" not in f"{misspelled}{unlike}"
 
 
