@@ -1,8 +1,7 @@
-"""What happened to one person: rows, contacts, ledger entries, updates, resolutions, runs and rollbacks. Only reads.
+"""The history of one person: rows, contacts, ledger entries, updates, resolutions, runs and rollbacks. Only reads.
 
-A trace begins with a contact, a source row or an address, and goes on to whatever the tables of the backfill connect
-with it. It names rows, contacts, runs, outcomes, columns and moments, and never a value of a person's: whoever asks by
-an address knows it, and nobody else learns it.
+A trace starts from a contact, a source row or an address, and follows the tables of the backfill to everything that is
+connected with it. It contains ids of rows and contacts, runs, outcomes, columns and times, but no personal data.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from crm.rules.mapping import contact_id_sql, normalised_email
 from crm.rules.row_reference import RowReference
 from crm.rules.source_rows import SOURCE_TABLES
 
-#: How many of the last rollbacks are listed that may have reversed a row or an update here: they leave no trace of it.
+#: The maximum number of listed rollbacks that may have reversed a row or an update here, of which they keep no record.
 MAX_ROLLBACKS = 20
 
 _CONTACTS_OF_ADDRESS = f"SELECT id FROM crm_contacts WHERE {canonical_address_sql('email')} = %s"
@@ -38,7 +37,7 @@ _RESOLVED_FOR_ADDRESS = 'SELECT "row" FROM conflict_decision WHERE separate_emai
 _LEAD_SOURCES = ", ".join(f"'{source}'" for source in Source.of_table("leads"))
 _TABLE = f"CASE WHEN source IN ({_LEAD_SOURCES}) THEN 'leads' ELSE 'profiles' END"
 _CONTACTS = 'SELECT id, "createdAt", "updatedAt" FROM crm_contacts WHERE id = ANY(%s) ORDER BY id'
-# One by its key, one by the index of the contact, and the few errors by themselves.
+# Three parts, so that each can use an index: by key, by contact, and the few errors.
 _ENTRIES = f"""
 SELECT {_TABLE}, source_id, id, source, outcome, reason, contact_id, filled, run_id, source_updated_at, seen_updated_at,
        sqlstate, "constraint", "column", "table", "trigger"
@@ -63,7 +62,7 @@ _ROWS = {
     )
     for name, table in SOURCE_TABLES.items()
 }
-# A scan of both tables: only for contacts of which nothing else is known.
+# Scans both tables, so it is used only for contacts about which nothing else is known.
 _ROWS_THAT_WOULD_MAKE = " UNION ALL ".join(
     f"SELECT '{table}', id FROM {table} WHERE {computed} = ANY(%(contacts)s)"
     for table in _ROWS
@@ -90,41 +89,42 @@ Found = dict[str, Any]
 
 @dataclass(slots=True)
 class _Trail:
-    """What is known to belong together, as far as it has been followed."""
+    """The contacts and rows that were found so far."""
 
     contacts: set[str] = field(default_factory=set)
     rows: set[RowReference] = field(default_factory=set)
 
     @property
     def keys(self) -> list[str]:
-        """The keys of the rows' entries; and of contacts, the entries that made them."""
+        """The keys of the rows' ledger entries, and of the entries that created the contacts."""
         return sorted({row.entry_id for row in self.rows} | self.contacts)
 
 
 def trace_reference(connection: BaseDatabaseWrapper, text: str) -> dict[str, Any]:
-    """What happened to a contact, by its id, or to a source row, by its reference.
+    """Return the trace of a contact, given by its id, or of a source row, given by its reference.
 
-    Raises OperatorError for an address, which everybody could read in the list of processes, and where the database
-    does not fit.
+    Raises OperatorError for an email address, which other users could read in the process list, and if the database
+    does not meet the requirements.
     """
     _require_text(text)
     if text.startswith(("profiles:", "leads:")):
         return _trace(connection, _Trail(rows={RowReference.parse(text)}))
     if "@" in text:
         raise OperatorError(
-            "An email address is no argument, since every user of this machine could read it: write - instead, and "
-            "give the address on standard input."
+            "An email address cannot be an argument, because every user of this machine could read it: write - "
+            "instead, and give the address on standard input."
         )
     if ":" in text:
-        # Refuses it, with the two tables that there are.
+        # Raises OperatorError with the names of the two tables.
         RowReference.parse(text)
     return _trace(connection, _Trail(contacts={text}))
 
 
 def trace_address(connection: BaseDatabaseWrapper, text: str) -> dict[str, Any]:
-    """What happened to whoever has an email address, however it is spelled.
+    """Return the trace of the person with an email address, in any spelling.
 
-    Raises OperatorError, as above, and for a text that is no address alone, unless that very text is stored somewhere.
+    Raises OperatorError for text that is not a plain address, unless that exact text is stored somewhere, and if the
+    database does not meet the requirements.
     """
     _require_text(text)
     address = canonical_address(text)
@@ -133,8 +133,8 @@ def trace_address(connection: BaseDatabaseWrapper, text: str) -> dict[str, Any]:
     trace = _trace(connection, _Trail(), address)
     if not trace["found"] and normalised_email(text) is None:
         raise OperatorError(
-            "What is on standard input is not an email address alone, and nothing is known of it: give the plain "
-            "address, without a name, < > or mailto:."
+            "The text on standard input is not a plain email address, and is not stored anywhere: give the address "
+            "without a name, < > or mailto:."
         )
     return trace
 
@@ -143,9 +143,9 @@ def _require_text(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise OperatorError("That is no text in UTF-8.") from None
+        raise OperatorError("The text is not valid UTF-8.") from None
     if "\0" in text:
-        raise OperatorError("That is no text that PostgreSQL can hold.")
+        raise OperatorError("The text contains NUL, which PostgreSQL cannot store.")
 
 
 def _trace(connection: BaseDatabaseWrapper, trail: _Trail, address: str | None = None) -> dict[str, Any]:
@@ -153,14 +153,14 @@ def _trace(connection: BaseDatabaseWrapper, trail: _Trail, address: str | None =
         facts = examine(connection, for_writing=False)
         if not facts.has_ledger:
             raise OperatorError(
-                "There is no ledger that this role may read, so nothing is known of anybody: run `python manage.py "
+                "There is no ledger that this role may read, so there is nothing to trace: run `python manage.py "
                 "migrate` and `backfill_crm_contacts` first, or GRANT SELECT on its tables."
             )
         reader = _Reader(connection, facts)
         if address is not None:
             reader.add_people_of(trail, address)
         trace = reader.follow(trail)
-        # A rollback leaves no entry that names the contact it deleted; the row that made it is still there.
+        # After a rollback, no entry names the contact that it deleted, but the row that created it still exists.
         unknown = [contact["contact_id"] for contact in trace["contacts"] if contact["state"] == "unknown"]
         return reader.follow(trail) if reader.add_rows_that_would_make(trail, unknown) else trace
 
@@ -176,7 +176,7 @@ class _Reader:
         trail.rows.update(RowReference.parse(row) for (row,) in self._rows(_RESOLVED_FOR_ADDRESS, [address]))
 
     def add_rows_that_would_make(self, trail: _Trail, contacts: Iterable[str]) -> bool:
-        """Add the rows from which the ids of contacts are computed; whether there are any."""
+        """Add the rows from which the ids of contacts are derived. Return whether there are any."""
         if not (ids := [contact for contact in contacts if _IS_COMPUTED.fullmatch(contact)]):
             return False
         rows = {RowReference(*row) for row in self._rows(_ROWS_THAT_WOULD_MAKE, {"contacts": ids})}
@@ -184,7 +184,7 @@ class _Reader:
         return bool(rows)
 
     def follow(self, trail: _Trail) -> dict[str, Any]:
-        """Go from rows to contacts and back, until there is nothing new; what was found."""
+        """Follow rows to contacts and back until there is nothing new, and return the trace."""
         before: tuple[int, int] | None = None
         entries: list[Found] = []
         updates: list[Found] = []
@@ -207,7 +207,7 @@ class _Reader:
         asked_of_rollbacks = {
             "runs": runs,
             "is_pending": any(row["state"] == "pending" for row in rows),
-            # Of a row that is gone nobody knows since when it had been there.
+            # The creation time of a row that no longer exists is unknown.
             "created": [] if None in created else created,
             "most": MAX_ROLLBACKS,
         }
@@ -229,7 +229,7 @@ class _Reader:
         }
 
     def _contacts(self, trail: _Trail, entries: Iterable[Found]) -> list[Found]:
-        """The contacts; and those that rows would make, where they are there although no entry says so."""
+        """Return the contacts, including existing ones that have the derived id of a row but no ledger entry."""
         there = {contact: moments for contact, *moments in self._rows(_CONTACTS, [trail.keys])}
         made_by = {entry["contact_id"]: entry["row"] for entry in entries if entry["outcome"] == Outcome.CREATED}
         known = {entry["contact_id"] for entry in entries}
@@ -248,8 +248,8 @@ class _Reader:
         there: dict[RowReference, tuple[str | None, ...]] = {}
         for table, query in _ROWS.items():
             ids = [row.source_id for row in rows if row.table == table]
-            for source_id, *told in self._rows(query, [ids]) if ids else ():
-                there[RowReference(table, source_id)] = tuple(told)
+            for source_id, *values in self._rows(query, [ids]) if ids else ():
+                there[RowReference(table, source_id)] = tuple(values)
         found = []
         for row in sorted(rows):
             label, created_at, updated_at = there.get(row, (None, None, None))
@@ -268,7 +268,7 @@ class _Reader:
     def _state(
         self, row: RowReference, entry: Found | None, label: str | None, *, is_there: bool, source: Source | None
     ) -> str:
-        """What has become of a row, in a word or two."""
+        """Return the state of a row."""
         if not is_there:
             return "gone" if entry else "unknown"
         if source is None:
@@ -314,12 +314,12 @@ def _update(row: tuple[Any, ...]) -> Found:
 
 def _resolution(row: tuple[Any, ...]) -> Found:
     reference, contact, decided_at = row
-    # The address of a contact of the row's own is a person's: that there is one says enough.
+    # The address of the row's own contact is personal data, so the trace only shows that there is one.
     return {"row": reference, "contact_id": contact, "is_separate": contact is None, "decided_at": decided_at}
 
 
 def as_lines(trace: Mapping[str, Any]) -> list[str]:
-    """A trace for people: contacts, rows with their entries, changes, resolutions, runs."""
+    """Return a trace as lines of text: contacts, rows with their entries, updates, resolutions, runs, rollbacks."""
     return [
         *map(_contact_line, trace["contacts"]),
         *(line for row in trace["rows"] for line in _row_lines(row, trace["lines"])),
@@ -331,51 +331,51 @@ def as_lines(trace: Mapping[str, Any]) -> list[str]:
 
 
 def _contact_line(contact: Found) -> str:
-    made_by = f"made by {contact['made_by']}" if contact["made_by"] else "not made by the backfill"
-    told = {
+    made_by = f"created by {contact['made_by']}" if contact["made_by"] else "not created by the backfill"
+    state = {
         "there": f"in the CRM, {made_by}, created {_utc(contact['created_at'])}, updated {_utc(contact['updated_at'])}",
-        "deleted": f"not in the CRM any more, {made_by}: what was deleted stays deleted",
-        "unknown": "not in the CRM, and no entry of the ledger names it",
+        "deleted": f"deleted from the CRM, {made_by}; only --recreate-deleted recreates it",
+        "unknown": "not in the CRM, and no ledger entry names it",
     }[contact["state"]]
-    return f"Contact {contact['contact_id']}: {told}"
+    return f"Contact {contact['contact_id']}: {state}"
 
 
 def _row_lines(row: Found, entries: Iterable[Found]) -> list[str]:
-    told = {
-        "gone": "not in the source any more",
+    state = {
+        "gone": "no longer in the source",
         "unknown": "neither in the source nor in the ledger",
-        "pending": "pending: no run has migrated it, or a rollback took it back; the next run takes it",
+        "pending": "pending: no run has migrated it, or a rollback reversed it; the next run migrates it",
     }.get(row["state"], row["state"])
-    head = f"Row {row['row']}: {told}"
+    head = f"Row {row['row']}: {state}"
     if row["updated_at"] is not None:
         head += f", updated {_utc(row['updated_at'])}"
     return [head, *(f"  {_entry_line(entry)}" for entry in entries if entry["row"] == row["row"])]
 
 
 def _entry_line(entry: Found) -> str:
-    told = f"Run {entry['run']}, {entry['source']}: {entry['outcome']}"
+    line = f"Run {entry['run']}, {entry['source']}: {entry['outcome']}"
     if entry["reason"]:
-        told += f" {entry['reason']}"
+        line += f" {entry['reason']}"
     if entry["contact_id"]:
-        told += f", contact {entry['contact_id']}"
+        line += f", contact {entry['contact_id']}"
     if entry["filled"]:
-        told += f", filled {', '.join(entry['filled'])}"
-    told += "".join(f", {name} {value}" for name, value in entry["refusal"].items())
+        line += f", filled {', '.join(entry['filled'])}"
+    line += "".join(f", {name} {value}" for name, value in entry["refusal"].items())
     if entry["row_seen_at"]:
-        told += f"; looked at again as of {_utc(entry['row_seen_at'])}"
-    return told
+        line += f"; revisited with updatedAt {_utc(entry['row_seen_at'])}"
+    return line
 
 
 def _update_line(update: Found) -> str:
-    told = f"Update in run {update['run']} of contact {update['contact_id']} from {update['row']}: "
-    told += ", ".join(update["columns"])
+    line = f"Update in run {update['run']} of contact {update['contact_id']} from {update['row']}: "
+    line += ", ".join(update["columns"])
     steps = [f"{step[0]} -> {step[1]}" for step in (update["type"], update["stage"]) if step]
-    return f"{told} ({', '.join(steps)})" if steps else told
+    return f"{line} ({', '.join(steps)})" if steps else line
 
 
 def _resolution_line(resolution: Found) -> str:
-    whose = "a contact of its own" if resolution["is_separate"] else f"contact {resolution['contact_id']}"
-    return f"Decision on {resolution['row']} at {_utc(resolution['decided_at'])}: {whose}"
+    whose = "its own contact" if resolution["is_separate"] else f"contact {resolution['contact_id']}"
+    return f"Resolution of {resolution['row']} at {_utc(resolution['decided_at'])}: {whose}"
 
 
 def _run_line(run: Found) -> str:
@@ -389,9 +389,9 @@ def _rollback_line(rollback: Found) -> str:
     updates = f", reversed {_updates(reversed_updates)}" if reversed_updates else ""
     head = f"Run {by}: rollback of run {of}, {rollback['status']}, started {_utc(rollback['started_at'])}{updates}. "
     if rollback["run_stands_here"]:
-        verb = "was kept" if rollback["status"] == RunStatus.FINISHED else "stands"
-        return f"{head}What run {of} did here, as told above, {verb}"
-    return f"{head}It may have reversed something here: a rollback leaves no trace in single rows"
+        verb = "were kept" if rollback["status"] == RunStatus.FINISHED else "are still in place"
+        return f"{head}The changes of run {of} above {verb}"
+    return f"{head}It may have reversed something here: rollbacks keep no record of single rows"
 
 
 def _updates(count: int) -> str:
@@ -399,5 +399,5 @@ def _updates(count: int) -> str:
 
 
 def _utc(moment: str | None) -> str:
-    """A moment as PostgreSQL writes it in UTC: with the zone's offset, or without a zone."""
+    """Format PostgreSQL's text of a timestamp in UTC, with or without an offset."""
     return f"{moment.removesuffix('+00')} UTC" if moment else "an unknown time"

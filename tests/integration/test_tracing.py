@@ -105,7 +105,7 @@ def test_what_became_of_a_contact_that_was_deleted_and_of_a_row_that_is_gone(dat
     found = traced(contact)
     assert [(row["row"], row["state"]) for row in found["rows"]] == [(lead, "gone"), (profile, "in the ledger")]
     assert [contact["state"] for contact in found["contacts"]] == ["deleted"]
-    assert "what was deleted stays deleted" in trace(contact).stdout
+    assert "only --recreate-deleted recreates it" in trace(contact).stdout
 
 
 def test_a_run_that_was_taken_back_is_told_with_the_one_that_took_it_back(database: Database) -> None:
@@ -139,10 +139,10 @@ def test_a_rollback_says_what_it_kept_here_what_it_may_have_reversed_and_nothing
     kept = roll_back(made)
     (found,) = traced(lead)["rollbacks"]
     assert (found["run"], found["run_stands_here"]) == (kept.run_id, True)
-    assert f"What run {made} did here, as told above, was kept" in trace(lead).stdout
+    assert f"The changes of run {made} above were kept" in trace(lead).stdout
     pending = f"leads:{add_lead('third@example.com', createdAt='2025-01-01')}"
     assert [each["run_stands_here"] for each in traced(pending)["rollbacks"]] == [False, False]
-    assert trace(pending).stdout.count("It may have reversed something here: a rollback leaves no trace") == 2
+    assert trace(pending).stdout.count("It may have reversed something here: rollbacks keep no record") == 2
 
 
 def test_an_update_that_a_rollback_reversed_is_traced_to_the_rollback(database: Database) -> None:
@@ -173,7 +173,7 @@ def test_a_conflict_and_its_resolution(database: Database, given: Any) -> None:
     assert [(decision["row"], decision["is_separate"]) for decision in found["decisions"]] == [(profile, True)]
     assert contact_with(f"bob.other@{MARK}.example")["id"] in {each["contact_id"] for each in found["contacts"]}
     shown = trace(profile)
-    assert f"Decision on {profile} at " in shown.stdout
+    assert f"Resolution of {profile} at " in shown.stdout
     assert MARK not in json.dumps(found) + shown.stdout
 
 
@@ -200,12 +200,12 @@ def test_of_whom_nothing_is_known_nothing_is_told(database: Database, given: Any
         ("-", "", "There is no email address on standard input."),
         ("-", " \n", "There is no email address on standard input."),
         ("-", f"{ADDRESS}\n\nbob@{MARK}.example\n", "more than one line"),
-        ("-", f"Ann <{ADDRESS}>\n", "not an email address alone"),
-        ("-", f"mailto:{ADDRESS}\n", "not an email address alone"),
+        ("-", f"Ann <{ADDRESS}>\n", "not a plain email address"),
+        ("-", f"mailto:{ADDRESS}\n", "not a plain email address"),
         ("profiles:", "", "profiles:<id>"),
         ("lead:new1", "", "leads:<id>"),
-        ("\udcff", "", "no text in UTF-8"),
-        ("-", "a\0b@example.com", "no text that PostgreSQL can hold"),
+        ("\udcff", "", "not valid UTF-8"),
+        ("-", "a\0b@example.com", "contains NUL"),
     ],
 )
 def test_what_names_nobody_is_refused_and_not_repeated(
