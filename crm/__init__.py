@@ -1,1 +1,1 @@
-"""Brings the people of a web application into its CRM."""
+"""Migrates the people of a web application into its CRM."""

@@ -1,4 +1,4 @@
-"""The application, and the schema that its tables live in."""
+"""The Django application of the backfill."""
 
 from django.apps import AppConfig
 from django.db.backends.signals import connection_created
@@ -19,13 +19,13 @@ class CrmConfig(AppConfig):
     default_auto_field = "django.db.models.BigAutoField"
 
     def ready(self) -> None:
-        """Register the checks, and what each new connection has to pass."""
-        # The rights that a role needs are read off the models, so the checks come after them.
+        """Register the checks, and the receivers of signals."""
+        # The checks read the needed rights from the models, so they are imported after these.
         from crm import checks, file_checks  # noqa: F401 - registers them
 
         connection_created.connect(require_fitting, dispatch_uid="crm.postgres.session")
         connection_created.connect(read_every_timestamp, dispatch_uid="crm.postgres.loaders")
         connection_created.connect(use_fast_arrays, dispatch_uid="crm.postgres.arrays")
-        # Django sends it once for each application, before it makes its own django_migrations table.
+        # Django sends pre_migrate once per application, before it creates its table django_migrations.
         pre_migrate.connect(prepare, sender=self, dispatch_uid="crm.postgres.own_schema")
         post_migrate.connect(restore, sender=self, dispatch_uid="crm.attribution")

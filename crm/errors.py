@@ -1,13 +1,13 @@
-"""The errors that are meant for the person at the keyboard."""
+"""Errors for the operator."""
 
 from typing import ClassVar
 
 
 class OperatorError(Exception):
-    """Something that the operator can put right: the message names the thing, the reason and the way out.
+    """An error that the operator can fix. The message names the object, the reason and the remedy.
 
-    A command ends with `exit_code` and the message on one line of stderr. The message never holds a password or a
-    person's data.
+    A command prints the message as one line on stderr and returns `exit_code`. The message never contains a password or
+    personal data.
     """
 
     exit_code: ClassVar[int] = 2

@@ -1,4 +1,4 @@
-"""Field classes for the two column types of the application that Django does not have."""
+"""Field classes for column types of the application, and arrays of column values for statements."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ class PostgresEnumField(models.TextField):  # type: ignore[type-arg] # django-st
         self.enum = enum
 
     def deconstruct(self) -> Any:
-        """The field as a migration writes it down."""
+        """Return the field as migrations store it."""
         name, path, args, kwargs = super().deconstruct()
         return name, path, args, {**kwargs, "enum": self.enum}
 
     def db_type(self, connection: BaseDatabaseWrapper) -> str:  # noqa: ARG002 - Django's signature
-        """The quoted name of the enum type."""
+        """Return the quoted name of the enum type."""
         return f'"{self.enum}"'
 
 
 def array_type(field: models.Field[Any, Any], connection: BaseDatabaseWrapper) -> str:
-    """The type of an array of a column's values, by what the column really is: text, maybe, or another schema's enum.
+    """Return the SQL type of an array of a column's values, according to the actual type of an enum's column.
 
-    Without a modifier: an explicit cast to varchar(n) or numeric(p,s) would cut or round without a word. An integer is
-    as long as there are: whether it fits, the column itself decides.
+    That column may be text, or have an enum of another schema. The type has no modifier, because a cast to varchar(n)
+    or numeric(p,s) would truncate or round silently. Integers are bigint, so that the column itself checks the range.
     """
     if isinstance(field, models.IntegerField):
         return "bigint[]"
@@ -51,29 +51,29 @@ def array_type(field: models.Field[Any, Any], connection: BaseDatabaseWrapper) -
             cursor.execute(_ENUM_TYPE, column)
             row = cursor.fetchone()
         of_session[column] = row[0] if row else "text"
-    # For a statement with parameters.
+    # Escaped for a statement with parameters.
     return f"{of_session[column].replace('%', '%%')}[]"
 
 
 def array_types(fields: Iterable[models.Field[Any, Any]], connection: BaseDatabaseWrapper) -> dict[str, str]:
-    """The types of arrays of these columns' values, by the quoted names of the columns: what `unnest` takes."""
+    """Return the array types of the fields' columns by quoted column name, for `unnest`."""
     return {f'"{field.column}"': array_type(field, connection) for field in fields}
 
 
 def unnest(alias: str, types: Mapping[str, str]) -> str:
-    """The SQL of a table of rows that are sent as one array a column: the columns by name, each with its array's type.
+    """Return the SQL of a table of rows that are sent as one array per column.
 
-    Its parameters are what `as_columns` makes of the rows.
+    `types` has the array type of each column, by name. The parameters of the SQL are the result of `as_columns`.
     """
     return f"UNNEST({', '.join(f'%s::{kind}' for kind in types.values())}) AS {alias}({', '.join(types)})"
 
 
 def as_columns(rows: Iterable[Iterable[Any]]) -> list[list[Any]]:
-    """Return rows, of which there is at least one, as one list a column."""
+    """Return one list per column for rows, of which there must be at least one."""
     return [list(column) for column in zip(*rows, strict=True)]
 
 
-# By session: another one may see another database.
+# By session, because another one may use another database.
 _ENUM_TYPES: WeakKeyDictionary[Any, dict[tuple[str, str], str]] = WeakKeyDictionary()
 _ENUM_TYPE = """
 WITH RECURSIVE base(oid) AS (
@@ -86,37 +86,36 @@ SELECT format('%%I.%%I', nspname, typname)
 
 
 class KeyField(models.TextField):  # type: ignore[type-arg] # django-stubs' fields are generic, Django's are not
-    """A textual key that is looked up by equality alone.
+    """A text key that is only compared by equality.
 
-    Beside the index of a key of type `text` or `varchar`, Django makes a second one for LIKE, which every insert would
-    have to maintain. It goes by the type's name, and this is the same type's other name.
+    For a key of type `text` or `varchar`, Django creates a second index for LIKE, which would slow down every insert.
+    Django decides by the name of the type, so this field uses a synonym.
     """
 
     def db_type(self, connection: BaseDatabaseWrapper) -> str:  # noqa: ARG002 - Django's signature
-        """The column's type."""
+        """Return the column's type."""
         return "character varying"
 
 
 class TimestampField(models.DateTimeField):  # type: ignore[type-arg] # django-stubs' fields are generic, Django's are not
-    """Prisma's DateTime: `timestamp(3)` without time zone, meaning UTC. Aware in Python.
+    """Prisma's DateTime: `timestamp(3)` without time zone, in UTC. Values in Python are aware.
 
-    What a datetime cannot hold is PostgreSQL's text (`crm.postgres.loaders`). In the other direction, text is taken
-    for what PostgreSQL itself printed and is passed on untouched: the backfill carries timestamps from one table to
-    the other without ever parsing them.
+    A timestamp that datetime cannot represent is read as text (`crm.postgres.loaders`). Text is written unchanged: the
+    backfill copies timestamps between tables as PostgreSQL's text, without parsing them.
     """
 
     def db_type(self, connection: BaseDatabaseWrapper) -> str:  # noqa: ARG002 - Django's signature
-        """The column's type."""
+        """Return the column's type."""
         return "timestamp(3)"
 
     def from_db_value(
         self, value: datetime | str | None, *_: Expression | BaseDatabaseWrapper
     ) -> datetime | str | None:
-        """What was stored, marked as the UTC that it is."""
+        """Return the stored value, as an aware datetime in UTC."""
         return value.replace(tzinfo=UTC) if isinstance(value, datetime) and not value.tzinfo else value
 
     def get_db_prep_value(self, value: Any, connection: BaseDatabaseWrapper, prepared: bool = False) -> Any:  # noqa: FBT001, FBT002 - Django's signature
-        """A naive UTC timestamp for an aware one; text as it is."""
+        """Return a naive datetime in UTC for an aware one, and text unchanged."""
         if isinstance(value, str):
             return value
         moment = super().get_db_prep_value(value, connection, prepared)
@@ -124,22 +123,22 @@ class TimestampField(models.DateTimeField):  # type: ignore[type-arg] # django-s
 
 
 class ExactTimestampField(TimestampField):
-    """A timestamp of the application's in a table of ours, as exact as PostgreSQL has it.
+    """A copy of an application's timestamp in one of our tables, with PostgreSQL's full precision.
 
-    Those of the application differ in that: a copy that is rounded would be another moment.
+    The application's columns differ in precision, and a rounded copy would not compare as equal.
     """
 
     def db_type(self, connection: BaseDatabaseWrapper) -> str:  # noqa: ARG002 - Django's signature
-        """The column's type."""
+        """Return the column's type."""
         return "timestamp"
 
 
 class RateField(models.DecimalField):  # type: ignore[type-arg] # django-stubs' fields are generic, Django's are not
-    """A commission rate in dollars per return, `numeric(5,2)`, never a float. PostgreSQL's text passes as it is."""
+    """A commission rate in dollars per return, `numeric(5,2)`, never a float. Text is written unchanged."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"max_digits": 5, "decimal_places": 2, **kwargs})
 
     def get_db_prep_save(self, value: Any, connection: BaseDatabaseWrapper) -> Any:
-        """The value for an insert."""
+        """Return the value for an insert."""
         return value if isinstance(value, str) else super().get_db_prep_save(value, connection)

@@ -1,14 +1,13 @@
-"""Ctrl-C, SIGTERM, and SIGHUP from a terminal that is gone.
+"""Handles Ctrl-C, SIGTERM, and SIGHUP from a closed terminal.
 
-The first asks a run to end with its batch, the second ends it now.
+The first signal asks a run to stop after its batch, the second stops it immediately. Neither interrupts the claim of a
+run or the closing of its record, see `crm.runs.lifecycle`.
 
-Neither breaks off what must not be: the claim of a run and the end of its record, see `crm.runs.lifecycle`.
+A batch that does not end in time, because it waits for a lock or for a server that does not answer, is cancelled: after
+a grace period its statement is cancelled, whichever thread sent it, and if that fails repeatedly, its connection is
+shut down. The statement then fails like any other, and the code that sent it checks for a stop request.
 
-A batch that does not come to its end by itself, because it waits for a lock or for a server that is silent, is not
-waited for: after a grace its statement is cancelled, whichever thread sent it, and if that does not help, its
-connection is cut. So it ends as any statement ends that fails, and whoever sent it asks then whether to stop.
-
-The clock is the system's, which sends SIGALRM: no thread is needed, and none is running when a worker is forked.
+The timer is SIGALRM of the operating system, so no thread is needed, and none runs when a worker is forked.
 """
 
 from __future__ import annotations
@@ -30,64 +29,64 @@ from django.db.backends.signals import connection_created
 from psycopg.pq import TransactionStatus
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-#: How long a batch may go on when the run is to stop, before what it is at is cancelled; seconds.
+#: How long a batch may continue after a stop request before its statement is cancelled, in seconds.
 GRACE = 1.0
-#: After what time it is cancelled again, and how often in vain before its connection is cut; seconds.
+#: Seconds between two cancellations, and their number before the connection is shut down.
 AGAIN_AFTER, MAX_IN_VAIN = 0.15, 3
-#: How long a cancellation may take to reach the server; seconds.
+#: Timeout for sending a cancellation to the server, in seconds.
 TO_REACH_THE_SERVER = 0.2
-#: How often whoever waits looks up to see whether the wait is over; seconds.
+#: How often a waiting thread checks whether the wait is over, in seconds.
 _POLL_INTERVAL = 0.1
 
 
-#: Why a run ended that was stopped while a batch was going.
+#: The reason recorded for a run that was stopped during a batch.
 STOPPED_IN_A_BATCH = "stopped in the middle of a batch, which was rolled back"
 
-#: Who takes the signals, which are the process': the last one does.
+#: The interruptions that are active. Signals belong to the process; the last one handles them.
 _heeding: list[Interruption] = []
 
 
 class InterruptedRunError(Exception):
-    """The operator asked to stop; what was committed stays. The message is for the run's record, if there is one."""
+    """The operator requested a stop; committed batches stay. The message, if any, goes into the run's record."""
 
 
 class StopRequest(Protocol):
-    """Whether a run was asked to stop."""
+    """Whether a stop was requested."""
 
     @property
     def requested(self) -> bool:
-        """Asked between batches and while waiting."""
+        """Whether a stop was requested. Check it between batches and during waits."""
 
 
 class Interruption:
-    """Whether the operator asked to stop. Ask it between batches."""
+    """Handles the stop requests of an operator. Check `requested` between batches."""
 
     def __init__(self) -> None:
         self._signals = 0
-        #: How many signals break off what is being done; None where nothing may.
+        #: The number of signals that interrupts the current work; None if it must not be interrupted.
         self._most: int | None = None
         self._cancelled = 0
-        # By thread: each has a connection of its own.
+        # By thread: each has its own connection.
         self._connections: dict[int, BaseDatabaseWrapper] = {}
 
     @property
     def requested(self) -> bool:
-        """Whether a signal came."""
+        """Whether a signal was received."""
         return self._signals > 0
 
     def heed(self) -> None:
-        """Raise InterruptedRunError where the operator asked to stop."""
+        """Raise InterruptedRunError if a stop was requested."""
         if self.requested:
             raise InterruptedRunError
 
     def sleep(self, seconds: float) -> None:
-        """Wait, but no longer than until the next signal."""
+        """Wait for this time or until the next signal."""
         before = self._signals
         sleep_until(lambda: self._signals > before, seconds)
 
     @contextmanager
     def breakable(self, *, at_once: bool = False) -> Iterator[None]:
-        """What is inside may be broken off: by the second signal, or by the next one. Raises KeyboardInterrupt then."""
+        """Allow the second signal, or with `at_once` the next one, to interrupt the block with KeyboardInterrupt."""
         self._most = self._signals + 1 if at_once else 2
         try:
             yield
@@ -96,7 +95,7 @@ class Interruption:
 
     @contextmanager
     def heeded(self, signals: Collection[signal.Signals] = SIGNALS) -> Iterator[None]:
-        """Take the signals while inside, and give them back after."""
+        """Handle the signals during the block, and restore the previous handlers after it."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -116,7 +115,7 @@ class Interruption:
             self._connections.clear()
 
     def grant(self, seconds: float) -> None:
-        """Let what is done from now on take so long, where it is to stop, before it is cancelled."""
+        """After a stop request, give statements from now on this time before they are cancelled."""
         if self.requested:
             self._cancelled = 0
             signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN_AFTER)
@@ -124,9 +123,9 @@ class Interruption:
     def _request(self, number: int, _frame: FrameType | None) -> None:
         self._signals += 1
         if self._most is not None and self._signals >= self._most:
-            # Whoever comes after is not broken off by the next one.
+            # The next signal must not interrupt the code that handles the exception.
             self._most = None
-            # What another thread is at is not ended by the exception.
+            # The exception does not end the statements of other threads.
             self.grant(AGAIN_AFTER)
             raise KeyboardInterrupt(signal.Signals(number).name)
         if self._signals == 1:
@@ -154,26 +153,26 @@ def _end_statement(connection: psycopg.Connection, *, with_connection: bool) -> 
 
 
 def sleep_until(is_over: Callable[[], bool], seconds: float) -> None:
-    """Wait so many seconds, or until it is over."""
+    """Wait for this number of seconds, or until `is_over` returns true."""
     until = time.monotonic() + seconds
     while (left := until - time.monotonic()) > 0 and not is_over():
         time.sleep(min(left, _POLL_INTERVAL))
 
 
 def _heard(signals: Collection[signal.Signals]) -> Iterator[signal.Signals]:
-    """All but the SIGHUP that `nohup` has the process ignore."""
+    """Yield all signals, except SIGHUP if `nohup` made the process ignore it."""
     for number in signals:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             yield number
 
 
 def stop_is_requested() -> bool:
-    """Whether the operator asked a run to stop, for whoever does not know which run it is part of."""
+    """Return whether a stop was requested, for code without access to the Interruption."""
     return bool(_heeding) and _heeding[-1].requested
 
 
 def sleep_until_signal(seconds: float) -> None:
-    """Wait, but no longer than until the next signal, also where no run takes it."""
+    """Wait for this time or until the next signal, whether or not an Interruption is active."""
     if _heeding:
         _heeding[-1].sleep(seconds)
     else:
@@ -181,14 +180,14 @@ def sleep_until_signal(seconds: float) -> None:
 
 
 class StoppedError(Exception):
-    """The operator stopped a command that had nothing to bring to an end. The message is for the operator."""
+    """The operator stopped a command, which had nothing to complete. The message is for the operator."""
 
     exit_code = 4
 
 
 @contextmanager
 def stopped_by_signals() -> Iterator[None]:
-    """Let SIGNALS end what is inside at once: its statement is cancelled. Raises StoppedError."""
+    """Make SIGNALS end the block immediately, cancelling its statement. Raises StoppedError then."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,8 +1,8 @@
-"""What becomes of source rows, and how it is counted. Pure: no database, no Django.
+"""Outcomes of source rows, and their counts. Pure: no database, no Django.
 
-The reconciliation of a run is `read = created + merged + exists + error`; over the tables it is
-`rows = excluded + in the ledger + pending`. Rows that --update looks at again have one of their own:
-`revisited = updated + kept + unchanged`. A row that changed its contact is updated, whatever it kept besides.
+The reconciliation of a run is `read = created + merged + exists + error`, and that of the tables is
+`rows = excluded + in the ledger + pending`. For rows that --update revisits, it is
+`revisited = updated + kept + unchanged`. A row that changed its contact is updated, even if it also kept values.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Self
 
 
 class Source(StrEnum):
-    """Where rows come from, in the order in which a run takes them."""
+    """Source rows that are migrated alike, in the order of a run."""
 
     CLIENTS = "clients"
     PREPARERS = "preparers"
@@ -25,27 +25,27 @@ class Source(StrEnum):
 
     @property
     def table(self) -> str:
-        """The application's table that the rows are in."""
+        """The application's table that contains the rows."""
         return "leads" if self in (Source.CONVERTED_LEADS, Source.ACTIVE_LEADS) else "profiles"
 
     @property
-    def title(self) -> str:  # type: ignore[override] # str.title is a method; nobody title-cases a source
-        """The name for people."""
+    def title(self) -> str:  # type: ignore[override] # str.title is a method, which is not used here
+        """The display name."""
         return self.value.replace("_", " ").capitalize()
 
     @classmethod
     def of_table(cls, table: str) -> list[Source]:
-        """The sources whose rows are in `table`."""
+        """Return the sources whose rows are in `table`."""
         return [source for source in cls if source.table == table]
 
 
 class Outcome(StrEnum):
-    """What became of a row."""
+    """The result for a row."""
 
-    CREATED = "created"  # it made a contact
-    MERGED = "merged"  # it met a contact of ours and filled what was missing there
-    EXISTS = "exists"  # it met somebody else's contact, which stays as it is
-    ERROR = "error"  # it cannot be a contact: a dead letter, tried again by every run
+    CREATED = "created"  # it created a contact
+    MERGED = "merged"  # it matched a contact of the backfill and filled its empty fields
+    EXISTS = "exists"  # it matched a contact created elsewhere, which stays unchanged
+    ERROR = "error"  # it was not migrated; every run retries it
 
 
 #: The outcomes whose entry names a contact.
@@ -53,15 +53,15 @@ WITH_CONTACT = (Outcome.CREATED, Outcome.MERGED, Outcome.EXISTS)
 
 
 class UpdateOutcome(StrEnum):
-    """What became of a row that was looked at again."""
+    """The result for a row that --update revisited."""
 
-    UPDATED = "updated"  # its contact has something of it now that it had not
-    KEPT = "kept"  # it changed nothing: the contact has another value, which is not ours to change
-    UNCHANGED = "unchanged"  # it brings nothing
+    UPDATED = "updated"  # it changed its contact
+    KEPT = "kept"  # it changed nothing, because a person may have written the contact's value
+    UNCHANGED = "unchanged"  # there was nothing to change
 
 
 class Reason(StrEnum):
-    """Why a row ended in error."""
+    """The reason of an error."""
 
     UNKNOWN_ROLE = "unknown_role"
     UNKNOWN_STATUS = "unknown_status"
@@ -77,7 +77,7 @@ class Reason(StrEnum):
 
 
 class Refusal(NamedTuple):
-    """What is wrong with a row, by names alone; never PostgreSQL's DETAIL, which quotes people's data."""
+    """Why PostgreSQL refused a row, as code and names. Never contains its DETAIL, which quotes personal data."""
 
     sqlstate: str | None = None
     constraint: str | None = None
@@ -87,7 +87,7 @@ class Refusal(NamedTuple):
 
 
 class RowOutcome(NamedTuple):
-    """What happens to one source row: an entry of the ledger in the making."""
+    """The outcome of one source row, from which its ledger entry is written."""
 
     id: str
     source_id: str
@@ -105,13 +105,13 @@ class RowOutcome(NamedTuple):
 
     @property
     def is_new_error(self) -> bool:
-        """Whether no earlier run had this error."""
+        """Whether the row's ledger entry did not have this reason before."""
         return self.outcome is Outcome.ERROR and self.reason != self.known_reason
 
 
 @dataclass(slots=True)
 class Totals:
-    """Counts of rows by what became of them; of a batch, or of anything that batches add up to."""
+    """Counts of rows by outcome, of a batch or a sum of batches."""
 
     read: int = 0
     created: int = 0
@@ -132,7 +132,7 @@ class Totals:
 
     @classmethod
     def of(cls, row_outcomes: list[RowOutcome], created_types: Counter[str]) -> Self:
-        """Count a batch: its decisions, and the types of the contacts that it created."""
+        """Return the counts of a batch. `created_types` are the types of the contacts that it created."""
         outcomes = Counter(row_outcome.outcome for row_outcome in row_outcomes)
         by_outcome: dict[str, Any] = {outcome.value: outcomes[outcome] for outcome in Outcome}
         errors = [row_outcome for row_outcome in row_outcomes if row_outcome.outcome is Outcome.ERROR]
@@ -147,7 +147,7 @@ class Totals:
         )
 
     def add(self, other: Totals) -> None:
-        """Add another's counts to these."""
+        """Add other counts to these."""
         for name, count in other.numbers.items():
             setattr(self, name, getattr(self, name) + count)
         for name, counts in other.breakdowns.items():
@@ -155,7 +155,7 @@ class Totals:
 
     @property
     def numbers(self) -> dict[str, int]:
-        """The counts that are one number, by name."""
+        """The counts that are a single number, by name."""
         return {name: getattr(self, name) for name in NUMBERS}
 
     @property
@@ -165,7 +165,7 @@ class Totals:
 
     @property
     def rows(self) -> int:
-        """Rows that were looked at, for the first time or again."""
+        """The number of rows that were read or revisited."""
         return self.read + self.revisited
 
     @property
@@ -175,32 +175,32 @@ class Totals:
 
     @property
     def update_outcomes(self) -> dict[str, int]:
-        """The three outcomes of rows that were looked at again, by name."""
+        """The three outcomes of revisited rows, by name."""
         return {outcome.value: getattr(self, outcome.value) for outcome in UpdateOutcome}
 
     @property
     def update_counts(self) -> dict[str, int]:
-        """The same, and of the updated rows those that kept a value as well."""
+        """`update_outcomes`, and the number of updated rows that also kept a value."""
         return self.update_outcomes | {"updated_and_kept": self.updated_and_kept}
 
     @property
     def decided(self) -> int:
-        """Rows that were decided anew; the others are in the same error as before."""
+        """The number of rows with a new outcome; the others are in the same error as before."""
         return self.read - self.error + self.error_new
 
     @property
     def balances(self) -> bool:
-        """Whether every row that was looked at has an outcome."""
+        """Whether every row that was read or revisited has an outcome."""
         return self.read == sum(self.outcomes.values()) and self.revisited == sum(self.update_outcomes.values())
 
 
-#: The names of the counts of rows, which runs and batches have as well: those that are one number, and the others.
+#: The names of the counts, which runs and batches have as well: those that are a single number, and the others.
 NUMBERS = tuple(each.name for each in fields(Totals) if each.default == 0)
 BREAKDOWNS = tuple(each.name for each in fields(Totals) if each.name not in NUMBERS)
 
 
 class Fault(StrEnum):
-    """What no entry of the ledger may be, whatever the numbers add up to."""
+    """A kind of invalid ledger entry, which fails the reconciliation even if the numbers add up."""
 
     UNKNOWN_OUTCOME = "unknown_outcome"
     NO_CONTACT = "no_contact"
@@ -208,22 +208,22 @@ class Fault(StrEnum):
 
     @property
     def statement(self) -> str:
-        """What is said of such entries, for people."""
+        """The description of such entries in messages."""
         return _STATEMENTS[self]
 
 
 _STATEMENTS = {
-    Fault.UNKNOWN_OUTCOME: "with an outcome that is none",
-    Fault.NO_CONTACT: "that name no contact",
-    Fault.EXCLUDED_ROW: "of this run for rows that are not to be migrated",
+    Fault.UNKNOWN_OUTCOME: "with an unknown outcome",
+    Fault.NO_CONTACT: "without a contact",
+    Fault.EXCLUDED_ROW: "of this run for excluded rows",
 }
 
 
 @dataclass(slots=True)
 class RowCounts:
-    """The source rows as they stand in the tables at one moment. Each term is counted by itself.
+    """Counts of the source rows in the tables at one moment. Each term is counted separately.
 
-    `entries` are the ledger's entries of rows that are to be migrated, by outcome; `faults` those that may not be.
+    `entries` counts the ledger entries of rows that are not excluded, by outcome; `faults` counts invalid entries.
     """
 
     rows: int
@@ -236,21 +236,21 @@ class RowCounts:
 
     @property
     def in_ledger(self) -> int:
-        """Rows that have an entry with an outcome."""
+        """The number of rows that have a ledger entry."""
         return sum(self.settled.values()) + sum(self.errors.values())
 
     @property
     def balances(self) -> bool:
-        """Whether every row is excluded, in the ledger or pending, and every entry is what it may be."""
+        """Whether every row is excluded, in the ledger or pending, and no ledger entry is invalid."""
         return not self.faults and self.rows == (
             sum(self.excluded.values()) + self.in_ledger + sum(self.pending.values())
         )
 
     @property
     def unstarted(self) -> list[Source]:
-        """The sources of which no row has an entry."""
+        """The sources without any ledger entry."""
         return [source for source in Source if not self.settled[source] + self.errors[source]]
 
     def to_read(self, source: Source) -> int:
-        """How many rows a run has to look at."""
+        """Return the number of rows of a source that a run reads."""
         return self.errors[source] + self.pending[source]

@@ -1,4 +1,4 @@
-"""PostgreSQL's error codes that the program tells apart, by the names that its manual gives them.
+"""The error codes of PostgreSQL that the program handles, with the names from its manual.
 
 See https://www.postgresql.org/docs/current/errcodes-appendix.html.
 """
@@ -26,9 +26,9 @@ UNDEFINED_COLUMN = "42703"
 UNDEFINED_TABLE = "42P01"
 DUPLICATE_TABLE = "42P07"
 TOO_MANY_CONNECTIONS = "53300"
-#: Also what a lock timeout is.
+#: Also raised for a lock timeout.
 LOCK_NOT_AVAILABLE = "55P03"
-#: Also what a statement timeout is.
+#: Also raised for a statement timeout.
 QUERY_CANCELED = "57014"
 ADMIN_SHUTDOWN = "57P01"
 CRASH_SHUTDOWN = "57P02"

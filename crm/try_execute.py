@@ -1,11 +1,12 @@
-"""Statements that write people's data, and of whose refusal no value comes into the server's log.
+"""Executes statements that write personal data, so that a refusal does not put values into the server's log.
 
-PostgreSQL logs every error that it sends, and in its DETAIL the row that a constraint refused, with all its values. No
-ordinary role can turn that off. What a function catches is not logged. So these statements run inside of one,
-`try_execute`, which returns the codes and names of what was refused; here that becomes the error that psycopg would
-have raised, but for its texts.
+PostgreSQL logs every error that it sends. The DETAIL of an error contains the row that a constraint refused, and an
+ordinary role cannot turn that off. An error that a function catches is not logged. So these statements run inside the
+function `try_execute`, which returns the code and names of an error. This module raises the error that psycopg would
+have raised, without its texts.
 
-What says nothing of a row (a lost connection, a deadlock, a full disk) the function lets pass: it belongs in the log.
+The function does not catch errors that say nothing about a row (a lost connection, a deadlock, a full disk): they
+belong in the log.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from psycopg.pq import DiagnosticField
 
 FUNCTION = "try_execute"
 SIGNATURE = f"{settings.BACKFILL_SCHEMA}.{FUNCTION}(text, text[])"
-#: Stands before and after the statement in what is sent.
+#: Quotes the statement in the call of the function.
 QUOTE = "$statement$"
 
-#: What the function returns of a refusal.
+#: The fields of an error that the function returns.
 _FIELDS = (
     DiagnosticField.SQLSTATE,
     DiagnosticField.CONSTRAINT_NAME,
@@ -35,9 +36,9 @@ _FIELDS = (
 
 
 def try_execute(connection: BaseDatabaseWrapper, statement: str, parameters: Sequence[Any]) -> list[str]:
-    """Execute a statement that casts each of its parameters from text, and returns one column; that column.
+    """Execute a statement that casts each of its parameters from text and returns one column. Return that column.
 
-    Raises a django.db.DatabaseError where PostgreSQL refuses it, with names and codes, and without values.
+    Raises django.db.DatabaseError if PostgreSQL refuses it, with names and codes, but without values.
     """
     body = statement % tuple(f"($1)[{number}]" for number in range(1, len(parameters) + 1))
     body = body.replace("%", "%%")
@@ -58,9 +59,9 @@ def try_execute(connection: BaseDatabaseWrapper, statement: str, parameters: Seq
 
 
 def _error(code: str, *names_and_context: str | None) -> psycopg.Error:
-    told = zip(_FIELDS, (code, *names_and_context), strict=True)
+    fields = zip(_FIELDS, (code, *names_and_context), strict=True)
     try:
         kind = errors.lookup(code)
     except KeyError:
         kind = errors.get_base_exception(code)
-    return kind("refused", info={field: text.encode() for field, text in told if text})
+    return kind("refused", info={field: text.encode() for field, text in fields if text})

@@ -3,10 +3,11 @@
 import django
 
 VERSION = "0.1.0"
-#: What `--version` says.
+#: The output of `--version`.
 FULL_VERSION = f"crm-contacts-backfill {VERSION}, Django {django.get_version()}"
 
-#: Raised by every change after which a row may become another contact than before, and by no other change. By hand: a
-#: digest of the sources would take every new name and every comment for other rules, and a verification would then find
-#: no defect any more in what earlier versions wrote. `tests/unit/test_rules.py` asks whoever changes a rule.
+#: Increased by every change after which a row may become another contact than before, and by no other change. It is set
+#: manually: with a digest of the source code, every new name or comment would count as another version, and the
+#: verification would no longer report any defect in earlier contacts. `tests/integration/test_rules.py` asks for it
+#: whenever the reference changes.
 RULES = 2

@@ -61,7 +61,7 @@ class TerminalProgress:
 
     def begin(self, unit: str, parts: Mapping[str, int]) -> None:
         """Show an empty bar for each part."""
-        self._bars.console.print(f"{sum(parts.values()):,} {unit} to look at", highlight=False)
+        self._bars.console.print(f"{sum(parts.values()):,} {unit} to process", highlight=False)
         self._bars.start()
         self._last_batch = self._bars.get_time()
         for part, total in parts.items():
@@ -101,7 +101,7 @@ class LineProgress:
     def begin(self, unit: str, parts: Mapping[str, int]) -> None:
         """Print the total."""
         self._unit, self._to_do = unit, sum(parts.values())
-        self._print(f"{self._to_do:,} {unit} to look at", *(parts if len(parts) == 1 else ()))
+        self._print(f"{self._to_do:,} {unit} to process", *(parts if len(parts) == 1 else ()))
 
     def advance(self, part: str, done: int, result: str = "") -> None:
         """Print the progress, unless a line was printed within LINE_EVERY seconds."""

@@ -142,8 +142,8 @@ def test_the_summary_of_a_dry_run_says_that_nothing_was_written(database: Databa
 def test_without_a_terminal_progress_is_lines_on_stderr(database: Database) -> None:
     add_some_of_everything()
     finished = backfill()
-    assert finished.stderr == f"10 source rows to look at\n{NEWS_OF_SOME_OF_EVERYTHING.format(the_run())}"
-    assert "rows to look at" not in finished.stdout
+    assert finished.stderr == f"10 source rows to process\n{NEWS_OF_SOME_OF_EVERYTHING.format(the_run())}"
+    assert "rows to process" not in finished.stdout
 
 
 def test_summaries_and_json_name_the_database_and_never_the_password(database: Database) -> None:

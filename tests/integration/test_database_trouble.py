@@ -107,7 +107,7 @@ def test_a_connection_that_is_lost_at_any_statement(database: Database, command:
         with terminated_at(statement):
             finished = managed(*arguments)
         assert_one_line(finished, 2)
-        assert "The database broke" in finished.stderr
+        assert "Database error" in finished.stderr
 
 
 @every_command

@@ -134,7 +134,7 @@ def test_an_outcome_that_is_none_does_not_hold_though_the_numbers_add_up(databas
     ended = backfill()
     assert ended.code == 5
     assert "100 rows = 0 excluded + 60 in the ledger + 0 pending  (DOES NOT HOLD)" in ended.stdout
-    assert "40 ledger entries with an outcome that is none" in ended.stderr
+    assert "40 ledger entries with an unknown outcome" in ended.stderr
     assert backfill("--json", "--dry-run").answer["balanced"] is False
     verified = called("verify_crm_contacts", "--json")
     assert verified.answer["balanced"] is False
@@ -158,7 +158,7 @@ def test_an_entry_whose_outcome_says_that_there_is_a_contact_names_one(database:
     change(f"UPDATE ledger_entry SET outcome = '{outcome}', contact_id = NULL WHERE outcome <> 'error'")
     ended = backfill("--json")
     assert (ended.code, ended.answer["balanced"], ended.answer["faults"]) == (5, False, {"no_contact": 5})
-    assert "5 ledger entries that name no contact" in ended.answer["failure"]
+    assert "5 ledger entries without a contact" in ended.answer["failure"]
 
 
 def test_an_entry_of_this_run_for_a_row_that_is_not_to_be_migrated_does_not_hold(database: Database) -> None:

@@ -45,11 +45,11 @@ def test_the_progress_of_a_rollback_says_which_run_is_rolled_back_and_what_becam
     change("""UPDATE crm_contacts SET "firstName" = 'Bo', "updatedAt" = now() WHERE email = 'person-1@example.com'""")
     dry = called("rollback_crm_backfill", str(made), "--dry-run", "--batch-size", "5")
     assert dry.stderr.splitlines() == [
-        f"Rolling back run {made} (dry run): 5 entries to look at",
+        f"Rolling back run {made} (dry run): 5 entries to process",
         f"Rolling back run {made} (dry run): 5 of 5 entries, 4 reversed, 1 kept",
     ]
     shown = on_a_terminal(lambda bars: roll_back(made, batch_size=5, progress=bars))
-    assert shown[0] == "5 entries to look at"
+    assert shown[0] == "5 entries to process"
     assert f"Rolling back run {made}" in shown[-1]
     assert "5 / 5 4 reversed, 1 kept" in shown[-1]
 
@@ -63,7 +63,7 @@ def test_what_an_update_changed_counts_among_the_entries_of_its_rollback(
     change("""UPDATE leads SET status = 'CONVERTED', "updatedAt" = now()""")
     updated = run(update=True)["run"]
     assert called("rollback_crm_backfill", str(updated)).stderr.splitlines() == [
-        f"Rolling back run {updated}: 3 entries to look at",
+        f"Rolling back run {updated}: 3 entries to process",
         f"Rolling back run {updated}: 3 of 3 entries, 3 reversed, 0 kept",
     ]
 
@@ -73,7 +73,7 @@ def test_the_progress_of_a_backfill_says_which_source_it_is_at(database: Databas
     add_many_leads(2, "CONVERTED", first=9)
     lines = backfill().stderr.splitlines()
     assert [line.rpartition(", ")[0] or line for line in lines] == [
-        "6 source rows to look at",
+        "6 source rows to process",
         "Converted leads: 2 of 6 source rows",
         "Active leads: 6 of 6 source rows",
     ]

@@ -185,10 +185,9 @@ def _of_types(tables: Mapping[str, Table], columns: Mapping[str, Sequence[str]])
             is_label = column.is_enum and name in LABELS.get(table, ())
             if column.type not in types and not is_label:
                 yield Unfit(
-                    f"The column {table}.{name} is of the type {column.declared_type}, where the backfill reads or "
-                    f"writes {words}.",
-                    f"It is of a generation of the application that this version does not know; let the table's owner "
-                    f"change the type of {table}.{name}, or leave this database alone.",
+                    f"The column {table}.{name} is of the type {column.declared_type}, but the backfill needs {words}.",
+                    "Its generation of the application is unknown to this version. As the table's owner, change the "
+                    f"type of {table}.{name}, or do not use the backfill on this database.",
                 )
 
 
