@@ -17,7 +17,7 @@ from crm.outcome import Source
 from crm.postgres.facts.schema import examine
 from crm.rollback.ahead import PagesAhead
 from crm.rollback.reader import Reader
-from crm.rules.reverting import Line
+from crm.rules.entry import Entry
 from tests.conftest import Database
 from tests.support.builders import add_many_leads
 from tests.support.commands import run
@@ -114,7 +114,7 @@ def test_a_rollback_takes_a_smaller_page_that_was_read_ahead_and_no_larger_one(
     reads: list[int] = []
     page = Reader.page
 
-    def noting(self: Reader, after: str, size: int) -> list[Line]:
+    def noting(self: Reader, after: str, size: int) -> list[Entry]:
         reads.append(size)
         return page(self, after, size)
 
@@ -124,9 +124,9 @@ def test_a_rollback_takes_a_smaller_page_that_was_read_ahead_and_no_larger_one(
         pages = PagesAhead(Reader.of(connection, facts, made), thread)
         sizes, ids, after = [], [], ""
         for size in (2, 4, 4, 1, 9, 9, 9):
-            lines = pages.page(after, size).lines
-            sizes.append(len(lines))
-            ids += [line.id for line in lines]
+            entries = pages.page(after, size).entries
+            sizes.append(len(entries))
+            ids += [entry.id for entry in entries]
             after = ids[-1]
     assert sizes == [2, 2, 4, 1, 1, 2, 0]
     assert ids == sorted(LedgerEntry.objects.values_list("pk", flat=True))
