@@ -559,7 +559,7 @@ def test_rows_that_row_level_security_hides_are_told_of(database: Database, djan
     with role_made_by_script():
         database.change("ALTER TABLE public.leads ENABLE ROW LEVEL SECURITY")
         (said,) = check(django_db_blocker)
-        assert said.startswith(f"crm.E003 Row-level security may hide rows of leads from the role {ROLE}: ")
+        assert said.startswith(f"crm.E003 Row-level security may hide rows of leads from the role {ROLE}; ")
         assert said.endswith(f"ALTER ROLE {quoted_name(ROLE)} BYPASSRLS;")
 
 

@@ -151,7 +151,8 @@ def test_a_record_that_is_deleted_at_any_step_ends_the_run_in_one_line(database:
             assert finished.code in (0, 5), (number, reached[-1], finished)
             continue
         deleted += 1
-        assert finished.code in ((0, 5) if number >= len(steps) - 3 else (5,)), (number, reached[-1], finished)
+        # The close comes before the last three, and a statement more or less depends on the clock.
+        assert finished.code in ((0, 5) if number >= len(steps) - 4 else (5,)), (number, reached[-1], finished)
         if finished.code == 5:
             assert "was deleted meanwhile" in finished.stderr or "Database error at the start" in finished.stderr
         assert backfill("--no-progress").code == 0

@@ -74,7 +74,7 @@ def test_the_address_of_a_decision_that_postgresql_refuses_is_not_in_the_servers
             owner.execute("ALTER TABLE conflict_decision DROP CONSTRAINT closed")
     for finished in refused:
         assert (finished.code, finished.stdout) == (2, "")
-        assert "Nothing was recorded: try again." in finished.stderr
+        assert "Nothing was recorded: run the command again." in finished.stderr
         assert "IntegrityError (23514)" in finished.stderr
     assert log == ""
     assert not ConflictResolution.objects.exists()
@@ -98,9 +98,9 @@ def test_what_is_no_resolution_is_refused_and_nothing_is_recorded(database: Data
         ((row, "--contact", "nobody"), "There is no contact nobody"),
         ((row, "--separate", "ann@"), "not a valid email address"),
         ((row, "--separate", ""), "not a valid email address"),
-        ((row, "--separate", ANN.upper()), f"taken by contact {contact}"),
-        ((row, "--separate", "Account@Example.com"), "taken by user"),
-        ((row, "--separate", "lead@example.com"), "taken by contact"),
+        ((row, "--separate", ANN.upper()), f"already used by contact {contact}"),
+        ((row, "--separate", "Account@Example.com"), "already used by user"),
+        ((row, "--separate", "lead@example.com"), "already used by contact"),
         ((row, "--separate", "BROKEN"), "not a valid"),
         (("users:1", "--contact", contact), "names no row"),
         (("profiles:", "--contact", contact), "names no row"),
@@ -118,7 +118,7 @@ def test_what_is_no_resolution_is_refused_and_nothing_is_recorded(database: Data
 def test_an_address_of_another_lead_or_resolution_is_somebodys(database: Database) -> None:
     row, _, _ = somebody_elses_account()
     lead = add_lead("pending@example.com")
-    assert f"taken by leads:{lead}" in resolve(row, "--separate", "Pending@example.com").stderr
+    assert f"already used by leads:{lead}" in resolve(row, "--separate", "Pending@example.com").stderr
     ConflictResolution.objects.create(id="1", row="leads:1", separate_email=OTHER, decided_by="me")
     finished = resolve(row, "--separate", OTHER)
     assert (finished.code, "another row" in finished.stderr) == (2, True)

@@ -17,7 +17,7 @@ from crm.postgres.trust import require_trusted
 
 # PostgreSQL keeps what depends on a role in pg_shdepend, but for its first superuser, who cannot be dropped.
 _NOBODY_ELSE = """
-SELECT current_user::regrole::oid = 10
+SELECT (SELECT oid FROM pg_roles WHERE rolname = current_user) = 10
    AND NOT EXISTS (SELECT FROM pg_shdepend
                     WHERE refclassid = 'pg_authid'::regclass
                       AND dbid IN (0, (SELECT oid FROM pg_database WHERE datname = current_database())))

@@ -201,4 +201,4 @@ def test_a_misspelled_variable_of_dotenv_is_warned_of_by_the_check(
     monkeypatch.setattr(Env, "ENVIRON", environment)
     _read_dotenv(path)
     (warning,) = check_variables()
-    assert warning.hint == "Write CRM_PLACEHOLDER_DOMAIN, or leave it out."
+    assert warning.hint == "Use CRM_PLACEHOLDER_DOMAIN, or remove it."

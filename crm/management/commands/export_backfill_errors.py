@@ -49,7 +49,7 @@ class Command(OperatorCommand):
         try:
             with (
                 self._file(output) as file,
-                as_operator_error("The database interrupted the export: {}. Try again."),
+                as_operator_error("Database error during the export: {}. Run the command again."),
                 closing(dead_letters(connection, with_email=with_email)) as letters,
             ):
                 counts = self._write(file, columns, letters)

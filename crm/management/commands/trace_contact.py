@@ -42,7 +42,7 @@ class Command(OperatorCommand):
     def handle(self, *_args: Any, reference: str, json: bool, **_options: Any) -> None:
         """Trace the person. The exit codes are in the help."""
         try:
-            with as_operator_error("The database interrupted the trace: {}. Try again."):
+            with as_operator_error("Database error during the trace: {}. Run the command again."):
                 if reference == ON_STANDARD_INPUT:
                     trace = trace_address(connection, _only_line())
                 else:

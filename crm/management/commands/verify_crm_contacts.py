@@ -50,7 +50,9 @@ class Command(OperatorCommand):
         """Verify. The exit codes are in the help."""
         try:
             with (
-                as_operator_error("The database interrupted the verification: {}. Nothing was proven; try again."),
+                as_operator_error(
+                    "Database error during the verification: {}. Nothing was proven; run the command again."
+                ),
                 _written_to(csv) as on_finding,
                 _counted(Console(stderr=True)) as on_page,
             ):
