@@ -20,6 +20,7 @@ from crm.backfill.write.writer import BatchWriter
 from crm.models import BackfillRun
 from crm.postgres import transactions
 from crm.postgres.transactions import Timeouts
+from crm.rules.throttling import Pause, RateLimit
 from crm.runs import retrying
 from tests.conftest import Database
 from tests.support.builders import CREATED_AT, add_lead, add_many_leads, contacts, ledger
@@ -465,7 +466,10 @@ def test_a_connection_that_is_lost_while_a_rate_is_waited_for_is_had_again(
 
     monkeypatch.setattr(kind, "keep_alive", lose_it_once)
     monkeypatch.setattr(retrying, "MAX_RETRIES", 5)
-    answer = run(batch_size=2, max_rate=10, update=update)
+    # However long a batch takes here, there is something to wait for.
+    pauses = [Pause("a rate", 0)]
+    monkeypatch.setattr(RateLimit, "wait_reason", lambda *_: pauses.pop() if pauses else None)
+    answer = run(batch_size=2, max_rate=1_000, update=update)
     assert lost
     assert (answer["status"], answer["balanced"], len(contacts())) == ("finished", True, 6)
 
