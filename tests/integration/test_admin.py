@@ -181,7 +181,7 @@ def test_a_conflict_names_each_contact_with_the_keys_that_lead_to_it_and_what_to
     named = f"{by_email} (email), {by_user} (userId), no contact (clerkUserId)"
     shown = page(browser, LedgerEntry, entry)
     assert f"Contact: {named}" in shown
-    assert f"--contact {by_email} or {by_user} when" in shown
+    assert f"--contact {by_email} or {by_user} if" in shown
     html = browser.get(address(LedgerEntry)).content.decode()
     assert named in text(html)
     for contact, key in ((by_email, "email"), (by_user, "userId")):

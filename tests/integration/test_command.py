@@ -339,7 +339,7 @@ def test_exit_code_3_while_another_run_holds_the_fence(database: Database, statu
     finished = backfill("--json")
     assert (finished.code, finished.stdout) == (3, "")
     assert finished.stderr.count("\n") == 1
-    assert f"Run {other.pk} is {'going' if status == RunStatus.RUNNING else 'paused'}" in finished.stderr
+    assert f"Run {other.pk} is {'in progress' if status == RunStatus.RUNNING else 'paused'}" in finished.stderr
     assert database.dump() == before
 
 

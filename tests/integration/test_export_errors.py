@@ -350,7 +350,7 @@ def test_a_conflict_of_an_earlier_version_names_the_contact_that_it_has(database
     database.rows("UPDATE ledger_entry SET identity_keys = NULL RETURNING id")
     (row,) = rows_of(command().stdout)
     assert (row["contact_id"], row["contacts"]) == (contact, contact)
-    assert f"--contact {contact} when" in row["what_to_do"]
+    assert f"--contact {contact} if" in row["what_to_do"]
     run()
     (row,) = rows_of(command().stdout)
     assert row["contacts"] == f"{contact} (email), no contact (userId)", "the next run tries the row again"

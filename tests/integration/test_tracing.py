@@ -87,7 +87,7 @@ def test_everything_is_told_for_people_and_nothing_of_theirs(database: Database,
     assert len(moments) >= 7
     assert set(moments) == {" UTC"}, "each moment says in which zone it is, and all in one way"
     for expected in (
-        f"Contact {contact}: in the CRM, made by {profile}, created ",
+        f"Contact {contact}: in the CRM, created by {profile}, created ",
         f"Row {profile}: in the ledger, updated ",
         f"Row {lead}: in the ledger, updated ",
         f"active_leads: merged, contact {contact}, filled phone",
