@@ -1,28 +1,27 @@
-"""Taking a run back, row by row, without touching what people changed since.
+"""Rolls back a run, row by row, and keeps everything that people changed since.
 
-Every contact that the run created ends as one of three:
+Each contact that the run created gets one of three statuses:
 
-- reversed: deleted, because nobody touched it. Its `updatedAt` is the one that it was made with, its columns are what
-  its source rows map to (raw SQL does not bump `updatedAt`), the columns that the backfill does not write have their
-  defaults, and no row of any table refers to it.
-- kept: somebody changed it, refers to it or deleted it. Its ledger entry stays, so it is neither made again nor, where
-  it was deleted, brought back.
-- failed: the database refused, with the SQLSTATE.
+- reversed: the contact was unmodified and has been deleted. Unmodified means: its `updatedAt` is the one that it was
+  created with, its columns are what its source rows map to (raw SQL does not set `updatedAt`), the columns that the
+  backfill does not write have their defaults, and no row of any table refers to it.
+- kept: the contact was modified, is referred to, or was deleted. Its ledger entry stays, so no run creates the contact
+  again.
+- failed: the database refused the deletion. The SQLSTATE is recorded.
 
-What the run merged into other contacts is taken out again where it still stands as it was written and nobody touched
-the contact since, which the ledger tells by the contact's `updatedAt` at the merge; otherwise it is kept. Entries of
-rows that met somebody else's contact, or had an error, are removed, except where that contact was deleted since:
-without its entry the row would bring the person back.
+What the run merged into other contacts is removed if it is unchanged and the contact is unmodified since, according to
+the contact's `updatedAt` at the merge, which the ledger records. Otherwise it is kept. Entries of rows that matched a
+contact created elsewhere, or had an error, are deleted, unless that contact was deleted since: without its entry, the
+row would create the person again.
 
-Whatever was merged into a contact goes with it, also by a later run: those rows are pending again, too, and the next
-backfill brings them all back. So does what other runs merged on top of a value that is taken out: such a row would have
-filled it itself, and left it alone because it was there. What was merged by the same run into a contact that stays,
-stays.
+Everything merged into a deleted contact is reversed too, whichever run merged it: those rows are pending again, and the
+next backfill migrates them all. The same applies to what other runs merged on top of a removed value: such a row would
+have filled the value itself if it had been empty. What the same run merged into one of its contacts is kept if the
+contact is kept.
 
-What the run changed with --update goes first, where it still stands as it was written: what was filled is blank again,
-the placeholder is back, type and stage are what they were, and our line of the contact's history is gone. The next run
-with --update looks at these rows again. A contact that a later run promoted stays until that run is taken back: its
-history refers to it.
+Changes by --update are reversed first, if they are still in place: filled fields are blank again, the placeholder,
+type and stage are restored, and the history row of the backfill is deleted. The next run with --update revisits these
+rows. A contact that a later run promoted is kept until that run is rolled back, because its history refers to it.
 
-The rows whose entries are gone count as pending. A rollback that was killed is gone on with by running it again.
+Rows whose entries are deleted count as pending. To continue an interrupted rollback, run it again.
 """

@@ -1,4 +1,4 @@
-"""While the server undoes one page of entries, the next one and its source rows are read on a thread of their own."""
+"""Reads the next page of entries and their source rows in a thread while the current page is undone."""
 
 from __future__ import annotations
 
@@ -17,19 +17,18 @@ from crm.rules.reverting import SourceRow
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Entries that are undone together, and the source rows that were read with them, by the entries' ids."""
+    """Entries that are undone together, and their source rows by entry id. False if there are no entries."""
 
     entries: Sequence[Entry]
     source_rows: Mapping[str, SourceRow] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        """Whether there is anything to undo."""
         return bool(self.entries)
 
     def rows_of(self, entries: Mapping[str, Entry]) -> dict[str, SourceRow]:
-        """The source rows of entries, by their ids, as far as they were read as rows of the same source.
+        """Return the source rows of the given entries by entry id, if they were read as rows of the same source.
 
-        A row that went over to another source since, and was looked at again, has to be read as one of that.
+        A row that changed its source since, and was revisited, must be read again as a row of the new source.
         """
         return {
             entry.id: self.source_rows[entry.id]
@@ -38,15 +37,15 @@ class Page:
         }
 
     def without(self, gone: set[str]) -> Page:
-        """The page without the entries of these ids."""
+        """Return the page without the entries that have one of these ids."""
         return Page([entry for entry in self.entries if entry.id not in gone], self.source_rows)
 
 
 class PagesAhead:
-    """Hands out the entries of a run page by page.
+    """Returns the entries of a run page by page, and reads one page ahead.
 
-    What is read ahead is only entries and source rows: a rollback changes neither, but for entries that it deletes,
-    which it tells. Contacts are read when it is their turn.
+    Only entries and source rows are read ahead, because a rollback changes neither, except for the entries that it
+    deletes, which it passes to `note_deleted`. Contacts are read when their page is undone.
     """
 
     def __init__(self, reader: Reader, thread: ReadingThread) -> None:
@@ -57,21 +56,20 @@ class PagesAhead:
         self._gone: set[str] = set()
 
     def page(self, after: str, size: int) -> Page:
-        """At most `size` entries, by id, from strictly after one on; none when there are no more.
+        """Return at most `size` entries in the order of their ids, those after the id `after`; empty at the end.
 
-        Raises django.db.Error for what the reading of this page raised now. What went wrong while it was read ahead is
-        no matter: it is read again.
+        Raises django.db.Error if the page cannot be read. If reading ahead failed, the page is read again first.
         """
-        page = self._taken(after, size) or self._read(after, size)
+        page = self._take(after, size) or self._read(after, size)
         if page:
             self._ask(page.entries[-1].id, size)
         return page
 
     def note_deleted(self, entries: Iterable[str]) -> None:
-        """Take note of entries that were deleted: they may have been read ahead."""
+        """Exclude deleted entries from the page that was read ahead."""
         self._gone = set(entries)
 
-    def _taken(self, after: str, size: int) -> Page | None:
+    def _take(self, after: str, size: int) -> Page | None:
         coming, asked = self._coming, self._asked
         self._coming = self._asked = None
         if coming is None:
@@ -80,9 +78,9 @@ class PagesAhead:
             page = coming.result()
         except DjangoDatabaseError:
             return None
-        # A page of an earlier size is good enough, unless a smaller one is asked for.
-        is_fit = asked is not None and asked[0] == after and asked[1] <= size
-        return page.without(self._gone) if is_fit else None
+        # A page that was requested with a smaller size can be used, one with a larger size cannot.
+        is_usable = asked is not None and asked[0] == after and asked[1] <= size
+        return page.without(self._gone) if is_usable else None
 
     def _ask(self, after: str, size: int) -> None:
         self._asked = (after, size)

@@ -1,4 +1,4 @@
-"""What a verdict needs: entries of the ledger, contacts with their version, and what source rows map to. Only reads."""
+"""Reads what a rollback assesses: ledger entries, contacts with their row version, and mapped source rows."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from crm.rules.source_rows import SOURCE_TABLES, ProfileRow, RawRow
 from crm.runs.other_rules import OtherRules
 
 _PAGE = f"SELECT {COLUMNS} FROM ledger_entry entry WHERE entry.run_id = %s AND entry.id > %s ORDER BY entry.id LIMIT %s"
-# By the index of the contact, which holds no entry that made one.
+# Uses the index on contact_id, which excludes `created` entries.
 _MERGES = f"""
 SELECT {COLUMNS} FROM ledger_entry entry JOIN unnest(%s::text[]) AS met(id) ON entry.contact_id = met.id
  WHERE entry.outcome = 'merged'
 """
 _CREATORS = f"SELECT {COLUMNS} FROM ledger_entry entry WHERE entry.id = ANY(%s) AND entry.outcome = 'created'"
-# A contact's changes come together, the last one first.
+# All changes of a contact are read together, the last one first.
 _UPDATED_CONTACTS = """
 SELECT contact_id FROM contact_update WHERE run_id = %s AND contact_id COLLATE "C" > %s
  GROUP BY contact_id ORDER BY contact_id COLLATE "C" LIMIT %s
@@ -54,8 +54,8 @@ _LABELS = {
     for name, table in SOURCE_TABLES.items()
 }
 
-# What the backfill does not write has its default, as long as nobody else wrote it. A default that is not a constant
-# says nothing afterwards, and a generated column is nobody's to write.
+# A column that the backfill does not write has its default unless it was written elsewhere. Non-constant defaults are
+# excluded because they cannot be compared later, and generated columns because they cannot be written.
 _OTHER_COLUMNS = r"""
 SELECT a.attname, has_column_privilege(c.oid, a.attnum, 'SELECT'), format('CASE WHEN %%s THEN %%L END',
        CASE WHEN d.adbin IS NULL THEN format('c.%%I IS NOT NULL', a.attname)
@@ -75,13 +75,17 @@ SELECT a.attname, has_column_privilege(c.oid, a.attnum, 'SELECT'), format('CASE 
 _ROWS = """
 SELECT {values}, {account_changed} FROM (SELECT {columns} FROM {table} r WHERE r.id = ANY(%(ids)s)) r {join}
 """
-# An account's address changes without a trace in the profile.
+# A user's email can change without a change to the profile.
 _ACCOUNT_CHANGED = "COALESCE(u.changed_at >= %(started_at)s AT TIME ZONE 'UTC', false)"
 
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """Reads for the rollback of one run."""
+    """Reads what the rollback of one run needs.
+
+    `set_elsewhere` is an SQL array of the names of columns that the backfill does not write and that are not at their
+    default. `sees_user_changes` is False if this role may not read when a user changed.
+    """
 
     connection: BaseDatabaseWrapper
     facts: DatabaseFacts
@@ -93,34 +97,34 @@ class Reader:
 
     @classmethod
     def of(cls, connection: BaseDatabaseWrapper, facts: DatabaseFacts, run: BackfillRun) -> Reader:
-        """A reader for the rollback of `run`. Raises OperatorError where this role may not see what it must compare."""
+        """Return a reader for the rollback of `run`. Raises OperatorError if this role may not read all columns."""
         sees_user_changes = may_read_user_changes(connection)
         resolutions = Resolutions.every(connection)
         other_rules = OtherRules.read(connection)
         return cls(connection, facts, run, _set_elsewhere(connection), sees_user_changes, resolutions, other_rules)
 
     def page(self, after: str, size: int) -> list[Entry]:
-        """At most `size` entries of the run, by id, from strictly after one on."""
+        """Return at most `size` entries of the run in the order of their ids, those after the id `after`."""
         return self._entries(_PAGE, self.run.pk, after, size)
 
     def merges_into(self, contact_ids: Sequence[str]) -> list[Entry]:
-        """The entries, of any run, of rows that were merged into these contacts."""
+        """Return the entries, of any run, of rows that were merged into these contacts."""
         return self._entries(_MERGES, contact_ids) if contact_ids else []
 
     def creators_of(self, contact_ids: Sequence[str]) -> dict[str, Entry]:
-        """The entries that made these contacts, where the backfill did."""
+        """Return the entries that created these contacts, by contact id, excluding contacts created elsewhere."""
         return {entry.id: entry for entry in self._entries(_CREATORS, contact_ids)} if contact_ids else {}
 
     def updates(self, after: str, size: int) -> list[UpdateRecord]:
-        """What the run changed in at most `size` contacts, by id from strictly after one on."""
+        """Return the changes of the run in at most `size` contacts by id, those after the id `after`."""
         return self.updates_of_run([contact for (contact,) in self._rows(_UPDATED_CONTACTS, self.run.pk, after, size)])
 
     def updates_of_run(self, contact_ids: Sequence[str]) -> list[UpdateRecord]:
-        """What the run changed in these contacts; of each, the last change first."""
+        """Return the changes of the run in these contacts; for each contact, the last change first."""
         return self._records(_UPDATES, self.run.pk, contact_ids) if contact_ids else []
 
     def updates_in(self, contact_ids: Sequence[str]) -> list[Entry]:
-        """What any run changed in these contacts, in its order."""
+        """Return the changes of all runs in these contacts, in the order in which they were made."""
         return [record.entry for record in self._records(_UPDATES_IN, contact_ids)] if contact_ids else []
 
     def _records(self, query: str, *parameters: Any) -> list[UpdateRecord]:
@@ -145,7 +149,7 @@ class Reader:
         ]
 
     def _sources_now(self, entries: Sequence[Entry]) -> dict[str, str]:
-        """The sources that the rows of entries are of by now: a lead that converted is of another one."""
+        """Return the current source of each entry's row by entry id: a lead that converted has changed its source."""
         found: dict[str, str] = {}
         for table, query in _LABELS.items():
             ids = {entry.source_id: entry.id for entry in entries if Source(entry.source).table == table}
@@ -155,11 +159,14 @@ class Reader:
         return found
 
     def contacts(self, contact_ids: Sequence[str]) -> dict[str, ContactSnapshot]:
-        """Those of these contacts that are there."""
+        """Return the contacts with these ids, by id, without those that do not exist."""
         return SnapshotReader(self.connection, version=VERSION, set_elsewhere=self.set_elsewhere).read(contact_ids)
 
     def source_rows(self, entries: Iterable[Entry]) -> dict[str, SourceRow]:
-        """The source rows of these entries as they are now, by the entries' ids; of several of a row, the last."""
+        """Return the current source rows of these entries by entry id. Of several entries of a row, the last counts.
+
+        A row that cannot be read, or whose id is not unique, is returned unmapped, with the reason.
+        """
         by_source: dict[Source, list[str]] = {}
         for entry in {entry.id: entry for entry in entries}.values():
             by_source.setdefault(Source(entry.source), []).append(entry.source_id)
@@ -211,7 +218,7 @@ def _source_row(row: RawRow, mapped: MappedRow, *, account_changed: bool) -> Sou
 
 
 def _former_entries(entry: Entry, former_values: Mapping[str, Any]) -> dict[str, Entry]:
-    """The rows that have what a change replaced, by its name."""
+    """Return entries for the rows that the replaced values came from, by unit."""
     found: dict[str, Entry] = {}
     for unit, what in former_values.items():
         if what is not None and "row" in what:
@@ -227,14 +234,14 @@ def _former_entries(entry: Entry, former_values: Mapping[str, Any]) -> dict[str,
 
 
 def _set_elsewhere(connection: BaseDatabaseWrapper) -> str:
-    """The SQL array of the names of those columns that the backfill does not write and somebody else did."""
+    """Return an SQL array of the names of columns that the backfill never writes and that are not at their default."""
     with connection.cursor() as cursor:
         cursor.execute(_OTHER_COLUMNS, [settings.LEGACY_SCHEMA, list(COLUMN.values())])
         columns = cursor.fetchall()
     if hidden := [name for name, readable, _ in columns if not readable]:
         raise OperatorError(
             f"This role may not read crm_contacts.{', '.join(hidden)}. Let the owner GRANT SELECT on the whole table: "
-            "what somebody filled in there must be seen before a contact is deleted."
+            "a rollback must see what users entered there before it deletes a contact."
         )
     names = ", ".join(name_if_set for *_, name_if_set in columns)
     return f"array_remove(ARRAY[{names}]::text[], NULL)".replace("%", "%%")

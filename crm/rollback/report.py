@@ -1,4 +1,4 @@
-"""What people see of a rollback: the summary, one JSON object for machines, and a list of what became of each row."""
+"""The output of a rollback: summary, JSON object, and CSV file with the result for each row."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from crm.postgres.target import target, target_line
 from crm.rollback.runner import Listener, ListingError, RollbackReport
 from crm.rollback.undo import Reverted
 from crm.rules.entry import Entry
-from crm.rules.reverting import KeepReason, Verdict
+from crm.rules.reverting import KeepReason, Status
 
 CSV_COLUMNS = ("row", "was", "contact_id", "outcome", "why", "detail")
 LATER_RUN = "merged_by_a_later_run"
@@ -31,10 +31,10 @@ MEANING_OF_REASONS = "Why a row is kept or failed"
 
 
 def as_json(report: RollbackReport) -> str:
-    """The report as one JSON object on one line."""
+    """Return the report as one JSON object on one line."""
     numbers = report.counts.numbers
     kinds = {
-        kind: {verdict: numbers[f"{kind}_{verdict}"] for verdict in Verdict} for kind in ("merges", "updates", "lines")
+        kind: {status: numbers[f"{kind}_{status}"] for status in Status} for kind in ("merges", "updates", "lines")
     }
     answer: dict[str, Any] = {
         "run": report.run_id,
@@ -44,7 +44,7 @@ def as_json(report: RollbackReport) -> str:
         "dry_run": report.dry_run,
         "database": target(),
         "generation": report.generation,
-        **{verdict.value: numbers[f"contacts_{verdict}"] for verdict in Verdict},
+        **{status.value: numbers[f"contacts_{status}"] for status in Status},
         **kinds,
         "later_merges": numbers["later_merges"],
         "by_reason": dict(sorted(report.counts.reasons.items())),
@@ -58,37 +58,37 @@ def as_json(report: RollbackReport) -> str:
 
 
 def print_summary(report: RollbackReport, console: Console) -> None:
-    """The summary for people."""
+    """Print the summary."""
     numbers = report.counts.numbers
     table = Summary(_headline(report))
     row = table.count
 
     deleted = "would be deleted" if report.dry_run else "deleted"
-    contacts = [numbers[f"contacts_{verdict}"] for verdict in Verdict]
+    contacts = [numbers[f"contacts_{status}"] for status in Status]
     row("Contacts that the run created", sum(contacts), style="bold")
-    row("  reversed", contacts[0], f"{deleted}: nobody had touched them")
-    row("  kept", contacts[1], "somebody changed or deleted them, or refers to them")
+    row("  reversed", contacts[0], f"{deleted}: unmodified since")
+    row("  kept", contacts[1], "modified, deleted or referred to since")
     row("  failed", contacts[2], "the database refused", "red" if contacts[2] else "")
-    merges = [numbers[f"merges_{verdict}"] for verdict in Verdict]
+    merges = [numbers[f"merges_{status}"] for status in Status]
     row("Rows that it merged", sum(merges), style="bold")
-    row("  reversed", merges[0], "with the contact, or taken out of it")
+    row("  reversed", merges[0], "with their contact, or removed from it")
     row("  kept", merges[1])
     row("  failed", merges[2], style="red" if merges[2] else "")
-    updates = [numbers[f"updates_{verdict}"] for verdict in Verdict]
+    updates = [numbers[f"updates_{status}"] for status in Status]
     row("Changes of --update", sum(updates), style="bold")
-    row("  reversed", updates[0], "taken out of the contact, with their line of its history")
+    row("  reversed", updates[0], "removed from the contact, with the row of its history")
     row("  kept", updates[1])
     row("  failed", updates[2], style="red" if updates[2] else "")
-    row("Rows that met others or had errors", numbers["lines_reversed"] + numbers["lines_kept"], style="bold")
+    row("Rows with another contact or error", numbers["lines_reversed"] + numbers["lines_kept"], style="bold")
     row("  reversed", numbers["lines_reversed"])
     row("  kept", numbers["lines_kept"], "their contact was deleted since")
     row(
         "Rows merged by other runs",
         numbers["later_merges"],
-        "pending again, with what they were merged into",
+        "pending again, like the rows that they were merged into",
     )
     if report.counts.reasons:
-        remark = f'"{MEANING_OF_REASONS}" in docs/runbook.md says what to do'
+        remark = f'see "{MEANING_OF_REASONS}" in docs/runbook.md'
         row("Why rows were kept or failed", report.counts.reasons.total(), remark, "bold")
     for reason, count in sorted(report.counts.reasons.items()):
         row(f"  {reason}", count)
@@ -100,34 +100,35 @@ def print_summary(report: RollbackReport, console: Console) -> None:
 
 
 def _ways_back(report: RollbackReport) -> list[str]:
-    """How to have back what was reversed: rows by any run, what an update changed by an update alone."""
+    """Return how to migrate again what was reversed: rows by any run, changes of an update by an update only."""
     numbers = report.counts.numbers
     ways = []
     if any(numbers[kind] for kind in ("contacts_reversed", "merges_reversed", "lines_reversed", "later_merges")):
-        recreated = ", but for the contacts that it had made again: those are deleted as before"
-        but = recreated if report.of_recreation else ""
+        recreated = ", except the contacts that the run had created again: those stay deleted"
+        exception = recreated if report.of_recreation else ""
         ways.append(
-            f"The rows are pending again: `python manage.py backfill_crm_contacts` would bring back what they did{but}."
+            f"The rows are pending again: `python manage.py backfill_crm_contacts` migrates them again{exception}."
         )
     if numbers["updates_reversed"]:
         ways.append(
-            "What an update changed comes back by the next one: `python manage.py backfill_crm_contacts --update`."
+            "The changes of the update were reversed: `python manage.py backfill_crm_contacts --update` makes them "
+            "again."
         )
     return ways
 
 
 @contextmanager
 def listing(path: Path | None) -> Iterator[Listener | None]:
-    """Something that lists what becomes of each row in a CSV file, batch by batch; nothing without a path.
+    """Open a CSV file and yield a listener that writes the result for each row to it; yield None without a path.
 
-    Raises OperatorError where the file is there already (it may be the list of a rollback that was killed), or cannot
-    be written. What lists raises ListingError when it no longer can.
+    Raises OperatorError if the file exists (it may be the list of an interrupted rollback) or cannot be written. The
+    listener raises ListingError if writing fails later.
     """
     if path is None:
         yield None
         return
     try:
-        # Not renamed at the end: what was taken back is to be read in it should the rollback be killed.
+        # Written in place instead of renamed at the end, so that the list survives if the rollback is killed.
         file = new_file(path)
     except FileExistsError:
         raise OperatorError(f"{path} is there already: name a new file. Nothing was written.") from None
@@ -141,32 +142,32 @@ def listing(path: Path | None) -> Iterator[Listener | None]:
             for row in rows:
                 write_row(row)
             file.flush()
-            # What a batch took back is on the disk before the next one is begun.
+            # The rows of a batch are on disk before the next batch begins.
             os.fsync(file.fileno())
         except OSError as error:
             raise ListingError(error.strerror or type(error).__name__) from None
 
     try:
         write([CSV_COLUMNS])
-        yield lambda undone: write(_rows_of(undone))
+        yield lambda reverted: write(_rows_of(reverted))
     except ListingError as error:
         path.unlink()
         raise OperatorError(f"{path} cannot be written ({error.reason}). Nothing was written.") from None
     except (OperatorError, StoppedError, DatabaseError):
-        # Nothing was done, so there is no list; the same name is free for what the operator calls next.
+        # Nothing was reversed. Remove the file, so that the next call can use the same name.
         path.unlink()
         raise
     finally:
-        # All was written by then, or it was told that it could not be.
+        # A failed write has already been reported.
         with suppress(OSError):
             file.close()
 
 
-def _rows_of(undone: Reverted) -> Iterator[tuple[str, ...]]:
-    for judgement in undone.judgements:
-        yield (*_cells(judgement.entry), judgement.verdict, judgement.why or "", judgement.detail)
-    for entry in undone.later_merges:
-        yield (*_cells(entry), Verdict.REVERSED, LATER_RUN, f"run {entry.run_id}")
+def _rows_of(reverted: Reverted) -> Iterator[tuple[str, ...]]:
+    for assessment in reverted.assessments:
+        yield (*_cells(assessment.entry), assessment.status, assessment.keep_reason or "", assessment.detail)
+    for entry in reverted.later_merges:
+        yield (*_cells(entry), Status.REVERSED, LATER_RUN, f"run {entry.run_id}")
 
 
 def _cells(entry: Entry) -> tuple[str, str, str]:
@@ -174,14 +175,14 @@ def _cells(entry: Entry) -> tuple[str, str, str]:
 
 
 def _headline(report: RollbackReport) -> str:
-    what = f"Dry run, nothing was written: run {report.rolls_back} taken back"
+    what = f"Dry run, nothing was written: rollback of run {report.rolls_back}"
     if not report.dry_run:
-        what = f"Run {report.run_id}, taking back run {report.rolls_back}"
+        what = f"Run {report.run_id}, rollback of run {report.rolls_back}"
     return f"{what}: {report.status.value} in {report.seconds:,.1f} s on generation {report.generation}"
 
 
 def news(report: RollbackReport) -> list[str]:
-    """What whoever reads stderr alone must know, a line each; nothing where the rollback ends with exit code 0."""
+    """Return the lines for stderr; empty if the exit code is 0."""
     return [words for words in (_advice(report), _failures(report)) if words]
 
 
@@ -190,23 +191,21 @@ def _failures(report: RollbackReport) -> str | None:
         return None
     refusals = [item for item in sorted(report.counts.reasons.items()) if item[0].startswith(KeepReason.REFUSED)]
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in refusals)
-    what = f"run {report.run_id}: {report.counts.failed:,} of what run {report.rolls_back} did could not be taken back"
+    what = f"run {report.run_id}: {report.counts.failed:,} of the results of run {report.rolls_back} were not reversed"
     return f"{what} ({reasons}); --csv lists them"
 
 
 def _advice(report: RollbackReport) -> str | None:
-    """Why a rollback that did not get to its end ended, and how to go on from here."""
+    """Return why an incomplete rollback ended, and how to continue it; None if it is complete."""
     if report.status == RunStatus.FAILED:
-        return (
-            f"The rollback failed: {report.failure}. What is reversed stays so; run the command again and it goes on."
-        )
+        return f"The rollback failed: {report.failure}. What is reversed stays so; run the command again to continue."
     if report.status != RunStatus.FINISHED:
         why = f": {report.failure}" if report.failure else ""
         first = ""
         if report.status == RunStatus.PAUSED:
-            first = f"unless it is resumed by now, `python manage.py backfill_runs resume {report.run_id}`; then "
+            first = f"unless it was resumed already, `python manage.py backfill_runs resume {report.run_id}`; then "
         return (
-            f"The rollback was {report.status.value}{why}. What is reversed stays so; {first}run the command again and "
-            "it goes on."
+            f"The rollback was {report.status.value}{why}. What is reversed stays so; {first}run the command again to "
+            "continue."
         )
     return None

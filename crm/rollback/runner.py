@@ -1,9 +1,9 @@
-"""One rollback, from the first look at the run to the report.
+"""Runs a rollback.
 
-    find the run -> examine -> claim the lease -> batches of the run's entries, by id: judge, undo, commit
+    find the run -> examine -> claim the lease -> batches of the run's entries, by id: assess, undo, commit
             -> compare the counts with the ledger -> close -> RollbackReport
 
-A dry run takes the same way with an undoer that writes nothing, and claims no lease.
+A dry run takes the same steps with an undoer that writes nothing, and claims no lease.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from crm.rollback.ahead import PagesAhead
 from crm.rollback.reader import Reader
 from crm.rollback.undo import Counts, DatabaseUndoer, DryRunUndoer, Reverted, RunDeletedError, Undoer, counted
 from crm.rules.entry import Entry
-from crm.rules.reverting import Verdict
+from crm.rules.reverting import Status
 from crm.rules.throttling import BatchSizer
 from crm.runs import control, lease
 from crm.runs.lifecycle import Checked, Ending, Lifecycle, lifecycle
@@ -40,34 +40,35 @@ from crm.runs.progress import Progress, Silence
 from crm.runs.retrying import Retries
 
 DEFAULT_BATCH_SIZE = 2_000
-#: How many later runs a warning names one by one.
+#: Maximum number of later runs that a warning names.
 MAX_NAMED = 10
 
 logger = logging.getLogger(__name__)
 
 
 class ListingError(Exception):
-    """The list of rows cannot be written, for the system's reason."""
+    """The list of rows cannot be written. `reason` is that of the operating system."""
 
     def __init__(self, reason: str) -> None:
-        super().__init__(f"the list of rows cannot be written any more ({reason})")
+        super().__init__(f"the list of rows cannot be written ({reason})")
         self.reason = reason
 
 
 class Listener(Protocol):
-    """Is told what became of each batch, once it is committed. Raises ListingError."""
+    """Is called with the result of each batch after its commit. Raises ListingError."""
 
-    def __call__(self, undone: Reverted) -> None:
-        """Take note of a batch."""
+    def __call__(self, reverted: Reverted) -> None:
+        """Write the result of a batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RollbackReport:
-    """How a rollback went. `run_id` is None for a dry run; `balanced` is None where it did not get to its end.
+    """The result of a rollback. `run_id` is None for a dry run; `balanced` is None if it is incomplete.
 
-    `later_runs` stood when it began, the last one first: rows of the run may be in conflict with what they made. A run
-    that was taken back is not among them, even if something of it was kept: another rollback would keep it as well.
-    `of_recreation` tells whether the run that was taken back made contacts again that were gone.
+    `later_runs` are the later runs that made or changed contacts and were not rolled back when it began, the last one
+    first: rows of the run can be in conflict with their contacts. A run that was rolled back is excluded even if
+    something of it was kept, because another rollback would keep the same. `of_recreation` is True if the run that was
+    rolled back created missing contacts again.
     """
 
     run_id: int | None
@@ -85,12 +86,12 @@ class RollbackReport:
 
     @property
     def finished_at(self) -> datetime:
-        """When it ended, by the clock of this machine."""
+        """The time of its end by the clock of this machine."""
         return self.started_at + timedelta(seconds=self.seconds)
 
     @property
     def exit_code(self) -> int:
-        """What a script is told: 0 all reversed or kept, 1 some failed, 4 stopped, 5 failed."""
+        """The exit code: 0 all reversed or kept, 1 some failed, 4 stopped, 5 failed."""
         if self.status == RunStatus.FAILED:
             return 5
         if self.status != RunStatus.FINISHED:
@@ -106,11 +107,13 @@ def roll_back(
     progress: Progress | None = None,
     listener: Listener | None = None,
 ) -> RollbackReport:
-    """Take a run back, as `crm.rollback` describes.
+    """Roll back a run as described in `crm.rollback`, and return the report.
 
-    Raises OperatorError before anything is written: where there is no such run, where it is running or is a rollback
-    itself, where the ledger has nothing of it, where this role may not do or see what it must, and (AnotherRunError)
-    when another run is going. Everything that happens later is in the report.
+    `batch_size` is the maximum number of entries in a transaction. `listener` is called after each batch.
+
+    Raises OperatorError before anything is written: if the run does not exist, is running or is a rollback, if the
+    ledger has no entry of it, if this role lacks rights, or (AnotherRunError) if another run is in progress. Later
+    errors are in the report.
     """
     started_at, started = timezone.now(), time.monotonic()
     with errors.refusing_to_start():
@@ -128,7 +131,7 @@ def roll_back(
             with errors.refusing_to_start():
                 life.claim(lambda: _claim(run, facts))
         work = _Work(reader, batch_size, progress or Silence(), listener, life)
-        ending = work.close(life.carry_out(lambda: work.through(entries), ListingError, RunDeletedError))
+        ending = work.close(life.carry_out(lambda: work.run(entries), ListingError, RunDeletedError))
     return RollbackReport(
         run_id=life.run.pk if life.run else None,
         rolls_back=run_id,
@@ -146,20 +149,20 @@ def roll_back(
 
 
 class _Done(NamedTuple):
-    """A batch, what became of it, and the key to go on after."""
+    """A batch, its result, and the key after which the next batch begins."""
 
     entries: Sequence[Entry]
-    undone: Reverted
+    reverted: Reverted
     last: str
 
 
-#: Undoes what comes next after a key, of at most so many entries; None when nothing does.
+#: Undoes the batch after a key, with the given maximum number of entries; None if there are no more.
 _Batch = Callable[[str, int], _Done | None]
 
 
 @dataclass(slots=True)
 class _Work:
-    """The way through the entries of a run."""
+    """The state of a rollback."""
 
     reader: Reader
     batch_size: int
@@ -172,18 +175,18 @@ class _Work:
     def __post_init__(self) -> None:
         self._retries = Retries(connection, self.life.interruption, BatchSizer(fixed=self.batch_size))
 
-    def through(self, entries: int) -> None:
-        """Undo every entry, and every change of an update. Raises what ends it before."""
+    def run(self, entries: int) -> None:
+        """Undo every change by --update and every entry. Raises the error that ends the rollback early."""
         rollback = self.life.run
         undoer: Undoer = (
             DatabaseUndoer(connection, self.reader, rollback.pk) if rollback else DryRunUndoer(connection, self.reader)
         )
         try:
             self.progress.begin("entries", {self._title: entries})
-            # What --update changed goes first: a contact that the run made is as it made it then.
-            self._work_through(partial(self._batch_of_updates, undoer))
+            # Changes by --update are undone first, so that the contacts of the run are as the run created them.
+            self._undo_all(partial(self._batch_of_updates, undoer))
             with ReadingThread(connection) as thread:
-                self._work_through(partial(self._batch, undoer, PagesAhead(self.reader, thread)))
+                self._undo_all(partial(self._batch, undoer, PagesAhead(self.reader, thread)))
         finally:
             self.progress.end()
 
@@ -195,18 +198,18 @@ class _Work:
         return self.life.close(ending, lambda: self._count(rollback), lambda: self._check(rollback, ending))
 
     def _count(self, rollback: BackfillRun) -> None:
-        """What the committed batches add up to: the truth, also when a commit's answer was lost."""
+        """Read the counts of the committed batches, which are correct even if the answer to a commit was lost."""
         if (record := Rollback.objects.filter(pk=rollback.pk).first()) is not None:
             self.counts = _counts_of(record)
 
     def _check(self, rollback: BackfillRun, ending: Ending) -> Checked:
-        """Whether the counts agree with the ledger, when there is nothing left to do."""
+        """Compare the counts of a complete rollback with the ledger."""
         if ending.status != RunStatus.FINISHED or lease.why_not_held(rollback.pk):
             return Checked(None)
         agree = self.counts.remaining == LedgerEntry.objects.filter(run=self.reader.run).count()
         return Checked(agree, None if agree else "the counts do not agree with the ledger")
 
-    def _work_through(self, batch: _Batch) -> None:
+    def _undo_all(self, batch: _Batch) -> None:
         after = ""
         while True:
             self.life.interruption.heed()
@@ -215,11 +218,11 @@ class _Work:
                 return
             self._retries.sizer.after_batch(len(done.entries), seconds=0)
             after = done.last
-            counts = counted(done.undone)
+            counts = counted(done.reverted)
             self.counts.add(counts)
-            self.progress.advance(self._title, sum(map(counts.of, Verdict)), self._result())
+            self.progress.advance(self._title, sum(map(counts.of, Status)), self._result())
             if self.listener:
-                self.listener(done.undone)
+                self.listener(done.reverted)
 
     @property
     def _title(self) -> str:
@@ -227,9 +230,9 @@ class _Work:
         return f"Rolling back run {self.reader.run.pk}{dry}"
 
     def _result(self) -> str:
-        counts = {verdict: self.counts.of(verdict) for verdict in Verdict}
+        counts = {status: self.counts.of(status) for status in Status}
         return ", ".join(
-            f"{count:,} {verdict}" for verdict, count in counts.items() if count or verdict is not Verdict.FAILED
+            f"{count:,} {status}" for status, count in counts.items() if count or status is not Status.FAILED
         )
 
     def _batch_after(self, batch: _Batch, after: str) -> _Done | None:
@@ -246,34 +249,37 @@ class _Work:
         page = ahead.page(after, size)
         if not page:
             return None
-        undone = undoer.undo(page)
-        ahead.note_deleted(undone.reversed_ids)
-        return _Done(page.entries, undone, page.entries[-1].id)
+        reverted = undoer.undo(page)
+        ahead.note_deleted(reverted.reversed_ids)
+        return _Done(page.entries, reverted, page.entries[-1].id)
 
 
 def _require_run(run_id: int, facts: DatabaseFacts, *, may_take_over: bool) -> BackfillRun:
-    """The run, if it is one that can be taken back."""
+    """Return the run. Raises OperatorError if it cannot be rolled back."""
     if not facts.has_ledger:
         raise OperatorError(
-            f"There is no ledger that this role may read, so there is no run {run_id} to be found: run `python "
-            "manage.py migrate` first, or GRANT SELECT on its tables. Nothing was written."
+            f"There is no ledger that this role may read, so run {run_id} cannot be found: run `python manage.py "
+            "migrate` first, or GRANT SELECT on its tables. Nothing was written."
         )
     run = control.find(run_id)
     if run.kind == BackfillRun.Kind.ROLLBACK:
         raise OperatorError(
-            f"Run {run_id} is a rollback itself. To have back what it took back, run backfill_crm_contacts, with "
-            "--update where it took an update back."
+            f"Run {run_id} is a rollback. To migrate again what it reversed, run `python manage.py "
+            "backfill_crm_contacts`, with --update if it reversed an update. Nothing was written."
         )
     if run.status == RunStatus.RUNNING and not (may_take_over and lease.take_over_if_dead(run)):
         raise OperatorError(
-            f"Run {run_id} is still going. Wait for it, or stop it with "
+            f"Run {run_id} is in progress. Wait for it, or stop it with "
             f"`python manage.py backfill_runs cancel {run_id}`. Nothing was written."
         )
     return run
 
 
 def _require_entries(run: BackfillRun) -> int:
-    """How many entries and changes there are of the run; none is fine only where a rollback has to be closed."""
+    """Return the number of entries and changes of the run.
+
+    Raises OperatorError if there are none, unless an earlier rollback of the run has to be completed.
+    """
     entries = sum(model.objects.filter(run=run).count() for model in (LedgerEntry, ContactUpdate))
     if not entries and not _is_to_be_closed(run):
         raise OperatorError(_nothing_left(run))
@@ -281,9 +287,9 @@ def _require_entries(run: BackfillRun) -> int:
 
 
 def _later_runs(run: BackfillRun) -> tuple[list[int], dict[int, int]]:
-    """The later runs of which something stands in contacts, the last one first.
+    """Return the later runs that made or changed contacts and were not rolled back, the last one first.
 
-    And those that were taken back, of which something was kept: each with the last rollback that got to its end.
+    And those that were rolled back with something kept, each with its last complete rollback.
     """
     entries = LedgerEntry.objects.filter(run_id__gt=run.pk, outcome__in=(Outcome.CREATED, Outcome.MERGED))
     updates = ContactUpdate.objects.filter(run_id__gt=run.pk)
@@ -303,7 +309,7 @@ def _later_runs_stand(run: BackfillRun, later: Sequence[int], kept_of: Mapping[i
     if kept_of:
         named = _shortened([f"{of} (rolled back by {by})" for of, by in sorted(kept_of.items(), reverse=True)])
         parts.append(f"Later rollbacks kept a part of their runs, and another one would keep it as well: {named}.")
-    ways_out = "the conflict can be decided (`resolve_crm_conflict`)"
+    ways_out = "the conflict can be resolved (`resolve_crm_conflict`)"
     if later:
         ways_out = f"a later run can be rolled back afterwards, and {ways_out}"
     return (
@@ -317,15 +323,15 @@ def _shortened(names: Sequence[str]) -> str:
 
 
 def _is_to_be_closed(run: BackfillRun) -> bool:
-    """Whether a rollback of the run came to its last batch, and not to its end."""
+    """Return whether the latest rollback of the run is incomplete."""
     latest = Rollback.objects.filter(of=run).order_by("-run_id").select_related("run").first()
     return latest is not None and latest.run.status != RunStatus.FINISHED
 
 
 def _nothing_left(run: BackfillRun) -> str:
     by = Rollback.objects.filter(of=run, run__status=RunStatus.FINISHED).order_by("-run_id").first()
-    why = f"run {by.run_id} has taken it back" if by else "it decided no row, or later runs decided its rows anew"
-    return f"The ledger has no entry of run {run.pk}: {why}. There is nothing to take back."
+    why = f"run {by.run_id} has rolled it back" if by else "it has no outcomes, or later runs replaced them"
+    return f"The ledger has no entry of run {run.pk}: {why}. There is nothing to roll back."
 
 
 def _require_rights(run: BackfillRun, *, dry_run: bool) -> None:

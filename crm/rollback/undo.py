@@ -1,13 +1,13 @@
-"""Undoing a batch of entries: the only place that deletes contacts, one transaction a batch.
+"""Undoes a batch of entries in one transaction.
 
-entries -> judge (read and compare) -> lock -> delete contacts, take merges back -> delete entries -> counts, heartbeat
+entries -> assess (read and compare) -> lock -> delete contacts, remove merges -> delete entries -> counts, heartbeat
 
-Judging takes its time and no locks; what it saw is held to by the version of each row. Then the contacts are locked as
-a DELETE locks them, which waits for everybody who is just adding an interaction, and keeps out whoever would. The
-DELETE that follows is a statement of its own, so it sees what was committed while it waited: it deletes a contact only
-if it is the version that was compared, and no row of any table refers to it. A DELETE alone would wait as well, but
-after its look at the other tables, and would take away the interaction that it waited for. All of this needs a snapshot
-for each statement: `crm.postgres.session` sees to it that every transaction is READ COMMITTED.
+The assessment takes no locks. It records the version (`xmin`) of each contact row, and a contact is only written if it
+still has that version. The contacts are locked FOR UPDATE first: the lock waits for transactions that are adding a row
+that refers to the contact, and blocks new ones. The DELETE is a separate statement, so it sees what these transactions
+committed, and deletes a contact only if its version is unchanged and no row of any table refers to it. A DELETE without
+the lock would check the other tables before it waits, and would delete the interaction that it waited for. This
+requires a snapshot for each statement: `crm.postgres.session` makes every transaction READ COMMITTED.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from crm.postgres.facts.foreign_keys import (
 from crm.postgres.transactions import Timeouts
 from crm.rollback.ahead import Page
 from crm.rollback.reader import Reader
-from crm.rollback.updates import JudgedUpdates, Restored, UpdateRecord, judge_updates
+from crm.rollback.updates import AssessedUpdates, Restored, UpdateRecord, assess_updates
 from crm.rules.entry import Entry
 from crm.rules.reverting import (
     Assessment,
     KeepReason,
     Rows,
-    Verdict,
+    Status,
     before_merge,
     confidence_of,
     differs_from_merge,
@@ -50,7 +50,7 @@ from crm.rules.reverting import (
     is_unchanged,
     maps_to_nothing,
     merges_that_miss,
-    why_it_differs,
+    mismatch_reason,
 )
 from crm.rules.snapshot import ContactSnapshot
 from crm.runs import lease
@@ -63,14 +63,14 @@ _SEEN = unnest("seen", _SEEN_COLUMNS)
 _AS_SEEN = "c.id = seen.id AND c.xmin = seen.version::xid"
 _LOCK = f"SELECT c.id FROM crm_contacts c JOIN {_SEEN} ON {_AS_SEEN} ORDER BY c.id FOR UPDATE OF c"
 _DELETE = f"DELETE FROM crm_contacts c USING {_SEEN} WHERE {_AS_SEEN} AND {{unreferenced}} RETURNING c.id"
-_WHAT_KEEPS = f"""
+_FIND_KEPT = f"""
 SELECT c.id, c.xmin::text = seen.version, {{tables}} FROM crm_contacts c JOIN {_SEEN} ON c.id = seen.id
 """
 _FORGET_ENTRIES = "DELETE FROM ledger_entry WHERE id = ANY(%s::text[]) AND former IS NULL"
 _FORGET_UPDATES_OF = "DELETE FROM contact_update WHERE contact_id = ANY(%s::text[])"
 _FORGET_UPDATES = "DELETE FROM contact_update WHERE id = ANY(%s::bigint[])"
-_LOOK_AGAIN_AT = "UPDATE ledger_entry SET seen_updated_at = NULL WHERE id = ANY(%s::text[])"
-_LOOK_AGAIN_AT_OTHERS = """
+_REVISIT = "UPDATE ledger_entry SET seen_updated_at = NULL WHERE id = ANY(%s::text[])"
+_REVISIT_OTHER_ROWS = """
 UPDATE ledger_entry SET seen_updated_at = NULL
  WHERE contact_id = ANY(%s::text[]) AND outcome IN ('merged', 'exists')
 """
@@ -87,78 +87,79 @@ Versions = dict[str, str]
 
 
 @dataclass(slots=True)
-class TakeBack:
-    """What merges wrote into a contact and is to be taken out again, with what other runs merged on top of it."""
+class Reversal:
+    """What merges wrote into a contact and is to be removed, with what other runs merged on top of it."""
 
     version: str
-    #: The confidence of the row that made the contact.
+    #: The attribution confidence of the row that created the contact.
     confidence: int
+    #: The values to restore, by field.
     before: dict[str, Any] = field(default_factory=dict)
     entries: list[Entry] = field(default_factory=list)
     later_merges: list[Entry] = field(default_factory=list)
 
     def put_back(self, merge: Entry) -> None:
-        """Let what stood before a merge be there again, as far as no other merge says that it came before.
+        """Add the values from before a merge, except those that an earlier merge has added.
 
-        An attribution is filled before it is completed: what stood before the first of them is the whole unit.
+        An attribution is filled before it is completed, so the values before the fill are those of the whole unit.
         """
         before = before_merge(merge, self.confidence)
         self.before = self.before | before if "attribution" in merge.filled else before | self.before
 
 
 @dataclass(slots=True)
-class Judged:
-    """A batch of entries: those that are decided, and those whose contact the database is to be asked about."""
+class Assessed:
+    """A batch of entries: final assessments, and the contacts to delete or to write, subject to their row version."""
 
-    decided: list[Assessment] = field(default_factory=list)
+    assessments: list[Assessment] = field(default_factory=list)
     creators: dict[str, Entry] = field(default_factory=dict)
     deletable: Versions = field(default_factory=dict)
     merges: dict[str, list[Entry]] = field(default_factory=dict)
     updates: dict[str, list[Entry]] = field(default_factory=dict)
-    take_backs: dict[str, TakeBack] = field(default_factory=dict)
+    reversals: dict[str, Reversal] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class Reverted:
-    """What became of the entries of a batch, and the merged entries of other runs that went with them."""
+    """The assessments of a batch's entries, and the merged entries of other runs that were reversed with them."""
 
-    judgements: list[Assessment] = field(default_factory=list)
+    assessments: list[Assessment] = field(default_factory=list)
     later_merges: list[Entry] = field(default_factory=list)
 
     def reversed_entries(self, outcome: Outcome) -> list[Entry]:
-        """The entries of an outcome that are to go."""
-        gone = [judgement.entry for judgement in self.judgements if judgement.verdict is Verdict.REVERSED]
+        """Return the reversed entries with an outcome."""
+        gone = [assessment.entry for assessment in self.assessments if assessment.status is Status.REVERSED]
         return [entry for entry in gone if entry.outcome is outcome]
 
     @property
     def reversed_ids(self) -> list[str]:
-        """The entries that are to go."""
-        gone = [judgement.entry.id for judgement in self.judgements if judgement.verdict is Verdict.REVERSED]
+        """The ids of the reversed entries, including those of other runs."""
+        gone = [assessment.entry.id for assessment in self.assessments if assessment.status is Status.REVERSED]
         return gone + [entry.id for entry in self.later_merges]
 
 
 class RunDeletedError(Exception):
-    """The record of the run that is taken back was deleted, and with it what counts the rollback."""
+    """The record of the run was deleted during its rollback, and with it the counts of the rollback."""
 
     def __init__(self, run_id: int) -> None:
         super().__init__(f"the record of run {run_id} was deleted meanwhile")
 
 
 class Undoer(Protocol):
-    """Undoes entries: for good, or in a dry run's mind."""
+    """Undoes entries in the database, or returns what would be undone."""
 
     def undo(self, page: Page) -> Reverted:
-        """Undo a batch."""
+        """Undo a batch of entries."""
 
     def undo_updates(self, records: Sequence[UpdateRecord]) -> Reverted:
-        """Undo what --update changed, a batch."""
+        """Undo a batch of changes by --update."""
 
 
-def judge(page: Page, reader: Reader, restored: Mapping[str, Restored] | None = None) -> Judged:
-    """Compare the contacts of a batch of entries with what was written.
+def assess(page: Page, reader: Reader, restored: Mapping[str, Restored] | None = None) -> Assessed:
+    """Compare the contacts of a batch of entries with what was written, and return what can be undone.
 
-    Entries that were merged into a contact of the same run are judged with the entry that made it, and left out. The
-    contacts in `restored` are taken to be as they would be without what the run changed with --update.
+    Entries that were merged into a contact of the same run are assessed with the entry that created it, and excluded
+    here. The contacts in `restored` are compared as they would be without the changes of the run by --update.
     """
     entries, restored = page.entries, restored or {}
     gone = {entry for found in restored.values() for entry in (*found.later_merges, *_entries_of(found.records))}
@@ -168,38 +169,38 @@ def judge(page: Page, reader: Reader, restored: Mapping[str, Restored] | None = 
     contacts |= {
         contact_id: replace(contacts[contact_id], values=found.values) for contact_id, found in restored.items()
     }
-    judged = Judged(creators={entry.id: entry for entry in created})
+    assessed = Assessed(creators={entry.id: entry for entry in created})
     foreign = [
-        entry for entry in entries if entry.outcome is Outcome.MERGED and entry.contact_id not in judged.creators
+        entry for entry in entries if entry.outcome is Outcome.MERGED and entry.contact_id not in assessed.creators
     ]
     their_creators = reader.creators_of([entry.contact_id for entry in foreign if entry.contact_id])
     foreign = [entry for entry in foreign if not _is_made_by(run_id, their_creators.get(entry.contact_id))]
-    merges = reader.merges_into([*judged.creators, *{entry.contact_id for entry in foreign}])
+    merges = reader.merges_into([*assessed.creators, *{entry.contact_id for entry in foreign}])
     merges = [merge for merge in merges if merge not in gone]
     for merge in merges:
-        judged.merges.setdefault(merge.contact_id, []).append(merge)
-    judged.updates = _by_contact(entry for entry in reader.updates_in(list(judged.creators)) if entry not in gone)
-    updates = [update for updates in judged.updates.values() for update in updates]
+        assessed.merges.setdefault(merge.contact_id, []).append(merge)
+    assessed.updates = _by_contact(entry for entry in reader.updates_in(list(assessed.creators)) if entry not in gone)
+    updates = [update for updates in assessed.updates.values() for update in updates]
     wanted = {entry.id: entry for entry in (*created, *merges, *foreign, *their_creators.values(), *updates)}
     rows = page.rows_of(wanted)
     rows |= reader.source_rows(entry for entry in wanted.values() if entry.id not in rows)
 
     for entry in created:
-        _judge_created(entry, contacts.get(entry.id), judged, rows, reader.other_rules)
+        _assess_created(entry, contacts.get(entry.id), assessed, rows, reader.other_rules)
     for entry in foreign:
         creator = their_creators.get(entry.contact_id)
-        _judge_merged(entry, contacts.get(entry.contact_id), creator, judged, rows, reader.other_rules)
-    for contact_id, take_back in judged.take_backs.items():
-        others = [merge for merge in judged.merges[contact_id] if merge.run_id != run_id]
-        take_back.later_merges = merges_that_miss(contacts[contact_id], take_back.before, others, rows)
-        for merge in take_back.later_merges:
-            take_back.put_back(merge)
+        _assess_merged(entry, contacts.get(entry.contact_id), creator, assessed, rows, reader.other_rules)
+    for contact_id, reversal in assessed.reversals.items():
+        others = [merge for merge in assessed.merges[contact_id] if merge.run_id != run_id]
+        reversal.later_merges = merges_that_miss(contacts[contact_id], reversal.before, others, rows)
+        for merge in reversal.later_merges:
+            reversal.put_back(merge)
     for entry in entries:
         if entry.outcome is Outcome.ERROR or (entry.outcome is Outcome.EXISTS and entry.contact_id in contacts):
-            judged.decided.append(Assessment(entry, Verdict.REVERSED))
+            assessed.assessments.append(Assessment(entry, Status.REVERSED))
         elif entry.outcome is Outcome.EXISTS:
-            judged.decided.append(Assessment(entry, Verdict.KEPT, KeepReason.DELETED))
-    return judged
+            assessed.assessments.append(Assessment(entry, Status.KEPT, KeepReason.DELETED))
+    return assessed
 
 
 def _by_contact(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
@@ -213,89 +214,89 @@ def _entries_of(records: Iterable[UpdateRecord]) -> list[Entry]:
     return [record.entry for record in records]
 
 
-def judge_changes(records: Sequence[UpdateRecord], reader: Reader) -> JudgedUpdates:
-    """Compare the contacts of a batch of changes with what was written."""
+def assess_changes(records: Sequence[UpdateRecord], reader: Reader) -> AssessedUpdates:
+    """Compare the contacts of a batch of changes with what was written, and return what can be undone."""
     contact_ids = sorted({record.entry.contact_id for record in records})
     merges = reader.merges_into(contact_ids)
     rows = reader.source_rows([*merges, *(entry for record in records for entry in record.entries)])
-    return judge_updates(records, reader.contacts(contact_ids), _by_contact(merges), rows, reader.other_rules)
+    return assess_updates(records, reader.contacts(contact_ids), _by_contact(merges), rows, reader.other_rules)
 
 
-def _judge_created(
-    entry: Entry, contact: ContactSnapshot | None, judged: Judged, rows: Rows, other_rules: OtherRules
+def _assess_created(
+    entry: Entry, contact: ContactSnapshot | None, assessed: Assessed, rows: Rows, other_rules: OtherRules
 ) -> None:
-    merges = [merge for merge in judged.merges.get(entry.id, ()) if merge.filled] + judged.updates.get(entry.id, [])
+    merges = [merge for merge in assessed.merges.get(entry.id, ()) if merge.filled] + assessed.updates.get(entry.id, [])
     by_other_rules = other_rules.of(writer.run_id for writer in (entry, *merges)) is not None
     if contact is None:
-        judged.decided.append(Assessment(entry, Verdict.KEPT, KeepReason.DELETED))
+        assessed.assessments.append(Assessment(entry, Status.KEPT, KeepReason.DELETED))
     elif any(maps_to_nothing(writer, rows) for writer in (entry, *merges)):
         why = KeepReason.OTHER_RULES if by_other_rules else KeepReason.SOURCE_CHANGED
-        judged.decided.append(Assessment(entry, Verdict.KEPT, why))
+        assessed.assessments.append(Assessment(entry, Status.KEPT, why))
     elif edited := edited_columns(contact, entry, merges, rows):
-        why = why_it_differs(contact, entry.written_at, by_other_rules=by_other_rules)
-        judged.decided.append(Assessment(entry, Verdict.KEPT, why, _named(edited)))
+        why = mismatch_reason(contact, entry.written_at, by_other_rules=by_other_rules)
+        assessed.assessments.append(Assessment(entry, Status.KEPT, why, _named(edited)))
     else:
-        judged.deletable[entry.id] = contact.version
+        assessed.deletable[entry.id] = contact.version
 
 
-def _judge_merged(
+def _assess_merged(
     entry: Entry,
     contact: ContactSnapshot | None,
     creator: Entry | None,
-    judged: Judged,
+    assessed: Assessed,
     rows: Rows,
     other_rules: OtherRules,
 ) -> None:
     if contact is None:
-        judged.decided.append(Assessment(entry, Verdict.KEPT, KeepReason.DELETED))
+        assessed.assessments.append(Assessment(entry, Status.KEPT, KeepReason.DELETED))
     elif (marker := _marker_of(entry, creator)) and contact.values.updated_at != marker:
-        judged.decided.append(Assessment(entry, Verdict.KEPT, KeepReason.EDITED, _named(["updated_at"])))
+        assessed.assessments.append(Assessment(entry, Status.KEPT, KeepReason.EDITED, _named(["updated_at"])))
     elif not entry.filled:
-        judged.decided.append(Assessment(entry, Verdict.REVERSED))
+        assessed.assessments.append(Assessment(entry, Status.REVERSED))
     elif not is_unchanged(entry, rows):
-        judged.decided.append(Assessment(entry, Verdict.KEPT, KeepReason.SOURCE_CHANGED))
-    elif differing := differs_from_merge(contact, entry, rows, judged.merges.get(contact.values.id, ())):
+        assessed.assessments.append(Assessment(entry, Status.KEPT, KeepReason.SOURCE_CHANGED))
+    elif differing := differs_from_merge(contact, entry, rows, assessed.merges.get(contact.values.id, ())):
         by_other_rules = other_rules.of([entry.run_id]) is not None
-        why = why_it_differs(contact, _marker_of(entry, creator), by_other_rules=by_other_rules)
-        judged.decided.append(Assessment(entry, Verdict.KEPT, why, _named(differing)))
+        why = mismatch_reason(contact, _marker_of(entry, creator), by_other_rules=by_other_rules)
+        assessed.assessments.append(Assessment(entry, Status.KEPT, why, _named(differing)))
     else:
-        nothing = TakeBack(contact.version, confidence_of(creator, rows))
-        take_back = judged.take_backs.setdefault(contact.values.id, nothing)
-        take_back.put_back(entry)
-        take_back.entries.append(entry)
+        nothing = Reversal(contact.version, confidence_of(creator, rows))
+        reversal = assessed.reversals.setdefault(contact.values.id, nothing)
+        reversal.put_back(entry)
+        reversal.entries.append(entry)
 
 
 class DryRunUndoer:
-    """Says what would be undone, and writes nothing at all."""
+    """Returns what would be undone, and writes nothing."""
 
     def __init__(self, connection: BaseDatabaseWrapper, reader: Reader) -> None:
         self._connection = connection
         self._reader = reader
 
     def undo(self, page: Page) -> Reverted:
-        """What would become of a batch; what the database itself would refuse nobody can tell.
+        """Return how a batch would end, assuming that the changes by --update in its contacts were undone before.
 
-        What --update changed in its contacts would be undone by then.
+        What the database would refuse cannot be predicted.
         """
         records = self._reader.updates_of_run(sorted({entry.contact_id for entry in page.entries if entry.contact_id}))
-        restored = judge_changes(records, self._reader).restored if records else {}
-        judged = judge(page, self._reader, restored)
-        references = _without(find_foreign_keys(self._connection), _history_of(restored.values()))
-        kept = _what_keeps(self._connection, references, judged.deletable)
-        gone = {contact_id for contact_id in judged.deletable if kept.get(contact_id) == ""}
-        undone = Reverted(judged.decided)
-        _conclude_created(judged, gone, {}, kept, undone)
-        _conclude_take_backs(judged, set(judged.take_backs), {}, undone)
-        return undone
+        restored = assess_changes(records, self._reader).restored if records else {}
+        assessed = assess(page, self._reader, restored)
+        references = _excluding_history(find_foreign_keys(self._connection), _history_of(restored.values()))
+        kept = _find_kept(self._connection, references, assessed.deletable)
+        gone = {contact_id for contact_id in assessed.deletable if kept.get(contact_id) == ""}
+        reverted = Reverted(assessed.assessments)
+        _conclude_created(assessed, gone, {}, kept, reverted)
+        _conclude_reversals(assessed, set(assessed.reversals), {}, reverted)
+        return reverted
 
     def undo_updates(self, records: Sequence[UpdateRecord]) -> Reverted:
-        """What would become of a batch of changes."""
-        judged = judge_changes(records, self._reader)
-        return _conclude_updates(judged, set(judged.restored), {})
+        """Return how a batch of changes would end."""
+        assessed = assess_changes(records, self._reader)
+        return _conclude_updates(assessed, set(assessed.restored), {})
 
 
 class DatabaseUndoer:
-    """Undoes entries for good, and counts them with the run that does it."""
+    """Undoes entries in the database, and adds them to the counts of the rollback."""
 
     def __init__(
         self, connection: BaseDatabaseWrapper, reader: Reader, rollback_id: int, timeouts: Timeouts | None = None
@@ -306,90 +307,94 @@ class DatabaseUndoer:
         self._timeouts = timeouts or Timeouts()
 
     def undo(self, page: Page) -> Reverted:
-        """Undo a batch; contacts, entries, counts and heartbeat commit together.
+        """Undo a batch of entries. Contacts, entries, counts and heartbeat are committed together.
 
-        Raises lease.LeaseLostError when the rollback is no longer the running run, and django.db.DatabaseError for a
-        transient error. Nothing of the batch is undone then.
+        Raises lease.LeaseLostError if the rollback has lost the lease, RunDeletedError if the record of the run is
+        gone, and django.db.DatabaseError for a transient error. Nothing of the batch is undone then.
         """
-        judged = judge(page, self._reader)
+        assessed = assess(page, self._reader)
         with self._batch():
-            undone = self._carry_out(judged)
-            self._forget_entries(undone.reversed_ids)
-            self._execute(_FORGET_UPDATES_OF, [entry.id for entry in undone.reversed_entries(Outcome.CREATED)])
-            self._count(undone)
-        return undone
+            reverted = self._revert(assessed)
+            self._forget_entries(reverted.reversed_ids)
+            self._execute(_FORGET_UPDATES_OF, [entry.id for entry in reverted.reversed_entries(Outcome.CREATED)])
+            self._count(reverted)
+        return reverted
 
     def undo_updates(self, records: Sequence[UpdateRecord]) -> Reverted:
-        """Undo what --update changed; contacts, history, records, counts and heartbeat commit together.
+        """Undo a batch of changes. Contacts, history, records, counts and heartbeat are committed together.
 
-        Raises what `undo` does.
+        Raises the errors of `undo`.
         """
-        judged = judge_changes(records, self._reader)
+        assessed = assess_changes(records, self._reader)
         with self._batch(_LOCK_HISTORY):
-            restored, refused = self._apart(sorted(judged.restored), lambda ids: self._restore(ids, judged))
-            undone = _conclude_updates(judged, restored, refused)
-            gone = [record for contact in sorted(restored) for record in judged.restored[contact].records]
+            restored, refused = self._apart(sorted(assessed.restored), lambda ids: self._restore(ids, assessed))
+            reverted = _conclude_updates(assessed, restored, refused)
+            gone = [record for contact in sorted(restored) for record in assessed.restored[contact].records]
             self._execute(_FORGET_UPDATES, [record.number for record in gone])
-            # As if they had not been looked at.
-            self._execute(_LOOK_AGAIN_AT, list(restored))
-            self._execute(_LOOK_AGAIN_AT_OTHERS, list(restored))
-            self._forget_entries([entry.id for entry in undone.later_merges])
-            self._count(undone)
-        return undone
+            # The next run with --update revisits the rows of these contacts.
+            self._execute(_REVISIT, list(restored))
+            self._execute(_REVISIT_OTHER_ROWS, list(restored))
+            self._forget_entries([entry.id for entry in reverted.later_merges])
+            self._count(reverted)
+        return reverted
 
     def _batch(self, *locks: str) -> AbstractContextManager[Totals]:
         return lease.batch(self._connection, self._rollback_id, self._timeouts, KEEP_FOREIGN_KEYS, *locks)
 
     def _forget_entries(self, ids: list[str]) -> None:
-        """Let rows be pending again, or what they were before they were made contacts again: of a contact that is gone.
+        """Delete entries, so that their rows are pending again.
 
-        So nobody whom people deleted comes back by the next run.
+        If --recreate-deleted replaced an entry, the former entry is restored instead: otherwise the next run would
+        create a contact that people deleted.
         """
         self._execute(_FORGET_ENTRIES, ids)
         self._execute(_FORMER_ENTRIES, ids)
 
     def _execute(self, statement: str, keys: list[str] | list[int]) -> None:
-        # The ORM would send each of some thousand keys as a parameter of its own.
+        # The ORM would send thousands of keys as one parameter each.
         with self._connection.cursor() as cursor:
             cursor.execute(statement, [keys])
 
-    def _restore(self, contact_ids: Sequence[str], judged: JudgedUpdates) -> set[str]:
+    def _restore(self, contact_ids: Sequence[str], assessed: AssessedUpdates) -> set[str]:
         contacts = {
-            contact: (judged.restored[contact].version, judged.restored[contact].values) for contact in contact_ids
+            contact: (assessed.restored[contact].version, assessed.restored[contact].values) for contact in contact_ids
         }
         restored = write_contacts(self._connection, contacts)
-        if history := _history_of(judged.restored[contact] for contact in restored):
+        if history := _history_of(assessed.restored[contact] for contact in restored):
             CRMStageHistory.objects.using(self._connection.alias).filter(pk__in=history).delete()
         return restored
 
-    def _carry_out(self, judged: Judged) -> Reverted:
-        undone = Reverted(judged.decided)
+    def _revert(self, assessed: Assessed) -> Reverted:
+        reverted = Reverted(assessed.assessments)
         references = find_foreign_keys(self._connection)
-        gone, refused = self._apart(sorted(judged.deletable), lambda ids: self._delete(ids, judged, references))
-        stay = {contact_id: seen for contact_id, seen in judged.deletable.items() if contact_id not in gone}
-        _conclude_created(judged, gone, refused, _what_keeps(self._connection, references, stay), undone)
-        taken, refused = self._apart(sorted(judged.take_backs), lambda ids: self._take_back(ids, judged))
-        _conclude_take_backs(judged, taken, refused, undone)
-        return undone
+        gone, refused = self._apart(sorted(assessed.deletable), lambda ids: self._delete(ids, assessed, references))
+        stay = {contact_id: seen for contact_id, seen in assessed.deletable.items() if contact_id not in gone}
+        _conclude_created(assessed, gone, refused, _find_kept(self._connection, references, stay), reverted)
+        taken, refused = self._apart(sorted(assessed.reversals), lambda ids: self._revert_merges(ids, assessed))
+        _conclude_reversals(assessed, taken, refused, reverted)
+        return reverted
 
     def _apart(
         self, contact_ids: Sequence[str], action: Callable[[Sequence[str]], set[str]]
     ) -> tuple[set[str], dict[str, str]]:
-        """Do it to the contacts; return those to which it was done, and the SQLSTATE of those that were refused."""
+        """Call `action`, which returns the ids that it wrote, with the contacts, apart from those that are refused.
+
+        Returns the ids that were written, and the SQLSTATE by id of those that PostgreSQL refused.
+        """
         written = write_apart(self._connection, contact_ids, action)
         done = {contact_id for _, some in written.done for contact_id in some}
         return done, {contact_id: refusal.sqlstate or "" for contact_id, refusal in written.refused}
 
-    def _delete(self, contact_ids: Sequence[str], judged: Judged, references: Sequence[Reference]) -> set[str]:
-        seen = [list(contact_ids), [judged.deletable[contact_id] for contact_id in contact_ids]]
+    def _delete(self, contact_ids: Sequence[str], assessed: Assessed, references: Sequence[Reference]) -> set[str]:
+        seen = [list(contact_ids), [assessed.deletable[contact_id] for contact_id in contact_ids]]
         with self._connection.cursor() as cursor:
             cursor.execute(_LOCK, seen)
         return set(try_execute(self._connection, _DELETE.format(unreferenced=is_unreferenced(references)), seen))
 
-    def _take_back(self, contact_ids: Sequence[str], judged: Judged) -> set[str]:
+    def _revert_merges(self, contact_ids: Sequence[str], assessed: Assessed) -> set[str]:
         by_columns: dict[tuple[str, ...], list[tuple[Any, ...]]] = {}
         for contact_id in contact_ids:
-            found = judged.take_backs[contact_id]
+            found = assessed.reversals[contact_id]
             columns = tuple(sorted(found.before))
             by_columns.setdefault(columns, []).append(
                 (contact_id, found.version, *(found.before[name] for name in columns))
@@ -398,15 +403,15 @@ class DatabaseUndoer:
         lock_contacts(self._connection, contact_ids)
         for columns, contacts in by_columns.items():
             values = as_columns(contacts)
-            taken.update(try_execute(self._connection, _take_back_statement(columns, self._connection), values))
+            taken.update(try_execute(self._connection, _reversal_statement(columns, self._connection), values))
         return taken
 
-    def _count(self, undone: Reverted) -> None:
-        counts = counted(undone)
+    def _count(self, reverted: Reverted) -> None:
+        counts = counted(reverted)
         records = Rollback.objects.using(self._connection.alias).select_for_update()
         rollback = records.filter(pk=self._rollback_id).first()
         if rollback is None:
-            # With its own record, the rollback has lost the lease.
+            # If the record of the rollback was deleted too, it has lost the lease, and `renew` raises.
             lease.renew(self._rollback_id, Totals())
             raise RunDeletedError(self._reader.run.pk)
         for name, count in counts.numbers.items():
@@ -418,28 +423,28 @@ class DatabaseUndoer:
 
 @dataclass(slots=True)
 class Counts:
-    """Entries by what became of them, under the names of `crm.models.Rollback`, and why some were not reversed."""
+    """Entries by kind and status, under the names of `crm.models.Rollback`, and those not reversed by reason."""
 
     numbers: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: Counts) -> None:
-        """Add another's counts to these."""
+        """Add the counts of a batch."""
         self.numbers.update(other.numbers)
         self.reasons.update(other.reasons)
 
-    def of(self, verdict: Verdict) -> int:
-        """Lines that came to a verdict, of every kind."""
-        return sum(self.numbers[f"{kind}_{verdict}"] for kind in set(_KINDS.values()))
+    def of(self, status: Status) -> int:
+        """Return the number of entries of every kind with a status."""
+        return sum(self.numbers[f"{kind}_{status}"] for kind in set(_KINDS.values()))
 
     @property
     def failed(self) -> int:
-        """Entries that the database would not undo."""
-        return self.of(Verdict.FAILED)
+        """The number of entries that the database refused to undo."""
+        return self.of(Status.FAILED)
 
     @property
     def remaining(self) -> int:
-        """Entries of the run that are still in the ledger."""
+        """The number of entries of the run that are still in the ledger."""
         failed = self.numbers["contacts_failed"] + self.numbers["merges_failed"]
         return failed + sum(self.numbers[f"{kind}_kept"] for kind in ("contacts", "merges", "lines"))
 
@@ -453,94 +458,95 @@ _KINDS: Mapping[Outcome | UpdateOutcome, str] = {
 }
 
 
-def counted(undone: Reverted) -> Counts:
-    """Count what became of a batch."""
-    judgements = undone.judgements
-    numbers = Counter(f"{_KINDS[judgement.entry.outcome]}_{judgement.verdict}" for judgement in judgements)
-    if undone.later_merges:
-        numbers["later_merges"] = len(undone.later_merges)
-    return Counts(numbers, Counter(judgement.reason for judgement in judgements if judgement.why))
+def counted(reverted: Reverted) -> Counts:
+    """Return the counts of a batch."""
+    assessments = reverted.assessments
+    numbers = Counter(f"{_KINDS[assessment.entry.outcome]}_{assessment.status}" for assessment in assessments)
+    if reverted.later_merges:
+        numbers["later_merges"] = len(reverted.later_merges)
+    return Counts(numbers, Counter(assessment.reason for assessment in assessments if assessment.keep_reason))
 
 
 def _conclude_created(
-    judged: Judged, gone: set[str], refused: Mapping[str, str], kept: Mapping[str, str | None], undone: Reverted
+    assessed: Assessed, gone: set[str], refused: Mapping[str, str], kept: Mapping[str, str | None], reverted: Reverted
 ) -> None:
-    """Say what became of contacts that could be deleted, and of what was merged into any contact of the batch."""
-    for contact_id in judged.deletable:
-        entry = judged.creators[contact_id]
+    """Add the assessments of the contacts to delete, and of what was merged into any contact of the batch."""
+    for contact_id in assessed.deletable:
+        entry = assessed.creators[contact_id]
         if contact_id in gone:
-            undone.judgements.append(Assessment(entry, Verdict.REVERSED))
+            reverted.assessments.append(Assessment(entry, Status.REVERSED))
         elif contact_id in refused:
-            undone.judgements.append(Assessment(entry, Verdict.FAILED, KeepReason.REFUSED, refused[contact_id]))
+            reverted.assessments.append(Assessment(entry, Status.FAILED, KeepReason.REFUSED, refused[contact_id]))
         else:
-            undone.judgements.append(_stayed(entry, kept, contact_id))
-    made = [judgement for judgement in undone.judgements if judgement.entry.outcome is Outcome.CREATED]
-    for creator, verdict, *_ in made:
-        for merge in judged.merges.get(creator.id, ()):
+            reverted.assessments.append(_kept(entry, kept, contact_id))
+    made = [assessment for assessment in reverted.assessments if assessment.entry.outcome is Outcome.CREATED]
+    for creator, status, *_ in made:
+        for merge in assessed.merges.get(creator.id, ()):
             if _is_made_by(creator.run_id, merge):
-                why = None if verdict is Verdict.REVERSED else KeepReason.WITH_ITS_CONTACT
-                undone.judgements.append(Assessment(merge, verdict, why))
-            elif verdict is Verdict.REVERSED:
-                undone.later_merges.append(merge)
+                why = None if status is Status.REVERSED else KeepReason.WITH_ITS_CONTACT
+                reverted.assessments.append(Assessment(merge, status, why))
+            elif status is Status.REVERSED:
+                reverted.later_merges.append(merge)
 
 
-def _stayed(entry: Entry, kept: Mapping[str, str | None], contact_id: str) -> Assessment:
-    """Why the DELETE passed a contact by."""
+def _kept(entry: Entry, kept: Mapping[str, str | None], contact_id: str) -> Assessment:
+    """Return the assessment of a contact that the DELETE did not delete."""
     if contact_id not in kept:
-        return Assessment(entry, Verdict.KEPT, KeepReason.DELETED)
+        return Assessment(entry, Status.KEPT, KeepReason.DELETED)
     if (tables := kept[contact_id]) is None:
-        return Assessment(entry, Verdict.KEPT, KeepReason.EDITED, "meanwhile")
+        return Assessment(entry, Status.KEPT, KeepReason.EDITED, "meanwhile")
     if tables:
-        return Assessment(entry, Verdict.KEPT, KeepReason.REFERENCED, tables)
-    # A trigger of the application's can silently swallow a DELETE.
-    return Assessment(entry, Verdict.FAILED, KeepReason.REFUSED, "not deleted")
+        return Assessment(entry, Status.KEPT, KeepReason.REFERENCED, tables)
+    # A trigger of the application can suppress a DELETE without an error.
+    return Assessment(entry, Status.FAILED, KeepReason.REFUSED, "not deleted")
 
 
-def _conclude_take_backs(judged: Judged, taken: set[str], refused: Mapping[str, str], undone: Reverted) -> None:
-    for contact_id, take_back in judged.take_backs.items():
+def _conclude_reversals(assessed: Assessed, taken: set[str], refused: Mapping[str, str], reverted: Reverted) -> None:
+    for contact_id, reversal in assessed.reversals.items():
         if contact_id in taken:
-            undone.later_merges.extend(take_back.later_merges)
-        for entry in take_back.entries:
+            reverted.later_merges.extend(reversal.later_merges)
+        for entry in reversal.entries:
             if contact_id in taken:
-                judgement = Assessment(entry, Verdict.REVERSED)
+                assessment = Assessment(entry, Status.REVERSED)
             elif contact_id in refused:
-                judgement = Assessment(entry, Verdict.FAILED, KeepReason.REFUSED, refused[contact_id])
+                assessment = Assessment(entry, Status.FAILED, KeepReason.REFUSED, refused[contact_id])
             else:
-                judgement = Assessment(entry, Verdict.KEPT, KeepReason.EDITED, "meanwhile")
-            undone.judgements.append(judgement)
+                assessment = Assessment(entry, Status.KEPT, KeepReason.EDITED, "meanwhile")
+            reverted.assessments.append(assessment)
 
 
-def _conclude_updates(judged: JudgedUpdates, restored: set[str], refused: Mapping[str, str]) -> Reverted:
-    undone = Reverted(judged.decided)
-    for contact, found in judged.restored.items():
+def _conclude_updates(assessed: AssessedUpdates, restored: set[str], refused: Mapping[str, str]) -> Reverted:
+    reverted = Reverted(assessed.assessments)
+    for contact, found in assessed.restored.items():
         if contact in restored:
-            undone.later_merges.extend(found.later_merges)
+            reverted.later_merges.extend(found.later_merges)
         for record in found.records:
             if contact in restored:
-                judgement = Assessment(record.entry, Verdict.REVERSED)
+                assessment = Assessment(record.entry, Status.REVERSED)
             elif contact in refused:
-                judgement = Assessment(record.entry, Verdict.FAILED, KeepReason.REFUSED, refused[contact])
+                assessment = Assessment(record.entry, Status.FAILED, KeepReason.REFUSED, refused[contact])
             else:
-                judgement = Assessment(record.entry, Verdict.KEPT, KeepReason.EDITED, "meanwhile")
-            undone.judgements.append(judgement)
-    return undone
+                assessment = Assessment(record.entry, Status.KEPT, KeepReason.EDITED, "meanwhile")
+            reverted.assessments.append(assessment)
+    return reverted
 
 
-def _what_keeps(
+def _find_kept(
     connection: BaseDatabaseWrapper, references: Sequence[Reference], seen: Versions
 ) -> dict[str, str | None]:
-    """For those of these contacts that are there: the tables that refer to it, or None when it is another version."""
+    """Return by contact id the names of the tables that refer to it, or None if it has another version.
+
+    Contacts that do not exist are left out.
+    """
     if not seen:
         return {}
     with connection.cursor() as cursor:
-        cursor.execute(
-            _WHAT_KEEPS.format(tables=referring_tables(references)), [list(seen.keys()), list(seen.values())]
-        )
+        cursor.execute(_FIND_KEPT.format(tables=referring_tables(references)), [list(seen.keys()), list(seen.values())])
         return {contact: ", ".join(tables) if as_seen else None for contact, as_seen, tables in cursor.fetchall()}
 
 
 def _history_of(restored: Iterable[Restored]) -> list[str]:
-    """The rows of the contacts' history that tell of what is undone."""
+    """Return the ids of the history rows of the changes to be undone."""
     return [
         stage_history_id(found.values.id, record.to_stage)
         for found in restored
@@ -549,8 +555,8 @@ def _history_of(restored: Iterable[Restored]) -> list[str]:
     ]
 
 
-def _without(references: Sequence[Reference], history: Sequence[str]) -> Sequence[Reference]:
-    """The references, as they are when rows of the history are gone. Their ids are of letters and digits."""
+def _excluding_history(references: Sequence[Reference], history: Sequence[str]) -> Sequence[Reference]:
+    """Return the references without these rows of the history. Their ids consist of letters and digits."""
     if not history:
         return references
     others = f"r.id <> ALL ('{{{','.join(history)}}}')"
@@ -562,7 +568,7 @@ def _without(references: Sequence[Reference], history: Sequence[str]) -> Sequenc
     ]
 
 
-def _take_back_statement(columns: Sequence[str], connection: BaseDatabaseWrapper) -> str:
+def _reversal_statement(columns: Sequence[str], connection: BaseDatabaseWrapper) -> str:
     fields = {field.attname: field for field in CRMContact._meta.concrete_fields}
     arrays = array_types([fields[name] for name in columns], connection)
     assignments = ", ".join(f"{_COLUMN[name]} = seen.{_COLUMN[name]}" for name in columns)
@@ -574,7 +580,7 @@ def _take_back_statement(columns: Sequence[str], connection: BaseDatabaseWrapper
 
 
 def _marker_of(entry: Entry, creator: Entry | None) -> str | None:
-    """The contact's `updatedAt` when the row was merged into it; of older entries, that of the row that made it."""
+    """Return the contact's `updatedAt` at the merge; for older entries, the one with which it was created."""
     return entry.contact_updated_at or (creator.written_at if creator else None)
 
 
@@ -583,5 +589,5 @@ def _is_made_by(run_id: int, entry: Entry | None) -> bool:
 
 
 def _named(columns: Iterable[str]) -> str:
-    """The database's own names of columns."""
+    """Return the database's names of columns, separated by commas."""
     return ", ".join(_COLUMN.get(column, column).strip('"') for column in columns)

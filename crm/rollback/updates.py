@@ -1,8 +1,8 @@
-"""Taking back what a run with --update changed in contacts that are there. Pure: no database.
+"""Reverses what a run with --update changed in existing contacts. Pure: no database.
 
-A change is taken back where it still stands as it was written: the contact's `updatedAt` is the one that the change
-left, its columns are what the row says, and the row says what it said. Of several changes of one contact the last one
-is taken back first.
+A change is reversed if it is still in place: the contact's `updatedAt` is the one after the change, its columns are
+what the source row maps to, and the source row is unchanged. Of several changes of a contact, the last is reversed
+first.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from crm.rules.reverting import (
     Assessment,
     KeepReason,
     Rows,
-    Verdict,
+    Status,
     attribution_of_json,
     before_merge,
     columns_of,
     differs_from_merge,
     is_unchanged,
     merges_that_miss,
-    why_it_differs,
+    mismatch_reason,
 )
 from crm.rules.snapshot import ContactSnapshot
 from crm.rules.updating import FIELDS_OF_CHANGE
@@ -32,13 +32,13 @@ from crm.runs.other_rules import OtherRules
 
 
 class UpdateRecord(NamedTuple):
-    """A line of `contact_update`, as a ledger entry of its row in `entry`: what it filled is what was changed."""
+    """A row of `contact_update`. `entry` has it in the form of a ledger entry whose `filled` are the changed units."""
 
     number: int
     entry: Entry
-    #: By name of what was replaced: what was there, or the row that has it; None where no row did.
+    #: By replaced unit: the former values, or a reference to the row that they came from; None if no row has them.
     former_values: Mapping[str, Any]
-    #: The rows that have what was replaced, by its name.
+    #: By replaced unit: the row that the former values came from.
     former_entries: Mapping[str, Entry]
     from_type: str | None
     from_stage: str | None
@@ -48,11 +48,11 @@ class UpdateRecord(NamedTuple):
 
     @property
     def entries(self) -> list[Entry]:
-        """The row that it wrote from, and those that have what was there before."""
+        """The source row of the change, and the rows of the replaced values."""
         return [self.entry, *self.former_entries.values()]
 
     def before(self, rows: Rows) -> dict[str, Any] | None:
-        """What the columns were before it; None where a value was a person's and no row has it any more."""
+        """Return the columns before the change; None if a replaced value came from no row, or its row has changed."""
         was: dict[str, Any] = dict.fromkeys(columns_of(self.entry))
         for unit, what in self.former_values.items():
             fields = FIELDS_OF_CHANGE[unit]
@@ -75,7 +75,10 @@ class UpdateRecord(NamedTuple):
 
 @dataclass(slots=True)
 class Restored:
-    """A contact as it was before changes of the run, which changes these are, and what other runs merged on top."""
+    """A contact before changes of the run, with these changes and what other runs merged on top of them.
+
+    `version` is the row version that was assessed; `values` are the contact's values after the reversal.
+    """
 
     version: str
     values: ContactDraft
@@ -84,57 +87,60 @@ class Restored:
 
 
 @dataclass(slots=True)
-class JudgedUpdates:
-    """A batch of changes: those that stay, and the contacts from which the others are to be taken."""
+class AssessedUpdates:
+    """A batch of changes: the assessments of those to keep, and by contact id the contacts to restore."""
 
-    decided: list[Assessment] = field(default_factory=list)
+    assessments: list[Assessment] = field(default_factory=list)
     restored: dict[str, Restored] = field(default_factory=dict)
 
 
-def judge_updates(
+def assess_updates(
     records: Sequence[UpdateRecord],
     contacts: Mapping[str, ContactSnapshot],
     merges: Mapping[str, list[Entry]],
     rows: Rows,
     other_rules: OtherRules,
-) -> JudgedUpdates:
-    """Judge changes, of which those of one contact come the last one first."""
-    judged = JudgedUpdates()
+) -> AssessedUpdates:
+    """Assess changes. Those of one contact must be ordered with the last one first.
+
+    `merges` are the merged entries by contact id; `rows` are the source rows by entry id.
+    """
+    assessed = AssessedUpdates()
     for record in records:
         contact = contacts.get(record.entry.contact_id)
         if contact is None:
-            judged.decided.append(Assessment(record.entry, Verdict.KEPT, KeepReason.DELETED))
+            assessed.assessments.append(Assessment(record.entry, Status.KEPT, KeepReason.DELETED))
             continue
-        restored = judged.restored.get(contact.values.id) or Restored(contact.version, contact.values)
+        restored = assessed.restored.get(contact.values.id) or Restored(contact.version, contact.values)
         stands = ContactSnapshot(restored.values, contact.version)
         theirs = merges.get(contact.values.id, ())
-        if reason := _why_it_stays(record, stands, rows, theirs, other_rules):
-            judged.decided.append(reason)
+        if reason := _keep(record, stands, rows, theirs, other_rules):
+            assessed.assessments.append(reason)
             continue
-        judged.restored[contact.values.id] = restored
+        assessed.restored[contact.values.id] = restored
         restored.records.append(record)
         _restore(restored, stands, record, theirs, rows)
-    return judged
+    return assessed
 
 
-def _why_it_stays(
+def _keep(
     record: UpdateRecord, contact: ContactSnapshot, rows: Rows, merges: Iterable[Entry], other_rules: OtherRules
 ) -> Assessment | None:
     if contact.values.updated_at != record.entry.contact_updated_at:
-        return Assessment(record.entry, Verdict.KEPT, KeepReason.EDITED, "updatedAt")
+        return Assessment(record.entry, Status.KEPT, KeepReason.EDITED, "updatedAt")
     if not is_unchanged(record.entry, rows) or record.before(rows) is None:
-        return Assessment(record.entry, Verdict.KEPT, KeepReason.SOURCE_CHANGED)
+        return Assessment(record.entry, Status.KEPT, KeepReason.SOURCE_CHANGED)
     if differing := differs_from_merge(contact, record.entry, rows, merges):
         by_other_rules = other_rules.of([record.entry.run_id]) is not None
-        why = why_it_differs(contact, record.entry.contact_updated_at, by_other_rules=by_other_rules)
-        return Assessment(record.entry, Verdict.KEPT, why, ", ".join(differing))
+        why = mismatch_reason(contact, record.entry.contact_updated_at, by_other_rules=by_other_rules)
+        return Assessment(record.entry, Status.KEPT, why, ", ".join(differing))
     return None
 
 
 def _restore(
     restored: Restored, stands: ContactSnapshot, record: UpdateRecord, merges: Iterable[Entry], rows: Rows
 ) -> None:
-    """Take a change out, with what was merged on top of it: such a row would have filled it itself."""
+    """Reverse a change, with what was merged on top of it: such a row would have filled the value itself."""
     before = record.before(rows) or {}
     emptied = [name for name, value in before.items() if value is None]
     others = [merge for merge in merges if merge.run_id != record.entry.run_id and merge not in restored.later_merges]

@@ -1,7 +1,7 @@
-"""Whether a contact still is as the backfill wrote it, and what of it a merge wrote. Pure: no database.
+"""Compares a contact with what the backfill wrote, as a whole or for a single merge. Pure: no database.
 
-What is compared is the contact's stored text with what its source rows map to now. A source row that changed since its
-entry was written, or is gone, says nothing about what was written: its columns are taken as they are, and the contact's
+The stored text of the contact is compared with what its source rows map to now. A source row that is missing or was
+changed since its entry was written does not show what was written: its columns are not compared, and the contact's
 `updatedAt` alone decides.
 """
 
@@ -20,46 +20,46 @@ from crm.rules.snapshot import ContactSnapshot
 from crm.rules.updating import FIELDS_OF_CHANGE
 
 
-class Verdict(StrEnum):
-    """What becomes of an entry of the run that is taken back."""
+class Status(StrEnum):
+    """The result of a rollback for an entry of the run."""
 
-    REVERSED = "reversed"  # what it did is undone, and the entry is gone: the row is pending again
-    KEPT = "kept"  # somebody relies on what it did
-    FAILED = "failed"  # the database would not undo it
+    REVERSED = "reversed"  # undone; the entry is deleted, so the row is pending again
+    KEPT = "kept"  # not undone, for a KeepReason
+    FAILED = "failed"  # the database refused to undo it
 
 
 class KeepReason(StrEnum):
     """Why an entry is not reversed."""
 
-    EDITED = "edited"  # the contact is no longer as it was written
-    REFERENCED = "referenced"  # another table's row refers to the contact
-    DELETED = "deleted"  # the contact was deleted in the CRM, and is not to be brought back
-    SOURCE_CHANGED = "source_changed"  # its row does not tell any more what was written
-    OTHER_RULES = "other_rules"  # by the rules of this version its rows do not tell what was written
-    WITH_ITS_CONTACT = "with_its_contact"  # it was merged into a contact of the same run that stays
-    REFUSED = "refused"  # PostgreSQL's SQLSTATE is the detail
+    EDITED = "edited"  # the contact was modified since
+    REFERENCED = "referenced"  # a row of another table refers to the contact
+    DELETED = "deleted"  # the contact was deleted in the CRM, and must not be created again
+    SOURCE_CHANGED = "source_changed"  # the source row changed, so it does not show what was written
+    OTHER_RULES = "other_rules"  # written by other rules than those of this version, so the rows do not show it
+    WITH_ITS_CONTACT = "with_its_contact"  # it was merged into a contact of the same run that is kept
+    REFUSED = "refused"  # PostgreSQL refused; the detail is its SQLSTATE
 
 
 class Assessment(NamedTuple):
-    """An entry with what becomes of it. `detail` names columns, tables or a SQLSTATE, never a value."""
+    """An entry with the result of its rollback. `detail` names columns, tables or a SQLSTATE, never a value."""
 
     entry: Entry
-    verdict: Verdict
-    why: KeepReason | None = None
+    status: Status
+    keep_reason: KeepReason | None = None
     detail: str = ""
 
     @property
     def reason(self) -> str:
-        """Why it is not reversed, to be counted by."""
-        return f"{self.why} {self.detail}" if self.why is KeepReason.REFUSED else str(self.why)
+        """The reason under which an entry that is not reversed is counted."""
+        return f"{self.keep_reason} {self.detail}" if self.keep_reason is KeepReason.REFUSED else str(self.keep_reason)
 
 
 @dataclass(frozen=True, slots=True)
 class SourceRow:
-    """A source row as it is now.
+    """The current state of a source row.
 
-    `may_differ` are columns of which the row does not tell what they were; `raw_preparer` is the assignment before it
-    was resolved to a profile, which may since have come or gone.
+    `may_differ` are columns whose former value is unknown although the row is unchanged. `raw_preparer` is the
+    assignment before it is resolved to a profile, which can have been added or deleted since.
     """
 
     mapped: MappedRow
@@ -67,62 +67,63 @@ class SourceRow:
     may_differ: frozenset[str] = frozenset()
 
 
+#: Source rows by entry id.
 Rows = Mapping[str, SourceRow]
 
 
 def edited_columns(contact: ContactSnapshot, creator: Entry, merges: Iterable[Entry], rows: Rows) -> list[str]:
-    """The columns in which the contact is not what the entry that made it, and those merged into it, have written."""
+    """Return the columns in which a contact differs from what its creating entry and its merges wrote."""
     if contact.values.updated_at != creator.written_at:
         return ["updated_at"]
     written = _possible_values(creator, ContactDraft._fields, rows)
-    # What completes an attribution comes after it.
+    # A merge that completes an attribution comes after the one that filled it.
     for merge in sorted(merges, key=completes):
         written |= _possible_values(merge, columns_of(merge), rows)
     return [*_differences(contact, written), *contact.set_elsewhere]
 
 
 def differs_from_merge(contact: ContactSnapshot, merge: Entry, rows: Rows, others: Iterable[Entry] = ()) -> list[str]:
-    """The columns in which the contact is not what the merge has written, nor what others completed."""
+    """Return the columns in which a contact differs from what a merge wrote and the merges `others` completed."""
     completed = "attribution" in merge.filled and any(map(completes, others))
     columns = [name for name in columns_of(merge) if not (completed and name in COMMISSION_UNIT)]
     return _differences(contact, _possible_values(merge, columns, rows))
 
 
 def completes(merge: Entry) -> bool:
-    """Whether a merge brought the rate of an attribution that another row had filled."""
+    """Return whether a merge filled the rate of an attribution that another row had filled without one."""
     return "commission" in merge.filled
 
 
-def why_it_differs(contact: ContactSnapshot, written_at: str | None, *, by_other_rules: bool) -> KeepReason:
-    """Why a contact is not what its entries wrote: by the rules of this version, as long as nobody touched it."""
-    is_touched = contact.set_elsewhere or contact.values.updated_at != written_at
-    return KeepReason.OTHER_RULES if by_other_rules and not is_touched else KeepReason.EDITED
+def mismatch_reason(contact: ContactSnapshot, written_at: str | None, *, by_other_rules: bool) -> KeepReason:
+    """Return why a contact differs: OTHER_RULES if other rules wrote it and it is unmodified since, else EDITED."""
+    is_modified = contact.set_elsewhere or contact.values.updated_at != written_at
+    return KeepReason.OTHER_RULES if by_other_rules and not is_modified else KeepReason.EDITED
 
 
 def is_unchanged(entry: Entry, rows: Rows) -> bool:
-    """Whether the row of an entry says what it said when the entry was written."""
+    """Return whether the source row of an entry is the same as when the entry was written."""
     row = rows.get(entry.id)
     return row is not None and row.mapped.draft is not None and row.mapped.updated_at == entry.source_updated_at
 
 
 def maps_to_nothing(entry: Entry, rows: Rows) -> bool:
-    """Whether the row of an entry makes no contact any more, although its `updatedAt` says that it is unchanged."""
+    """Return whether the source row of an entry no longer maps to a contact, although its `updatedAt` is unchanged."""
     row = rows.get(entry.id)
     return row is not None and row.mapped.draft is None and row.mapped.updated_at == entry.source_updated_at
 
 
 def columns_of(merge: Entry) -> tuple[str, ...]:
-    """The columns that a merge filled."""
+    """Return the columns that a merge filled."""
     return _columns_of(merge.filled)
 
 
 def merges_that_miss(
     contact: ContactSnapshot, emptied: Iterable[str], merges: Iterable[Entry], rows: Rows
 ) -> list[Entry]:
-    """The merges that found columns filled which are to be emptied, and would have filled them themselves.
+    """Return the merges that would have filled a column which will be emptied.
 
-    What one of these filled is to be emptied with it, so others may miss that in turn. Left out is what cannot be taken
-    back: its row changed since, or the contact does not have what it filled.
+    What such a merge filled is emptied too, so the columns of one can be missing in another. Merges that cannot be
+    reversed are excluded: their row changed since, or the contact no longer has what they filled.
     """
     gone = set(emptied)
     others = list(merges)
@@ -138,7 +139,7 @@ def merges_that_miss(
 
 
 def _would_fill(contact: ContactSnapshot, emptied: set[str], row: SourceRow) -> bool:
-    """Whether a row would fill one of these columns, were they empty."""
+    """Return whether a row would fill one of these columns if they were empty."""
     nothing: dict[str, Any] = dict.fromkeys(emptied)
     known = ExistingContact.of_draft(contact.values._replace(**nothing))
     return row.mapped.draft is not None and not emptied.isdisjoint(_columns_of(fill(known, row.mapped.draft)))
@@ -149,9 +150,9 @@ def _columns_of(filled: Iterable[str]) -> tuple[str, ...]:
 
 
 def before_merge(merge: Entry, confidence: int = FULL_CONFIDENCE) -> dict[str, Any]:
-    """Return what stood in the columns that a merge filled, before it.
+    """Return the values of the columns that a merge filled from before the merge.
 
-    `confidence` is that of a contact without attribution, for an entry of an earlier version that does not say so.
+    `confidence` is that of a contact without attribution, for entries of earlier versions, which do not record it.
     """
     before: dict[str, Any] = dict.fromkeys(columns_of(merge))
     if "attribution_confidence" in before:
@@ -160,18 +161,18 @@ def before_merge(merge: Entry, confidence: int = FULL_CONFIDENCE) -> dict[str, A
 
 
 def attribution_of_json(text: str | None) -> dict[str, Any]:
-    """Return the fields of an attribution as an entry of the ledger keeps them."""
+    """Return the fields of an attribution from the JSON in a ledger entry."""
     return json.loads(text) if text else {}
 
 
 def confidence_of(creator: Entry | None, rows: Rows) -> int:
-    """Return the confidence of the row that made a contact."""
+    """Return the attribution confidence of the row that created a contact; the default if it is unknown."""
     row = rows.get(creator.id) if creator else None
     return row.mapped.draft.attribution_confidence if row and row.mapped.draft else FULL_CONFIDENCE
 
 
 def _possible_values(entry: Entry, columns: Iterable[str], rows: Rows) -> dict[str, tuple[Any, ...] | None]:
-    """For each column what the entry may have written; None is anything."""
+    """Return by column the values that the entry may have written; None means any value."""
     row = rows.get(entry.id)
     if row is None or row.mapped.draft is None or row.mapped.updated_at != entry.source_updated_at:
         return dict.fromkeys(columns)
@@ -179,7 +180,7 @@ def _possible_values(entry: Entry, columns: Iterable[str], rows: Rows) -> dict[s
     values: dict[str, tuple[Any, ...] | None] = {column: (getattr(draft, column),) for column in columns}
     values |= {column: None for column in row.may_differ if column in values}
     if row.mapped.resolution is not None:
-        # An account that another contact had was left there.
+        # The resolution leaves an account with the contact that had it.
         values |= {column: (getattr(draft, column), None) for column in ACCOUNTS if column in values}
     if draft.assigned_preparer_id is not None and "assigned_preparer_id" in values:
         values["assigned_preparer_id"] = (draft.assigned_preparer_id, row.raw_preparer)

@@ -168,7 +168,7 @@ def test_a_later_run_of_which_a_rollback_kept_something_is_not_to_be_rolled_back
     assert taken_back(first)["later_runs"] == []
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert warning.startswith("Later rollbacks kept a part of their runs, and another one would keep it as well: ")
-    assert warning.endswith("Such a row is not lost: the conflict can be decided (`resolve_crm_conflict`).")
+    assert warning.endswith("Such a row is not lost: the conflict can be resolved (`resolve_crm_conflict`).")
     assert f": {second} (rolled back by {taken['run']}). When" in warning
     assert "use this order" not in warning
 
@@ -734,7 +734,7 @@ def test_the_summary_says_what_the_reasons_are_and_where_they_are_explained(data
     assert "Why rows" not in rollback(str(made["run"]), "--dry-run").stdout
     change("""UPDATE crm_contacts SET phone = NULL, "updatedAt" = now()""")
     lines = [" ".join(line.split()) for line in rollback(str(made["run"])).stdout.splitlines()]
-    heading = f'Why rows were kept or failed 2 "{MEANING_OF_REASONS}" in docs/runbook.md says what to do'
+    heading = f'Why rows were kept or failed 2 see "{MEANING_OF_REASONS}" in docs/runbook.md'
     assert lines[lines.index(heading) + 1 :][:2] == ["edited 1", "with_its_contact 1"]
 
 
@@ -785,7 +785,7 @@ def test_a_contact_that_the_database_will_not_give_up_fails_alone(database: Data
     assert finished.code == 1
     assert (finished.answer["reversed"], finished.answer["failed"]) == (7, 1)
     assert finished.answer["by_reason"] == {reason: 1}
-    said = f"run {finished.answer['run']}: 1 of what run {made['run']} did could not be taken back ({reason} 1); "
+    said = f"run {finished.answer['run']}: 1 of the results of run {made['run']} were not reversed ({reason} 1); "
     assert finished.stderr.startswith(said)
     assert finished.answer["started_at"] < finished.answer["finished_at"]
     assert [contact["email"] for contact in contacts().values()] == ["n3@example.com"]
@@ -835,15 +835,15 @@ def test_a_run_that_cannot_be_taken_back_is_refused_and_nothing_is_written(datab
     for arguments in ((), ("--dry-run",)):
         refused(made + 1000, "There is no run", *arguments)
         refused(10**30, "There is no run", *arguments)
-        refused(running.pk, "still going", *arguments)
+        refused(running.pk, "is in progress", *arguments)
         refused(empty, "no entry", *arguments)
     going = rollback(str(made))
     assert (going.code, going.stdout) == (3, "")
     running.delete()
     rolled_back = taken_back(made)["run"]
     for arguments in ((), ("--dry-run",)):
-        refused(made, f"run {rolled_back} has taken it back", *arguments)
-        refused(rolled_back, "is a rollback itself", *arguments)
+        refused(made, f"run {rolled_back} has rolled it back", *arguments)
+        refused(rolled_back, "is a rollback.", *arguments)
 
 
 def test_a_dry_run_of_the_backfill_has_no_number_to_be_taken_back_by(database: Database) -> None:
@@ -974,7 +974,7 @@ def test_a_disk_that_is_full_before_the_list_is_at_its_end(database: Database, t
     with files_no_larger_than(1_000):
         failed = rollback(str(made), f"--csv={path}", "--batch-size=5")
     assert failed.code == 5
-    assert "the list of rows cannot be written any more (File too large)" in failed.stderr
+    assert "the list of rows cannot be written (File too large)" in failed.stderr
     assert 0 < database.rows("SELECT count(*) FROM crm_contacts")[0][0] < 20
     assert BackfillRun.objects.latest("pk").status == "failed"
     assert rollback(str(made)).code == 0
@@ -1196,7 +1196,7 @@ def test_one_that_was_paused_says_that_it_is_to_be_resumed_first(database: Datab
 
     stopped = roll_back(made, batch_size=1, listener=pause)
     assert (
-        f"unless it is resumed by now, `python manage.py backfill_runs resume {stopped.run_id}`; then"
+        f"unless it was resumed already, `python manage.py backfill_runs resume {stopped.run_id}`; then"
         in news(stopped)[-1]
     )
 
