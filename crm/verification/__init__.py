@@ -1,9 +1,9 @@
-"""The proof that everybody is there, and there as they should be. Only reads, and says so to PostgreSQL.
+"""Verifies that every source row is accounted for and every contact is correct, in a READ ONLY transaction.
 
     snapshot -> schema -> reconciliation -> comparison -> figures -> VerificationReport
 
-Everything is asked of the tables themselves, never of the counters of a run. What is found is told by row reference,
-contact id and names of columns: never by what stands in them.
+Everything is read from the tables, never from the counters of a run. Findings contain row references, contact ids and
+names of columns, but no values.
 """
 
 from crm.verification.runner import VerificationReport, verify

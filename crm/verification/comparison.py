@@ -1,11 +1,11 @@
-"""Every contact that we made, column by column, against what its source row maps to now.
+"""Compares every contact that the backfill created with what its source rows map to now, column by column.
 
-What a contact is to be comes from its rows, unit by unit: from the row whose entry says last that it wrote the unit, be
-it the one that made the contact, a merged one or one that updated it; where no entry says so, from the first that has
-it, since a row that was merged left nothing behind. Attribution is one unit: its columns are never of two rows.
+The expected values come from the rows of the contact, unit by unit: from the row whose entry was the last to record
+that it wrote the unit, whether it created the contact, was merged or updated it. If no entry recorded the unit, it
+comes from the first row that has it. Attribution is one unit: its columns never come from two rows.
 
-Where contact and expectation differ, the markers say who changed: `updatedAt` of the contact and of the source row are
-both what was recorded, as long as nobody touched them. So `updatedAt` itself is not compared.
+If a contact differs from the expectation, `updatedAt` shows what was modified since: in an unmodified contact or
+source row it has the recorded value. So `updatedAt` itself is not compared.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from crm.verification.findings import Check, Finding, Kind, unexplained
 from crm.verification.proof import proven_contacts
 
 _MARKER = "updated_at"
-#: The column that speaks of why a row that made a contact could not make it today.
+#: The column to report for a row that created a contact and is in error now, by the reason of the error.
 _COLUMN_OF_REASON = {
     Reason.INVALID_EMAIL: "email",
     Reason.UNKNOWN_ROLE: "contact_type",
@@ -48,20 +48,20 @@ _COLUMN_OF_REASON = {
     Reason.UNKNOWN_STATUS: "stage",
 }
 _FIELD_OF_COLUMN = {"role": "contact_type", "type": "contact_type", "status": "stage"}
-#: Stands for the value of a row that cannot be read any more; equal to nothing.
+#: Stands for a value of a row that can no longer be read; equal to no value.
 _UNKNOWN = object()
 
 
 @dataclass(slots=True)
 class Comparison:
-    """How many contacts of ours were compared, how many are what their rows map to, how many somebody touched.
+    """How many contacts of the backfill were compared, match their source rows, and were modified since.
 
-    Not compared is a contact whose row is gone, or is not to be migrated any more.
+    A contact whose source row is missing or excluded now is not compared.
     """
 
     compared: int = 0
-    alike: int = 0
-    touched: int = 0
+    matching: int = 0
+    modified: int = 0
 
 
 def compare_contacts(
@@ -71,16 +71,17 @@ def compare_contacts(
     counts: Comparison,
     on_page: Callable[[int], None],
 ) -> Iterator[Finding]:
-    """Compare every contact of ours: on the server where that is enough, by the rules of the mapping otherwise.
+    """Compare every contact of the backfill, and yield the findings.
 
-    Counts on the way, and calls `on_page` with the contacts of each page.
+    Contacts that PostgreSQL can prove correct are only counted; the others are compared in Python. Adds to `counts`,
+    and calls `on_page` with the number of contacts of each page.
     """
     compared = [name for name, column in COLUMN.items() if column not in reader.missing_columns and name != _MARKER]
     query = (NONE_PROVEN, {}) if reader.missing_columns else proven_contacts(reader.facts, reader.resolutions.by_id)
     proven, others = entries_of_contacts(connection, reader.facts, query)
     counts.compared += proven.contacts
-    counts.alike += proven.contacts
-    counts.touched += proven.touched
+    counts.matching += proven.contacts
+    counts.modified += proven.touched
     on_page(proven.contacts)
     while page := list(islice(others, PAGE)):
         contacts = reader.contacts(entries.creator.contact_id for entries in page)
@@ -88,21 +89,21 @@ def compare_contacts(
         for entries in page:
             contact = contacts.get(entries.creator.contact_id)
             if contact is None:
-                continue  # deleted in the CRM: the reconciliation counts it
-            counts.touched += _is_touched(contact, entries)
+                continue  # deleted in the CRM, which the reconciliation counts
+            counts.modified += _is_modified(contact, entries)
             row = rows.get(entries.creator.row)
             if row is None:
-                yield _gone(contact, entries)
-            elif row.mapped is not None:  # a row that is not to be migrated is the reconciliation's
+                yield _missing_row(contact, entries)
+            elif row.mapped is not None:  # the reconciliation reports contacts of excluded rows
                 counts.compared += 1
                 findings = _compare(contact, row.mapped, entries, rows, compared, other_rules)
-                counts.alike += not findings
+                counts.matching += not findings
                 yield from findings
         on_page(len(page))
 
 
-def _gone(contact: ContactSnapshot, entries: EntriesOfContact) -> Finding:
-    kind = Kind.CRM_CHANGED if _is_touched(contact, entries) else Kind.SOURCE_CHANGED
+def _missing_row(contact: ContactSnapshot, entries: EntriesOfContact) -> Finding:
+    kind = Kind.CRM_CHANGED if _is_modified(contact, entries) else Kind.SOURCE_CHANGED
     return Finding(Check.ROW_GONE, kind, entries.creator.row, entries.creator.contact_id)
 
 
@@ -122,7 +123,7 @@ def _compare(
 
 
 def _field_of_rejection(mapped: MappedRow) -> str:
-    """The contact's field that speaks of why its row could not make it today."""
+    """Return the contact's field that belongs to the error that its row has now."""
     column = mapped.refusal.column if mapped.refusal else None
     of_column = next((name for name, its_column in COLUMN.items() if its_column == column), None)
     of_reason = _COLUMN_OF_REASON.get(mapped.rejection, "id") if mapped.rejection else "id"
@@ -136,11 +137,11 @@ def _differing(
     rows: Mapping[str, FoundRow],
     compared: Collection[str],
 ) -> dict[str, Entry]:
-    """The fields that are not as expected, each with the entry of the row that its value should come from."""
+    """Return the fields that are not as expected, each with the entry of the row that its value should come from."""
     origin: dict[str, Entry] = {}
     expected = draft
     if entries.later:
-        values, origin = _brought_by_rows(contact, draft, entries, rows)
+        values, origin = _values_of_rows(contact, draft, entries, rows)
         expected = draft._replace(**values)
     if expected == contact.values:
         return {}
@@ -151,13 +152,12 @@ def _differing(
     }
 
 
-def _brought_by_rows(
+def _values_of_rows(
     contact: ContactSnapshot, draft: ContactDraft, entries: EntriesOfContact, rows: Mapping[str, FoundRow]
 ) -> tuple[dict[str, Any], dict[str, Entry]]:
-    """What rows bring to a contact, and the entry of the row that each value comes from, unit by unit.
+    """Return the values that later rows filled or changed in a contact, and for each the entry of its row.
 
-    A unit comes from the row of the last entry that says that it wrote it. Where no entry says so, from the first row
-    that has it: a row that was merged leaves nothing behind.
+    A unit comes from the row of the last entry that recorded it, otherwise from the first row that has it.
     """
     origin: dict[str, Entry] = {}
     known = ExistingContact.of_draft(draft)
@@ -169,7 +169,7 @@ def _brought_by_rows(
     values = dict(known.fills)
     for entry in (entries.creator, *entries.later):
         mapped = _mapped(entry, rows)
-        # Whole: what an entry says that it wrote was not left to another contact.
+        # The whole draft: what an entry recorded was written, and not left to another contact.
         theirs = mapped.draft if mapped else None
         for unit in entry.filled:
             for name in FIELDS_OF_CHANGE[unit]:
@@ -179,7 +179,7 @@ def _brought_by_rows(
 
 
 def _without_left_accounts(mapped: MappedRow, draft: ContactDraft, contact: ContactSnapshot) -> ContactDraft:
-    """The draft without what a row whose conflict a person resolved left to other contacts: accounts that they had."""
+    """Return the draft without the accounts that a row with a resolution leaves to other contacts, which have them."""
     if mapped.resolution is None:
         return draft
     values = contact.values
@@ -195,17 +195,17 @@ def _mapped(entry: Entry, rows: Mapping[str, FoundRow]) -> MappedRow | None:
 
 
 def _may_differ(entry: Entry, row: FoundRow | None, contact: ContactSnapshot, name: str) -> bool:
-    """Whether the value that a row gives to a field may be another one since the row was migrated."""
+    """Return whether the value that a row gives to a field may have changed since the row was migrated."""
     if row is None or row.mapped is None or row.updated_at != entry.source_updated_at:
         return True
     if entry.table == "profiles":
-        # Without an address that is one, a profile maps to nothing at all.
+        # A profile whose user has an invalid address maps to no contact.
         is_resolved = row.mapped.resolution is not None and row.mapped.resolution.separate_email is not None
         of_address = row.mapped.draft is None or (name == "email" and not is_resolved)
         return row.other == CHANGED and of_address
-    # A lead may name its preparer by user: without the profile, nobody can tell any more who that was.
+    # A lead can refer to its preparer by user: without the profile, the preparer is no longer known.
     is_lost = row.other == NOT_THERE and not contact.preparer_is_there
-    # The profile may be there, and be linked to another user by now.
+    # The profile can exist and be linked to another user now.
     is_linked_otherwise = row.other == NOT_LINKED and contact.values.assigned_preparer_id is not None
     return name == "assigned_preparer_id" and (row.other == CHANGED or is_lost or is_linked_otherwise)
 
@@ -217,17 +217,17 @@ def _findings(
     rows: Mapping[str, FoundRow],
     other_rules: OtherRules,
 ) -> Iterator[Finding]:
-    touched = _is_touched(contact, entries)
-    # Of all of its rows: which of them a value comes from is a matter of the rules, too.
+    modified = _is_modified(contact, entries)
+    # The runs of all rows, because the rules also determine which row a value comes from.
     written_by = other_rules.of(entry.run_id for entry in (entries.creator, *entries.later))
     of_kind: dict[tuple[Kind, str | None], list[str]] = {}
     for name, entry in differing.items():
-        changed = touched or _may_differ(entry, rows.get(entry.row), contact, name)
-        by_people = (Kind.CRM_CHANGED if touched else Kind.SOURCE_CHANGED), None
+        changed = modified or _may_differ(entry, rows.get(entry.row), contact, name)
+        by_people = (Kind.CRM_CHANGED if modified else Kind.SOURCE_CHANGED), None
         of_kind.setdefault(by_people if changed else unexplained(written_by), []).append(COLUMN[name])
     for (kind, by), columns in of_kind.items():
         yield Finding(Check.FIELDS, kind, entries.creator.row, entries.creator.contact_id, tuple(columns), by)
 
 
-def _is_touched(contact: ContactSnapshot, entries: EntriesOfContact) -> bool:
+def _is_modified(contact: ContactSnapshot, entries: EntriesOfContact) -> bool:
     return contact.values.updated_at != entries.creator.written_at

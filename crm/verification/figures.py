@@ -1,4 +1,4 @@
-"""The figures that the business asks for: contacts by type and by source, and how many have an attribution."""
+"""Counts the contacts by type and by source, and how many have an attribution."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from crm.postgres.loaders import read_as_text
 from crm.rules.mapping import has_no_referrer_sql
 
-#: The source of contacts that somebody else made.
+#: The source of contacts that the backfill did not create.
 OTHERS = "others"
 
 _REFERRER = 'c."referrerUsername"'
@@ -26,9 +26,10 @@ SELECT CASE WHEN GROUPING(c."contactType") = 0 THEN c."contactType"::text END,
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Contacts of one type, or of one source, or both. `oldest` and `newest` are of their creation, in UTC.
+    """Counts of the contacts of one type, one source, or both.
 
-    `with_attribution` counts those that name a referrer; None where the table has no such column.
+    `with_attribution` counts those with a referrer; None if the table has no such column. `oldest` and `newest` are
+    the first and last time of creation, in UTC; None if there is no contact.
     """
 
     total: int
@@ -38,13 +39,13 @@ class Figures:
 
     @property
     def percent(self) -> float | None:
-        """How many in a hundred have an attribution, to one place; None where there is no contact."""
+        """The percentage of contacts with an attribution, rounded to one decimal; None if there is no contact."""
         if self.with_attribution is None or not self.total:
             return None
         return round(100 * self.with_attribution / self.total, 1)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the figures for JSON."""
         return {
             "total": self.total,
             "with_attribution": self.with_attribution,
@@ -54,12 +55,15 @@ class Figures:
         }
 
 
-#: By contact type and source; None stands for all of them.
+#: Figures by contact type and source; None stands for all.
 FiguresTable = dict[tuple[str | None, str | None], Figures]
 
 
 def count_contacts(connection: BaseDatabaseWrapper, *, has_referrer: bool) -> FiguresTable:
-    """The figures of every contact of the CRM, ours and others', in one pass."""
+    """Return the figures of all contacts, including those created elsewhere. Reads the table once.
+
+    `has_referrer` says whether the table has the column `referrerUsername`.
+    """
     query = _FIGURES.format(with_attribution=_WITH_REFERRER if has_referrer else "NULL")
     with connection.cursor() as cursor:
         read_as_text(cursor)

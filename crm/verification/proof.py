@@ -1,9 +1,8 @@
-"""Contacts of which the server alone can tell that they are what their source row maps to. Only reads.
+"""Builds the query for contacts that PostgreSQL can prove to be what their source row maps to.
 
-Nearly every contact comes from one row, whose values are of the plain kind: for those, the whole comparison is one pass
-on the server. What is said here must be no more than what `crm.rules.mapping` says: a contact that is proven is not
-looked at again. What cannot be proven, for whatever reason, is compared in Python by the rules themselves; so a rule
-that is missing here costs time, and never a finding.
+Nearly every contact comes from one row with plain values, so one query can compare these contacts on the server. The
+conditions must not accept more than `crm.rules.mapping`, because a proven contact is not compared again. All others are
+compared in Python by the rules themselves, so a rule that is missing here costs time, but no finding.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ from crm.rules.mapping import (
     WHITE_SPACE,
 )
 
-# No more than what is an address to `crm.rules.mapping` as well. Without bounds in it, which cost PostgreSQL
-# a hundred times as much: what stands before and after the @ is so short that none of its parts can be too long.
+# Accepts no address that `crm.rules.mapping` rejects. Quantifiers with bounds would make it a hundred times slower in
+# PostgreSQL. Instead, the parts before and after the @ are limited to a length at which no label can be too long.
 _PLAIN_EMAIL = "^[a-z0-9_+-]+([.][a-z0-9_+-]+)*@([a-z0-9]+(-+[a-z0-9]+)*[.])+[a-z][a-z]+$"
-_LONGEST_PART = 60
+_MAX_PART = 60
 
 
 def _trimmed(column: str) -> str:
@@ -40,12 +39,12 @@ def _trimmed(column: str) -> str:
 
 
 def _is(contact: str, value: str) -> str:
-    """That a column of the contact has a value, or both are nothing."""
+    """Return the condition that a column of the contact has a value, or both are NULL."""
     return f'c."{contact}" IS NOT DISTINCT FROM {value}'
 
 
 def _is_address(given: str) -> str:
-    """That the contact has the address that was given, and that it is one."""
+    """Return the condition that the contact has the given address, and that it is a valid plain address."""
     return (
         f'(lower(btrim({given}, %(white_space)s) COLLATE "C") = c.email AND octet_length(c.email) = length(c.email) '
         "AND position('@' IN c.email) <= %(longest_part)s "
@@ -100,7 +99,7 @@ _OF_LEAD = [
                              WHEN %(contacted)s THEN COALESCE(r."lastContactedAt", r."updatedAt")
                              ELSE r."updatedAt" END""",
     _is("source", _or("r.source", "lead_origin")),
-    # A preparer who is given by the profile's own id; whoever is given otherwise, Python looks for.
+    # A preparer given by profile id. Other forms are resolved in Python.
     """CASE WHEN r."assignedPreparerId" IS NULL THEN c."assignedPreparerId" IS NULL AND c."assignedAt" IS NULL
             ELSE p.id = c."assignedPreparerId" AND c."assignedAt" = r."updatedAt"
              AND btrim(p.id, %(white_space)s) <> '' END""",
@@ -137,10 +136,10 @@ _LEADS = _MADE.format(
 
 
 def proven_contacts(facts: DatabaseFacts, resolved: Mapping[str, object]) -> tuple[str, dict[str, Any]]:
-    """The query of the contacts that are as they should be, with whether somebody touched them; and its parameters.
+    """Return the query of the proven contacts, with whether each was modified since, and its parameters.
 
-    `resolved` has the keys of the rows whose conflicts people resolved, which are never proven here. PostgreSQL may
-    refuse the query where a row cannot be read, or a column is of another type.
+    `resolved` has the entry ids of the rows with a resolution, which are never proven here. PostgreSQL can refuse the
+    query if a row cannot be read or a column has another type.
     """
     rules = facts.rules()
     clerk_user_id = "NULL" if "profiles.clerkUserId" in facts.missing else "NULLIF(r.\"clerkUserId\", '')"
@@ -149,7 +148,7 @@ def proven_contacts(facts: DatabaseFacts, resolved: Mapping[str, object]) -> tup
     return query, {
         "white_space": WHITE_SPACE,
         "plain_email": _PLAIN_EMAIL,
-        "longest_part": _LONGEST_PART,
+        "longest_part": _MAX_PART,
         "unknown_name": UNKNOWN_NAME,
         "profile_origin": PROFILE_ORIGIN,
         "lead_origin": LEAD_ORIGIN,

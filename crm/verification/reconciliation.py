@@ -1,6 +1,6 @@
-"""Rows, ledger entries and contacts held against each other, in SQL. Only reads.
+"""Checks in SQL that source rows, ledger entries and contacts agree.
 
-A contact counts as ours when there is a ledger entry with its id and the outcome `created`.
+A contact belongs to the backfill if there is a ledger entry with its id and the outcome `created`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _TWO_CREATORS = f"""
 SELECT {_REFERENCE}, entry.contact_id FROM ledger_entry entry
  WHERE entry.outcome = 'created' AND entry.contact_id <> entry.id
 """
-# A row that met somebody else's contact made nothing; but it was not to be looked at, either.
+# Includes rows that matched a contact created elsewhere: an excluded row must not be read at all.
 _EXCLUDED_MIGRATED = """
 SELECT '{table}:' || r.id, c.id, r."updatedAt" IS DISTINCT FROM entry.source_updated_at, entry.run_id
   FROM {table} r
@@ -65,7 +65,7 @@ SELECT '{table}:' || r.id, c.id, r."updatedAt" IS DISTINCT FROM entry.source_upd
   JOIN crm_contacts c ON c.id = entry.contact_id
  WHERE r.{label} = ANY(%(labels)s::{label_type}[])
 """
-# Somebody else's contact is no fault of ours when it came, or was changed, after the run that made ours had begun.
+# A contact created elsewhere is no defect if it was added or changed after the start of the run that created ours.
 _CONTACTS_TWICE = f"""
 WITH twice AS (SELECT {{key}} AS key FROM crm_contacts c WHERE {{key}} <> '' GROUP BY 1 HAVING count(*) > 1),
      theirs AS (
@@ -90,7 +90,7 @@ _KEYS_OF_PERSON = {
     "userId": 'c."userId"',
     "clerkUserId": 'c."clerkUserId"',
 }
-# Nothing refers to a line of the history, and deleting it leaves the contact as it is.
+# No row refers to a history row, and deleting it leaves the contact unchanged.
 _HISTORY_GONE = f"""
 SELECT {_REFERENCE.replace("entry.", "change.")}, change.contact_id
   FROM contact_update change
@@ -106,26 +106,26 @@ SELECT EXISTS (SELECT FROM contact_update WHERE to_stage IS NOT NULL),
 
 
 class History(NamedTuple):
-    """What the contacts' history tells of our promotions: whether there are any, and whether this role may read it."""
+    """Whether updates promoted contacts, and whether this role may read the stage history that records it."""
 
     has_promotions: bool
     is_readable: bool
 
     @classmethod
     def of(cls, connection: BaseDatabaseWrapper) -> History:
-        """Ask."""
+        """Read both from the database."""
         with connection.cursor() as cursor:
             cursor.execute(_HISTORY, [settings.LEGACY_SCHEMA])
             return cls(*map(bool, cursor.fetchone()))
 
     @property
     def is_hidden(self) -> bool:
-        """Whether there is something to check, and nobody can."""
+        """Whether there are promotions that cannot be checked."""
         return self.has_promotions and not self.is_readable
 
 
 def history_gone(connection: BaseDatabaseWrapper, history: History) -> Iterator[Finding]:
-    """The promotions of which the history does not tell any more: somebody deleted its row."""
+    """Yield a finding for each promotion whose history row was deleted."""
     if history.is_hidden or not history.has_promotions:
         return
     for reference, contact_id in stream(connection, "history", _HISTORY_GONE.format(step=_STEP)):
@@ -133,7 +133,7 @@ def history_gone(connection: BaseDatabaseWrapper, history: History) -> Iterator[
 
 
 def count_entries(connection: BaseDatabaseWrapper) -> tuple[dict[str, int], dict[str, int]]:
-    """By outcome: the ledger's entries, and those whose contact was deleted since."""
+    """Return the number of ledger entries by outcome, and of those whose contact was deleted since."""
     with connection.cursor() as cursor:
         cursor.execute(_ENTRIES_BY_OUTCOME)
         rows = sorted(cursor.fetchall())
@@ -142,7 +142,7 @@ def count_entries(connection: BaseDatabaseWrapper) -> tuple[dict[str, int], dict
 
 
 def count_rows_gone(connection: BaseDatabaseWrapper) -> dict[str, int]:
-    """The ledger's entries whose source row is gone, by outcome."""
+    """Return the number of ledger entries whose source row is missing, by outcome."""
     gone: dict[str, int] = {}
     with connection.cursor() as cursor:
         for table in TABLES:
@@ -153,8 +153,8 @@ def count_rows_gone(connection: BaseDatabaseWrapper) -> dict[str, int]:
 
 
 def reconcile(connection: BaseDatabaseWrapper, facts: DatabaseFacts, other_rules: OtherRules) -> Iterator[Finding]:
-    """Everything in which rows, entries and contacts disagree."""
-    # Whoever added the other one: a run that was at work had to leave both, and reports them until one is gone.
+    """Yield a finding for each disagreement of source rows, entries and contacts."""
+    # A run that could not delete one of two contacts reports them until one is deleted, so these are defects.
     left_twice = frozenset(last_finished(connection).left)
     for table in TABLES:
         derived = contact_id_sql(f"'{table}:' || r.id")

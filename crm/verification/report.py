@@ -1,4 +1,4 @@
-"""What people see of a verification; one JSON object for machines; and the findings as CSV."""
+"""The output of a verification: summary, JSON object, and CSV file with the findings."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from crm.verification.findings import Check, Finding, Kind
 from crm.verification.runner import VerificationReport
 from crm.version import RULES, VERSION
 
-#: How many findings of a sort are listed for people.
+#: Maximum number of findings of a check and kind in the summary.
 LISTED = 10
 
 _TITLE_OF_KIND = {
-    Kind.DEFECT: "Defects: nobody changed anything since, and yet",
+    Kind.DEFECT: "Defects: no later change explains them",
     Kind.RULES_CHANGED: "Written by other rules than those of this version: no defect",
-    Kind.CRM_CHANGED: "Changed in the CRM since: stays as people made it",
-    Kind.SOURCE_CHANGED: "Changed in the source since the migration",
+    Kind.CRM_CHANGED: "Changed in the CRM since the migration: no defect",
+    Kind.SOURCE_CHANGED: "Changed in the source since the migration: no defect",
 }
 _CSV_COLUMNS = ("kind", "check", "row", "contact_id", "columns", "written_by")
 
 
 def findings_writer(file: TextIO) -> Callable[[Finding], None]:
-    """Write the head of the CSV; the answer writes a finding, one line each."""
+    """Write the header of the CSV file, and return a function that writes a finding as one line."""
     write = row_writer(file)
     write(_CSV_COLUMNS)
 
@@ -42,7 +42,10 @@ def findings_writer(file: TextIO) -> Callable[[Finding], None]:
 
 
 def as_json(report: VerificationReport) -> str:
-    """The report as one JSON object on one line. `findings` has the first hundred of each sort, `found` counts all."""
+    """Return the report as one JSON object on one line.
+
+    `findings` has the first hundred of each check and kind, `found` counts all.
+    """
     row_counts, comparison, findings = report.row_counts, report.comparison, report.findings
     answer: dict[str, Any] = {
         "ok": not report.exit_code,
@@ -59,8 +62,8 @@ def as_json(report: VerificationReport) -> str:
         "deleted_in_crm": report.deleted,
         "source_row_gone": report.rows_gone,
         "compared": comparison.compared,
-        "alike": comparison.alike,
-        "touched_in_crm": comparison.touched,
+        "alike": comparison.matching,
+        "touched_in_crm": comparison.modified,
         "found": {check.value: findings.of_check(check) for check in Check if findings.of_check(check)},
         "rules": RULES,
         "written_by_other_rules": dict(sorted(findings.written_by.items())),
@@ -86,7 +89,7 @@ def as_json(report: VerificationReport) -> str:
 
 
 def news(report: VerificationReport) -> str | None:
-    """What whoever reads stderr alone must know; None where the verification ends with exit code 0."""
+    """Return the line for stderr; None if the exit code is 0."""
     if not report.exit_code:
         return None
     counts = {check: report.findings.counts[check, Kind.DEFECT] for check in Check}
@@ -97,7 +100,7 @@ def news(report: VerificationReport) -> str | None:
 
 
 def print_report(report: VerificationReport, console: Console) -> None:
-    """The report for people: what was proven, what was found, what the business asks for."""
+    """Print the counts, the findings and the figures."""
     _print_proof(report, console)
     for kind in Kind:
         if report.findings.of_kind(kind):
@@ -112,8 +115,8 @@ def _count_of_defects(report: VerificationReport) -> str:
 
 
 def _print_proof(report: VerificationReport, console: Console) -> None:
-    verdict = _count_of_defects(report) if report.defects else "no defect"
-    title = f"Verified in {report.seconds:,.1f} s on generation {report.generation}: {verdict}"
+    result = _count_of_defects(report) if report.defects else "no defect"
+    title = f"Verified in {report.seconds:,.1f} s on generation {report.generation}: {result}"
     table = Summary(title, title_style="bold red" if report.defects else "bold")
     for row in _proof_rows(report):
         table.count(*row)
@@ -134,13 +137,13 @@ def _proof_rows(report: VerificationReport) -> Iterator[tuple[str, int, str]]:
         yield f"  excluded: {reason}", count, "not to be migrated"
     for outcome in Outcome:
         yield f"  {outcome.value}", report.entries.get(outcome, 0), _remark(report, outcome)
-    yield "  pending", sum(row_counts.pending.values()), "no defect: the next run of the backfill takes them"
+    yield "  pending", sum(row_counts.pending.values()), "no defect: the next run of the backfill migrates them"
     for source, count in row_counts.pending.items():
         if count:
             yield f"    {source.title}", count, ""
-    yield "Contacts compared", comparison.compared, "made by the backfill, every column but updatedAt"
-    yield "  as their source row has them", comparison.alike, ""
-    yield "  touched in the CRM since", comparison.touched, "updatedAt is not what was written"
+    yield "Contacts compared", comparison.compared, "created by the backfill, every column but updatedAt"
+    yield "  same as their source row", comparison.matching, ""
+    yield "  modified in the CRM since", comparison.modified, "updatedAt is not what was written"
 
 
 def _remark(report: VerificationReport, outcome: Outcome) -> str:
@@ -150,7 +153,7 @@ def _remark(report: VerificationReport, outcome: Outcome) -> str:
         f"{count:,} {what}"
         for count, what in (
             (report.deleted.get(outcome, 0), "deleted in the CRM since"),
-            (report.rows_gone.get(outcome, 0), "whose source row is gone"),
+            (report.rows_gone.get(outcome, 0), "without their source row"),
         )
         if count
     ]
@@ -175,7 +178,7 @@ def _print_findings(report: VerificationReport, kind: Kind, console: Console) ->
 def _business(report: VerificationReport) -> Table:
     names = ("Total", "With attribution", "Percent", "Oldest", "Newest")
     columns = (Column(), *(Column(name, is_number=True) for name in names))
-    table = Table(*columns, title="Contacts in the CRM, by type and by what made them")
+    table = Table(*columns, title="Contacts in the CRM, by type and source")
     for contact_type in (*_types(report), None):
         of_type = report.figures.get((contact_type, None))
         if of_type is None:
@@ -211,16 +214,16 @@ def _figures(report: VerificationReport, contact_type: str | None) -> dict[str, 
 def _notes(report: VerificationReport) -> Iterator[str]:
     for written_by, count in sorted(report.findings.written_by.items()):
         yield (
-            f"{count:,} of what was found was written by {written_by}; this is version {VERSION}, rules {RULES}. It "
-            'stays as it is: see "Install a new version" in docs/runbook.md.'
+            f"Findings written by {written_by}: {count:,}. This is version {VERSION}, rules {RULES}. They stay "
+            'unchanged: see "Install a new version" in docs/runbook.md.'
         )
     if not report.sees_user_changes:
         yield (
-            "This role may not read users.updatedAt, so a user's new address cannot be told from a defect. Let the "
+            "This role may not read users.updatedAt, so the new address of a user is reported as a defect. Let the "
             'owner of the table GRANT SELECT ("updatedAt") ON users.'
         )
     if report.history_is_hidden:
         yield (
-            "This role may not read crm_stage_history.id, so it was not checked whether the history tells of every "
+            "This role may not read crm_stage_history.id, so it was not checked whether the history has every "
             'promotion. Let the owner of the table GRANT SELECT ("id") ON crm_stage_history.'
         )

@@ -1,4 +1,4 @@
-"""One verification, from the first look at the database to the report."""
+"""Runs a verification."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from crm.verification.schema import REFERRER, check_schema, present_columns
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerificationReport:
-    """What a verification saw. The counts of entries are by outcome."""
+    """The result of a verification. `entries`, `deleted` and `rows_gone` count ledger entries by outcome."""
 
     generation: str
     row_counts: RowCounts
@@ -45,19 +45,19 @@ class VerificationReport:
 
     @property
     def finished_at(self) -> datetime:
-        """When it ended, by the clock of this machine."""
+        """The time of its end by the clock of this machine."""
         return self.started_at + timedelta(seconds=self.seconds)
 
     @property
     def defects(self) -> int:
-        """How many findings nobody's change explains."""
+        """The number of findings that no later change explains."""
         return self.findings.of_kind(Kind.DEFECT)
 
     @property
     def exit_code(self) -> int:
-        """Return 0 when there is no defect and the row counts balance, else 1.
+        """The exit code: 0 if there is no defect and the row counts balance, else 1.
 
-        Rows, contacts and rules that changed since are no defects, and neither are pending rows.
+        Later changes of rows, contacts and rules are no defects, and neither are pending rows.
         """
         return 1 if self.defects or not self.row_counts.balances else 0
 
@@ -68,11 +68,11 @@ def verify(
     on_finding: Callable[[Finding], None] | None = None,
     on_page: Callable[[int], None] = lambda _contacts: None,
 ) -> VerificationReport:
-    """Look at everything at one moment; writes nothing. Needs nothing but the right to SELECT.
+    """Verify the database in one snapshot and return the report. Writes nothing, and only needs the right to SELECT.
 
-    Every finding is passed to `on_finding` as it comes, the number of contacts of each page to `on_page`. Raises
-    OperatorError where this database does not fit, and django.db.DatabaseError for a transient error. Until it ends,
-    the transaction keeps an ALTER TABLE on the application's tables waiting, as pg_dump does.
+    Calls `on_finding` with each finding, and `on_page` with the number of contacts of each page. Raises OperatorError
+    if the database is not suitable, and django.db.DatabaseError for a transient error. Like pg_dump, the transaction
+    blocks an ALTER TABLE on the application's tables until it ends.
     """
     started_at, started = timezone.now(), time.monotonic()
     findings = Findings(on_finding)
@@ -82,7 +82,7 @@ def verify(
         if not facts.has_ledger:
             raise OperatorError(
                 "There is no ledger that this role may read, so there is nothing to verify: run `python manage.py "
-                "migrate` and `backfill_crm_contacts` first, or GRANT SELECT on its tables."
+                "migrate` and `python manage.py backfill_crm_contacts` first, or GRANT SELECT on its tables."
             )
         present = present_columns(connection)
         sees_user_changes = may_read_user_changes(connection)

@@ -1,4 +1,4 @@
-"""The attribution columns of `crm_contacts` and the index on the referrers, as the catalogue has them."""
+"""Checks the attribution columns of `crm_contacts` and the index on the referrers in the system catalogs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from crm.postgres.facts.requirements import CONFIDENCE, CONTACTS, RATE, types_of
 from crm.verification.findings import Check, Finding, Kind
 
 REFERRER = "referrerUsername"
-#: Whether the column must be NOT NULL. The types are those that a run takes; a rate has to keep cents.
+#: By column whether it must be NOT NULL. The types are those that a run accepts; a rate must store cents.
 WANTED: dict[str, bool] = {column: column == CONFIDENCE for column in ATTRIBUTION_COLUMNS}
 CENTS = 2
 
-# Whatever its name: an index serves when it is whole, holds every row, and the referrer stands first in it.
+# An index of any name is accepted if it is not partial and the referrer is its first column.
 _INDEXES = """
 SELECT i.indisvalid AND i.indisready
   FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
@@ -26,13 +26,13 @@ SELECT i.indisvalid AND i.indisready
 
 
 def present_columns(connection: BaseDatabaseWrapper) -> dict[str, Column]:
-    """The attribution columns that are there."""
+    """Return the attribution columns that exist, by name."""
     columns = read_tables(connection, [CONTACTS])[CONTACTS].columns
     return {name: columns[name] for name in WANTED if name in columns}
 
 
 def check_schema(connection: BaseDatabaseWrapper, present: Mapping[str, Column]) -> Iterator[Finding]:
-    """What is wrong with the columns and the index."""
+    """Yield a finding for each fault of the columns and the index."""
     for name, not_null in WANTED.items():
         if name not in present:
             yield Finding(Check.COLUMN_MISSING, Kind.DEFECT, columns=(name,))
@@ -45,6 +45,6 @@ def check_schema(connection: BaseDatabaseWrapper, present: Mapping[str, Column])
             yield Finding(Check.COLUMN_NULLABILITY, Kind.DEFECT, columns=(name,))
     with connection.cursor() as cursor:
         cursor.execute(_INDEXES, [settings.LEGACY_SCHEMA, REFERRER])
-        whole = [is_whole for (is_whole,) in cursor.fetchall()]
-    if not any(whole):
-        yield Finding(Check.INDEX_INVALID if whole else Check.INDEX_MISSING, Kind.DEFECT, columns=(REFERRER,))
+        indexes = [is_valid for (is_valid,) in cursor.fetchall()]
+    if not any(indexes):
+        yield Finding(Check.INDEX_INVALID if indexes else Check.INDEX_MISSING, Kind.DEFECT, columns=(REFERRER,))

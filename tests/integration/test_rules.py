@@ -73,7 +73,7 @@ def test_what_other_rules_wrote_is_named_counted_and_no_defect(
     assert finished.answer["written_by_other_rules"] == {by: 1}
     shown = called("verify_crm_contacts").stdout
     assert "Written by other rules than those of this version: no defect" in shown
-    assert f"1 of what was found was written by {by}; this is version {VERSION}, rules {RULES}." in shown
+    assert f"Findings written by {by}: 1. This is version {VERSION}, rules {RULES}." in shown
 
 
 def test_what_the_rules_of_this_version_wrote_otherwise_is_a_defect(database: Database) -> None:

@@ -96,8 +96,8 @@ def test_nothing_is_found_after_a_run_and_nothing_is_written(
     assert database.dump() == before
     entries = builders.ledger().values()
     assert report.entries == Counter(str(entry["outcome"]) for entry in entries)
-    assert report.comparison.compared == report.comparison.alike == report.entries.get("created", 0)
-    assert (report.comparison.touched, report.deleted, report.rows_gone) == (0, {}, {})
+    assert report.comparison.compared == report.comparison.matching == report.entries.get("created", 0)
+    assert (report.comparison.modified, report.deleted, report.rows_gone) == (0, {}, {})
     assert (report.row_counts.rows, report.row_counts.in_ledger, sum(report.row_counts.pending.values())) == (
         len(population.profiles) + len(population.leads),
         len(entries),
@@ -277,7 +277,7 @@ def test_contacts_of_plain_rows_are_compared_on_the_server(database: Database) -
     run()
     with statements() as sent:
         report = verified()
-    assert (report.comparison.compared, report.comparison.alike, report.defects) == (28, 28, 0)
+    assert (report.comparison.compared, report.comparison.matching, report.defects) == (28, 28, 0)
     assert not any("AS wanted(" in statement.sql for statement in sent), "a page of rows"
 
 
@@ -571,7 +571,7 @@ def test_a_touch_that_changed_no_column_of_ours_is_counted_alone(database: Datab
     run()
     change('UPDATE crm_contacts SET "taxYear" = 2025, "updatedAt" = %s', LATER)
     report = verified()
-    assert (report.findings.kept, report.comparison.touched, report.comparison.alike) == ([], 1, 1)
+    assert (report.findings.kept, report.comparison.modified, report.comparison.matching) == ([], 1, 1)
 
 
 def test_what_the_source_changed_is_the_sources(database: Database) -> None:
@@ -712,7 +712,7 @@ def test_a_source_row_that_is_gone_is_the_sources(database: Database) -> None:
     assert (report.rows_gone, report.comparison.compared, report.exit_code) == ({"created": 2}, 0, 0)
     change('UPDATE crm_contacts SET "updatedAt" = %s WHERE id = %s', LATER, own_contact(client))
     assert Counter(finding.kind for finding in found()) == {Kind.SOURCE_CHANGED: 1, Kind.CRM_CHANGED: 1}
-    assert re.search(r"created +2 +2 whose source row is gone", command().stdout)
+    assert re.search(r"created +2 +2 without their source row", command().stdout)
 
 
 # Figures
@@ -783,7 +783,7 @@ def test_statements_do_not_grow_with_rows_but_with_pages(database: Database, mon
         for module in (snapshot, comparison):
             monkeypatch.setattr(module, "PAGE", page)
         with statements() as of_verification:
-            assert verified().comparison.alike == leads
+            assert verified().comparison.matching == leads
         return len(of_verification)
 
     assert sent(3, 1000) == sent(300, 1000)
