@@ -146,8 +146,8 @@ class RunContext:
         most = None
         if self.options.max_rate is not None:
             rate = RateLimit(self.options.max_rate, shares)
-            most = rate.max_rows if self.options.batch_size else min(rate.max_rows, rate.rows_of_a_target)
+            most = rate.max_rows if self.options.batch_size else min(rate.max_rows, rate.target_rows)
             throttles.append(rate)
         if self.options.max_replica_lag is not None:
             throttles.append(ReplicaLagLimit(connection, self.options.max_replica_lag))
-        return BatchSizer(fixed=self.options.batch_size, most=most), throttles
+        return BatchSizer(fixed=self.options.batch_size, max_rows=most), throttles

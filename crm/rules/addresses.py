@@ -1,8 +1,8 @@
-"""When two spellings are one email address. Pure: no database. The same rule in Python and in SQL.
+"""Decides when two spellings are the same email address, by the same rule in Python and in SQL. Pure: no database.
 
-White space, control characters, format characters and whatever else nobody can see are no part of an address: they are
-taken off its ends. Letters are compared without case, each by itself, ASCII with ASCII and others with others. So the
-rule depends on no collation and no locale, and PostgreSQL and Python agree on every text that PostgreSQL can hold.
+White space, control characters, format characters and other invisible characters at the ends are not part of an
+address and are removed. Letters are compared without case, one by one: ASCII with ASCII, others with others. So the
+rule depends on no collation and no locale, and PostgreSQL and Python agree on every text that PostgreSQL can store.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 from functools import cache
 
-#: What nobody sees: white space, the categories Cc and Cf of Unicode, whatever it declares ignorable by default, blank
-#: fillers, and the marks that stand for what could not be read.
+#: Invisible characters: white space, the Unicode categories Cc and Cf, the characters with the Unicode property
+#: Default_Ignorable_Code_Point, blank fillers, and replacement characters.
 _INVISIBLE = (
     *((0x0001, 0x0020), (0x007F, 0x00A0), (0x00AD, 0x00AD), (0x034F, 0x034F), (0x0600, 0x0605), (0x061C, 0x061C)),
     *((0x06DD, 0x06DD), (0x070F, 0x070F), (0x0890, 0x0891), (0x08E2, 0x08E2), (0x115F, 0x1160), (0x1680, 0x1680)),
@@ -23,14 +23,14 @@ _INVISIBLE = (
 _SET = "".join(f"\\U{first:08x}-\\U{last:08x}" for first, last in _INVISIBLE)
 _ASCII_SET = "".join(map(chr, (*range(0x01, 0x21), 0x7F)))
 _AT_THE_ENDS = re.compile(f"\\A[{_SET}]+|[{_SET}]+\\Z")
-# A quoted name may hold a space, and nothing else of these.
+# A quoted local part may contain a space, but no other of these characters.
 _INSIDE = re.compile(f"(?! )[{_SET}]")
 _LAST_LETTER_WITH_CASE = 0x1E943
 
 
 @cache
 def _lower_case() -> dict[int, int]:
-    """The lower case of letters that are not ASCII, where it is one letter and not ASCII either."""
+    """Return the lower case of ASCII letters, and of others whose lower case is a single non-ASCII letter."""
     pairs = ((code, chr(code).lower()) for code in range(0x80, _LAST_LETTER_WITH_CASE))
     return {code: ord(low) for code, low in pairs if len(low) == 1 and not low.isascii() and ord(low) != code} | {
         code: code + 0x20 for code in range(ord("A"), ord("Z") + 1)
@@ -38,23 +38,23 @@ def _lower_case() -> dict[int, int]:
 
 
 def trimmed_address(raw: str) -> str:
-    """The address without what nobody sees at its ends."""
+    """Return the address without invisible characters at its ends."""
     return raw.strip(_ASCII_SET) if raw.isascii() else _AT_THE_ENDS.sub("", raw)
 
 
 def canonical_address(raw: str) -> str:
-    """The spelling by which addresses are compared, and in which we write them; not necessarily a valid address."""
+    """Return the spelling in which addresses are compared and written. The result is not necessarily valid."""
     address = trimmed_address(raw)
     return address.lower() if address.isascii() else address.translate(_lower_case())
 
 
 def hides_something(address: str) -> bool:
-    """Whether there is something inside the address that nobody sees."""
+    """Return whether the address contains an invisible character; spaces are allowed."""
     return _INSIDE.search(address) is not None
 
 
 def trimmed_address_sql(column: str) -> str:
-    """The SQL of `trimmed_address`."""
+    """Return `trimmed_address` as an SQL expression."""
     return (
         f"CASE WHEN octet_length({column}) = char_length({column}) THEN btrim({column}, {literal(_ASCII_SET)}) "
         f"ELSE regexp_replace({column} COLLATE \"C\", {_AT_THE_ENDS_SQL}, '', 'g') END"
@@ -62,7 +62,7 @@ def trimmed_address_sql(column: str) -> str:
 
 
 def canonical_address_sql(column: str) -> str:
-    """The SQL of `canonical_address`."""
+    """Return `canonical_address` as an SQL expression."""
     address = trimmed_address_sql(column)
     letters = _lower_case()
     upper, lower = ("".join(map(chr, codes)) for codes in (letters.keys(), letters.values()))
@@ -73,12 +73,12 @@ def canonical_address_sql(column: str) -> str:
 
 
 def may_be_noncanonical_sql(column: str) -> str:
-    """The SQL condition of every address that is not in its canonical form, and of some others."""
+    """Return an SQL condition that every address not in canonical form satisfies, and some others."""
     return f"{column} COLLATE \"C\" ~ '[^!-@[-~]'"
 
 
 def literal(text: str) -> str:
-    """Return text as a literal of PostgreSQL's, whatever is in it."""
+    """Return any text as a PostgreSQL string literal."""
     return "E'" + "".join(f"\\u{ord(character):04x}" for character in text) + "'"
 
 

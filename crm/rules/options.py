@@ -1,4 +1,4 @@
-"""What an operator may ask of a run. Pure."""
+"""The options of a run. Pure: no database."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from crm.rules.throttling import ErrorBudget
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions:
-    """What was asked.
+    """The options of a run.
 
-    `batch_size` None adapts the batches to the server; `since` is an ISO timestamp in UTC; `limit` counts source rows
-    that are looked at; `max_rate` is rows a second; `max_replica_lag` is seconds.
+    `batch_size` is a number of rows; None adapts the size to the server. `only` are the sources to read, all if empty.
+    `limit` is the maximum number of source rows to read. `since` is an ISO timestamp in UTC. `max_rate` is in rows per
+    second, `max_replica_lag` in seconds.
     """
 
     dry_run: bool = False
@@ -32,11 +33,11 @@ class RunOptions:
 
     @property
     def sources(self) -> list[Source]:
-        """The sources that are asked for, in the order of a run."""
+        """The sources to read, in the order of a run."""
         return [source for source in Source if not self.only or source in self.only]
 
     def recorded(self) -> dict[str, Any]:
-        """The options for the run's record."""
+        """Return the options for the record of the run, as JSON."""
         return {
             "update": self.update,
             "recreate_deleted": self.recreate_deleted,
@@ -52,7 +53,7 @@ class RunOptions:
 
 
 def as_arguments(recorded: Mapping[str, Any]) -> list[str]:
-    """The arguments by which a command asks for what a run's record says; what is the default is left out."""
+    """Return the command line arguments for the options in the record of a run, without those at their default."""
     flags = [name for name in ("update", "recreate_deleted") if recorded.get(name)]
     arguments = [f"--{name.replace('_', '-')}" for name in flags]
     if recorded.get("only"):

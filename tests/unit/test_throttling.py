@@ -110,8 +110,8 @@ def test_a_timeout_halves_the_size_below_the_bounds_too() -> None:
 
 @given(st.integers(1, 30_000), st.lists(durations, max_size=30))
 def test_a_limited_rate_bounds_the_size(most: int, seconds: list[float]) -> None:
-    assert all(size <= most for size in after_batches(BatchSizer(most=most), seconds))
-    assert all(size <= most for size in after_batches(BatchSizer(most=most, fixed=5_000), seconds))
+    assert all(size <= most for size in after_batches(BatchSizer(max_rows=most), seconds))
+    assert all(size <= most for size in after_batches(BatchSizer(max_rows=most, fixed=5_000), seconds))
 
 
 def test_no_batch_is_empty() -> None:
@@ -180,8 +180,8 @@ def test_a_pause_names_its_reason_and_its_figures() -> None:
 @given(st.integers(1, 100_000))
 def test_a_batch_of_a_limited_rate_never_pauses_so_long_that_the_run_seems_dead(rows_per_second: int) -> None:
     limit = RateLimit(rows_per_second)
-    assert 1 <= limit.rows_of_a_target <= limit.max_rows
-    assert limit.rows_of_a_target / rows_per_second <= 1
+    assert 1 <= limit.target_rows <= limit.max_rows
+    assert limit.target_rows / rows_per_second <= 1
     assert limit.max_rows / rows_per_second <= MAX_PAUSE
 
 
@@ -244,4 +244,4 @@ def test_what_is_no_ceiling_is_refused(text: str) -> None:
 def test_a_ceiling_is_written_as_it_is_read(number: object) -> None:
     ceiling = ErrorBudget.parse(str(number))
     again = ErrorBudget.parse(str(ceiling))
-    assert (again.most, again.is_share) == (ceiling.most, ceiling.is_share)
+    assert (again.maximum, again.is_share) == (ceiling.maximum, ceiling.is_share)
