@@ -1,1 +1,1 @@
-"""The backfill: source rows are read, mapped to drafts, decided on, written and counted."""
+"""The backfill: reads source rows, maps them to drafts, matches them with contacts, and writes the outcomes."""

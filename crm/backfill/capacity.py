@@ -1,4 +1,4 @@
-"""How many workers there may be: one a processor, as far as the server has connections for them."""
+"""The number of workers: one per processor, limited by the available database connections."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from django.db import connection
 
 from crm.errors import OperatorError
 
-#: A worker reads on one and writes on another.
-CONNECTIONS_OF_A_WORKER = 2
+#: A worker reads on one connection and writes on another.
+CONNECTIONS_PER_WORKER = 2
 
 
-class _Room(NamedTuple):
-    """How many more connections a limit allows, and the name of that limit with its figure."""
+class _Available(NamedTuple):
+    """The number of connections that a limit still allows, and the description of the limit."""
 
     connections: int
     limit: str
 
 
-def _room() -> _Room:
-    """For how many connections there is room beside those of others; this process' own counts as free."""
-    rooms = []
+def _available() -> _Available:
+    """Return the smallest number of connections that a limit allows. The connection of this process counts as free."""
+    found = []
     if settings.DATABASE_CONNECTION_LIMIT is not None:
         limit = settings.DATABASE_CONNECTION_LIMIT
-        rooms.append(_Room(limit, f"connection_limit={limit} in DATABASE_URL"))
-    # PgBouncer lends a connection for a transaction: how many clients there are is of no concern to the server.
-    if not rooms or not _is_behind_pgbouncer():
+        found.append(_Available(limit, f"connection_limit={limit} in DATABASE_URL"))
+    # PgBouncer assigns a server connection per transaction, so the limits of the server do not limit its clients.
+    if not found or not _is_behind_pgbouncer():
         with connection.cursor() as cursor:
-            cursor.execute(_ROOM_OF_THE_SERVER)
-            rooms += [_Room(free, limit) for free, limit in cursor.fetchall()]
-    return min(rooms)
+            cursor.execute(_AVAILABLE_ON_SERVER)
+            found += [_Available(free, limit) for free, limit in cursor.fetchall()]
+    return min(found)
 
 
-# Every role may see whose session it is; only some may see of what kind.
-_ROOM_OF_THE_SERVER = """
+# Every role may read the user of a session in pg_stat_activity, but not every role its backend_type.
+_AVAILABLE_ON_SERVER = """
 WITH others AS (
   SELECT datid, usesysid FROM pg_stat_activity
    WHERE usesysid IS NOT NULL AND pid <> pg_backend_pid() AND COALESCE(backend_type, 'client backend') LIKE 'client%'
@@ -61,22 +61,22 @@ def _is_behind_pgbouncer() -> bool:
 
 
 def max_workers() -> int:
-    """One a processor, as far as there are connections: a worker reads on one and writes on another."""
-    return max(1, min(os.cpu_count() or 1, (_room().connections - 1) // CONNECTIONS_OF_A_WORKER))
+    """Return one worker per processor, or fewer if the connections do not suffice; at least 1."""
+    return max(1, min(os.cpu_count() or 1, (_available().connections - 1) // CONNECTIONS_PER_WORKER))
 
 
 def require_room_for(workers: int) -> None:
-    """Raise OperatorError where the connections do not suffice for this number of workers."""
-    # Past PgBouncer, `connection_limit` is Prisma's, and one worker gets along with a single connection of the pool.
+    """Raise OperatorError if the connections do not suffice for this number of workers."""
+    # Behind PgBouncer, `connection_limit` is meant for Prisma, and one worker works with one connection of the pool.
     if _is_behind_pgbouncer() and (workers == 1 or settings.DATABASE_CONNECTION_LIMIT is None):
         return
-    room = _room()
-    # One worker is this process itself; of several it is the one above them, which reads only when they are gone.
-    needed = workers * CONNECTIONS_OF_A_WORKER + (workers > 1)
-    if room.connections < needed:
-        fewer = "Give fewer --workers, `auto` for as many as there may be, or raise" if workers > 1 else "Raise"
+    available = _available()
+    # One worker runs in this process. With several, this process needs one connection, and reads after they have ended.
+    needed = workers * CONNECTIONS_PER_WORKER + (workers > 1)
+    if available.connections < needed:
+        fewer = "Use fewer --workers, `--workers auto` for the maximum, or raise" if workers > 1 else "Raise"
         raise OperatorError(
-            f"{workers} {'workers take' if workers > 1 else 'worker takes'} {needed} connections, since each reads on "
-            f"one and writes on another, and there are {max(0, room.connections)} ({room.limit}). {fewer} the limit. "
-            "Nothing was written."
+            f"{workers} {'workers need' if workers > 1 else 'worker needs'} {needed} connections, because each reads "
+            f"on one and writes on another, but only {max(0, available.connections)} are available "
+            f"({available.limit}). {fewer} the limit. Nothing was written."
         )

@@ -1,4 +1,4 @@
-"""What the parts of a run share: the options, the facts, what is left to do, and how the parts are made."""
+"""What the parts of a run share: options, facts about the database, pending rows, and how the parts are created."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ OnBatch = Callable[[Source, Totals], None]
 
 
 class Phase(StrEnum):
-    """Which rows of a source a task takes, in the order in which a run takes them."""
+    """Which rows of a source a task processes. The phases run in this order."""
 
-    PENDING = "pending"  # rows without an outcome, but for the next ones
-    RESOLVED = "resolved"  # rows whose conflicts people resolved
+    PENDING = "pending"  # rows without an outcome, except those of RESOLVED
+    RESOLVED = "resolved"  # rows with a resolution
     REVISIT = "revisit"  # rows with an outcome, for --update
 
 
 class Task(NamedTuple):
-    """A part of a run that ends before the next one begins."""
+    """The rows of a source in a phase. A task is complete before the next one begins."""
 
     source: Source
     phase: Phase
@@ -55,11 +55,11 @@ class Task(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RunContext:
-    """What every part of a run needs to know.
+    """What every part of a run needs.
 
-    `resolutions` are those that this run applies; `every_resolution` has also those that earlier runs applied, which
-    the second pass needs. `pending_ids` are the ids of the rows to read, where they are few. `unstarted` are the
-    sources of which no row has an entry in the ledger.
+    `run_id` is None for a dry run. `resolutions` are those that this run applies; `every_resolution` also has those
+    that earlier runs applied, which --update needs. `pending_ids` are the ids of the rows to read, for sources with few
+    of them. `unstarted` are the sources without a ledger entry.
     """
 
     options: RunOptions
@@ -71,17 +71,17 @@ class RunContext:
     unstarted: Collection[Source]
 
     def writer(self) -> BatchWriter | DryRunWriter:
-        """What brings rows to an outcome, on this process' connection."""
+        """Return the writer for rows without an outcome, on the connection of this process."""
         lookup = ContactIndex(connection, self.facts)
         if self.run_id is None:
             return DryRunWriter(connection, lookup, with_update=self.options.update)
         return BatchWriter(connection, lookup, self.run_id, Timeouts(), replaces_entries=self.options.recreate_deleted)
 
     def updater(self, before: BatchWriter | DryRunWriter) -> Writer:
-        """What looks at rows again; a dry run must know what it would have done `before`."""
+        """Return the writer for --update. In a dry run, it includes what the writer `before` would have written."""
         present = Present(connection, self.facts, self.every_resolution, with_versions=self.run_id is not None)
         if isinstance(before, DryRunWriter):
-            return DryRunUpdateWriter(before.store, before.imagined, present, self.facts.rules())
+            return DryRunUpdateWriter(before.store, before.overlay, present, self.facts.rules())
         lookup = ContactIndex(connection, self.facts)
         return UpdateWriter(connection, lookup, present, self.facts.rules(), before.run_id, Timeouts())
 
@@ -95,8 +95,8 @@ class RunContext:
         limit: int | None = None,
         shares: int = 1,
     ) -> Pipeline:
-        """Return a pipeline on this process' connection, with one of `shares` equal shares of a limited rate."""
-        sizer, throttles = self._pace(shares)
+        """Return a pipeline on the connection of this process, with one of `shares` equal shares of a rate limit."""
+        sizer, throttles = self._throttling(shares)
         return Pipeline(
             connection=connection,
             rules=self.facts.rules(),
@@ -111,11 +111,11 @@ class RunContext:
         )
 
     def reader(self, task: Task, partition: Partition) -> SourceReader:
-        """The reader of a task's rows in a partition."""
+        """Return the reader for the rows of a task in a partition."""
         source = task.source
         if task.phase is Phase.REVISIT:
             choice = rows_to_revisit(self.facts, source, with_unsettled=self.options.dry_run)
-            # In a dry run, rows without an entry are due as well.
+            # In a dry run, rows without an entry are due too: the run would have given them one.
             reader = SourceReader if self.options.dry_run else DueReader
             return reader(connection, self.facts, source, self.options.since, choice=choice)
         resolved = self.resolutions.source_ids.get(source.table)
@@ -141,13 +141,13 @@ class RunContext:
             return EVERY_ROW
         return UNSETTLED_OR_GONE if self.options.recreate_deleted and self.facts.has_ledger else UNSETTLED
 
-    def _pace(self, shares: int) -> tuple[BatchSizer, list[Throttle]]:
+    def _throttling(self, shares: int) -> tuple[BatchSizer, list[Throttle]]:
         throttles: list[Throttle] = []
-        most = None
+        max_rows = None
         if self.options.max_rate is not None:
             rate = RateLimit(self.options.max_rate, shares)
-            most = rate.max_rows if self.options.batch_size else min(rate.max_rows, rate.target_rows)
+            max_rows = rate.max_rows if self.options.batch_size else min(rate.max_rows, rate.target_rows)
             throttles.append(rate)
         if self.options.max_replica_lag is not None:
             throttles.append(ReplicaLagLimit(connection, self.options.max_replica_lag))
-        return BatchSizer(fixed=self.options.batch_size, max_rows=most), throttles
+        return BatchSizer(fixed=self.options.batch_size, max_rows=max_rows), throttles

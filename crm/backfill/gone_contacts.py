@@ -1,13 +1,13 @@
-"""Rows that have lost their contact: it was there when they were settled, and is gone from `crm_contacts`.
+"""Counts settled rows whose contact is missing from `crm_contacts`.
 
-People delete contacts one by one, and that is no news. A table that was restored from an old backup, or was purged, is:
-nobody meant the backfill to take that for deletions. To count all such rows takes a pass over the ledger and the
-contacts. So a run looks at a sample: as many entries of the ledger as a look-up each costs next to nothing, from a
-place in the order of their keys that is drawn anew each time. The keys are digests, so these are entries of every age
-and source alike. Only where more of them have lost their contact than the last count lets expect, all are counted.
+Single missing contacts are normal: people delete them. Many at once mean that the table was restored from an old backup
+or purged, which must not pass as deletions. Counting all of them requires a scan of the ledger and the contacts, so a
+run checks a sample first: consecutive ledger entries from a random position in the order of their keys. The keys are
+hashes, so the sample has entries of every age and source. All rows are only counted if the sample has more missing
+contacts than expected from the last count.
 
-Of a loss of one contact in 200, a sample of 2,000 entries misses everything once in 20,000 nights; of one in 1,000,
-once in seven. Where there are no more entries than that, the sample is the count.
+If one contact in 200 is missing, a sample of 2,000 entries misses all of them in one of 20,000 runs; if one in 1,000
+is missing, in one of seven. If the ledger has no more entries than that, the sample is the count.
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from crm.models import BackfillRun
 from crm.outcome import WITH_CONTACT
 
+#: Number of ledger entries in the sample.
 SAMPLE = 2_000
-#: So many more than at the last count are news: rows, and their share of all that had a contact.
+#: Minimum increase since the last count that is reported: rows, and their share of all settled rows.
 MIN_NEWS, MIN_SHARE_OF_NEWS = 10, 0.001
-#: The name under which a run's record keeps the last count.
+#: The key under which the record of a run stores the last count.
 RECORDED = "contacts_gone"
 
 _WITH_CONTACT = ", ".join(f"'{outcome}'" for outcome in WITH_CONTACT)
 _ENTRIES = f"SELECT contact_id FROM ledger_entry WHERE id {{}} %(start)s AND outcome IN ({_WITH_CONTACT})"
-# The order is that of the index, so that no more is read than is taken. A scalar subquery with a LIMIT stays a probe.
+# Ordered by the primary key, so that only the sample is read. PostgreSQL cannot turn a scalar subquery with a LIMIT
+# into a join, so it remains one index lookup per entry.
 _OF_SAMPLE = f"""
 SELECT count(*), count(*) FILTER (
          WHERE (SELECT true FROM crm_contacts c WHERE c.id = entry.contact_id LIMIT 1) IS NULL)
@@ -44,10 +46,10 @@ SELECT count(*) FROM ledger_entry entry
 
 
 class GoneContacts(NamedTuple):
-    """How many rows have lost their contact, of all that had one.
+    """The number of settled rows whose contact is missing.
 
-    `rows` is a count where there was reason to count, and else that of the last count. `known` is what an earlier run
-    counted, `known_to` that run; None where none did.
+    `rows` is the current count, or the last one if the sample gave no reason to count. `settled` is the number of all
+    settled rows. `known` is the count of an earlier run, and `known_to` that run; 0 and None if there is none.
     """
 
     rows: int
@@ -57,17 +59,17 @@ class GoneContacts(NamedTuple):
 
     @property
     def is_news(self) -> bool:
-        """Whether so many are gone since the last count that no person will have deleted them one by one."""
+        """Whether more are missing since the last count than people normally delete."""
         return self.rows - self.known >= max(MIN_NEWS, self.settled * MIN_SHARE_OF_NEWS)
 
 
-def look_for_gone_contacts(
+def count_gone_contacts(
     connection: BaseDatabaseWrapper, settled: int, *, run_id: int | None, size: int = SAMPLE
 ) -> GoneContacts:
-    """Take the sample, and count where that gives reason to. Only reads.
+    """Check a sample of `size` entries, and count all rows if it gives a reason to. Only reads.
 
-    `settled` is how many rows have an outcome with a contact. A dry run, without a number, may have no right to read
-    the record of the runs: for it nothing is known.
+    `settled` is the number of rows with an outcome that has a contact. `run_id` is None for a dry run, which may lack
+    the right to read the records of runs and so knows no last count.
     """
     known_to, known = _last_count() if run_id is not None else (None, 0)
     with connection.cursor() as cursor:
@@ -83,7 +85,7 @@ def look_for_gone_contacts(
 
 
 def is_more_than_expected(found: int, expected: float) -> bool:
-    """Whether a sample has so many that chance alone hardly explains it: two standard deviations more."""
+    """Return whether a sample has more than expected by more than two standard deviations."""
     return found > expected + 2 * math.sqrt(expected)
 
 

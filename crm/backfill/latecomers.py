@@ -1,16 +1,16 @@
-"""Contacts that the application stored during a run, in another spelling of an address for which the run made one.
+"""Removes duplicates: contacts that the application stored during a run, with another spelling of an address.
 
-    pass over the contacts -> those of ours that have company -> lock, compare, delete -> settle their rows again
+    scan the contacts -> find duplicates created by the backfill -> lock, compare, delete -> match their rows again
 
-A batch meets what is there by then, in the spellings that are likely. The others are settled when the sources are
-through: what the run made is taken out again, and its rows are settled as if the other contact had been there before.
-They are counted out and in by a batch of their own, so run, batches and ledger go on agreeing. The same is asked of the
-addresses that an update wrote in the place of a placeholder. What earlier runs wrote that never came to this is looked
-at as well, back to the last one that finished.
+A batch finds existing contacts by the likely spellings of an address. Other spellings are handled after the last
+source: the contact that the run created is deleted, and its rows are matched again as if the other contact had existed
+before. A separate batch subtracts the former outcomes from the counts and adds the new ones, so that run, batches and
+ledger still agree. The addresses that an update wrote in place of a placeholder are checked too, and so are contacts of
+earlier runs since the last finished one, which may have ended before this step.
 
-A contact of ours that an update, or somebody else, has changed or refers to stays, as all of them do where the role may
-not delete. The run's record keeps their ids: every run that follows looks at them again, and reports them for as long
-as both contacts are there.
+A contact of the backfill is kept if it was modified since or a row refers to it. All are kept if the role may not
+delete. The record of the run stores the ids of kept contacts: every later run checks them again, and reports them until
+one of the two contacts is deleted.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ from crm.rules.mapping import ContactDraft, MappedRow, map_rows
 from crm.rules.matching import ExistingContact, fill
 from crm.runs import lease
 
-#: How many contacts are settled in one transaction.
-CONTACTS_AT_ONCE = 100
-#: The name under which a run's record keeps the contacts that stay.
+#: Maximum number of contacts in one transaction.
+MAX_CONTACTS = 100
+#: The key under which the record of a run stores the kept contacts.
 RECORDED = "contacts_twice"
 
 _MAY_DELETE = """
@@ -61,7 +61,7 @@ SELECT c.id FROM crm_contacts c
         OR EXISTS (SELECT FROM contact_update change
                     WHERE change.contact_id = c.id AND change.placeholder IS NOT NULL AND change.run_id > %(since)s))
 """
-# Whoever is just referring to one of them is waited for, and seen by the statements that follow.
+# Waits for transactions that are adding a row that refers to one of them. The statements that follow see these rows.
 _LOCK = "SELECT id FROM crm_contacts WHERE id = ANY(%s) ORDER BY id FOR UPDATE"
 _ENTRIES = f"""
 SELECT {COLUMNS} FROM ledger_entry entry
@@ -70,24 +70,27 @@ SELECT {COLUMNS} FROM ledger_entry entry
 
 
 class ContactsTwice(NamedTuple):
-    """Contacts of ours that stay although another one has the same address in another spelling, and why they do."""
+    """Contacts of the backfill whose address another contact has in another spelling, and why they are kept."""
 
     contacts: Sequence[str] = ()
     why: str = ""
 
 
-NOBODY_TWICE = ContactsTwice()
+NONE_TWICE = ContactsTwice()
 
 
 class _Finished(NamedTuple):
-    """The last run that finished, 0 where none did, and the contacts that stayed then."""
+    """The last finished run, 0 if there is none, and the contacts that it kept beside another one."""
 
     run_id: int = 0
     left: Sequence[str] = ()
 
 
 def last_finished(connection: BaseDatabaseWrapper, before: int | None = None) -> _Finished:
-    """The last run that finished, of those before a run, and the contacts that stayed beside another one then."""
+    """Return the last finished run, and the contacts that it kept beside another one.
+
+    `before` excludes that run and later ones.
+    """
     finished = _runs(connection).filter(status=RunStatus.FINISHED).order_by("-pk")
     if before is not None:
         finished = finished.filter(pk__lt=before)
@@ -101,15 +104,18 @@ def _runs(connection: BaseDatabaseWrapper) -> QuerySet[BackfillRun]:
 
 @dataclass(slots=True)
 class Latecomers:
-    """Settles what was stored during a run, when its sources are through. `twice` are those that stay."""
+    """Removes the duplicates after the last source of a run. `twice` are the contacts that are kept."""
 
     connection: BaseDatabaseWrapper
     facts: DatabaseFacts
     run_id: int
-    twice: ContactsTwice = NOBODY_TWICE
+    twice: ContactsTwice = NONE_TWICE
 
     def are_possible(self, created: int) -> bool:
-        """Whether this run, or one before it that did not finish, wrote an address at all; or contacts stayed then."""
+        """Return whether duplicates are possible. `created` is the number of contacts that this run created.
+
+        They are possible if this run, or one since the last finished run, wrote an address, or if that run kept some.
+        """
         since, left = last_finished(self.connection, self.run_id)
         unfinished = _runs(self.connection).filter(pk__gt=since, pk__lt=self.run_id, created__gt=0)
         replaced = ContactUpdate.objects.using(self.connection.alias).filter(
@@ -117,12 +123,12 @@ class Latecomers:
         )
         return created > 0 or bool(left) or unfinished.exists() or replaced.exists()
 
-    def settle(self) -> Iterator[None]:
-        """Settle them, step by step: a caller may stop between two of them. Raises lease.LeaseLostError.
+    def remove(self) -> Iterator[None]:
+        """Remove the duplicates, one transaction per step; the caller may stop between two steps.
 
-        What a step did is committed: after a transient error, the next call goes on where this one stopped.
+        After a transient error, another call continues. Raises lease.LeaseLostError.
         """
-        twice = sorted(self._with_company())
+        twice = sorted(self._duplicates())
         if not twice:
             return
         if obstacle := self._obstacle():
@@ -130,16 +136,16 @@ class Latecomers:
             return
         stay: list[str] = []
         writer = BatchWriter(self.connection, ContactIndex(self.connection, self.facts), self.run_id, Timeouts())
-        for first in range(0, len(twice), CONTACTS_AT_ONCE):
-            some = twice[first : first + CONTACTS_AT_ONCE]
-            stay += self._settle(some, writer)
-            self.twice = ContactsTwice(stay, "they have been changed, or are referred to") if stay else NOBODY_TWICE
+        for first in range(0, len(twice), MAX_CONTACTS):
+            some = twice[first : first + MAX_CONTACTS]
+            stay += self._remove(some, writer)
+            self.twice = ContactsTwice(stay, "they were modified, or rows refer to them") if stay else NONE_TWICE
             yield
 
-    def _with_company(self) -> set[str]:
-        """Return the contacts whose address another one has, in another spelling.
+    def _duplicates(self) -> set[str]:
+        """Return the contacts of the backfill whose address another contact has in another spelling.
 
-        Of these, those that were written since the last run that finished, or that stayed then.
+        Only those that were written since the last finished run, or that it kept.
         """
         since, left = last_finished(self.connection, self.run_id)
         found: set[str] = set()
@@ -152,7 +158,7 @@ class Latecomers:
         return found
 
     def _obstacle(self) -> str | None:
-        """Why nothing can be taken out at all."""
+        """Return why no contact can be deleted, or None."""
         with self.connection.cursor() as cursor:
             cursor.execute(_MAY_DELETE)
             if cursor.fetchone() != (True,):
@@ -162,22 +168,22 @@ class Latecomers:
         except UntrustedCodeError:
             return "a table that refers to contacts belongs to a role that is not trusted"
         except OperatorError:
-            return "this role cannot see everything that may refer to a contact"
+            return "this role cannot read every table that may refer to a contact"
         return None
 
-    def _settle(self, ids: Sequence[str], writer: BatchWriter) -> list[str]:
-        """Settle some of them in one transaction; those that stay."""
+    def _remove(self, ids: Sequence[str], writer: BatchWriter) -> list[str]:
+        """Remove some of the duplicates in one transaction, and return those that are kept."""
         started = time.monotonic()
         with lease.batch(self.connection, self.run_id, Timeouts(), lock_as_a_writer("crm_contacts")) as totals:
             with self.connection.cursor() as cursor:
                 cursor.execute(_LOCK, [list(ids)])
             entries = read_entries(self.connection, self.facts.second_digits, _ENTRIES, [list(ids)])
             rows = self._rows(entries)
-            gone = self._deleted(self._untouched(ids, entries, rows))
+            gone = self._delete(self._unmodified(ids, entries, rows))
             entries = [entry for entry in entries if entry.contact_id in gone]
-            self._forget(entries, rows)
+            self._delete_entries(entries, rows)
             for source in Source:
-                of_source = self._settle_again(source, entries, rows, gone, writer)
+                of_source = self._match_again(source, entries, rows, gone, writer)
                 if of_source is not None:
                     batch = BackfillBatch.of(self.run_id, source, of_source, time.monotonic() - started)
                     batch.save(using=self.connection.alias, force_insert=True)
@@ -185,7 +191,7 @@ class Latecomers:
         return [identifier for identifier in ids if identifier not in gone]
 
     def _rows(self, entries: Iterable[Entry]) -> dict[tuple[str, str], MappedRow]:
-        """The source rows of entries as they are now, by source and id, in the order in which a run takes them."""
+        """Return the current source rows of the entries by source and id, in the order in which a run reads them."""
         resolutions, rules = Resolutions.every(self.connection), self.facts.rules()
         found: dict[tuple[str, str], MappedRow] = {}
         for source in Source:
@@ -196,10 +202,10 @@ class Latecomers:
                 found |= {(source.value, row.source_id): row for row in rows}
         return found
 
-    def _untouched(
+    def _unmodified(
         self, ids: Iterable[str], entries: Sequence[Entry], rows: dict[tuple[str, str], MappedRow]
     ) -> list[str]:
-        """The contacts that are what their rows made of them, and that no update has changed."""
+        """Return the contacts that are what their rows map to, and that no update changed."""
         contacts = SnapshotReader(self.connection, missing_columns(self.facts)).read(ids)
         updates = ContactUpdate.objects.using(self.connection.alias).filter(contact_id__in=list(contacts))
         updated = set(updates.values_list("contact_id", flat=True))
@@ -212,8 +218,8 @@ class Latecomers:
             if identifier not in updated and _written(of_contact.get(identifier, ()), rows) == contact.values
         ]
 
-    def _deleted(self, ids: list[str]) -> dict[str, str]:
-        """Delete those of the contacts that nobody refers to; their types by id."""
+    def _delete(self, ids: list[str]) -> dict[str, str]:
+        """Delete the contacts that no row refers to. Returns their types by id."""
         unreferenced = is_unreferenced(find_foreign_keys(self.connection))
         with self.connection.cursor() as cursor:
             cursor.execute(
@@ -222,11 +228,11 @@ class Latecomers:
             )
             return dict(cursor.fetchall())
 
-    def _forget(self, entries: Iterable[Entry], rows: dict[tuple[str, str], MappedRow]) -> None:
+    def _delete_entries(self, entries: Iterable[Entry], rows: dict[tuple[str, str], MappedRow]) -> None:
         keys = [rows[entry.source, entry.source_id].id for entry in entries]
         LedgerEntry.objects.using(self.connection.alias).filter(pk__in=keys).delete()
 
-    def _settle_again(
+    def _match_again(
         self,
         source: Source,
         entries: Iterable[Entry],
@@ -234,7 +240,7 @@ class Latecomers:
         types: dict[str, str],
         writer: BatchWriter,
     ) -> Totals | None:
-        """Settle the rows of a source, and count out what they were before in this run."""
+        """Match the rows of a source again. Returns the counts, less the former outcomes from this run."""
         theirs = {(entry.source, entry.source_id): entry for entry in entries if entry.source == source}
         if not theirs:
             return None
@@ -249,7 +255,7 @@ class Latecomers:
 
 
 def _written(entries: Iterable[Entry], rows: dict[tuple[str, str], MappedRow]) -> ContactDraft | None:
-    """What the rows of a contact made of it; None where they do not tell any more."""
+    """Return the contact that its rows wrote; None if they no longer show it."""
     outcomes = {(entry.source, entry.source_id): entry.outcome for entry in entries}
     theirs = [(key, row) for key, row in rows.items() if key in outcomes]
     makers = [row.draft for key, row in theirs if outcomes[key] == Outcome.CREATED]

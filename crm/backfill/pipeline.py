@@ -1,4 +1,4 @@
-"""One source, batch by batch: read, map, write. Retries what may pass by itself, and goes no faster than it may.
+"""Reads, maps and writes a source, batch by batch. Retries transient errors, and applies the throttles.
 
 ReadAhead.pages (SourceReader.page -> map_rows) -> writer.write -> Totals
 """
@@ -30,18 +30,21 @@ logger = logging.getLogger(__name__)
 
 
 class Writer(Protocol):
-    """Brings the rows of a batch to an outcome, in the database or in a dry run's memory."""
+    """Writes the outcomes of a batch to the database, or to the overlay of a dry run."""
 
     def write(self, source: Source, pages: Iterable[Sequence[MappedRow]]) -> Totals:
-        """Write a batch, page by page."""
+        """Write a batch, page by page, and return its counts."""
 
     def keep_alive(self) -> None:
-        """Show that the run is alive while it waits. Raises LeaseLostError."""
+        """Renew the heartbeat while the run waits. Raises LeaseLostError."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Pipeline:
-    """Takes sources through to their end, a batch at a time."""
+    """Processes sources, one batch at a time. Calls `on_batch` after each committed batch.
+
+    `limit` is the maximum number of rows that remain to be processed, in all sources together.
+    """
 
     connection: BaseDatabaseWrapper
     rules: Rules
@@ -58,21 +61,22 @@ class Pipeline:
     def __post_init__(self) -> None:
         self._retries = Retries(self.connection, self.stop, self.sizer)
 
-    def work_through(self, reader: SourceReader, turn: int = 0) -> None:
-        """Read, map and write every batch of a source, where the rate is limited after `turn` other processes.
+    def run(self, reader: SourceReader, turn: int = 0) -> None:
+        """Read, map and write every batch of a source.
 
-        Raises InterruptedRunError, LeaseLostError, and django.db.Error for what trying again did not cure.
+        With a rate limit, the first batch waits for the first batches of `turn` other processes. Raises
+        InterruptedRunError, LeaseLostError, and django.db.Error if retries did not help.
         """
         for throttle in self.throttles:
             throttle.begin(time.monotonic(), min(self.sizer.size, self.limit or self.sizer.size), turn)
         try:
             self._batches(reader)
         except errors.UnknownEndError:
-            # Whether the batch was rolled back is what nobody knows.
+            # It is not known whether the batch was rolled back.
             raise
         except DjangoDatabaseError:
             if self.stop.requested:
-                # Whatever it was that failed: it may well have been cancelled.
+                # The stop may have cancelled the statement.
                 raise InterruptedRunError(STOPPED_IN_A_BATCH) from None
             raise
 
@@ -80,7 +84,7 @@ class Pipeline:
         after: Key | None = None
         with ReadAhead(reader, self.rules, self.reading) as ahead:
             while self.limit is None or self.limit > 0:
-                self._heed_stop()
+                self._check_stop()
                 batch = partial(self._batch, ahead, reader.source, after)
                 totals, after = self._retries.run(batch, before_retry=ahead.ask_the_ledger)
                 if totals is None:
@@ -89,7 +93,7 @@ class Pipeline:
                     self.on_batch(reader.source, totals)
 
     def _batch(self, ahead: ReadAhead, source: Source, after: Key | None) -> tuple[Totals | None, Key | None]:
-        self._keep_pace()
+        self._throttle()
         started = time.monotonic()
         pages = ahead.pages(after, self.sizer.size, self.limit)
         first = next(pages, None)
@@ -106,7 +110,7 @@ class Pipeline:
 
         totals = self.writer.write(source, rows())
         if self.limit is not None:
-            # Not all rows of a page need be such that a second look finds something in them.
+            # With --update, only rows that were revisited count: a page can have others.
             self.limit -= new_rows if totals.read else totals.revisited
         if change := self.sizer.after_batch(totals.rows, time.monotonic() - started):
             logger.info(change)
@@ -114,17 +118,17 @@ class Pipeline:
             throttle.after_batch(totals.rows, started)
         return totals, reached
 
-    def _keep_pace(self) -> None:
+    def _throttle(self) -> None:
         for throttle in self.throttles:
             while pause := throttle.wait_reason(time.monotonic()):
                 logger.info(pause.reason)
                 self._sleep(min(pause.seconds, MAX_PAUSE))
-                self._heed_stop()
+                self._check_stop()
                 self.writer.keep_alive()
 
     def _sleep(self, seconds: float) -> None:
         sleep_until(lambda: self.stop.requested, seconds)
 
-    def _heed_stop(self) -> None:
+    def _check_stop(self) -> None:
         if self.stop.requested:
             raise InterruptedRunError

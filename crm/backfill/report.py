@@ -1,4 +1,4 @@
-"""What people see of a run: the summary, with rich; and one JSON object for machines."""
+"""The output of a run: summary, JSON object, and the lines for stderr."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from crm.output.table import Summary, print_line
 from crm.postgres.target import target, target_line
 from crm.runs.lost_reports import LostReport
 
-#: How many contacts a line names.
+#: Maximum number of contacts that a line names.
 MAX_NAMED = 10
 
-#: The lines of the reconciliation stand under one another.
+#: Aligns the lines of the reconciliation.
 _INDENT = " " * len("Reconciliation: ")
 
 _LABELS_OF_TYPE = (("Clients", "CLIENT"), ("Tax Preparers", "PREPARER"), ("Affiliates", "AFFILIATE"), ("Leads", "LEAD"))
 
 
 def as_json(report: RunReport) -> str:
-    """The report as one JSON object on one line."""
+    """Return the report as one JSON object on one line."""
     totals = report.totals
     answer: dict[str, Any] = {
         "run": report.run_id,
@@ -63,23 +63,23 @@ def as_json(report: RunReport) -> str:
 
 
 def print_summary(report: RunReport, console: Console) -> None:
-    """The summary for people, with the labels that the users of the old script know."""
+    """Print the summary. The labels are those of the script that this command replaces."""
     totals = report.totals
     table = Summary(_headline(report))
     row = table.count
 
     rate = f", {totals.read / report.seconds:,.0f} rows/s" if report.seconds else ""
     row("Total Processed", totals.read, f"source rows{rate}", "bold")
-    row("Contacts by type", totals.created, "would be made" if report.options.dry_run else "made", "bold")
+    row("Contacts by type", totals.created, "would be created" if report.options.dry_run else "created", "bold")
     for label, contact_type in _LABELS_OF_TYPE:
         row(f"  {label}", totals.created_by_type[contact_type])
     row("Skipped (exists)", report.already + totals.exists + totals.merged, "already + exists + merged")
     row("  already", report.already, "in the ledger from earlier runs")
-    left = "" if report.options.update else "; untouched"
-    row("  exists", totals.exists, f"met a contact that others made{left}")
-    row("  merged", totals.merged, "met a contact of ours and filled its gaps")
+    unchanged = "" if report.options.update else "; unchanged"
+    row("  exists", totals.exists, f"matched a contact created elsewhere{unchanged}")
+    row("  merged", totals.merged, "matched and filled a contact of the backfill")
     if report.options.recreate_deleted:
-        row("Contact gone", report.recreated, "rows that were looked at again for that, and are counted above")
+        row("Contact missing", report.recreated, "read again for this reason, and counted above")
     row("Errors", totals.error, f"{totals.error_new:,} new", "red" if totals.error_new else "")
     for reason, count in sorted(totals.errors_by_reason.items()):
         new = totals.errors_new_by_reason[reason]
@@ -90,11 +90,11 @@ def print_summary(report: RunReport, console: Console) -> None:
         row(f"  {reason}", count)
     if report.options.update:
         would = "would be " if report.options.dry_run else ""
-        row("Looked at again", totals.revisited, "changed since, or came to a contact that was there")
+        row("Revisited", totals.revisited, "changed since, or matched an existing contact")
         as_well = f"; {totals.updated_and_kept:,} kept a value as well" if totals.updated_and_kept else ""
         row("  changed", totals.updated, f"{would}filled or promoted{as_well}")
-        row("  kept only", totals.kept, "the contact has another value, which stays")
-        row("  unchanged", totals.unchanged, "brought nothing")
+        row("  kept only", totals.kept, "the contact keeps another value")
+        row("  unchanged", totals.unchanged, "nothing to change")
         for column in sorted(totals.updated_by_column.keys() | totals.kept_by_column.keys()):
             kept = f"{totals.kept_by_column[column]:,} kept" if totals.kept_by_column[column] else ""
             row(f"  {column}", totals.updated_by_column[column], kept)
@@ -115,7 +115,7 @@ def reconciliation_lines(report: RunReport) -> str:
         )
     if report.options.update:
         parts = f"{totals.updated:,} changed + {totals.kept:,} kept only + {totals.unchanged:,} unchanged"
-        lines.append(f"{_INDENT}{totals.revisited:,} looked at again = {parts}")
+        lines.append(f"{_INDENT}{totals.revisited:,} revisited = {parts}")
     if report.balanced is not None:
         lines[-1] += "  (holds)" if report.balanced else "  (DOES NOT HOLD)"
     elif report.not_checked:
@@ -129,12 +129,12 @@ def _headline(report: RunReport) -> str:
 
 
 def news(report: RunReport, *, strict: bool) -> list[str]:
-    """What is news for whoever reads stderr alone, a line each: at least one with every exit code but 0."""
-    return [words for words in (advice(report), _errors(report, strict=strict)) if words]
+    """Return the lines for stderr: at least one unless the exit code is 0."""
+    return [text for text in (advice(report), _errors(report, strict=strict)) if text]
 
 
 def _errors(report: RunReport, *, strict: bool) -> str | None:
-    """The rows in error that make the exit code 1, or would: new ones, or any of them."""
+    """Return the line about the rows in error that cause exit code 1: new ones, or with `strict` any."""
     totals, is_dry = report.totals, report.options.dry_run
     if totals.error_new:
         count, by_reason, what = totals.error_new, totals.errors_new_by_reason, "newly in error"
@@ -150,55 +150,51 @@ def _errors(report: RunReport, *, strict: bool) -> str | None:
 
 
 def advice(report: RunReport) -> str | None:
-    """Return what else an operator has to know of a run; None where there is nothing.
+    """Return the other lines for stderr; None if there are none.
 
-    Why it did not get to its end and how to go on, which contacts are gone or there twice, which reports were lost.
+    Why the run is incomplete and how to continue, which contacts are missing or duplicates, and which earlier runs
+    wrote no report.
     """
     ended = _advice_on_the_end(report)
-    gone = _words_on_gone_contacts(report.gone, report) if report.gone and report.gone.is_news else None
-    twice = _words_on_contacts_twice(report.twice) if report.twice.contacts else None
-    lost = map(_told_again, (lost for lost in report.lost_reports if lost.error_new))
-    words = [*(text for text in (ended, gone, twice) if text), *lost]
-    return "\n".join(words) or None
+    gone = _advice_on_gone_contacts(report.gone, report) if report.gone and report.gone.is_news else None
+    twice = _advice_on_contacts_twice(report.twice) if report.twice.contacts else None
+    lost = map(_lost_report, (lost for lost in report.lost_reports if lost.error_new))
+    lines = [*(text for text in (ended, gone, twice) if text), *lost]
+    return "\n".join(lines) or None
 
 
-def _words_on_gone_contacts(gone: GoneContacts, report: RunReport) -> str:
+def _advice_on_gone_contacts(gone: GoneContacts, report: RunReport) -> str:
     since = f", {gone.rows - gone.known:,} of them since run {gone.known_to}" if gone.known_to else ""
-    lost = (
-        f"{gone.rows:,} of {gone.settled:,} settled rows have lost their contact: it is gone from crm_contacts{since}."
-    )
+    lost = f"{gone.rows:,} of {gone.settled:,} settled rows have lost their contact: it is not in crm_contacts{since}."
     if report.options.dry_run and report.options.recreate_deleted:
-        return (
-            f"{lost} This dry run looked at {report.recreated:,} of them again; its summary counts what a run would "
-            "make of them."
-        )
+        return f"{lost} This dry run read {report.recreated:,} of them again; the summary includes their outcomes."
     return (
-        f"{lost} What people deleted stays deleted. If the table was restored or purged, `python manage.py "
-        "backfill_crm_contacts --recreate-deleted --dry-run` tells what it would make again."
+        f"{lost} Deleted contacts stay deleted. If the table was restored or purged, `python manage.py "
+        "backfill_crm_contacts --recreate-deleted --dry-run` shows what would be created again."
     )
 
 
-def _words_on_contacts_twice(twice: ContactsTwice) -> str:
+def _advice_on_contacts_twice(twice: ContactsTwice) -> str:
     count, more = len(twice.contacts), ", ..." if len(twice.contacts) > MAX_NAMED else ""
     return (
-        f"{count:,} {'contact has' if count == 1 else 'contacts have'} another one beside, with the same address in "
-        f"another spelling, which was stored while a run was at work. Both stay, since {twice.why}: "
-        f"{', '.join(twice.contacts[:MAX_NAMED])}{more}. Keep one of each two in the CRM: every run reports them "
-        "until then."
+        f"{count:,} {'contact has a duplicate' if count == 1 else 'contacts have duplicates'} with the same address in "
+        f"another spelling, stored by the application during a run. Both contacts stay, because {twice.why}: "
+        f"{', '.join(twice.contacts[:MAX_NAMED])}{more}. Keep one of the two in the CRM: until then, every run reports "
+        "them."
     )
 
 
-def _told_again(lost: LostReport) -> str:
+def _lost_report(lost: LostReport) -> str:
     return (
         f"Run {lost.run_id} did not write its report. Rows newly in error in it: {lost.error_new:,}; "
-        "`python manage.py export_backfill_errors` lists those that still are."
+        "`python manage.py export_backfill_errors` lists those still in error."
     )
 
 
 def in_place_of_the_report(report: RunReport) -> str:
-    """The essence of a report that could not be written, in one line."""
+    """Return one line with the main results of a report that could not be written."""
     if report.run_id is None:
-        return "What the dry run found is not told: run it again."
+        return "The report of the dry run could not be written: run it again."
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(report.totals.errors_new_by_reason.items()))
     news = f"{report.totals.error_new:,}" + (f" ({reasons})" if reasons else "")
     again = ", and the next run reports them again" if report.totals.error_new else ""
@@ -211,17 +207,15 @@ def in_place_of_the_report(report: RunReport) -> str:
 def _advice_on_the_end(report: RunReport) -> str | None:
     if report.status == RunStatus.FAILED:
         why = report.failure or "the reconciliation does not hold"
-        return f"The run failed: {why}. What was committed stays; run the command again and it goes on from there."
+        return f"The run failed: {why}. Committed batches stay; run the command again to continue."
     if report.status == RunStatus.PAUSED:
         return (
-            "The run was paused. Unless it is resumed by now, `python manage.py backfill_runs resume "
-            f"{report.run_id}` lets the next run go on, from where this one stopped."
+            "The run was paused. Unless it was resumed already, `python manage.py backfill_runs resume "
+            f"{report.run_id}` lets the next run continue it."
         )
     if report.status != RunStatus.FINISHED:
         why = f": {report.failure}" if report.failure else ""
-        return (
-            f"The run was {report.status.value}{why}. What was committed stays; run the command again and it goes on."
-        )
+        return f"The run was {report.status.value}{why}. Committed batches stay; run the command again to continue."
     return None
 
 

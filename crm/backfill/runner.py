@@ -1,9 +1,9 @@
-"""One run, from the first look at the database to the report.
+"""Runs the backfill once.
 
     examine -> claim the lease -> count rows -> for each task: an executor -> Pipeline (page -> map -> upsert)
             -> count rows again and reconcile -> close the run -> RunReport
 
-A dry run takes the same way with a writer that writes nothing, and claims no lease.
+A dry run takes the same steps with a writer that writes nothing, and claims no lease.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from django.db.models import Count
 from django.utils import timezone
 
 from crm.backfill.context import OnBatch, Phase, RunContext, Task
-from crm.backfill.gone_contacts import RECORDED, GoneContacts, look_for_gone_contacts
-from crm.backfill.latecomers import NOBODY_TWICE, ContactsTwice, Latecomers
+from crm.backfill.gone_contacts import RECORDED, GoneContacts, count_gone_contacts
+from crm.backfill.latecomers import NONE_TWICE, ContactsTwice, Latecomers
 from crm.backfill.latecomers import RECORDED as RECORDED_TWICE
 from crm.backfill.read.inventory import count_rows, survey
 from crm.backfill.read.resolutions import Resolutions
@@ -41,18 +41,18 @@ from crm.runs.lifecycle import Checked, Ending, Lifecycle, lifecycle
 from crm.runs.lost_reports import LostReport, lost_reports
 from crm.runs.progress import Progress, Silence
 
-#: How long a run that was stopped waits for a table that it counts.
-MAX_WAIT_OF_A_STOP = "500ms"
+#: Maximum wait for a lock on a table to count, in a run that was stopped.
+MAX_STOP_WAIT = "500ms"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunReport:
-    """How a run went. `run_id` is None for a dry run.
+    """The result of a run. `run_id` is None for a dry run.
 
-    `row_counts` is of its end, and None where nothing could be counted any more. `balanced` is None where the
-    reconciliation was not checked; `not_checked` says why. `recreated` are the rows that were read again since their
-    contact was gone; `gone` are those that have lost theirs, at the end, None where that was not looked at. `twice` are
-    contacts that have another one beside them with the same address in another spelling.
+    `row_counts` are the counts at the end; None if the tables could not be counted. `balanced` is None if the
+    reconciliation was not checked; `not_checked` has the reason. `recreated` is the number of rows that were read again
+    because their contact is missing. `gone` are the rows whose contact is missing at the end; None if not checked.
+    `twice` are contacts of the backfill whose address another contact has in another spelling.
     """
 
     run_id: int | None
@@ -71,16 +71,19 @@ class RunReport:
     not_checked: str | None = None
     recreated: int = 0
     gone: GoneContacts | None = None
-    twice: ContactsTwice = NOBODY_TWICE
+    twice: ContactsTwice = NONE_TWICE
     lost_reports: Sequence[LostReport] = ()
 
     @property
     def finished_at(self) -> datetime:
-        """When it ended, by the clock of this machine."""
+        """The time of its end by the clock of this machine."""
         return self.started_at + timedelta(seconds=self.seconds)
 
     def exit_code(self, *, strict: bool) -> int:
-        """What cron is told: 0 clean, 1 rows in error or a person twice, 4 stopped, 5 failed."""
+        """Return the exit code: 0 clean, 1 new errors or a person twice, 4 stopped, 5 failed.
+
+        With `strict`, known errors return 1 too.
+        """
         if self.status == RunStatus.FAILED:
             return 5
         if self.status != RunStatus.FINISHED:
@@ -91,7 +94,7 @@ class RunReport:
 
 @dataclass(slots=True)
 class _Tally:
-    """The counts of a run as its batches come in."""
+    """The counts of a run by source."""
 
     by_source: dict[Source, Totals] = field(default_factory=dict)
 
@@ -107,11 +110,11 @@ class _Tally:
 
 
 def run_backfill(options: RunOptions, progress: Progress | None = None) -> RunReport:
-    """Run once; return the report, also of a run that failed, was stopped or was taken over.
+    """Run the backfill once and return the report, also if the run failed, was stopped or was taken over.
 
     Raises:
-        OperatorError: before anything is written; AnotherRunError when another run is going, BrokenStartError when the
-            database breaks off.
+        OperatorError: Before anything is written. AnotherRunError if another run is in progress, BrokenStartError if
+            the connection to the database fails.
     """
     started_at, started = timezone.now(), time.monotonic()
     with errors.refusing_to_start():
@@ -129,7 +132,7 @@ def run_backfill(options: RunOptions, progress: Progress | None = None) -> RunRe
                 life.claim(lambda: _claim(options, facts))
         work = _Work(options, facts, life, watcher)
         with _closing(watcher):
-            ending = life.carry_out(work.through, WorkerError, ErrorBudgetError, errors.EveryRowRefusedError)
+            ending = life.carry_out(work.run, WorkerError, ErrorBudgetError, errors.EveryRowRefusedError)
         report = work.close(ending)
     return replace(report, started_at=started_at, seconds=time.monotonic() - started)
 
@@ -148,7 +151,7 @@ def _closing(watcher: Progress) -> Iterator[None]:
 
 @dataclass(slots=True)
 class _Work:
-    """The way through the sources of a run, and what is found out about it."""
+    """The state of a run."""
 
     options: RunOptions
     facts: DatabaseFacts
@@ -159,11 +162,11 @@ class _Work:
     after: RowCounts | None = None
     recreated: int = 0
     gone: GoneContacts | None = None
-    twice: ContactsTwice = NOBODY_TWICE
+    twice: ContactsTwice = NONE_TWICE
     lost_reports: Sequence[LostReport] = ()
 
-    def through(self) -> None:
-        """Bring every row to an outcome. Raises what ends it before."""
+    def run(self) -> None:
+        """Process every row. Raises the error that ends the run early."""
         before, pending_ids, gone = self.life.keeping_the_lease(
             lambda: survey(connection, self.facts, with_gone=self.options.recreate_deleted)
         )
@@ -182,20 +185,20 @@ class _Work:
             for source in resolutions.among(rows):
                 executor.run(Task(source, Phase.RESOLVED))
             if self.options.update:
-                # Before, so that the second pass fills the contacts that were met; after, since it writes addresses.
-                self.life.retrying(self._settle_latecomers)
+                # Before the updates, so that they fill the right contacts; and below, because they write addresses.
+                self.life.retrying(self._remove_latecomers)
                 for source in self.options.sources:
                     executor.run(Task(source, Phase.REVISIT))
-            self.life.retrying(self._settle_latecomers)
+            self.life.retrying(self._remove_latecomers)
         if run_id is None and self.facts.has_ledger:
-            self.gone = self.life.retrying(lambda: self._look_for_gone_contacts(before))
+            self.gone = self.life.retrying(lambda: self._count_gone_contacts(before))
 
-    def _look_for_gone_contacts(self, row_counts: RowCounts) -> GoneContacts:
+    def _count_gone_contacts(self, row_counts: RowCounts) -> GoneContacts:
         settled = sum(row_counts.settled.values())
-        return look_for_gone_contacts(connection, settled, run_id=self.life.run.pk if self.life.run else None)
+        return count_gone_contacts(connection, settled, run_id=self.life.run.pk if self.life.run else None)
 
     def _resolutions(self) -> tuple[Resolutions, Resolutions]:
-        """The resolutions that are to be carried out, and, where a second look needs them, all of them."""
+        """Return the resolutions to apply, and all of them if --update or --recreate-deleted needs them."""
         due = Resolutions.to_be_carried_out(connection, self.facts)
         if not (self.options.update or self.options.recreate_deleted):
             return due, due
@@ -205,16 +208,16 @@ class _Work:
             if not self.options.dry_run:
                 raise
             return due, due
-        # The resolution of a row whose contact is gone holds for the one that it gets now.
+        # The resolution of a row whose contact is missing also applies to the contact that is created now.
         return every if self.options.recreate_deleted else due, every
 
-    def _settle_latecomers(self) -> None:
-        """Settle what the application stored meanwhile. Its counts are those of its batches, which `_count` adds up."""
+    def _remove_latecomers(self) -> None:
+        """Remove duplicates that the application stored during the run. `_count` includes the counts of its batches."""
         if self.life.run is None:
             return
         latecomers = Latecomers(connection, self.facts, self.life.run.pk)
         if latecomers.are_possible(self.tally.totals.created):
-            for _ in latecomers.settle():
+            for _ in latecomers.remove():
                 self.life.interruption.heed()
         self.twice = latecomers.twice
 
@@ -224,10 +227,10 @@ class _Work:
             self.watcher.advance(f"{source.title}: again", totals.revisited)
         else:
             self.watcher.advance(source.title, totals.read)
-        _heed_ceiling(self.options, self.tally.totals)
+        _check_error_budget(self.options, self.tally.totals)
 
     def close(self, ending: Ending) -> RunReport:
-        """Close the run's record and put the report together."""
+        """Close the record of the run and return the report."""
         run, before = self.life.run, self.before
         if run is None:
             self.after = before
@@ -256,7 +259,7 @@ class _Work:
         )
 
     def _count(self, run: BackfillRun) -> None:
-        """What the run's committed batches add up to: the truth, also when a commit's answer was lost."""
+        """Read the counts of the committed batches, which are correct even if the answer to a commit was lost."""
         counted = _Tally()
         for batch in in_pages(BackfillBatch.objects.filter(run=run)):
             counted.add(Source(batch.source), batch.totals())
@@ -265,16 +268,16 @@ class _Work:
     def _check(self, run: BackfillRun, ending: Ending) -> Checked:
         """Check the reconciliation against the tables."""
         totals = self.tally.totals
-        # Where nothing was decided anew, the ledger is as it was.
-        take_anew = self.before is None or totals.decided
-        self.after = after = self._count_at_the_end(run, ending) if take_anew else self.before
+        # If no row got an outcome, the ledger is unchanged.
+        is_changed = self.before is None or totals.decided
+        self.after = after = self._count_at_the_end(run, ending) if is_changed else self.before
         faults = list(_faults_of(after)) if after else []
         self.lost_reports = lost_reports(run.pk)
         not_checked = lease.why_not_held(run.pk) or (None if after else "the tables are locked")
         if not_checked is None:
             faults += _faults_of_run(run, totals)
         if after and ending.status == RunStatus.FINISHED:
-            self.gone = self._look_for_gone_contacts(after)
+            self.gone = self._count_gone_contacts(after)
         return Checked(
             balanced=False if faults else None if not_checked else True,
             failure=f"the reconciliation does not hold: {'; '.join(faults)}"
@@ -285,13 +288,13 @@ class _Work:
         )
 
     def _count_at_the_end(self, run: BackfillRun, ending: Ending) -> RowCounts | None:
-        """The census after the last batch; None where somebody who stops a run would have to wait for a lock."""
+        """Count the rows after the last batch; None if the run was stopped and a table is locked."""
         if ending.status == RunStatus.FINISHED:
             return count_rows(connection, self.facts, run.pk)
         try:
             with transaction.atomic():
                 with connection.cursor() as cursor:
-                    cursor.execute(f"SET LOCAL lock_timeout = '{MAX_WAIT_OF_A_STOP}'")
+                    cursor.execute(f"SET LOCAL lock_timeout = '{MAX_STOP_WAIT}'")
                 return count_rows(connection, self.facts, run.pk)
         except DjangoDatabaseError as error:
             if errors.sqlstate(error) not in errors.TIMEOUTS:
@@ -301,32 +304,32 @@ class _Work:
 
 def _executor(context: RunContext, interruption: Interruption, on_batch: OnBatch) -> Executor:
     if context.run_id is None and (context.resolutions.by_id or context.options.update):
-        # Only the process that would have made a contact in a dry run knows of it.
+        # The overlay of a dry run is local to a process, so these dry runs use one process.
         context = replace(context, options=replace(context.options, workers=1))
     executor = WorkerPool if context.options.workers > 1 else InProcess
     return executor(context, interruption, on_batch)
 
 
 class ErrorBudgetError(Exception):
-    """The run goes wrong: it has more new errors than it may."""
+    """The run has more new errors than --max-errors allows."""
 
 
-def _heed_ceiling(options: RunOptions, totals: Totals) -> None:
+def _check_error_budget(options: RunOptions, totals: Totals) -> None:
     reason = options.max_errors and options.max_errors.exceeded(totals.read, totals.error_new)
     if reason:
         raise ErrorBudgetError(reason)
 
 
 def _faults_of(row_counts: RowCounts) -> Iterator[str]:
-    """What is wrong with the tables, in words."""
+    """Yield what is wrong with the tables."""
     for fault, count in row_counts.faults.items():
         yield f"{count:,} ledger entries {fault.statement}"
     if not row_counts.faults and not row_counts.balances:
-        yield "the source rows are not those that are excluded, in the ledger or pending"
+        yield "the source rows are not the sum of those excluded, in the ledger and pending"
 
 
 def _faults_of_run(run: BackfillRun, totals: Totals) -> Iterator[str]:
-    """Where the batches of the run, its entries in the ledger and its record of changes disagree, in words."""
+    """Yield where the batches of the run, its ledger entries and its record of changes disagree."""
     if not totals.balances:
         yield "the outcomes of the batches do not add up"
     entries = Counter(
@@ -340,7 +343,7 @@ def _faults_of_run(run: BackfillRun, totals: Totals) -> Iterator[str]:
         for names, count in changes:
             columns.update(dict.fromkeys(names.split(","), count))
     if columns != totals.updated_by_column:
-        yield "the record of changes is not what the batches counted"
+        yield "the record of changes differs from the counts of the batches"
 
 
 def _recorded(row_counts: RowCounts, gone: GoneContacts | None, twice: ContactsTwice) -> dict[str, object]:

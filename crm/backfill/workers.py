@@ -1,7 +1,7 @@
-"""Executors of a run's tasks: this process, or a pool of processes over partitions of the people.
+"""Executes the tasks of a run in this process, or in a pool of processes that each take a partition of the people.
 
-All rows of one person are in one partition, and the next task begins when every partition of the one before is done.
-So who makes a contact does not depend on how many workers there are, nor on which of them is faster.
+All rows of a person are in the same partition, and a task begins when all partitions of the previous one are done. So
+which row creates a contact does not depend on the number of workers or their speed.
 """
 
 from __future__ import annotations
@@ -32,34 +32,34 @@ from crm.runs.lease import LeaseLostError
 
 logger = logging.getLogger(__name__)
 
-#: How often the partition of a dead worker is given to another one, in all.
+#: Maximum number of dead workers that are replaced during a run.
 MAX_REPLACEMENTS = 3
-#: How often the pool looks up from its messages to see whether it is to stop; seconds.
+#: Interval at which the pool checks for a stop while it waits for messages; seconds.
 POLL_INTERVAL = 0.05
-#: The signal that asks a worker to stop. One that has not come so far as to listen for it ends by it.
+#: The signal that asks a worker to stop. It terminates a worker that has not installed its handler yet.
 STOP = signal.SIGUSR1
-#: How long a worker may take to stop, which includes the grace of its statement, before it is killed: where an operator
-#: waits for that, and otherwise. Seconds.
+#: How long a worker may take to stop before it is killed, including the grace period of its statement: if an operator
+#: stopped the run, and otherwise. Seconds.
 STOP_TIMEOUT, LONG_STOP_TIMEOUT = 1.4, 10.0
 
 
 class Executor(Protocol):
-    """Runs tasks, one after the other. A context manager: it lets go of its processes and threads at the end."""
+    """Runs tasks, one after the other. A context manager, which ends its processes and threads on exit."""
 
     def __enter__(self) -> Self: ...
 
     def __exit__(self, kind: type[BaseException] | None, /, *error: object) -> None: ...
 
     def run(self, task: Task) -> None:
-        """Bring every row of a task to an outcome.
+        """Process every row of a task.
 
-        Raises InterruptedRunError, LeaseLostError, OperatorError, and WorkerError or django.db.Error for what trying
-        again did not cure. No batch is under way any more then.
+        Raises InterruptedRunError, LeaseLostError, OperatorError, and WorkerError or django.db.Error if retries did not
+        help. No batch is in progress then.
         """
 
 
 class InProcess:
-    """This process does everything."""
+    """Runs tasks in this process."""
 
     def __init__(self, context: RunContext, stop: StopRequest, on_batch: OnBatch) -> None:
         self._context = context
@@ -75,20 +75,20 @@ class InProcess:
         self._reading.__exit__(*error)
 
     def run(self, task: Task) -> None:
-        """See Executor. No task of another phase may come after one that revisits rows."""
+        """Run a task, see Executor. After a task of the phase REVISIT, only tasks of that phase are allowed."""
         if task.phase is Phase.REVISIT and not self._is_revisiting:
             self._is_revisiting = True
             self._pipeline.writer = self._context.updater(self._writer)
             self._pipeline.resolutions = self._context.every_resolution
-        self._pipeline.work_through(self._context.reader(task, EVERYBODY))
+        self._pipeline.run(self._context.reader(task, EVERYBODY))
 
 
 class WorkerError(Exception):
-    """A worker failed or kept dying; the message is for the run's record."""
+    """A worker failed or kept dying. The message is stored in the record of the run."""
 
 
 class _Share(NamedTuple):
-    """What a worker is given: a partition of a task's rows, and how many others begin before it at a limited rate."""
+    """A partition of the rows of a task for one worker. With a rate limit, `turn` other workers begin before it."""
 
     task: Task
     partition: Partition
@@ -96,7 +96,7 @@ class _Share(NamedTuple):
 
 
 class _Ended(NamedTuple):
-    """What a worker sends at the end of its share: what ended it early, or None."""
+    """What a worker sends at the end of its share: the error that ended it early, or None."""
 
     trouble: Exception | None
 
@@ -108,52 +108,53 @@ class _Worker:
     share: _Share | None = None
 
     def ask_to_stop(self) -> None:
-        """Let it end its batch, or end what keeps it from that."""
+        """Ask the worker to stop after its batch, or to cancel a statement that blocks it."""
         if self.process.pid is not None and self.process.is_alive():
             os.kill(self.process.pid, STOP)
 
 
 class WorkerPool:
-    """Worker processes. One that dies is replaced, and its share given to the next one.
+    """Runs tasks in worker processes. A worker that dies is replaced, and the new one takes over its share.
 
-    All of them are there before the first begins, those too that replace others: a fork is safe only as long as no
-    thread is running. Nothing is shared but a pipe with each, which reads as closed when the other side is gone: no
-    lock that a worker could hold when it is killed.
+    All workers are forked before the first one begins, including the spare ones, because forking is only safe while no
+    thread is running. The pool shares only a pipe with each worker, which is at its end when the other side dies.
+    There is no lock that a killed worker could hold.
     """
 
     def __init__(self, context: RunContext, stop: StopRequest, on_batch: OnBatch) -> None:
         self._context = context
         self._stop = stop
         self._on_batch = on_batch
-        # A fork costs nothing where a fresh interpreter costs half a second.
+        # Starting a new interpreter takes half a second; forking takes almost no time.
         self._processes = multiprocessing.get_context("fork")
         self._at_work: list[_Worker] = []
         self._spare: list[_Worker] = []
-        self._give_up_at: float | None = None
+        self._kill_at: float | None = None
         self._revisiting: InProcess | None = None
         self._exits = ExitStack()
 
     def __enter__(self) -> Self:
-        # No connection may be shared with a child.
+        # A child process must not share a connection.
         connections.close_all()
         count = self._context.options.workers
         try:
             for _ in range(count + MAX_REPLACEMENTS):
                 self._spawn()
         except OSError as error:
-            self._dismiss(at_once=True)
-            raise WorkerError(f"no process could be started for a worker: {error.strerror}") from None
+            self._end_workers(at_once=True)
+            raise WorkerError(f"a worker process could not be started: {error.strerror}") from None
         self._at_work, self._spare = self._spare[:count], self._spare[count:]
         return self
 
     def __exit__(self, kind: type[BaseException] | None, /, *_error: object) -> None:
-        self._dismiss(at_once=kind is KeyboardInterrupt)
+        self._end_workers(at_once=kind is KeyboardInterrupt)
         self._exits.close()
 
     def run(self, task: Task) -> None:
-        """See Executor. One worker takes the rows with a resolution, and this process revisits rows.
+        """Run a task, see Executor.
 
-        Which row meets a contact first must not depend on the number of workers there.
+        A single worker processes rows with a resolution, and this process revisits rows, because the order in which
+        these rows match a contact must not depend on the number of workers.
         """
         if task.phase is Phase.REVISIT:
             self._in_process().run(task)
@@ -165,8 +166,8 @@ class WorkerPool:
 
     def _in_process(self) -> InProcess:
         if self._revisiting is None:
-            # Nothing is left for the workers to do, and this process is about to read over a second connection.
-            self._dismiss(at_once=False)
+            # The workers have no more tasks, and this process needs a second connection for reading.
+            self._end_workers(at_once=False)
             self._revisiting = self._exits.enter_context(InProcess(self._context, self._stop, self._on_batch))
         return self._revisiting
 
@@ -180,19 +181,19 @@ class WorkerPool:
             for ready in wait([worker.messages for worker in busy], timeout=POLL_INTERVAL):
                 worker = next(worker for worker in busy if worker.messages is ready)
                 received = self._receive(worker)
-                # The first is the cause; the others stop because they were asked to.
+                # The first error is the cause; the other workers end because they are asked to stop.
                 trouble = trouble or received
         if trouble is not None:
             raise trouble
 
     def _ask_to_stop(self, busy: Sequence[_Worker]) -> None:
-        """Ask them to end their batch, and kill those that do not come to an end by themselves."""
+        """Ask the workers to end their batch, and kill those that do not end in time."""
         now = time.monotonic()
-        if self._give_up_at is None:
-            self._give_up_at = now + (STOP_TIMEOUT if self._stop.requested else LONG_STOP_TIMEOUT)
+        if self._kill_at is None:
+            self._kill_at = now + (STOP_TIMEOUT if self._stop.requested else LONG_STOP_TIMEOUT)
             for worker in busy:
                 worker.ask_to_stop()
-        elif now > self._give_up_at:
+        elif now > self._kill_at:
             for worker in busy:
                 worker.process.kill()
 
@@ -216,11 +217,11 @@ class WorkerPool:
         try:
             worker.messages.send(share)
         except OSError:
-            # It died while it had nothing to do; reading its messages shows that.
+            # The worker died while it was idle. `_receive` handles this.
             return
 
     def _receive(self, worker: _Worker) -> Exception | None:
-        """Receive one message; what ended the worker's share early, if it says so."""
+        """Receive one message. Returns the error that ended the worker's share early, or None."""
         try:
             message = worker.messages.recv()
         except (EOFError, OSError):
@@ -235,11 +236,11 @@ class WorkerPool:
         dead.process.join()
         dead.messages.close()
         share, dead.share = dead.share, None
-        if share is None or self._give_up_at is not None:
+        if share is None or self._kill_at is not None:
             return InterruptedRunError("a worker was stopped in the middle of a batch, which was rolled back")
         if self._context.run_id is None:
-            # What it would have made is forgotten, and what it has counted would be counted again.
-            return WorkerError("a worker died, and what it knew of this dry run with it: run the command again")
+            # Its overlay is lost, and its rows would be counted twice.
+            return WorkerError("a worker died, and its part of the dry run is lost: run the command again")
         if not self._spare:
             return WorkerError("workers kept dying")
         logger.warning(
@@ -247,11 +248,11 @@ class WorkerPool:
         )
         successor = self._spare.pop(0)
         self._at_work[self._at_work.index(dead)] = successor
-        # When the dead one began its last batch is unknown: let the time of a whole one pass.
+        # It is unknown when the dead worker began its last batch, so the new one waits for the time of a whole batch.
         self._send(successor, share._replace(turn=len(self._at_work)))
         return None
 
-    def _dismiss(self, *, at_once: bool) -> None:
+    def _end_workers(self, *, at_once: bool) -> None:
         workers = [*self._at_work, *self._spare]
         for worker in workers:
             if at_once:
@@ -269,7 +270,7 @@ class WorkerPool:
 
 @dataclass(frozen=True, slots=True)
 class _StopOfWorker:
-    """Whether the parent asked to stop, or is no more: nothing else is to be read from the pipe during a task."""
+    """Whether the parent asked to stop or has died. During a task, only the end of the pipe can be read from it."""
 
     interruption: Interruption
     messages: Connection
@@ -280,17 +281,17 @@ class _StopOfWorker:
 
 
 def _work(context: RunContext, messages: Connection, inherited: Sequence[Connection]) -> None:
-    """Run shares in a worker process: shares come in, the counts of batches go out."""
-    # Ctrl-C and a terminal that is gone reach the whole group of processes; the parent decides what they mean.
+    """Run a worker process: receive shares, and send the counts of batches."""
+    # Ctrl-C and a closed terminal signal the whole process group; the parent decides what to do.
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    # With a copy of the parent's end the pipe would never read as closed.
+    # While this process has a copy of the parent's end, the pipe would not be at its end when the parent dies.
     for end in inherited:
         end.close()
     interruption = Interruption()
     with interruption.heeded([STOP]), ReadingThread(connection) as reading, suppress(EOFError, OSError):
-        # It ends when the parent has closed the pipe, or is gone.
+        # Ends with an EOFError when the parent closes the pipe or dies.
         try:
             stop = _StopOfWorker(interruption, messages)
             pipeline = context.pipeline(
@@ -308,9 +309,9 @@ def _work(context: RunContext, messages: Connection, inherited: Sequence[Connect
 
 
 def _run(pipeline: Pipeline, context: RunContext, share: _Share) -> _Ended:
-    """Run a share; how it ended, as something that may be sent to the parent: no database error, which quotes rows."""
+    """Run a share and return how it ended. Database errors are not sent to the parent, because they can quote rows."""
     try:
-        pipeline.work_through(context.reader(share.task, share.partition), share.turn)
+        pipeline.run(context.reader(share.task, share.partition), share.turn)
     except (InterruptedRunError, LeaseLostError, OperatorError, errors.EveryRowRefusedError) as error:
         return _Ended(error)
     except DjangoDatabaseError as error:

@@ -135,7 +135,7 @@ def test_the_summary_of_a_dry_run_says_that_nothing_was_written(database: Databa
     add_some_of_everything()
     dry = backfill("--dry-run", "--no-progress")
     assert "Dry run, nothing was written" in dry.stdout
-    assert "would be made" in dry.stdout
+    assert "would be created" in dry.stdout
     assert figures(dry.stdout) == figures(backfill("--no-progress").stdout)
 
 
@@ -366,7 +366,7 @@ def test_exit_code_5_for_what_waiting_does_not_cure(database: Database) -> None:
         finished = backfill("--no-progress")
     assert finished.code == 5
     assert "The run failed: " in finished.stderr
-    assert "run the command again and it goes on" in finished.stderr
+    assert "run the command again to continue" in finished.stderr
     (record,) = BackfillRun.objects.all()
     assert (record.status, record.balanced) == (RunStatus.FAILED, True)
     assert "53100" in (record.failure or "")

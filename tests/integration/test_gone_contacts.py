@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crm.backfill import gone_contacts
-from crm.backfill.gone_contacts import GoneContacts, is_more_than_expected, look_for_gone_contacts
+from crm.backfill.gone_contacts import GoneContacts, count_gone_contacts, is_more_than_expected
 from crm.backfill.read import inventory
 from crm.models import BackfillRun, ContactUpdate, LedgerEntry
 from crm.outcome import Source
@@ -66,9 +66,7 @@ def test_contacts_that_are_gone_in_number_are_told_once_with_the_figure(database
     assert "12 of 30 settled rows have lost their contact" in ended.stderr
     assert "--recreate-deleted --dry-run" in ended.stderr
     predicted = backfill("--recreate-deleted", "--dry-run", "--no-progress")
-    assert predicted.stderr.endswith(
-        "This dry run looked at 12 of them again; its summary counts what a run would make of them.\n"
-    )
+    assert predicted.stderr.endswith("This dry run read 12 of them again; the summary includes their outcomes.\n")
 
     ended = backfill("--json", "--no-progress")
     assert (ended.stderr, ended.answer["contacts_gone"]["rows"]) == ("", 12)
@@ -88,7 +86,7 @@ def test_a_night_without_losses_looks_at_a_sample_and_counts_nothing(database: D
     add_many_leads(60)
     run()
     with statements() as sent:
-        assert look_for_gone_contacts(connection, 60, run_id=1, size=20).rows == 0
+        assert count_gone_contacts(connection, 60, run_id=1, size=20).rows == 0
     assert [statement.sql for statement in sent if "NOT EXISTS" in statement.sql] == []
     (sample,) = [statement for statement in sent if "UNION ALL" in statement.sql]
     with connection.cursor() as cursor:
@@ -97,7 +95,7 @@ def test_a_night_without_losses_looks_at_a_sample_and_counts_nothing(database: D
     assert "Limit" in plan
     delete_contacts(database)
     with statements() as sent:
-        assert look_for_gone_contacts(connection, 60, run_id=1, size=20).rows == 60
+        assert count_gone_contacts(connection, 60, run_id=1, size=20).rows == 60
     assert len([statement for statement in sent if "NOT EXISTS" in statement.sql]) == 1
 
 
@@ -107,7 +105,7 @@ def test_the_sample_goes_round_from_wherever_it_begins(database: Database, monke
     for digits in ("0" * 24, "8" * 24, "f" * 24):
         monkeypatch.setattr(secrets, "token_hex", lambda _bytes, digits=digits: digits)
         with statements() as sent:
-            look_for_gone_contacts(connection, 25, run_id=1, size=20)
+            count_gone_contacts(connection, 25, run_id=1, size=20)
         (sample,) = [statement for statement in sent if "UNION ALL" in statement.sql]
         with connection.cursor() as cursor:
             cursor.execute(sample.sql, sample.parameters)
@@ -205,7 +203,7 @@ def test_a_rollback_takes_it_back_and_nobody_comes_back_by_the_next_run(database
     assert LedgerEntry.objects.filter(former__isnull=False).count() == 5
     ended = taken_back(answer["run"])
     assert (ended.code, contacts()) == (0, {})
-    assert "those are deleted as before" in ended.stdout
+    assert "those stay deleted" in ended.stdout
     # The row in error is pending; all others are what they were.
     error = LedgerEntry.objects.filter(outcome="error").exists()
     assert not error

@@ -294,7 +294,7 @@ def test_a_contact_of_ours_that_is_in_use_by_then_stays_and_every_run_reports_it
     # Until one of the two is gone, by whomever.
     answer = called("backfill_crm_contacts")
     assert answer.code == 1
-    assert "1 contact has another one beside, with the same address in another spelling" in answer.stderr
+    assert "1 contact has a duplicate with the same address in another spelling" in answer.stderr
     assert ours in answer.stderr
     assert "person-1" not in answer.stderr.lower()
     assert twice() == [("defect", ours)]

@@ -1132,8 +1132,8 @@ def test_a_rollback_that_is_cancelled_stops_at_its_batch_and_goes_on_when_run_ag
     made = run()["run"]
     batches = []
 
-    def cancel_after_the_second(undone: Any) -> None:
-        batches.append(undone)
+    def cancel_after_the_second(reverted: Any) -> None:
+        batches.append(reverted)
         if len(batches) == 2:
             BackfillRun.objects.running().update(status=RunStatus.CANCELLED)
 
@@ -1191,7 +1191,7 @@ def test_one_that_was_paused_says_that_it_is_to_be_resumed_first(database: Datab
         add_lead(f"n{number}@example.com")
     made = run()["run"]
 
-    def pause(undone: Reverted) -> None:
+    def pause(reverted: Reverted) -> None:
         BackfillRun.objects.running().update(status=RunStatus.PAUSED)
 
     stopped = roll_back(made, batch_size=1, listener=pause)

@@ -191,7 +191,7 @@ def test_a_run_ends_at_its_next_batch(database: Database, action: str, status: s
     report = run_backfill(RunOptions(batch_size=3), Meddler(action))
     assert report.status == status
     assert report.exit_code(strict=False) == 4
-    assert ("Unless it is resumed by now" in (advice(report) or "")) == (action == "pause")
+    assert ("Unless it was resumed already" in (advice(report) or "")) == (action == "pause")
     assert report.totals.created == 3
     assert len(builders.contacts()) == len(builders.ledger()) == 3
     (run,) = control.latest(1)

@@ -842,7 +842,7 @@ def test_a_row_that_changed_its_contact_counts_as_changed_whatever_it_kept_besid
     for shown, would in ((dry.stdout, "would be "), (done.stdout, "")):
         assert re.search(rf"changed +2 +{would}filled or promoted; 1 kept a value as well", shown)
         assert re.search(r"kept only +1 ", shown)
-        assert "3 looked at again = 2 changed + 1 kept only + 0 unchanged" in shown
+        assert "3 revisited = 2 changed + 1 kept only + 0 unchanged" in shown
     record = BackfillRun.objects.latest("pk")
     assert {name: getattr(record, name) for name in counted} == counted
     assert {name: details(record.pk)[name] for name in counted} == counted
@@ -871,9 +871,9 @@ def test_the_summary_tells_by_column_what_was_changed(database: Database) -> Non
     assert "changed 1 would be filled or promoted; 1 kept a value as well kept only 0" in would
     assert "company 0 1 kept phone 1" in would
     said = " ".join(backfill("--update", "--no-progress").stdout.split())
-    assert "Looked at again 1" in said
-    assert "1 looked at again = 1 changed + 0 kept only + 0 unchanged (holds)" in said
-    assert "Looked at again" not in backfill("--no-progress").stdout
+    assert "Revisited 1" in said
+    assert "1 revisited = 1 changed + 0 kept only + 0 unchanged (holds)" in said
+    assert "Revisited" not in backfill("--no-progress").stdout
 
 
 def test_no_value_is_told(database: Database, caplog: pytest.LogCaptureFixture) -> None:

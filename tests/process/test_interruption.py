@@ -51,7 +51,7 @@ def test_the_batch_is_ended_and_the_next_run_goes_on(database: Database, number:
         with in_batch(batch, send(number)):
             finished = backfill("--batch-size", str(BATCH_SIZE), "--no-progress")
         assert finished.code == 4
-        assert "What was committed stays; run the command again and it goes on." in finished.stderr
+        assert "Committed batches stay; run the command again to continue." in finished.stderr
         interrupted = the_run()
         assert (interrupted.status, interrupted.failure, interrupted.balanced) == (RunStatus.INTERRUPTED, None, True)
         assert interrupted.finished_at is not None
@@ -70,7 +70,7 @@ def test_a_second_signal_stops_at_once_and_nothing_of_the_open_batch_is_written(
         with in_batch(3, send(number, times=2), after=after):
             finished = backfill("--batch-size", str(BATCH_SIZE), "--no-progress")
         assert finished.code == 4
-        assert "run the command again and it goes on" in finished.stderr
+        assert "run the command again to continue" in finished.stderr
         interrupted = the_run()
         assert (interrupted.status, interrupted.balanced) == (RunStatus.INTERRUPTED, True)
         assert "rolled back" in (interrupted.failure or "")
@@ -83,7 +83,7 @@ def test_json_tells_of_an_interruption(database: Database) -> None:
     populate_five_batches()
     with in_batch(2, send(signal.SIGINT)):
         finished = backfill("--batch-size", str(BATCH_SIZE), "--json", "--no-progress")
-    said = "The run was interrupted. What was committed stays; run the command again and it goes on.\n"
+    said = "The run was interrupted. Committed batches stay; run the command again to continue.\n"
     assert (finished.code, finished.stderr) == (4, said)
     assert (finished.answer["status"], finished.answer["balanced"]) == ("interrupted", True)
     assert finished.answer["read"] == len(ledger())
@@ -187,7 +187,7 @@ def test_the_real_command_ends_its_batch(database: Database, number: signal.Sign
         somebody.rollback()
         finished = ended(command)
     assert finished.code == 4
-    assert "run the command again and it goes on" in finished.stderr
+    assert "run the command again to continue" in finished.stderr
     assert "Traceback" not in finished.stderr
     assert (the_run().status, the_run().created) == (RunStatus.INTERRUPTED, 3 * BATCH_SIZE)
     assert len(contacts()) == len(ledger()) == 3 * BATCH_SIZE
@@ -207,7 +207,7 @@ def test_the_real_command_stops_at_once_when_asked_twice(database: Database, num
         finished = ended(command)
         somebody.rollback()
     assert finished.code == 4
-    assert "run the command again and it goes on" in finished.stderr
+    assert "run the command again to continue" in finished.stderr
     assert "Traceback" not in finished.stderr
     assert (the_run().status, the_run().created) == (RunStatus.INTERRUPTED, 2 * BATCH_SIZE)
     assert len(contacts()) == len(ledger()) == 2 * BATCH_SIZE

@@ -224,7 +224,7 @@ def test_more_workers_than_there_are_connections_for_are_refused(
         settings.DATABASE_CONNECTION_LIMIT = 4
     refused = backfill("--workers", str(workers), *arguments)
     assert (refused.code, refused.stdout, refused.stderr.count("\n")) == (2, "", 1)
-    assert f"{workers} workers take {2 * workers + 1} connections" in refused.stderr
+    assert f"{workers} workers need {2 * workers + 1} connections" in refused.stderr
     assert ("connection_limit=4 in DATABASE_URL" if workers == 2 else "max_connections of the server") in refused.stderr
     assert BackfillRun.objects.count() == len(ledger()) == 0
     settings.DATABASE_CONNECTION_LIMIT = 5

@@ -69,7 +69,7 @@ class ByTurns:
     def _writes_a_batch(self, task: Task, partition: Partition, pipeline: Pipeline) -> bool:
         self._has_written = False
         pipeline.limit = self._context.options.batch_size
-        pipeline.work_through(self._context.reader(task, partition))
+        pipeline.run(self._context.reader(task, partition))
         return self._has_written
 
     def _note(self, source: Source, totals: Totals) -> None:

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from crm.output.table import Column, Summary, Table
 
-LONG = "met a contact that others made; untouched"
+LONG = "matched a contact created elsewhere; unchanged"
 
 
 class Terminal(StringIO):
@@ -40,9 +40,9 @@ def test_numbers_stand_to_the_right_and_no_line_ends_in_blanks() -> None:
 
 def test_on_a_terminal_a_long_text_is_cut_off_at_its_edge_and_a_number_never() -> None:
     lines = shown(people(), Terminal())
-    assert lines[2] == "[bold]Zoë  1,234,567  met a contact tha…"
+    assert lines[2] == "[bold]Zoë  1,234,567  matched a contact…"
     assert max(map(cell_len, lines)) == 40
-    assert "1,234,567  met a con…" in shown(people(), Terminal(), width=10)[2]
+    assert "1,234,567  matched a…" in shown(people(), Terminal(), width=10)[2]
     assert shown(people(), Terminal(), width=200) == shown(people(), StringIO())
 
 

@@ -115,7 +115,7 @@ def test_a_limited_rate_bounds_the_size(most: int, seconds: list[float]) -> None
 
 
 def test_no_batch_is_empty() -> None:
-    for options in ({"fixed": 0}, {"most": 0}, {"fixed": -1}, {"most": -1}):
+    for options in ({"fixed": 0}, {"max_rows": 0}, {"fixed": -1}, {"max_rows": -1}):
         with pytest.raises(ValueError, match="at least one row"):
             BatchSizer(**options)
 
@@ -186,7 +186,7 @@ def test_a_batch_of_a_limited_rate_never_pauses_so_long_that_the_run_seems_dead(
 
 
 def test_a_rate_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least one row a second"):
+    with pytest.raises(ValueError, match="at least one row per second"):
         RateLimit(0)
 
 

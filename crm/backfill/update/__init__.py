@@ -1,31 +1,30 @@
-"""The second look of a run with --update: contacts become what their rows say now.
+"""The second pass of a run with --update: brings contacts up to date with their source rows.
 
-    page of rows that are due -> map -> entries, contacts, all of their rows and keys as they are now
+    page of due rows -> map -> entries, contacts, and all their current rows and keys
         -> decide (pure) -> contacts, stage history, record of changes, entries, counts, heartbeat -> commit
 
-1. Runs after the ordinary sources, source by source, in the same run and through the same pipeline: the same lease,
-   batches, retries, throttles and stops. One process does it, whatever --workers says: rows of one contact may be of
-   different people by now, and what fills first must not depend on who is faster.
-2. A row is due when its `updatedAt` is not the one that its entry saw last, when it came to a contact and no update has
-   looked at it yet, or when it is a profile that has an email now and its contact a placeholder. A row whose contact
-   was deleted is not: deleted stays deleted.
-3. A contact that is as we wrote it is to be what `crm.rules.fold` makes of all its rows in canonical order, as they
-   map now. So any order of runs ends where one full run ends. Three things are held to besides: the stage never moves
-   back, nor does the type with it; what no row has any more is not taken away; and where a row of the contact is gone,
-   maps to nothing, or names another contact by now, what is there comes before all rows. A confidence without an
-   attribution says nothing: it stays that of the row that made the contact.
-4. A contact that somebody touched, or made, is filled where it is blank. Every other value stays, and a row that would
-   have changed one and nothing else is `kept`; so is one whose keys name another contact by now. What updates
-   themselves filled in somebody else's contact is ours to replace for as long as nobody touched it since.
-5. A blank that a person made is no blank: one that the backfill once filled, when it made the contact, by a merge or by
-   an update. The entries say what was filled.
-6. A row writes what comes from itself, and what comes from rows that are not due: they will not be asked.
-7. `updatedAt` of the contact and `source_updated_at` of the entry stay what they are: together they go on telling
-   whether somebody touched the contact, and whether its row is what it was. That a row was looked at is
-   `seen_updated_at`.
-8. What was changed is a line of `contact_update` for each row that something came from, by names and labels: the admin
-   shows it, a rollback takes it back, and a verification knows from it which row a value came from. What was replaced
-   is found again in the row that has it; ids and moments are recorded as they were.
-9. A contact is decided without locks, and written only if it still is the version that was decided on; else it is
-   looked at again. What PostgreSQL refuses is kept, and tried again by the next run.
+1. The pass follows the ordinary sources, source by source, in the same run and through the same pipeline: with the same
+   lease, batches, retries, throttles and stops. It uses one process, whatever the value of --workers: rows of one
+   contact can belong to different people now, and which row fills first must not depend on the speed of a process.
+2. A row is due if its `updatedAt` differs from the one that its entry recorded last, if it matched a contact and no
+   update has revisited it yet, or if it is a profile with an email whose contact has a placeholder. A row whose contact
+   was deleted is not due, because deleted contacts stay deleted.
+3. An unmodified contact of the backfill becomes what `crm.rules.fold` makes of all its rows in canonical order, as they
+   map now. So any order of runs has the same result as one full run. There are three exceptions. The stage never moves
+   back, and the type follows the stage. A value that no row has any more is not removed. If a row of the contact is
+   missing, maps to no contact, or has the keys of another contact now, the existing values take precedence over all
+   rows. A confidence without an attribution has no meaning: it stays that of the row that created the contact.
+4. A contact that was modified, or created elsewhere, is only filled where it is blank. Every other value is kept. A row
+   that would only have changed such values is `kept`, and so is a row with the keys of another contact. A value that an
+   update filled in a contact created elsewhere can be replaced as long as the contact is unmodified since.
+5. A field that a person emptied is not blank. These are fields that the backfill filled before: when it created the
+   contact, by a merge, or by an update. The entries record what was filled.
+6. A row writes its own values, and those of rows that are not due, because these are not revisited.
+7. `updatedAt` of the contact and `source_updated_at` of the entry are not changed, because they show whether the
+   contact was modified, and whether the row is unchanged. `seen_updated_at` records that a row was revisited.
+8. The changes are recorded in `contact_update`, one row for each source row, by names and labels: the admin shows
+   them, a rollback reverses them, and the verification uses them to find the source row of a value. A replaced value is
+   recorded by reference to the row that has it; replaced ids and times are recorded as values.
+9. A contact is assessed without locks, and written only if its row version is unchanged; otherwise it is revisited. A
+   change that PostgreSQL refuses is counted as kept, and the next run tries it again.
 """

@@ -1,4 +1,4 @@
-"""Writes what a second look changes: a batch is one transaction, and locks no row before its first write.
+"""Writes the changes of --update. A batch is one transaction, and locks no row before its first write.
 
 rows -> entries, contacts, keys -> decide -> contacts and stage history -> record of changes -> entries -> counts and
 heartbeat
@@ -33,25 +33,25 @@ from crm.try_execute import try_execute
 
 logger = logging.getLogger(__name__)
 
-#: Who moved the contact on, for the people who read its history.
+#: The reason of a step in the stage history.
 REASON = "CRM contacts backfill"
 
 _FIELDS = {field.attname: field for field in CRMContact._meta.concrete_fields}
 _STEP_FIELDS = {field.attname: field for field in CRMStageHistory._meta.concrete_fields}
 _WRITTEN = tuple(dict.fromkeys(name for fields in FIELDS_OF_CHANGE.values() for name in fields))
 _LOCKS = (lock_as_a_writer("crm_contacts"), lock_as_a_writer("crm_stage_history"))
-# Bare: to name the key would take the right to read it.
+# ON CONFLICT without a target, because naming the key requires the right to read it.
 _HISTORY = """
 INSERT INTO crm_stage_history (id, "contactId", "fromStage", "toStage", reason, "createdAt")
 SELECT id, contact_id, from_stage, to_stage, %s, entered_at
   FROM {steps}
 ON CONFLICT DO NOTHING RETURNING NULL
 """
-# Only from what it was when the row was decided: the row may have been settled since.
+# Only if it still is what it was when the row was read: the row may have been settled again since.
 _SEEN = f"""
-UPDATE ledger_entry entry SET seen_updated_at = looked.at::timestamp
-  FROM {unnest("looked", dict.fromkeys(("id", "before", "at"), "text[]"))}
- WHERE entry.id = looked.id AND seen_updated_at IS NOT DISTINCT FROM looked.before::timestamp
+UPDATE ledger_entry entry SET seen_updated_at = seen.at::timestamp
+  FROM {unnest("seen", dict.fromkeys(("id", "before", "at"), "text[]"))}
+ WHERE entry.id = seen.id AND seen_updated_at IS NOT DISTINCT FROM seen.before::timestamp
 """
 
 _RECORDED = {
@@ -70,22 +70,23 @@ SELECT %s::bigint, change.* FROM {unnest("change", _RECORDED)}
 
 
 def stage_history_id(contact: str, to_stage: str) -> str:
-    """The id of the row that tells of a contact's step to a stage: the same for ever, as contacts have it."""
+    """Return the id of the history row for a contact's step to a stage. Like a contact id, it never changes."""
     return contact_id("crm_stage_history", f"{contact}:{to_stage}")
 
 
 @dataclass(slots=True)
 class _Written:
-    """The changes that stand, and the contacts that were another version meanwhile."""
+    """The changes that were written or need no write, and the contacts that changed since they were read."""
 
     changes: list[Change] = field(default_factory=list)
     changed_meanwhile: set[str] = field(default_factory=set)
 
 
 def write_contacts(connection: BaseDatabaseWrapper, contacts: Mapping[str, tuple[str, ContactDraft]]) -> set[str]:
-    """Write what contacts are to be, by id with the version on which that was decided.
+    """Write contacts, if they are unchanged since they were read.
 
-    Returns those that were written: the others are another version by now.
+    `contacts` has the row version that was read and the new values by contact id. Returns the ids that were written:
+    the other contacts have another version now, or do not exist.
     """
     rows = [
         (contact, version, *(getattr(values, name) for name in _WRITTEN))
@@ -96,7 +97,7 @@ def write_contacts(connection: BaseDatabaseWrapper, contacts: Mapping[str, tuple
 
 
 class UpdateWriter:
-    """Looks at the rows of one run's batches again, each batch in a transaction of its own."""
+    """Revisits rows in batches of one run, each in its own transaction."""
 
     def __init__(
         self,
@@ -112,21 +113,21 @@ class UpdateWriter:
         self._present = present
         self._rules = rules
         self._run_id = run_id
-        self._told: set[Refusal] = set()
+        self._logged: set[Refusal] = set()
         self._timeouts = timeouts
 
     def write(self, source: Source, pages: Iterable[Sequence[MappedRow]]) -> Totals:
-        """Look at a batch again, page by page.
+        """Revisit a batch, page by page, and return its counts.
 
-        Contacts, history, record of changes, entries, counts and heartbeat commit together.
+        Contacts, history, record of changes, entries, counts and heartbeat are committed together.
 
-        Raises lease.LeaseLostError when the run is no longer the running one, and django.db.DatabaseError for a
-        transient error. Nothing of the batch is written then.
+        Raises lease.LeaseLostError if the run has lost the lease, and django.db.DatabaseError for a transient error.
+        Nothing of the batch is written then.
         """
         started = time.monotonic()
         with lease.batch(self._connection, self._run_id, self._timeouts, *_LOCKS) as totals:
             for rows in pages:
-                changes = self._settle(source, rows)
+                changes = self._write_rows(source, rows)
                 self._record(changes)
                 self._mark_seen(changes)
                 totals.add(totals_of(changes))
@@ -139,29 +140,29 @@ class UpdateWriter:
         """Renew the heartbeat without a batch. Raises lease.LeaseLostError."""
         lease.renew(self._run_id, Totals())
 
-    def _settle(self, source: Source, rows: Sequence[MappedRow]) -> list[Change]:
-        """Decide and write; where a contact changed under our eyes, look at its rows again.
+    def _write_rows(self, source: Source, rows: Sequence[MappedRow]) -> list[Change]:
+        """Decide and write the changes of rows. If a contact changed concurrently, its rows are revisited.
 
-        One that is never written, whoever changes it or swallows the change, counts as refused.
+        A contact that cannot be written after MAX_ATTEMPTS, or whose UPDATE a trigger suppresses, counts as refused.
         """
         settled: list[Change] = []
         waiting, attempts = rows, 0
         while waiting:
             attempts += 1
-            changes = list(decide(source, waiting, self._look_at(waiting), self._rules))
+            changes = list(decide(source, waiting, self._read(waiting), self._rules))
             if any(EMAIL in change.columns for change in changes):
-                # Rare, and nothing takes an address back: look at every spelling that is stored by now.
-                changes = list(decide(source, waiting, self._look_at(waiting, anew=True), self._rules))
+                # Rare, and no later run corrects a written address: look up every stored spelling again.
+                changes = list(decide(source, waiting, self._read(waiting, anew=True), self._rules))
             written = self._write_apart(changes)
             settled += written.changes
             left = [change for change in changes if change.contact_id in written.changed_meanwhile]
             if left and attempts == MAX_ATTEMPTS:
-                self._tell([Refusal(trigger=first_trigger(self._connection, "UPDATE"))])
+                self._log([Refusal(trigger=first_trigger(self._connection, "UPDATE"))])
                 return settled + [change.refused() for change in left]
             waiting = [change.row for change in left]
         return settled
 
-    def _look_at(self, rows: Sequence[MappedRow], *, anew: bool = False) -> Look:
+    def _read(self, rows: Sequence[MappedRow], *, anew: bool = False) -> Look:
         entries = self._present.entries(rows)
         contacts = self._present.contacts({entry.contact_id for entry in entries.values()})
         self._present.add_rows(contacts, self._present.entries_of(contacts))
@@ -170,7 +171,7 @@ class UpdateWriter:
         return Look(entries, contacts, self._lookup.contacts_met_by(others))
 
     def _write_apart(self, changes: Iterable[Change]) -> _Written:
-        """Write; where PostgreSQL refuses a contact, halve until it stands alone, so that the others are written."""
+        """Write changes. If PostgreSQL refuses a contact, bisect until it is alone, so that the others are written."""
         of_contact: dict[str, list[Change]] = {}
         for change in changes:
             of_contact.setdefault(change.contact_id, []).append(change)
@@ -188,18 +189,18 @@ class UpdateWriter:
                     written.changes += group
                 else:
                     written.changed_meanwhile.add(group[0].contact_id)
-        self._tell({refusal for _, refusal in apart.refused})
+        self._log({refusal for _, refusal in apart.refused})
         for group, _ in apart.refused:
             written.changes += [change.refused() if change.columns else change for change in group]
         return written
 
-    def _tell(self, refusals: Iterable[Refusal]) -> None:
+    def _log(self, refusals: Iterable[Refusal]) -> None:
         """Say why contacts were refused; every reason once."""
-        for refusal in {names_of_the_schema(self._connection, refusal) for refusal in refusals} - self._told:
-            self._told.add(refusal)
+        for refusal in {names_of_the_schema(self._connection, refusal) for refusal in refusals} - self._logged:
+            self._logged.add(refusal)
             logger.warning(
-                "the database refuses what --update writes in a contact (%s): it is kept as it is, counted as refused, "
-                "and tried again by the next run; this is told once",
+                "the database refuses a change of a contact by --update (%s): the contact stays unchanged, counts as "
+                "refused, and the next run tries again; this message is logged once",
                 in_words(refusal),
             )
 
@@ -209,7 +210,7 @@ class UpdateWriter:
         return written
 
     def _write_contacts(self, groups: Sequence[list[Change]]) -> set[str]:
-        """Write the contacts that still are what was decided on; their ids."""
+        """Write the contacts that are unchanged since they were read, and return their ids."""
         contacts = {}
         for group in groups:
             after = group[0].before
@@ -261,9 +262,9 @@ class UpdateWriter:
 
 
 def _recorded(change: Change) -> Iterator[tuple[str | int | None, ...]]:
-    """Return what a change writes, as values for the columns of _RECORDED.
+    """Yield what a change writes, as values for the columns of _RECORDED.
 
-    One for each row that something comes from, and what cannot be taken back apart from what can.
+    One for each source row of a value. Changes that cannot be reversed are separate from those that can.
     """
     apart: dict[tuple[str, bool], list[str]] = {}
     for name, origin in change.origins.items():
@@ -297,20 +298,20 @@ def _recorded_together(change: Change, names: Sequence[str]) -> tuple[str | int 
 
 
 def _attribution_before(before: ContactDraft, written: Collection[str]) -> str | None:
-    """What stood where an attribution is written, as JSON; where it named a referrer, the row tells that has it."""
+    """Return the replaced attribution as JSON. The values of a referrer are left out: their source row has them."""
     replaced = [name for name in ATTRIBUTION_UNIT if name in written]
     if referrer(before.referrer_username) is not None:
-        # The username is that of a person: a rate that was missing, and a confidence, are nobody's.
-        replaced = [name for name in replaced if name in ("attribution_confidence", *_of_nobody(before))]
+        # Usernames are personal data and are not recorded. A missing rate and a confidence are not personal.
+        replaced = [name for name in replaced if name in ("attribution_confidence", *_blank_commission(before))]
     return json.dumps({name: getattr(before, name) for name in replaced}) if replaced else None
 
 
-def _of_nobody(before: ContactDraft) -> tuple[str, ...]:
+def _blank_commission(before: ContactDraft) -> tuple[str, ...]:
     return COMMISSION_UNIT if before.commission_rate is None else ()
 
 
 def _update_statement(connection: BaseDatabaseWrapper) -> str:
-    """Write what a contact is to be, where it still is the version that was decided on."""
+    """Return the UPDATE that writes contacts if they still have the row version that was read."""
     columns = array_types([_FIELDS[name] for name in _WRITTEN], connection)
     return (
         f"UPDATE crm_contacts c SET {', '.join(f'{column} = v.{column}' for column in columns)} "

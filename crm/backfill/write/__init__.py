@@ -1,1 +1,1 @@
-"""Writing: a batch in one transaction, or in a dry run's memory."""
+"""Writes batches: in one transaction each, or to the overlay of a dry run."""

@@ -1,7 +1,7 @@
-"""A dry run: the way of a run up to the write. Needs nothing but SELECT, and writes nothing to the database at all.
+"""The dry run: the same steps as a run up to the write. Only needs the right to SELECT, and writes nothing.
 
-What the run would have made by then must be known, since a later row of the same person meets it. It is kept in a
-temporary SQLite database on this machine, which grows with the rows where memory may not.
+Later rows of a person match the contact that the run would have created, so the dry run records it in an overlay: a
+temporary SQLite database on this machine, because memory must not grow with the number of rows.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ SELECT id, email, "userId", "clerkUserId" FROM crm_contacts WHERE id = ANY(%(ids
 """
 
 
-class Imagined:
-    """What a run would have made and changed by now.
+class Overlay:
+    """The contacts and entries that a run would have written so far.
 
-    What is remembered inside `batch` is forgotten again when the batch fails.
+    What is recorded inside `batch` is discarded if the batch fails.
     """
 
     def __init__(self, *, with_update: bool) -> None:
-        """`with_update` remembers whole contacts, and the entries of their rows."""
+        """Create an empty overlay. `with_update` records whole contacts and the entries of their rows too."""
         self._with_update = with_update
-        # No name: a temporary file that goes with the connection.
+        # The empty name makes a temporary file, which is deleted with the connection.
         self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         self._database.executescript(
             """
@@ -60,7 +60,7 @@ class Imagined:
 
     @contextmanager
     def batch(self) -> Iterator[None]:
-        """Remember all of what comes inside, or nothing."""
+        """Record everything in the block, or nothing if it raises."""
         self._database.execute("BEGIN")
         try:
             yield
@@ -70,7 +70,7 @@ class Imagined:
         self._database.execute("COMMIT")
 
     def make(self, drafts: Sequence[ContactDraft]) -> None:
-        """Remember contacts that would be made."""
+        """Record contacts that would be created."""
         self._database.executemany(
             "INSERT INTO made VALUES (?, ?, ?, ?)",
             [(draft.email, draft.id, draft.user_id, draft.clerk_user_id) for draft in drafts],
@@ -81,7 +81,7 @@ class Imagined:
             )
 
     def change(self, contacts: Mapping[str, dict[str, Any]]) -> None:
-        """Remember the keys that contacts would get, which are there: fields by id."""
+        """Record the keys that would be written into existing contacts. `contacts` has fields by contact id."""
         self._database.executemany(
             "INSERT INTO changed VALUES (?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET "
             "email = COALESCE(excluded.email, email), user_id = COALESCE(user_id, excluded.user_id), "
@@ -94,34 +94,34 @@ class Imagined:
         )
 
     def made_with(self, emails: Iterable[str]) -> list[ExistingContact]:
-        """The contacts that would have been made with one of the addresses."""
+        """Return the contacts that would have been created with one of the addresses."""
         return [
             ExistingContact(identifier, email, user_id, clerk_user_id, ours=True)
             for email, identifier, user_id, clerk_user_id in self._rows("SELECT * FROM made WHERE email", emails)
         ]
 
     def made_as(self, contacts: Iterable[str]) -> list[ExistingContact]:
-        """The contacts that would have been made with one of the ids. Reads all of them: few rows ask for this."""
+        """Return the contacts that would have been created with one of the ids. Scans the overlay; rarely used."""
         return [
             ExistingContact(identifier, email, user_id, clerk_user_id, ours=True)
             for email, identifier, user_id, clerk_user_id in self._rows("SELECT * FROM made WHERE id", contacts)
         ]
 
     def changed(self, contacts: Iterable[str]) -> dict[str, tuple[str | None, str | None, str | None]]:
-        """The address and the accounts that contacts would have got, by contact id."""
+        """Return the address, user id and Clerk id that would have been written into contacts, by contact id."""
         return {row[0]: row[1:] for row in self._rows("SELECT * FROM changed WHERE id", contacts)}
 
     def changed_to(self, emails: Iterable[str]) -> dict[str, str]:
-        """The ids of the contacts that would have got one of the addresses, by address."""
+        """Return the ids of the contacts into which one of the addresses would have been written, by address."""
         return dict(self._rows("SELECT email, id FROM changed WHERE email", emails))
 
     def profiles_with(self, addresses: Iterable[str]) -> list[ProfileOfAddress]:
-        """The profiles that would have met a contact, and whose user has one of the addresses."""
+        """Return the profiles that would have matched a contact, and whose user has one of the addresses."""
         rows = self._rows("SELECT email, otherwise, id, contact_id FROM profile WHERE email", addresses)
         return [ProfileOfAddress(address, bool(otherwise), *ids) for address, otherwise, *ids in rows]
 
     def note_profiles(self, rows: Iterable[MappedRow], row_outcomes: Iterable[RowOutcome]) -> None:
-        """Remember the profiles that would have met a contact: it may have another address than they."""
+        """Record the profiles that would have matched a contact, which can have another address."""
         by_id = {row.id: row for row in rows}
         met = [row_outcome for row_outcome in row_outcomes if row_outcome.outcome in (Outcome.MERGED, Outcome.EXISTS)]
         profiles = ((row_outcome, by_id[row_outcome.id]) for row_outcome in met)
@@ -135,7 +135,7 @@ class Imagined:
         )
 
     def note(self, source: Source, row_outcomes: Iterable[RowOutcome]) -> None:
-        """Remember the entries that --update would find."""
+        """Record the ledger entries that --update would find."""
         if not self._with_update:
             return
         self._database.executemany(
@@ -156,29 +156,29 @@ class Imagined:
         )
 
     def write(self, contacts: Mapping[str, dict[str, Any]]) -> None:
-        """Remember what would be written into contacts: fields by id."""
+        """Record what would be written into contacts. `contacts` has fields by contact id."""
         self._database.executemany(
             "INSERT INTO written VALUES (?, ?)",
             [(identifier, json.dumps(fields)) for identifier, fields in contacts.items()],
         )
 
     def entries(self, ids: Iterable[str]) -> list[tuple[Any, ...]]:
-        """The entries of rows, as values of the first columns of an entry. Their run has the number 0."""
+        """Return the entries of rows, as values for the first columns of an entry. Their run id is 0."""
         return self._rows(f"SELECT {_OF_ENTRY} FROM entry WHERE id", ids)
 
     def entries_of(self, contacts: Iterable[str]) -> list[tuple[Any, ...]]:
-        """The entries of the rows that would have made contacts or come to them."""
+        """Return the entries of the rows that would have created or matched the contacts."""
         return self._rows(f"SELECT {_OF_ENTRY} FROM entry WHERE contact_id", contacts)
 
     def drafts(self, contacts: Iterable[str]) -> list[ContactDraft]:
-        """The contacts with these ids that would have been made, as they would have been then."""
+        """Return the contacts with these ids that would have been created, as they would have been inserted."""
         return [
             ContactDraft._make(json.loads(fields))
             for (fields,) in self._rows("SELECT fields FROM draft WHERE id", contacts)
         ]
 
     def written_in(self, contacts: Iterable[str]) -> list[tuple[str, dict[str, Any]]]:
-        """What would have been written into contacts, in its order."""
+        """Return what would have been written into the contacts, as id and fields, in the order of writing."""
         rows = self._rows("SELECT id, fields FROM written WHERE id", contacts, " ORDER BY rowid")
         return [(identifier, json.loads(fields)) for identifier, fields in rows]
 
@@ -189,51 +189,51 @@ class Imagined:
 
 
 class DryRunStore:
-    """The contacts of the database, and those that the run would have made by now."""
+    """The contacts of the database, and those that the run would have created so far."""
 
-    def __init__(self, connection: BaseDatabaseWrapper, lookup: ContactIndex, imagined: Imagined) -> None:
+    def __init__(self, connection: BaseDatabaseWrapper, lookup: ContactIndex, overlay: Overlay) -> None:
         self._connection = connection
         self._lookup = lookup
-        self._imagined = imagined
+        self._overlay = overlay
         self._met: set[str] = set()
 
     def notice(self, rows: Sequence[MappedRow]) -> None:
-        """Look up which addresses of the batch would have a contact by now."""
+        """Look up which addresses of the batch would have a contact."""
         self._lookup.notice(rows)
         emails = _emails(rows)
-        self._met = {contact.email for contact in self._imagined.made_with(emails)}
-        self._met |= self._imagined.changed_to(emails).keys()
-        self._met |= {profile.address for profile in self._imagined.profiles_with(without_account(rows))}
+        self._met = {contact.email for contact in self._overlay.made_with(emails)}
+        self._met |= self._overlay.changed_to(emails).keys()
+        self._met |= {profile.address for profile in self._overlay.profiles_with(without_account(rows))}
 
     def is_likely_met(self, row: MappedRow) -> bool:
-        """Whether a contact has the row's address in another spelling, or would have been made with it."""
+        """Return whether a contact has the row's address in another spelling, or would have been created with it."""
         if row.draft is None:
             return False
         return row.draft.email in self._met or self._lookup.is_likely_met(row.draft.email)
 
     def insert(self, drafts: Sequence[ContactDraft]) -> set[str]:
-        """Remember what would be made; the ids of the drafts that would land."""
+        """Record the contacts that would be inserted, and return their ids."""
         if not drafts:
             return set()
         taken = self._keys_taken(drafts)
         inserted = [draft for draft in drafts if not taken or taken.isdisjoint(_keys(draft))]
-        self._imagined.make(inserted)
+        self._overlay.make(inserted)
         return {draft.id for draft in inserted}
 
     def fill(self, fills: dict[str, dict[str, Any]]) -> None:
-        """Remember what contacts would get: the next row with their address may be another account's."""
-        self._imagined.write(fills)
-        self._imagined.change(fills)
+        """Record what would be filled, keys included: the next row with the address can be of another account."""
+        self._overlay.write(fills)
+        self._overlay.change(fills)
 
     def contacts_met_by(self, rows: Sequence[MappedRow]) -> ExistingContacts:
-        """The contacts that have a key of one of the rows, made or to be made, with the keys that they would have."""
+        """Return the contacts that have, or would have, a key of one of the rows, with the keys they would have."""
         emails = _emails(rows)
-        profiles = self._lookup.profiles_of(rows) + self._imagined.profiles_with(without_account(rows))
-        others = {profile.contact_id for profile in profiles} | set(self._imagined.changed_to(emails).values())
-        contacts = self._lookup.contacts(rows, others) + self._imagined.made_with(emails)
+        profiles = self._lookup.profiles_of(rows) + self._overlay.profiles_with(without_account(rows))
+        others = {profile.contact_id for profile in profiles} | set(self._overlay.changed_to(emails).values())
+        contacts = self._lookup.contacts(rows, others) + self._overlay.made_with(emails)
         if missing := (others | set(resolved_contacts(rows))) - {contact.id for contact in contacts}:
-            contacts += self._imagined.made_as(missing)
-        changed = self._imagined.changed(contact.id for contact in contacts)
+            contacts += self._overlay.made_as(missing)
+        changed = self._overlay.changed(contact.id for contact in contacts)
         for contact in contacts:
             email, user_id, clerk_user_id = changed.get(contact.id, (None, None, None))
             contact.email = email or contact.email
@@ -243,10 +243,10 @@ class DryRunStore:
         return ExistingContacts(contacts, profiles)
 
     def _add_values(self, found: Iterable[ExistingContact]) -> None:
-        """What else the contacts would have by now, as far as it is remembered: --update must know who filled what."""
+        """Add the recorded values of other fields: --update needs to know which row filled them."""
         contacts = {contact.id: contact for contact in found}
-        made = [(draft.id, draft._asdict()) for draft in self._imagined.drafts(contacts)]
-        for identifier, fields in (*made, *self._imagined.written_in(contacts)):
+        made = [(draft.id, draft._asdict()) for draft in self._overlay.drafts(contacts)]
+        for identifier, fields in (*made, *self._overlay.written_in(contacts)):
             contacts[identifier].take(fields)
 
     def _keys_taken(self, drafts: Sequence[ContactDraft]) -> set[tuple[str, str | None]]:
@@ -263,27 +263,27 @@ class DryRunStore:
 
 
 class DryRunWriter:
-    """Takes the place of the writer in a dry run."""
+    """Replaces BatchWriter in a dry run."""
 
     def __init__(self, connection: BaseDatabaseWrapper, lookup: ContactIndex, *, with_update: bool = False) -> None:
-        """`with_update`: the dry run of an update comes after."""
-        self.imagined = Imagined(with_update=with_update)
-        self.store = DryRunStore(connection, lookup, self.imagined)
+        """Create a writer. `with_update` says that the dry run of an update follows."""
+        self.overlay = Overlay(with_update=with_update)
+        self.store = DryRunStore(connection, lookup, self.overlay)
 
     def write(self, source: Source, pages: Iterable[Sequence[MappedRow]]) -> Totals:
-        """Bring the rows to the outcome that they would have."""
+        """Return the counts that the rows of a batch would have."""
         totals = Totals()
-        with self.imagined.batch():
+        with self.overlay.batch():
             for rows in pages:
                 result = upsert(rows, self.store)
                 if source.table == "profiles":
-                    self.imagined.note_profiles(rows, result.row_outcomes)
-                self.imagined.note(source, result.row_outcomes)
+                    self.overlay.note_profiles(rows, result.row_outcomes)
+                self.overlay.note(source, result.row_outcomes)
                 totals.add(Totals.of(result.row_outcomes, result.created_by_type))
         return totals
 
     def keep_alive(self) -> None:
-        """Nothing: a dry run claims no lease."""
+        """Do nothing, because a dry run has no lease."""
 
 
 def _emails(rows: Iterable[MappedRow]) -> set[str]:

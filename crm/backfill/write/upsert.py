@@ -1,8 +1,8 @@
-"""Every row of a batch is brought to an outcome.
+"""Determines the outcome of every row of a batch.
 
-Rows are inserted first and asked about after: whatever did not land has met a contact, is looked up by all of its keys
-and decided again. So the common case costs one insert, and nothing is ever skipped silently: PostgreSQL's bare
-`ON CONFLICT DO NOTHING` also swallows a clash on another unique key than the one that was thought of.
+Rows are inserted first. A row that was not inserted conflicts with an existing contact, is looked up by all of its keys
+and matched again. So the common case needs one INSERT, and no row is skipped silently: `ON CONFLICT DO NOTHING` without
+a target also ignores conflicts on unique keys other than the expected one.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ from crm.outcome import RowOutcome
 from crm.rules.mapping import ContactDraft, MappedRow
 from crm.rules.matching import ExistingContacts, decide
 
-#: A contact that was deleted under our eyes may be met again; more often than this is no coincidence.
+#: Maximum number of attempts to match a row whose contact is deleted or changed concurrently.
 MAX_ATTEMPTS = 10
 
 
 class ContactStore(Protocol):
-    """Where contacts are: the database, or a dry run's picture of it."""
+    """The contacts: in the database, or with the overlay of a dry run."""
 
     def is_likely_met(self, row: MappedRow) -> bool:
-        """Whether the row is to be looked up before an insert is tried."""
+        """Return whether the row should be looked up before an insert is tried."""
 
     def notice(self, rows: Sequence[MappedRow]) -> None:
-        """Take a first look at a batch."""
+        """Prepare the lookups for a batch."""
 
     def insert(self, drafts: Sequence[ContactDraft]) -> set[str]:
-        """Insert what meets no contact; return the ids of those that were inserted."""
+        """Insert the contacts that conflict with no other, and return their ids."""
 
     def fill(self, fills: dict[str, dict[str, Any]]) -> None:
-        """Fill what is NULL in contacts that are there."""
+        """Fill the NULL fields of existing contacts. `fills` has fields by contact id."""
 
     def contacts_met_by(self, rows: Sequence[MappedRow]) -> ExistingContacts:
-        """The contacts that have a key of one of the rows."""
+        """Return the contacts that have a key of one of the rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class UpsertResult:
-    """Rows that have an outcome, and the contacts that they made: by type, and their ids."""
+    """The outcomes of rows, and the contacts that they created: their number by type, and their ids."""
 
     row_outcomes: list[RowOutcome] = field(default_factory=list)
     created_by_type: Counter[str] = field(default_factory=Counter)
@@ -51,7 +51,11 @@ class UpsertResult:
 
 
 def upsert(rows: Sequence[MappedRow], store: ContactStore, made_before: Collection[str] = ()) -> UpsertResult:
-    """Bring every row to an outcome. `made_before` are contacts of the same transaction, without an entry as yet."""
+    """Insert or match every row, and return the outcomes.
+
+    `made_before` are the ids of contacts that the same transaction created and that have no ledger entry yet. Raises
+    StillUnmatchedError if a row cannot be matched after MAX_ATTEMPTS.
+    """
     result = UpsertResult(made=set(made_before))
     store.notice(rows)
     at_first = _without_second_accounts(
@@ -66,14 +70,14 @@ def upsert(rows: Sequence[MappedRow], store: ContactStore, made_before: Collecti
             return result
         known = store.contacts_met_by(waiting)
         for contact in known:
-            # The ledger does not say so yet: its entries are written with the end of the batch.
+            # The entries of these contacts are written at the end of the batch.
             contact.ours = contact.ours or contact.id in result.made
         waiting = _insert_and_match(waiting, known, store, result)
     raise StillUnmatchedError(len(waiting))
 
 
 def _without_second_accounts(rows: Sequence[MappedRow]) -> list[MappedRow]:
-    """Leave out accounts whose address an earlier row has: their other keys may be those of a contact that is there."""
+    """Exclude rows with an account whose address an earlier row has: their other keys may match another contact."""
     found: list[MappedRow] = []
     addresses: set[str] = set()
     for row in rows:
@@ -89,7 +93,7 @@ def _without_second_accounts(rows: Sequence[MappedRow]) -> list[MappedRow]:
 def _insert_and_match(
     rows: Sequence[MappedRow], known: ExistingContacts, store: ContactStore, result: UpsertResult
 ) -> list[MappedRow]:
-    """Do what the plan says; the rows that met a contact which the plan did not know of."""
+    """Match the rows with the known contacts and write the result. Returns the rows that another contact blocked."""
     plan = decide(rows, known)
     inserted_ids = store.insert(plan.creates)
     store.fill(plan.fills)
@@ -103,7 +107,7 @@ def _insert_and_match(
 
 
 class StillUnmatchedError(DatabaseError):
-    """Contacts came and went faster than they could be looked up."""
+    """Rows could neither be inserted nor matched in MAX_ATTEMPTS attempts."""
 
     def __init__(self, rows: int) -> None:
-        super().__init__(f"{rows} rows kept meeting contacts that vanished again")
+        super().__init__(f"{rows} rows could neither be inserted nor matched with a contact")

@@ -46,13 +46,13 @@ _ENTRY = (
 _CASTS = dict.fromkeys(("attribution_before", "identity_keys"), "jsonb")
 _CASTS |= dict.fromkeys(("source_updated_at", "contact_updated_at"), "timestamp")
 _SENT = ", ".join(f"{name}::{_CASTS[name]}" if name in _CASTS else name for name in _ENTRY)
-# Without a model object an entry: the ledger is a third of the rows' way through Python otherwise.
+# Written in SQL: with a model object per entry, the ledger would take a third of the time that Python needs per row.
 _LEDGER = f"""
 INSERT INTO ledger_entry (source, run_id, {", ".join(_ENTRY)})
 SELECT %s, %s::bigint, {_SENT}
   FROM {unnest("entry", dict.fromkeys(_ENTRY, "text[]"))}
 """
-# An entry that said more than an error is kept in the new one: whoever takes the run back puts it in its place again.
+# A replaced entry with an outcome other than `error` is stored in the new one, so that a rollback can restore it.
 _LEDGER_AGAIN = """
 ON CONFLICT (id) DO UPDATE SET (source, run_id, {columns}) = ROW ({excluded}), seen_updated_at = NULL,
    former = CASE WHEN ledger_entry.outcome = 'error' THEN ledger_entry.former ELSE to_jsonb(ledger_entry) END
@@ -64,14 +64,14 @@ ON CONFLICT (id) DO UPDATE SET (source, run_id, {columns}) = ROW ({excluded}), s
 
 
 def _fill_statement(connection: BaseDatabaseWrapper) -> str:
-    """Fill each value where nothing is at this very moment; attribution and assignment as the units that they are."""
+    """Return the UPDATE that fills fields which are NULL when it runs; attribution and assignment as units."""
     unassigned = " AND ".join(f"c.{_COLUMN[name]} IS NULL" for name in ASSIGNMENT_UNIT)
     unassigned += f" AND v.{_COLUMN['assigned_preparer_id']} IS NOT NULL"
     referrer, rate, confidence = (
         _COLUMN[name] for name in ("referrer_username", "commission_rate", "attribution_confidence")
     )
     unattributed = f"{has_no_referrer_sql(f'c.{referrer}')} AND v.{confidence} IS NOT NULL"
-    # The rate alone, where the contact still says who referred the person.
+    # Only the rate is filled if the contact still has the same referrer.
     incomplete = f"c.{rate} IS NULL AND v.{rate} IS NOT NULL AND v.{confidence} IS NULL AND c.{referrer} = v.{referrer}"
     alone = [f"{_COLUMN[name]} = COALESCE(c.{_COLUMN[name]}, v.{_COLUMN[name]})" for name in _FILLED_ALONE]
     conditions = {
@@ -92,7 +92,10 @@ def _fill_statement(connection: BaseDatabaseWrapper) -> str:
 
 
 def first_trigger(connection: BaseDatabaseWrapper, event: str) -> str | None:
-    """The first trigger that may change what is written, in the order in which they fire; None where there is none."""
+    """Return the name of the first trigger that can change written rows, in firing order, or None.
+
+    `event` is INSERT or UPDATE.
+    """
     with connection.cursor() as cursor:
         cursor.execute(_TRIGGERS, [_EVENTS[event]])
         row = cursor.fetchone()
@@ -100,16 +103,16 @@ def first_trigger(connection: BaseDatabaseWrapper, event: str) -> str | None:
 
 
 def lock_contacts(connection: BaseDatabaseWrapper, ids: Iterable[str]) -> None:
-    """Lock contacts that are about to be updated, in the order of their ids.
+    """Lock contacts that will be updated, in the order of their ids, to prevent deadlocks.
 
-    An UPDATE locks in the order in which its plan comes by the rows: two of them may wait for each other.
+    An UPDATE alone locks rows in the order of its plan, so two of them could wait for each other.
     """
     with connection.cursor() as cursor:
         cursor.execute(_LOCK, [list(ids)])
 
 
-_THERE = "SELECT count(*) FROM crm_contacts WHERE id = ANY(%s)"
-# BEFORE is 2 and INSTEAD OF is 64 in a trigger's type.
+_EXISTING = "SELECT count(*) FROM crm_contacts WHERE id = ANY(%s)"
+# Bits of pg_trigger.tgtype: 2 is BEFORE, 64 is INSTEAD OF.
 _TRIGGERS = """
 SELECT tgname FROM pg_trigger
  WHERE tgrelid = 'crm_contacts'::regclass AND NOT tgisinternal AND tgenabled <> 'D'
@@ -117,7 +120,8 @@ SELECT tgname FROM pg_trigger
  ORDER BY tgname COLLATE "C" LIMIT 1
 """
 _EVENTS = {"INSERT": 4, "UPDATE": 16}
-# A hint: what other sessions wrote since this transaction began is among them, and what it changed itself.
+# Only an indication: also returns contacts that other sessions wrote since this transaction began, and contacts that it
+# updated itself.
 _NEW_HERE = """
 SELECT c.id FROM crm_contacts c
  WHERE c.id = ANY(%s) AND pg_catalog.age(c.xmin) <= 0
@@ -135,12 +139,12 @@ class DatabaseStore:
         self.notice = lookup.notice
 
     def is_likely_met(self, row: MappedRow) -> bool:
-        """Whether the row probably has a contact that an insert would not run into."""
+        """Return whether the row probably has a contact with which an INSERT would not conflict."""
         return row.draft is not None and self._lookup.is_likely_met(row.draft.email)
 
     def insert(self, drafts: Sequence[ContactDraft]) -> set[str]:
-        """Insert contacts; return the ids of those that were inserted."""
-        # Two indexes are of the address: in its order, an insert walks along them instead of jumping about.
+        """Insert contacts, and return the ids of those that were inserted. Raises RewrittenError."""
+        # Two indexes begin with the address. Inserting in its order accesses neighbouring index pages.
         ordered = sorted(drafts, key=attrgetter("email"))
         ids = {contact.id for contact in self._bulk_create(ordered, ignore_conflicts=True)}
         if not ids <= {draft.id for draft in drafts}:
@@ -148,7 +152,7 @@ class DatabaseStore:
         return ids
 
     def find_new(self, ids: Collection[str]) -> list[str]:
-        """Those of these contacts that this transaction itself may have made, by a trigger that told nothing of it."""
+        """Return those of the contacts that a trigger may have created in this transaction."""
         if not ids or first_trigger(self._connection, "INSERT") is None:
             return []
         with self._connection.cursor() as cursor:
@@ -156,14 +160,14 @@ class DatabaseStore:
             return [identifier for (identifier,) in cursor.fetchall()]
 
     def require_there(self, ids: list[str]) -> None:
-        """Raise RewrittenError where one of the contacts is not there."""
+        """Raise RewrittenError if one of the contacts does not exist."""
         with self._connection.cursor() as cursor:
-            cursor.execute(_THERE, [ids])
+            cursor.execute(_EXISTING, [ids])
             if cursor.fetchone() != (len(ids),):
                 raise RewrittenError(first_trigger(self._connection, "INSERT"))
 
-    def insert_aloud(self, draft: ContactDraft) -> None:
-        """Insert a contact, and raise for whatever is in its way."""
+    def insert_or_raise(self, draft: ContactDraft) -> None:
+        """Insert a contact. Raises django.db.DatabaseError for any conflict."""
         self._bulk_create([draft], ignore_conflicts=False)
 
     def _bulk_create(self, drafts: Sequence[ContactDraft], *, ignore_conflicts: bool) -> list[CRMContact]:
@@ -171,7 +175,7 @@ class DatabaseStore:
         return CRMContact.bulk.using(self._connection.alias).bulk_create(contacts, ignore_conflicts=ignore_conflicts)
 
     def fill(self, fills: dict[str, dict[str, Any]]) -> None:
-        """Fill contacts, and only what is NULL at that moment."""
+        """Fill the fields of contacts that are NULL when the UPDATE runs. Raises RewrittenError."""
         if not fills:
             return
         rows = [(identifier, *map(values.get, _FILLED)) for identifier, values in sorted(fills.items())]
@@ -179,7 +183,7 @@ class DatabaseStore:
         columns = as_columns(rows)
         filled = set(try_execute(self._connection, _fill_statement(self._connection), columns))
         if filled != fills.keys():
-            # Deleted under our eyes, or left as it was by something that says nothing of it.
+            # The contact was deleted concurrently, or a trigger suppressed the UPDATE.
             with self._connection.cursor() as cursor:
                 cursor.execute("SELECT FROM crm_contacts WHERE id = ANY(%s) LIMIT 1", [list(fills.keys() - filled)])
                 if filled - fills.keys() or cursor.fetchone() is not None:
@@ -187,7 +191,7 @@ class DatabaseStore:
 
 
 class BatchWriter:
-    """Writes batches of one run, each in a transaction of its own."""
+    """Writes batches of one run, each in its own transaction."""
 
     def __init__(
         self,
@@ -198,7 +202,15 @@ class BatchWriter:
         *,
         replaces_entries: bool = False,
     ) -> None:
-        """`replaces_entries`: rows may come that have a settled entry, since their contact is gone."""
+        """Create a writer.
+
+        Arguments:
+            connection: The connection to write on.
+            lookup: Finds existing contacts, on the same connection.
+            run_id: The run that holds the lease.
+            timeouts: The timeouts of each batch.
+            replaces_entries: Whether rows can have a settled entry already, because their contact is missing.
+        """
         self._connection = connection
         self._store = DatabaseStore(connection, lookup)
         self._replaces_entries = replaces_entries
@@ -207,17 +219,17 @@ class BatchWriter:
         self._alike = AlikeRefusals()
 
     def write(self, source: Source, pages: Iterable[Sequence[MappedRow]]) -> Totals:
-        """Bring the rows of a batch to an outcome; contacts, ledger, counts and heartbeat commit together.
+        """Write a batch and return its counts. Contacts, ledger, counts and heartbeat are committed together.
 
-        The rows come page by page, so that a batch of any size takes the memory of a page.
+        The rows are passed page by page, so that a batch of any size needs the memory of one page.
 
-        Raises lease.LeaseLostError when the run is no longer the running one, errors.EveryRowRefusedError where it is
-        not the rows that are wrong, and django.db.DatabaseError for a transient error. Nothing of the batch is written
-        then.
+        Raises lease.LeaseLostError if the run has lost the lease, errors.EveryRowRefusedError if PostgreSQL refuses
+        every row for the same reason, and django.db.DatabaseError for a transient error. Nothing of the batch is
+        written then.
         """
         started = time.monotonic()
         with lease.batch(self._connection, self.run_id, self._timeouts, lock_as_a_writer("crm_contacts")) as totals:
-            # A batch that is tried again begins with what the one before it has left.
+            # A copy, so that a retry of the batch starts with the state after the previous batch.
             alike = replace(self._alike)
             for rows in pages:
                 totals.add(self.upsert_page(source, rows, alike))
@@ -226,11 +238,11 @@ class BatchWriter:
         return totals
 
     def upsert_page(self, source: Source, rows: Sequence[MappedRow], alike: AlikeRefusals | None = None) -> Totals:
-        """Bring rows to an outcome and write their entries, inside a transaction of the caller's."""
+        """Write rows and their ledger entries in the transaction of the caller, and return their counts."""
         result = self._upsert_apart(rows, alike or AlikeRefusals())
         self._write_ledger(source, result.row_outcomes)
         if self._replaces_entries and result.made:
-            # What updates changed in the contacts that are gone was not changed in these.
+            # The recorded updates belong to the former contacts with these ids.
             with self._connection.cursor() as cursor:
                 cursor.execute(_FORGET_UPDATES, [list(result.made)])
         return Totals.of(result.row_outcomes, result.created_by_type)
@@ -240,9 +252,9 @@ class BatchWriter:
         lease.renew(self.run_id, Totals())
 
     def _upsert_apart(self, rows: Sequence[MappedRow], alike: AlikeRefusals) -> UpsertResult:
-        """Settle the rows; where PostgreSQL refuses one, halve until it stands alone, so that the others land.
+        """Upsert the rows. If PostgreSQL refuses one, bisect until it is alone, so that the others are written.
 
-        Raises EveryRowRefusedError where it seems to refuse all of them for one reason.
+        Raises EveryRowRefusedError if it seems to refuse all of them for the same reason.
         """
         result = UpsertResult()
 
@@ -264,7 +276,7 @@ class BatchWriter:
             result.row_outcomes.append(_refused(some[0], found))
             if _is_new(some[0]) and alike.note(found):
                 left = [row for row in parts.left if row.draft is not None and _is_new(row)]
-                # Where the page has no more rows than that, the next one is to say the same.
+                # If no other new row of the page is left to try, the following pages decide.
                 if refuses_all(self._connection, left, found, upsert_or_refusal) if left else alike.count > MAX_ALIKE:
                     alike.fail()
         return result
@@ -278,7 +290,7 @@ class BatchWriter:
                 transaction.set_rollback(bool(new), using=self._connection.alias)
             if not new:
                 return result
-            # What is there without these rows was not made by their insert.
+            # The INSERT was rolled back: a contact that still exists was not created by it.
             self._store.require_there(new)
             with transaction.atomic(using=self._connection.alias):
                 return upsert(rows, self._store, made_before)
@@ -288,16 +300,17 @@ class BatchWriter:
             return refusal_of_writing(error)
 
     def _silent_refusal(self, rows: Sequence[MappedRow]) -> Refusal:
-        """What keeps a row out that meets nobody: an index that we do not know, or a trigger that swallows it.
+        """Return why a row was not inserted that matches no contact: an unknown unique index, or a trigger.
 
-        `ON CONFLICT DO NOTHING` does not tell, so it is left out, in a savepoint that is rolled back.
+        `ON CONFLICT DO NOTHING` reports no reason, so the row is inserted without it, in a savepoint that is rolled
+        back.
         """
         drafts = [row.draft for row in rows if row.draft]
         if len(rows) > 1 or not drafts:
             return _NO_REFUSAL
         try:
             with transaction.atomic(using=self._connection.alias):
-                self._store.insert_aloud(drafts[0])
+                self._store.insert_or_raise(drafts[0])
                 transaction.set_rollback(True, using=self._connection.alias)
         except DatabaseError as error:
             return refusal_of_writing(error)
@@ -345,7 +358,7 @@ def _entry(row_outcome: RowOutcome) -> tuple[str | int | None, ...]:
 
 
 def _is_new(row: MappedRow) -> bool:
-    """Whether no earlier run was refused the row."""
+    """Return whether no earlier run recorded that PostgreSQL refused the row."""
     return row.known_reason != Reason.DATA_ERROR
 
 
