@@ -36,7 +36,6 @@ from crm.runs import retrying
 from tests.support import installed_server
 from tests.support.populations import add_labels
 from tests.support.profiles import left_out, load_profile, share_examples
-from tests.support.trust import asked_in_few_words
 
 load_profile()
 
@@ -143,10 +142,6 @@ def _clear_the_server() -> None:
         host=address.host, port=address.port, user=embedded.USER, dbname="postgres", autocommit=True
     ) as server:
         kept = ["postgres", embedded.DATABASE_NAME]
-        # Nothing is to survive a crash of the machine: tests need not wait for the disk.
-        for name in ("fsync", "full_page_writes", "synchronous_commit"):
-            server.execute(SQL("ALTER SYSTEM SET {} = off").format(Identifier(name)))
-        server.execute("SELECT pg_reload_conf()")
         query = "SELECT datname FROM pg_database WHERE NOT datistemplate AND datname <> ALL(%s)"
         for (name,) in server.execute(query, [kept]).fetchall():
             server.execute(SQL("DROP DATABASE {} WITH (FORCE)").format(Identifier(name)))
@@ -180,12 +175,6 @@ def _retries_are_quick() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _whom_to_trust_is_asked_in_few_words() -> Iterator[None]:
-    with asked_in_few_words():
-        yield
-
-
 @pytest.fixture(autouse=True)
 def _log_goes_where_it_went() -> Iterator[None]:
     streams = _log_streams()
@@ -206,6 +195,10 @@ def django_db_setup(django_test_environment: None, django_db_blocker: DjangoDbBl
     with django_db_blocker.unblock():
         # A connection that a test of a module made before is not ours.
         names = setup_databases(verbosity=0, interactive=False, aliases={"default": False})
+        with connection.cursor() as cursor:
+            # Nothing is to survive a crash of the server: tests need not wait for the disk.
+            cursor.execute(f"ALTER DATABASE {connection.settings_dict['NAME']} SET synchronous_commit = off")
+        connection.close()
         yield _database
         teardown_databases(names, verbosity=0)
 

@@ -13,14 +13,13 @@ from psycopg.errors import LockNotAvailable
 from config import embedded
 from crm.models import CRMContact
 from crm.postgres.facts.foreign_keys import find_foreign_keys
-from crm.postgres.trust import UntrustedCodeError, require_trusted
+from crm.postgres.trust import UntrustedCodeError
 from tests.conftest import Database
 from tests.support.builders import add_lead, add_profile, add_user, contacts
 from tests.support.commands import each_statement
 from tests.support.processes import database_url, session
 from tests.support.roles import role_made_by_script
 from tests.support.sessions import COMMANDS, assert_refused, ended_on, role_with
-from tests.support.trust import nobody_else_has_a_say
 
 ATTACKER = "mallory"
 # A sequence goes on although the transaction is rolled back.
@@ -118,26 +117,6 @@ def test_every_command_refuses_a_schema_in_which_others_may_create(
         assert ended_on(database_url(), *COMMANDS[0]) == (0, "")
         assert not was_called(schema)
     assert len(contacts()) == 1
-
-
-def test_the_tests_ask_in_few_words_only_where_nobody_else_has_a_say(own_public: Database) -> None:
-    def has_a_say() -> bool:
-        with session() as owner:
-            return not nobody_else_has_a_say(owner)
-
-    assert not has_a_say()
-    with session() as owner:
-        require_trusted(owner, ["crm_backfill", "public"], "public")
-    for statement in (
-        "GRANT CREATE ON SCHEMA public TO PUBLIC",
-        f"GRANT CREATE ON SCHEMA public TO {ATTACKER}",
-        f"ALTER TABLE leads OWNER TO {ATTACKER}",
-        f"CREATE TYPE public.theirs AS (id int); ALTER TYPE public.theirs OWNER TO {ATTACKER}",
-    ):
-        with attacker(statement):
-            assert has_a_say(), statement
-    with attacker(), session(ATTACKER) as own:
-        assert not nobody_else_has_a_say(own)
 
 
 def test_what_is_planted_would_be_called_if_it_were_not_refused(

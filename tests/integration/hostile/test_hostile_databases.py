@@ -92,6 +92,7 @@ def hostile(database: Database, case: Case) -> Iterator[None]:
             owner.autocommit = True
             owner.execute("SET default_transaction_read_only = off")
             owner.execute(f'ALTER DATABASE "{name}" RESET ALL'.encode())
+            owner.execute(f'ALTER DATABASE "{name}" SET synchronous_commit = off'.encode())
         with session() as owner:
             owner.autocommit = True
             owner.execute("; ".join(f"DELETE FROM crm_backfill.{table}" for table in OWN_TABLES).encode())
