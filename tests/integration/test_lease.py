@@ -30,7 +30,7 @@ from crm.runs.progress import Silence
 from tests.conftest import Database
 from tests.support import builders
 from tests.support.commands import backfill, run
-from tests.support.processes import database_url, manage, session, start
+from tests.support.processes import database_url, manage, session, start, start_anew
 from tests.support.profiles import SOAKING
 from tests.support.runs import a_dead_process, columns_of, make_run, neighbour
 
@@ -158,7 +158,7 @@ def contacts_locked() -> Iterator[Callable[[], None]]:
 def test_two_processes_that_are_started_at_the_same_instant(database: Database) -> None:
     url = database_url()
     began = time.monotonic()
-    idle = [start("backfill_runs", "list", url=url) for _ in range(2)]
+    idle = [start_anew("backfill_runs", "list", url=url) for _ in range(2)]
     for process in idle:
         process.communicate()
     to_start = time.monotonic() - began
@@ -166,7 +166,7 @@ def test_two_processes_that_are_started_at_the_same_instant(database: Database) 
         builders.add_many_leads(1, first=number)
         with contacts_locked() as let_go:
             began = time.monotonic()
-            pair = [start("backfill_crm_contacts", "--no-progress", "--json", url=url) for _ in range(2)]
+            pair = [start_anew("backfill_crm_contacts", "--no-progress", "--json", url=url) for _ in range(2)]
             while not (ended := [process for process in pair if process.poll() is not None]):
                 assert time.monotonic() - began < 20
                 time.sleep(0.005)
