@@ -41,7 +41,7 @@ SELECT 'user ' || u.id FROM users u
 SELECT 'leads:' || id FROM leads
  WHERE {canonical_address_sql("email")} = %(email)s AND id IS DISTINCT FROM %(lead)s
  UNION ALL
-SELECT 'the decision on another row' FROM conflict_decision WHERE separate_email = %(email)s AND id <> %(id)s
+SELECT 'the resolution of another row' FROM conflict_decision WHERE separate_email = %(email)s AND id <> %(id)s
  LIMIT 1
 """
 _RECORD = """
