@@ -261,7 +261,7 @@ def decide(rows: Iterable[MappedRow], known: ExistingContacts) -> MatchPlan:
             plan.creates.append(draft)
             plan.row_outcomes.append(_outcome_of(row, Outcome.CREATED, contact_id=draft.id, filled=_filled_in(contact)))
         elif contact.ours or contact.id == draft.id:
-            before = dict(zip(ATTRIBUTION_UNIT, contact.attribution, strict=True))
+            before = contact.attribution
             filled = fill(contact, draft)
             known.note_accounts(contact)
             row_outcome = _outcome_of(row, Outcome.MERGED, contact_id=contact.id, filled=filled)
@@ -291,13 +291,11 @@ def fill(contact: ExistingContact, draft: ContactDraft) -> tuple[str, ...]:
         names.append("assignment")
         contact.has_assignment = True
     if unit := _attribution_to_fill(contact, draft):
-        name, fields = unit
-        attributed = {each: getattr(draft, each) for each in fields}
-        contact.attribute(attributed)
-        # Whose attribution is completed goes with it: it is written only where the contact still says so.
-        username = {"referrer_username": contact.attribution[0]}
-        filled |= attributed if name == "attribution" else username | attributed
-        names.append(name)
+        contact.attribute({name: getattr(draft, name) for name in ATTRIBUTION_PARTS[unit]})
+        there = dict(zip(ATTRIBUTION_UNIT, contact.attribution, strict=True))
+        # A rate goes with the referrer whom it completes: it is written only where the contact still names that one.
+        filled |= {name: there[name] for name in ("referrer_username", *ATTRIBUTION_PARTS[unit])}
+        names.append(unit)
     contact.fills |= filled
     return tuple(names)
 
@@ -312,15 +310,15 @@ def _filled_in(contact: ExistingContact) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _attribution_to_fill(contact: ExistingContact, draft: ContactDraft) -> tuple[str, tuple[str, ...]] | None:
-    """What of its attribution a draft fills in a contact: all of it where there is no referrer, or the rate alone."""
+def _attribution_to_fill(contact: ExistingContact, draft: ContactDraft) -> str | None:
+    """Return which of ATTRIBUTION_PARTS a draft fills in a contact: all where there is no referrer, or the rate."""
     theirs = referrer(draft.referrer_username)
     if theirs is None:
         return None
     if contact.referrer is None:
-        return "attribution", ATTRIBUTION_PARTS["attribution"]
+        return "attribution"
     if contact.referrer == theirs and not contact.has_rate and draft.commission_rate is not None:
-        return "commission", ATTRIBUTION_PARTS["commission"]
+        return "commission"
     return None
 
 
@@ -333,9 +331,10 @@ def _is_another(theirs: str | None, ours: str | None) -> bool:
     return theirs is not None and ours is not None and theirs != ours
 
 
-def _with_what_was(row_outcome: RowOutcome, contact: ExistingContact, before: Mapping[str, Any]) -> RowOutcome:
+def _with_what_was(row_outcome: RowOutcome, contact: ExistingContact, before: tuple[Any, ...]) -> RowOutcome:
     """What a rollback of the fill must know of the contact: whether it changed since, and what was replaced in it."""
-    replaced = {name: before[name] for unit in row_outcome.filled for name in ATTRIBUTION_PARTS.get(unit, ())}
+    parts = {name for unit in row_outcome.filled for name in ATTRIBUTION_PARTS.get(unit, ())}
+    replaced = {name: value for name, value in zip(ATTRIBUTION_UNIT, before, strict=True) if name in parts}
     return row_outcome._replace(contact_updated_at=contact.updated_at, attribution_before=replaced or None)
 
 
