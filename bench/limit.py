@@ -188,6 +188,27 @@ SELECT r.*, p.id AS preparer, {_ID.format(table="leads")} AS contact_id,
          SELECT id FROM profiles WHERE id = r."assignedPreparerId" OR "userId" = r."assignedPreparerId" LIMIT 1
        ) p ON r."assignedPreparerId" IS NOT NULL
 """
+# In the words of a lead, without what is the same of all of them.
+_INTAKES = f"""
+SELECT r.*, p.id AS preparer, {_ID.format(table="tax_intake_leads")} AS contact_id,
+       row_number() OVER (ORDER BY r."createdAt", r.id) AS place
+  FROM (SELECT id, first_name AS "firstName", last_name AS "lastName", email, 'tax_intake_form' AS source,
+               CASE WHEN country_code = '+1' OR position('+' IN phone) > 0 THEN phone
+                    ELSE country_code || ' ' || btrim(phone) END AS phone,
+               "assignedPreparerId", referrer[1] AS "referrerUsername", referrer[2] AS "referrerType",
+               NULL::numeric AS "commissionRate", NULL::timestamp AS "commissionRateLockedAt",
+               referrer[3] AS "attributionMethod",
+               CASE referrer[3] WHEN 'email_match' THEN 90 WHEN 'phone_match' THEN 85 ELSE 100 END
+                    AS "attributionConfidence",
+               created_at AS "createdAt", updated_at AS "updatedAt", "lastContactedAt"
+          FROM tax_intake_leads, LATERAL (
+            SELECT CASE WHEN btrim("referrerUsername") <> ''
+                        THEN ARRAY["referrerUsername", "referrerType", "attributionMethod"] END) AS found(referrer)
+         WHERE (created_at, id) > (%(at)s, %(id)s) ORDER BY created_at, id LIMIT {CHUNK}) r
+       LEFT JOIN LATERAL (
+         SELECT id FROM profiles WHERE id = r."assignedPreparerId" OR "userId" = r."assignedPreparerId" LIMIT 1
+       ) p ON r."assignedPreparerId" IS NOT NULL
+"""
 _STAGE = """CASE r.status WHEN 'NEW' THEN 'NEW' ELSE 'CONTACTED' END::"PipelineStage" """
 _ENTERED = """CASE r.status WHEN 'NEW' THEN r."createdAt" ELSE COALESCE(r."lastContactedAt", r."updatedAt") END"""
 _TYPE = """(CASE r.type WHEN 'TAX_PREPARER' THEN 'PREPARER' WHEN 'AFFILIATE' THEN 'AFFILIATE' ELSE 'LEAD' END)
@@ -214,6 +235,17 @@ def run_limit(connection: psycopg.Connection[Any]) -> int:
         ("active_leads", "status IN ('NEW', 'CONTACTED', 'QUALIFIED')", active),
     ):
         _in_chunks(connection, source, _LEADS.format(which=which), columns)
+    contacted = 'r."lastContactedAt" IS NOT NULL'
+    _in_chunks(
+        connection,
+        "open_intakes",
+        _INTAKES,
+        _LEAD_COLUMNS.format(
+            contact_type="'LEAD'::\"ContactType\"",
+            stage=f"""(CASE WHEN {contacted} THEN 'CONTACTED' ELSE 'NEW' END)::"PipelineStage\"""",
+            entered='COALESCE(r."lastContactedAt", r."createdAt")',
+        ),
+    )
     (rows,) = connection.execute("SELECT count(*) FROM ledger_entry").fetchone() or (0,)
     return int(rows)
 

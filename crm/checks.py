@@ -19,14 +19,19 @@ from config.database import quoted_name
 from crm import try_execute
 from crm.errors import OperatorError
 from crm.postgres.errors import as_operator_error
-from crm.postgres.facts.columns import REQUIRED_COLUMNS
+from crm.postgres.facts.columns import OPTIONAL_TABLES, REQUIRED_COLUMNS
 from crm.postgres.facts.requirements import CONTACTS, HISTORY
 from crm.postgres.facts.rights import OUR_TABLES, RIGHTS, Operation, Right
 from crm.postgres.facts.schema import examine, find_misfits
 
 #: Columns that no query of the backfill reads.
 SECRET_COLUMNS = ("ssn", "dateOfBirth", "address", "bankDetails", "hashedPassword")
-READ_ONLY_TABLES = ("users", "profiles", "leads")
+#: The secret columns of an intake.
+SECRETS_OF_INTAKES = (
+    *("full_form_data", "address_line_1", "address_line_2", "city", "state", "zip_code"),
+    *("contactNotes", "unqualifiedNotes"),
+)
+READ_ONLY_TABLES = ("users", "profiles", "leads", "tax_intake_leads")
 #: Attributes that an ordinary role does not have, in the order of the queries.
 ATTRIBUTES = ("SUPERUSER", "CREATEROLE", "CREATEDB", "REPLICATION", "BYPASSRLS")
 #: Predefined roles that may only read the server's statistics, for --max-replica-lag, and pg_database_owner, of which
@@ -121,7 +126,7 @@ def _as_operator_error() -> AbstractContextManager[None]:
 
 
 def _is_migrated(rights: _Rights) -> bool:
-    return rights.tables(settings.LEGACY_SCHEMA) >= set(REQUIRED_COLUMNS) and rights.tables(
+    return rights.tables(settings.LEGACY_SCHEMA) >= REQUIRED_COLUMNS.keys() - OPTIONAL_TABLES and rights.tables(
         settings.BACKFILL_SCHEMA
     ) >= set(OUR_TABLES)
 
@@ -260,13 +265,15 @@ def _hidden_rows(rights: _Rights) -> list[CheckMessage]:
     ]
 
 
+def _is_secret(right: ColumnRight) -> bool:
+    if right.table == "tax_intake_leads":
+        return right.column in SECRETS_OF_INTAKES
+    return right.table in READ_ONLY_TABLES and right.column in SECRET_COLUMNS
+
+
 def _too_much(rights: _Rights, role: str) -> list[CheckMessage]:
     granted = [right for right, is_granted in _on_application(rights).items() if is_granted]
-    secret = [
-        right
-        for right in granted
-        if right.table in READ_ONLY_TABLES and right.privilege == "SELECT" and right.column in SECRET_COLUMNS
-    ]
+    secret = [right for right in granted if right.privilege == "SELECT" and _is_secret(right)]
     others = rights.tables(settings.LEGACY_SCHEMA) - {CONTACTS}
     written = _writable(rights, sorted(others))
     changed = [

@@ -21,12 +21,14 @@ class Source(StrEnum):
     PREPARERS = "preparers"
     AFFILIATES = "affiliates"
     CONVERTED_LEADS = "converted_leads"
+    CONVERTED_INTAKES = "converted_intakes"
     ACTIVE_LEADS = "active_leads"
+    OPEN_INTAKES = "open_intakes"
 
     @property
     def table(self) -> str:
         """The application's table that contains the rows."""
-        return "leads" if self in (Source.CONVERTED_LEADS, Source.ACTIVE_LEADS) else "profiles"
+        return _TABLE_OF_SOURCE.get(self, "profiles")
 
     @property
     def title(self) -> str:  # type: ignore[override] # str.title is a method, which is not used here
@@ -37,6 +39,12 @@ class Source(StrEnum):
     def of_table(cls, table: str) -> list[Source]:
         """Return the sources whose rows are in `table`."""
         return [source for source in cls if source.table == table]
+
+
+_TABLE_OF_SOURCE = {
+    **dict.fromkeys((Source.CONVERTED_LEADS, Source.ACTIVE_LEADS), "leads"),
+    **dict.fromkeys((Source.CONVERTED_INTAKES, Source.OPEN_INTAKES), "tax_intake_leads"),
+}
 
 
 class Outcome(StrEnum):

@@ -21,26 +21,28 @@ from crm.postgres.loaders import read_as_text
 from crm.postgres.snapshot import snapshot
 from crm.rules.addresses import canonical_address, canonical_address_sql
 from crm.rules.mapping import contact_id_sql, normalised_email
-from crm.rules.row_reference import RowReference
+from crm.rules.row_reference import RowReference, table_sql
 from crm.rules.source_rows import SOURCE_TABLES
 
 #: The maximum number of listed rollbacks that may have reversed a row or an update here, of which they keep no record.
 MAX_ROLLBACKS = 20
 
 _CONTACTS_OF_ADDRESS = f"SELECT id FROM crm_contacts WHERE {canonical_address_sql('email')} = %s"
-_ROWS_OF_ADDRESS = f"""
+_ROWS_OF_ADDRESS = {
+    "profiles": f"""
 SELECT 'profiles', p.id FROM users u JOIN profiles p ON p."userId" = u.id WHERE {canonical_address_sql("u.email")} = %s
- UNION ALL
-SELECT 'leads', id FROM leads WHERE {canonical_address_sql("email")} = %s
-"""
+""",
+    **{
+        table: f"SELECT '{table}', id FROM {table} WHERE {canonical_address_sql('email')} = %s"
+        for table in ("leads", "tax_intake_leads")
+    },
+}
 _RESOLVED_FOR_ADDRESS = 'SELECT "row" FROM conflict_decision WHERE separate_email = %s'
-_LEAD_SOURCES = ", ".join(f"'{source}'" for source in Source.of_table("leads"))
-_TABLE = f"CASE WHEN source IN ({_LEAD_SOURCES}) THEN 'leads' ELSE 'profiles' END"
 _CONTACTS = 'SELECT id, "createdAt", "updatedAt" FROM crm_contacts WHERE id = ANY(%s) ORDER BY id'
 # Three parts, so that each can use an index: by key, by contact, and the few errors.
 _ENTRIES = f"""
-SELECT {_TABLE}, source_id, id, source, outcome, reason, contact_id, filled, run_id, source_updated_at, seen_updated_at,
-       sqlstate, "constraint", "column", "table", "trigger"
+SELECT {table_sql("entry")}, source_id, id, source, outcome, reason, contact_id, filled, run_id, source_updated_at,
+       seen_updated_at, sqlstate, "constraint", "column", "table", "trigger"
   FROM (SELECT * FROM ledger_entry WHERE id = ANY(%(keys)s)
          UNION
         SELECT * FROM ledger_entry WHERE contact_id = ANY(%(contacts)s) AND outcome IN ('merged', 'exists')
@@ -49,25 +51,20 @@ SELECT {_TABLE}, source_id, id, source, outcome, reason, contact_id, filled, run
  ORDER BY run_id, id
 """
 _UPDATES = f"""
-SELECT {_TABLE}, source_id, contact_id, run_id, columns, from_type, to_type, from_stage, to_stage
-  FROM contact_update WHERE contact_id = ANY(%(contacts)s) OR line_id = ANY(%(keys)s) ORDER BY id
+SELECT {table_sql("change")}, source_id, contact_id, run_id, columns, from_type, to_type, from_stage, to_stage
+  FROM contact_update change WHERE contact_id = ANY(%(contacts)s) OR line_id = ANY(%(keys)s) ORDER BY id
 """
 _RESOLUTIONS = """
 SELECT "row", contact_id, decided_at FROM conflict_decision
  WHERE id = ANY(%(keys)s) OR contact_id = ANY(%(contacts)s) ORDER BY decided_at
 """
-_ROWS = {
-    name: 'SELECT id, "{}"::text, "{}", "{}" FROM {} WHERE id = ANY(%s)'.format(
-        table.label_column, table.own["created_at"].column, table.own["updated_at"].column, name
-    )
-    for name, table in SOURCE_TABLES.items()
+_ROWS = 'SELECT id, {label}::text, r."{created_at}", {updated_at} FROM {table} r WHERE id = ANY(%s)'
+# A scan of whole tables: only for contacts of which nothing else is known.
+_ROWS_THAT_WOULD_MAKE = {
+    table: f"SELECT '{table}', id FROM {table} WHERE {contact_id_sql(computed)} = ANY(%(contacts)s)"
+    for table in SOURCE_TABLES
+    for computed in [f"'{table}:' || id"]
 }
-# Scans both tables, so it is used only for contacts about which nothing else is known.
-_ROWS_THAT_WOULD_MAKE = " UNION ALL ".join(
-    f"SELECT '{table}', id FROM {table} WHERE {computed} = ANY(%(contacts)s)"
-    for table in _ROWS
-    for computed in [contact_id_sql(f"'{table}:' || id")]
-)
 _IS_COMPUTED = re.compile("c[0-9a-f]{24}")
 _RUNS = """
 SELECT id, kind, status, started_at, finished_at, version FROM backfill_run WHERE id = ANY(%s) ORDER BY id
@@ -107,7 +104,7 @@ def trace_reference(connection: BaseDatabaseWrapper, text: str) -> dict[str, Any
     does not meet the requirements.
     """
     _require_text(text)
-    if text.startswith(("profiles:", "leads:")):
+    if text.partition(":")[0] in SOURCE_TABLES and ":" in text:
         return _trace(connection, _Trail(rows={RowReference.parse(text)}))
     if "@" in text:
         raise OperatorError(
@@ -115,7 +112,7 @@ def trace_reference(connection: BaseDatabaseWrapper, text: str) -> dict[str, Any
             "instead, and give the address on standard input."
         )
     if ":" in text:
-        # Raises OperatorError with the names of the two tables.
+        # Raises OperatorError with the names of the tables.
         RowReference.parse(text)
     return _trace(connection, _Trail(contacts={text}))
 
@@ -172,14 +169,16 @@ class _Reader:
 
     def add_people_of(self, trail: _Trail, address: str) -> None:
         trail.contacts.update(contact for (contact,) in self._rows(_CONTACTS_OF_ADDRESS, [address]))
-        trail.rows.update(RowReference(*row) for row in self._rows(_ROWS_OF_ADDRESS, [address, address]))
+        query = " UNION ALL ".join(_ROWS_OF_ADDRESS[table] for table in self.facts.tables)
+        trail.rows.update(RowReference(*row) for row in self._rows(query, [address] * len(self.facts.tables)))
         trail.rows.update(RowReference.parse(row) for (row,) in self._rows(_RESOLVED_FOR_ADDRESS, [address]))
 
     def add_rows_that_would_make(self, trail: _Trail, contacts: Iterable[str]) -> bool:
         """Add the rows from which the ids of contacts are derived. Return whether there are any."""
         if not (ids := [contact for contact in contacts if _IS_COMPUTED.fullmatch(contact)]):
             return False
-        rows = {RowReference(*row) for row in self._rows(_ROWS_THAT_WOULD_MAKE, {"contacts": ids})}
+        query = " UNION ALL ".join(_ROWS_THAT_WOULD_MAKE[table] for table in self.facts.tables)
+        rows = {RowReference(*row) for row in self._rows(query, {"contacts": ids})}
         trail.rows.update(rows)
         return bool(rows)
 
@@ -246,7 +245,14 @@ class _Reader:
 
     def _source_rows(self, rows: Iterable[RowReference], entries: Mapping[str, Found]) -> list[Found]:
         there: dict[RowReference, tuple[str | None, ...]] = {}
-        for table, query in _ROWS.items():
+        for table in self.facts.tables:
+            source_table = SOURCE_TABLES[table]
+            query = _ROWS.format(
+                label=source_table.label_sql(self.facts.missing),
+                created_at=source_table.own["created_at"].column,
+                updated_at=source_table.updated_at,
+                table=table,
+            )
             ids = [row.source_id for row in rows if row.table == table]
             for source_id, *values in self._rows(query, [ids]) if ids else ():
                 there[RowReference(table, source_id)] = tuple(values)

@@ -138,7 +138,7 @@ BEGIN
     FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
    WHERE relkind IN ('r', 'p') AND NOT pg_has_role(relowner, 'USAGE')
      AND (nspname = 'crm_backfill'
-          OR nspname = app AND (relname IN ('users', 'profiles', 'leads', 'crm_contacts')
+          OR nspname = app AND (relname IN ('users', 'profiles', 'leads', 'tax_intake_leads', 'crm_contacts')
                                 OR relname IN ('crm_interactions', 'crm_stage_history')
                                    AND current_setting('least_privilege.rollback')::bool
                                 OR relname = 'crm_stage_history' AND current_setting('least_privilege.update')::bool)
@@ -278,8 +278,8 @@ SELECT format('GRANT USAGE ON SCHEMA %I TO %I', nspname, :'role')
    AND (pg_has_role(nspowner, 'USAGE') OR NOT has_schema_privilege(:'role', oid, 'USAGE'))
 \gexec
 
--- The application's tables, column by column: other columns can be neither read nor written. Columns that a generation
--- of the application lacks are skipped.
+-- The application's tables, column by column: other columns can be neither read nor written. Columns and tables that a
+-- generation of the application lacks are skipped.
 WITH wanted (table_name, privilege, columns) AS (
   VALUES
     ('users', 'SELECT', ARRAY['id', 'email', 'updatedAt']),
@@ -290,6 +290,11 @@ WITH wanted (table_name, privilege, columns) AS (
       'id', 'type', 'status', 'firstName', 'lastName', 'email', 'phone', 'source', 'assignedPreparerId',
       'lastContactedAt', 'createdAt', 'updatedAt', 'referrerUsername', 'referrerType', 'commissionRate',
       'commissionRateLockedAt', 'attributionMethod', 'attributionConfidence'
+    ]),
+    ('tax_intake_leads', 'SELECT', ARRAY[
+      'id', 'first_name', 'last_name', 'email', 'phone', 'country_code', 'referrerUsername', 'referrerType',
+      'attributionMethod', 'assignedPreparerId', 'lastContactedAt', 'profileId', 'convertedToClient', 'convertedAt',
+      'unqualified', 'unqualifiedAt', 'created_at', 'updated_at'
     ]),
     -- By the system column xmin, a rollback detects that a contact changed after it was assessed.
     ('crm_contacts', 'SELECT', ARRAY[
@@ -314,7 +319,7 @@ WITH wanted (table_name, privilege, columns) AS (
 SELECT format('GRANT %s (%s) ON %I.%I TO %I', privilege, string_agg(quote_ident(attname), ', ' ORDER BY attnum),
               :'schema', table_name, :'role')
   FROM wanted
-  JOIN pg_attribute ON attrelid = format('%I.%I', :'schema', table_name)::regclass
+  JOIN pg_attribute ON attrelid = to_regclass(format('%I.%I', :'schema', table_name))
                    AND attname = ANY (columns) AND NOT attisdropped
  GROUP BY table_name, privilege
 \gexec

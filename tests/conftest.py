@@ -48,7 +48,10 @@ django_settings.DATABASES["default"]["EMBEDDED_DATA"] = data
 
 installed_server.use_where_asked_for()
 
-LEGACY_TABLES = ("crm_stage_history", "crm_interactions", "crm_contacts", "leads", "profiles", "users")
+LEGACY_TABLES = (
+    *("crm_stage_history", "crm_interactions", "crm_contacts"),
+    *("client_preparers", "tax_intake_leads", "leads", "profiles", "users"),
+)
 OWN_MODELS = (LedgerEntry, ContactUpdate, BackfillBatch, Rollback, ConflictResolution, BackfillRun)
 #: Tokens of commits say nothing of what was done.
 TOKENS = CommittedTransaction._meta.db_table

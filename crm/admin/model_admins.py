@@ -14,8 +14,8 @@ from urllib.parse import urlencode
 
 from django.contrib import admin
 from django.contrib.admin.utils import quote
-from django.db import models
-from django.db.models import Case, Exists, OuterRef, Q, QuerySet, When
+from django.db import connection, models
+from django.db.models import Case, Exists, OuterRef, Q, QuerySet, Value, When
 from django.forms.models import BaseInlineFormSet, model_to_dict
 from django.http import HttpRequest
 from django.template.loader import render_to_string
@@ -48,11 +48,14 @@ from crm.models import (
     Lead,
     LedgerEntry,
     Profile,
+    TaxIntakeLead,
 )
 from crm.models.ledger import RunStatus
 from crm.outcome import Outcome, Source, UpdateOutcome
+from crm.postgres.facts.catalog import present_tables
 from crm.postgres.snapshot import in_pages
 from crm.rules.mapping import ATTRIBUTION, contact_id
+from crm.rules.source_rows import SOURCE_TABLES
 from crm.runs import control, lease
 
 admin.site.site_header = admin.site.site_title = "CRM contacts backfill"
@@ -69,10 +72,25 @@ UPDATE_COUNTS = (
 )
 CONTACT_IS_THERE = Exists(CRMContact.objects.filter(pk=OuterRef("contact_id")))
 _ATTRIBUTION = tuple("rate" if name == "commission_rate" else name for name in ATTRIBUTION)
-ROW_IS_THERE = Case(
-    When(source__in=Source.of_table("leads"), then=Exists(Lead.objects.filter(pk=OuterRef("source_id")))),
-    default=Exists(Profile.objects.filter(pk=OuterRef("source_id"))),
-)
+#: The tables of source rows.
+SOURCE_MODELS: tuple[type[models.Model], ...] = (Profile, Lead, TaxIntakeLead)
+ROW_SEARCH = f"The complete id of a source row (optionally after {', '.join(f'{name}:' for name in SOURCE_TABLES)})"
+
+
+def row_is_there() -> Case:
+    """Return whether the source row of an entry exists. None does in a database that lacks its table."""
+    there = present_tables(connection, SOURCE_TABLES)
+    return Case(
+        *(
+            When(
+                source__in=Source.of_table(model._meta.db_table),
+                then=Exists(model._default_manager.filter(pk=OuterRef("source_id"))),
+            )
+            for model in SOURCE_MODELS
+            if model._meta.db_table in there
+        ),
+        default=Value(False),  # noqa: FBT003 - a value of SQL
+    )
 
 
 @admin.register(CRMContact)
@@ -324,7 +342,7 @@ class LedgerAdmin(ContactNamingAdmin):
     list_display = ("source_row", "outcome", "reason", "contacts", "what_was_filled", "run_link", "source_updated_at")
     list_filter = (OutcomeFilter, ReasonFilter, SourceFilter, RunFilter)
     search_fields = ("source_id",)
-    search_help_text = "The complete id of a source row (optionally after profiles: or leads:) or of a contact."
+    search_help_text = f"{ROW_SEARCH} or of a contact."
     ordering = ("id",)
     fields = (
         "source",
@@ -388,7 +406,7 @@ class LedgerAdmin(ContactNamingAdmin):
 
     def get_queryset(self, request: HttpRequest) -> Any:
         """Annotate whether the source row exists."""
-        return super().get_queryset(request).annotate(row_is_there=ROW_IS_THERE)
+        return super().get_queryset(request).annotate(row_is_there=row_is_there())
 
     @admin.display(description="row")
     def source_row(self, entry: Any) -> str:
@@ -423,7 +441,7 @@ class ResolutionAdmin(ContactNamingAdmin):
 
     list_display = ("row", "contact", "separate_email", "decided_by", "decided_at", "entry")
     search_fields = ("row",)
-    search_help_text = "The complete id of a source row (optionally after profiles: or leads:)."
+    search_help_text = f"{ROW_SEARCH}."
     ordering = ("id",)
     fields = ("row", "contact", "separate_email", "decided_by", "decided_at", "entry", "id")
 
@@ -508,7 +526,7 @@ def _names_contact(identifier: str) -> Q:
 def _keys_of(term: str) -> list[str]:
     """Return the keys of the entries of rows that a search term may refer to."""
     table, _, source_id = term.partition(":")
-    return [contact_id(named, term) for named in ("profiles", "leads")] + [contact_id(table, source_id)]
+    return [contact_id(named, term) for named in SOURCE_TABLES] + [contact_id(table, source_id)]
 
 
 def _address_of(model: type[models.Model], key: Any) -> str | None:

@@ -194,7 +194,7 @@ class Latecomers:
         """Return the current source rows of the entries by source and id, in the order in which a run reads them."""
         resolutions, rules = Resolutions.every(self.connection), self.facts.rules()
         found: dict[tuple[str, str], MappedRow] = {}
-        for source in Source:
+        for source in self.facts.sources:
             ids = [entry.source_id for entry in entries if entry.source == source]
             if ids:
                 reader = SourceReader(self.connection, self.facts, source, ids=ids, choice=EVERY_ROW)

@@ -12,6 +12,7 @@ from crm.backfill.gone_contacts import GoneContacts
 from crm.backfill.latecomers import ContactsTwice
 from crm.backfill.runner import RunReport
 from crm.models.ledger import RunStatus
+from crm.outcome import Source
 from crm.output.table import Summary, print_line
 from crm.postgres.target import target, target_line
 from crm.runs.lost_reports import LostReport
@@ -70,9 +71,14 @@ def print_summary(report: RunReport, console: Console) -> None:
 
     rate = f", {totals.read / report.seconds:,.0f} rows/s" if report.seconds else ""
     row("Total Processed", totals.read, f"source rows{rate}", "bold")
-    row("Contacts by type", totals.created, "would be created" if report.options.dry_run else "created", "bold")
+    created = "would be created" if report.options.dry_run else "created"
+    row("Contacts by type", totals.created, created, "bold")
     for label, contact_type in _LABELS_OF_TYPE:
         row(f"  {label}", totals.created_by_type[contact_type])
+    row("Rows by source", totals.read, "read", "bold")
+    for source in Source:
+        if (counts := report.by_source.get(source)) and counts.read:
+            row(f"  {source}", counts.read, f"{counts.created:,} {created}")
     row("Skipped (exists)", report.already + totals.exists + totals.merged, "already + exists + merged")
     row("  already", report.already, "in the ledger from earlier runs")
     unchanged = "" if report.options.update else "; unchanged"

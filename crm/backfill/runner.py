@@ -125,6 +125,7 @@ def run_backfill(options: RunOptions, progress: Progress | None = None) -> RunRe
             for_updating=options.update,
             for_recreating=options.recreate_deleted,
         )
+    _require_tables_of(options, facts)
     watcher = progress or Silence()
     with lifecycle() as life:
         if not options.dry_run:
@@ -135,6 +136,14 @@ def run_backfill(options: RunOptions, progress: Progress | None = None) -> RunRe
             ending = life.carry_out(work.run, WorkerError, ErrorBudgetError, errors.EveryRowRefusedError)
         report = work.close(ending)
     return replace(report, started_at=started_at, seconds=time.monotonic() - started)
+
+
+def _require_tables_of(options: RunOptions, facts: DatabaseFacts) -> None:
+    if missing := [source for source in options.only if source not in facts.sources]:
+        raise OperatorError(
+            f"--only {' '.join(missing)}: this database has no table {missing[0].table}. Leave the source out. Nothing "
+            "was written."
+        )
 
 
 def _claim(options: RunOptions, facts: DatabaseFacts) -> BackfillRun:
@@ -188,7 +197,8 @@ class _Work:
                 # Before the updates, so that they fill the right contacts; and below, because they write addresses.
                 self.life.retrying(self._remove_latecomers)
                 for source in self.options.sources:
-                    executor.run(Task(source, Phase.REVISIT))
+                    if source in self.facts.sources:
+                        executor.run(Task(source, Phase.REVISIT))
             self.life.retrying(self._remove_latecomers)
         if run_id is None and self.facts.has_ledger:
             self.gone = self.life.retrying(lambda: self._count_gone_contacts(before))
@@ -303,7 +313,10 @@ class _Work:
 
 
 def _executor(context: RunContext, interruption: Interruption, on_batch: OnBatch) -> Executor:
-    if context.run_id is None and (context.resolutions.by_id or context.options.update):
+    names_profiles = context.facts.names_profiles and any(
+        source.table == "tax_intake_leads" for source in context.options.sources
+    )
+    if context.run_id is None and (context.resolutions.by_id or context.options.update or names_profiles):
         # The overlay of a dry run is local to a process, so these dry runs use one process.
         context = replace(context, options=replace(context.options, workers=1))
     executor = WorkerPool if context.options.workers > 1 else InProcess

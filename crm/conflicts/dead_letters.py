@@ -15,6 +15,7 @@ from crm.errors import OperatorError
 from crm.outcome import Outcome, Reason, Source
 from crm.postgres.facts.schema import examine
 from crm.postgres.snapshot import snapshot, stream
+from crm.rules.row_reference import table_sql
 
 logger = logging.getLogger(__name__)
 
@@ -29,21 +30,18 @@ SELECT entry.source, entry.source_id, entry.reason, entry.contact_id, entry.sqls
  WHERE entry.outcome = '{Outcome.ERROR}'
  ORDER BY array_position(ARRAY[{_ORDER}], entry.source), entry.source_id
 """
-_LEAD_SOURCES = ", ".join(f"'{source}'" for source in Source.of_table("leads"))
-_IS_GONE = f"""
-       CASE WHEN entry.source IN ({_LEAD_SOURCES}) THEN NOT EXISTS (SELECT FROM leads WHERE id = entry.source_id)
-            ELSE NOT EXISTS (SELECT FROM profiles WHERE id = entry.source_id) END
-"""
-# One row at most, even if several have the id.
-_PEOPLE = f"""
-  LEFT JOIN LATERAL (
-    SELECT email FROM leads WHERE entry.source IN ({_LEAD_SOURCES}) AND leads.id = entry.source_id LIMIT 1
-  ) lead ON true
-  LEFT JOIN LATERAL (
-    SELECT users.email FROM profiles JOIN users ON users.id = profiles."userId"
-     WHERE entry.source NOT IN ({_LEAD_SOURCES}) AND profiles.id = entry.source_id LIMIT 1
-  ) profile ON true
-"""
+# One value, even if several rows have the id. A table that does not exist has no rows.
+_IS_GONE = "CASE {table} {cases} ELSE true END"
+_IS_GONE_OF = "WHEN '{table}' THEN NOT EXISTS (SELECT FROM {table} WHERE id = entry.source_id)"
+_EMAIL = "CASE {table} {cases} END"
+_EMAIL_OF = {
+    "profiles": """(SELECT users.email FROM profiles JOIN users ON users.id = profiles."userId"
+                     WHERE profiles.id = entry.source_id LIMIT 1)""",
+    **{
+        table: f"(SELECT email FROM {table} WHERE {table}.id = entry.source_id LIMIT 1)"
+        for table in ("leads", "tax_intake_leads")
+    },
+}
 _RESOLUTION = """
        to_char(resolution.decided_at AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI'), resolution.contact_id,
        resolution.contact_id IS NOT NULL AND NOT EXISTS (SELECT FROM crm_contacts WHERE id = resolution.contact_id)
@@ -80,9 +78,9 @@ def dead_letters(connection: BaseDatabaseWrapper, *, with_email: bool) -> Genera
 
     Raises OperatorError if the database does not meet the requirements, or if there is no readable ledger.
     """
-    email, people = ("COALESCE(lead.email, profile.email)", _PEOPLE) if with_email else ("NULL", "")
     with snapshot(connection):
-        if not examine(connection, for_writing=False).has_ledger:
+        facts = examine(connection, for_writing=False)
+        if not facts.has_ledger:
             raise OperatorError(
                 "There is no ledger that this role may read, so there are no rows in error to export: run `python "
                 "manage.py migrate` and `backfill_crm_contacts` first, or GRANT SELECT on its tables."
@@ -91,7 +89,14 @@ def dead_letters(connection: BaseDatabaseWrapper, *, with_email: bool) -> Genera
         if readable is False:
             logger.warning("this role may not read conflict_decision: the export contains no resolutions")
         resolution, resolutions = (_RESOLUTION, _RESOLUTIONS) if readable else ("NULL, NULL, false", "")
-        query = _DEAD_LETTERS.format(email=email, is_gone=_IS_GONE, resolution=resolution, joins=people + resolutions)
+        emails = " ".join(f"WHEN '{table}' THEN {_EMAIL_OF[table]}" for table in facts.tables)
+        gone = " ".join(_IS_GONE_OF.format(table=table) for table in facts.tables)
+        query = _DEAD_LETTERS.format(
+            email=_EMAIL.format(table=table_sql("entry"), cases=emails) if with_email else "NULL",
+            is_gone=_IS_GONE.format(table=table_sql("entry"), cases=gone),
+            resolution=resolution,
+            joins=resolutions,
+        )
         for row in stream(connection, "dead_letters", query):
             yield _dead_letter(*row)
 

@@ -24,23 +24,28 @@ from crm.errors import OperatorError
 from crm.models import ConflictResolution, CRMContact, LedgerEntry
 from crm.outcome import Outcome, Reason
 from crm.postgres import errors
+from crm.postgres.facts.catalog import present_tables
 from crm.rules.addresses import canonical_address_sql
 from crm.rules.mapping import normalised_email
 from crm.rules.row_reference import RowReference
+from crm.rules.source_rows import SOURCE_TABLES
 from crm.runs import lease
 from crm.try_execute import try_execute
 
+_OF_TABLE = """
+SELECT '{table}:' || id FROM {table}
+ WHERE {address} = %(email)s AND (%(table)s <> '{table}' OR id <> %(source_id)s)
+ UNION ALL
+"""
 # The owner of an address, other than the row itself and its own account.
 _WHOSE = f"""
 SELECT 'contact ' || id FROM crm_contacts WHERE {canonical_address_sql("email")} = %(email)s AND id <> %(id)s
  UNION ALL
 SELECT 'user ' || u.id FROM users u
  WHERE {canonical_address_sql("u.email")} = %(email)s
-   AND NOT EXISTS (SELECT FROM profiles WHERE id = %(profile)s AND "userId" = u.id)
+   AND NOT EXISTS (SELECT FROM profiles WHERE %(table)s = 'profiles' AND id = %(source_id)s AND "userId" = u.id)
  UNION ALL
-SELECT 'leads:' || id FROM leads
- WHERE {canonical_address_sql("email")} = %(email)s AND id IS DISTINCT FROM %(lead)s
- UNION ALL
+{{rows}}
 SELECT 'the resolution of another row' FROM conflict_decision WHERE separate_email = %(email)s AND id <> %(id)s
  LIMIT 1
 """
@@ -126,14 +131,11 @@ def _require_conflict(row: RowReference) -> LedgerEntry | None:
 
 
 def _whose(email: str, row: RowReference) -> str | None:
-    parameters = {
-        "email": email,
-        "id": row.entry_id,
-        "profile": row.source_id if row.table == "profiles" else None,
-        "lead": row.source_id if row.table == "leads" else None,
-    }
+    parameters = {"email": email, "id": row.entry_id, "table": row.table, "source_id": row.source_id}
+    tables = present_tables(connection, (table for table in SOURCE_TABLES if table != "profiles"))
+    rows = "".join(_OF_TABLE.format(table=table, address=canonical_address_sql("email")) for table in tables)
     with connection.cursor() as cursor:
-        cursor.execute(_WHOSE, parameters)
+        cursor.execute(_WHOSE.replace("{rows}", rows), parameters)
         found = cursor.fetchone()
     return str(found[0]) if found else None
 

@@ -3,7 +3,7 @@
 from crm.models.conflict_resolution import ConflictResolution
 from crm.models.contacts import CRMContact, CRMInteraction, CRMStageHistory
 from crm.models.ledger import BackfillBatch, BackfillRun, LedgerEntry
-from crm.models.legacy import Lead, Profile, User
+from crm.models.legacy import Lead, Profile, TaxIntakeLead, User
 from crm.models.rollback import Rollback
 from crm.models.transaction import CommittedTransaction
 from crm.models.update import ContactUpdate
@@ -21,5 +21,6 @@ __all__ = [
     "LedgerEntry",
     "Profile",
     "Rollback",
+    "TaxIntakeLead",
     "User",
 ]

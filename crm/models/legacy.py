@@ -1,8 +1,9 @@
-"""The application's tables `users`, `profiles` and `leads`. Prisma owns them; this project only reads them.
+"""The application's tables `users`, `profiles`, `leads` and `tax_intake_leads`. Prisma owns them; they are only read.
 
 The models have the columns that the backfill and the admin need and that every generation has. Excluded on purpose are
-the secret columns (`ssn`, `dateOfBirth`, `address`, `bankDetails`, `hashedPassword`), so that no query can fetch them
-by accident, and `profiles.clerkUserId`, which exists only in 2025_10 and is read by `crm.backfill.read.source`.
+the secret columns (`ssn`, `dateOfBirth`, `address`, `bankDetails`, `hashedPassword`, and the form, address and notes of
+an intake), so that no query can fetch them by accident, and the columns that only some generations have, which
+`crm.backfill.read.source` reads where they exist.
 """
 
 from __future__ import annotations
@@ -118,3 +119,22 @@ class Lead(ReadOnlyModel):
 
     def __str__(self) -> str:
         return f"leads:{self.pk}"
+
+
+class TaxIntakeLead(ReadOnlyModel):
+    """What a person entered in the tax form. Some databases lack the table."""
+
+    id = models.TextField(primary_key=True)
+    first_name = models.TextField()
+    last_name = models.TextField()
+    email = models.TextField()
+    phone = models.TextField()
+    created_at = TimestampField()
+    updated_at = TimestampField()
+
+    class Meta:
+        managed = False
+        db_table = "tax_intake_leads"
+
+    def __str__(self) -> str:
+        return f"tax_intake_leads:{self.pk}"

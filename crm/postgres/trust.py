@@ -48,7 +48,10 @@ from crm.errors import OperatorError
 #: What to set before anything is asked: then no other schema has a say.
 SAFE_SEARCH_PATH = "pg_catalog, pg_temp"
 
-_APPLICATION = ("users", "profiles", "leads", "crm_contacts", "crm_stage_history", "crm_interactions")
+_APPLICATION = (
+    *("users", "profiles", "leads", "tax_intake_leads"),
+    *("crm_contacts", "crm_stage_history", "crm_interactions"),
+)
 #: The tables of the application that are written.
 _WRITTEN = ("crm_contacts", "crm_stage_history")
 

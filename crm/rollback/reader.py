@@ -49,10 +49,7 @@ SELECT change.id, change.former, change.from_type, change.from_stage, change.to_
 """
 _UPDATES = f"{_CHANGES} WHERE change.run_id = %s AND change.contact_id = ANY(%s) ORDER BY change.id DESC"
 _UPDATES_IN = f"{_CHANGES} WHERE change.contact_id = ANY(%s) ORDER BY change.id"
-_LABELS = {
-    name: f'SELECT id, "{table.label_column}"::text FROM {name} WHERE id = ANY(%s)'
-    for name, table in SOURCE_TABLES.items()
-}
+_LABELS = "SELECT id, {label}::text FROM {table} r WHERE id = ANY(%s)"
 
 # A column that the backfill does not write has its default unless it was written elsewhere. Non-constant defaults are
 # excluded because they cannot be compared later, and generated columns because they cannot be written.
@@ -127,6 +124,10 @@ class Reader:
         """Return the changes of all runs in these contacts, in the order in which they were made."""
         return [record.entry for record in self._records(_UPDATES_IN, contact_ids)] if contact_ids else []
 
+    def updates_after_run(self, contact_ids: Sequence[str]) -> list[Entry]:
+        """Return the changes by later runs to these contacts."""
+        return [entry for entry in self.updates_in(contact_ids) if entry.run_id > self.run.pk]
+
     def _records(self, query: str, *parameters: Any) -> list[UpdateRecord]:
         found = []
         for values in self._rows(query, *parameters):
@@ -151,7 +152,8 @@ class Reader:
     def _sources_now(self, entries: Sequence[Entry]) -> dict[str, str]:
         """Return the current source of each entry's row by entry id: a lead that converted has changed its source."""
         found: dict[str, str] = {}
-        for table, query in _LABELS.items():
+        for table in self.facts.tables:
+            query = _LABELS.format(label=SOURCE_TABLES[table].label_sql(self.facts.missing), table=table)
             ids = {entry.source_id: entry.id for entry in entries if Source(entry.source).table == table}
             for source_id, label in self._rows(query, list(ids)) if ids else ():
                 if (source := self.facts.source_of(table, label)) is not None:
@@ -172,6 +174,8 @@ class Reader:
             by_source.setdefault(Source(entry.source), []).append(entry.source_id)
         found: dict[str, SourceRow] = {}
         for source, source_ids in by_source.items():
+            if source not in self.facts.sources:
+                continue
             repeated = set(self.facts.repeated_ids.get(source.table, ())) & set(source_ids)
             read = partial(self._source_rows, source)
             rows, unreadable = read_apart(self.connection, [key for key in source_ids if key not in repeated], read)
@@ -189,7 +193,7 @@ class Reader:
             account_changed=_ACCOUNT_CHANGED if sees_changes else "false",
             columns=table.columns(self.facts.missing),
             table=table.name,
-            join=table.join.format(more=', "updatedAt" AS changed_at' if sees_changes else ""),
+            join=table.join(self.facts.missing, ', "updatedAt" AS changed_at' if sees_changes else ""),
         )
         found = self._rows(query, ids=list(source_ids), started_at=self.run.started_at)
         rows: list[RawRow] = [table.row._make(values) for *values, _ in found]

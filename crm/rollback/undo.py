@@ -47,7 +47,9 @@ from crm.rules.reverting import (
     confidence_of,
     differs_from_merge,
     edited_columns,
+    is_expired,
     is_unchanged,
+    is_written_over,
     maps_to_nothing,
     merges_that_miss,
     mismatch_reason,
@@ -185,11 +187,17 @@ def assess(page: Page, reader: Reader, restored: Mapping[str, Restored] | None =
     rows = page.rows_of(wanted)
     rows |= reader.source_rows(entry for entry in wanted.values() if entry.id not in rows)
 
+    # Merges with a source row are compared with it; for those of expired intakes, updates show what was overwritten.
+    expired = {entry.contact_id for entry in foreign if is_expired(entry, rows)}
+    over = _by_contact(entry for entry in reader.updates_in(sorted(expired)) if entry not in gone)
     for entry in created:
         _assess_created(entry, contacts.get(entry.id), assessed, rows, reader.other_rules)
     for entry in foreign:
         creator = their_creators.get(entry.contact_id)
-        _assess_merged(entry, contacts.get(entry.contact_id), creator, assessed, rows, reader.other_rules)
+        stands = is_expired(entry, rows) and not is_written_over(entry, over.get(entry.contact_id, ()))
+        _assess_merged(
+            entry, contacts.get(entry.contact_id), creator, assessed, rows, reader.other_rules, stands=stands
+        )
     for contact_id, reversal in assessed.reversals.items():
         others = [merge for merge in assessed.merges[contact_id] if merge.run_id != run_id]
         reversal.later_merges = merges_that_miss(contacts[contact_id], reversal.before, others, rows)
@@ -219,7 +227,10 @@ def assess_changes(records: Sequence[UpdateRecord], reader: Reader) -> AssessedU
     contact_ids = sorted({record.entry.contact_id for record in records})
     merges = reader.merges_into(contact_ids)
     rows = reader.source_rows([*merges, *(entry for record in records for entry in record.entries)])
-    return assess_updates(records, reader.contacts(contact_ids), _by_contact(merges), rows, reader.other_rules)
+    expired = sorted({record.entry.contact_id for record in records if is_expired(record.entry, rows)})
+    later = reader.updates_after_run(expired)
+    contacts = reader.contacts(contact_ids)
+    return assess_updates(records, contacts, _by_contact(merges), _by_contact(later), rows, reader.other_rules)
 
 
 def _assess_created(
@@ -246,14 +257,17 @@ def _assess_merged(
     assessed: Assessed,
     rows: Rows,
     other_rules: OtherRules,
+    *,
+    stands: bool,
 ) -> None:
+    """Assess a merge. `stands` is whether it can be reversed although its source row is missing."""
     if contact is None:
         assessed.assessments.append(Assessment(entry, Status.KEPT, KeepReason.DELETED))
     elif (marker := _marker_of(entry, creator)) and contact.values.updated_at != marker:
         assessed.assessments.append(Assessment(entry, Status.KEPT, KeepReason.EDITED, _named(["updated_at"])))
     elif not entry.filled:
         assessed.assessments.append(Assessment(entry, Status.REVERSED))
-    elif not is_unchanged(entry, rows):
+    elif not stands and not is_unchanged(entry, rows):
         assessed.assessments.append(Assessment(entry, Status.KEPT, KeepReason.SOURCE_CHANGED))
     elif differing := differs_from_merge(contact, entry, rows, assessed.merges.get(contact.values.id, ())):
         by_other_rules = other_rules.of([entry.run_id]) is not None

@@ -22,7 +22,9 @@ from crm.rules.reverting import (
     before_merge,
     columns_of,
     differs_from_merge,
+    is_expired,
     is_unchanged,
+    is_written_over,
     merges_that_miss,
     mismatch_reason,
 )
@@ -98,12 +100,14 @@ def assess_updates(
     records: Sequence[UpdateRecord],
     contacts: Mapping[str, ContactSnapshot],
     merges: Mapping[str, list[Entry]],
+    later: Mapping[str, list[Entry]],
     rows: Rows,
     other_rules: OtherRules,
 ) -> AssessedUpdates:
     """Assess changes. Those of one contact must be ordered with the last one first.
 
-    `merges` are the merged entries by contact id; `rows` are the source rows by entry id.
+    `merges` are the merged entries by contact id; `rows` are the source rows by entry id. `later` are the changes by
+    later runs to the contacts whose row is missing: without the row, they show whether its change was overwritten.
     """
     assessed = AssessedUpdates()
     for record in records:
@@ -113,8 +117,8 @@ def assess_updates(
             continue
         restored = assessed.restored.get(contact.values.id) or Restored(contact.version, contact.values)
         stands = ContactSnapshot(restored.values, contact.version)
-        theirs = merges.get(contact.values.id, ())
-        if reason := _keep(record, stands, rows, theirs, other_rules):
+        theirs, over = merges.get(contact.values.id, ()), later.get(contact.values.id, ())
+        if reason := _keep(record, stands, rows, theirs, over, other_rules):
             assessed.assessments.append(reason)
             continue
         assessed.restored[contact.values.id] = restored
@@ -124,11 +128,17 @@ def assess_updates(
 
 
 def _keep(
-    record: UpdateRecord, contact: ContactSnapshot, rows: Rows, merges: Iterable[Entry], other_rules: OtherRules
+    record: UpdateRecord,
+    contact: ContactSnapshot,
+    rows: Rows,
+    merges: Iterable[Entry],
+    later: Iterable[Entry],
+    other_rules: OtherRules,
 ) -> Assessment | None:
     if contact.values.updated_at != record.entry.contact_updated_at:
         return Assessment(record.entry, Status.KEPT, KeepReason.EDITED, "updatedAt")
-    if not is_unchanged(record.entry, rows) or record.before(rows) is None:
+    stands = is_expired(record.entry, rows) and not is_written_over(record.entry, later)
+    if not (stands or is_unchanged(record.entry, rows)) or record.before(rows) is None:
         return Assessment(record.entry, Status.KEPT, KeepReason.SOURCE_CHANGED)
     if differing := differs_from_merge(contact, record.entry, rows, merges):
         by_other_rules = other_rules.of([record.entry.run_id]) is not None

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from crm.outcome import Outcome, Source, UpdateOutcome
 
-_LEAD_SOURCES = frozenset(Source.of_table("leads"))
+_TABLES = {source.value: source.table for source in Source}
 
 
 class Entry(NamedTuple):
@@ -33,7 +33,7 @@ class Entry(NamedTuple):
     @property
     def table(self) -> str:
         """The application's table that the row is in."""
-        return "leads" if self.source in _LEAD_SOURCES else "profiles"
+        return _TABLES.get(self.source, "profiles")
 
     @property
     def row(self) -> str:

@@ -18,14 +18,12 @@ from django.core.validators import validate_email
 
 from crm.outcome import Reason, Refusal, Source
 from crm.rules.addresses import canonical_address, hides_something, literal, trimmed_address
-from crm.rules.source_rows import LeadRow, ProfileRow, RawRow
-
-#: What Python's str.strip() takes away, for PostgreSQL's btrim(): both must see the same text.
-WHITE_SPACE = "".join(character for character in map(chr, range(0x3001)) if character.isspace())
+from crm.rules.source_rows import WHITE_SPACE, IntakeRow, LeadRow, ProfileRow, RawRow
 
 UNKNOWN_NAME = "Unknown"
 PROFILE_ORIGIN = "backfill"
 LEAD_ORIGIN = "lead_form"
+INTAKE_ORIGIN = "tax_intake_form"
 FULL_CONFIDENCE = 100
 
 #: The five nullable fields of an attribution; with the confidence they are one unit. It is there if it names a
@@ -49,6 +47,17 @@ MAX_SECOND_DIGITS = 6
 SOURCE_OF_ROLE = {"CLIENT": Source.CLIENTS, "TAX_PREPARER": Source.PREPARERS, "AFFILIATE": Source.AFFILIATES}
 EXCLUDED_ROLES = {"SUPER_ADMIN": "super_admin", "ADMIN": "admin", "LEAD": "lead"}
 DISQUALIFIED = "disqualified"
+UNQUALIFIED = "unqualified"
+#: By kind of intake (`crm.rules.source_rows`): its source, and the status of leads with the same stage.
+KINDS_OF_INTAKES = {
+    "open": (Source.OPEN_INTAKES, "NEW"),
+    "converted": (Source.CONVERTED_INTAKES, "CONVERTED"),
+    UNQUALIFIED: (Source.OPEN_INTAKES, "DISQUALIFIED"),
+    "unqualified_client": (Source.CONVERTED_INTAKES, "DISQUALIFIED"),
+}
+#: The confidence of a referrer whom the application found by a person's address or phone.
+CONFIDENCE_OF_METHOD = {"email_match": 90, "phone_match": 85}
+OWN_COUNTRY = "+1"
 CONTACT_TYPE_OF_SOURCE = {Source.CLIENTS: "CLIENT", Source.PREPARERS: "PREPARER", Source.AFFILIATES: "AFFILIATE"}
 CONTACT_TYPE_OF_LEAD_TYPE = {"CUSTOMER": "LEAD", "TAX_PREPARER": "PREPARER", "AFFILIATE": "AFFILIATE"}
 CONVERTED_CONTACT_TYPE = "CLIENT"
@@ -114,6 +123,8 @@ class MappedRow(NamedTuple):
     rejection: Reason | None
     resolution: Resolution | None = None
     refusal: Refusal | None = None
+    #: The profile whose contact is the row's, if the row names one.
+    profile_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -374,6 +385,85 @@ def lead_mapper(source: Source, rules: Rules) -> Callable[[LeadRow], MappedRow]:
     return mapped
 
 
+def intake_mapper(source: Source, rules: Rules) -> Callable[[IntakeRow], MappedRow]:
+    """Return the mapping of one source of intakes."""
+    is_converted = source is Source.CONVERTED_INTAKES
+    contact_type = CONVERTED_CONTACT_TYPE if is_converted else CONTACT_TYPE_OF_LEAD_TYPE["CUSTOMER"]
+    new, contacted = rules.stages["NEW"], rules.stages["CONTACTED"]
+    converted, lost = rules.stage_of("CONVERTED"), rules.stage_of("DISQUALIFIED")
+
+    def stage(row: IntakeRow, created_at: str, updated_at: str) -> tuple[str | None, str]:
+        if row.unqualified:
+            return lost, row.unqualified_at or updated_at
+        if is_converted:
+            return converted, row.converted_at or updated_at
+        return (contacted, row.last_contacted_at) if row.last_contacted_at else (new, created_at)
+
+    def mapped(row: IntakeRow) -> MappedRow:
+        email = normalised_email(row.email) if row.email is not None else None
+        if email is None or row.email is None:
+            return _rejected("tax_intake_leads", row, Reason.INVALID_EMAIL)
+        created_at, updated_at = row.created_at, row.updated_at
+        required = {"created_at": created_at, "updated_at": updated_at}
+        optional = {
+            "lastContactedAt": row.last_contacted_at,
+            "convertedAt": row.converted_at if is_converted else None,
+            "unqualifiedAt": row.unqualified_at if row.unqualified else None,
+        }
+        if (
+            created_at is None
+            or updated_at is None
+            or any(map(_is_no_moment, filter(None, (*required.values(), *optional.values()))))
+        ):
+            return _rejected("tax_intake_leads", row, *_fault(required, optional))
+        reached, entered = stage(row, created_at, updated_at)
+        if reached is None:
+            return _rejected("tax_intake_leads", row, Reason.UNKNOWN_STATUS)
+        identifier = contact_id("tax_intake_leads", row.id)
+        assigned = row.assigned_preparer_id if row.assigned_preparer_id and row.assigned_preparer_id.strip() else None
+        referrer = row.referrer_username if trimmed(row.referrer_username) else None
+        method = row.attribution_method if referrer else None
+        draft = ContactDraft(
+            identifier,
+            None,
+            None,
+            contact_type,
+            trimmed(row.first_name) or UNKNOWN_NAME,
+            trimmed(row.last_name) or UNKNOWN_NAME,
+            email,
+            _phone(row),
+            None,
+            reached,
+            entered,
+            INTAKE_ORIGIN,
+            assigned,
+            updated_at if assigned else None,
+            referrer,
+            row.referrer_type if referrer else None,
+            None,
+            None,
+            method,
+            CONFIDENCE_OF_METHOD.get(method or "", FULL_CONFIDENCE),
+            created_at,
+            updated_at,
+            row.last_contacted_at,
+        )
+        profile_id = row.profile_id or None
+        return MappedRow(
+            identifier, row.id, updated_at, row.known_reason, row.email, draft, None, profile_id=profile_id
+        )
+
+    return mapped
+
+
+def _phone(row: IntakeRow) -> str | None:
+    """Return the phone number, with the code of another country, which the form stores apart, in front."""
+    phone, country = trimmed(row.phone), trimmed(row.country_code)
+    if phone is None or country in (None, OWN_COUNTRY) or "+" in phone:
+        return phone
+    return f"{country} {phone}"
+
+
 def unmapped(table: str, source_id: str, known_reason: str | None, reason: Reason, refusal: Refusal) -> MappedRow:
     """A row of which nothing but the id can be told, and why."""
     return MappedRow(contact_id(table, source_id), source_id, None, known_reason, None, None, reason, None, refusal)
@@ -382,6 +472,7 @@ def unmapped(table: str, source_id: str, known_reason: str | None, reason: Reaso
 _MAPPERS: Mapping[str, Callable[[Source, Rules], Callable[[Any], MappedRow]]] = {
     "profiles": profile_mapper,
     "leads": lead_mapper,
+    "tax_intake_leads": intake_mapper,
 }
 
 

@@ -116,11 +116,18 @@ class ProfileOfAddress(NamedTuple):
 class ExistingContacts:
     """The contacts that a batch may meet, by each key of identity."""
 
-    def __init__(self, contacts: Iterable[ExistingContact] = (), profiles: Iterable[ProfileOfAddress] = ()) -> None:
+    def __init__(
+        self,
+        contacts: Iterable[ExistingContact] = (),
+        profiles: Iterable[ProfileOfAddress] = (),
+        contacts_of_profiles: Mapping[str, str] | None = None,
+    ) -> None:
         """Take contacts ordered by creation: of several spellings of one address, the oldest comes first.
 
-        `profiles` are those whose users have an address of the batch's rows.
+        `profiles` are those whose users have an address of the batch's rows; `contacts_of_profiles` are the contacts of
+        the settled profiles that rows name, by profile id.
         """
+        self._contacts_of_profiles = contacts_of_profiles or {}
         self._by_id: dict[str, ExistingContact] = {}
         self._by_user: dict[str, ExistingContact] = {}
         self._by_clerk: dict[str, ExistingContact] = {}
@@ -166,8 +173,13 @@ class ExistingContacts:
         """The contacts."""
         return iter(self._by_id.values())
 
-    def find(self, draft: ContactDraft) -> ExistingContact | None:
-        """The contact that the draft's person has, or None. Raises Conflict when its keys disagree."""
+    def find(self, draft: ContactDraft, profile_id: str | None = None) -> ExistingContact | None:
+        """The contact that the draft's person has, or None. Raises Conflict when its keys disagree.
+
+        If the row names a profile that has a contact, it is that contact.
+        """
+        if profile_id and (contact := self._by_id.get(self._contacts_of_profiles.get(profile_id, ""))):
+            return contact
         by_user = self._by_user.get(draft.user_id) if draft.user_id else None
         by_clerk = self._by_clerk.get(draft.clerk_user_id) if draft.clerk_user_id else None
         by_email = self._by_email.get(draft.email)
@@ -248,7 +260,9 @@ def decide(rows: Iterable[MappedRow], known: ExistingContacts) -> MatchPlan:
             plan.row_outcomes.append(_outcome_of(row, Outcome.ERROR, reason=row.rejection, refusal=row.refusal))
             continue
         try:
-            contact = known.find_resolved(draft, row.resolution) if row.resolution else known.find(draft)
+            contact = (
+                known.find_resolved(draft, row.resolution) if row.resolution else known.find(draft, row.profile_id)
+            )
         except Conflict as conflict:
             row_outcome = _outcome_of(row, Outcome.ERROR, reason=conflict.reason, contact_id=conflict.contact_id)
             plan.row_outcomes.append(row_outcome._replace(identity_keys=conflict.identity_keys))
@@ -277,7 +291,7 @@ def decide(rows: Iterable[MappedRow], known: ExistingContacts) -> MatchPlan:
 def fill(contact: ExistingContact, draft: ContactDraft) -> tuple[str, ...]:
     """Fill what is missing in the contact from a draft of its person; what was filled, by field or unit.
 
-    The identity keys come from profiles alone, attribution and assignment from leads alone: the other kind has none.
+    The identity keys come from profiles alone, attribution and assignment from leads and intakes: the others have none.
     """
     filled: dict[str, Any] = {}
     names: list[str] = []

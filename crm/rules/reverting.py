@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from crm.rules.entry import Entry
 from crm.rules.mapping import FULL_CONFIDENCE, ContactDraft, MappedRow
-from crm.rules.matching import ACCOUNTS, COMMISSION_UNIT, ExistingContact, fill
+from crm.rules.matching import ACCOUNTS, ASSIGNMENT_UNIT, COMMISSION_UNIT, ExistingContact, fill
 from crm.rules.snapshot import ContactSnapshot
 from crm.rules.updating import FIELDS_OF_CHANGE
 
@@ -106,6 +106,14 @@ def is_unchanged(entry: Entry, rows: Rows) -> bool:
     return row is not None and row.mapped.draft is not None and row.mapped.updated_at == entry.source_updated_at
 
 
+def is_expired(entry: Entry, rows: Rows) -> bool:
+    """Return whether the source row of an entry is an intake that the application deleted, as it does when one expires.
+
+    What it wrote can still be reversed, unless the contact was modified or a later row wrote the same columns.
+    """
+    return entry.table == "tax_intake_leads" and entry.id not in rows
+
+
 def maps_to_nothing(entry: Entry, rows: Rows) -> bool:
     """Return whether the source row of an entry no longer maps to a contact, although its `updatedAt` is unchanged."""
     row = rows.get(entry.id)
@@ -145,6 +153,12 @@ def _would_fill(contact: ContactSnapshot, emptied: set[str], row: SourceRow) -> 
     return row.mapped.draft is not None and not emptied.isdisjoint(_columns_of(fill(known, row.mapped.draft)))
 
 
+def is_written_over(entry: Entry, later: Iterable[Entry]) -> bool:
+    """Return whether one of the later entries wrote a column of this one."""
+    columns = set(columns_of(entry))
+    return any(not columns.isdisjoint(columns_of(other)) for other in later)
+
+
 def _columns_of(filled: Iterable[str]) -> tuple[str, ...]:
     return tuple(column for name in filled for column in FIELDS_OF_CHANGE[name])
 
@@ -182,9 +196,20 @@ def _possible_values(entry: Entry, columns: Iterable[str], rows: Rows) -> dict[s
     if row.mapped.resolution is not None:
         # The resolution leaves an account with the contact that had it.
         values |= {column: (getattr(draft, column), None) for column in ACCOUNTS if column in values}
-    if draft.assigned_preparer_id is not None and "assigned_preparer_id" in values:
+    if may_name_another_preparer(entry, draft):
+        values |= {column: None for column in ASSIGNMENT_UNIT if column in values}
+    elif draft.assigned_preparer_id is not None and "assigned_preparer_id" in values:
         values["assigned_preparer_id"] = (draft.assigned_preparer_id, row.raw_preparer)
     return values
+
+
+def may_name_another_preparer(entry: Entry, draft: ContactDraft) -> bool:
+    """Return whether an intake names a preparer now and did not when the entry was written, or vice versa.
+
+    The row can be unchanged: the latest of a person's intakes has the assignment, and others are added or expire.
+    """
+    names_one = draft.assigned_preparer_id is not None
+    return entry.table == "tax_intake_leads" and names_one != ("assignment" in entry.filled)
 
 
 def _differences(contact: ContactSnapshot, written: Mapping[str, tuple[Any, ...] | None]) -> list[str]:

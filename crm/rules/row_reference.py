@@ -1,13 +1,16 @@
-"""A source row by its name: `profiles:<id>` or `leads:<id>`."""
+"""A source row by its name: its table and its id, such as `profiles:<id>`."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 from crm.errors import OperatorError
+from crm.outcome import Source
 from crm.rules.mapping import contact_id
+from crm.rules.source_rows import SOURCE_TABLES
 
-_TABLES = ("profiles", "leads")
+#: The forms of a row's name, for messages.
+FORMS = " or ".join(f"{table}:<id>" for table in SOURCE_TABLES)
 
 
 class RowReference(NamedTuple):
@@ -18,10 +21,10 @@ class RowReference(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> RowReference:
-        """The row that `profiles:<id>` or `leads:<id>` names. Raises OperatorError for anything else."""
+        """Return the row with this name. Raises OperatorError for anything else."""
         table, _, source_id = text.partition(":")
-        if table not in _TABLES or not source_id:
-            raise OperatorError("That names no row: write profiles:<id> or leads:<id>, as the reports do.")
+        if table not in SOURCE_TABLES or not source_id:
+            raise OperatorError(f"That names no row: write {FORMS}, as the reports do.")
         return cls(table, source_id)
 
     def __str__(self) -> str:
@@ -31,3 +34,14 @@ class RowReference(NamedTuple):
     def entry_id(self) -> str:
         """The key of the row's entry in the ledger, and of the contact that it makes."""
         return contact_id(self.table, self.source_id)
+
+
+def table_sql(alias: str) -> str:
+    """Return the SQL of the table of the source row of an entry or update `alias`."""
+    cases = [f"WHEN '{source}' THEN '{source.table}'" for source in Source if source.table != "profiles"]
+    return f"CASE {alias}.source {' '.join(cases)} ELSE 'profiles' END"
+
+
+def reference_sql(alias: str) -> str:
+    """Return the SQL of the name of the source row of an entry or update `alias`."""
+    return f"({table_sql(alias)} || ':' || {alias}.source_id)"

@@ -6,10 +6,14 @@ values that the rules map, and the columns that a database must have all follow 
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, NamedTuple, get_type_hints
+
+#: What Python's str.strip() takes away, for PostgreSQL's btrim(): both must see the same text. And as its literal.
+WHITE_SPACE = "".join(character for character in map(chr, range(0x3001)) if character.isspace())
+_WHITE_SPACE = "E'" + "".join(f"\\u{ord(character):04x}" for character in WHITE_SPACE) + "'"
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,14 @@ class Own:
     column: str
     is_optional: bool = False
     is_long: bool = False
+    type: str = "text"
+
+
+@dataclass(frozen=True)
+class Label:
+    """A label that several columns determine: an SQL expression with their names in braces."""
+
+    expression: str
 
 
 @dataclass(frozen=True)
@@ -82,25 +94,62 @@ class LeadRow(NamedTuple):
     assigned_preparer_id: Annotated[str | None, Joined('COALESCE(p.id, r."assignedPreparerId")')]
 
 
-RawRow = ProfileRow | LeadRow
+_KIND_OF_INTAKE = """CASE WHEN {unqualified} IS TRUE AND {convertedToClient} IS TRUE THEN 'unqualified_client'
+      WHEN {unqualified} IS TRUE THEN 'unqualified' WHEN {convertedToClient} IS TRUE THEN 'converted' ELSE 'open' END"""
+
+
+class IntakeRow(NamedTuple):
+    """What a person entered in the tax form. The preparer is resolved as a lead's; NULLs as in a profile.
+
+    `assigned_preparer_id` is None if a later intake of the person names a preparer.
+    """
+
+    id: Annotated[str, Own("id")]
+    created_at: Annotated[str | None, Own("created_at")]
+    updated_at: Annotated[str | None, Own("updated_at")]
+    known_reason: Annotated[str | None, KnownReason()]
+    kind: Annotated[str, Label(_KIND_OF_INTAKE)]
+    email: Annotated[str | None, Own("email", is_long=True)]
+    first_name: Annotated[str | None, Own("first_name", is_long=True)]
+    last_name: Annotated[str | None, Own("last_name", is_long=True)]
+    phone: Annotated[str | None, Own("phone", is_long=True)]
+    country_code: Annotated[str | None, Own("country_code", is_optional=True, is_long=True)]
+    last_contacted_at: Annotated[str | None, Own("lastContactedAt", is_optional=True, type="timestamp")]
+    converted_to_client: Annotated[bool | None, Own("convertedToClient", is_optional=True, type="boolean")]
+    converted_at: Annotated[str | None, Own("convertedAt", is_optional=True, type="timestamp")]
+    unqualified: Annotated[bool | None, Own("unqualified", is_optional=True, type="boolean")]
+    unqualified_at: Annotated[str | None, Own("unqualifiedAt", is_optional=True, type="timestamp")]
+    referrer_username: Annotated[str | None, Own("referrerUsername", is_optional=True, is_long=True)]
+    referrer_type: Annotated[str | None, Own("referrerType", is_optional=True, is_long=True)]
+    attribution_method: Annotated[str | None, Own("attributionMethod", is_optional=True, is_long=True)]
+    profile_id: Annotated[str | None, Own("profileId", is_optional=True, is_long=True)]
+    raw_assigned_preparer_id: Annotated[str | None, Own("assignedPreparerId", is_optional=True, is_long=True)]
+    assigned_preparer_id: Annotated[
+        str | None, Joined('CASE WHEN later.is_there IS NULL THEN COALESCE(p.id, r."assignedPreparerId") END')
+    ]
+
+
+RawRow = ProfileRow | LeadRow | IntakeRow
 
 
 @dataclass(frozen=True)
 class SourceTable:
     """A table of the application whose rows make contacts.
 
-    `label` is the field that decides which source a row is of, `join` what a row `r` is joined to, with `{more}` for
-    further columns of that. Where `is_sorted_by_creation`, a reader goes by that moment and the id, else by the id.
+    `label` is the field that decides which source a row is of, `joining` makes what a row `r` is joined to (`join`).
+    Where `is_sorted_by_creation`, a reader goes by that moment and the id, else by the id. A table that `is_optional`
+    is not in every database.
     """
 
     name: str
-    row: type[ProfileRow | LeadRow]
+    row: type[ProfileRow | LeadRow | IntakeRow]
     label: str
-    join: str
+    joining: Callable[[Container[str]], str]
     is_sorted_by_creation: bool = False
+    is_optional: bool = False
 
     @cached_property
-    def fields(self) -> dict[str, Own | Joined | KnownReason]:
+    def fields(self) -> dict[str, Own | Label | Joined | KnownReason]:
         """Where the fields of a row come from, in their order."""
         hints = get_type_hints(self.row, include_extras=True)
         return {name: hints[name].__metadata__[0] for name in self.row._fields}
@@ -121,14 +170,36 @@ class SourceTable:
         return tuple(own.column for own in self.own.values() if own.is_optional)
 
     @property
-    def label_column(self) -> str:
-        """The column of the label."""
-        return self.own[self.label].column
+    def label_column(self) -> str | None:
+        """The column of the label; None where several make it."""
+        origin = self.fields[self.label]
+        return origin.column if isinstance(origin, Own) else None
+
+    def label_sql(self, missing: Container[str]) -> str:
+        """The label of a row `r` of the table itself. `missing` is as in `columns`."""
+        origin = self.fields[self.label]
+        return _label(origin, self._columns(missing)) if isinstance(origin, Label) else f'r."{self.label_column}"'
+
+    @property
+    def updated_at(self) -> str:
+        """When a row `r` was written last."""
+        return f'r."{self.own["updated_at"].column}"'
 
     def label_of(self, row: RawRow) -> str | None:
         """The row's label."""
         label: str | None = getattr(row, self.label)
         return label
+
+    def join(self, missing: Container[str], more: str = "") -> str:
+        """What a row `r` is joined to, with further columns `more` of the user or the preparer there."""
+        return self.joining(missing).format(more=more)
+
+    def _columns(self, missing: Container[str]) -> dict[str, str]:
+        """The SQL of the table's own columns of a row `r`, by their name."""
+        return {
+            own.column: f"NULL::{own.type}" if f"{self.name}.{own.column}" in missing else f'r."{own.column}"'
+            for own in self.own.values()
+        }
 
     def columns(self, missing: Container[str], known_reason: str = "NULL::text") -> str:
         """The SELECT list of the table's own columns, of a row `r`: what `values` is selected from.
@@ -136,31 +207,37 @@ class SourceTable:
         By name and never r.*: the role of the backfill may not read the secret ones. `missing` are the columns that
         the database lacks, as `<table>.<column>`.
         """
-        names = [own.column for own in self.own.values()]
-        own = (f'NULL::text AS "{name}"' if f"{self.name}.{name}" in missing else f'r."{name}"' for name in names)
+        own = (f'{sql} AS "{name}"' if sql.startswith("NULL") else sql for name, sql in self._columns(missing).items())
         return f"{', '.join(own)}, {known_reason} AS known_reason"
 
     @property
     def values(self) -> str:
         """The SELECT list of the values of a row in the order of its fields: of the `columns` of `r`, and of `join`."""
-        return ", ".join(_value(origin) for origin in self.fields.values())
+        return ", ".join(self._value(origin) for origin in self.fields.values())
 
     @property
     def long_values(self) -> list[str]:
         """Those of them that are texts of any length."""
         return [
-            _value(origin) for origin in self.fields.values() if not isinstance(origin, KnownReason) and origin.is_long
+            self._value(origin)
+            for origin in self.fields.values()
+            if isinstance(origin, Own | Joined) and origin.is_long
         ]
 
+    def _value(self, origin: Own | Label | Joined | KnownReason) -> str:
+        match origin:
+            case Own(column):
+                return f'r."{column}"'
+            case Joined(expression):
+                return expression
+            case Label():
+                return _label(origin, self._columns(()))
+            case _:
+                return "r.known_reason"
 
-def _value(origin: Own | Joined | KnownReason) -> str:
-    match origin:
-        case Own(column):
-            return f'r."{column}"'
-        case Joined(expression):
-            return expression
-        case _:
-            return "r.known_reason"
+
+def _label(label: Label, columns: Mapping[str, str]) -> str:
+    return f"({label.expression.format_map(columns)})"
 
 
 _USER = """
@@ -172,10 +249,35 @@ _PREPARER = """
           ORDER BY id <> r."assignedPreparerId" LIMIT 1
        ) p ON r."assignedPreparerId" IS NOT NULL"""
 
+# An index probe each. What comes besides the key is opaque to the planner: it would walk along another index for it.
+_LATER = """
+       LEFT JOIN LATERAL (
+         SELECT true AS is_there WHERE btrim(r."assignedPreparerId", {white_space}) <> '' AND ({by_each_key})
+       ) later ON true"""
+_LATER_BY = """(
+           SELECT true FROM tax_intake_leads other WHERE other."{key}" = r."{key}" AND CASE
+             WHEN (other.created_at, other.id) > (r.created_at, r.id)
+              AND btrim(other."assignedPreparerId", {white_space}) <> '' THEN true ELSE false END LIMIT 1)"""
+_NO_LATER = """
+       CROSS JOIN (SELECT NULL::boolean AS is_there) later"""
+
+
+def _of_intake(missing: Container[str]) -> str:
+    """The preparer, and whether a later intake of the person names one: by address as it is stored, or by profile."""
+    if "tax_intake_leads.assignedPreparerId" in missing:
+        return _PREPARER + _NO_LATER
+    keys = [key for key in ("email", "profileId") if f"tax_intake_leads.{key}" not in missing]
+    return _PREPARER + _LATER.format(
+        white_space=_WHITE_SPACE,
+        by_each_key=" OR ".join(_LATER_BY.format(key=key, white_space=_WHITE_SPACE) for key in keys),
+    )
+
+
 SOURCE_TABLES: Mapping[str, SourceTable] = {
     table.name: table
     for table in (
-        SourceTable("profiles", ProfileRow, "role", _USER),
-        SourceTable("leads", LeadRow, "status", _PREPARER, is_sorted_by_creation=True),
+        SourceTable("profiles", ProfileRow, "role", lambda _missing: _USER),
+        SourceTable("leads", LeadRow, "status", lambda _missing: _PREPARER, is_sorted_by_creation=True),
+        SourceTable("tax_intake_leads", IntakeRow, "kind", _of_intake, is_sorted_by_creation=True, is_optional=True),
     )
 }

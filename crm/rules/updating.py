@@ -26,6 +26,8 @@ from crm.rules.matching import ATTRIBUTION_PARTS, Conflict, ExistingContact, Exi
 from crm.rules.snapshot import ContactSnapshot
 
 LEAD = "LEAD"
+#: The sources of people who are not clients yet.
+_OF_LEADS = (Source.ACTIVE_LEADS, Source.OPEN_INTAKES)
 #: What a row's keys disagree in, and what PostgreSQL refused: kept under these names.
 IDENTITY, REFUSED = "identity", "refused"
 ATTRIBUTION, COMMISSION = ATTRIBUTION_PARTS
@@ -292,7 +294,7 @@ def _promoting(contact: RevisitedContact, speakers: Iterable[_Speaker]) -> _Spea
     """The row that promotes a contact which is a lead, although not all of its rows are there."""
     if contact.values.contact_type != LEAD:
         return None
-    return next((speaker for speaker in speakers if speaker.origin.source is not Source.ACTIVE_LEADS), None)
+    return next((speaker for speaker in speakers if speaker.origin.source not in _OF_LEADS), None)
 
 
 def _of_this_contact(
@@ -300,7 +302,7 @@ def _of_this_contact(
 ) -> ContactDraft | None:
     """The draft, without accounts that a resolution left to others; None where its keys name another contact by now."""
     try:
-        found = known.find_resolved(draft, row.resolution) if row.resolution else known.find(draft)
+        found = known.find_resolved(draft, row.resolution) if row.resolution else known.find(draft, row.profile_id)
     except Conflict:
         return None
     if found is not None and found.id != contact.values.id:
@@ -384,7 +386,7 @@ def _would_promote(
 ) -> bool:
     if name == STAGE:
         return _step(by_rows, contact, rules) > 0
-    if name == TYPE and looked.source is Source.ACTIVE_LEADS:
+    if name == TYPE and looked.source in _OF_LEADS:
         return False
     return bool(getattr(by_rows, name) != getattr(contact.values, name))
 

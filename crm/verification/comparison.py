@@ -32,7 +32,8 @@ from crm.postgres.facts.columns import COLUMN
 from crm.postgres.snapshot import PAGE
 from crm.rules.entry import Entry
 from crm.rules.mapping import ContactDraft, MappedRow
-from crm.rules.matching import ExistingContact, fill
+from crm.rules.matching import ASSIGNMENT_UNIT, ExistingContact, fill
+from crm.rules.reverting import may_name_another_preparer
 from crm.rules.snapshot import ContactSnapshot
 from crm.rules.updating import FIELDS_OF_CHANGE
 from crm.runs.other_rules import OtherRules
@@ -203,7 +204,9 @@ def _may_differ(entry: Entry, row: FoundRow | None, contact: ContactSnapshot, na
         is_resolved = row.mapped.resolution is not None and row.mapped.resolution.separate_email is not None
         of_address = row.mapped.draft is None or (name == "email" and not is_resolved)
         return row.other == CHANGED and of_address
-    # A lead can refer to its preparer by user: without the profile, the preparer is no longer known.
+    if row.mapped.draft and name in ASSIGNMENT_UNIT and may_name_another_preparer(entry, row.mapped.draft):
+        return True
+    # A row can refer to its preparer by user: without the profile, the preparer is no longer known.
     is_lost = row.other == NOT_THERE and not contact.preparer_is_there
     # The profile can exist and be linked to another user now.
     is_linked_otherwise = row.other == NOT_LINKED and contact.values.assigned_preparer_id is not None

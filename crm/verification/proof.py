@@ -16,17 +16,20 @@ from crm.postgres.facts.columns import ATTRIBUTION_COLUMNS
 from crm.postgres.facts.requirements import CONFIDENCE
 from crm.postgres.facts.schema import DatabaseFacts
 from crm.rules.mapping import (
+    CONFIDENCE_OF_METHOD,
     CONTACT_TYPE_OF_LEAD_TYPE,
     CONTACT_TYPE_OF_SOURCE,
     CONVERTED_CONTACT_TYPE,
     FULL_CONFIDENCE,
+    INTAKE_ORIGIN,
     LEAD_ORIGIN,
+    OWN_COUNTRY,
     PROFILE_ORIGIN,
     SOURCE_OF_ROLE,
     STAGES_OF_STATUS,
     UNKNOWN_NAME,
-    WHITE_SPACE,
 )
+from crm.rules.source_rows import SOURCE_TABLES, WHITE_SPACE
 
 # Accepts no address that `crm.rules.mapping` rejects. Quantifiers with bounds would make it a hundred times slower in
 # PostgreSQL. Instead, the parts before and after the @ are limited to a length at which no label can be too long.
@@ -108,6 +111,49 @@ _OF_LEAD = [
     'COALESCE(r."commissionRate" BETWEEN -1e9 AND 1e9, true)',
     _is_address("r.email"),
 ]
+_IS_REFERRED = _trimmed('r."referrerUsername"') + " IS NOT NULL"
+_OF_INTAKE = [
+    *(_is_moment(column) for column in ("r.created_at", "r.updated_at")),
+    *(
+        f"COALESCE({_is_moment(column)}, true)"
+        for column in ('r."lastContactedAt"', 'r."convertedAt"', 'r."unqualifiedAt"')
+    ),
+    _is("firstName", _or("r.first_name", "unknown_name")),
+    _is("lastName", _or("r.last_name", "unknown_name")),
+    # With the code of another country, Python puts the number together.
+    f"COALESCE({_trimmed('r.country_code')}, %(own_country)s) = %(own_country)s",
+    _is("phone", _trimmed("r.phone")),
+    *(
+        f'c."{name}" IS NULL'
+        for name in ("userId", "clerkUserId", "company", "commissionRate", "commissionRateLockedAt")
+    ),
+    """c."contactType"::text = CASE WHEN r."convertedToClient" IS TRUE
+                                   THEN %(converted_type)s ELSE %(lead_type)s END""",
+    """c.stage::text = CASE WHEN r.unqualified IS TRUE THEN %(lost)s WHEN r."convertedToClient" IS TRUE THEN %(closed)s
+                        WHEN r."lastContactedAt" IS NOT NULL THEN %(contacted)s ELSE %(new)s END""",
+    """c."stageEnteredAt" = CASE
+         WHEN r.unqualified IS TRUE THEN COALESCE(r."unqualifiedAt", r.updated_at)
+         WHEN r."convertedToClient" IS TRUE THEN COALESCE(r."convertedAt", r.updated_at)
+         ELSE COALESCE(r."lastContactedAt", r.created_at) END""",
+    "c.source = %(intake_origin)s",
+    # Where the person has another intake with a preparer, Python finds out whose counts.
+    """CASE WHEN r."assignedPreparerId" IS NULL THEN c."assignedPreparerId" IS NULL AND c."assignedAt" IS NULL
+            ELSE p.id = c."assignedPreparerId" AND c."assignedAt" = r.updated_at
+             AND btrim(p.id, %(white_space)s) <> '' END""",
+    "{no_others}",
+    *(
+        _is(name, f'CASE WHEN {_IS_REFERRED} THEN r."{name}" END')
+        for name in ("referrerUsername", "referrerType", "attributionMethod")
+    ),
+    f"""c."{CONFIDENCE}" = CASE WHEN {_IS_REFERRED}
+         THEN COALESCE((%(confidence_of_method)s::jsonb ->> r."attributionMethod")::int, %(full_confidence)s)
+         ELSE %(full_confidence)s END""",
+    _is("createdAt", "r.created_at"),
+    _is("lastContactedAt", 'r."lastContactedAt"'),
+    _is_address("r.email"),
+]
+_NO_OTHER = """NOT EXISTS (SELECT FROM tax_intake_leads o
+                        WHERE o."{key}" = r."{key}" AND o.id <> r.id AND o."assignedPreparerId" IS NOT NULL)"""
 _MADE = """
 SELECT c.id, c."updatedAt" IS DISTINCT FROM entry.source_updated_at::timestamp({second_digits}) AS touched
   FROM ledger_entry entry
@@ -133,6 +179,23 @@ _LEADS = _MADE.format(
     repeated="repeated_leads",
     conditions="\n   AND ".join(_OF_LEAD),
 )
+_INTAKES = _MADE.format(
+    second_digits="{second_digits}",
+    rows="""JOIN (SELECT {columns} FROM tax_intake_leads r) r ON r.id = entry.source_id
+  LEFT JOIN profiles p ON p.id = r."assignedPreparerId\"""",
+    sources="intake_sources",
+    repeated="repeated_intakes",
+    conditions="\n   AND ".join(_OF_INTAKE),
+)
+
+
+def _intakes(facts: DatabaseFacts) -> str:
+    """The query of the contacts that intakes made."""
+    keys = [key for key in ("email", "profileId") if f"tax_intake_leads.{key}" not in facts.missing]
+    names_preparers = "tax_intake_leads.assignedPreparerId" not in facts.missing
+    no_others = " AND ".join(_NO_OTHER.format(key=key) for key in keys) if names_preparers else "true"
+    columns = SOURCE_TABLES["tax_intake_leads"].columns(facts.missing)
+    return _INTAKES.replace("{columns}", columns).replace("{no_others}", no_others)
 
 
 def proven_contacts(facts: DatabaseFacts, resolved: Mapping[str, object]) -> tuple[str, dict[str, Any]]:
@@ -143,7 +206,8 @@ def proven_contacts(facts: DatabaseFacts, resolved: Mapping[str, object]) -> tup
     """
     rules = facts.rules()
     clerk_user_id = "NULL" if "profiles.clerkUserId" in facts.missing else "NULLIF(r.\"clerkUserId\", '')"
-    query = f"{_PROFILES} UNION ALL {_LEADS}".replace("{clerk_user_id}", clerk_user_id)
+    queries = [_PROFILES, _LEADS, *([_intakes(facts)] if "tax_intake_leads" in facts.tables else [])]
+    query = " UNION ALL ".join(queries).replace("{clerk_user_id}", clerk_user_id)
     query = query.replace("{second_digits}", str(facts.second_digits))
     return query, {
         "white_space": WHITE_SPACE,
@@ -161,6 +225,14 @@ def proven_contacts(facts: DatabaseFacts, resolved: Mapping[str, object]) -> tup
         "resolved": list(resolved),
         "repeated_profiles": list(facts.repeated_ids.get("profiles", ())),
         "repeated_leads": list(facts.repeated_ids.get("leads", ())),
+        "repeated_intakes": list(facts.repeated_ids.get("tax_intake_leads", ())),
+        "intake_sources": [source.value for source in Source.of_table("tax_intake_leads")],
+        "intake_origin": INTAKE_ORIGIN,
+        "own_country": OWN_COUNTRY,
+        "lead_type": CONTACT_TYPE_OF_LEAD_TYPE["CUSTOMER"],
+        "closed": rules.stage_of("CONVERTED"),
+        "lost": rules.stage_of("DISQUALIFIED"),
+        "confidence_of_method": json.dumps(CONFIDENCE_OF_METHOD),
         "converted": list(facts.statuses.get("CONVERTED", ())),
         "converted_type": CONVERTED_CONTACT_TYPE,
         "type_of_role": json.dumps(

@@ -16,15 +16,13 @@ from crm.outcome import Outcome, Source
 from crm.postgres.facts.schema import DatabaseFacts
 from crm.postgres.snapshot import stream
 from crm.rules.addresses import canonical_address_sql
-from crm.rules.mapping import contact_id_sql
+from crm.rules.mapping import UNQUALIFIED, contact_id_sql
+from crm.rules.row_reference import reference_sql
+from crm.rules.source_rows import SOURCE_TABLES
 from crm.runs.other_rules import OtherRules
 from crm.verification.findings import Check, Finding, Kind, unexplained
 
-TABLES = ("profiles", "leads")
-_LABEL = {"profiles": "role", "leads": "status"}
-
-_LEAD_SOURCES = ", ".join(f"'{source}'" for source in Source.of_table("leads"))
-_REFERENCE = f"CASE WHEN entry.source IN ({_LEAD_SOURCES}) THEN 'leads:' ELSE 'profiles:' END || entry.source_id"
+_REFERENCE = reference_sql("entry")
 
 _ENTRIES_BY_OUTCOME = """
 SELECT entry.outcome, count(*),
@@ -34,9 +32,10 @@ SELECT entry.outcome, count(*),
 """
 _ROWS_GONE = """
 SELECT entry.outcome, count(*) FROM ledger_entry entry
- WHERE entry.source = ANY(%s) AND NOT EXISTS (SELECT FROM {table} r WHERE r.id = entry.source_id)
+ WHERE entry.source = ANY(%s) AND NOT {row_is_there}
  GROUP BY 1
 """
+_ROW_IS_THERE = "EXISTS (SELECT FROM {table} r WHERE r.id = entry.source_id)"
 
 _MISSING_ENTRIES = """
 SELECT '{table}:' || r.id, c.id FROM {table} r JOIN crm_contacts c ON c.id = {derived}
@@ -59,11 +58,11 @@ SELECT {_REFERENCE}, entry.contact_id FROM ledger_entry entry
 """
 # Includes rows that matched a contact created elsewhere: an excluded row must not be read at all.
 _EXCLUDED_MIGRATED = """
-SELECT '{table}:' || r.id, c.id, r."updatedAt" IS DISTINCT FROM entry.source_updated_at, entry.run_id
+SELECT '{table}:' || r.id, c.id, {updated_at} IS DISTINCT FROM entry.source_updated_at, entry.run_id
   FROM {table} r
   JOIN ledger_entry entry ON entry.id = {derived} AND entry.outcome <> 'error'
   JOIN crm_contacts c ON c.id = entry.contact_id
- WHERE r.{label} = ANY(%(labels)s::{label_type}[])
+ WHERE {label} = ANY(%(labels)s::{label_type}[])
 """
 # A contact created elsewhere is no defect if it was added or changed after the start of the run that created ours.
 _CONTACTS_TWICE = f"""
@@ -92,7 +91,7 @@ _KEYS_OF_PERSON = {
 }
 # No row refers to a history row, and deleting it leaves the contact unchanged.
 _HISTORY_GONE = f"""
-SELECT {_REFERENCE.replace("entry.", "change.")}, change.contact_id
+SELECT {reference_sql("change")}, change.contact_id
   FROM contact_update change
   JOIN crm_contacts c ON c.id = change.contact_id
  WHERE change.to_stage IS NOT NULL
@@ -141,12 +140,15 @@ def count_entries(connection: BaseDatabaseWrapper) -> tuple[dict[str, int], dict
     return entries, {outcome: deleted for outcome, _, deleted in rows if deleted}
 
 
-def count_rows_gone(connection: BaseDatabaseWrapper) -> dict[str, int]:
+def count_rows_gone(connection: BaseDatabaseWrapper, facts: DatabaseFacts) -> dict[str, int]:
     """Return the number of ledger entries whose source row is missing, by outcome."""
     gone: dict[str, int] = {}
     with connection.cursor() as cursor:
-        for table in TABLES:
-            cursor.execute(_ROWS_GONE.format(table=table), [[source.value for source in Source.of_table(table)]])
+        for table in SOURCE_TABLES:
+            query = _ROWS_GONE.format(
+                row_is_there=_ROW_IS_THERE.format(table=table) if table in facts.tables else "false"
+            )
+            cursor.execute(query, [[source.value for source in Source.of_table(table)]])
             for outcome, count in cursor.fetchall():
                 gone[outcome] = gone.get(outcome, 0) + count
     return gone
@@ -156,7 +158,7 @@ def reconcile(connection: BaseDatabaseWrapper, facts: DatabaseFacts, other_rules
     """Yield a finding for each disagreement of source rows, entries and contacts."""
     # A run that could not delete one of two contacts reports them until one is deleted, so these are defects.
     left_twice = frozenset(last_finished(connection).left)
-    for table in TABLES:
+    for table in facts.tables:
         derived = contact_id_sql(f"'{table}:' || r.id")
         yield from _defects(connection, Check.MISSING_ENTRY, _MISSING_ENTRIES.format(table=table, derived=derived))
         yield from _excluded_migrated(connection, facts, other_rules, table, derived)
@@ -185,11 +187,16 @@ def _defects(connection: BaseDatabaseWrapper, check: Check, query: str) -> Itera
 def _excluded_migrated(
     connection: BaseDatabaseWrapper, facts: DatabaseFacts, other_rules: OtherRules, table: str, derived: str
 ) -> Iterator[Finding]:
-    label = _LABEL[table]
-    by_name = facts.roles if table == "profiles" else facts.statuses
-    labels = [spelling for spellings in by_name.values() for spelling in spellings]
-    excluded = [spelling for spelling in labels if facts.source_of(table, spelling) is None]
-    query = _EXCLUDED_MIGRATED.format(table=table, derived=derived, label=label, label_type=facts.label_types[table])
+    source_table = SOURCE_TABLES[table]
+    excluded = [label for label in facts.labels(table) if facts.source_of(table, label) is None]
+    query = _EXCLUDED_MIGRATED.format(
+        table=table,
+        derived=derived,
+        label=source_table.label_sql(facts.missing),
+        updated_at=source_table.updated_at,
+        label_type=facts.label_types[table],
+    )
+    column = source_table.label_column or UNQUALIFIED
     for reference, contact_id, changed, run in stream(connection, "excluded", query, {"labels": excluded}):
         kind, by = (Kind.SOURCE_CHANGED, None) if changed else unexplained(other_rules.of([run]))
-        yield Finding(Check.EXCLUDED_MIGRATED, kind, reference, contact_id, (label,), by)
+        yield Finding(Check.EXCLUDED_MIGRATED, kind, reference, contact_id, (column,), by)

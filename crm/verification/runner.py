@@ -104,7 +104,7 @@ def verify(
             row_counts=count_rows(connection, facts),
             entries=entries,
             deleted=deleted,
-            rows_gone=count_rows_gone(connection),
+            rows_gone=count_rows_gone(connection, facts),
             comparison=comparison,
             findings=findings,
             figures=count_contacts(connection, has_referrer=REFERRER in present),

@@ -22,7 +22,7 @@ from crm.admin import model_admins, read_only
 from crm.models import BackfillBatch, BackfillRun, ConflictResolution, ContactUpdate, CRMContact, LedgerEntry, Rollback
 from crm.rules.mapping import contact_id
 from tests.conftest import Database
-from tests.support.builders import UPDATED_AT, add_contact, add_lead, add_many_leads, add_profile, add_user
+from tests.support.builders import UPDATED_AT, add_contact, add_intake, add_lead, add_many_leads, add_profile, add_user
 from tests.support.commands import run
 from tests.support.pages import address, listed, page, text
 
@@ -58,19 +58,28 @@ def test_a_contact_is_shown_with_what_made_it_and_what_met_it(browser: Client) -
     lead = add_lead("ann@example.com", referrerUsername="ref", commissionRate="12.50", attributionMethod="cookie")
     later = add_lead("Ann@Example.com", createdAt="2025-06-01", lastContactedAt="2025-06-02")
     run()
+    intake = add_intake("ann@example.com", assignedPreparerId="p1")
+    run()
     shown = page(browser, CRMContact, contact_id("leads", lead))
     assert f"leads:{lead} active_leads created" in shown
+    assert f"tax_intake_leads:{intake} open_intakes merged - assignment" in shown
     assert f"leads:{later} active_leads merged - last_contacted_at" in shown
     assert "Commission rate: 12.50" in shown
 
 
 def test_a_row_that_is_gone_from_the_application_is_marked_so(database: Database, browser: Client) -> None:
     left, gone, profile = add_lead("nobody"), add_lead("no one"), add_profile(email="not an address")
+    intake, expired = add_intake("no address"), add_intake("none")
     run()
     database.rows("DELETE FROM leads WHERE id = %s RETURNING id", gone)
+    database.rows("DELETE FROM tax_intake_leads WHERE id = %s RETURNING id", expired)
     shown = text(browser.get(address(LedgerEntry)).content.decode())
-    assert f"leads:{gone} (gone)" in shown
-    assert not {f"leads:{left} (gone)", f"profiles:{profile} (gone)"} & set(re.findall(r"\w+:\w+ \(gone\)", shown))
+    marked = set(re.findall(r"\w+:\w+ \(gone\)", shown))
+    assert marked == {f"leads:{gone} (gone)", f"tax_intake_leads:{expired} (gone)"}
+    for row in (f"leads:{left}", f"profiles:{profile}", f"tax_intake_leads:{intake}"):
+        assert row in shown
+    database.change("DROP TABLE tax_intake_leads CASCADE")
+    assert f"tax_intake_leads:{intake} (gone)" in text(browser.get(address(LedgerEntry)).content.decode())
 
 
 def test_a_contact_that_the_backfill_never_met_says_so(browser: Client) -> None:
@@ -144,6 +153,10 @@ def test_ledger_entries_are_searched_by_the_row_and_by_the_contact(browser: Clie
     profile = add_profile(email="bob@example.com")
     run()
     lead_entry, profile_entry = contact_id("leads", lead), contact_id("profiles", profile)
+    intake = add_intake("cy@example.com")
+    run()
+    for search in (intake, f"tax_intake_leads:{intake}"):
+        assert listed(browser, LedgerEntry, q=search) == {contact_id("tax_intake_leads", intake)}
     assert listed(browser, LedgerEntry, q=lead) == {lead_entry}
     assert listed(browser, LedgerEntry, q=f"leads:{lead}") == {lead_entry}
     assert listed(browser, LedgerEntry, q=f"profiles:{lead}") == set()

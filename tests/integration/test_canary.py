@@ -24,7 +24,7 @@ from crm.models import BackfillRun, CRMContact, LedgerEntry
 from crm.postgres.transactions import Timeouts
 from crm.runs import retrying
 from tests.conftest import OWN_TABLES, Database
-from tests.support.builders import add_contact, add_lead, add_many_leads, add_profile, add_user
+from tests.support.builders import add_contact, add_intake, add_lead, add_many_leads, add_profile, add_user
 from tests.support.circumstances import refusing_contacts
 from tests.support.commands import backfill, called, run
 from tests.support.processes import database_url, manage, server_log, session
@@ -40,6 +40,13 @@ LEAD = PERSON | {
         *("utmCampaign", "assignedPreparerId", "taxSituation", "ptin"),
     )
 }
+INTAKE = {
+    name: f"{name}{MARK}"
+    for name in (
+        *("first_name", "last_name", "middle_name", "phone", "country_code", "address_line_1", "city", "contactNotes"),
+        *("referrerUsername", "referrerType", "attributionMethod", "assignedPreparerId"),
+    )
+} | {"full_form_data": f'{{"ssn": "{MARK}"}}'}
 QUOTING = f"""
     CREATE FUNCTION public.quoting() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
         IF NEW.email LIKE 'trigger%' THEN
@@ -61,11 +68,15 @@ def populate() -> None:
         add_profile(email=f"person-{number}@{MARK}.example", companyName=f"Company {MARK}", **PERSON)
         add_lead(f"person-{number}@{MARK}.example", **LEAD)
         add_lead(f"lead-{number}@{MARK}.example", **LEAD)
+        add_intake(f"person-{number}@{MARK}.example", **INTAKE)
+        add_intake(f"intake-{number}@{MARK}.example", **INTAKE)
     for kind in ("check", "trigger"):
         add_profile(email=f"{kind}@{MARK}.example", companyName=f"Company {MARK}", **PERSON)
         add_lead(f"{kind}-lead@{MARK}.example", **LEAD)
+        add_intake(f"{kind}-intake@{MARK}.example", **INTAKE)
     add_profile(email=f"not an address {MARK}", **PERSON)
     add_lead(f"not an address {MARK}", **LEAD)
+    add_intake(f"not an address {MARK}", **INTAKE)
     add_lead(f"rate@{MARK}.example", **LEAD | {"commissionRate": "99.50"})
     add_contact(f"Conflict@{MARK}.example", clerkUserId=clerk_id, company=MARK, **PERSON)
     add_profile(email=f"conflict@{MARK}.example", clerkUserId=f"other{MARK}", **PERSON)

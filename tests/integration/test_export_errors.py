@@ -55,18 +55,20 @@ def test_every_row_in_error_has_one_line_and_others_have_none(database: Database
     profile, contact = add_a_conflict()
     by_user = builders.add_contact("zelda@elsewhere.example", userId=user_of(profile))
     first, second = builders.add_lead("zelda"), builders.add_lead("quimby", "CONVERTED")
+    intake = builders.add_intake("zelda")
     builders.add_lead("good@example.com")
     builders.add_lead("GOOD@example.com")
     builders.add_profile("ADMIN", email="admin@example.com")
     run()
     ended = command()
     rows = rows_of(ended.stdout)
-    assert (ended.code, ended.stderr) == (0, "Rows in error: 3\n")
+    assert (ended.code, ended.stderr) == (0, "Rows in error: 4\n")
     assert list(rows[0]) == COLUMNS
     assert [(row["source"], row["row"], row["id"], row["reason"], row["contact_id"]) for row in rows] == [
         ("clients", f"profiles:{profile}", profile, "conflict", contact),
         ("converted_leads", f"leads:{second}", second, "invalid_email", ""),
         ("active_leads", f"leads:{first}", first, "invalid_email", ""),
+        ("open_intakes", f"tax_intake_leads:{intake}", intake, "invalid_email", ""),
     ]
     assert rows[0]["contacts"] == f"{contact} (email), {by_user} (userId)"
     assert rows[0]["what_to_do"] == (
@@ -106,6 +108,7 @@ def test_no_personal_data_unless_it_is_asked_for(database: Database) -> None:
     builders.add_profile(email="Zelda Quimby")
     lead = builders.add_lead(" =cmd|zelda", firstName="Zelda", lastName="Quimby", phone="555 0199")
     gone = builders.add_lead("gone")
+    builders.add_intake("Zelda's form", first_name="Zelda", phone="555 0199")
     run()
     database.rows("DELETE FROM leads WHERE id = %s RETURNING id", gone)
     with statements() as sent:
@@ -114,7 +117,13 @@ def test_no_personal_data_unless_it_is_asked_for(database: Database) -> None:
     assert [word for word in ("zelda", "quimby", "555 0199") if word in (ended.stdout + ended.stderr).lower()] == []
     rows = rows_of(command("--with-email").stdout)
     assert list(rows[0]) == [*COLUMNS, "email"]
-    assert sorted(row["email"] for row in rows) == ["", "' =cmd|zelda", "Zelda Quimby", "zelda.quimby@example.com"]
+    assert sorted(row["email"] for row in rows) == [
+        "",
+        "' =cmd|zelda",
+        "Zelda Quimby",
+        "Zelda's form",
+        "zelda.quimby@example.com",
+    ]
     assert [row["email"] for row in rows if row["id"] == lead] == ["' =cmd|zelda"]
 
 
@@ -192,13 +201,16 @@ def test_a_row_that_is_gone_from_the_application_is_marked_so(database: Database
     left = builders.add_lead("nobody")
     for email in ("not there", "nor there"):
         builders.add_lead(email)
+    intake = builders.add_intake("nobody")
+    builders.add_intake("expired")
     run()
     database.rows("DELETE FROM leads WHERE id <> %s RETURNING id", left)
+    database.rows("DELETE FROM tax_intake_leads WHERE id <> %s RETURNING id", intake)
     ended = command()
-    assert ended.stderr == "Rows in error: 4, of which 2 no longer exist in the application\n"
+    assert ended.stderr == "Rows in error: 6, of which 3 no longer exist in the application\n"
     rows = rows_of(ended.stdout)
-    assert {row["id"] for row in rows if not row["row_gone"]} == {left, profile}
-    assert {(row["row_gone"], row["what_to_do"]) for row in rows if row["id"] not in (left, profile)} == {
+    assert {row["id"] for row in rows if not row["row_gone"]} == {left, profile, intake}
+    assert {(row["row_gone"], row["what_to_do"]) for row in rows if row["row_gone"]} == {
         (dead_letters.GONE, remedies.REMEDY_OF_GONE)
     }
 

@@ -43,6 +43,10 @@ SECRETS = (
     ("profiles", "address"),
     ("profiles", "bankDetails"),
 )
+#: Of those of intakes, the ones that the first generation has.
+SECRETS_OF_INTAKES = [
+    ("tax_intake_leads", column) for column in checks.SECRETS_OF_INTAKES if column != "unqualifiedNotes"
+]
 
 
 def as_owner(*statements: str) -> None:
@@ -73,6 +77,8 @@ def test_the_backfill_works_under_the_role_and_the_check_is_clean(database: Data
         WHERE upper(label) = 'CLIENT' LIMIT 1""")[0][0]
     builders.add_profile(client, email="bob@example.com")
     builders.add_lead("bob@example.com", phone="555 0102")
+    builders.add_intake("ina@example.com")
+    builders.add_intake("BOB@example.com", lastContactedAt="2025-02-03")
     with role_made_by_script() as url:
         checked = managed("check", "--database", "default", url=url)
         assert checked.code == 0, checked.stderr
@@ -85,10 +91,10 @@ def test_the_backfill_works_under_the_role_and_the_check_is_clean(database: Data
         assert run.stderr.startswith(f"run {answer['run']}: "), "news and nothing else"
         assert run.stderr.count("\n") == 1
         counts = {name: answer[name] for name in ("created", "merged", "exists", "error")}
-        assert counts == {"created": 2, "merged": 2, "exists": 1, "error": 1}
+        assert counts == {"created": 3, "merged": 3, "exists": 1, "error": 1}
         assert counts == {name: json.loads(foretold.stdout)[name] for name in counts}
         again = managed("backfill_crm_contacts", "--json", "--no-progress", url=url)
-        assert (again.code, json.loads(again.stdout)["already"]) == (0, 5)
+        assert (again.code, json.loads(again.stdout)["already"]) == (0, 7)
         assert json.loads(managed("backfill_runs", "list", "--json", url=url).stdout)[0]["run"] == answer["run"] + 1
         with acting_as(ROLE):
             assert called("trace_contact", builders.contact_with("bob@example.com")["id"]).code == 0
@@ -105,6 +111,7 @@ def test_an_update_works_under_the_role_that_was_made_for_it_and_the_check_is_cl
     lead = builders.add_lead("ann@example.com")
     builders.add_contact("carla@example.com")
     builders.add_lead("carla@example.com", phone="555 0103")
+    intake = builders.add_intake("ina@example.com")
     with role_made_by_script() as url:
         managed("backfill_crm_contacts", "--json", "--no-progress", url=url)
         refused = managed("backfill_crm_contacts", "--update", "--no-progress", url=url)
@@ -112,13 +119,14 @@ def test_an_update_works_under_the_role_that_was_made_for_it_and_the_check_is_cl
         for missing in ("INSERT on crm_stage_history", "UPDATE on crm_contacts.email", "UPDATE on crm_contacts.stage"):
             assert missing in refused.stderr
     database.rows("""UPDATE leads SET status = 'CONVERTED', "updatedAt" = now() WHERE id = %s RETURNING id""", lead)
+    builders.change("tax_intake_leads", intake, lastContactedAt="2025-07-02")
     with role_made_by_script(update="on") as url:
         checked = managed("check", "--database", "default", url=url)
         assert (checked.code, checked.stdout) == (0, "System check identified no issues (0 silenced).\n")
         foretold = managed("backfill_crm_contacts", "--update", "--dry-run", "--json", "--no-progress", url=url)
         run = managed("backfill_crm_contacts", "--update", "--json", "--no-progress", url=url)
         assert (run.code, run.stderr) == (0, "")
-        columns = {"contact_type": 1, "phone": 1, "stage": 1}
+        columns = {"contact_type": 1, "last_contacted_at": 1, "phone": 1, "stage": 2}
         assert json.loads(run.stdout)["updated_by_column"] == columns
         assert json.loads(foretold.stdout)["updated_by_column"] == columns
     assert builders.contact_with("ann@example.com")["contactType"] == "CLIENT"
@@ -128,7 +136,7 @@ def test_an_update_works_under_the_role_that_was_made_for_it_and_the_check_is_cl
         number = str(json.loads(run.stdout)["run"])
         taken = managed("rollback_crm_backfill", number, "--json", "--no-progress", url=url)
         assert (taken.code, taken.stderr) == (0, "")
-        assert json.loads(taken.stdout)["updates"] == {"reversed": 2, "kept": 0, "failed": 0}
+        assert json.loads(taken.stdout)["updates"] == {"reversed": 3, "kept": 0, "failed": 0}
     assert builders.contact_with("ann@example.com")["contactType"] == "LEAD"
 
 
@@ -184,13 +192,16 @@ def test_no_secret_can_be_read_nor_anything_else_be_done(database: Database) -> 
     with role_made_by_script(), session(ROLE) as job:
         job.autocommit = True
         refused = [
-            *(f'SELECT "{column}" FROM public.{table}' for table, column in SECRETS),
-            *(f"SELECT * FROM public.{table}" for table in ("users", "profiles", "leads", "crm_contacts")),
-            *(f"SELECT count(p) FROM public.{table} p" for table in ("users", "profiles", "leads", "crm_contacts")),
-            *(f"UPDATE public.{table} SET id = id" for table in ("users", "profiles", "leads", "crm_contacts")),
-            *(f"DELETE FROM public.{table}" for table in ("users", "profiles", "leads", "crm_contacts")),
-            *(f"TRUNCATE public.{table}" for table in ("users", "profiles", "leads", "crm_contacts")),
-            *(f"INSERT INTO public.{table} DEFAULT VALUES" for table in ("users", "profiles", "leads")),
+            *(f'SELECT "{column}" FROM public.{table}' for table, column in (*SECRETS, *SECRETS_OF_INTAKES)),
+            *(
+                statement.format(table)
+                for table in (*checks.READ_ONLY_TABLES, "crm_contacts")
+                for statement in (
+                    *("SELECT * FROM public.{}", "SELECT count(p) FROM public.{} p"),
+                    *("UPDATE public.{} SET id = id", "DELETE FROM public.{}", "TRUNCATE public.{}"),
+                )
+            ),
+            *(f"INSERT INTO public.{table} DEFAULT VALUES" for table in checks.READ_ONLY_TABLES),
             "UPDATE public.crm_contacts SET stage = 'NEW'",
             """UPDATE public.crm_contacts SET email = 'x'""",
             'UPDATE public.crm_contacts SET "filingStatus" = NULL',
@@ -225,6 +236,8 @@ def test_the_secrets_are_those_of_the_tables(database: Database) -> None:
             list(checks.SECRET_COLUMNS),
         )
         assert sorted(found) == sorted(SECRETS)
+    columns = database.rows("SELECT attname FROM pg_attribute WHERE attrelid = 'tax_intake_leads'::regclass")
+    assert {name for (name,) in columns} >= set(checks.SECRETS_OF_INTAKES), "of the last generation"
 
 
 def test_the_role_brings_its_search_path(database: Database) -> None:
@@ -313,6 +326,11 @@ def test_the_script_grants_the_function_that_writes_contacts_where_not_everyone_
             "GRANT SELECT ON public.users, public.profiles TO {role}",
             "W001",
             f"may read secret columns: {', '.join(sorted(f'{table}.{column}' for table, column in SECRETS))}.",
+        ),
+        (
+            "GRANT SELECT ON public.tax_intake_leads TO {role}",
+            "W001",
+            f"may read secret columns: {', '.join(sorted(map('.'.join, SECRETS_OF_INTAKES)))}.",
         ),
         (
             "GRANT UPDATE (phone) ON public.leads TO {role}",
@@ -1001,6 +1019,7 @@ def test_a_run_is_verified_and_taken_back_under_the_role(
     builders.add_lead("ann@example.com", phone="555 0101", referrerUsername="ref")
     met = builders.add_contact("carla@example.com")
     builders.add_lead("carla@example.com")
+    builders.add_intake("ann@example.com", lastContactedAt="2025-02-03")
     with role_made_by_script() as url:
         answer = json.loads(managed("backfill_crm_contacts", "--json", "--no-progress", url=url).stdout)
         verified = managed("verify_crm_contacts", url=url)

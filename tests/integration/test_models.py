@@ -21,13 +21,13 @@ from pytest_django import DjangoDbBlocker
 
 from crm.fields import PostgresEnumField, RateField, TimestampField
 from crm.legacy_schema import GENERATIONS, create_legacy_tables
-from crm.models import CRMContact, CRMInteraction, CRMStageHistory, Lead, Profile, User
+from crm.models import CRMContact, CRMInteraction, CRMStageHistory, Lead, Profile, TaxIntakeLead, User
 from crm.models.legacy import ReadOnlyError, ReadOnlyQuerySet
 from crm.rules.mapping import ContactDraft
 from tests.conftest import Database
 from tests.support.scratch import django_connection, scratch_database
 
-READ_ONLY: tuple[type[Model], ...] = (User, Profile, Lead)
+READ_ONLY: tuple[type[Model], ...] = (User, Profile, Lead, TaxIntakeLead)
 MODELS: tuple[type[Model], ...] = (*READ_ONLY, CRMContact, CRMInteraction, CRMStageHistory)
 SECRETS = {"ssn", "dateOfBirth", "address", "bankDetails", "hashedPassword"}
 NOON = datetime(2025, 7, 1, 12, 0, 0, 123000, tzinfo=UTC)

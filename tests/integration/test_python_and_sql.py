@@ -8,7 +8,8 @@ from django.db import connection
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from crm.rules.mapping import WHITE_SPACE, contact_id, contact_id_sql
+from crm.rules.mapping import contact_id, contact_id_sql
+from crm.rules.source_rows import WHITE_SPACE
 from tests.conftest import Database
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))

@@ -15,7 +15,7 @@ from crm.models.ledger import RunStatus
 from crm.rollback.runner import roll_back
 from crm.runs import lease
 from tests.conftest import Database
-from tests.support.builders import add_contact, add_lead, add_user, ledger
+from tests.support.builders import add_contact, add_intake, add_lead, add_user, ledger
 from tests.support.circumstances import acting_as, reading_role
 from tests.support.commands import run
 from tests.support.conflicts import ANN, OTHER, entry_of, resolve, resolved, somebody_elses_account
@@ -115,10 +115,13 @@ def test_what_is_no_resolution_is_refused_and_nothing_is_recorded(database: Data
     assert not ConflictResolution.objects.exists()
 
 
-def test_an_address_of_another_lead_or_resolution_is_somebodys(database: Database) -> None:
+def test_an_address_of_another_row_or_resolution_is_somebodys(database: Database) -> None:
     row, _, _ = somebody_elses_account()
-    lead = add_lead("pending@example.com")
+    lead, intake = add_lead("pending@example.com"), add_intake("taxes@example.com")
     assert f"already used by leads:{lead}" in resolve(row, "--separate", "Pending@example.com").stderr
+    assert f"already used by tax_intake_leads:{intake}" in resolve(row, "--separate", "Taxes@example.com").stderr
+    database.change("DROP TABLE tax_intake_leads CASCADE")
+    assert f"already used by leads:{lead}" in resolve(row, "--separate", "pending@example.com").stderr
     ConflictResolution.objects.create(id="1", row="leads:1", separate_email=OTHER, decided_by="me")
     finished = resolve(row, "--separate", OTHER)
     assert (finished.code, "another row" in finished.stderr) == (2, True)

@@ -15,7 +15,7 @@ from crm.outcome import Source
 from crm.rollback.runner import roll_back
 from crm.rules.mapping import contact_id
 from tests.conftest import Database
-from tests.support.builders import add_contact, add_lead, add_profile, add_user, contact_with
+from tests.support.builders import add_contact, add_intake, add_lead, add_profile, add_user, contact_with
 from tests.support.circumstances import acting_as, reading_role
 from tests.support.commands import Finished, called, run
 from tests.support.conflicts import resolved
@@ -52,6 +52,17 @@ def a_person() -> tuple[str, str, str]:
     lead = f"leads:{add_lead(ADDRESS.upper(), **PERSON)}"
     run()
     return profile, lead, contact_id(*profile.split(":"))
+
+
+def test_an_intake_is_traced_like_every_row(database: Database, given: Any) -> None:
+    intake = f"tax_intake_leads:{add_intake(ADDRESS.upper(), first_name=MARK)}"
+    assert [row["state"] for row in traced(intake)["rows"]] == ["pending"]
+    made = run()["run"]
+    given(ADDRESS)
+    assert traced("-") == traced(intake) == traced(contact_id(*intake.split(":")))
+    assert [(row["row"], row["source"]) for row in traced(intake)["rows"]] == [(intake, "open_intakes")]
+    roll_back(made)
+    assert traced(contact_id(*intake.split(":")))["rows"][0]["row"] == intake
 
 
 def test_a_contact_a_row_and_an_address_tell_the_same(database: Database, given: Any) -> None:

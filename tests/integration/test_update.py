@@ -71,12 +71,13 @@ _STEP = timedelta(days=1)
 
 
 def _bumped(row: Row) -> Row:
-    return row | {"updatedAt": max(row["updatedAt"], datetime(2025, 1, 1, tzinfo=UTC)) + _STEP}
+    column = "updated_at" if "updated_at" in row else "updatedAt"
+    return row | {column: max(row[column], datetime(2025, 1, 1, tzinfo=UTC)) + _STEP}
 
 
 @st.composite
 def changed_sources(draw: st.DrawFn, population: Population) -> Population:
-    """The application went on: leads move on, profiles are completed, accounts get an email."""
+    """The application went on: leads and intakes move on or expire, profiles are completed, accounts get an email."""
     leads = [
         _bumped(lead)
         | {
@@ -89,6 +90,19 @@ def changed_sources(draw: st.DrawFn, population: Population) -> Population:
         if draw(st.booleans())
         else lead
         for lead in population.leads
+    ]
+    intakes = [
+        _bumped(intake)
+        | {
+            "phone": draw(st.sampled_from([intake["phone"], "555 0101"]) | texts),
+            "lastContactedAt": draw(st.just(intake["lastContactedAt"]) | nullable_moments),
+            "assignedPreparerId": draw(st.sampled_from([intake["assignedPreparerId"], "somebody", None])),
+            **({"convertedToClient": draw(st.booleans())} if "convertedToClient" in intake else {}),
+        }
+        if draw(st.booleans())
+        else intake
+        for intake in population.tax_intake_leads
+        if draw(st.integers(0, 4))
     ]
     emails = {user["email"] for user in population.users}
     users = []
@@ -111,7 +125,7 @@ def changed_sources(draw: st.DrawFn, population: Population) -> Population:
         else profile
         for profile in population.profiles
     ]
-    return dataclasses.replace(population, users=users, profiles=profiles, leads=leads)
+    return dataclasses.replace(population, users=users, profiles=profiles, leads=leads, tax_intake_leads=intakes)
 
 
 @st.composite

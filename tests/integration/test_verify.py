@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from django.db import IntegrityError, connection
+from django.db import IntegrityError, ProgrammingError, connection
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -99,7 +99,7 @@ def test_nothing_is_found_after_a_run_and_nothing_is_written(
     assert report.comparison.compared == report.comparison.matching == report.entries.get("created", 0)
     assert (report.comparison.modified, report.deleted, report.rows_gone) == (0, {}, {})
     assert (report.row_counts.rows, report.row_counts.in_ledger, sum(report.row_counts.pending.values())) == (
-        len(population.profiles) + len(population.leads),
+        sum(len(getattr(population, table)) for table in reference.TABLES),
         len(entries),
         0,
     )
@@ -110,8 +110,8 @@ def expected_of_lost_ledgers(population: reference.Population) -> Iterator[Findi
     """Some populations hold contacts with ids of ours from a time whose ledger was lost. A row that is not to be
     migrated gets no entry for its own."""
     there = {contact["id"] for contact in population.contacts}
-    for table, rows in (("profiles", population.profiles), ("leads", population.leads)):
-        for row in rows:
+    for table in reference.TABLES:
+        for row in getattr(population, table):
             own = reference.contact_id_of(f"{table}:{row['id']}")
             if own in there and reference.exclusion(table, row, population.stages):
                 yield defect(Check.MISSING_ENTRY, f"{table}:{row['id']}", own)
@@ -131,7 +131,9 @@ def test_rows_that_no_run_has_seen_are_pending_and_no_defect(database: Database)
         "preparers": 0,
         "affiliates": 1,
         "converted_leads": 0,
+        "converted_intakes": 0,
         "active_leads": 2,
+        "open_intakes": 0,
     }
     assert ended.answer["rows"] == 4
     assert re.search(r"pending +3 +no defect", command().stdout)
@@ -217,7 +219,8 @@ def test_one_wrong_value_in_any_contact_is_found_and_blamed_on_who_changed(
         change('UPDATE crm_contacts SET "updatedAt" = %s WHERE id = %s', LATER, contact)
     if "source" in touched:
         for table, _, identifier in (row.partition(":") for row in entries if entries[row]["contact_id"] == contact):
-            change(f'UPDATE {table} SET "updatedAt" = %s WHERE id = %s', LATER, identifier)
+            moment = "updated_at" if table == "tax_intake_leads" else "updatedAt"
+            change(f'UPDATE {table} SET "{moment}" = %s WHERE id = %s', LATER, identifier)
     kinds = [finding.kind for finding in found() if finding.contact_id == contact and column in finding.columns]
     assert kinds == [PLACES[touched]]
 
@@ -239,11 +242,19 @@ ODD_VALUES: dict[str, dict[str, tuple[Any, ...]]] = {
         **dict.fromkeys(("referrerUsername", "attributionMethod"), ("", "planted", None)),
         **dict.fromkeys(("lastContactedAt", "updatedAt", "createdAt"), (PLANTED_MOMENT,)),
     },
+    "tax_intake_leads": {
+        **dict.fromkeys(("first_name", "last_name", "phone", "country_code"), ("", "\u2003 Ann\x1f", "+52", "+1 ")),
+        "email": ("ann", "ANN@EXAMPLE.COM", "ann@example.com\x85", "\u017fam@example.com"),
+        "assignedPreparerId": ("", "nobody", None),
+        **dict.fromkeys(("referrerUsername", "attributionMethod"), ("", "phone_match", None)),
+        **dict.fromkeys(("lastContactedAt", "updated_at", "created_at", "convertedAt"), (PLANTED_MOMENT,)),
+        **dict.fromkeys(("convertedToClient", "unqualified"), (True, False)),
+    },
     "crm_contacts": {**PLANTED, "email": ("ann@localhost", "Ann@Example.com"), "updatedAt": (PLANTED_MOMENT,)},
 }
 
 
-@pytest.mark.parametrize("generation", ["2025_10_mixed", "2025_12"])
+@pytest.mark.parametrize("generation", ["2025_10_mixed", "2026_01"])
 @against_the_database(12)
 @given(data=st.data())
 def test_what_the_server_proves_is_what_the_rules_find_alike(
@@ -257,7 +268,8 @@ def test_what_the_server_proves_is_what_the_rules_find_alike(
         column = data.draw(st.sampled_from(sorted(ODD_VALUES[table])))
         value = data.draw(st.sampled_from(ODD_VALUES[table][column]))
         there = sorted(identifier for (identifier,) in database.rows(f"SELECT id FROM {table}"))
-        with suppress(IntegrityError), connection.cursor() as cursor:
+        # Some generations lack a column.
+        with suppress(IntegrityError, ProgrammingError), connection.cursor() as cursor:
             for identifier in data.draw(st.lists(st.sampled_from(there), max_size=2)) if there else ():
                 cursor.execute(f'UPDATE {table} SET "{column}" = %s WHERE id = %s', [value, identifier])
     proven = verified()
@@ -274,10 +286,13 @@ def test_contacts_of_plain_rows_are_compared_on_the_server(database: Database) -
     preparer = builders.add_profile("TAX_PREPARER", email="Preparer@Example.com ", firstName=" Ann", companyName="")
     builders.add_profile(id="c0001")
     add_attributed_lead(assignedPreparerId=preparer, lastContactedAt="2024-01-01")
+    builders.add_intake("ina@example.com")
+    referred = {"referrerUsername": "ref", "attributionMethod": "email_match", "assignedPreparerId": preparer}
+    builders.add_intake("ida@example.com", lastContactedAt="2024-01-01", **referred)
     run()
     with statements() as sent:
         report = verified()
-    assert (report.comparison.compared, report.comparison.matching, report.defects) == (28, 28, 0)
+    assert (report.comparison.compared, report.comparison.matching, report.defects) == (30, 30, 0)
     assert not any("AS wanted(" in statement.sql for statement in sent), "a page of rows"
 
 
@@ -365,11 +380,11 @@ def test_a_value_that_the_ledger_says_a_merge_filled_is_held_against_the_merged_
 
 
 def test_a_deleted_ledger_entry_is_found(database: Database) -> None:
-    client, lead = add_client(), add_attributed_lead()
+    rows = (add_client(), add_attributed_lead(), f"tax_intake_leads:{builders.add_intake('ina@example.com')}")
     run()
-    for row in (client, lead):
+    for row in rows:
         change("DELETE FROM ledger_entry WHERE id = %s", own_contact(row))
-    assert found() == sorted((defect(Check.MISSING_ENTRY, row, own_contact(row)) for row in (client, lead)), key=str)
+    assert found() == sorted((defect(Check.MISSING_ENTRY, row, own_contact(row)) for row in rows), key=str)
     assert command().code == 1
 
 

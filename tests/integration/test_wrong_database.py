@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 from django.db import connection
 
-from tests.conftest import OWN_TABLES, TOKENS, Database
+from tests.conftest import LEGACY_TABLES, OWN_TABLES, TOKENS, Database
 from tests.support.builders import add_lead, add_profile, contacts
 from tests.support.circumstances import (
     SECRET_COLUMNS,
@@ -49,7 +49,7 @@ def refused(database: Database, *arguments: str) -> Finished:
 
 
 @dry_and_wet
-@pytest.mark.parametrize("table", ["users", "profiles", "leads", "crm_contacts"])
+@pytest.mark.parametrize("table", ["users", "profiles", "leads", "tax_intake_leads", "crm_contacts"])
 def test_a_table_that_is_missing(database: Database, table: str, arguments: tuple[str, ...]) -> None:
     database.change(f"DROP TABLE {table} CASCADE")
     assert_refused(refused(database, *arguments), f"no table {table}", "public", "DATABASE_URL")
@@ -171,9 +171,9 @@ def test_one_of_the_stages_of_a_converted_lead_is_enough(database: Database, lab
 
 
 @dry_and_wet
-@pytest.mark.parametrize("table", ["users", "profiles", "leads", "crm_contacts"])
+@pytest.mark.parametrize("table", ["users", "profiles", "leads", "tax_intake_leads", "crm_contacts"])
 def test_a_table_that_may_not_be_read(database: Database, table: str, arguments: tuple[str, ...]) -> None:
-    others = tuple(name for name in ("users", "profiles", "leads", "crm_contacts") if name != table)
+    others = tuple(name for name in LEGACY_TABLES if name != table)
     with nothing_written(database), reading_role(database, tables=others) as role, acting_as(role):
         finished = backfill("--json", *arguments)
     assert_refused(finished, f"may not read {table}.id", "GRANT SELECT")

@@ -40,10 +40,17 @@ from tests.support.machine import expectations
 from tests.support.machine.expectations import Found
 from tests.support.machine.memory import Memory
 from tests.support.machine.world import LedgerEntry, State, Update, World
-from tests.support.populations import HAS_CLERK_USER_ID, MOMENTS, NOT_ADDRESSES, ROLES
+from tests.support.populations import (
+    HAS_CLERK_USER_ID,
+    HAS_CONVERSIONS,
+    HAS_TAX_YEARS,
+    MOMENTS,
+    NOT_ADDRESSES,
+    ROLES,
+)
 from tests.support.profiles import MACHINE_EXAMPLES, MACHINE_STEPS, SOAKING
 
-GENERATIONS = ("2025_10_mixed", "2025_12")
+GENERATIONS = ("2025_10_mixed", "2026_01")
 EXAMPLES, STEPS = (MACHINE_EXAMPLES // len(GENERATIONS), MACHINE_STEPS) if SOAKING else (2, 25)
 UNKNOWN_RUN = 10**6
 
@@ -263,9 +270,13 @@ class Machine(RuleBasedStateMachine):
 
     # The application
 
+    @property
+    def _newcomer_kinds(self) -> list[Callable[[st.DataObject], None]]:
+        return [self._a_form_is_sent, self._somebody_signs_up, self._an_intake_comes_in]
+
     def _newcomers(self, data: st.DataObject, least: int, most: int) -> None:
         for _ in range(data.draw(st.integers(least, most), label="newcomers")):
-            data.draw(st.sampled_from([self._a_form_is_sent, self._somebody_signs_up]), label="newcomer")(data)
+            data.draw(st.sampled_from(self._newcomer_kinds), label="newcomer")(data)
 
     def _somebody_signs_up(self, data: st.DataObject) -> None:
         user_id = self._add_user(data)
@@ -301,6 +312,32 @@ class Machine(RuleBasedStateMachine):
             **data.draw(attributions),
         )
 
+    def _an_intake_comes_in(self, data: st.DataObject) -> None:
+        state, year = self.world.state(), data.draw(st.sampled_from([2023, 2024]))
+        has_years = self.world.generation in HAS_TAX_YEARS
+        taken = {row["email"] for row in state.tax_intake_leads.values() if not has_years or row["tax_year"] == year}
+        if not (free := sorted(set(EMAILS) - taken)):
+            return
+        intake: dict[str, Any] = {
+            "email": data.draw(st.sampled_from(free)),
+            "first_name": data.draw(names),
+            "last_name": "Intake",
+            "phone": data.draw(phones),
+            "country_code": data.draw(st.sampled_from(["+1", "+52"])),
+            "referrerUsername": data.draw(st.sampled_from([None, " ", "ref"])),
+            "attributionMethod": data.draw(st.sampled_from([None, "direct", "email_match"])),
+            "assignedPreparerId": data.draw(st.sampled_from([None, "", "nobody", *state.profiles, *state.users])),
+            "lastContactedAt": data.draw(st.none() | moments),
+            "created_at": data.draw(moments),
+        }
+        if self.world.generation in HAS_CONVERSIONS:
+            intake["profileId"] = data.draw(st.sampled_from([None, *state.profiles]))
+            intake["convertedToClient"] = data.draw(st.booleans())
+        if has_years:
+            intake |= {"tax_year": year, "unqualified": data.draw(st.sampled_from([False, False, True]))}
+        self.world.add("tax_intake_leads", **intake)
+        self.memory.intakes_came_or_went(intake, state=state)
+
     @precondition(lambda self: self._possible_changes())
     @rule(data=st.data())
     def a_source_row_changes(self, data: st.DataObject) -> None:
@@ -311,6 +348,8 @@ class Machine(RuleBasedStateMachine):
         changes: list[Callable[[st.DataObject], None]] = []
         if state.leads:
             changes += [self._a_lead_changes]
+        if state.tax_intake_leads:
+            changes += [self._an_intake_changes, self._an_intake_expires]
         if state.profiles:
             changes += [self._a_profile_changes, self._a_profile_is_deleted]
         if state.users:
@@ -327,6 +366,31 @@ class Machine(RuleBasedStateMachine):
         else:
             self.world.change("leads", lead, **change)
         self.memory.row_changed(f"leads:{lead}")
+
+    def _an_intake_changes(self, data: st.DataObject) -> None:
+        state, intake = self.world.state(), self._an_intake(data)
+        changes: list[st.SearchStrategy[dict[str, Any]]] = [
+            st.fixed_dictionaries({"phone": phones}),
+            st.fixed_dictionaries({"assignedPreparerId": st.sampled_from([None, "nobody", *state.profiles])}),
+            st.fixed_dictionaries({"lastContactedAt": moments}),
+        ]
+        if self.world.generation in HAS_CONVERSIONS:
+            profiles = st.sampled_from([None, *state.profiles])
+            changes.append(st.fixed_dictionaries({"convertedToClient": st.just(value=True), "profileId": profiles}))
+        change = data.draw(st.one_of(changes), label="change")
+        before = state.tax_intake_leads[intake]
+        self.world.change("tax_intake_leads", intake, **change)
+        self.memory.intakes_came_or_went(before, before | change, state=state)
+        self.memory.row_changed(f"tax_intake_leads:{intake}")
+
+    def _an_intake_expires(self, data: st.DataObject) -> None:
+        state, intake = self.world.state(), self._an_intake(data)
+        self.world.delete("tax_intake_leads", intake)
+        self.memory.intakes_came_or_went(state.tax_intake_leads[intake], state=state)
+        self.memory.row_changed(f"tax_intake_leads:{intake}")
+
+    def _an_intake(self, data: st.DataObject) -> str:
+        return data.draw(st.sampled_from(sorted(self.world.state().tax_intake_leads)), label="intake")
 
     def _a_profile_changes(self, data: st.DataObject) -> None:
         profile = data.draw(st.sampled_from(sorted(self.world.state().profiles)), label="profile")
@@ -362,6 +426,9 @@ class Machine(RuleBasedStateMachine):
             self.world.delete("profiles", profile)
         self.memory.row_changed(f"profiles:{profile}")
         self.memory.preparer_came_or_went([profile, user_id], state)
+        # Its intakes lose it, and with it what tells that they are of one person.
+        theirs = [row for row in state.tax_intake_leads.values() if row.get("profileId") == profile]
+        self.memory.intakes_came_or_went(*theirs, state=state)
 
     def _add_user(self, data: st.DataObject) -> str | None:
         """A new account, or None."""

@@ -48,18 +48,27 @@ parts = st.fixed_dictionaries(
 
 @st.composite
 def people(draw: st.DrawFn, generation: str) -> Population:
-    """People of whom each has one account at most, and contacts of some of them that others made.
+    """People of whom each has one account and one address at most, and contacts of some of them that others made.
 
     Which of two accounts with one address has the contact is for a person to decide, and until then the first has it.
+    An intake that is migrated before the profile that it names has a contact by its own address, and keeps it.
     """
     population = draw(populations(generation))
     accounts: dict[str, str] = {}
     for user in population.users:
         accounts.setdefault(reference.address_of(user["email"]) or user["id"], user["id"])
     profiles = [row for row in population.profiles if row["userId"] in (None, *accounts.values())]
+    addresses_of_users = {user["id"]: reference.address_of(user["email"]) for user in population.users}
+    addresses_of_profiles = {row["id"]: addresses_of_users.get(row["userId"]) for row in profiles}
+    intakes = [
+        {**row, "profileId": None}
+        if "profileId" in row and addresses_of_profiles.get(row["profileId"]) != reference.address_of(row["email"])
+        else row
+        for row in population.tax_intake_leads
+    ]
     addresses = draw(st.lists(st.sampled_from(ADDRESSES), unique=True, max_size=2))
     theirs = [_theirs(draw, f"theirs{number}", address) for number, address in enumerate(addresses)]
-    return dataclasses.replace(population, profiles=profiles, contacts=theirs)
+    return dataclasses.replace(population, profiles=profiles, tax_intake_leads=intakes, contacts=theirs)
 
 
 def _theirs(draw: st.DrawFn, identifier: str, address: str) -> Row:

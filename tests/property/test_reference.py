@@ -17,6 +17,7 @@ from tests.support.reference import (
     CONTACT_COLUMNS,
     NULLABLE_ATTRIBUTION,
     SOURCES,
+    TABLES,
     Entry,
     Population,
     Rejected,
@@ -65,6 +66,12 @@ def lead(identifier: str = "l1", email: str = "ann@example.com", **columns: Any)
     return row | {"createdAt": DAY[0], "updatedAt": DAY[2]} | columns
 
 
+def intake(identifier: str = "i1", email: str = "ann@example.com", **columns: Any) -> Row:
+    """An intake of a generation that has no more columns than all of them have."""
+    row: Row = {"id": identifier, "email": email, "first_name": "Ann", "last_name": "Lee", "phone": "555 0100"}
+    return row | {"created_at": DAY[0], "updated_at": DAY[2]} | columns
+
+
 def contact(identifier: str = "k1", email: str = "ann@example.com", **columns: Any) -> Row:
     row: Row = {**dict.fromkeys(CONTACT_COLUMNS), "id": identifier, "email": email, "contactType": "LEAD"}
     row |= {"firstName": "There", "lastName": "Before", "stage": "NEW", "attributionConfidence": 100}
@@ -86,6 +93,7 @@ def population_of(*rows: Row, generation: str = "2025_10") -> Population:
         users=[row for row in rows if len(row) == len(user())],
         profiles=[row for row in rows if "role" in row],
         leads=[row for row in rows if "status" in row],
+        tax_intake_leads=[row for row in rows if "first_name" in row],
         contacts=[row for row in rows if "stage" in row],
     )
 
@@ -410,6 +418,130 @@ def test_no_more_rows_than_the_limit_are_looked_at_and_settled_ones_do_not_count
     assert (outcomes(second)["leads:l2"], second.counts.read, second.counts.already) == ("invalid_email", 1, 2)
 
 
+# Intakes
+
+
+def test_every_column_of_an_intake_contact() -> None:
+    columns: Row = {"phone": " 55 5550 0100 ", "country_code": "+52", "lastContactedAt": DAY[3]}
+    referrer: Row = {"referrerUsername": "ref", "referrerType": "AFFILIATE", "attributionMethod": "email_match"}
+    result = run(profile(), intake(**columns, assignedPreparerId="p1", **referrer))
+    assert made_by(result, "tax_intake_leads:i1") == {
+        "id": contact_id_of("tax_intake_leads:i1"),
+        "userId": None,
+        "clerkUserId": None,
+        "contactType": "LEAD",
+        "firstName": "Ann",
+        "lastName": "Lee",
+        "email": "ann@example.com",
+        "phone": "+52 55 5550 0100",
+        "company": None,
+        "stage": "CONTACTED",
+        "stageEnteredAt": DAY[3],
+        "source": "tax_intake_form",
+        "assignedPreparerId": "p1",
+        "assignedAt": DAY[2],
+        **referrer,
+        "commissionRate": None,
+        "commissionRateLockedAt": None,
+        "attributionConfidence": 90,
+        "createdAt": DAY[0],
+        "updatedAt": DAY[2],
+        "lastContactedAt": DAY[3],
+    }
+
+
+@pytest.mark.parametrize(
+    ("columns", "source", "contact_type", "stage", "entered"),
+    [
+        ({}, "open_intakes", "LEAD", "NEW", DAY[0]),
+        ({"lastContactedAt": DAY[3]}, "open_intakes", "LEAD", "CONTACTED", DAY[3]),
+        ({"convertedToClient": True, "convertedAt": DAY[4]}, "converted_intakes", "CLIENT", "CLOSED", DAY[4]),
+        ({"convertedToClient": True, "lastContactedAt": DAY[3]}, "converted_intakes", "CLIENT", "CLOSED", DAY[2]),
+        ({"unqualified": True, "unqualifiedAt": DAY[5]}, "open_intakes", "LEAD", "LOST", DAY[5]),
+        ({"unqualified": True, "convertedToClient": True}, "converted_intakes", "CLIENT", "LOST", DAY[2]),
+    ],
+)
+def test_what_happened_to_an_intake_decides_its_source_type_and_stage(
+    columns: Row, source: str, contact_type: str, stage: str, entered: datetime
+) -> None:
+    result = run(intake(**columns), generation="2026_01")
+    made = made_by(result, "tax_intake_leads:i1")
+    assert result.ledger["tax_intake_leads:i1"]["source"] == source
+    assert (made["contactType"], made["stage"], made["stageEnteredAt"]) == (contact_type, stage, entered)
+
+
+def test_an_unqualified_intake_is_excluded_where_there_is_no_stage_for_it() -> None:
+    result = run(intake(email="nonsense", unqualified=True))
+    assert (result.counts.excluded, result.ledger) == ({"unqualified": 1}, {})
+
+
+@pytest.mark.parametrize(
+    ("phone", "country", "expected"),
+    [
+        (" 555 0100", "+1", "555 0100"),
+        ("555 0100", None, "555 0100"),
+        ("555 0100", "", "555 0100"),
+        ("+44 20", "+52", "+44 20"),
+        (" ", "+52", None),
+    ],
+)
+def test_a_country_code_stands_before_numbers_of_other_countries_alone(
+    phone: str, country: str | None, expected: str | None
+) -> None:
+    assert made_by(run(intake(phone=phone, country_code=country)), "tax_intake_leads:i1")["phone"] == expected
+
+
+@pytest.mark.parametrize(
+    ("method", "confidence"), [("phone_match", 85), ("email_match", 90), ("cookie", 100), (None, 100)]
+)
+def test_the_method_tells_how_certain_a_referrer_is(method: str, confidence: int) -> None:
+    made = made_by(run(intake(referrerUsername="ref", attributionMethod=method)), "tax_intake_leads:i1")
+    assert (made["attributionMethod"], made["attributionConfidence"]) == (method, confidence)
+
+
+@pytest.mark.parametrize("referrer", [None, "", " "])
+def test_an_intake_that_nobody_referred_has_no_attribution(referrer: str | None) -> None:
+    columns: Row = {"referrerUsername": referrer, "referrerType": "AFFILIATE", "attributionMethod": "email_match"}
+    made = made_by(run(intake(**columns)), "tax_intake_leads:i1")
+    assert {key: made[key] for key in ATTRIBUTION} == NO_ATTRIBUTION
+
+
+def test_an_intake_is_its_profile_s_whatever_its_address() -> None:
+    result = run(
+        user(),
+        profile(userId="u1"),
+        intake(email="other@example.com", profileId="p1"),
+        contact(email="other@example.com"),
+    )
+    assert outcomes(result) == {"profiles:p1": "created", "tax_intake_leads:i1": "merged"}
+
+
+def test_an_intake_goes_by_its_address_where_its_profile_has_no_contact() -> None:
+    gone = run(user(), profile(userId="u1")).ledger
+    for rows, ledger in (([profile(role="ADMIN")], None), ([], None), ([profile(userId="u1"), user()], gone)):
+        result = run(*rows, intake(email="b@b.io", profileId="p1"), contact(email="b@b.io"), ledger=ledger)
+        assert result.ledger["tax_intake_leads:i1"]["contact_id"] == "k1"
+
+
+def test_of_leads_and_intakes_those_that_converted_come_first_and_leads_before_intakes() -> None:
+    open_rows = [lead("l1"), intake("i1")]
+    converted = [lead("l2", status="CONVERTED"), intake("i2", convertedToClient=True)]
+    made = [contact_id_of(row) for row in ("leads:l2", "tax_intake_leads:i2", "leads:l1", "tax_intake_leads:i1")]
+    assert list(run(*open_rows, *converted).contacts) == made[:1]
+    assert list(run(*open_rows, *converted[1:]).contacts) == made[1:2]
+    assert list(run(*open_rows).contacts) == made[2:3]
+    assert list(run(intake("i0", created_at=DAY[1]), intake("i1")).contacts) == made[3:]
+
+
+def test_of_several_intakes_of_a_person_the_latest_says_who_the_preparer_is() -> None:
+    first, second = intake("i1", assignedPreparerId="p8"), intake("i2", created_at=DAY[1], assignedPreparerId="p9")
+    last = intake("i3", created_at=DAY[9], assignedPreparerId=" ")
+    (made,) = run(first, second, last).contacts.values()
+    assert (made["id"], made["assignedPreparerId"]) == (contact_id_of("tax_intake_leads:i1"), "p9")
+    by_profile = run(profile(), first | {"profileId": "p1"}, second | {"profileId": "p1", "email": "b@b.io"})
+    assert made_by(by_profile, "profiles:p1")["assignedPreparerId"] == "p9"
+
+
 # Resolutions
 
 
@@ -485,7 +617,7 @@ def test_a_name_of_white_space_is_unknown(blank: str | None) -> None:
 def check(population: Population, result: Result, ledger: dict[str, Entry]) -> None:
     """What must hold after any run over all sources, whatever the rows are."""
     counts = result.counts
-    rows = [("profiles", row) for row in population.profiles] + [("leads", row) for row in population.leads]
+    rows = [(table, row) for table in TABLES for row in getattr(population, table)]
     assert counts.read == counts.created + counts.merged + counts.exists + counts.error
     assert len(rows) == counts.excluded.total() + counts.already + counts.read
     migrated = {f"{table}:{row['id']}" for table, row in rows if not exclusion(table, row, population.stages)}

@@ -54,6 +54,20 @@ def add_lead(email: str, status: str = "NEW", **columns: Any) -> str:
     return _insert("leads", lead, columns)
 
 
+def add_intake(email: str, **columns: Any) -> str:
+    """An intake; returns its id."""
+    intake = {
+        "id": _new_id(),
+        "first_name": "Ina",
+        "last_name": "Intake",
+        "email": email,
+        "phone": "555 0100",
+        "created_at": CREATED_AT,
+        "updated_at": UPDATED_AT,
+    }
+    return _insert("tax_intake_leads", intake, columns)
+
+
 def add_contact(email: str, **columns: Any) -> str:
     """A contact that somebody made in the CRM; returns its id."""
     contact = {
@@ -128,7 +142,7 @@ def _insert(table: str, row: Row, columns: Row) -> str:
 
 def change(table: str, row: str, **columns: Any) -> None:
     """The application, or a person in it, writes a row: `updatedAt` moves along."""
-    columns = {"updatedAt": LATER} | columns
+    columns = {"updated_at" if table == "tax_intake_leads" else "updatedAt": LATER} | columns
     assignments = ", ".join(f'"{column}" = %s' for column in columns)
     with connection.cursor() as cursor:
         cursor.execute(f"UPDATE {table} SET {assignments} WHERE id = %s", [*columns.values(), row])

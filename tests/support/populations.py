@@ -29,7 +29,7 @@ from tests.support.reference import (
     contact_id_of,
 )
 
-GENERATIONS = ("2025_10", "2025_10_mixed", "2025_11", "2025_12")
+GENERATIONS = ("2025_10", "2025_10_mixed", "2025_11", "2025_12", "2026_01")
 LEDGER_TABLE = '"crm_backfill"."ledger_entry"'
 
 _UPPER_ROLES = ("SUPER_ADMIN", "ADMIN", "LEAD", "CLIENT", "TAX_PREPARER", "AFFILIATE")
@@ -39,11 +39,18 @@ ROLES = {
     "2025_10_mixed": _UPPER_ROLES + _LOWER_ROLES,
     "2025_11": _LOWER_ROLES,
     "2025_12": _LOWER_ROLES,
+    "2026_01": tuple(role for role in _LOWER_ROLES if role not in ("super_admin", "lead")),
 }
 _OLD_STAGES = ("NEW", "CONTACTED", "DOCUMENTS", "PREPARING", "COMPLETE")
 _NEW_STAGES = ("NEW", "CONTACTED", "QUALIFIED", "DOCUMENTS", "FILED", "CLOSED", "LOST")
-STAGE_LABELS = {"2025_10": _OLD_STAGES, "2025_10_mixed": _OLD_STAGES, "2025_11": _NEW_STAGES, "2025_12": _NEW_STAGES}
+STAGE_LABELS = {
+    **dict.fromkeys(("2025_10", "2025_10_mixed"), _OLD_STAGES),
+    **dict.fromkeys(("2025_11", "2025_12", "2026_01"), _NEW_STAGES),
+}
 HAS_CLERK_USER_ID = ("2025_10", "2025_10_mixed")
+#: Intakes know of profiles and clients; one each tax year, and some are given up.
+HAS_CONVERSIONS = ("2025_11", "2025_12", "2026_01")
+HAS_TAX_YEARS = ("2026_01",)
 
 # Labels that somebody added to a database by hand: some that nobody knows, some that are another spelling.
 ADDED_LABELS: Mapping[str, tuple[str, ...]] = {
@@ -274,6 +281,51 @@ def lead_lists(
 
 
 @st.composite
+def intake_lists(
+    draw: st.DrawFn,
+    generation: str,
+    users: Sequence[Row],
+    profiles: Sequence[Row],
+    *,
+    taken: Collection[tuple[str, int]] = (),
+    table: int = 8,
+) -> list[Row]:
+    """Intakes: one for each address as it is stored, and where there are tax years, one for each of them."""
+    years = (2023, 2024) if generation in HAS_TAX_YEARS else (2024,)
+    keys = draw(
+        st.lists(
+            st.tuples(source_emails, st.sampled_from(years)).filter(lambda key: key not in taken),
+            max_size=6,
+            unique=True,
+        )
+    )
+    preparer_ids = [UNKNOWN_ID, *BLANKS, *(row["id"] for row in (*profiles, *users))]
+    intakes = []
+    for identifier, (email, year) in zip(_ids(draw, table, len(keys)), keys, strict=True):
+        intake = {
+            "id": identifier,
+            "first_name": draw(texts),
+            "last_name": draw(texts),
+            "email": email,
+            "phone": draw(texts | st.sampled_from(["555 0100", "+44 20"])),
+            "country_code": draw(st.sampled_from(["+1", "+1", "+52", " +44 ", ""])),
+            **{name: draw(_attribution[name]) for name in ("referrerUsername", "referrerType")},
+            "attributionMethod": draw(st.none() | st.sampled_from(["cookie", "email_match", "phone_match", "direct"])),
+            "assignedPreparerId": draw(st.none() | st.sampled_from(preparer_ids)),
+            "lastContactedAt": draw(nullable_moments),
+            "created_at": draw(moments),
+            "updated_at": draw(moments),
+        }
+        if generation in HAS_CONVERSIONS:
+            intake["profileId"] = draw(st.sampled_from([None, *(row["id"] for row in profiles)]))
+            intake |= {"convertedToClient": draw(st.booleans()), "convertedAt": draw(nullable_moments)}
+        if generation in HAS_TAX_YEARS:
+            intake |= {"tax_year": year, "unqualified": draw(st.booleans()), "unqualifiedAt": draw(nullable_moments)}
+        intakes.append(intake)
+    return intakes
+
+
+@st.composite
 def contact_keys(draw: st.DrawFn, users: Sequence[Row], profiles: Sequence[Row]) -> list[Row]:
     """The keys of contacts, each key unique: any combination, with a liking for those of one profile's person."""
     addresses = {user["id"]: address_of(user["email"]) for user in users}
@@ -301,12 +353,18 @@ def _free(draw: st.DrawFn, key: str, rows: Sequence[Row], profile: Row, pool: It
 
 @st.composite
 def contact_lists(
-    draw: st.DrawFn, stages: Sequence[str], users: Sequence[Row], profiles: Sequence[Row], leads: Sequence[Row]
+    draw: st.DrawFn,
+    stages: Sequence[str],
+    users: Sequence[Row],
+    profiles: Sequence[Row],
+    leads: Sequence[Row],
+    intakes: Sequence[Row],
 ) -> list[Row]:
     """Contacts from before: by whomever, and now and then one that the backfill made and whose ledger was lost."""
     keys = draw(contact_keys(users, profiles))
     own_ids = [contact_id_of(f"profiles:{row['id']}") for row in profiles]
     own_ids += [contact_id_of(f"leads:{row['id']}") for row in leads]
+    own_ids += [contact_id_of(f"tax_intake_leads:{row['id']}") for row in intakes]
     replaced = iter(_distinct(draw, own_ids, len(keys) if draw(st.integers(0, 4)) == 4 else 0))
     return [
         {
@@ -342,6 +400,7 @@ def populations(draw: st.DrawFn, generation: str | None = None, *, added_labels:
     users = draw(user_lists())
     profiles = draw(profile_lists(generation, users, added=added_labels))
     leads = draw(lead_lists(users, profiles, added=added_labels))
+    intakes = draw(intake_lists(generation, users, profiles))
     return Population(
         generation=generation,
         stages=STAGE_LABELS[generation],
@@ -349,7 +408,8 @@ def populations(draw: st.DrawFn, generation: str | None = None, *, added_labels:
         users=users,
         profiles=profiles,
         leads=leads,
-        contacts=draw(contact_lists(STAGE_LABELS[generation], users, profiles, leads)),
+        tax_intake_leads=intakes,
+        contacts=draw(contact_lists(STAGE_LABELS[generation], users, profiles, leads, intakes)),
     )
 
 
@@ -357,8 +417,8 @@ def populations(draw: st.DrawFn, generation: str | None = None, *, added_labels:
 def aftermaths(draw: st.DrawFn, population: Population, result: Result) -> Population:
     """The same population some time after a run: people worked in the CRM, and the application went on.
 
-    Contacts are deleted and edited; pending profiles become clients; leads convert, or get another email; leads, users
-    and profiles come in. Nothing that was to be migrated ceases to be, and no key of a contact is touched.
+    Contacts are deleted and edited; pending profiles become clients; leads convert, or get another email; intakes
+    convert, or expire; leads, intakes, users and profiles come in. No key of a contact is touched.
     """
     contacts = [dict(contact) for contact in result.contacts.values() if draw(st.integers(0, 3))]
     for contact in contacts:
@@ -380,7 +440,18 @@ def aftermaths(draw: st.DrawFn, population: Population, result: Result) -> Popul
     profiles += draw(profile_lists(population.generation, newcomers, added=False, clerk_ids=sorted(clerk_ids), table=6))
     users = [*population.users, *newcomers]
     leads += draw(lead_lists(users, profiles, added=False, table=7))
-    return dataclasses.replace(population, users=users, profiles=profiles, leads=leads, contacts=contacts)
+    intakes = [dict(intake) for intake in population.tax_intake_leads if draw(st.integers(0, 3))]
+    for intake in intakes:
+        if "convertedToClient" in intake and draw(st.booleans()):
+            intake |= {
+                "convertedToClient": True,
+                "profileId": draw(st.sampled_from([None, *(p["id"] for p in profiles)])),
+            }
+    keys = {(intake["email"], intake.get("tax_year", 2024)) for intake in intakes}
+    intakes += draw(intake_lists(population.generation, users, profiles, taken=keys, table=9))
+    return dataclasses.replace(
+        population, users=users, profiles=profiles, leads=leads, tax_intake_leads=intakes, contacts=contacts
+    )
 
 
 class Cursor(Protocol):
@@ -393,7 +464,7 @@ class Cursor(Protocol):
     def fetchall(self) -> list[Any]: ...
 
 
-_TABLES = ("users", "profiles", "leads", "crm_contacts")
+_TABLES = ("users", "profiles", "leads", "tax_intake_leads", "crm_contacts")
 _ENUM_COLUMNS = {
     "profiles": {"role": "UserRole"},
     "leads": {"type": "LeadType", "status": "LeadStatus"},
@@ -410,7 +481,10 @@ def add_labels(cursor: Cursor) -> None:
 
 def insert_population(cursor: Cursor, population: Population) -> None:
     """Put every row into its (empty) table, users first for the sake of the foreign keys."""
-    tables = (population.users, population.profiles, population.leads, population.contacts)
+    tables = (
+        *(population.users, population.profiles, population.leads),
+        *(population.tax_intake_leads, population.contacts),
+    )
     for table, rows in zip(_TABLES, tables, strict=True):
         if rows:
             _insert(cursor, table, rows)
@@ -452,7 +526,8 @@ def read_contacts(cursor: Cursor) -> dict[str, Row]:
 def read_ledger(cursor: Cursor) -> dict[str, Entry]:
     """The ledger entries by row reference, in the shape of the reference; an empty text means none."""
     cursor.execute(
-        f"SELECT CASE WHEN source LIKE '%%leads' THEN 'leads' ELSE 'profiles' END, "
+        "SELECT CASE WHEN source LIKE '%%intakes' THEN 'tax_intake_leads' WHEN source LIKE '%%leads' THEN 'leads' "
+        "ELSE 'profiles' END, "
         f"source_id, source, outcome, reason, contact_id, identity_keys::text FROM {LEDGER_TABLE}",
         (),
     )

@@ -22,11 +22,16 @@ Entry = dict[str, Any]
 Resolution = tuple[str | None, str | None]
 
 PLACEHOLDER_DOMAIN = "crm-backfill.invalid"
-SOURCES = ("clients", "preparers", "affiliates", "converted_leads", "active_leads")
+SOURCES = (
+    *("clients", "preparers", "affiliates"),
+    *("converted_leads", "converted_intakes", "active_leads", "open_intakes"),
+)
+TABLES = ("profiles", "leads", "tax_intake_leads")
 SETTLED = ("created", "merged", "exists")
 
 PROFILE_SOURCES = {"CLIENT": "clients", "TAX_PREPARER": "preparers", "AFFILIATE": "affiliates"}
 EXCLUDED_ROLES = {"SUPER_ADMIN": "super_admin", "ADMIN": "admin", "LEAD": "lead"}
+INTAKE_SOURCES = ("converted_intakes", "open_intakes")
 PROFILE_TYPES = {"clients": "CLIENT", "preparers": "PREPARER", "affiliates": "AFFILIATE"}
 LEAD_TYPES = {"CUSTOMER": "LEAD", "TAX_PREPARER": "PREPARER", "AFFILIATE": "AFFILIATE"}
 # The first of these stages that the database has. Without one, the row is excluded.
@@ -65,6 +70,7 @@ class Population:
     users: list[Row] = field(default_factory=list)
     profiles: list[Row] = field(default_factory=list)
     leads: list[Row] = field(default_factory=list)
+    tax_intake_leads: list[Row] = field(default_factory=list)
     contacts: list[Row] = field(default_factory=list)
 
 
@@ -157,19 +163,30 @@ def _rows_in_order(population: Population) -> Iterator[tuple[str, Row]]:
         yield "profiles", profile
     for lead in sorted(population.leads, key=lambda row: (row["createdAt"], row["id"])):
         yield "leads", lead
+    for intake in sorted(population.tax_intake_leads, key=lambda row: (row["created_at"], row["id"])):
+        yield "tax_intake_leads", intake
+
+
+def updated_at_of(row: Row) -> Any:
+    """When a source row was written last; an intake's column has another name."""
+    return row["updated_at"] if "updated_at" in row else row["updatedAt"]
 
 
 def exclusion(table: str, row: Row, stages: Collection[str]) -> str | None:
     """Why this row is not to be migrated, or None if it is."""
     if table == "profiles":
         return EXCLUDED_ROLES.get(label(row["role"]))
+    if table == "tax_intake_leads":
+        return "unqualified" if row.get("unqualified") and "LOST" not in stages else None
     return "disqualified" if label(row["status"]) == "DISQUALIFIED" and "LOST" not in stages else None
 
 
 def source_of(table: str, row: Row) -> str:
-    """Which of the five sources a row that is to be migrated belongs to."""
+    """Which of the sources a row that is to be migrated belongs to."""
     if table == "profiles":
         return PROFILE_SOURCES.get(label(row["role"]), "clients")
+    if table == "tax_intake_leads":
+        return "converted_intakes" if row.get("convertedToClient") else "open_intakes"
     return "converted_leads" if label(row["status"]) == "CONVERTED" else "active_leads"
 
 
@@ -184,11 +201,8 @@ def _one_row(
 ) -> None:
     before = result.ledger.get(reference)
     try:
-        if source in PROFILE_TYPES:
-            draft = contact_of_profile(population, source, row, domain)
-        else:
-            draft = contact_of_lead(population, source, row)
-        outcome, contact_id = _land(result, population, draft, resolution, is_lead=source not in PROFILE_TYPES)
+        draft = contact_of(population, source, row, domain)
+        outcome, contact_id = _land(result, population, source, row, draft, resolution)
         entry: Entry = {"source": source, "outcome": outcome, "reason": None, "contact_id": contact_id, "keys": None}
     except Rejected as error:
         entry = {"source": source, "outcome": "error", "reason": error.reason, "contact_id": error.contact_id}
@@ -197,12 +211,21 @@ def _one_row(
     _count(result, before, entry)
 
 
+def contact_of(population: Population, source: str, row: Row, domain: str = PLACEHOLDER_DOMAIN) -> Row:
+    """The contact that a row makes if it meets none. Raises Rejected."""
+    if source in PROFILE_TYPES:
+        return contact_of_profile(population, source, row, domain)
+    if source in INTAKE_SOURCES:
+        return contact_of_intake(population, source, row)
+    return contact_of_lead(population, source, row)
+
+
 def _land(
-    result: Result, population: Population, draft: Row, resolution: Resolution | None, *, is_lead: bool
+    result: Result, population: Population, source: str, row: Row, draft: Row, resolution: Resolution | None
 ) -> tuple[str, str]:
+    is_lead = source not in PROFILE_TYPES
     if resolution is None:
-        theirs = contact_of_the_profile(population, result.ledger, result.contacts, draft) if is_lead else None
-        contact = find(draft, result.contacts, theirs)
+        contact = find_of_row(population, result.ledger, result.contacts, source, row, draft)
     else:
         contact = find_resolved(draft, result.contacts, resolution)
         for key in ("userId", "clerkUserId"):
@@ -300,10 +323,77 @@ def contact_of_lead(population: Population, source: str, row: Row) -> Row:
     }
 
 
+def contact_of_intake(population: Population, source: str, row: Row) -> Row:
+    """The contact that an intake makes if it meets none. Columns that its generation lacks are not in the row."""
+    converted, unqualified = source == "converted_intakes", row.get("unqualified")
+    if unqualified:
+        stage, entered = "LOST", row.get("unqualifiedAt") or row["updated_at"]
+    elif converted:
+        stage = next(stage for stage in STAGES["CONVERTED"] if stage in population.stages)
+        entered = row.get("convertedAt") or row["updated_at"]
+    elif row.get("lastContactedAt"):
+        stage, entered = "CONTACTED", row["lastContactedAt"]
+    else:
+        stage, entered = "NEW", row["created_at"]
+    phone, country = trimmed(row["phone"]), trimmed(row.get("country_code"))
+    if phone and country and country != "+1" and "+" not in phone:
+        phone = f"{country} {phone}"
+    preparer = None if _has_later_preparer(population, row) else preparer_of(population, row.get("assignedPreparerId"))
+    is_referred = trimmed(row.get("referrerUsername")) is not None
+    method = row.get("attributionMethod") if is_referred else None
+    return {
+        "id": contact_id_of(f"tax_intake_leads:{row['id']}"),
+        "userId": None,
+        "clerkUserId": None,
+        "contactType": "CLIENT" if converted else "LEAD",
+        "firstName": trimmed(row["first_name"]) or "Unknown",
+        "lastName": trimmed(row["last_name"]) or "Unknown",
+        "email": valid_email(row["email"]),
+        "phone": phone,
+        "company": None,
+        "stage": stage,
+        "stageEnteredAt": entered,
+        "source": "tax_intake_form",
+        "assignedPreparerId": preparer,
+        "assignedAt": row["updated_at"] if preparer is not None else None,
+        "referrerUsername": row["referrerUsername"] if is_referred else None,
+        "referrerType": row.get("referrerType") if is_referred else None,
+        "commissionRate": None,
+        "commissionRateLockedAt": None,
+        "attributionMethod": method,
+        "attributionConfidence": {"email_match": 90, "phone_match": 85}.get(str(method), 100),
+        "createdAt": row["created_at"],
+        "updatedAt": row["updated_at"],
+        "lastContactedAt": row.get("lastContactedAt"),
+    }
+
+
+def _has_later_preparer(population: Population, row: Row) -> bool:
+    """Whether a later intake of the person names a preparer: the same address as stored, or the same profile."""
+    return any(
+        trimmed(other.get("assignedPreparerId")) is not None
+        for other in population.tax_intake_leads
+        if (other["created_at"], other["id"]) > (row["created_at"], row["id"])
+        and (other["email"] == row["email"] or (row.get("profileId") and other.get("profileId") == row["profileId"]))
+    )
+
+
+def find_of_row(
+    population: Population, ledger: Mapping[str, Entry], contacts: Mapping[str, Row], source: str, row: Row, draft: Row
+) -> Row | None:
+    """The contact that a row's person already has. Raises Rejected if the keys name two accounts."""
+    if source in INTAKE_SOURCES and row.get("profileId") in {profile["id"] for profile in population.profiles}:
+        entry = ledger.get(f"profiles:{row['profileId']}")
+        if entry and entry["outcome"] in SETTLED and entry["contact_id"] in contacts:
+            return contacts[str(entry["contact_id"])]
+    is_lead = source not in PROFILE_TYPES
+    return find(draft, contacts, contact_of_the_profile(population, ledger, contacts, draft) if is_lead else None)
+
+
 def contact_of_the_profile(
     population: Population, ledger: Mapping[str, Entry], contacts: Mapping[str, Row], draft: Row
 ) -> Row | None:
-    """What a profile met, or made, whose user has the address of a lead: it may stand under another address."""
+    """What a profile met, or made, whose user has the address of a lead or an intake: another address may be there."""
     users = [user for user in population.users if address_of(user["email"]) == draft["email"]]
     theirs = [
         (user["email"] != draft["email"], profile["id"])
@@ -411,7 +501,7 @@ def referrer(row: Row) -> str:
 
 
 def contact_id_of(reference: str) -> str:
-    """The id of the contact that the row `profiles:<id>` or `leads:<id>` makes."""
+    """The id of the contact that a row, given as `<table>:<id>`, makes."""
     return "c" + hashlib.sha256(reference.encode()).hexdigest()[:24]
 
 

@@ -37,6 +37,8 @@ FIRST = {
 STAGE = {"stage": ("stage", "stageEnteredAt"), "stage_entered_at": ("stageEnteredAt",)}
 COLUMNS = {**UNITS, **FIRST, **STAGE, "email": ("email",)}
 STAGES_OF_LEADS = ("NEW", "CONTACTED", "QUALIFIED", "COMPLETE", "CLOSED", "LOST")
+#: The sources of people who are not clients yet.
+OF_LEADS = ("active_leads", "open_intakes")
 PLACEHOLDER_KINDS = ("client", "preparer", "affiliate")
 
 
@@ -86,7 +88,7 @@ class World:
     def is_due(self, ref: str, row: Row) -> bool:
         """Whether a row is to be looked at: it changed, or came to a contact and never was looked at."""
         came = self.ledger[ref]["outcome"] != "created"
-        return bool(self.seen[ref] != row["updatedAt"] or (came and ref not in self.looked))
+        return bool(self.seen[ref] != reference.updated_at_of(row) or (came and ref not in self.looked))
 
 
 class Speaker(NamedTuple):
@@ -101,14 +103,15 @@ class Speaker(NamedTuple):
 def run(world: World, population: Population, *, update: bool) -> Looks:
     """Backfill, and look again if asked to. `population.contacts` are the contacts as they stand before."""
     result = reference.backfill(population, ledger=world.ledger)
-    rows = {f"{table}:{row['id']}": row for table in ("profiles", "leads") for row in getattr(population, table)}
+    rows = {f"{table}:{row['id']}": row for table in reference.TABLES for row in getattr(population, table)}
     for ref, entry in result.ledger.items():
         if entry["outcome"] in reference.SETTLED and world.ledger.get(ref, {}).get("outcome") not in reference.SETTLED:
-            world.seen[ref] = rows[ref]["updatedAt"]
+            world.seen[ref] = reference.updated_at_of(rows[ref])
             if entry["outcome"] == "created":
-                draft = _draft(population, str(reference.source_of(ref.split(":")[0], rows[ref])), rows[ref])
+                source = reference.source_of(ref.split(":")[0], rows[ref])
+                draft = reference.contact_of(population, source, rows[ref])
                 gave = {column for column, value in draft.items() if value is not None} - {"attributionConfidence"}
-                world.made[str(entry["contact_id"])] = Made(rows[ref]["updatedAt"], gave)
+                world.made[str(entry["contact_id"])] = Made(world.seen[ref], gave)
     for contact_id, columns in result.filled.items():
         world.merged_in.setdefault(contact_id, set()).update(columns)
     world.contacts, world.ledger = result.contacts, result.ledger
@@ -137,7 +140,7 @@ def _one_row(world: World, population: Population, source: str, table: str, row:
     wanted, kept = _verdict(world, population, source, ref, row, contact)
     if not world.is_due(ref, row) and "email" not in wanted:
         return
-    world.seen[ref] = row["updatedAt"]
+    world.seen[ref] = reference.updated_at_of(row)
     world.looked.add(ref)
     looks.revisited += 1
     if wanted:
@@ -157,20 +160,11 @@ def _one_row(world: World, population: Population, source: str, table: str, row:
         world.left.setdefault(contact["id"], set()).add(contact["updatedAt"])
 
 
-def _draft(population: Population, source: str, row: Row) -> Row:
-    if source in reference.PROFILE_TYPES:
-        return reference.contact_of_profile(population, source, row, reference.PLACEHOLDER_DOMAIN)
-    return reference.contact_of_lead(population, source, row)
-
-
 def _is_of(world: World, population: Population, source: str, row: Row, contact: Row) -> Row | None:
     """What the row makes; None where its keys name another contact by now. Raises Rejected where it makes nothing."""
-    draft = _draft(population, source, row)
+    draft = reference.contact_of(population, source, row)
     try:
-        theirs = None
-        if source not in reference.PROFILE_TYPES:
-            theirs = reference.contact_of_the_profile(population, world.ledger, world.contacts, draft)
-        found = reference.find(draft, world.contacts, theirs)
+        found = reference.find_of_row(population, world.ledger, world.contacts, source, row, draft)
     except reference.Rejected:
         return None
     return draft if found is None or found["id"] == contact["id"] else None
@@ -289,8 +283,8 @@ def _not_ours(world: World, contact: Row) -> Row:
 
 
 def _promote_a_lead(contact: Row, speakers: list[Speaker], expected: Row, origins: dict[str, Speaker]) -> None:
-    """A profile or a converted lead makes something of a lead also where not all rows are there to be asked."""
-    promoting = next((speaker for speaker in speakers if speaker.source != "active_leads"), None)
+    """A profile, a converted lead or intake makes something of a lead also where not all rows are there to be asked."""
+    promoting = next((speaker for speaker in speakers if speaker.source not in OF_LEADS), None)
     if contact["contactType"] == "LEAD" and promoting is not None:
         expected["contactType"] = promoting.draft["contactType"]
         origins["contact_type"] = promoting
@@ -339,7 +333,7 @@ def _would_change(
         return False
     if name == "stage":
         return population.stages.index(by_rows["stage"]) > population.stages.index(contact["stage"])
-    if name == "contact_type" and source == "active_leads":
+    if name == "contact_type" and source in OF_LEADS:
         return False
     return bool(by_rows[COLUMNS[name][0]] != contact[COLUMNS[name][0]])
 

@@ -96,7 +96,9 @@ def test_sources_come_in_the_order_that_decides_who_makes_the_contact() -> None:
         "preparers",
         "affiliates",
         "converted_leads",
+        "converted_intakes",
         "active_leads",
+        "open_intakes",
     ]
     assert Source.of_table("profiles") == [Source.CLIENTS, Source.PREPARERS, Source.AFFILIATES]
     assert Source.of_table("leads") == [Source.CONVERTED_LEADS, Source.ACTIVE_LEADS]

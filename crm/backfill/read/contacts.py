@@ -43,6 +43,15 @@ SELECT u.email, entry.contact_id, p.id
    SELECT contact_id FROM ledger_entry WHERE id = {contact_id_sql("'profiles:' || p.id")} AND outcome <> 'error' LIMIT 1
  ) entry
 """
+# The contacts of the profiles that rows name. Without an address, which distinguishes them from those above.
+_AND_NAMED_PROFILES = f"""
+ UNION ALL
+SELECT NULL, entry.contact_id, p.id
+  FROM (SELECT id FROM profiles WHERE id = ANY(%(profile_ids)s)) p
+ CROSS JOIN LATERAL (
+   SELECT contact_id FROM ledger_entry WHERE id = {contact_id_sql("'profiles:' || p.id")} AND outcome <> 'error' LIMIT 1
+ ) entry
+"""
 
 
 class ContactIndex:
@@ -62,6 +71,7 @@ class ContactIndex:
         self._spelled: dict[str, set[str]] = {}
         self._profiles: list[ProfileOfAddress] = []
         self._with_profile: set[str] = set()
+        self._of_named: dict[str, str] = {}
 
     def notice(self, rows: Sequence[MappedRow], *, anew: bool = False) -> None:
         """Take a first look at a batch: which rows have a contact that no index finds by their canonical address.
@@ -71,28 +81,41 @@ class ContactIndex:
         addresses = {row.draft.email for row in rows if row.draft}
         spellings = {spelling for row in rows if row.draft for spelling in likely_spellings(row)}
         of_profiles = without_account(rows) if self._facts.has_ledger else set()
+        named = named_profiles(rows) if self._facts.has_ledger else []
         parameters = {"spellings": sorted(spellings - addresses), "emails": sorted(of_profiles), "user_ids": []}
+        parameters["profile_ids"] = named
         if of_profiles:
             users = self._users.find(of_profiles)
             parameters["user_ids"] = sorted(identifier for ids in users.values() for identifier in ids)
-        self._spelled, self._profiles = self._contacts.find(addresses, anew=anew), []
+        self._spelled, self._profiles, self._of_named = self._contacts.find(addresses, anew=anew), [], {}
+        query = _SPELLED + (_AND_PROFILES if of_profiles else "") + (_AND_NAMED_PROFILES if named else "")
         with self._connection.cursor() as cursor:
-            cursor.execute(_SPELLED + _AND_PROFILES if of_profiles else _SPELLED, parameters)
+            cursor.execute(query, parameters)
             for email, contact_id, profile_id in cursor.fetchall():
                 if profile_id is None:
                     self._spelled.setdefault(canonical_address(email), set()).add(contact_id)
+                elif email is None:
+                    self._of_named[profile_id] = contact_id
                 else:
                     self._profiles.append(ProfileOfAddress.of(email, profile_id, contact_id))
         self._with_profile = {profile.address for profile in self._profiles}
 
-    def is_likely_met(self, address: str) -> bool:
-        """Whether a row of the batch with this address is to be looked up before an insert is tried."""
-        return address in self._spelled or address in self._with_profile
+    def is_likely_met(self, row: MappedRow) -> bool:
+        """Return whether a row of the batch must be looked up before an insert is tried."""
+        if row.draft is None:
+            return False
+        address = row.draft.email
+        return address in self._spelled or address in self._with_profile or row.profile_id in self._of_named
 
     def contacts_met_by(self, rows: Sequence[MappedRow]) -> ExistingContacts:
         """The contacts that have a key of one of the rows, as they are now. Their batch was noticed before."""
-        profiles = self.profiles_of(rows)
-        return ExistingContacts(self.contacts(rows, [profile.contact_id for profile in profiles]), profiles)
+        profiles, named = self.profiles_of(rows), self.contacts_of_named(rows)
+        others = {profile.contact_id for profile in profiles} | set(named.values())
+        return ExistingContacts(self.contacts(rows, others), profiles, named)
+
+    def contacts_of_named(self, rows: Iterable[MappedRow]) -> dict[str, str]:
+        """Return the contacts of the settled profiles that the rows name, by profile id."""
+        return {name: self._of_named[name] for name in named_profiles(rows) if name in self._of_named}
 
     def profiles_of(self, rows: Iterable[MappedRow]) -> list[ProfileOfAddress]:
         """The settled profiles whose users have the address of one of the rows that bring no account."""
@@ -142,6 +165,11 @@ def likely_spellings(row: MappedRow) -> Iterable[str]:
 def without_account(rows: Iterable[MappedRow]) -> set[str]:
     """The addresses of the rows that bring no account: leads, and profiles without a user, whose address is ours."""
     return {row.draft.email for row in rows if row.draft and row.draft.user_id is None}
+
+
+def named_profiles(rows: Iterable[MappedRow]) -> list[str]:
+    """Return the ids of the profiles that rows name."""
+    return sorted({row.profile_id for row in rows if row.draft and row.profile_id})
 
 
 def resolved_contacts(rows: Iterable[MappedRow]) -> list[str]:

@@ -15,30 +15,27 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.outcome import WITH_CONTACT, Fault, Outcome, RowCounts, Source
 from crm.postgres.facts.schema import DatabaseFacts
+from crm.rules.source_rows import SOURCE_TABLES
 
 #: How many rows of a table, and what share of them, may be left for them to be read by their ids. Where more are left,
 #: the pages pass over the whole table.
 FEW_ROWS, FEW_SHARE = 20_000, 0.1
 
-_NAMES = {
-    "profiles": {"table": "profiles", "label": "role"},
-    "leads": {"table": "leads", "label": "status"},
-}
 # One statement, so that all of it is of one moment. Each term is counted by itself: the rows of the table without a
 # look at the ledger, the entries that rows have by what they say, and as pending the rows without any entry.
 _COUNTS = """
-SELECT r.{label}::text, NULL AS outcome, NULL AS names_contact, count(*) FROM {table} r WHERE true{only} GROUP BY 1
+SELECT {label}::text, NULL AS outcome, NULL AS names_contact, count(*) FROM {table} r WHERE true{only} GROUP BY 1
  UNION ALL
 SELECT label::text, outcome, names_contact, counted
-  FROM (SELECT r.{label} AS label, entry.outcome, entry.contact_id IS NOT NULL AS names_contact, count(*) AS counted
+  FROM (SELECT {label} AS label, entry.outcome, entry.contact_id IS NOT NULL AS names_contact, count(*) AS counted
           FROM {table} r LEFT JOIN ledger_entry entry ON entry.source_id = r.id AND entry.source = ANY(%(sources)s)
          WHERE true{only}
          GROUP BY 1, 2, 3) entry
 """
 _COUNTS_WITHOUT_LEDGER = """
-SELECT r.{label}::text, NULL AS outcome, NULL, count(*) FROM {table} r WHERE true{only} GROUP BY 1
+SELECT {label}::text, NULL AS outcome, NULL, count(*) FROM {table} r WHERE true{only} GROUP BY 1
  UNION ALL
-SELECT r.{label}::text, NULL, false, count(*) FROM {table} r WHERE true{only} GROUP BY 1
+SELECT {label}::text, NULL, false, count(*) FROM {table} r WHERE true{only} GROUP BY 1
 """
 # Rows without an id have no entry. Of those that share an id, one entry stands for all: none can be told from another.
 _ONLY = {"id": " AND r.id IS NOT NULL", "repeated": " AND r.id <> ALL(%(repeated)s)"}
@@ -55,33 +52,33 @@ SELECT NULL, false, count(*) FROM {table} r WHERE r.id = ANY(%(repeated)s) GROUP
 #: Why rows are excluded that no entry can stand for.
 DUPLICATE_ID, MISSING_ID = "duplicate_id", "missing_id"
 _ERRORS = """
-SELECT r.{label}::text, r.id
+SELECT {label}::text, r.id
   FROM ledger_entry entry JOIN {table} r ON r.id = entry.source_id
  WHERE entry.outcome = 'error' AND entry.source = ANY(%(sources)s)
-   AND (r.{label} = ANY(%(labels)s::{label_type}[]) OR r.{label} IS NULL){only}
+   AND ({label} = ANY(%(labels)s::{label_type}[]) OR {label} IS NULL){only}
 """
 _PENDING_ROWS = """
-SELECT r.{label}::text, r.id
+SELECT {label}::text, r.id
   FROM {table} r
- WHERE (r.{label} = ANY(%(labels)s::{label_type}[]) OR r.{label} IS NULL){only}
+ WHERE ({label} = ANY(%(labels)s::{label_type}[]) OR {label} IS NULL){only}
    AND NOT EXISTS (SELECT FROM ledger_entry entry WHERE entry.source_id = r.id AND entry.source = ANY(%(sources)s))
 """
 # As `source.UNSETTLED_OR_GONE` has it.
 _GONE = """
   FROM {table} r JOIN ledger_entry entry ON entry.source_id = r.id AND entry.source = ANY(%(sources)s)
- WHERE entry.outcome <> 'error' AND r.{label} = ANY(%(labels)s::{label_type}[]){only}
+ WHERE entry.outcome <> 'error' AND {label} = ANY(%(labels)s::{label_type}[]){only}
    AND (NOT EXISTS (SELECT FROM crm_contacts c WHERE c.id = entry.contact_id)
         OR EXISTS (SELECT FROM ledger_entry made
                     WHERE made.id = entry.contact_id AND made.outcome = 'created' AND made.run_id > entry.run_id))
 """
-_GONE_ROWS = f"SELECT r.{{label}}::text, r.id {_GONE}"
-_GONE_COUNTS = f"SELECT r.{{label}}::text, count(*) {_GONE} GROUP BY 1"
+_GONE_ROWS = f"SELECT {{label}}::text, r.id {_GONE}"
+_GONE_COUNTS = f"SELECT {{label}}::text, count(*) {_GONE} GROUP BY 1"
 # A row that changed since its entry was written may have become one that is not to be migrated.
 _EXCLUDED_OF_RUN = """
 SELECT count(*)
   FROM {table} r JOIN ledger_entry entry ON entry.source_id = r.id AND entry.source = ANY(%(sources)s)
- WHERE r.{label} <> ALL(%(labels)s::{label_type}[]) AND entry.run_id = %(run)s AND entry.outcome <> 'error'
-   AND entry.source_updated_at = r."updatedAt"
+ WHERE {label} <> ALL(%(labels)s::{label_type}[]) AND entry.run_id = %(run)s AND entry.outcome <> 'error'
+   AND entry.source_updated_at = {updated_at}
 """
 
 
@@ -119,7 +116,7 @@ def count_rows(connection: BaseDatabaseWrapper, facts: DatabaseFacts, run_id: in
     """
     settled, errors, pending = (dict.fromkeys(Source, 0) for _ in range(3))
     row_counts = RowCounts(0, {}, settled, errors, pending)
-    for table in _NAMES:
+    for table in facts.tables:
         counted = _count(connection, facts, table)
         _add(row_counts, facts, table, counted)
         if run_id is not None and _has_excluded_entries(facts, table, counted):
@@ -136,7 +133,7 @@ def survey(connection: BaseDatabaseWrapper, facts: DatabaseFacts, *, with_gone: 
     row_counts = count_rows(connection, facts)
     left: dict[Source, list[str]] = {}
     gone = dict.fromkeys(Source, 0)
-    for table in _NAMES:
+    for table in facts.tables:
         sources = Source.of_table(table)
         errors, pending = (sum(of[source] for source in sources) for of in (row_counts.errors, row_counts.pending))
         rows = errors + pending + sum(row_counts.settled[source] for source in sources)
@@ -226,5 +223,6 @@ def _rows(
     only = _ONLY["id"] if f"{table}.id" in facts.nullable else ""
     only += _ONLY["repeated"] if parameters["repeated"] else ""
     with connection.cursor() as cursor:
-        cursor.execute(query.format(**_NAMES[table], only=only, label_type=facts.label_types[table]), parameters)
+        names = {"label": SOURCE_TABLES[table].label_sql(facts.missing), "updated_at": SOURCE_TABLES[table].updated_at}
+        cursor.execute(query.format(table=table, **names, only=only, label_type=facts.label_types[table]), parameters)
         return list(cursor.fetchall())

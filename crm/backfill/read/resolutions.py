@@ -18,6 +18,7 @@ from crm.errors import OperatorError
 from crm.outcome import Source
 from crm.postgres.facts.schema import DatabaseFacts
 from crm.rules.mapping import MappedRow, Resolution
+from crm.rules.source_rows import SOURCE_TABLES
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class Resolutions:
 
     @classmethod
     def _of(cls, recorded: Sequence[_Recorded]) -> Self:
-        source_ids: dict[str, list[str]] = {"profiles": [], "leads": []}
+        source_ids: dict[str, list[str]] = {table: [] for table in SOURCE_TABLES}
         for _, row, _ in recorded:
             table, _, source_id = row.partition(":")
             source_ids[table].append(source_id)

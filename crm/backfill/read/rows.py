@@ -70,15 +70,19 @@ SELECT r.* FROM unnest(%(ids)s::text[], %(runs)s::bigint[]) AS wanted(id, run_id
     FROM (SELECT {columns} FROM {table} r WHERE r.id = wanted.id LIMIT 1) r {join}) r
 """
 _BEGUN = "(SELECT started_at AT TIME ZONE 'UTC' FROM backfill_run WHERE id = wanted.run_id)"
-_OTHER = {
-    "profiles": f"CASE WHEN u.changed_at >= {_BEGUN} THEN 'changed' END",
-    "leads": f"""CASE WHEN p.changed_at >= {_BEGUN} THEN 'changed'
+_OF_PREPARER = f"""CASE WHEN p.changed_at >= {_BEGUN} THEN 'changed'
               WHEN p.id IS NULL AND r."assignedPreparerId" IS NOT NULL
               THEN CASE WHEN EXISTS (SELECT FROM users WHERE users.id = r."assignedPreparerId")
                         THEN 'not linked' ELSE 'not there' END
-         END""",
+         END"""
+_OTHER = {
+    "profiles": f"CASE WHEN u.changed_at >= {_BEGUN} THEN 'changed' END",
+    **dict.fromkeys(("leads", "tax_intake_leads"), _OF_PREPARER),
 }
-_CHANGED_AT = {"profiles": '"updatedAt"', "leads": 'greatest("createdAt", "updatedAt")'}
+_CHANGED_AT = {
+    "profiles": '"updatedAt"',
+    **dict.fromkeys(("leads", "tax_intake_leads"), 'greatest("createdAt", "updatedAt")'),
+}
 _USER_CHANGES_READABLE = """
 SELECT has_column_privilege(attrelid, attnum, 'SELECT') FROM pg_attribute
  WHERE attrelid = to_regclass(quote_ident(%s) || '.users') AND attname = 'updatedAt' AND NOT attisdropped
@@ -109,8 +113,8 @@ class FoundRow(NamedTuple):
     """A source row as it is now.
 
     `mapped` is None for a row that is not to be migrated; `updated_at` is None where it is not known.
-    `other` is CHANGED, for the user of a profile and for the preparer of a lead; for the preparer alone also NOT_THERE,
-    or NOT_LINKED where the lead names a user who has no profile.
+    `other` is CHANGED, for the user of a profile and for the preparer of a lead or an intake; for the preparer alone
+    also NOT_THERE, or NOT_LINKED where the row names a user who has no profile.
     """
 
     updated_at: str | None
@@ -191,7 +195,7 @@ class RowReader:
         for entry in entries:
             of_table[entry.table][entry.source_id] = entry
         found: dict[str, FoundRow] = {}
-        for table in SOURCE_TABLES:
+        for table in self.facts.tables:
             query = self._query(table)
             read = partial(self._read, query, of_table[table])
             rows, unreadable = read_apart(self.connection, list(of_table[table]), read)
@@ -212,7 +216,7 @@ class RowReader:
             other=_OTHER[name],
             columns=table.columns(self.facts.missing),
             table=name,
-            join=table.join.format(more=f", {changed_at} AS changed_at"),
+            join=table.join(self.facts.missing, f", {changed_at} AS changed_at"),
         )
 
     def _read(self, query: str, entries: Mapping[str, Entry], source_ids: Sequence[str]) -> list[tuple[Any, ...]]:

@@ -24,7 +24,7 @@ from crm.postgres.apart import read_in_parts, refusal_of_reading
 from crm.postgres.facts.schema import SOURCE_OF_STRAYS, DatabaseFacts
 from crm.postgres.loaders import read_as_text
 from crm.rules.addresses import trimmed_address_sql
-from crm.rules.mapping import WHITE_SPACE, contact_id, contact_id_sql
+from crm.rules.mapping import contact_id, contact_id_sql
 from crm.rules.source_rows import SOURCE_TABLES, RawRow, SourceTable
 
 Key = tuple[str | None, ...]
@@ -84,11 +84,25 @@ _ENTRIES = "SELECT id, outcome, reason, run_id FROM ledger_entry WHERE id = ANY(
 
 # One person's rows are all in one partition, so that who comes first is the same for any number of them. The part of
 # an address before the @ is ASCII, or the row is an error: the "C" collation lower-cases it exactly as Python does.
+_OF_PROFILE = f"""COALESCE(
+        (SELECT NULLIF({trimmed_address_sql("users.email")}, '')
+           FROM users WHERE users.id = {{profile}}."userId" LIMIT 1),
+        {{profile}}.id)"""
+_OF_ADDRESS = f"COALESCE({trimmed_address_sql('r.email')}, r.id)"
+# An intake belongs to its profile if that has a contact. Profiles are settled before the first intake is read.
+_OF_INTAKE = f"""COALESCE(
+        (SELECT {_OF_PROFILE.format(profile="p")}
+           FROM profiles p
+          WHERE p.id = r."profileId" AND (
+            SELECT (SELECT true FROM crm_contacts c WHERE c.id = settled.contact_id LIMIT 1)
+              FROM ledger_entry settled
+             WHERE settled.id = {contact_id_sql("'profiles:' || p.id")} AND settled.outcome <> 'error' LIMIT 1)
+          LIMIT 1),
+        {_OF_ADDRESS})"""
 _PERSON = {
-    "profiles": f"""COALESCE(
-        (SELECT NULLIF({trimmed_address_sql("users.email")}, '') FROM users WHERE users.id = r."userId" LIMIT 1),
-        r.id)""",
-    "leads": f"COALESCE({trimmed_address_sql('r.email')}, r.id)",
+    "profiles": _OF_PROFILE.format(profile="r"),
+    "leads": _OF_ADDRESS,
+    "tax_intake_leads": _OF_INTAKE,
 }
 _IN_PARTITION = """abs(hashtext(lower(split_part({person}, '@', 1) COLLATE "C")) %% %(partitions)s) = %(partition)s"""
 
@@ -236,7 +250,7 @@ class SourceReader:
             bytes=" + ".join(map(_BYTES.format, table.long_values)),
             columns=table.columns(self.facts.missing, "entry.reason"),
             order=self._order(),
-            join=table.join.format(more=""),
+            join=table.join(self.facts.missing),
         )
         bounded = _BOUNDED.format(page=query, order=self._order("page"))
         with self._guarded(), self.connection.cursor() as cursor:
@@ -285,7 +299,7 @@ class SourceReader:
     def _query(self, form: str, after: Key | None, **parts: str) -> tuple[str, dict[str, Any]]:
         """A query of `form` for the rows from strictly after a key on, and its parameters."""
         table = self.source.table
-        parameters: dict[str, Any] = {"labels": self.facts.labels_of(self.source), "white_space": WHITE_SPACE}
+        parameters: dict[str, Any] = {"labels": self.facts.labels_of(self.source)}
         conditions = [_OPAQUE.format(self.choice.condition), *self._start(after, parameters)]
         if self.run_id is not None:
             conditions.append(_OPAQUE.format("entry.run_id IS DISTINCT FROM %(run_id)s"))
@@ -303,7 +317,7 @@ class SourceReader:
             conditions.append("r.id = ANY(%(apart)s)" if self.apart.alone else "r.id <> ALL(%(apart)s)")
             parameters["apart"] = list(self.apart.source_ids)
         if self.partition.count > 1:
-            conditions.append(_OPAQUE.format(_IN_PARTITION.format(person=_PERSON[table])))
+            conditions.append(_OPAQUE.format(_IN_PARTITION.format(person=self._person())))
             parameters |= {"partition": self.partition.number, "partitions": self.partition.count}
         query = form.format(
             entry=self.choice.join.format(table=table) if self.facts.has_ledger else _NO_ENTRY,
@@ -314,13 +328,23 @@ class SourceReader:
         )
         return query, parameters
 
-    def _labels(self) -> str:
-        """The condition of the rows whose role or status is the source's; NULL is nobody's, and is read by one."""
+    def _person(self) -> str:
+        """Return the SQL of the address, or id, that determines the partition of a row."""
         table = self.source.table
-        label = self._table.label_column
-        condition = f'r."{label}" = ANY(%(labels)s::{self.facts.label_types[table]}[])'
-        takes_null = self.source is SOURCE_OF_STRAYS[table] and f"{table}.{label}" in self.facts.nullable
-        return f'({condition} OR r."{label}" IS NULL)' if takes_null else condition
+        names_profile = table != "tax_intake_leads" or (self.facts.names_profiles and self.facts.has_ledger)
+        return _PERSON[table] if names_profile else _OF_ADDRESS
+
+    def _labels(self) -> str:
+        """Return the condition of the rows with a label of this source. One source also reads those without a label."""
+        table = self.source.table
+        label = self._table.label_sql(self.facts.missing)
+        condition = f"{label} = ANY(%(labels)s::{self.facts.label_types[table]}[])"
+        if self._table.label_column is None:
+            return _OPAQUE.format(condition)
+        is_nullable = f"{table}.{self._table.label_column}" in self.facts.nullable
+        return (
+            f"({condition} OR {label} IS NULL)" if self.source is SOURCE_OF_STRAYS[table] and is_nullable else condition
+        )
 
     def _start(self, after: Key | None, parameters: dict[str, Any]) -> list[str]:
         """The conditions of the rows that have an id of their own, from strictly after a key on."""

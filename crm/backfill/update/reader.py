@@ -25,6 +25,7 @@ from crm.postgres.loaders import read_as_text
 from crm.rules.addresses import canonical_address_sql
 from crm.rules.entry import Entry
 from crm.rules.mapping import CONTACT_TYPE_OF_SOURCE, MappedRow, map_rows
+from crm.rules.source_rows import SOURCE_TABLES
 from crm.rules.updating import RevisitedContact, RowOfContact
 
 _SEEN = "COALESCE(seen_updated_at, source_updated_at) AS seen, seen_updated_at"
@@ -33,7 +34,7 @@ _CONTACT = "FROM crm_contacts c WHERE c.id = entry.contact_id LIMIT 1"
 # Newer, as a rule. Put back to what it was before, it has changed as well. Or it came to a contact, and no update has
 # looked at it.
 _DUE = f"""
-((r."updatedAt" <> entry.seen OR (entry.outcome <> 'created' AND entry.seen_updated_at IS NULL))
+(({{updated_at}} <> entry.seen OR (entry.outcome <> 'created' AND entry.seen_updated_at IS NULL))
  AND (SELECT true {_CONTACT}))
 """
 _PLACEHOLDERS = ", ".join(
@@ -58,7 +59,8 @@ def rows_to_revisit(facts: DatabaseFacts, source: Source, *, with_unsettled: boo
     """
     if not facts.has_ledger:
         return UNSETTLED
-    parts = [_DUE, _HAS_EMAIL_NOW] if source.table == "profiles" else [_DUE]
+    due = _DUE.format(updated_at=SOURCE_TABLES[source.table].updated_at)
+    parts = [due, _HAS_EMAIL_NOW] if source.table == "profiles" else [due]
     condition = f"entry.outcome <> 'error' AND ({' OR '.join(parts)})"
     if with_unsettled:
         condition = f"{UNSETTLED.condition} OR {condition}"
@@ -70,7 +72,7 @@ _THESE_ROWS = Choice(EVERY_ROW.join, "r.id IS NOT NULL")
 # Every row that may be due, in one pass over both tables: a probe a row would cost ten times as much.
 _MAY_BE_DUE = """
 SELECT r.id FROM {table} r JOIN ledger_entry entry ON entry.source_id = r.id AND entry.source = ANY(%(sources)s)
- WHERE entry.outcome <> 'error' AND (r."updatedAt" <> COALESCE(entry.seen_updated_at, entry.source_updated_at)
+ WHERE entry.outcome <> 'error' AND ({updated_at} <> COALESCE(entry.seen_updated_at, entry.source_updated_at)
                                     OR (entry.outcome <> 'created' AND entry.seen_updated_at IS NULL))
 """
 _PLACEHOLDER = f"^({'|'.join(kind.lower() for kind in CONTACT_TYPE_OF_SOURCE.values())})-"
@@ -102,7 +104,7 @@ class DueReader(SourceReader):
     def _few(self) -> list[str] | None:
         """The ids of all rows of the table that may be due, where they are few."""
         table = self.source.table
-        query = _MAY_BE_DUE.format(table=table)
+        query = _MAY_BE_DUE.format(table=table, updated_at=SOURCE_TABLES[table].updated_at)
         if table == "profiles":
             query += f" UNION {_MAY_HAVE_EMAIL}"
         with self.connection.cursor() as cursor:
@@ -183,7 +185,7 @@ class Present:
                 contact.given.update(entry.filled)
 
     def _rows_of(self, entries: Mapping[str, Entry]) -> Iterator[RowOfContact]:
-        for source in Source:
+        for source in self.facts.sources:
             ids = [entry.source_id for entry in entries.values() if entry.table == source.table]
             if not ids:
                 continue

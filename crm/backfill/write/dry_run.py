@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from django.db.backends.base.base import BaseDatabaseWrapper
 
-from crm.backfill.read.contacts import ContactIndex, resolved_contacts, without_account
+from crm.backfill.read.contacts import ContactIndex, named_profiles, resolved_contacts, without_account
 from crm.backfill.write.upsert import upsert
 from crm.outcome import Outcome, RowOutcome, Source, Totals
-from crm.rules.mapping import ContactDraft, MappedRow
+from crm.rules.mapping import ContactDraft, MappedRow, contact_id
 from crm.rules.matching import ExistingContact, ExistingContacts, ProfileOfAddress
 
 _KEYS = ("email", "user_id", "clerk_user_id")
@@ -49,6 +49,7 @@ class Overlay:
             CREATE INDEX changed_email ON changed (email);
             CREATE TABLE profile (email TEXT, otherwise INTEGER, id TEXT, contact_id TEXT, PRIMARY KEY (email, id))
                    WITHOUT ROWID;
+            CREATE INDEX profile_id ON profile (id);
             CREATE TABLE draft (id TEXT PRIMARY KEY, fields TEXT) WITHOUT ROWID;
             CREATE TABLE entry (id TEXT PRIMARY KEY, source TEXT, source_id TEXT, outcome TEXT, contact_id TEXT,
                                 source_updated_at TEXT, filled TEXT) WITHOUT ROWID;
@@ -101,7 +102,9 @@ class Overlay:
         ]
 
     def made_as(self, contacts: Iterable[str]) -> list[ExistingContact]:
-        """Return the contacts that would have been created with one of the ids. Scans the overlay; rarely used."""
+        """Return the contacts that would have been created with one of the ids."""
+        # Most dry runs never ask by id, so the index is created on demand.
+        self._database.execute("CREATE INDEX IF NOT EXISTS made_id ON made (id)")
         return [
             ExistingContact(identifier, email, user_id, clerk_user_id, ours=True)
             for email, identifier, user_id, clerk_user_id in self._rows("SELECT * FROM made WHERE id", contacts)
@@ -120,6 +123,12 @@ class Overlay:
         rows = self._rows("SELECT email, otherwise, id, contact_id FROM profile WHERE email", addresses)
         return [ProfileOfAddress(address, bool(otherwise), *ids) for address, otherwise, *ids in rows]
 
+    def contacts_of_profiles(self, profile_ids: Collection[str]) -> dict[str, str]:
+        """Return the contacts that profiles would have matched or created, by profile id."""
+        by_contact = {contact_id("profiles", profile_id): profile_id for profile_id in profile_ids}
+        made = {by_contact[contact.id]: contact.id for contact in self.made_as(by_contact)} if by_contact else {}
+        return made | dict(self._rows("SELECT id, contact_id FROM profile WHERE id", profile_ids))
+
     def note_profiles(self, rows: Iterable[MappedRow], row_outcomes: Iterable[RowOutcome]) -> None:
         """Record the profiles that would have matched a contact, which can have another address."""
         by_id = {row.id: row for row in rows}
@@ -128,9 +137,15 @@ class Overlay:
         self._database.executemany(
             "INSERT OR REPLACE INTO profile VALUES (?, ?, ?, ?)",
             [
-                (row.draft.email, row.raw_email != row.draft.email, row.source_id, row_outcome.contact_id)
+                # A profile with a resolution is found only by its id: its address can belong to another contact.
+                (
+                    "" if row.resolution else row.draft.email,
+                    row.raw_email != row.draft.email,
+                    row.source_id,
+                    row_outcome.contact_id,
+                )
                 for row_outcome, row in profiles
-                if row.draft and not row.resolution
+                if row.draft
             ],
         )
 
@@ -196,6 +211,7 @@ class DryRunStore:
         self._lookup = lookup
         self._overlay = overlay
         self._met: set[str] = set()
+        self._of_named: dict[str, str] = {}
 
     def notice(self, rows: Sequence[MappedRow]) -> None:
         """Look up which addresses of the batch would have a contact."""
@@ -204,12 +220,14 @@ class DryRunStore:
         self._met = {contact.email for contact in self._overlay.made_with(emails)}
         self._met |= self._overlay.changed_to(emails).keys()
         self._met |= {profile.address for profile in self._overlay.profiles_with(without_account(rows))}
+        self._of_named = self._overlay.contacts_of_profiles(named_profiles(rows))
 
     def is_likely_met(self, row: MappedRow) -> bool:
         """Return whether a contact has the row's address in another spelling, or would have been created with it."""
         if row.draft is None:
             return False
-        return row.draft.email in self._met or self._lookup.is_likely_met(row.draft.email)
+        is_met = row.draft.email in self._met or row.profile_id in self._of_named
+        return is_met or self._lookup.is_likely_met(row)
 
     def insert(self, drafts: Sequence[ContactDraft]) -> set[str]:
         """Record the contacts that would be inserted, and return their ids."""
@@ -229,7 +247,10 @@ class DryRunStore:
         """Return the contacts that have, or would have, a key of one of the rows, with the keys they would have."""
         emails = _emails(rows)
         profiles = self._lookup.profiles_of(rows) + self._overlay.profiles_with(without_account(rows))
+        named = {name: self._of_named[name] for name in named_profiles(rows) if name in self._of_named}
+        named |= self._lookup.contacts_of_named(rows)
         others = {profile.contact_id for profile in profiles} | set(self._overlay.changed_to(emails).values())
+        others |= set(named.values())
         contacts = self._lookup.contacts(rows, others) + self._overlay.made_with(emails)
         if missing := (others | set(resolved_contacts(rows))) - {contact.id for contact in contacts}:
             contacts += self._overlay.made_as(missing)
@@ -240,7 +261,7 @@ class DryRunStore:
             contact.user_id = contact.user_id or user_id
             contact.clerk_user_id = contact.clerk_user_id or clerk_user_id
         self._add_values(contacts)
-        return ExistingContacts(contacts, profiles)
+        return ExistingContacts(contacts, profiles, named)
 
     def _add_values(self, found: Iterable[ExistingContact]) -> None:
         """Add the recorded values of other fields: --update needs to know which row filled them."""

@@ -140,7 +140,7 @@ class DatabaseStore:
 
     def is_likely_met(self, row: MappedRow) -> bool:
         """Return whether the row probably has a contact with which an INSERT would not conflict."""
-        return row.draft is not None and self._lookup.is_likely_met(row.draft.email)
+        return self._lookup.is_likely_met(row)
 
     def insert(self, drafts: Sequence[ContactDraft]) -> set[str]:
         """Insert contacts, and return the ids of those that were inserted. Raises RewrittenError."""

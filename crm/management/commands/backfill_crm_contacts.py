@@ -29,10 +29,10 @@ class Command(OperatorCommand):
     """Arguments, one call, print."""
 
     help = (
-        "Migrate users, profiles and leads that are missing from the CRM into crm_contacts. It can be run again at "
-        "any time: it continues where it stopped, migrates new rows and retries rows in error. Exit code 0: finished; "
-        "1: finished, but with new errors, or with a person who has two contacts; 2: wrong usage, or a database that "
-        "is unreachable or unsuitable; 3: another run is in progress; 4: stopped; 5: failed."
+        "Migrate users, profiles, leads and tax intakes that are missing from the CRM into crm_contacts. It can be run "
+        "again at any time: it continues where it stopped, migrates new rows and retries rows in error. Exit code 0: "
+        "finished; 1: finished, but with new errors, or with a person who has two contacts; 2: wrong usage, or a "
+        "database that is unreachable or unsuitable; 3: another run is in progress; 4: stopped; 5: failed."
     )
     requires_system_checks: list[str] = []  # noqa: RUF012 - Django's attribute
 

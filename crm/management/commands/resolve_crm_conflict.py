@@ -9,7 +9,7 @@ from django.core.management.base import CommandError, CommandParser
 from crm.conflicts import resolving
 from crm.errors import OperatorError
 from crm.management.operator_command import OperatorCommand
-from crm.rules.row_reference import RowReference
+from crm.rules.row_reference import FORMS, RowReference
 
 
 class Command(OperatorCommand):
@@ -25,7 +25,7 @@ class Command(OperatorCommand):
 
     def add_arguments(self, parser: CommandParser) -> None:
         """Add the arguments."""
-        parser.add_argument("row", metavar="ROW", help="the row: profiles:<id> or leads:<id>")
+        parser.add_argument("row", metavar="ROW", help=f"the row: {FORMS}")
         resolution = parser.add_mutually_exclusive_group()
         resolution.add_argument("--contact", metavar="ID", help="the row belongs to this contact")
         resolution.add_argument(

@@ -13,6 +13,7 @@ from django.db import connection
 from crm.errors import OperatorError
 from crm.management.operator_command import OperatorCommand
 from crm.postgres.errors import as_operator_error
+from crm.rules.row_reference import FORMS
 from crm.tracing import as_lines, trace_address, trace_reference
 
 ON_STANDARD_INPUT = "-"
@@ -33,7 +34,7 @@ class Command(OperatorCommand):
         parser.add_argument(
             "reference",
             metavar="CONTACT|ROW|-",
-            help="a contact's id, profiles:<id> or leads:<id>; - reads an email address from standard input",
+            help=f"a contact's id, {FORMS}; - reads an email address from standard input",
         )
         parser.add_argument(
             "--json", action="store_true", help="print one JSON object and nothing else on stdout, with times in UTC"

@@ -97,6 +97,17 @@ class Table:
     columns: Mapping[str, Column]
 
 
+def present_tables(connection: BaseDatabaseWrapper, names: Iterable[str]) -> list[str]:
+    """Return those of the names that are tables of the application's schema, in the same order."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT name FROM unnest(%s::text[]) WITH ORDINALITY AS wanted(name, number) "
+            "WHERE to_regclass(quote_ident(%s) || '.' || quote_ident(name)) IS NOT NULL ORDER BY number",
+            [list(names), settings.LEGACY_SCHEMA],
+        )
+        return [name for (name,) in cursor.fetchall()]
+
+
 def read_tables(connection: BaseDatabaseWrapper, names: Iterable[str]) -> dict[str, Table]:
     """Return, by name, the tables that exist in the application's schema."""
     with connection.cursor() as cursor:

@@ -35,6 +35,8 @@ OPTIONAL_COLUMNS: Mapping[str, tuple[str, ...]] = {
     **{name: table.optional_columns for name, table in SOURCE_TABLES.items()},
     "crm_contacts": ATTRIBUTION_COLUMNS,
 }
+#: The tables that some databases lack.
+OPTIONAL_TABLES = frozenset(name for name, table in SOURCE_TABLES.items() if table.is_optional)
 COLUMNS_IN_USE: Mapping[str, tuple[str, ...]] = {
     table: (*names, *OPTIONAL_COLUMNS.get(table, ())) for table, names in REQUIRED_COLUMNS.items()
 }

@@ -26,13 +26,18 @@ LABELS: Mapping[str, tuple[str, ...]] = {
     CONTACTS: ("contactType", "stage"),
     HISTORY: ("fromStage", "toStage"),
 }
-MOMENTS = ("createdAt", "updatedAt", "lastContactedAt", "commissionRateLockedAt", "stageEnteredAt", "assignedAt")
+MOMENTS = (
+    *("createdAt", "updatedAt", "lastContactedAt", "commissionRateLockedAt", "stageEnteredAt", "assignedAt"),
+    *("created_at", "updated_at", "convertedAt", "unqualifiedAt"),
+)
+SWITCHES = ("convertedToClient", "unqualified")
 RATE, CONFIDENCE = "commissionRate", "attributionConfidence"
 #: Columns by which rows are found.
 KEYS: Mapping[str, tuple[str, ...]] = {
     "users": ("id", "email"),
     "profiles": ("id", "userId", "clerkUserId"),
     "leads": ("id", "email"),
+    "tax_intake_leads": ("id", "email"),
     CONTACTS: ("id", "email", "userId", "clerkUserId"),
 }
 #: The keys and the columns that refer to them. Different spellings must compare as different, and all of these columns
@@ -40,6 +45,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
 COMPARED: Mapping[str, tuple[str, ...]] = {
     **KEYS,
     "leads": (*KEYS["leads"], "assignedPreparerId"),
+    "tax_intake_leads": (*KEYS["tax_intake_leads"], "assignedPreparerId", "profileId"),
     CONTACTS: (*KEYS[CONTACTS], "assignedPreparerId"),
 }
 #: Columns for which some source has no value, so they must accept NULL.
@@ -54,7 +60,7 @@ WRITTEN: Mapping[str, tuple[str, ...]] = {
 }
 #: The lengths of values that do not come from a row, such as the derived id and the names of stages.
 _LENGTHS: Mapping[str, Mapping[str, int]] = {
-    CONTACTS: {"id": 25, "source": len("lead_form"), "contactType": len("AFFILIATE"), "stage": len("CONTACTED")},
+    CONTACTS: {"id": 25, "source": len("tax_intake_form"), "contactType": len("AFFILIATE"), "stage": len("CONTACTED")},
     HISTORY: {"id": 25, "contactId": 25, "toStage": len("CONTACTED")},
 }
 _NUMBERED = tuple(model._meta.db_table for model in (BackfillRun, BackfillBatch, ContactUpdate))
@@ -170,6 +176,8 @@ def types_of(table: str, column: str) -> tuple[str, tuple[str, ...]]:
         return "numeric", ("numeric",)
     if column == CONFIDENCE:
         return "an integer", WHOLE_TYPES
+    if column in SWITCHES:
+        return "a boolean", ("bool",)
     if column in LABELS.get(table, ()):
         return "an enum or text", TEXT_TYPES
     return "text", TEXT_TYPES
@@ -196,7 +204,7 @@ def _of_collations(tables: Mapping[str, Table]) -> Iterator[Unfit]:
         f"{table}.{name}"
         for table, keys in COMPARED.items()
         for name in keys
-        if (column := tables[table].columns.get(name)) is not None and not column.is_deterministic
+        if table in tables and (column := tables[table].columns.get(name)) and not column.is_deterministic
     ]
     if names:
         yield Unfit(
@@ -212,7 +220,7 @@ def _of_mixed_collations(tables: Mapping[str, Table]) -> Iterator[Unfit]:
         f"{table}.{name}": column.collation
         for table, keys in COMPARED.items()
         for name in keys
-        if (column := tables[table].columns.get(name)) is not None and column.collation
+        if table in tables and (column := tables[table].columns.get(name)) and column.collation
     }
     if len(set(found.values())) > 1:
         yield Unfit(

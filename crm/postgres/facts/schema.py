@@ -26,7 +26,13 @@ from crm.models import (
 )
 from crm.outcome import Source
 from crm.postgres.facts.catalog import Column, read_tables
-from crm.postgres.facts.columns import ATTRIBUTION_COLUMNS, COLUMNS_IN_USE, OPTIONAL_COLUMNS, REQUIRED_COLUMNS
+from crm.postgres.facts.columns import (
+    ATTRIBUTION_COLUMNS,
+    COLUMNS_IN_USE,
+    OPTIONAL_COLUMNS,
+    OPTIONAL_TABLES,
+    REQUIRED_COLUMNS,
+)
 from crm.postgres.facts.repeated_ids import find_repeated_ids
 from crm.postgres.facts.requirements import HISTORY, MOMENTS, RATE, Unfit, misfits
 from crm.postgres.facts.rights import Operation, require_rights, rights_of
@@ -35,8 +41,10 @@ from crm.rules.mapping import (
     CONTACT_TYPE_OF_SOURCE,
     DISQUALIFIED,
     EXCLUDED_ROLES,
+    KINDS_OF_INTAKES,
     SOURCE_OF_ROLE,
     STAGES_OF_STATUS,
+    UNQUALIFIED,
     Rules,
     normalised,
 )
@@ -45,7 +53,11 @@ from crm.rules.source_rows import SOURCE_TABLES
 logger = logging.getLogger(__name__)
 
 #: The source of rows without a role or status, and of ids that several rows have. All of them are errors.
-SOURCE_OF_STRAYS: Mapping[str, Source] = {"profiles": Source.CLIENTS, "leads": Source.ACTIVE_LEADS}
+SOURCE_OF_STRAYS: Mapping[str, Source] = {
+    "profiles": Source.CLIENTS,
+    "leads": Source.ACTIVE_LEADS,
+    "tax_intake_leads": Source.OPEN_INTAKES,
+}
 REQUIRED_CONTACT_TYPES = sorted({*CONTACT_TYPE_OF_SOURCE.values(), *CONTACT_TYPE_OF_LEAD_TYPE.values()})
 #: The stages of a pipeline if the column is text and not an enum.
 STAGES_OF_2025_10 = ("NEW", "CONTACTED", "DOCUMENTS", "PREPARING", "COMPLETE")
@@ -79,6 +91,8 @@ class DatabaseFacts:
     roles: Mapping[str, tuple[str, ...]]
     statuses: Mapping[str, tuple[str, ...]]
     stages: Mapping[str, str]
+    #: The existing tables whose rows make contacts.
+    tables: tuple[str, ...]
     #: The types to cast labels to before comparing them with the roles of profiles and the statuses of leads.
     label_types: Mapping[str, str]
     #: The fractional digits that all timestamps of a contact store, and the decimals of its rate (None: unlimited).
@@ -99,6 +113,16 @@ class DatabaseFacts:
             rate_decimals=self.rate_decimals,
         )
 
+    @property
+    def sources(self) -> list[Source]:
+        """The sources whose table exists, in the order of a run."""
+        return [source for source in Source if source.table in self.tables]
+
+    @property
+    def names_profiles(self) -> bool:
+        """Whether intakes have a `profileId`."""
+        return "tax_intake_leads" in self.tables and "tax_intake_leads.profileId" not in self.missing
+
     def source_of_role(self, label: str) -> Source | None:
         """Return the source of a profile with this role, or None if it is excluded. Unknown roles are clients."""
         role = normalised(label)
@@ -111,21 +135,35 @@ class DatabaseFacts:
             return None
         return Source.CONVERTED_LEADS if status == "CONVERTED" else Source.ACTIVE_LEADS
 
+    def source_of_kind(self, kind: str) -> Source | None:
+        """Return the source of an intake of this kind, or None if it is excluded."""
+        source, status = KINDS_OF_INTAKES[kind]
+        return None if self.rules().stage_of(status) is None else source
+
     def exclusion(self, table: str, label: str) -> str:
-        """Return the reason why rows of `table` with this role or status are excluded."""
-        return EXCLUDED_ROLES[normalised(label)] if table == "profiles" else DISQUALIFIED
+        """Return the reason why rows of `table` with this label are excluded."""
+        if table == "profiles":
+            return EXCLUDED_ROLES[normalised(label)]
+        return DISQUALIFIED if table == "leads" else UNQUALIFIED
 
     def source_of(self, table: str, label: str | None) -> Source | None:
-        """Return the source of a row of `table` with this role or status, or None if it is excluded."""
+        """Return the source of a row of `table` with this role, status or kind, or None if it is excluded."""
         if label is None:
             return SOURCE_OF_STRAYS[table]
-        return self.source_of_role(label) if table == "profiles" else self.source_of_status(label)
+        if table == "profiles":
+            return self.source_of_role(label)
+        return self.source_of_status(label) if table == "leads" else self.source_of_kind(label)
+
+    def labels(self, table: str) -> list[str]:
+        """Return the roles, statuses or kinds of a table, as the database spells them."""
+        if table == "tax_intake_leads":
+            return list(KINDS_OF_INTAKES)
+        by_name = self.roles if table == "profiles" else self.statuses
+        return [label for spellings in by_name.values() for label in spellings]
 
     def labels_of(self, source: Source) -> list[str]:
-        """Return the roles or statuses that a source reads, as the database spells them."""
-        by_name = self.roles if source.table == "profiles" else self.statuses
-        labels = [label for spellings in by_name.values() for label in spellings]
-        return [label for label in labels if self.source_of(source.table, label) is source]
+        """Return the labels of its table whose rows a source reads."""
+        return [label for label in self.labels(source.table) if self.source_of(source.table, label) is source]
 
 
 def examine(
@@ -149,7 +187,7 @@ def examine(
     columns = {name: table.columns for name, table in tables.items()}
     _require_tables(columns, for_updating=for_updating)
     _require_columns(columns)
-    _require_all_rows(connection, [*REQUIRED_COLUMNS, *([HISTORY] if for_updating else [])])
+    _require_all_rows(connection, [table for table in tables if table != HISTORY or for_updating])
     for misfit in misfits(connection, tables, COLUMNS_IN_USE, for_inserting=for_inserting, for_updating=for_updating):
         raise OperatorError(str(misfit))
     has_attribution = all(column in columns["crm_contacts"] for column in ATTRIBUTION_COLUMNS)
@@ -163,8 +201,9 @@ def examine(
         )
     if for_writing or (for_inserting and ledger_is_readable is not None):
         _require_rights(connection, for_updating=for_updating, for_recreating=for_recreating, dry_run=not for_writing)
-    roles = _labels(connection, columns, "profiles", SOURCE_TABLES["profiles"].label_column)
-    statuses = _labels(connection, columns, "leads", SOURCE_TABLES["leads"].label_column)
+    roles = _labels(connection, columns, "profiles", "role")
+    statuses = _labels(connection, columns, "leads", "status")
+    source_tables = {name: table for name, table in SOURCE_TABLES.items() if name in columns}
     generation = _generation(columns, roles)
     contact_types = _labels_of_contacts(connection, columns, generation, "contactType")
     stages = _labels_of_contacts(connection, columns, generation, "stage")
@@ -177,7 +216,11 @@ def examine(
         roles=roles,
         statuses=statuses,
         stages={stage: spellings[0] for stage, spellings in stages.items()},
-        label_types={name: columns[name][table.label_column].cast for name, table in SOURCE_TABLES.items()},
+        tables=tuple(source_tables),
+        label_types={
+            name: columns[name][table.label_column].cast if table.label_column else "text"
+            for name, table in source_tables.items()
+        },
         second_digits=min(contact[name].second_digits for name in MOMENTS if name in contact),
         rate_decimals=contact[RATE].scale if RATE in contact else DECIMALS_OF_OURS,
         nullable=frozenset(
@@ -190,16 +233,16 @@ def examine(
             f"{table}.{name}"
             for table, names in OPTIONAL_COLUMNS.items()
             for name in names
-            if name not in columns[table]
+            if table in columns and name not in columns[table]
         ),
-        repeated_ids=find_repeated_ids(connection, SOURCE_OF_STRAYS),
+        repeated_ids=find_repeated_ids(connection, source_tables),
     )
 
 
 def find_misfits(connection: BaseDatabaseWrapper) -> list[Unfit]:
     """Return all misfits for which `examine` refuses this database, except missing rights and migrations."""
     tables = read_tables(connection, (*REQUIRED_COLUMNS, HISTORY))
-    if not tables.keys() >= REQUIRED_COLUMNS.keys():
+    if not tables.keys() >= REQUIRED_COLUMNS.keys() - OPTIONAL_TABLES:
         return []
     return list(misfits(connection, tables, COLUMNS_IN_USE, for_inserting=True, for_updating=HISTORY in tables))
 
@@ -221,7 +264,7 @@ def _require_schema(connection: BaseDatabaseWrapper) -> None:
 
 
 def _require_tables(columns: Mapping[str, Mapping[str, Column]], *, for_updating: bool) -> None:
-    if missing := [table for table in REQUIRED_COLUMNS if table not in columns]:
+    if missing := [table for table in REQUIRED_COLUMNS if table not in columns and table not in OPTIONAL_TABLES]:
         raise OperatorError(
             f"The schema {settings.LEGACY_SCHEMA} has no table {', '.join(missing)}: this is not the application's "
             "database, or its tables are in another schema. Correct DATABASE_URL, or name the schema in it (?schema=)."
@@ -234,13 +277,13 @@ def _require_tables(columns: Mapping[str, Mapping[str, Column]], *, for_updating
 
 
 def _require_columns(columns: Mapping[str, Mapping[str, Column]]) -> None:
-    wanted = [(table, column) for table, names in REQUIRED_COLUMNS.items() for column in names]
+    wanted = [(table, column) for table, names in REQUIRED_COLUMNS.items() if table in columns for column in names]
     if missing := [f"{table}.{column}" for table, column in wanted if column not in columns[table]]:
         raise OperatorError(
             f"This database has no column {', '.join(missing)}, which the backfill needs: its generation of the "
             "application is unknown to this version. Nothing was written."
         )
-    optional = [(table, column) for table, names in OPTIONAL_COLUMNS.items() for column in names]
+    optional = [(table, column) for table, names in OPTIONAL_COLUMNS.items() if table in columns for column in names]
     unreadable = [
         f"{table}.{column}"
         for table, column in [*wanted, *optional]
@@ -362,7 +405,7 @@ def _require_rights(
         operations.append(Operation.RECREATE)
     require_rights(connection, *operations, dry_run=dry_run)
     if not dry_run:
-        _require_tables_of_ours(connection, {right.table for right in rights_of(*operations)})
+        _require_tables_of_ours(connection, {right.table for right in rights_of(*operations)} - OPTIONAL_TABLES)
 
 
 def _require_tables_of_ours(connection: BaseDatabaseWrapper, tables: Iterable[str]) -> None:

@@ -63,7 +63,18 @@ class Memory:
 
     def preparer_came_or_went(self, names: Collection[str | None], state: State) -> None:
         """A profile appeared or vanished that leads may name as their preparer, by its own id or its user's."""
-        self._moved_silently(f"leads:{row['id']}" for row in state.leads.values() if row["assignedPreparerId"] in names)
+        for table, rows in (("leads", state.leads), ("tax_intake_leads", state.tax_intake_leads)):
+            self._moved_silently(f"{table}:{row['id']}" for row in rows.values() if row["assignedPreparerId"] in names)
+
+    def intakes_came_or_went(self, *intakes: Mapping[str, Any], state: State) -> None:
+        """An intake appeared, changed or vanished: of several of a person the last one names the preparer."""
+        emails = {row["email"] for row in intakes}
+        profiles = {row.get("profileId") for row in intakes} - {None}
+        self._moved_silently(
+            f"tax_intake_leads:{row['id']}"
+            for row in state.tax_intake_leads.values()
+            if row["email"] in emails or row.get("profileId") in profiles
+        )
 
     def _moved_silently(self, rows: Iterable[str]) -> None:
         for row in rows:

@@ -15,11 +15,17 @@ from typing import Any, NamedTuple
 from django.db import connection
 
 from tests.conftest import Database
-from tests.support.populations import HAS_CLERK_USER_ID, STAGE_LABELS, read_contacts
+from tests.support.populations import (
+    HAS_CLERK_USER_ID,
+    HAS_CONVERSIONS,
+    HAS_TAX_YEARS,
+    STAGE_LABELS,
+    read_contacts,
+)
 from tests.support.reference import ATTRIBUTION, Entry, Population, Resolution, Row
 
 #: What we only read, and what people add to contacts. Of the contacts' history only what is not told by an update.
-OTHER_TABLES = ("users", "profiles", "leads", "crm_interactions")
+OTHER_TABLES = ("users", "profiles", "leads", "tax_intake_leads", "crm_interactions")
 _OF_AN_UPDATE = "reason = 'CRM contacts backfill'"
 _OTHERS_HISTORY = f"SELECT h::text FROM crm_stage_history h WHERE ({_OF_AN_UPDATE}) IS NOT TRUE ORDER BY 1"
 _HISTORY = f'SELECT "contactId", "toStage"::text FROM crm_stage_history WHERE {_OF_AN_UPDATE}'
@@ -32,15 +38,23 @@ _COLUMNS = {
         *("id", "type", "status", "firstName", "lastName", "email", "phone", "source", "assignedPreparerId"),
         *("lastContactedAt", *ATTRIBUTION, "createdAt", "updatedAt"),
     ),
+    "tax_intake_leads": (
+        *("id", "first_name", "last_name", "email", "phone", "country_code", "referrerUsername", "referrerType"),
+        *("attributionMethod", "assignedPreparerId", "lastContactedAt", "created_at", "updated_at"),
+    ),
 }
-_ENTRIES = """
-SELECT CASE WHEN source LIKE '%leads' THEN 'leads:' ELSE 'profiles:' END || source_id, id, source, outcome, reason,
+_CONVERSIONS = ("profileId", "convertedToClient", "convertedAt")
+_TAX_YEARS = ("tax_year", "unqualified", "unqualifiedAt")
+_TABLE = """CASE WHEN source LIKE '%intakes' THEN 'tax_intake_leads:' WHEN source LIKE '%leads' THEN 'leads:'
+            ELSE 'profiles:' END"""
+_ENTRIES = f"""
+SELECT {_TABLE} || source_id, id, source, outcome, reason,
        contact_id, identity_keys::text, run_id, source_updated_at, filled, COALESCE(seen_updated_at, source_updated_at),
        seen_updated_at IS NOT NULL
   FROM ledger_entry
 """
-_UPDATES = """
-SELECT id, CASE WHEN source LIKE '%leads' THEN 'leads:' ELSE 'profiles:' END || source_id, contact_id, run_id,
+_UPDATES = f"""
+SELECT id, {_TABLE} || source_id, contact_id, run_id,
        source_updated_at, contact_updated_at, columns, from_type, from_stage, to_stage, placeholder, former::text
   FROM contact_update ORDER BY id
 """
@@ -106,6 +120,7 @@ class State:
     users: Mapping[str, Row]
     profiles: Mapping[str, Row]
     leads: Mapping[str, Row]
+    tax_intake_leads: Mapping[str, Row]
     contacts: Mapping[str, Row]
     entries: Mapping[str, LedgerEntry]
     seen: Mapping[str, datetime]
@@ -125,6 +140,7 @@ class State:
             users=list(self.users.values()),
             profiles=list(self.profiles.values()),
             leads=list(self.leads.values()),
+            tax_intake_leads=list(self.tax_intake_leads.values()),
             contacts=list(self.contacts.values()),
         )
 
@@ -136,7 +152,8 @@ class State:
     def source_row(self, reference: str) -> Row | None:
         """The row of a reference, if it is there."""
         table, _, identifier = reference.partition(":")
-        return (self.profiles if table == "profiles" else self.leads).get(identifier)
+        rows: Mapping[str, Row] = getattr(self, table)
+        return rows.get(identifier)
 
     def creators(self) -> dict[str, LedgerEntry]:
         """The entries that made contacts, by contact."""
@@ -175,6 +192,9 @@ class World:
 
     def _read_all(self) -> State:
         profile_columns = _COLUMNS["profiles"] + (("clerkUserId",) if self.has_clerk_user_id else ())
+        intake_columns = _COLUMNS["tax_intake_leads"]
+        intake_columns += _CONVERSIONS if self.generation in HAS_CONVERSIONS else ()
+        intake_columns += _TAX_YEARS if self.generation in HAS_TAX_YEARS else ()
         with connection.cursor() as cursor:
             contacts = read_contacts(cursor)
         entries = [(_entry(row[:-2]), _aware(row[-2]), row[-1]) for row in self._rows(_ENTRIES)]
@@ -183,6 +203,7 @@ class World:
             users=self._read("users", _COLUMNS["users"]),
             profiles=self._read("profiles", profile_columns),
             leads=self._read("leads", _COLUMNS["leads"]),
+            tax_intake_leads=self._read("tax_intake_leads", intake_columns),
             contacts=contacts,
             entries={entry.row: entry for entry, *_ in entries},
             seen={entry.row: seen for entry, seen, _ in entries},
@@ -212,7 +233,7 @@ class World:
         identifier = f"c{table[0]}{next(self._numbers):023d}"
         names = ["id", *columns]
         if table != "crm_stage_history":
-            names.append("updatedAt")
+            names.append(_updated_at(table))
         values = ["%s"] * (1 + len(columns)) + [_NOW] * (len(names) - 1 - len(columns))
         quoted = ", ".join(f'"{name}"' for name in names)
         self._execute(
@@ -225,9 +246,8 @@ class World:
     def change(self, table: str, identifier: str, **columns: Any) -> None:
         """Write columns of a row."""
         assignments = "".join(f'"{name}" = %s, ' for name in columns)
-        self._execute(
-            f'UPDATE "{table}" SET {assignments}"updatedAt" = {_NOW} WHERE id = %s', *columns.values(), identifier
-        )
+        moment = f'"{_updated_at(table)}" = {_NOW}'
+        self._execute(f'UPDATE "{table}" SET {assignments}{moment} WHERE id = %s', *columns.values(), identifier)
 
     def delete(self, table: str, identifier: str) -> None:
         """Delete a row, and what goes with it by the foreign keys."""
@@ -254,6 +274,10 @@ class World:
         self._seen = None
         with connection.cursor() as cursor:
             cursor.execute(statement, [_naive(value) for value in parameters])
+
+
+def _updated_at(table: str) -> str:
+    return "updated_at" if table == "tax_intake_leads" else "updatedAt"
 
 
 def _entry(row: tuple[Any, ...]) -> LedgerEntry:
