@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from django.db import connection
 
@@ -88,6 +93,32 @@ def test_a_column_of_another_type_is_refused_by_name(database: Database) -> None
     assert "tax_intake_leads.unqualified is of the type text" in refused.stderr
 
 
+def test_an_unqualified_intake_is_excluded_and_counted_where_there_is_no_stage_for_it(database: Database) -> None:
+    database.change("ALTER TABLE tax_intake_leads ADD COLUMN unqualified boolean")
+    settled = add_intake("ann@example.com")
+    run()
+    add_intake("bob@example.com", unqualified=True)
+    change("tax_intake_leads", settled, unqualified=True)
+    for options in ({"dry_run": True}, {"update": True}):
+        report = run(**options)
+        assert (report["excluded"], report["read"], report["balanced"]) == ({"unqualified": 2}, 0, True)
+    assert contact_with("ann@example.com")["stage"] == "NEW"
+    assert [str(finding.kind) for finding in verify(connection).findings.kept] == ["source_changed"]
+
+
+def test_an_intake_that_converts_takes_its_contact_along(database: Database) -> None:
+    database.use("2026_01")
+    intake = add_intake("ann@example.com", lastContactedAt="2025-02-03")
+    run()
+    change("tax_intake_leads", intake, convertedToClient=True, convertedAt="2025-04-05")
+    assert update()["updated_by_column"] == {"contact_type": 1, "stage": 1}
+    contact = contact_with("ann@example.com")
+    assert (contact["contactType"], contact["stage"], str(contact["stageEnteredAt"])[:10]) == (
+        *("CLIENT", "CLOSED", "2025-04-05"),
+    )
+    assert defects() == []
+
+
 def test_an_intake_that_expires_is_no_defect_and_no_obstacle_to_a_rollback(database: Database) -> None:
     add_profile(email="ann@example.com")
     first = run()["run"]
@@ -133,6 +164,57 @@ def test_intakes_that_expire_while_a_run_reads_them_do_not_disturb_it(database: 
     assert run()["read"] == 0
 
 
+def add_many_intakes(people: int) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute(
+            """
+            INSERT INTO tax_intake_leads (id, first_name, last_name, email, phone, created_at, updated_at)
+            SELECT 'intake' || number, 'Ina', 'Intake', 'person-' || number || '@example.com', '555 0100',
+                   '2025-01-01'::timestamp + number * interval '1 minute', '2025-02-01'
+              FROM generate_series(1, %s) AS number
+            """,
+            [people],
+        )
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_no_person_is_lost_or_doubled_while_intakes_are_added_and_expire(database: Database, workers: int) -> None:
+    add_many_intakes(400)
+    over, expired = threading.Event(), set()
+
+    def application() -> None:
+        with session() as own:
+            for number in itertools.count(1):
+                deleted = own.execute(
+                    "DELETE FROM public.tax_intake_leads WHERE id = ("
+                    "SELECT id FROM public.tax_intake_leads ORDER BY random() LIMIT 1) RETURNING id"
+                )
+                expired.update(deleted.fetchall())
+                own.execute(
+                    "INSERT INTO public.tax_intake_leads (id, first_name, last_name, email, phone, updated_at) "
+                    f"VALUES ('new{number}', 'New', 'Intake', 'new-{number}@example.com', '555 0100', now())"
+                )
+                own.commit()
+                if over.wait(0.005):
+                    return
+
+    with ThreadPoolExecutor(1) as pool:
+        acting = pool.submit(application)
+        report = run(batch_size=20, workers=workers)
+        over.set()
+        acting.result()
+    assert expired
+    assert (report["status"], report["error"], report["balanced"]) == ("finished", 0, True)
+    assert run()["balanced"] is True
+    left = dict(database.rows("SELECT id, email FROM tax_intake_leads"))
+    people = Counter(contact["email"] for contact in contacts().values())
+    assert set(people.values()) == {1}
+    assert set(left.values()) <= people.keys()
+    assert {f"tax_intake_leads:{identifier}" for identifier in left} <= ledger().keys()
+    assert len(ledger()) == len(contacts())
+    assert defects() == []
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_intake_goes_to_its_profile_s_contact_whatever_its_address(database: Database, workers: int) -> None:
     database.use("2025_11")
@@ -144,6 +226,17 @@ def test_an_intake_goes_to_its_profile_s_contact_whatever_its_address(database: 
     assert (report["created"], report["merged"]) == (1, 2)
     assert contacts()[contact_id("profiles", account)]["phone"] == "555 0111"
     assert contacts()[theirs]["firstName"] == "Con"
+
+
+def test_an_intake_that_came_before_its_profile_keeps_a_contact_of_its_own(database: Database) -> None:
+    database.use("2025_11")
+    intake = add_intake("work@example.com")
+    own = run()["created_by_type"]
+    account = add_profile("client", email="ann@example.com")
+    change("tax_intake_leads", intake, profileId=account, convertedToClient=True)
+    report = update()
+    assert (own, report["created"], report["kept_by_column"]) == ({"LEAD": 1}, 1, {"identity": 1})
+    assert contacts().keys() == {contact_id("tax_intake_leads", intake), contact_id("profiles", account)}
 
 
 def test_a_later_intake_with_a_preparer_comes_to_its_person_with_the_next_update(database: Database) -> None:
@@ -170,6 +263,18 @@ def test_in_one_run_the_latest_of_several_intakes_names_the_preparer(database: D
     report = run()
     assert (report["created"], report["merged"]) == (1, 2)
     assert contact_with("ann@example.com")["assignedPreparerId"] == "second"
+
+
+def test_intakes_are_counted_with_the_leads_and_by_source(database: Database) -> None:
+    database.use("2025_11")
+    add_lead("ann@example.com")
+    add_intake("bob@example.com")
+    add_intake("Ann@example.com")
+    add_intake("cy@example.com", convertedToClient=True)
+    summary = called("backfill_crm_contacts", "--no-progress").stdout
+    shown = [" ".join(line.split()) for line in summary.splitlines()]
+    assert {"Leads 2", "Clients 1", "Rows by source 4 read"} <= set(shown)
+    assert {"converted_intakes 1 1 created", "active_leads 1 1 created", "open_intakes 2 1 created"} <= set(shown)
 
 
 def test_only_open_intakes(database: Database) -> None:

@@ -205,6 +205,11 @@ class Operator:
             """
         )
 
+    def name_profiles(self) -> None:
+        """A later generation of the application's tables, in which an intake names its profile."""
+        self.query('ALTER TABLE public.tax_intake_leads ADD COLUMN "profileId" text')
+        self.query(f'GRANT SELECT ("profileId") ON public.tax_intake_leads TO {ROLE}')
+
     def drop_attribution(self) -> None:
         """Prisma does not know the columns."""
         dropped = ", ".join(f'DROP COLUMN "{column}"' for column in COLUMNS)
@@ -233,6 +238,7 @@ CIRCUMSTANCES: dict[str, Callable[[Operator], None]] = {
     "with a run in progress": Operator.let_a_run_go,
     "with a row in conflict": Operator.take_a_conflict,
     "with a table that was restored": Operator.lose_contacts,
+    "with intakes that name profiles": Operator.name_profiles,
     "with the attribution columns dropped": Operator.drop_attribution,
 }
 

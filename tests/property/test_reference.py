@@ -118,7 +118,7 @@ def test_a_row_becomes_what_the_examples_say(example: Example) -> None:
         population.profiles.append(row)
         population.users.extend([] if email is None else [user(row["userId"], email)])
     else:
-        population.leads.append(row)
+        (population.leads if "status" in row else population.tax_intake_leads).append(row)
     result = backfill(population, placeholder_domain=PLACEHOLDER_DOMAIN)
     ((reference, line),) = result.ledger.items()
     assert line["source"] == example.source
@@ -421,89 +421,9 @@ def test_no_more_rows_than_the_limit_are_looked_at_and_settled_ones_do_not_count
 # Intakes
 
 
-def test_every_column_of_an_intake_contact() -> None:
-    columns: Row = {"phone": " 55 5550 0100 ", "country_code": "+52", "lastContactedAt": DAY[3]}
-    referrer: Row = {"referrerUsername": "ref", "referrerType": "AFFILIATE", "attributionMethod": "email_match"}
-    result = run(profile(), intake(**columns, assignedPreparerId="p1", **referrer))
-    assert made_by(result, "tax_intake_leads:i1") == {
-        "id": contact_id_of("tax_intake_leads:i1"),
-        "userId": None,
-        "clerkUserId": None,
-        "contactType": "LEAD",
-        "firstName": "Ann",
-        "lastName": "Lee",
-        "email": "ann@example.com",
-        "phone": "+52 55 5550 0100",
-        "company": None,
-        "stage": "CONTACTED",
-        "stageEnteredAt": DAY[3],
-        "source": "tax_intake_form",
-        "assignedPreparerId": "p1",
-        "assignedAt": DAY[2],
-        **referrer,
-        "commissionRate": None,
-        "commissionRateLockedAt": None,
-        "attributionConfidence": 90,
-        "createdAt": DAY[0],
-        "updatedAt": DAY[2],
-        "lastContactedAt": DAY[3],
-    }
-
-
-@pytest.mark.parametrize(
-    ("columns", "source", "contact_type", "stage", "entered"),
-    [
-        ({}, "open_intakes", "LEAD", "NEW", DAY[0]),
-        ({"lastContactedAt": DAY[3]}, "open_intakes", "LEAD", "CONTACTED", DAY[3]),
-        ({"convertedToClient": True, "convertedAt": DAY[4]}, "converted_intakes", "CLIENT", "CLOSED", DAY[4]),
-        ({"convertedToClient": True, "lastContactedAt": DAY[3]}, "converted_intakes", "CLIENT", "CLOSED", DAY[2]),
-        ({"unqualified": True, "unqualifiedAt": DAY[5]}, "open_intakes", "LEAD", "LOST", DAY[5]),
-        ({"unqualified": True, "convertedToClient": True}, "converted_intakes", "CLIENT", "LOST", DAY[2]),
-    ],
-)
-def test_what_happened_to_an_intake_decides_its_source_type_and_stage(
-    columns: Row, source: str, contact_type: str, stage: str, entered: datetime
-) -> None:
-    result = run(intake(**columns), generation="2026_01")
-    made = made_by(result, "tax_intake_leads:i1")
-    assert result.ledger["tax_intake_leads:i1"]["source"] == source
-    assert (made["contactType"], made["stage"], made["stageEnteredAt"]) == (contact_type, stage, entered)
-
-
 def test_an_unqualified_intake_is_excluded_where_there_is_no_stage_for_it() -> None:
     result = run(intake(email="nonsense", unqualified=True))
     assert (result.counts.excluded, result.ledger) == ({"unqualified": 1}, {})
-
-
-@pytest.mark.parametrize(
-    ("phone", "country", "expected"),
-    [
-        (" 555 0100", "+1", "555 0100"),
-        ("555 0100", None, "555 0100"),
-        ("555 0100", "", "555 0100"),
-        ("+44 20", "+52", "+44 20"),
-        (" ", "+52", None),
-    ],
-)
-def test_a_country_code_stands_before_numbers_of_other_countries_alone(
-    phone: str, country: str | None, expected: str | None
-) -> None:
-    assert made_by(run(intake(phone=phone, country_code=country)), "tax_intake_leads:i1")["phone"] == expected
-
-
-@pytest.mark.parametrize(
-    ("method", "confidence"), [("phone_match", 85), ("email_match", 90), ("cookie", 100), (None, 100)]
-)
-def test_the_method_tells_how_certain_a_referrer_is(method: str, confidence: int) -> None:
-    made = made_by(run(intake(referrerUsername="ref", attributionMethod=method)), "tax_intake_leads:i1")
-    assert (made["attributionMethod"], made["attributionConfidence"]) == (method, confidence)
-
-
-@pytest.mark.parametrize("referrer", [None, "", " "])
-def test_an_intake_that_nobody_referred_has_no_attribution(referrer: str | None) -> None:
-    columns: Row = {"referrerUsername": referrer, "referrerType": "AFFILIATE", "attributionMethod": "email_match"}
-    made = made_by(run(intake(**columns)), "tax_intake_leads:i1")
-    assert {key: made[key] for key in ATTRIBUTION} == NO_ATTRIBUTION
 
 
 def test_an_intake_is_its_profile_s_whatever_its_address() -> None:

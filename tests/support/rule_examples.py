@@ -53,6 +53,26 @@ LEAD: Row = {
     "attributionConfidence": 85,
     "assignedPreparerId": None,
 }
+INTAKE: Row = {
+    "id": "intake1",
+    "created_at": CREATED,
+    "updated_at": UPDATED,
+    "email": "ann@example.com",
+    "first_name": "Ann",
+    "last_name": "Lee",
+    "phone": "555 0100",
+    "country_code": "+1",
+    "lastContactedAt": None,
+    "convertedToClient": False,
+    "convertedAt": None,
+    "unqualified": False,
+    "unqualifiedAt": None,
+    "referrerUsername": "ref",
+    "referrerType": "AFFILIATE",
+    "attributionMethod": "cookie",
+    "profileId": None,
+    "assignedPreparerId": None,
+}
 
 
 class Example(NamedTuple):
@@ -64,7 +84,7 @@ class Example(NamedTuple):
     stages: tuple[str, ...] = OLD_STAGES
 
     def __str__(self) -> str:
-        plain = PROFILE if "role" in self.row else LEAD
+        plain = next(plain for plain in (PROFILE, LEAD, INTAKE) if plain.keys() == self.row.keys())
         differing = ", ".join(f"{name}={value!r}" for name, value in self.row.items() if value != plain[name])
         return f"{self.source}: {differing or 'plain'}" + (", new stages" if self.stages == NEW_STAGES else "")
 
@@ -76,6 +96,11 @@ def profile(expected: Row | str, source: str = "clients", **columns: Any) -> Exa
 def lead(expected: Row | str, stages: tuple[str, ...] = OLD_STAGES, **columns: Any) -> Example:
     row = LEAD | columns
     return Example(row, "converted_leads" if row["status"] == "CONVERTED" else "active_leads", expected, stages)
+
+
+def intake(expected: Row | str, stages: tuple[str, ...] = NEW_STAGES, **columns: Any) -> Example:
+    row = INTAKE | columns
+    return Example(row, "converted_intakes" if row["convertedToClient"] else "open_intakes", expected, stages)
 
 
 EXAMPLES: tuple[Example, ...] = (
@@ -221,6 +246,84 @@ EXAMPLES: tuple[Example, ...] = (
     *(lead({"source": "lead_form"}, source=blank) for blank in (None, *BLANKS)),
     lead({"source": "a b"}, source=" a b "),
     *(lead({"assignedPreparerId": None, "assignedAt": None}, assignedPreparerId=blank) for blank in (None, *BLANKS)),
+    # An intake brings who referred a person and how, but no rate.
+    intake(
+        {
+            "id": "c55e2e92b576e65a8bf1969df",
+            "userId": None,
+            "clerkUserId": None,
+            "contactType": "LEAD",
+            "firstName": "Ann",
+            "lastName": "Lee",
+            "email": "ann@example.com",
+            "phone": "+52 55 5550 0100",
+            "company": None,
+            "stage": "CONTACTED",
+            "stageEnteredAt": CALLED,
+            "source": "tax_intake_form",
+            "assignedPreparerId": "profile9",
+            "assignedAt": UPDATED,
+            "referrerUsername": " Ref ",
+            "referrerType": "AFFILIATE",
+            "commissionRate": None,
+            "commissionRateLockedAt": None,
+            "attributionMethod": "email_match",
+            "attributionConfidence": 90,
+            "createdAt": CREATED,
+            "updatedAt": UPDATED,
+            "lastContactedAt": CALLED,
+        },
+        phone=" 55 5550 0100 ",
+        country_code="+52",
+        assignedPreparerId="profile9",
+        lastContactedAt=CALLED,
+        referrerUsername=" Ref ",
+        attributionMethod="email_match",
+    ),
+    *(intake({"firstName": "Unknown", "lastName": "Unknown"}, first_name=blank, last_name=blank) for blank in BLANKS),
+    *(intake("invalid_email", email=email) for email in ("nope", *BLANKS)),
+    # What happened to it gives its stage, and the moment when it was entered.
+    intake({"contactType": "LEAD", "stage": "NEW", "stageEnteredAt": CREATED}),
+    intake({"stage": "CONTACTED", "stageEnteredAt": CALLED}, lastContactedAt=CALLED),
+    intake(
+        {"contactType": "CLIENT", "stage": "CLOSED", "stageEnteredAt": LOCKED},
+        convertedToClient=True,
+        convertedAt=LOCKED,
+    ),
+    intake({"stage": "CLOSED", "stageEnteredAt": UPDATED}, convertedToClient=True, lastContactedAt=CALLED),
+    intake({"contactType": "CLIENT", "stage": "COMPLETE"}, OLD_STAGES, convertedToClient=True),
+    intake({"contactType": "LEAD", "stage": "LOST", "stageEnteredAt": LOCKED}, unqualified=True, unqualifiedAt=LOCKED),
+    intake({"stage": "LOST", "stageEnteredAt": UPDATED}, unqualified=True, lastContactedAt=CALLED),
+    intake(
+        {"contactType": "CLIENT", "stage": "LOST", "stageEnteredAt": UPDATED},
+        unqualified=True,
+        convertedToClient=True,
+        convertedAt=LOCKED,
+    ),
+    intake({"stage": "NEW", "stageEnteredAt": CREATED}, convertedAt=LOCKED, unqualifiedAt=LOCKED),
+    intake({"contactType": "LEAD", "stage": "NEW"}, convertedToClient=None, unqualified=None),
+    # Only the code of another country stands before the number.
+    *(intake({"phone": "555 0100"}, phone=" 555 0100", country_code=code) for code in ("+1", " +1 ", None, "", " ")),
+    intake({"phone": "+44 20"}, phone="+44 20", country_code="+52"),
+    intake({"phone": "0044+20"}, phone="0044+20", country_code="+52"),
+    *(intake({"phone": None}, phone=blank, country_code="+52") for blank in BLANKS),
+    # The method tells the confidence; without a referrer there is no attribution.
+    *(
+        intake({"attributionMethod": method, "attributionConfidence": confidence}, attributionMethod=method)
+        for method, confidence in (("email_match", 90), ("phone_match", 85), ("cookie", 100), ("", 100), (None, 100))
+    ),
+    *(
+        intake(
+            {
+                **dict.fromkeys(("referrerUsername", "referrerType", "attributionMethod"), None),
+                "attributionConfidence": 100,
+            },
+            referrerUsername=blank,
+            attributionMethod="email_match",
+        )
+        for blank in (None, *BLANKS)
+    ),
+    *(intake({"assignedPreparerId": None, "assignedAt": None}, assignedPreparerId=blank) for blank in (None, *BLANKS)),
 )
 
 #: What stands in a column, and the address that it is, if it is one.
@@ -265,4 +368,5 @@ CONTACT_IDS = {
     ("leads", "1"): "c591960b957b66547385f92a3",
     ("leads", "l1"): "c55ba79a2e7b33c1bf1a4ec4b",
     ("profiles", "1"): "c2d0ef52da9e25776f534157a",
+    ("tax_intake_leads", "1"): "cf311252366a81535807f3942",
 }
