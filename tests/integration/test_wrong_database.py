@@ -49,7 +49,7 @@ def refused(database: Database, *arguments: str) -> Finished:
 
 
 @dry_and_wet
-@pytest.mark.parametrize("table", ["users", "profiles", "leads", "tax_intake_leads", "crm_contacts"])
+@pytest.mark.parametrize("table", ["users", "profiles", "leads", "crm_contacts"])
 def test_a_table_that_is_missing(database: Database, table: str, arguments: tuple[str, ...]) -> None:
     database.change(f"DROP TABLE {table} CASCADE")
     assert_refused(refused(database, *arguments), f"no table {table}", "public", "DATABASE_URL")
