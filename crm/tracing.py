@@ -19,7 +19,7 @@ from crm.outcome import Outcome, Source
 from crm.postgres.facts.schema import DatabaseFacts, examine
 from crm.postgres.loaders import read_as_text
 from crm.postgres.snapshot import snapshot
-from crm.rules.addresses import canonical_address, canonical_address_sql
+from crm.rules.addresses import canonical_address, canonical_address_sql, trimmed_address_sql
 from crm.rules.mapping import contact_id_sql, normalised_email
 from crm.rules.row_reference import RowReference, table_sql
 from crm.rules.source_rows import SOURCE_TABLES
@@ -37,6 +37,10 @@ SELECT 'profiles', p.id FROM users u JOIN profiles p ON p."userId" = u.id WHERE 
         for table in ("leads", "tax_intake_leads")
     },
 }
+_ROWS_OF_OWN_ADDRESS = f"""
+SELECT 'profiles', p.id FROM profiles p LEFT JOIN users u ON u.id = p."userId"
+ WHERE {canonical_address_sql("p.email")} = %s AND COALESCE({trimmed_address_sql("u.email")}, '') = ''
+"""
 _RESOLVED_FOR_ADDRESS = 'SELECT "row" FROM conflict_decision WHERE separate_email = %s'
 _CONTACTS = 'SELECT id, "createdAt", "updatedAt" FROM crm_contacts WHERE id = ANY(%s) ORDER BY id'
 # Three parts, so that each can use an index: by key, by contact, and the few errors.
@@ -169,8 +173,11 @@ class _Reader:
 
     def add_people_of(self, trail: _Trail, address: str) -> None:
         trail.contacts.update(contact for (contact,) in self._rows(_CONTACTS_OF_ADDRESS, [address]))
-        query = " UNION ALL ".join(_ROWS_OF_ADDRESS[table] for table in self.facts.tables)
-        trail.rows.update(RowReference(*row) for row in self._rows(query, [address] * len(self.facts.tables)))
+        queries = [_ROWS_OF_ADDRESS[table] for table in self.facts.tables]
+        if "profiles.email" not in self.facts.missing:
+            queries.append(_ROWS_OF_OWN_ADDRESS)
+        rows = self._rows(" UNION ALL ".join(queries), [address] * len(queries))
+        trail.rows.update(RowReference(*row) for row in rows)
         trail.rows.update(RowReference.parse(row) for (row,) in self._rows(_RESOLVED_FOR_ADDRESS, [address]))
 
     def add_rows_that_would_make(self, trail: _Trail, contacts: Iterable[str]) -> bool:

@@ -284,7 +284,8 @@ WITH wanted (table_name, privilege, columns) AS (
   VALUES
     ('users', 'SELECT', ARRAY['id', 'email', 'updatedAt']),
     ('profiles', 'SELECT', ARRAY[
-      'id', 'userId', 'clerkUserId', 'role', 'firstName', 'lastName', 'phone', 'companyName', 'createdAt', 'updatedAt'
+      'id', 'userId', 'clerkUserId', 'role', 'firstName', 'lastName', 'phone', 'companyName', 'email', 'createdAt',
+      'updatedAt'
     ]),
     ('leads', 'SELECT', ARRAY[
       'id', 'type', 'status', 'firstName', 'lastName', 'email', 'phone', 'source', 'assignedPreparerId',

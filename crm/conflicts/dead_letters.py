@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill.read.resolutions import is_readable
+from crm.backfill.read.source import address_of_profile
 from crm.conflicts.remedies import REMEDY_OF_GONE, REMEDY_OF_RESOLVED, named_contacts, remedy
 from crm.errors import OperatorError
 from crm.outcome import Outcome, Reason, Source
 from crm.postgres.facts.schema import examine
 from crm.postgres.snapshot import snapshot, stream
+from crm.rules.addresses import trimmed_address_sql
 from crm.rules.row_reference import table_sql
 
 logger = logging.getLogger(__name__)
@@ -34,14 +36,7 @@ SELECT entry.source, entry.source_id, entry.reason, entry.contact_id, entry.sqls
 _IS_GONE = "CASE {table} {cases} ELSE true END"
 _IS_GONE_OF = "WHEN '{table}' THEN NOT EXISTS (SELECT FROM {table} WHERE id = entry.source_id)"
 _EMAIL = "CASE {table} {cases} END"
-_EMAIL_OF = {
-    "profiles": """(SELECT users.email FROM profiles JOIN users ON users.id = profiles."userId"
-                     WHERE profiles.id = entry.source_id LIMIT 1)""",
-    **{
-        table: f"(SELECT email FROM {table} WHERE {table}.id = entry.source_id LIMIT 1)"
-        for table in ("leads", "tax_intake_leads")
-    },
-}
+_EMAIL_OF = "WHEN '{table}' THEN (SELECT {address} FROM {table} r WHERE r.id = entry.source_id LIMIT 1)"
 _RESOLUTION = """
        to_char(resolution.decided_at AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI'), resolution.contact_id,
        resolution.contact_id IS NOT NULL AND NOT EXISTS (SELECT FROM crm_contacts WHERE id = resolution.contact_id)
@@ -89,7 +84,9 @@ def dead_letters(connection: BaseDatabaseWrapper, *, with_email: bool) -> Genera
         if readable is False:
             logger.warning("this role may not read conflict_decision: the export contains no resolutions")
         resolution, resolutions = (_RESOLUTION, _RESOLUTIONS) if readable else ("NULL, NULL, false", "")
-        emails = " ".join(f"WHEN '{table}' THEN {_EMAIL_OF[table]}" for table in facts.tables)
+        addresses = dict.fromkeys(facts.tables, "r.email")
+        addresses["profiles"] = address_of_profile(trimmed_address_sql, facts.missing)
+        emails = " ".join(_EMAIL_OF.format(table=table, address=address) for table, address in addresses.items())
         gone = " ".join(_IS_GONE_OF.format(table=table) for table in facts.tables)
         query = _DEAD_LETTERS.format(
             email=_EMAIL.format(table=table_sql("entry"), cases=emails) if with_email else "NULL",

@@ -24,7 +24,7 @@ from crm.errors import OperatorError
 from crm.models import ConflictResolution, CRMContact, LedgerEntry
 from crm.outcome import Outcome, Reason
 from crm.postgres import errors
-from crm.postgres.facts.catalog import present_tables
+from crm.postgres.facts.catalog import present_tables, read_tables
 from crm.rules.addresses import canonical_address_sql
 from crm.rules.mapping import normalised_email
 from crm.rules.row_reference import RowReference
@@ -132,7 +132,9 @@ def _require_conflict(row: RowReference) -> LedgerEntry | None:
 
 def _whose(email: str, row: RowReference) -> str | None:
     parameters = {"email": email, "id": row.entry_id, "table": row.table, "source_id": row.source_id}
-    tables = present_tables(connection, (table for table in SOURCE_TABLES if table != "profiles"))
+    tables = present_tables(connection, SOURCE_TABLES)
+    if "email" not in read_tables(connection, ["profiles"])["profiles"].columns:
+        tables = [table for table in tables if table != "profiles"]
     rows = "".join(_OF_TABLE.format(table=table, address=canonical_address_sql("email")) for table in tables)
     with connection.cursor() as cursor:
         cursor.execute(_WHOSE.replace("{rows}", rows), parameters)

@@ -272,6 +272,8 @@ def profile_mapper(source: Source, rules: Rules) -> Callable[[ProfileRow], Mappe
 
     def mapped(row: ProfileRow) -> MappedRow:
         raw_email = row.email if row.email and trimmed_address(row.email) else None
+        if raw_email is None and row.own_email and trimmed_address(row.own_email):
+            raw_email = row.own_email
         email = normalised_email(raw_email) if raw_email else f"{placeholder_name(kind, row.id)}@{domain}"
         if row.role is None:
             return _rejected("profiles", row, Reason.MISSING_VALUE, Refusal(column="role"))

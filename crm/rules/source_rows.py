@@ -50,7 +50,7 @@ class KnownReason:
 
 
 class ProfileRow(NamedTuple):
-    """A profile with its user's email.
+    """A profile with its user's email, and with its own, which newer generations have.
 
     Any column but the id may be NULL, whatever the application's own schema says.
     """
@@ -67,6 +67,7 @@ class ProfileRow(NamedTuple):
     user_id: Annotated[str | None, Own("userId", is_long=True)]
     clerk_user_id: Annotated[str | None, Own("clerkUserId", is_optional=True)]
     email: Annotated[str | None, Joined("u.email", is_long=True)]
+    own_email: Annotated[str | None, Own("email", is_optional=True, is_long=True)]
 
 
 class LeadRow(NamedTuple):

@@ -89,6 +89,7 @@ _OF_PROFILE = [
     f'c."{CONFIDENCE}" = %(full_confidence)s',
     *(f'c."{name}" IS NULL' for name in _NOTHING),
     f"""CASE WHEN btrim(u.email, %(white_space)s) <> '' THEN {_is_address("u.email")}
+             WHEN btrim({{own_email}}, %(white_space)s) <> '' THEN {_is_address("{own_email}")}
              ELSE c.email = lower(c."contactType"::text) || '-' || r.id || '@' || %(placeholder_domain)s
               AND r.id = lower(r.id COLLATE "C") AND octet_length(r.id) = length(r.id) END""",
 ]
@@ -208,6 +209,8 @@ def proven_contacts(facts: DatabaseFacts, resolved: Mapping[str, object]) -> tup
     clerk_user_id = "NULL" if "profiles.clerkUserId" in facts.missing else "NULLIF(r.\"clerkUserId\", '')"
     queries = [_PROFILES, _LEADS, *([_intakes(facts)] if "tax_intake_leads" in facts.tables else [])]
     query = " UNION ALL ".join(queries).replace("{clerk_user_id}", clerk_user_id)
+    own_email = "NULL::text" if "profiles.email" in facts.missing else "r.email"
+    query = query.replace("{own_email}", own_email)
     query = query.replace("{second_digits}", str(facts.second_digits))
     return query, {
         "white_space": WHITE_SPACE,

@@ -19,6 +19,7 @@ from crm.errors import OperatorError
 from crm.models import BackfillRun, LedgerEntry
 from crm.rules.mapping import contact_id
 from crm.runs import retrying
+from crm.tracing import trace_address
 from crm.verification import verify
 from tests.conftest import Database
 from tests.support.builders import add_contact, add_lead, add_many_leads, add_profile, add_user, contacts, ledger
@@ -461,6 +462,32 @@ def test_a_lead_meets_the_contact_of_the_profile_whose_user_has_its_address(
     foretold, done = run(dry_run=True, update=True), run(update=True)
     assert foretold["updated_by_column"] == done["updated_by_column"]
     assert done["updated_by_column"]["attribution"] == 1
+
+
+@pytest.mark.parametrize("generation", ["2026_01"])
+@pytest.mark.parametrize("spelling", ["ann@example.com", " Ann@Example.com"])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_lead_meets_the_contact_of_the_profile_that_has_its_address_where_the_user_has_none(
+    database: Database, generation: str, spelling: str, workers: int
+) -> None:
+    user = add_user(" ")
+    contact = add_contact("other@example.com", userId=user)
+    profile = add_profile("client", userId=user)
+    # Whose user has an address goes by that.
+    other = add_profile("client", email="bob@example.com")
+    for row, email in ((profile, spelling), (other, "ann@example.com")):
+        database.rows("UPDATE profiles SET email = %s WHERE id = %s RETURNING id", email, row)
+    lead = add_lead("ann@example.com")
+    foretold, done = run(dry_run=True, workers=workers), run(workers=workers)
+    assert foretold["exists"] == done["exists"] == 2
+    assert {ledger()[row]["contact_id"] for row in (f"profiles:{profile}", f"leads:{lead}")} == {contact}
+    assert sorted(row["email"] for row in contacts().values()) == ["bob@example.com", "other@example.com"]
+    trace = trace_address(connection, "ANN@example.com")
+    assert {row["row"] for row in trace["rows"]} == {f"profiles:{profile}", f"leads:{lead}"}
+    # When the user gets one, the profile's own counts no more.
+    database.rows("UPDATE users SET email = 'new@example.com' WHERE id = %s RETURNING id", user)
+    add_lead("Ann@example.com")
+    assert run()["created"] == 1
 
 
 def test_a_lead_that_comes_a_night_later_meets_the_contact_of_the_profile(database: Database) -> None:

@@ -15,7 +15,7 @@ from crm.models.ledger import RunStatus
 from crm.rollback.runner import roll_back
 from crm.runs import lease
 from tests.conftest import Database
-from tests.support.builders import add_contact, add_intake, add_lead, add_user, ledger
+from tests.support.builders import add_contact, add_intake, add_lead, add_profile, add_user, ledger
 from tests.support.circumstances import acting_as, reading_role
 from tests.support.commands import run
 from tests.support.conflicts import ANN, OTHER, entry_of, resolve, resolved, somebody_elses_account
@@ -113,6 +113,18 @@ def test_what_is_no_resolution_is_refused_and_nothing_is_recorded(database: Data
         assert ("Nothing was recorded." in finished.stderr) == ("names no row" not in words)
         assert "recorded" not in resolve(arguments[0]).stderr
     assert not ConflictResolution.objects.exists()
+
+
+@pytest.mark.parametrize("generation", ["2026_01"])
+def test_an_address_of_another_profile_itself_is_somebodys(database: Database, generation: str) -> None:
+    user = add_user(ANN)
+    add_contact(ANN, userId=add_user("other@example.com"))
+    row, other = f"profiles:{add_profile('client', userId=user)}", add_profile("admin", userId=add_user(""))
+    run()
+    database.rows("UPDATE profiles SET email = 'Own@example.com' WHERE id = %s RETURNING id", other)
+    assert f"already used by profiles:{other}" in resolve(row, "--separate", "own@example.com").stderr
+    database.rows("UPDATE profiles SET email = %s WHERE id = %s RETURNING id", OTHER, row.partition(":")[2])
+    assert resolve(row, "--separate", OTHER).code == 0
 
 
 def test_an_address_of_another_row_or_resolution_is_somebodys(database: Database) -> None:

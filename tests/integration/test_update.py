@@ -356,6 +356,24 @@ def test_a_placeholder_is_replaced_by_the_email_that_turned_up(database: Databas
     assert update()["revisited"] == 0
 
 
+@pytest.mark.parametrize("generation", ["2026_01"])
+def test_a_placeholder_is_replaced_by_an_email_of_the_profile_itself_and_a_rollback_puts_it_back(
+    database: Database, generation: str
+) -> None:
+    profile = add_profile("client", userId=add_user(""))
+    run()
+    before = contacts()
+    # As the newest application writes it, which leaves `updatedAt` as it is.
+    database.rows("UPDATE profiles SET email = ' Ann@Example.com' WHERE id = %s RETURNING id", profile)
+    report = update()
+    assert report["updated_by_column"] == {"email": 1}
+    assert contacts()[contact_id("profiles", profile)]["email"] == "ann@example.com"
+    assert defects() == []
+    assert update()["revisited"] == 0
+    roll_back(report["run"])
+    assert contacts() == before
+
+
 def test_a_profile_that_gets_an_account_gets_its_key_and_its_email(database: Database) -> None:
     profile = add_profile(userId=None)
     run()

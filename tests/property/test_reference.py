@@ -115,6 +115,7 @@ def test_a_row_becomes_what_the_examples_say(example: Example) -> None:
     population = Population("2025_10", example.stages, has_clerk_user_id=True)
     if "role" in row:
         email = row.pop("email")
+        row["email"] = row.pop("ownEmail")
         population.profiles.append(row)
         population.users.extend([] if email is None else [user(row["userId"], email)])
     else:

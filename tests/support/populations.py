@@ -48,6 +48,7 @@ STAGE_LABELS = {
     **dict.fromkeys(("2025_11", "2025_12", "2026_01"), _NEW_STAGES),
 }
 HAS_CLERK_USER_ID = ("2025_10", "2025_10_mixed")
+HAS_EMAIL_OF_PROFILE = ("2026_01",)
 #: Intakes know of profiles and clients; one each tax year, and some are given up.
 HAS_CONVERSIONS = ("2025_11", "2025_12", "2026_01")
 HAS_TAX_YEARS = ("2026_01",)
@@ -247,6 +248,9 @@ def profile_lists(
     if with_clerk:
         for profile, clerk_id in zip(profiles, _distinct(draw, clerk_ids, len(profiles)), strict=True):
             profile["clerkUserId"] = clerk_id
+    if generation in HAS_EMAIL_OF_PROFILE:
+        for profile in profiles:
+            profile["email"] = draw(st.none() | source_emails)
     return profiles
 
 

@@ -264,7 +264,7 @@ def contact_of_profile(population: Population, source: str, row: Row, domain: st
     """The contact that a profile makes if it meets none."""
     if label(row["role"]) not in PROFILE_SOURCES:
         raise Rejected("unknown_role")
-    raw_email = next((user["email"] for user in population.users if user["id"] == row["userId"]), "")
+    raw_email = raw_email_of(population, row)
     if not address_of(raw_email):
         email = f"{placeholder_name(PROFILE_TYPES[source].lower(), row['id'])}@{domain}"
     else:
@@ -290,6 +290,12 @@ def contact_of_profile(population: Population, source: str, row: Row, domain: st
         "updatedAt": row["updatedAt"],
         "lastContactedAt": None,
     }
+
+
+def raw_email_of(population: Population, row: Row) -> str:
+    """A profile's email as it is stored: its user's, else its own, which some generations have; blank for none."""
+    of_user = next((user["email"] for user in population.users if user["id"] == row["userId"]), "")
+    return of_user if address_of(of_user) else row.get("email") or ""
 
 
 def contact_of_lead(population: Population, source: str, row: Row) -> Row:
@@ -393,13 +399,12 @@ def find_of_row(
 def contact_of_the_profile(
     population: Population, ledger: Mapping[str, Entry], contacts: Mapping[str, Row], draft: Row
 ) -> Row | None:
-    """What a profile met, or made, whose user has the address of a lead or an intake: another address may be there."""
-    users = [user for user in population.users if address_of(user["email"]) == draft["email"]]
+    """What a profile met, or made, that has the address of a lead or an intake: another address may be there."""
     theirs = [
-        (user["email"] != draft["email"], profile["id"])
-        for user in users
+        (raw_email != draft["email"], profile["id"])
         for profile in population.profiles
-        if profile["userId"] == user["id"]
+        for raw_email in [raw_email_of(population, profile)]
+        if address_of(raw_email) == draft["email"]
     ]
     for _, identifier in sorted(theirs):
         entry = ledger.get(f"profiles:{identifier}")

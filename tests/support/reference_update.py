@@ -358,8 +358,7 @@ def _email(
     *,
     untouched: bool,
 ) -> None:
-    raw = next((user["email"] for user in population.users if user["id"] == row["userId"]), "")
-    if not reference.address_of(raw):
+    if not reference.address_of(reference.raw_email_of(population, row)):
         return
     names = {reference.placeholder_name(kind, row["id"]) for kind in PLACEHOLDER_KINDS}
     if contact["email"].rpartition("@")[0] in names:

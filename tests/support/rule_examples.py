@@ -2,7 +2,7 @@
 
 The project's mapping is held to it in tests/unit/test_mapping.py, the reference in tests/property/test_reference.py. So
 they cannot come to differ in what is written here. Rows and contacts have the names that the database gives columns;
-a profile comes with the email of its user.
+a profile comes with the email of its user, and its own stands beside it.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ PROFILE: Row = {
     "userId": "user1",
     "clerkUserId": "user_clerk1",
     "email": "ann@example.com",
+    "ownEmail": None,
 }
 LEAD: Row = {
     "id": "lead1",
@@ -153,6 +154,12 @@ EXAMPLES: tuple[Example, ...] = (
         )
         for blank in (None, "", " \t")
     ),
+    # Its own email counts only where its user has none.
+    *(profile({"email": "own@example.com"}, email=blank, ownEmail=" Own@example.com\t") for blank in (None, *BLANKS)),
+    *(profile({"email": "client-profile1@nobody.invalid"}, email=None, ownEmail=blank) for blank in BLANKS),
+    profile({"email": "ann@example.com"}, ownEmail="own@example.com"),
+    profile("invalid_email", email="", ownEmail="not-an-email"),
+    profile("invalid_email", email="not-an-email", ownEmail="own@example.com"),
     # Ids that differ in case are two people, and addresses are compared without it.
     profile({"email": "client-profile1-874c5f4f1dbc@nobody.invalid"}, id="Profile1", email=None),
     profile({"email": "client-profile1-712abfa66e47@nobody.invalid"}, id="PROFILE1", email=None),

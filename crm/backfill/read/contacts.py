@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from django.db.backends.base.base import BaseDatabaseWrapper
 
-from crm.backfill.read.noncanonical_emails import NoncanonicalAddresses
+from crm.backfill.read.noncanonical_emails import NoncanonicalAddresses, OwnAddresses
 from crm.postgres.facts.columns import COLUMN
 from crm.postgres.facts.schema import DatabaseFacts
 from crm.postgres.loaders import read_as_text
-from crm.rules.addresses import canonical_address, trimmed_address
+from crm.rules.addresses import canonical_address, trimmed_address, trimmed_address_sql
 from crm.rules.mapping import ATTRIBUTION_UNIT, MappedRow, contact_id_sql
 from crm.rules.matching import ExistingContact, ExistingContacts, ProfileOfAddress
 
@@ -35,10 +35,11 @@ _SPELLED = "SELECT email, id, NULL AS profile_id FROM crm_contacts WHERE email =
 # Each LATERAL with its LIMIT is one index probe, whatever the planner believes.
 _AND_PROFILES = f"""
  UNION ALL
-SELECT u.email, entry.contact_id, p.id
-  FROM (SELECT id, email FROM users WHERE email = ANY(%(emails)s)
-         UNION SELECT id, email FROM users WHERE id = ANY(%(user_ids)s)) u
- CROSS JOIN LATERAL (SELECT id FROM profiles WHERE "userId" = u.id LIMIT 1) p
+SELECT p.email, entry.contact_id, p.id
+  FROM (SELECT u.email, p.id
+          FROM (SELECT id, email FROM users WHERE email = ANY(%(emails)s)
+                 UNION SELECT id, email FROM users WHERE id = ANY(%(user_ids)s)) u
+         CROSS JOIN LATERAL (SELECT id FROM profiles WHERE "userId" = u.id LIMIT 1) p{{by_own_address}}) p
  CROSS JOIN LATERAL (
    SELECT contact_id FROM ledger_entry WHERE id = {contact_id_sql("'profiles:' || p.id")} AND outcome <> 'error' LIMIT 1
  ) entry
@@ -52,6 +53,12 @@ SELECT NULL, entry.contact_id, p.id
    SELECT contact_id FROM ledger_entry WHERE id = {contact_id_sql("'profiles:' || p.id")} AND outcome <> 'error' LIMIT 1
  ) entry
 """
+# Those whose users have no address go by their own.
+_BY_OWN_ADDRESS = f"""
+         UNION
+        SELECT email, id FROM profiles WHERE id = ANY(%(addressed_ids)s)
+           AND (SELECT NULLIF({trimmed_address_sql("users.email")}, '') FROM users
+                 WHERE users.id = profiles."userId" LIMIT 1) IS NULL"""
 
 
 class ContactIndex:
@@ -68,6 +75,7 @@ class ContactIndex:
         self._facts = facts
         self._contacts = NoncanonicalAddresses(connection, "crm_contacts")
         self._users = NoncanonicalAddresses(connection, "users")
+        self._own_addresses = None if "profiles.email" in facts.missing else OwnAddresses(connection)
         self._spelled: dict[str, set[str]] = {}
         self._profiles: list[ProfileOfAddress] = []
         self._with_profile: set[str] = set()
@@ -82,13 +90,15 @@ class ContactIndex:
         spellings = {spelling for row in rows if row.draft for spelling in likely_spellings(row)}
         of_profiles = without_account(rows) if self._facts.has_ledger else set()
         named = named_profiles(rows) if self._facts.has_ledger else []
-        parameters = {"spellings": sorted(spellings - addresses), "emails": sorted(of_profiles), "user_ids": []}
-        parameters["profile_ids"] = named
+        parameters = {"spellings": sorted(spellings - addresses), "emails": sorted(of_profiles), "profile_ids": named}
+        query = _SPELLED
         if of_profiles:
-            users = self._users.find(of_profiles)
-            parameters["user_ids"] = sorted(identifier for ids in users.values() for identifier in ids)
+            parameters["user_ids"] = _ids(self._users.find(of_profiles))
+            query += _AND_PROFILES.format(by_own_address=_BY_OWN_ADDRESS if self._own_addresses else "")
+            if self._own_addresses:
+                parameters["addressed_ids"] = _ids(self._own_addresses.find(of_profiles))
+        query += _AND_NAMED_PROFILES if named else ""
         self._spelled, self._profiles, self._of_named = self._contacts.find(addresses, anew=anew), [], {}
-        query = _SPELLED + (_AND_PROFILES if of_profiles else "") + (_AND_NAMED_PROFILES if named else "")
         with self._connection.cursor() as cursor:
             cursor.execute(query, parameters)
             for email, contact_id, profile_id in cursor.fetchall():
@@ -142,6 +152,10 @@ class ContactIndex:
             read_as_text(cursor)
             cursor.execute(query, parameters)
             return [_contact(row) for row in cursor.fetchall()]
+
+
+def _ids(found: Mapping[str, Iterable[str]]) -> list[str]:
+    return sorted(identifier for ids in found.values() for identifier in ids)
 
 
 def _contact(row: tuple[Any, ...]) -> ExistingContact:

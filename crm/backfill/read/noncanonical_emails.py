@@ -1,4 +1,4 @@
-"""The stored addresses that are not in their canonical form, found by that form. Only reads.
+"""The stored addresses that no index finds by their canonical form, found by that form. Only reads.
 
 They are noted down in a temporary SQLite database on this machine: there may be any number of them, and memory is to
 stay what it is. Nothing of a person is in it but an id and a hash. What it says is a hint, to be looked up by id. The
@@ -16,13 +16,18 @@ from hashlib import blake2b
 from django.db import transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
 
-from crm.rules.addresses import canonical_address, may_be_noncanonical_sql
+from crm.rules.addresses import canonical_address, may_be_noncanonical_sql, trimmed_address_sql
 
 #: Rows that are fetched at a time.
 PAGE = 2_000
 #: Read again after this many seconds, or after so many times as long as reading took where that is more.
 MIN_AGE, READINGS = 5.0, 50
 _NONCANONICAL = f"SELECT id, email FROM {{table}} WHERE {may_be_noncanonical_sql('email')}"
+# Profiles have no index on it. Those whose users have an address go by that.
+_OF_PROFILES = f"""
+SELECT p.id, p.email FROM profiles p LEFT JOIN users u ON u.id = p."userId"
+ WHERE p.email <> '' AND COALESCE({trimmed_address_sql("u.email")}, '') = ''
+"""
 
 
 class NoncanonicalAddresses:
@@ -67,28 +72,45 @@ class NoncanonicalAddresses:
             CREATE TABLE spelling (hash INTEGER, id TEXT);
             """
         )
-        for page in noncanonical_addresses(self._connection, self._table):
+        for page in self._pages():
             database.executemany("INSERT INTO spelling VALUES (?, ?)", [(_hash(a), i) for i, a in page])
         database.execute("CREATE INDEX spelling_hash ON spelling (hash)")
         return database
 
+    def _pages(self) -> Iterator[list[tuple[str, str]]]:
+        return noncanonical_addresses(self._connection, self._table)
+
+
+class OwnAddresses(NoncanonicalAddresses):
+    """The profiles that go by an address of their own, because their users have none, in whatever spelling."""
+
+    def __init__(self, connection: BaseDatabaseWrapper) -> None:
+        super().__init__(connection, "profiles")
+
+    def _pages(self) -> Iterator[list[tuple[str, str]]]:
+        for page in _addresses(self._connection, "own_addresses", _OF_PROFILES):
+            yield [(identifier, canonical_address(email)) for identifier, email in page]
+
 
 def noncanonical_addresses(connection: BaseDatabaseWrapper, table: str) -> Iterator[list[tuple[str, str]]]:
-    """The rows of a table whose `email` is not in its canonical form, page by page: the id, and the canonical address.
+    """The rows of a table whose `email` is not in its canonical form, page by page: id and canonical address."""
+    for rows in _addresses(connection, f"noncanonical_{table}", _NONCANONICAL.format(table=table)):
+        page = [(identifier, address) for identifier, email in rows if (address := canonical_address(email)) != email]
+        if page:
+            yield page
+
+
+def _addresses(connection: BaseDatabaseWrapper, name: str, query: str) -> Iterator[list[tuple[str, str]]]:
+    """The ids and addresses of a query, page by page.
 
     The cursor is declared in SQL and lives in a transaction, so it takes no memory and works through PgBouncer as well.
     """
-    name = f"noncanonical_{table}"
     with transaction.atomic(using=connection.alias, savepoint=False), connection.cursor() as cursor:
-        cursor.execute(f"DECLARE {name} NO SCROLL CURSOR FOR {_NONCANONICAL.format(table=table)}")
+        cursor.execute(f"DECLARE {name} NO SCROLL CURSOR FOR {query}")
         while True:
             cursor.execute(f"FETCH FORWARD {PAGE} FROM {name}")
             rows = cursor.fetchall()
-            page = [
-                (identifier, address) for identifier, email in rows if (address := canonical_address(email)) != email
-            ]
-            if page:
-                yield page
+            yield rows
             if len(rows) < PAGE:
                 break
         cursor.execute(f"CLOSE {name}")

@@ -10,7 +10,7 @@ Timestamps and rates are fetched as PostgreSQL's own text: they are carried over
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -33,6 +33,17 @@ Key = tuple[str | None, ...]
 BYTES_OF_PAGE = 4_000_000
 #: Begins the key of a page of ids that several rows have. No text of PostgreSQL's has a NUL.
 _REPEATED = "\0repeated"
+
+
+def address_of_profile(spelled: Callable[[str], str], missing: Container[str], profile: str = "r") -> str:
+    """Return the address of a `profile` in SQL: its user's, else its own; NULL where neither has one.
+
+    `spelled` gives the form of an address, in which a blank one is ''. `missing` are the columns that the database
+    lacks.
+    """
+    of_user = f"SELECT NULLIF({spelled('users.email')}, '') FROM users WHERE users.id = {profile}.\"userId\" LIMIT 1"
+    own = "NULL" if "profiles.email" in missing else f"NULLIF({spelled(f'{profile}.email')}, '')"
+    return f"COALESCE(({of_user}), {own})"
 
 
 def entry_of_row(columns: str = "outcome, reason, run_id") -> str:
@@ -84,14 +95,10 @@ _ENTRIES = "SELECT id, outcome, reason, run_id FROM ledger_entry WHERE id = ANY(
 
 # One person's rows are all in one partition, so that who comes first is the same for any number of them. The part of
 # an address before the @ is ASCII, or the row is an error: the "C" collation lower-cases it exactly as Python does.
-_OF_PROFILE = f"""COALESCE(
-        (SELECT NULLIF({trimmed_address_sql("users.email")}, '')
-           FROM users WHERE users.id = {{profile}}."userId" LIMIT 1),
-        {{profile}}.id)"""
 _OF_ADDRESS = f"COALESCE({trimmed_address_sql('r.email')}, r.id)"
 # An intake belongs to its profile if that has a contact. Profiles are settled before the first intake is read.
 _OF_INTAKE = f"""COALESCE(
-        (SELECT {_OF_PROFILE.format(profile="p")}
+        (SELECT {{of_profile}}
            FROM profiles p
           WHERE p.id = r."profileId" AND (
             SELECT (SELECT true FROM crm_contacts c WHERE c.id = settled.contact_id LIMIT 1)
@@ -99,11 +106,6 @@ _OF_INTAKE = f"""COALESCE(
              WHERE settled.id = {contact_id_sql("'profiles:' || p.id")} AND settled.outcome <> 'error' LIMIT 1)
           LIMIT 1),
         {_OF_ADDRESS})"""
-_PERSON = {
-    "profiles": _OF_PROFILE.format(profile="r"),
-    "leads": _OF_ADDRESS,
-    "tax_intake_leads": _OF_INTAKE,
-}
 _IN_PARTITION = """abs(hashtext(lower(split_part({person}, '@', 1) COLLATE "C")) %% %(partitions)s) = %(partition)s"""
 
 # What the planner takes for half of the rows, since it does not look into it. It would take them for next to none, by
@@ -330,9 +332,14 @@ class SourceReader:
 
     def _person(self) -> str:
         """Return the SQL of the address, or id, that determines the partition of a row."""
-        table = self.source.table
-        names_profile = table != "tax_intake_leads" or (self.facts.names_profiles and self.facts.has_ledger)
-        return _PERSON[table] if names_profile else _OF_ADDRESS
+        if self.source.table == "profiles":
+            return self._person_of_profile("r")
+        if self.source.table == "tax_intake_leads" and self.facts.names_profiles and self.facts.has_ledger:
+            return _OF_INTAKE.format(of_profile=self._person_of_profile("p"))
+        return _OF_ADDRESS
+
+    def _person_of_profile(self, profile: str) -> str:
+        return f"COALESCE({address_of_profile(trimmed_address_sql, self.facts.missing, profile)}, {profile}.id)"
 
     def _labels(self) -> str:
         """Return the condition of the rows with a label of this source. One source also reads those without a label."""

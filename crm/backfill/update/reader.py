@@ -18,7 +18,16 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from crm.backfill.read.entries import COLUMNS, read_entries
 from crm.backfill.read.resolutions import Resolutions
 from crm.backfill.read.snapshots import VERSION, SnapshotReader, missing_columns
-from crm.backfill.read.source import EVERY_ROW, UNSETTLED, Choice, Key, Page, SourceReader, entry_of_row
+from crm.backfill.read.source import (
+    EVERY_ROW,
+    UNSETTLED,
+    Choice,
+    Key,
+    Page,
+    SourceReader,
+    address_of_profile,
+    entry_of_row,
+)
 from crm.outcome import Outcome, Source
 from crm.postgres.facts.schema import DatabaseFacts
 from crm.postgres.loaders import read_as_text
@@ -43,11 +52,10 @@ _PLACEHOLDERS = ", ".join(
     # An id that is not in lower case: see mapping.placeholder_name, and what earlier versions made of it.
     for of_its_own in ("", " || '-' || left(encode(sha256(convert_to(r.id, 'UTF8')), 'hex'), 12)")
 )
-_ADDRESS = canonical_address_sql("u.email")
 _HAS_EMAIL_NOW = f"""
 (SELECT split_part(c.email, '@', 1) IN ({_PLACEHOLDERS}) AND (
-   SELECT {_ADDRESS} <> '' AND NOT EXISTS (SELECT FROM crm_contacts WHERE email = {_ADDRESS})
-     FROM users u WHERE u.id = r."userId" LIMIT 1)
+   SELECT now.email IS NOT NULL AND NOT EXISTS (SELECT FROM crm_contacts WHERE email = now.email)
+     FROM (SELECT {{address}} AS email OFFSET 0) now)
  {_CONTACT})
 """
 
@@ -59,8 +67,9 @@ def rows_to_revisit(facts: DatabaseFacts, source: Source, *, with_unsettled: boo
     """
     if not facts.has_ledger:
         return UNSETTLED
-    due = _DUE.format(updated_at=SOURCE_TABLES[source.table].updated_at)
-    parts = [due, _HAS_EMAIL_NOW] if source.table == "profiles" else [due]
+    parts = [_DUE.format(updated_at=SOURCE_TABLES[source.table].updated_at)]
+    if source.table == "profiles":
+        parts.append(_HAS_EMAIL_NOW.format(address=address_of_profile(canonical_address_sql, facts.missing)))
     condition = f"entry.outcome <> 'error' AND ({' OR '.join(parts)})"
     if with_unsettled:
         condition = f"{UNSETTLED.condition} OR {condition}"
