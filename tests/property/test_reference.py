@@ -539,8 +539,11 @@ def check(population: Population, result: Result, ledger: dict[str, Entry]) -> N
     """What must hold after any run over all sources, whatever the rows are."""
     counts = result.counts
     rows = [(table, row) for table in TABLES for row in getattr(population, table)]
+    account_ids = {profile["userId"] for profile in population.profiles}
+    without_profile = [user for user in population.users if user["id"] not in account_ids]
     assert counts.read == counts.created + counts.merged + counts.exists + counts.error
-    assert len(rows) == counts.excluded.total() + counts.already + counts.read
+    assert counts.excluded["no_profile"] == len(without_profile)
+    assert len(rows) + len(without_profile) == counts.excluded.total() + counts.already + counts.read
     migrated = {f"{table}:{row['id']}" for table, row in rows if not exclusion(table, row, population.stages)}
     assert set(result.ledger) == migrated | set(ledger)
     by_outcome = sum(counts.by_source.values(), Counter())

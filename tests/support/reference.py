@@ -132,6 +132,8 @@ def backfill(
         ledger={reference: dict(entry) for reference, entry in (ledger or {}).items()},
         counts=Counts(),
     )
+    if without := users_without_profile(population):
+        result.counts.excluded["no_profile"] = len(without)
     sources: dict[str, list[tuple[str, Row]]] = {source: [] for source in SOURCES}
     for table, row in _rows_in_order(population):
         excluded = exclusion(table, row, population.stages)
@@ -170,6 +172,12 @@ def _rows_in_order(population: Population) -> Iterator[tuple[str, Row]]:
 def updated_at_of(row: Row) -> Any:
     """When a source row was written last; an intake's column has another name."""
     return row["updated_at"] if "updated_at" in row else row["updatedAt"]
+
+
+def users_without_profile(population: Population) -> list[Row]:
+    """The users for whom no profile stands."""
+    theirs = {profile["userId"] for profile in population.profiles}
+    return [user for user in population.users if user["id"] not in theirs]
 
 
 def exclusion(table: str, row: Row, stages: Collection[str]) -> str | None:

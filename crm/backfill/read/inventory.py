@@ -51,6 +51,11 @@ SELECT NULL, false, count(*) FROM {table} r WHERE r.id = ANY(%(repeated)s) GROUP
 """
 #: Why rows are excluded that no entry can stand for.
 DUPLICATE_ID, MISSING_ID = "duplicate_id", "missing_id"
+#: Why users are excluded that no profile stands for.
+NO_PROFILE = "no_profile"
+_WITHOUT_PROFILE = """
+SELECT count(*) FROM users u WHERE NOT EXISTS (SELECT FROM profiles p WHERE p."userId" = u.id)
+"""
 _ERRORS = """
 SELECT {label}::text, r.id
   FROM ledger_entry entry JOIN {table} r ON r.id = entry.source_id
@@ -122,6 +127,10 @@ def count_rows(connection: BaseDatabaseWrapper, facts: DatabaseFacts, run_id: in
         if run_id is not None and _has_excluded_entries(facts, table, counted):
             count = _excluded_of_run(connection, facts, table, run_id)
             _add_fault(row_counts, Fault.EXCLUDED_ROW, count)
+    with connection.cursor() as cursor:
+        cursor.execute(_WITHOUT_PROFILE)
+        ((count,),) = cursor.fetchall()
+    _exclude(row_counts, NO_PROFILE, count)
     return row_counts
 
 
@@ -174,10 +183,9 @@ def _count(connection: BaseDatabaseWrapper, facts: DatabaseFacts, table: str) ->
 
 
 def _add(row_counts: RowCounts, facts: DatabaseFacts, table: str, counted: _Table) -> None:
-    row_counts.rows += counted.labels.total() + counted.without_entry.total()
+    row_counts.rows += counted.labels.total()
     for reason, count in counted.without_entry.items():
-        if count:
-            row_counts.excluded[reason] = row_counts.excluded.get(reason, 0) + count
+        _exclude(row_counts, reason, count)
     for label in counted.labels.keys() | {label for label, _, _ in counted.entries}:
         source = facts.source_of(table, label)
         if source is None:
@@ -195,6 +203,13 @@ def _add(row_counts: RowCounts, facts: DatabaseFacts, table: str, counted: _Tabl
                     _add_fault(row_counts, Fault.UNKNOWN_OUTCOME, count)
                 elif said in WITH_CONTACT and not names_contact:
                     _add_fault(row_counts, Fault.NO_CONTACT, count)
+
+
+def _exclude(row_counts: RowCounts, reason: str, count: int) -> None:
+    """Count rows that no entry can stand for."""
+    row_counts.rows += count
+    if count:
+        row_counts.excluded[reason] = row_counts.excluded.get(reason, 0) + count
 
 
 def _add_fault(row_counts: RowCounts, fault: Fault, count: int) -> None:
