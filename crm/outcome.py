@@ -24,6 +24,8 @@ class Source(StrEnum):
     CONVERTED_INTAKES = "converted_intakes"
     ACTIVE_LEADS = "active_leads"
     OPEN_INTAKES = "open_intakes"
+    LEAD_PROFILES = "lead_profiles"
+    SIGNUPS = "signups"
 
     @property
     def table(self) -> str:
@@ -35,6 +37,11 @@ class Source(StrEnum):
         """The display name."""
         return self.value.replace("_", " ").capitalize()
 
+    @property
+    def is_of_signups(self) -> bool:
+        """Whether the rows are people who signed up and wait for approval, which only --with-signups migrates."""
+        return self in (Source.LEAD_PROFILES, Source.SIGNUPS)
+
     @classmethod
     def of_table(cls, table: str) -> list[Source]:
         """Return the sources whose rows are in `table`."""
@@ -44,6 +51,7 @@ class Source(StrEnum):
 _TABLE_OF_SOURCE = {
     **dict.fromkeys((Source.CONVERTED_LEADS, Source.ACTIVE_LEADS), "leads"),
     **dict.fromkeys((Source.CONVERTED_INTAKES, Source.OPEN_INTAKES), "tax_intake_leads"),
+    Source.SIGNUPS: "users",
 }
 
 

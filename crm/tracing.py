@@ -36,6 +36,11 @@ SELECT 'profiles', p.id FROM users u JOIN profiles p ON p."userId" = u.id WHERE 
         table: f"SELECT '{table}', id FROM {table} WHERE {canonical_address_sql('email')} = %s"
         for table in ("leads", "tax_intake_leads")
     },
+    "users": f"""
+SELECT 'users', id FROM users WHERE {canonical_address_sql("email")} = %s
+   AND (NOT EXISTS (SELECT FROM profiles WHERE profiles."userId" = users.id)
+        OR EXISTS (SELECT FROM ledger_entry WHERE source = 'signups' AND source_id = users.id))
+""",
 }
 _ROWS_OF_OWN_ADDRESS = f"""
 SELECT 'profiles', p.id FROM profiles p LEFT JOIN users u ON u.id = p."userId"
@@ -284,8 +289,8 @@ class _Reader:
         """Return the state of a row."""
         if not is_there:
             return "gone" if entry else "unknown"
-        if source is None:
-            return f"excluded ({self.facts.exclusion(row.table, str(label))})"
+        if source is None or (source.is_of_signups and not entry):
+            return f"excluded ({self.facts.exclusion(row.table, label)})"
         return "in the ledger" if entry else "pending"
 
     def _rows(self, query: str, parameters: Sequence[Any] | Mapping[str, Any]) -> list[tuple[Any, ...]]:

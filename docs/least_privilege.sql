@@ -282,7 +282,7 @@ SELECT format('GRANT USAGE ON SCHEMA %I TO %I', nspname, :'role')
 -- generation of the application lacks are skipped.
 WITH wanted (table_name, privilege, columns) AS (
   VALUES
-    ('users', 'SELECT', ARRAY['id', 'email', 'updatedAt']),
+    ('users', 'SELECT', ARRAY['id', 'name', 'email', 'createdAt', 'updatedAt']),
     ('profiles', 'SELECT', ARRAY[
       'id', 'userId', 'clerkUserId', 'role', 'firstName', 'lastName', 'phone', 'companyName', 'email', 'createdAt',
       'updatedAt'

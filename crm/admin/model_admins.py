@@ -49,6 +49,7 @@ from crm.models import (
     LedgerEntry,
     Profile,
     TaxIntakeLead,
+    User,
 )
 from crm.models.ledger import RunStatus
 from crm.outcome import Outcome, Source, UpdateOutcome
@@ -73,7 +74,7 @@ UPDATE_COUNTS = (
 CONTACT_IS_THERE = Exists(CRMContact.objects.filter(pk=OuterRef("contact_id")))
 _ATTRIBUTION = tuple("rate" if name == "commission_rate" else name for name in ATTRIBUTION)
 #: The tables of source rows.
-SOURCE_MODELS: tuple[type[models.Model], ...] = (Profile, Lead, TaxIntakeLead)
+SOURCE_MODELS: tuple[type[models.Model], ...] = (Profile, Lead, TaxIntakeLead, User)
 ROW_SEARCH = f"The complete id of a source row (optionally after {', '.join(f'{name}:' for name in SOURCE_TABLES)})"
 
 

@@ -72,7 +72,7 @@ class RunContext:
 
     def writer(self) -> BatchWriter | DryRunWriter:
         """Return the writer for rows without an outcome, on the connection of this process."""
-        lookup = ContactIndex(connection, self.facts)
+        lookup = self._lookup()
         if self.run_id is None:
             return DryRunWriter(connection, lookup, with_update=self.options.update)
         return BatchWriter(connection, lookup, self.run_id, Timeouts(), replaces_entries=self.options.recreate_deleted)
@@ -82,8 +82,11 @@ class RunContext:
         present = Present(connection, self.facts, self.every_resolution, with_versions=self.run_id is not None)
         if isinstance(before, DryRunWriter):
             return DryRunUpdateWriter(before.store, before.overlay, present, self.facts.rules())
-        lookup = ContactIndex(connection, self.facts)
+        lookup = self._lookup()
         return UpdateWriter(connection, lookup, present, self.facts.rules(), before.run_id, Timeouts())
+
+    def _lookup(self) -> ContactIndex:
+        return ContactIndex(connection, self.facts, has_signups=Source.SIGNUPS not in self.unstarted)
 
     def pipeline(
         self,

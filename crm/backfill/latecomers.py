@@ -29,7 +29,7 @@ from crm.backfill.read.entries import COLUMNS, read_entries
 from crm.backfill.read.noncanonical_emails import noncanonical_addresses
 from crm.backfill.read.resolutions import Resolutions
 from crm.backfill.read.snapshots import SnapshotReader, missing_columns
-from crm.backfill.read.source import EVERY_ROW, SourceReader
+from crm.backfill.read.source import ROWS_WITH_ENTRY, SourceReader
 from crm.backfill.write.writer import BatchWriter
 from crm.errors import OperatorError
 from crm.models import BackfillBatch, BackfillRun, ContactUpdate, LedgerEntry
@@ -197,7 +197,7 @@ class Latecomers:
         for source in self.facts.sources:
             ids = [entry.source_id for entry in entries if entry.source == source]
             if ids:
-                reader = SourceReader(self.connection, self.facts, source, ids=ids, choice=EVERY_ROW)
+                reader = SourceReader(self.connection, self.facts, source, ids=ids, choice=ROWS_WITH_ENTRY)
                 rows = resolutions.applied(map_rows(source, reader.page(None, len(ids)).rows, rules))
                 found |= {(source.value, row.source_id): row for row in rows}
         return found

@@ -177,7 +177,12 @@ class _Work:
     def run(self) -> None:
         """Process every row. Raises the error that ends the run early."""
         before, pending_ids, gone = self.life.keeping_the_lease(
-            lambda: survey(connection, self.facts, with_gone=self.options.recreate_deleted)
+            lambda: survey(
+                connection,
+                self.facts,
+                with_gone=self.options.recreate_deleted,
+                with_signups=self.options.with_signups,
+            )
         )
         self.before = before
         self.recreated = sum(gone[source] for source in self.options.sources)
@@ -300,12 +305,12 @@ class _Work:
     def _count_at_the_end(self, run: BackfillRun, ending: Ending) -> RowCounts | None:
         """Count the rows after the last batch; None if the run was stopped and a table is locked."""
         if ending.status == RunStatus.FINISHED:
-            return count_rows(connection, self.facts, run.pk)
+            return count_rows(connection, self.facts, run.pk, with_signups=self.options.with_signups)
         try:
             with transaction.atomic():
                 with connection.cursor() as cursor:
                     cursor.execute(f"SET LOCAL lock_timeout = '{MAX_STOP_WAIT}'")
-                return count_rows(connection, self.facts, run.pk)
+                return count_rows(connection, self.facts, run.pk, with_signups=self.options.with_signups)
         except DjangoDatabaseError as error:
             if errors.sqlstate(error) not in errors.TIMEOUTS:
                 raise

@@ -24,7 +24,7 @@ from crm.errors import OperatorError
 from crm.models import ConflictResolution, CRMContact, LedgerEntry
 from crm.outcome import Outcome, Reason
 from crm.postgres import errors
-from crm.postgres.facts.catalog import present_tables, read_tables
+from crm.postgres.facts.catalog import read_tables
 from crm.rules.addresses import canonical_address_sql
 from crm.rules.mapping import normalised_email
 from crm.rules.row_reference import RowReference
@@ -43,6 +43,7 @@ SELECT 'contact ' || id FROM crm_contacts WHERE {canonical_address_sql("email")}
  UNION ALL
 SELECT 'user ' || u.id FROM users u
  WHERE {canonical_address_sql("u.email")} = %(email)s
+   AND NOT (%(table)s = 'users' AND u.id = %(source_id)s)
    AND NOT EXISTS (SELECT FROM profiles WHERE %(table)s = 'profiles' AND id = %(source_id)s AND "userId" = u.id)
  UNION ALL
 {{rows}}
@@ -132,9 +133,8 @@ def _require_conflict(row: RowReference) -> LedgerEntry | None:
 
 def _whose(email: str, row: RowReference) -> str | None:
     parameters = {"email": email, "id": row.entry_id, "table": row.table, "source_id": row.source_id}
-    tables = present_tables(connection, SOURCE_TABLES)
-    if "email" not in read_tables(connection, ["profiles"])["profiles"].columns:
-        tables = [table for table in tables if table != "profiles"]
+    columns = read_tables(connection, SOURCE_TABLES.keys() - {"users"})
+    tables = [table for table in columns if "email" in columns[table].columns]
     rows = "".join(_OF_TABLE.format(table=table, address=canonical_address_sql("email")) for table in tables)
     with connection.cursor() as cursor:
         cursor.execute(_WHOSE.replace("{rows}", rows), parameters)

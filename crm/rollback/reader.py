@@ -27,7 +27,7 @@ from crm.rules.entry import Entry
 from crm.rules.mapping import MappedRow, contact_id, map_rows, trimmed, unmapped
 from crm.rules.reverting import SourceRow
 from crm.rules.snapshot import ContactSnapshot
-from crm.rules.source_rows import SOURCE_TABLES, ProfileRow, RawRow
+from crm.rules.source_rows import SOURCE_TABLES, ProfileRow, RawRow, SignupRow
 from crm.runs.other_rules import OtherRules
 
 _PAGE = f"SELECT {COLUMNS} FROM ledger_entry entry WHERE entry.run_id = %s AND entry.id > %s ORDER BY entry.id LIMIT %s"
@@ -217,6 +217,8 @@ def _source_row(row: RawRow, mapped: MappedRow, *, account_changed: bool) -> Sou
     if isinstance(row, ProfileRow):
         other_address = account_changed and not (mapped.resolution and mapped.resolution.separate_email)
         return SourceRow(mapped, may_differ=frozenset({"email"} if other_address else ()))
+    if isinstance(row, SignupRow):
+        return SourceRow(mapped)
     preparer = row.raw_assigned_preparer_id
     return SourceRow(mapped, raw_preparer=preparer if trimmed(preparer) else None)
 

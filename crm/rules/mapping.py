@@ -18,11 +18,12 @@ from django.core.validators import validate_email
 
 from crm.outcome import Reason, Refusal, Source
 from crm.rules.addresses import canonical_address, hides_something, literal, trimmed_address
-from crm.rules.source_rows import WHITE_SPACE, IntakeRow, LeadRow, ProfileRow, RawRow
+from crm.rules.source_rows import WHITE_SPACE, IntakeRow, LeadRow, ProfileRow, RawRow, SignupRow
 
 UNKNOWN_NAME = "Unknown"
 PROFILE_ORIGIN = "backfill"
 LEAD_ORIGIN = "lead_form"
+SIGNUP_ORIGIN = "signup"
 INTAKE_ORIGIN = "tax_intake_form"
 FULL_CONFIDENCE = 100
 
@@ -44,8 +45,15 @@ MOMENTS = (
 )
 MAX_SECOND_DIGITS = 6
 
-SOURCE_OF_ROLE = {"CLIENT": Source.CLIENTS, "TAX_PREPARER": Source.PREPARERS, "AFFILIATE": Source.AFFILIATES}
-EXCLUDED_ROLES = {"SUPER_ADMIN": "super_admin", "ADMIN": "admin", "LEAD": "lead"}
+SOURCE_OF_ROLE = {
+    "CLIENT": Source.CLIENTS,
+    "TAX_PREPARER": Source.PREPARERS,
+    "AFFILIATE": Source.AFFILIATES,
+    "LEAD": Source.LEAD_PROFILES,
+}
+EXCLUDED_ROLES = {"SUPER_ADMIN": "super_admin", "ADMIN": "admin"}
+#: Why rows of these sources are excluded as long as no run has migrated them.
+EXCLUDED_SIGNUPS = {Source.LEAD_PROFILES: "lead", Source.SIGNUPS: "no_profile"}
 DISQUALIFIED = "disqualified"
 UNQUALIFIED = "unqualified"
 #: By kind of intake (`crm.rules.source_rows`): its source, and the status of leads with the same stage.
@@ -58,7 +66,12 @@ KINDS_OF_INTAKES = {
 #: The confidence of a referrer whom the application found by a person's address or phone.
 CONFIDENCE_OF_METHOD = {"email_match": 90, "phone_match": 85}
 OWN_COUNTRY = "+1"
-CONTACT_TYPE_OF_SOURCE = {Source.CLIENTS: "CLIENT", Source.PREPARERS: "PREPARER", Source.AFFILIATES: "AFFILIATE"}
+CONTACT_TYPE_OF_SOURCE = {
+    Source.CLIENTS: "CLIENT",
+    Source.PREPARERS: "PREPARER",
+    Source.AFFILIATES: "AFFILIATE",
+    Source.LEAD_PROFILES: "LEAD",
+}
 CONTACT_TYPE_OF_LEAD_TYPE = {"CUSTOMER": "LEAD", "TAX_PREPARER": "PREPARER", "AFFILIATE": "AFFILIATE"}
 CONVERTED_CONTACT_TYPE = "CLIENT"
 
@@ -267,6 +280,7 @@ def profile_mapper(source: Source, rules: Rules) -> Callable[[ProfileRow], Mappe
     """The mapping of one profile source."""
     contact_type = CONTACT_TYPE_OF_SOURCE[source]
     kind = contact_type.lower()
+    origin = SIGNUP_ORIGIN if source.is_of_signups else PROFILE_ORIGIN
     domain = rules.placeholder_domain
     label_belongs = lru_cache(lambda role: SOURCE_OF_ROLE.get(normalised(role)) is source)
 
@@ -297,7 +311,7 @@ def profile_mapper(source: Source, rules: Rules) -> Callable[[ProfileRow], Mappe
             trimmed(row.company_name),
             rules.stages["NEW"],
             created_at,
-            PROFILE_ORIGIN,
+            origin,
             None,
             None,
             None,
@@ -466,6 +480,49 @@ def _phone(row: IntakeRow) -> str | None:
     return f"{country} {phone}"
 
 
+def signup_mapper(_source: Source, rules: Rules) -> Callable[[SignupRow], MappedRow]:
+    """The mapping of users without a profile."""
+
+    def mapped(row: SignupRow) -> MappedRow:
+        email = normalised_email(row.email) if row.email is not None else None
+        if email is None or row.email is None:
+            return _rejected("users", row, Reason.INVALID_EMAIL)
+        created_at, updated_at = row.created_at, row.updated_at
+        if created_at is None or updated_at is None or _is_no_moment(created_at) or _is_no_moment(updated_at):
+            return _rejected("users", row, *_fault({"createdAt": created_at, "updatedAt": updated_at}, {}))
+        identifier = contact_id("users", row.id)
+        # A user has one name: its first word is the first name.
+        first_name, last_name, *_ = *(row.name or "").split(maxsplit=1), None, None
+        draft = ContactDraft(
+            identifier,
+            row.id,
+            None,
+            CONTACT_TYPE_OF_LEAD_TYPE["CUSTOMER"],
+            first_name or UNKNOWN_NAME,
+            trimmed(last_name) or UNKNOWN_NAME,
+            email,
+            None,
+            None,
+            rules.stages["NEW"],
+            created_at,
+            SIGNUP_ORIGIN,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            FULL_CONFIDENCE,
+            created_at,
+            updated_at,
+            None,
+        )
+        return MappedRow(identifier, row.id, updated_at, row.known_reason, row.email, draft, None)
+
+    return mapped
+
+
 def unmapped(table: str, source_id: str, known_reason: str | None, reason: Reason, refusal: Refusal) -> MappedRow:
     """A row of which nothing but the id can be told, and why."""
     return MappedRow(contact_id(table, source_id), source_id, None, known_reason, None, None, reason, None, refusal)
@@ -475,6 +532,7 @@ _MAPPERS: Mapping[str, Callable[[Source, Rules], Callable[[Any], MappedRow]]] = 
     "profiles": profile_mapper,
     "leads": lead_mapper,
     "tax_intake_leads": intake_mapper,
+    "users": signup_mapper,
 }
 
 

@@ -121,13 +121,16 @@ class ExistingContacts:
         contacts: Iterable[ExistingContact] = (),
         profiles: Iterable[ProfileOfAddress] = (),
         contacts_of_profiles: Mapping[str, str] | None = None,
+        contacts_of_signups: Mapping[str, str] | None = None,
     ) -> None:
         """Take contacts ordered by creation: of several spellings of one address, the oldest comes first.
 
         `profiles` are those whose users have an address of the batch's rows; `contacts_of_profiles` are the contacts of
-        the settled profiles that rows name, by profile id.
+        the settled profiles that rows name, by profile id; `contacts_of_signups` those of the rows' users who were
+        migrated without a profile, by user id.
         """
         self._contacts_of_profiles = contacts_of_profiles or {}
+        self._contacts_of_signups = contacts_of_signups or {}
         self._by_id: dict[str, ExistingContact] = {}
         self._by_user: dict[str, ExistingContact] = {}
         self._by_clerk: dict[str, ExistingContact] = {}
@@ -211,9 +214,12 @@ class ExistingContacts:
         return {column: contact.id if contact else None for column, contact in by_key.items()}
 
     def _of_profile(self, draft: ContactDraft) -> ExistingContact | None:
-        """The contact of the profile whose user has the address of a draft that brings no account of its own."""
+        """The contact of the profile whose user has the address of a draft that brings no account of its own.
+
+        Of one that does, the contact of its user, who was migrated before there was a profile.
+        """
         if draft.user_id is not None:
-            return None
+            return self._by_id.get(self._contacts_of_signups.get(draft.user_id, ""))
         theirs = map(self._by_id.get, self._by_profile.get(draft.email, ()))
         return next((contact for contact in theirs if contact is not None), None)
 

@@ -14,7 +14,8 @@ from crm.rules.throttling import ErrorBudget
 class RunOptions:
     """The options of a run.
 
-    `batch_size` is a number of rows; None adapts the size to the server. `only` are the sources to read, all if empty.
+    `batch_size` is a number of rows; None adapts the size to the server. `only` are the sources to read, all if empty;
+    those of signups only `with_signups`.
     `limit` is the maximum number of source rows to read. `since` is an ISO timestamp in UTC. `max_rate` is in rows per
     second, `max_replica_lag` in seconds.
     """
@@ -24,6 +25,7 @@ class RunOptions:
     recreate_deleted: bool = False
     batch_size: int | None = None
     only: tuple[Source, ...] = ()
+    with_signups: bool = False
     limit: int | None = None
     since: str | None = None
     workers: int = 1
@@ -34,13 +36,15 @@ class RunOptions:
     @property
     def sources(self) -> list[Source]:
         """The sources to read, in the order of a run."""
-        return [source for source in Source if not self.only or source in self.only]
+        asked = self.only or Source
+        return [source for source in Source if source in asked and (self.with_signups or not source.is_of_signups)]
 
     def recorded(self) -> dict[str, Any]:
         """Return the options for the record of the run, as JSON."""
         return {
             "update": self.update,
             "recreate_deleted": self.recreate_deleted,
+            "with_signups": self.with_signups,
             "batch_size": self.batch_size,
             "only": [source.value for source in self.only],
             "limit": self.limit,
@@ -54,7 +58,7 @@ class RunOptions:
 
 def as_arguments(recorded: Mapping[str, Any]) -> list[str]:
     """Return the command line arguments for the options in the record of a run, without those at their default."""
-    flags = [name for name in ("update", "recreate_deleted") if recorded.get(name)]
+    flags = [name for name in ("update", "recreate_deleted", "with_signups") if recorded.get(name)]
     arguments = [f"--{name.replace('_', '-')}" for name in flags]
     if recorded.get("only"):
         arguments += ["--only", *recorded["only"]]

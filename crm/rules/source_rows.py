@@ -130,7 +130,19 @@ class IntakeRow(NamedTuple):
     ]
 
 
-RawRow = ProfileRow | LeadRow | IntakeRow
+class SignupRow(NamedTuple):
+    """A user without a profile, or one that had none when it was migrated; NULLs as in a profile."""
+
+    id: Annotated[str, Own("id")]
+    created_at: Annotated[str | None, Own("createdAt")]
+    updated_at: Annotated[str | None, Own("updatedAt")]
+    known_reason: Annotated[str | None, KnownReason()]
+    kind: Annotated[str, Label("'signup'")]
+    email: Annotated[str | None, Own("email", is_long=True)]
+    name: Annotated[str | None, Own("name", is_optional=True, is_long=True)]
+
+
+RawRow = ProfileRow | LeadRow | IntakeRow | SignupRow
 
 
 @dataclass(frozen=True)
@@ -143,7 +155,7 @@ class SourceTable:
     """
 
     name: str
-    row: type[ProfileRow | LeadRow | IntakeRow]
+    row: type[ProfileRow | LeadRow | IntakeRow | SignupRow]
     label: str
     joining: Callable[[Container[str]], str]
     is_sorted_by_creation: bool = False
@@ -280,5 +292,6 @@ SOURCE_TABLES: Mapping[str, SourceTable] = {
         SourceTable("profiles", ProfileRow, "role", lambda _missing: _USER),
         SourceTable("leads", LeadRow, "status", lambda _missing: _PREPARER, is_sorted_by_creation=True),
         SourceTable("tax_intake_leads", IntakeRow, "kind", _of_intake, is_sorted_by_creation=True, is_optional=True),
+        SourceTable("users", SignupRow, "kind", lambda _missing: ""),
     )
 }

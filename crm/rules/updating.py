@@ -27,7 +27,7 @@ from crm.rules.snapshot import ContactSnapshot
 
 LEAD = "LEAD"
 #: The sources of people who are not clients yet.
-_OF_LEADS = (Source.ACTIVE_LEADS, Source.OPEN_INTAKES)
+_OF_LEADS = (Source.ACTIVE_LEADS, Source.OPEN_INTAKES, Source.LEAD_PROFILES, Source.SIGNUPS)
 #: What a row's keys disagree in, and what PostgreSQL refused: kept under these names.
 IDENTITY, REFUSED = "identity", "refused"
 ATTRIBUTION, COMMISSION = ATTRIBUTION_PARTS

@@ -32,47 +32,63 @@ from tests.support.profiles import against_the_database
 
 READ_ONLY = ("users", "profiles", "leads", "tax_intake_leads")
 BATCH_SIZES = (1, 2, 7, 1000)
+#: Whether one run, and the next one, migrates people who signed up.
+FLAGS = st.lists(st.booleans(), min_size=2, max_size=2)
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
 @against_the_database(12)
-@given(data=st.data(), batch_size=st.sampled_from(BATCH_SIZES))
+@given(data=st.data(), batch_size=st.sampled_from(BATCH_SIZES), with_signups=FLAGS)
 def test_every_run_ends_as_the_reference_does(
-    database: Database, generation: str, data: st.DataObject, batch_size: int
+    database: Database,
+    generation: str,
+    data: st.DataObject,
+    batch_size: int,
+    with_signups: list[bool],
 ) -> None:
     database.use(generation)
     population = data.draw(populations(generation))
     load(population)
-    expected = reference.backfill(population)
+    expected = reference.backfill(population, with_signups=with_signups[0])
 
     before = database.dump()
-    foretold = run(dry_run=True, batch_size=batch_size)
+    foretold = run(dry_run=True, batch_size=batch_size, with_signups=with_signups[0])
     assert database.dump() == before
     assert counts_of(foretold) == expected_counts(expected.counts)
 
-    first = run(batch_size=batch_size)
+    first = run(batch_size=batch_size, with_signups=with_signups[0])
     assert_as_the_reference(first, expected)
     assert database.dump(*READ_ONLY) == {table: before[table] for table in READ_ONLY}
 
-    again = run(batch_size=batch_size)
-    second = reference.backfill(with_contacts(population, expected), ledger=expected.ledger)
+    again = run(batch_size=batch_size, with_signups=with_signups[1])
+    second = reference.backfill(
+        with_contacts(population, expected), ledger=expected.ledger, with_signups=with_signups[1]
+    )
     assert_as_the_reference(again, second)
-    assert again["created"] == again["merged"] == again["exists"] == again["error_new"] == 0
+    if with_signups != [False, True]:
+        assert again["created"] == again["merged"] == again["exists"] == again["error_new"] == 0
 
 
-@pytest.mark.parametrize("generation", ["2025_10", "2025_11"])
+@pytest.mark.parametrize("generation", ["2025_10", "2026_01"])
 @against_the_database(6)
-@given(data=st.data(), workers=st.sampled_from([2, 4]), batch_size=st.sampled_from([1, 2, 7]))
+@given(
+    data=st.data(), workers=st.sampled_from([2, 4]), batch_size=st.sampled_from([1, 2, 7]), with_signups=st.booleans()
+)
 def test_the_end_is_the_same_for_every_number_of_workers(
-    database: Database, generation: str, data: st.DataObject, workers: int, batch_size: int
+    database: Database,
+    generation: str,
+    data: st.DataObject,
+    workers: int,
+    batch_size: int,
+    with_signups: bool,  # noqa: FBT001 - drawn
 ) -> None:
     database.use(generation)
     population = data.draw(populations(generation))
     load(population)
-    expected = reference.backfill(population)
-    foretold = run(dry_run=True, workers=workers, batch_size=batch_size)
+    expected = reference.backfill(population, with_signups=with_signups)
+    foretold = run(dry_run=True, workers=workers, batch_size=batch_size, with_signups=with_signups)
     assert counts_of(foretold) == expected_counts(expected.counts)
-    assert_as_the_reference(run(workers=workers, batch_size=batch_size), expected)
+    assert_as_the_reference(run(workers=workers, batch_size=batch_size, with_signups=with_signups), expected)
 
 
 def with_contacts(population: reference.Population, result: reference.Result) -> reference.Population:
@@ -81,21 +97,22 @@ def with_contacts(population: reference.Population, result: reference.Result) ->
 
 @pytest.mark.parametrize("generation", ["2025_10_mixed", "2025_12"])
 @against_the_database(12)
-@given(data=st.data(), batch_size=st.sampled_from(BATCH_SIZES))
+@given(data=st.data(), batch_size=st.sampled_from(BATCH_SIZES), with_signups=FLAGS)
 def test_a_rerun_after_the_world_has_moved_on_ends_as_the_reference_does(
-    database: Database, generation: str, data: st.DataObject, batch_size: int
+    database: Database, generation: str, data: st.DataObject, batch_size: int, with_signups: list[bool]
 ) -> None:
     database.use(generation)
     population = data.draw(populations(generation))
     load(population)
-    first = reference.backfill(population)
-    run(batch_size=batch_size)
+    first = reference.backfill(population, with_signups=with_signups[0])
+    run(batch_size=batch_size, with_signups=with_signups[0])
     later = data.draw(aftermaths(population, first))
     with connection.cursor() as cursor:
         replace_population(cursor, later)
-    expected = reference.backfill(later, ledger=first.ledger)
-    assert counts_of(run(batch_size=batch_size, dry_run=True)) == expected_counts(expected.counts)
-    assert_as_the_reference(run(batch_size=batch_size), expected)
+    expected = reference.backfill(later, ledger=first.ledger, with_signups=with_signups[1])
+    foretold = run(batch_size=batch_size, dry_run=True, with_signups=with_signups[1])
+    assert counts_of(foretold) == expected_counts(expected.counts)
+    assert_as_the_reference(run(batch_size=batch_size, with_signups=with_signups[1]), expected)
 
 
 @against_the_database(12)

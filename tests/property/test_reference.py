@@ -16,6 +16,7 @@ from tests.support.reference import (
     ATTRIBUTION,
     CONTACT_COLUMNS,
     NULLABLE_ATTRIBUTION,
+    SIGNUP_SOURCES,
     SOURCES,
     TABLES,
     Entry,
@@ -26,6 +27,7 @@ from tests.support.reference import (
     backfill,
     contact_id_of,
     exclusion,
+    source_of,
     valid_email,
 )
 from tests.support.rule_examples import CONTACT_IDS, EMAILS, EXAMPLES, PLACEHOLDER_DOMAIN, SUPER_ADMIN, Example
@@ -535,17 +537,22 @@ def test_a_name_of_white_space_is_unknown(blank: str | None) -> None:
 # Any population
 
 
-def check(population: Population, result: Result, ledger: dict[str, Entry]) -> None:
+def check(population: Population, result: Result, ledger: dict[str, Entry], *, with_signups: bool) -> None:
     """What must hold after any run over all sources, whatever the rows are."""
     counts = result.counts
-    rows = [(table, row) for table in TABLES for row in getattr(population, table)]
     account_ids = {profile["userId"] for profile in population.profiles}
-    without_profile = [user for user in population.users if user["id"] not in account_ids]
+    rows = [
+        (table, row)
+        for table in TABLES
+        for row in getattr(population, table)
+        if table != "users" or row["id"] not in account_ids or f"users:{row['id']}" in ledger
+    ]
+    signups = {f"{table}:{row['id']}" for table, row in rows if source_of(table, row) in SIGNUP_SOURCES}
+    unread = set() if with_signups else signups
     assert counts.read == counts.created + counts.merged + counts.exists + counts.error
-    assert counts.excluded["no_profile"] == len(without_profile)
-    assert len(rows) + len(without_profile) == counts.excluded.total() + counts.already + counts.read
+    assert len(rows) == counts.excluded.total() + counts.already + counts.read + len(unread & ledger.keys())
     migrated = {f"{table}:{row['id']}" for table, row in rows if not exclusion(table, row, population.stages)}
-    assert set(result.ledger) == migrated | set(ledger)
+    assert set(result.ledger) == (migrated - unread) | set(ledger)
     by_outcome = sum(counts.by_source.values(), Counter())
     assert by_outcome == +Counter({name: getattr(counts, name) for name in ("created", "merged", "exists", "error")})
     assert set(counts.by_source) <= set(SOURCES)
@@ -562,14 +569,19 @@ def check(population: Population, result: Result, ledger: dict[str, Entry]) -> N
 
 
 @settings(deadline=None)
-@given(populations(added_labels=True))
-def test_in_any_population_the_reconciliation_holds_and_no_key_is_twice(population: Population) -> None:
-    check(population, backfill(population), {})
+@given(populations(added_labels=True), st.booleans())
+def test_in_any_population_the_reconciliation_holds_and_no_key_is_twice(
+    population: Population,
+    with_signups: bool,  # noqa: FBT001 - drawn
+) -> None:
+    check(population, backfill(population, with_signups=with_signups), {}, with_signups=with_signups)
 
 
 @settings(deadline=None)
 @given(st.data(), populations())
 def test_some_time_later_the_same_holds(data: st.DataObject, population: Population) -> None:
-    first = backfill(population)
+    first = backfill(population, with_signups=data.draw(st.booleans()))
     later = data.draw(aftermaths(population, first))
-    check(later, backfill(later, ledger=first.ledger), first.ledger)
+    with_signups = data.draw(st.booleans())
+    again = backfill(later, ledger=first.ledger, with_signups=with_signups)
+    check(later, again, first.ledger, with_signups=with_signups)

@@ -49,6 +49,7 @@ STAGE_LABELS = {
 }
 HAS_CLERK_USER_ID = ("2025_10", "2025_10_mixed")
 HAS_EMAIL_OF_PROFILE = ("2026_01",)
+HAS_NAME_OF_USER = ("2025_11", "2025_12", "2026_01")
 #: Intakes know of profiles and clients; one each tax year, and some are given up.
 HAS_CONVERSIONS = ("2025_11", "2025_12", "2026_01")
 HAS_TAX_YEARS = ("2026_01",)
@@ -128,6 +129,8 @@ TEXTS = (
 _free_texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=8)
 texts = st.one_of(st.sampled_from(TEXTS), st.sampled_from(BLANKS), _free_texts)
 nullable_texts = st.none() | texts
+#: A user has one name for all of them.
+names = st.one_of(nullable_texts, st.lists(texts, min_size=2, max_size=3).map(" ".join))
 moments = st.one_of(
     st.sampled_from(MOMENTS),
     st.sampled_from(MOMENTS),
@@ -193,7 +196,7 @@ def _distinct(draw: st.DrawFn, pool: Iterable[str], count: int) -> list[str | No
 
 
 @st.composite
-def user_lists(draw: st.DrawFn, *, taken: Collection[str] = (), table: int = 1) -> list[Row]:
+def user_lists(draw: st.DrawFn, generation: str, *, taken: Collection[str] = (), table: int = 1) -> list[Row]:
     """Users with distinct stored emails, of which some differ by case or white space alone."""
     emails = draw(
         st.lists(
@@ -204,7 +207,13 @@ def user_lists(draw: st.DrawFn, *, taken: Collection[str] = (), table: int = 1) 
         )
     )
     return [
-        {"id": identifier, "email": email, "createdAt": draw(moments), "updatedAt": draw(moments)}
+        {
+            "id": identifier,
+            "email": email,
+            "createdAt": draw(moments),
+            "updatedAt": draw(moments),
+            **({"name": draw(names)} if generation in HAS_NAME_OF_USER else {}),
+        }
         for identifier, email in zip(_ids(draw, table, len(emails)), emails, strict=True)
     ]
 
@@ -368,6 +377,7 @@ def contact_lists(
     keys = draw(contact_keys(users, profiles))
     own_ids = [contact_id_of(f"profiles:{row['id']}") for row in profiles]
     own_ids += [contact_id_of(f"leads:{row['id']}") for row in leads]
+    own_ids += [contact_id_of(f"users:{row['id']}") for row in users]
     own_ids += [contact_id_of(f"tax_intake_leads:{row['id']}") for row in intakes]
     replaced = iter(_distinct(draw, own_ids, len(keys) if draw(st.integers(0, 4)) == 4 else 0))
     return [
@@ -401,7 +411,7 @@ def populations(draw: st.DrawFn, generation: str | None = None, *, added_labels:
     database must have been given by `add_labels` first; without it there is no unknown role, status or type.
     """
     generation = generation or draw(st.sampled_from(GENERATIONS))
-    users = draw(user_lists())
+    users = draw(user_lists(generation))
     profiles = draw(profile_lists(generation, users, added=added_labels))
     leads = draw(lead_lists(users, profiles, added=added_labels))
     intakes = draw(intake_lists(generation, users, profiles))
@@ -439,9 +449,14 @@ def aftermaths(draw: st.DrawFn, population: Population, result: Result) -> Popul
             lead["email"] = draw(source_emails)
         if not draw(st.integers(0, 3)):
             lead["status"] = "CONVERTED"
-    newcomers = draw(user_lists(taken={user["email"] for user in population.users}, table=5))
+    newcomers = draw(user_lists(population.generation, taken={user["email"] for user in population.users}, table=5))
     clerk_ids = set(CLERK_IDS) - {profile.get("clerkUserId") for profile in profiles}
     profiles += draw(profile_lists(population.generation, newcomers, added=False, clerk_ids=sorted(clerk_ids), table=6))
+    # Some who signed up get a profile.
+    account_ids = {profile["userId"] for profile in profiles}
+    waiting = [user for user in population.users if user["id"] not in account_ids]
+    clerk_ids -= {profile.get("clerkUserId") for profile in profiles}
+    profiles += draw(profile_lists(population.generation, waiting, added=False, clerk_ids=sorted(clerk_ids), table=10))
     users = [*population.users, *newcomers]
     leads += draw(lead_lists(users, profiles, added=False, table=7))
     intakes = [dict(intake) for intake in population.tax_intake_leads if draw(st.integers(0, 3))]
@@ -531,7 +546,7 @@ def read_ledger(cursor: Cursor) -> dict[str, Entry]:
     """The ledger entries by row reference, in the shape of the reference; an empty text means none."""
     cursor.execute(
         "SELECT CASE WHEN source LIKE '%%intakes' THEN 'tax_intake_leads' WHEN source LIKE '%%leads' THEN 'leads' "
-        "ELSE 'profiles' END, "
+        "WHEN source = 'signups' THEN 'users' ELSE 'profiles' END, "
         f"source_id, source, outcome, reason, contact_id, identity_keys::text FROM {LEDGER_TABLE}",
         (),
     )

@@ -25,14 +25,24 @@ PLACEHOLDER_DOMAIN = "crm-backfill.invalid"
 SOURCES = (
     *("clients", "preparers", "affiliates"),
     *("converted_leads", "converted_intakes", "active_leads", "open_intakes"),
+    *("lead_profiles", "signups"),
 )
-TABLES = ("profiles", "leads", "tax_intake_leads")
+TABLES = ("profiles", "leads", "tax_intake_leads", "users")
 SETTLED = ("created", "merged", "exists")
 
-PROFILE_SOURCES = {"CLIENT": "clients", "TAX_PREPARER": "preparers", "AFFILIATE": "affiliates"}
-EXCLUDED_ROLES = {"SUPER_ADMIN": "super_admin", "ADMIN": "admin", "LEAD": "lead"}
+PROFILE_SOURCES = {
+    "CLIENT": "clients",
+    "TAX_PREPARER": "preparers",
+    "AFFILIATE": "affiliates",
+    "LEAD": "lead_profiles",
+}
+EXCLUDED_ROLES = {"SUPER_ADMIN": "super_admin", "ADMIN": "admin"}
+# People who signed up and wait for approval: migrated only if asked for, and else excluded for this reason.
+SIGNUP_SOURCES = {"lead_profiles": "lead", "signups": "no_profile"}
 INTAKE_SOURCES = ("converted_intakes", "open_intakes")
-PROFILE_TYPES = {"clients": "CLIENT", "preparers": "PREPARER", "affiliates": "AFFILIATE"}
+PROFILE_TYPES = {"clients": "CLIENT", "preparers": "PREPARER", "affiliates": "AFFILIATE", "lead_profiles": "LEAD"}
+#: The sources whose rows bring an account.
+OF_ACCOUNTS = (*PROFILE_TYPES, "signups")
 LEAD_TYPES = {"CUSTOMER": "LEAD", "TAX_PREPARER": "PREPARER", "AFFILIATE": "AFFILIATE"}
 # The first of these stages that the database has. Without one, the row is excluded.
 STAGES = {
@@ -120,8 +130,11 @@ def backfill(
     limit: int | None = None,
     resolutions: Mapping[str, Resolution] | None = None,
     placeholder_domain: str = PLACEHOLDER_DOMAIN,
+    with_signups: bool = False,
 ) -> Result:
     """Run once: `ledger` is what earlier runs left, `only` the sources that are asked for (all, if None).
+
+    Those of signups are read only `with_signups`; what earlier runs made of them stays accounted for.
 
     The run ends with the row of number `limit` of those without an entry; rows that are settled are not looked at. Rows
     with a resolution come last.
@@ -132,15 +145,7 @@ def backfill(
         ledger={reference: dict(entry) for reference, entry in (ledger or {}).items()},
         counts=Counts(),
     )
-    if without := users_without_profile(population):
-        result.counts.excluded["no_profile"] = len(without)
-    sources: dict[str, list[tuple[str, Row]]] = {source: [] for source in SOURCES}
-    for table, row in _rows_in_order(population):
-        excluded = exclusion(table, row, population.stages)
-        if excluded:
-            result.counts.excluded[excluded] += 1
-        else:
-            sources[source_of(table, row)].append((table, row))
+    sources = _rows_by_source(population, result, with_signups=with_signups)
     new = 0
     for is_resolved in (False, True):
         for source, rows in sources.items():
@@ -156,6 +161,25 @@ def backfill(
     return result
 
 
+def _rows_by_source(population: Population, result: Result, *, with_signups: bool) -> dict[str, list[tuple[str, Row]]]:
+    """The rows that a run of all sources looks at, in order. Counts the others, but those that are in the ledger."""
+    without_profile = {user["id"] for user in users_without_profile(population)}
+    sources: dict[str, list[tuple[str, Row]]] = {source: [] for source in SOURCES}
+    for table, row in _rows_in_order(population):
+        if table == "users" and not (row["id"] in without_profile or f"users:{row['id']}" in result.ledger):
+            continue  # its profile stands for it
+        excluded = exclusion(table, row, population.stages)
+        if excluded:
+            result.counts.excluded[excluded] += 1
+            continue
+        source = source_of(table, row)
+        if with_signups or source not in SIGNUP_SOURCES:
+            sources[source].append((table, row))
+        elif f"{table}:{row['id']}" not in result.ledger:
+            result.counts.excluded[SIGNUP_SOURCES[source]] += 1
+    return sources
+
+
 def _is_settled(result: Result, reference: str) -> bool:
     return reference in result.ledger and result.ledger[reference]["outcome"] in SETTLED
 
@@ -167,6 +191,8 @@ def _rows_in_order(population: Population) -> Iterator[tuple[str, Row]]:
         yield "leads", lead
     for intake in sorted(population.tax_intake_leads, key=lambda row: (row["created_at"], row["id"])):
         yield "tax_intake_leads", intake
+    for user in sorted(population.users, key=lambda row: row["id"]):
+        yield "users", user
 
 
 def updated_at_of(row: Row) -> Any:
@@ -186,6 +212,8 @@ def exclusion(table: str, row: Row, stages: Collection[str]) -> str | None:
         return EXCLUDED_ROLES.get(label(row["role"]))
     if table == "tax_intake_leads":
         return "unqualified" if row.get("unqualified") and "LOST" not in stages else None
+    if table == "users":
+        return None
     return "disqualified" if label(row["status"]) == "DISQUALIFIED" and "LOST" not in stages else None
 
 
@@ -195,6 +223,8 @@ def source_of(table: str, row: Row) -> str:
         return PROFILE_SOURCES.get(label(row["role"]), "clients")
     if table == "tax_intake_leads":
         return "converted_intakes" if row.get("convertedToClient") else "open_intakes"
+    if table == "users":
+        return "signups"
     return "converted_leads" if label(row["status"]) == "CONVERTED" else "active_leads"
 
 
@@ -225,13 +255,15 @@ def contact_of(population: Population, source: str, row: Row, domain: str = PLAC
         return contact_of_profile(population, source, row, domain)
     if source in INTAKE_SOURCES:
         return contact_of_intake(population, source, row)
+    if source == "signups":
+        return contact_of_signup(row)
     return contact_of_lead(population, source, row)
 
 
 def _land(
     result: Result, population: Population, source: str, row: Row, draft: Row, resolution: Resolution | None
 ) -> tuple[str, str]:
-    is_lead = source not in PROFILE_TYPES
+    is_lead = source not in OF_ACCOUNTS
     if resolution is None:
         contact = find_of_row(population, result.ledger, result.contacts, source, row, draft)
     else:
@@ -289,7 +321,7 @@ def contact_of_profile(population: Population, source: str, row: Row, domain: st
         "company": trimmed(row["companyName"]),
         "stage": "NEW",
         "stageEnteredAt": row["createdAt"],
-        "source": "backfill",
+        "source": "signup" if source in SIGNUP_SOURCES else "backfill",
         "assignedPreparerId": None,
         "assignedAt": None,
         **dict.fromkeys(NULLABLE_ATTRIBUTION),
@@ -304,6 +336,26 @@ def raw_email_of(population: Population, row: Row) -> str:
     """A profile's email as it is stored: its user's, else its own, which some generations have; blank for none."""
     of_user = next((user["email"] for user in population.users if user["id"] == row["userId"]), "")
     return of_user if address_of(of_user) else row.get("email") or ""
+
+
+def contact_of_signup(row: Row) -> Row:
+    """The contact that a user without a profile makes if it meets none. A name's first word is the first name."""
+    first_name, *others = (row.get("name") or "").split(maxsplit=1)[:2] or [""]
+    return {
+        **dict.fromkeys(CONTACT_COLUMNS),
+        "id": contact_id_of(f"users:{row['id']}"),
+        "userId": row["id"],
+        "contactType": "LEAD",
+        "firstName": first_name or "Unknown",
+        "lastName": trimmed("".join(others)) or "Unknown",
+        "email": valid_email(row["email"]),
+        "stage": "NEW",
+        "stageEnteredAt": row["createdAt"],
+        "source": "signup",
+        "attributionConfidence": 100,
+        "createdAt": row["createdAt"],
+        "updatedAt": row["updatedAt"],
+    }
 
 
 def contact_of_lead(population: Population, source: str, row: Row) -> Row:
@@ -396,29 +448,32 @@ def find_of_row(
     population: Population, ledger: Mapping[str, Entry], contacts: Mapping[str, Row], source: str, row: Row, draft: Row
 ) -> Row | None:
     """The contact that a row's person already has. Raises Rejected if the keys name two accounts."""
-    if source in INTAKE_SOURCES and row.get("profileId") in {profile["id"] for profile in population.profiles}:
-        entry = ledger.get(f"profiles:{row['profileId']}")
-        if entry and entry["outcome"] in SETTLED and entry["contact_id"] in contacts:
-            return contacts[str(entry["contact_id"])]
-    is_lead = source not in PROFILE_TYPES
-    return find(draft, contacts, contact_of_the_profile(population, ledger, contacts, draft) if is_lead else None)
+    is_named = source in INTAKE_SOURCES and row.get("profileId") in {profile["id"] for profile in population.profiles}
+    if is_named and (contact := _settled(ledger, contacts, f"profiles:{row['profileId']}")) is not None:
+        return contact
+    if source in OF_ACCOUNTS:
+        return find(draft, contacts, _settled(ledger, contacts, f"users:{draft['userId']}"))
+    return find(draft, contacts, contact_of_the_profile(population, ledger, contacts, draft))
 
 
 def contact_of_the_profile(
     population: Population, ledger: Mapping[str, Entry], contacts: Mapping[str, Row], draft: Row
 ) -> Row | None:
-    """What a profile met, or made, that has the address of a lead or an intake: another address may be there."""
-    theirs = [
-        (raw_email != draft["email"], profile["id"])
-        for profile in population.profiles
-        for raw_email in [raw_email_of(population, profile)]
-        if address_of(raw_email) == draft["email"]
-    ]
-    for _, identifier in sorted(theirs):
-        entry = ledger.get(f"profiles:{identifier}")
-        if entry and entry["outcome"] in SETTLED and entry["contact_id"] in contacts:
-            return contacts[str(entry["contact_id"])]
-    return None
+    """What a profile met, or made, that has the address of a lead or an intake: another address may be there.
+
+    So it is with users who were migrated without a profile, which come after the profiles.
+    """
+    emails = [(f"profiles:{profile['id']}", raw_email_of(population, profile)) for profile in population.profiles]
+    emails += [(f"users:{user['id']}", user["email"]) for user in population.users]
+    theirs = [(raw != draft["email"], reference) for reference, raw in emails if address_of(raw) == draft["email"]]
+    found = (_settled(ledger, contacts, reference) for _, reference in sorted(theirs))
+    return next((contact for contact in found if contact is not None), None)
+
+
+def _settled(ledger: Mapping[str, Entry], contacts: Mapping[str, Row], reference: str) -> Row | None:
+    """The contact that a row met or made, if it is still there."""
+    entry = ledger.get(reference)
+    return contacts.get(str(entry["contact_id"])) if entry and entry["outcome"] in SETTLED else None
 
 
 def find(draft: Row, contacts: Mapping[str, Row], of_the_profile: Row | None = None) -> Row | None:

@@ -38,8 +38,8 @@ STAGE = {"stage": ("stage", "stageEnteredAt"), "stage_entered_at": ("stageEntere
 COLUMNS = {**UNITS, **FIRST, **STAGE, "email": ("email",)}
 STAGES_OF_LEADS = ("NEW", "CONTACTED", "QUALIFIED", "COMPLETE", "CLOSED", "LOST")
 #: The sources of people who are not clients yet.
-OF_LEADS = ("active_leads", "open_intakes")
-PLACEHOLDER_KINDS = ("client", "preparer", "affiliate")
+OF_LEADS = ("active_leads", "open_intakes", *reference.SIGNUP_SOURCES)
+PLACEHOLDER_KINDS = ("client", "preparer", "affiliate", "lead")
 
 
 @dataclass
@@ -100,9 +100,9 @@ class Speaker(NamedTuple):
     draft: Row
 
 
-def run(world: World, population: Population, *, update: bool) -> Looks:
+def run(world: World, population: Population, *, update: bool, with_signups: bool = False) -> Looks:
     """Backfill, and look again if asked to. `population.contacts` are the contacts as they stand before."""
-    result = reference.backfill(population, ledger=world.ledger)
+    result = reference.backfill(population, ledger=world.ledger, with_signups=with_signups)
     rows = {f"{table}:{row['id']}": row for table in reference.TABLES for row in getattr(population, table)}
     for ref, entry in result.ledger.items():
         if entry["outcome"] in reference.SETTLED and world.ledger.get(ref, {}).get("outcome") not in reference.SETTLED:
@@ -118,6 +118,8 @@ def run(world: World, population: Population, *, update: bool) -> Looks:
     looks = Looks()
     if update:
         for source, table, row in list(_in_order(population)):
+            if source in reference.SIGNUP_SOURCES and not with_signups:
+                continue
             _one_row(world, population, source, table, row, looks)
     return looks
 
@@ -255,7 +257,7 @@ def _fold(base: Row | None, speakers: list[Speaker], population: Population) -> 
         if result is None:
             result = dict(speaker.draft)
             origins |= dict.fromkeys((*FIRST, "stage"), speaker)
-        elif speaker.source in reference.PROFILE_TYPES:
+        elif speaker.source in reference.OF_ACCOUNTS:
             reference.fill_from_profile(result, speaker.draft)
         else:
             reference.fill_from_lead(result, speaker.draft)

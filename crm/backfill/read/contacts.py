@@ -12,7 +12,7 @@ from crm.postgres.facts.columns import COLUMN
 from crm.postgres.facts.schema import DatabaseFacts
 from crm.postgres.loaders import read_as_text
 from crm.rules.addresses import canonical_address, trimmed_address, trimmed_address_sql
-from crm.rules.mapping import ATTRIBUTION_UNIT, MappedRow, contact_id_sql
+from crm.rules.mapping import ATTRIBUTION_UNIT, MappedRow, contact_id, contact_id_sql
 from crm.rules.matching import ExistingContact, ExistingContacts, ProfileOfAddress
 
 # A contact is found by index under each key; one OR over all of them would be left to the planner's luck.
@@ -31,6 +31,8 @@ _OURS = "EXISTS (SELECT FROM ledger_entry entry WHERE entry.id = c.id AND entry.
 _ASSIGNMENT = '(c."assignedPreparerId" IS NOT NULL OR c."assignedAt" IS NOT NULL)'
 _ATTRIBUTION = ", ".join(f'c."{COLUMN[name]}"' for name in ATTRIBUTION_UNIT)
 _NO_ATTRIBUTION = ", ".join(["NULL"] * len(ATTRIBUTION_UNIT))
+#: Before the id of a user among those of profiles.
+SIGNUP = "users:"
 _SPELLED = "SELECT email, id, NULL AS profile_id FROM crm_contacts WHERE email = ANY(%(spellings)s)"
 # Each LATERAL with its LIMIT is one index probe, whatever the planner believes.
 _AND_PROFILES = f"""
@@ -44,6 +46,17 @@ SELECT p.email, entry.contact_id, p.id
    SELECT contact_id FROM ledger_entry WHERE id = {contact_id_sql("'profiles:' || p.id")} AND outcome <> 'error' LIMIT 1
  ) entry
 """
+# And of users who were migrated without a profile. They come after the profiles.
+_AND_SIGNUPS = f"""
+ UNION ALL
+SELECT u.email, entry.contact_id, '{SIGNUP}' || u.id
+  FROM (SELECT id, email FROM users WHERE email = ANY(%(emails)s)
+         UNION SELECT id, email FROM users WHERE id = ANY(%(user_ids)s)) u
+ CROSS JOIN LATERAL (
+   SELECT contact_id FROM ledger_entry WHERE id = {contact_id_sql("'users:' || u.id")} AND outcome <> 'error' LIMIT 1
+ ) entry
+"""
+_OF_SIGNUPS = "SELECT source_id, contact_id FROM ledger_entry WHERE id = ANY(%s) AND outcome <> 'error'"
 # The contacts of the profiles that rows name. Without an address, which distinguishes them from those above.
 _AND_NAMED_PROFILES = f"""
  UNION ALL
@@ -70,9 +83,11 @@ class ContactIndex:
     have stored its addresses since. What is stored meanwhile in any other spelling, the end of a run settles.
     """
 
-    def __init__(self, connection: BaseDatabaseWrapper, facts: DatabaseFacts) -> None:
+    def __init__(self, connection: BaseDatabaseWrapper, facts: DatabaseFacts, *, has_signups: bool = True) -> None:
+        """Create an index. `has_signups` says whether the ledger may have signups."""
         self._connection = connection
         self._facts = facts
+        self._has_signups = has_signups and facts.has_ledger
         self._contacts = NoncanonicalAddresses(connection, "crm_contacts")
         self._users = NoncanonicalAddresses(connection, "users")
         self._own_addresses = None if "profiles.email" in facts.missing else OwnAddresses(connection)
@@ -80,6 +95,7 @@ class ContactIndex:
         self._profiles: list[ProfileOfAddress] = []
         self._with_profile: set[str] = set()
         self._of_named: dict[str, str] = {}
+        self._of_signups: dict[str, str] = {}
 
     def notice(self, rows: Sequence[MappedRow], *, anew: bool = False) -> None:
         """Take a first look at a batch: which rows have a contact that no index finds by their canonical address.
@@ -97,17 +113,22 @@ class ContactIndex:
             query += _AND_PROFILES.format(by_own_address=_BY_OWN_ADDRESS if self._own_addresses else "")
             if self._own_addresses:
                 parameters["addressed_ids"] = _ids(self._own_addresses.find(of_profiles))
+            query += _AND_SIGNUPS if self._has_signups else ""
         query += _AND_NAMED_PROFILES if named else ""
         self._spelled, self._profiles, self._of_named = self._contacts.find(addresses, anew=anew), [], {}
+        accounts = {row.draft.user_id for row in rows if row.draft and row.draft.user_id} if self._has_signups else ()
         with self._connection.cursor() as cursor:
+            if accounts:
+                cursor.execute(_OF_SIGNUPS, [[contact_id("users", account) for account in accounts]])
+                self._of_signups = dict(cursor.fetchall())
             cursor.execute(query, parameters)
-            for email, contact_id, profile_id in cursor.fetchall():
+            for email, contact, profile_id in cursor.fetchall():
                 if profile_id is None:
-                    self._spelled.setdefault(canonical_address(email), set()).add(contact_id)
+                    self._spelled.setdefault(canonical_address(email), set()).add(contact)
                 elif email is None:
-                    self._of_named[profile_id] = contact_id
+                    self._of_named[profile_id] = contact
                 else:
-                    self._profiles.append(ProfileOfAddress.of(email, profile_id, contact_id))
+                    self._profiles.append(ProfileOfAddress.of(email, profile_id, contact))
         self._with_profile = {profile.address for profile in self._profiles}
 
     def is_likely_met(self, row: MappedRow) -> bool:
@@ -115,17 +136,24 @@ class ContactIndex:
         if row.draft is None:
             return False
         address = row.draft.email
-        return address in self._spelled or address in self._with_profile or row.profile_id in self._of_named
+        has_contact = row.profile_id in self._of_named or row.draft.user_id in self._of_signups
+        return has_contact or address in self._spelled or address in self._with_profile
 
     def contacts_met_by(self, rows: Sequence[MappedRow]) -> ExistingContacts:
         """The contacts that have a key of one of the rows, as they are now. Their batch was noticed before."""
         profiles, named = self.profiles_of(rows), self.contacts_of_named(rows)
-        others = {profile.contact_id for profile in profiles} | set(named.values())
-        return ExistingContacts(self.contacts(rows, others), profiles, named)
+        signups = self.contacts_of_signups(rows)
+        others = {profile.contact_id for profile in profiles} | {*named.values(), *signups.values()}
+        return ExistingContacts(self.contacts(rows, others), profiles, named, signups)
 
     def contacts_of_named(self, rows: Iterable[MappedRow]) -> dict[str, str]:
         """Return the contacts of the settled profiles that the rows name, by profile id."""
         return {name: self._of_named[name] for name in named_profiles(rows) if name in self._of_named}
+
+    def contacts_of_signups(self, rows: Iterable[MappedRow]) -> dict[str, str]:
+        """Return the contacts of the rows' users who were migrated without a profile, by user id."""
+        accounts = (row.draft.user_id for row in rows if row.draft)
+        return {account: self._of_signups[account] for account in accounts if account in self._of_signups}
 
     def profiles_of(self, rows: Iterable[MappedRow]) -> list[ProfileOfAddress]:
         """The settled profiles whose users have the address of one of the rows that bring no account."""

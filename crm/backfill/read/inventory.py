@@ -7,7 +7,7 @@ over the whole tables, and then read by their ids: that is twenty times cheaper 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,56 +21,59 @@ from crm.rules.source_rows import SOURCE_TABLES
 #: the pages pass over the whole table.
 FEW_ROWS, FEW_SHARE = 20_000, 0.1
 
+# A user is a row where no profile stands for it, or where a run migrated it before there was one.
+_SIGNUPS = """(SELECT id, "updatedAt" FROM users
+                WHERE NOT EXISTS (SELECT FROM profiles WHERE profiles."userId" = users.id){migrated})"""
+_MIGRATED_SIGNUPS = """
+                UNION ALL
+               SELECT users.id, users."updatedAt" FROM ledger_entry JOIN users ON users.id = ledger_entry.source_id
+                WHERE ledger_entry.source = ANY(%(sources)s)
+                  AND EXISTS (SELECT FROM profiles WHERE profiles."userId" = users.id)"""
 # One statement, so that all of it is of one moment. Each term is counted by itself: the rows of the table without a
 # look at the ledger, the entries that rows have by what they say, and as pending the rows without any entry.
 _COUNTS = """
-SELECT {label}::text, NULL AS outcome, NULL AS names_contact, count(*) FROM {table} r WHERE true{only} GROUP BY 1
+SELECT {label}::text, NULL AS outcome, NULL AS names_contact, count(*) FROM {rows} r WHERE true{only} GROUP BY 1
  UNION ALL
 SELECT label::text, outcome, names_contact, counted
   FROM (SELECT {label} AS label, entry.outcome, entry.contact_id IS NOT NULL AS names_contact, count(*) AS counted
-          FROM {table} r LEFT JOIN ledger_entry entry ON entry.source_id = r.id AND entry.source = ANY(%(sources)s)
+          FROM {rows} r LEFT JOIN ledger_entry entry ON entry.source_id = r.id AND entry.source = ANY(%(sources)s)
          WHERE true{only}
          GROUP BY 1, 2, 3) entry
 """
 _COUNTS_WITHOUT_LEDGER = """
-SELECT {label}::text, NULL AS outcome, NULL, count(*) FROM {table} r WHERE true{only} GROUP BY 1
+SELECT {label}::text, NULL AS outcome, NULL, count(*) FROM {rows} r WHERE true{only} GROUP BY 1
  UNION ALL
-SELECT {label}::text, NULL, false, count(*) FROM {table} r WHERE true{only} GROUP BY 1
+SELECT {label}::text, NULL, false, count(*) FROM {rows} r WHERE true{only} GROUP BY 1
 """
 # Rows without an id have no entry. Of those that share an id, one entry stands for all: none can be told from another.
 _ONLY = {"id": " AND r.id IS NOT NULL", "repeated": " AND r.id <> ALL(%(repeated)s)"}
-_WITHOUT_ID = "SELECT count(*) FROM {table} WHERE id IS NULL"
+_WITHOUT_ID = "SELECT count(*) FROM {rows} r WHERE id IS NULL"
 _REPEATED = """
 SELECT entry.outcome, entry.contact_id IS NOT NULL, count(*)
-  FROM {table} r LEFT JOIN ledger_entry entry ON entry.source_id = r.id AND entry.source = ANY(%(sources)s)
+  FROM {rows} r LEFT JOIN ledger_entry entry ON entry.source_id = r.id AND entry.source = ANY(%(sources)s)
  WHERE r.id = ANY(%(repeated)s)
  GROUP BY r.id, entry.outcome, entry.contact_id
 """
 _REPEATED_WITHOUT_LEDGER = """
-SELECT NULL, false, count(*) FROM {table} r WHERE r.id = ANY(%(repeated)s) GROUP BY r.id
+SELECT NULL, false, count(*) FROM {rows} r WHERE r.id = ANY(%(repeated)s) GROUP BY r.id
 """
 #: Why rows are excluded that no entry can stand for.
 DUPLICATE_ID, MISSING_ID = "duplicate_id", "missing_id"
-#: Why users are excluded that no profile stands for.
-NO_PROFILE = "no_profile"
-_WITHOUT_PROFILE = """
-SELECT count(*) FROM users u WHERE NOT EXISTS (SELECT FROM profiles p WHERE p."userId" = u.id)
-"""
 _ERRORS = """
 SELECT {label}::text, r.id
-  FROM ledger_entry entry JOIN {table} r ON r.id = entry.source_id
+  FROM ledger_entry entry JOIN {rows} r ON r.id = entry.source_id
  WHERE entry.outcome = 'error' AND entry.source = ANY(%(sources)s)
    AND ({label} = ANY(%(labels)s::{label_type}[]) OR {label} IS NULL){only}
 """
 _PENDING_ROWS = """
 SELECT {label}::text, r.id
-  FROM {table} r
+  FROM {rows} r
  WHERE ({label} = ANY(%(labels)s::{label_type}[]) OR {label} IS NULL){only}
    AND NOT EXISTS (SELECT FROM ledger_entry entry WHERE entry.source_id = r.id AND entry.source = ANY(%(sources)s))
 """
 # As `source.UNSETTLED_OR_GONE` has it.
 _GONE = """
-  FROM {table} r JOIN ledger_entry entry ON entry.source_id = r.id AND entry.source = ANY(%(sources)s)
+  FROM {rows} r JOIN ledger_entry entry ON entry.source_id = r.id AND entry.source = ANY(%(sources)s)
  WHERE entry.outcome <> 'error' AND {label} = ANY(%(labels)s::{label_type}[]){only}
    AND (NOT EXISTS (SELECT FROM crm_contacts c WHERE c.id = entry.contact_id)
         OR EXISTS (SELECT FROM ledger_entry made
@@ -81,7 +84,7 @@ _GONE_COUNTS = f"SELECT {{label}}::text, count(*) {_GONE} GROUP BY 1"
 # A row that changed since its entry was written may have become one that is not to be migrated.
 _EXCLUDED_OF_RUN = """
 SELECT count(*)
-  FROM {table} r JOIN ledger_entry entry ON entry.source_id = r.id AND entry.source = ANY(%(sources)s)
+  FROM {rows} r JOIN ledger_entry entry ON entry.source_id = r.id AND entry.source = ANY(%(sources)s)
  WHERE {label} <> ALL(%(labels)s::{label_type}[]) AND entry.run_id = %(run)s AND entry.outcome <> 'error'
    AND entry.source_updated_at = {updated_at}
 """
@@ -114,40 +117,43 @@ class _Table:
         return sum(self.entries[label, outcome, named] for outcome in outcomes for named in (True, False))
 
 
-def count_rows(connection: BaseDatabaseWrapper, facts: DatabaseFacts, run_id: int | None = None) -> RowCounts:
+def count_rows(
+    connection: BaseDatabaseWrapper, facts: DatabaseFacts, run_id: int | None = None, *, with_signups: bool = False
+) -> RowCounts:
     """Count the source rows by what they are and by what the ledger says of them; each term by itself.
 
-    With a run, its entries of rows that are not to be migrated are a fault.
+    With a run, its entries of rows that are not to be migrated are a fault. Signups without an entry are pending
+    `with_signups`, and otherwise excluded.
     """
     settled, errors, pending = (dict.fromkeys(Source, 0) for _ in range(3))
     row_counts = RowCounts(0, {}, settled, errors, pending)
     for table in facts.tables:
         counted = _count(connection, facts, table)
-        _add(row_counts, facts, table, counted)
+        _add(row_counts, facts, table, counted, with_signups=with_signups)
         if run_id is not None and _has_excluded_entries(facts, table, counted):
             count = _excluded_of_run(connection, facts, table, run_id)
             _add_fault(row_counts, Fault.EXCLUDED_ROW, count)
-    with connection.cursor() as cursor:
-        cursor.execute(_WITHOUT_PROFILE)
-        ((count,),) = cursor.fetchall()
-    _exclude(row_counts, NO_PROFILE, count)
     return row_counts
 
 
-def survey(connection: BaseDatabaseWrapper, facts: DatabaseFacts, *, with_gone: bool = False) -> Inventory:
+def survey(
+    connection: BaseDatabaseWrapper, facts: DatabaseFacts, *, with_gone: bool = False, with_signups: bool = False
+) -> Inventory:
     """Take the census, and list the rows to read where they are few.
 
-    `with_gone` includes the settled rows whose contact is gone.
+    `with_gone` includes the settled rows whose contact is gone, `with_signups` those of signups.
     """
-    row_counts = count_rows(connection, facts)
+    row_counts = count_rows(connection, facts, with_signups=with_signups)
     left: dict[Source, list[str]] = {}
     gone = dict.fromkeys(Source, 0)
     for table in facts.tables:
-        sources = Source.of_table(table)
+        sources = [source for source in Source.of_table(table) if with_signups or not source.is_of_signups]
+        if not sources:
+            continue
         errors, pending = (sum(of[source] for source in sources) for of in (row_counts.errors, row_counts.pending))
         rows = errors + pending + sum(row_counts.settled[source] for source in sources)
         if with_gone and facts.has_ledger:
-            for label, count in _rows(connection, facts, table, _GONE_COUNTS):
+            for label, count in _rows(connection, facts, table, _GONE_COUNTS, sources):
                 if (source := facts.source_of(table, label)) is not None:
                     gone[source] += count
         of_table = sum(gone[source] for source in sources)
@@ -155,7 +161,7 @@ def survey(connection: BaseDatabaseWrapper, facts: DatabaseFacts, *, with_gone: 
             continue
         left |= {source: [] for source in sources}
         for count, query in ((errors, _ERRORS), (pending, _PENDING_ROWS), (of_table, _GONE_ROWS)):
-            for label, identifier in _rows(connection, facts, table, query) if count else ():
+            for label, identifier in _rows(connection, facts, table, query, sources) if count else ():
                 source = facts.source_of(table, label)
                 if source is not None:
                     left[source].append(identifier)
@@ -182,32 +188,37 @@ def _count(connection: BaseDatabaseWrapper, facts: DatabaseFacts, table: str) ->
     return counted
 
 
-def _add(row_counts: RowCounts, facts: DatabaseFacts, table: str, counted: _Table) -> None:
-    row_counts.rows += counted.labels.total()
+def _add(row_counts: RowCounts, facts: DatabaseFacts, table: str, counted: _Table, *, with_signups: bool) -> None:
+    row_counts.rows += counted.labels.total() + counted.without_entry.total()
     for reason, count in counted.without_entry.items():
         _exclude(row_counts, reason, count)
     for label in counted.labels.keys() | {label for label, _, _ in counted.entries}:
         source = facts.source_of(table, label)
         if source is None:
-            reason = facts.exclusion(table, str(label))
-            row_counts.excluded[reason] = row_counts.excluded.get(reason, 0) + counted.labels.get(label, 0)
+            _exclude(row_counts, facts.exclusion(table, label), counted.labels.get(label, 0))
             continue
         row_counts.settled[source] += counted.count(label, *WITH_CONTACT)
         row_counts.errors[source] += counted.count(label, Outcome.ERROR)
-        row_counts.pending[source] += counted.count(label, None)
+        pending = counted.count(label, None)
+        if source.is_of_signups and not with_signups:
+            _exclude(row_counts, facts.exclusion(table, label), pending)
+        else:
+            row_counts.pending[source] += pending
         for outcome in Outcome:
             row_counts.entries[outcome] += counted.count(label, outcome)
-        for (of_label, said, names_contact), count in counted.entries.items():
-            if of_label == label and said is not None:
-                if said not in row_counts.entries:
-                    _add_fault(row_counts, Fault.UNKNOWN_OUTCOME, count)
-                elif said in WITH_CONTACT and not names_contact:
-                    _add_fault(row_counts, Fault.NO_CONTACT, count)
+        _add_faults(row_counts, counted, label)
+
+
+def _add_faults(row_counts: RowCounts, counted: _Table, label: str | None) -> None:
+    for (of_label, said, names_contact), count in counted.entries.items():
+        if of_label == label and said is not None:
+            if said not in row_counts.entries:
+                _add_fault(row_counts, Fault.UNKNOWN_OUTCOME, count)
+            elif said in WITH_CONTACT and not names_contact:
+                _add_fault(row_counts, Fault.NO_CONTACT, count)
 
 
 def _exclude(row_counts: RowCounts, reason: str, count: int) -> None:
-    """Count rows that no entry can stand for."""
-    row_counts.rows += count
     if count:
         row_counts.excluded[reason] = row_counts.excluded.get(reason, 0) + count
 
@@ -227,17 +238,24 @@ def _excluded_of_run(connection: BaseDatabaseWrapper, facts: DatabaseFacts, tabl
 
 
 def _rows(
-    connection: BaseDatabaseWrapper, facts: DatabaseFacts, table: str, query: str, **parameters: Any
+    connection: BaseDatabaseWrapper,
+    facts: DatabaseFacts,
+    table: str,
+    query: str,
+    sources: Iterable[Source] | None = None,
+    **parameters: Any,
 ) -> list[tuple[Any, ...]]:
-    sources = Source.of_table(table)
+    """The answer to a query of a table; where it asks for labels, for those of `sources`, by default of all."""
+    of_table = Source.of_table(table)
     parameters |= {
-        "sources": [source.value for source in sources],
-        "labels": [label for source in sources for label in facts.labels_of(source)],
+        "sources": [source.value for source in of_table],
+        "labels": [label for source in sources or of_table for label in facts.labels_of(source)],
         "repeated": list(facts.repeated_ids.get(table, ())),
     }
     only = _ONLY["id"] if f"{table}.id" in facts.nullable else ""
     only += _ONLY["repeated"] if parameters["repeated"] else ""
     with connection.cursor() as cursor:
         names = {"label": SOURCE_TABLES[table].label_sql(facts.missing), "updated_at": SOURCE_TABLES[table].updated_at}
-        cursor.execute(query.format(table=table, **names, only=only, label_type=facts.label_types[table]), parameters)
+        rows = _SIGNUPS.format(migrated=_MIGRATED_SIGNUPS if facts.has_ledger else "") if table == "users" else table
+        cursor.execute(query.format(rows=rows, **names, only=only, label_type=facts.label_types[table]), parameters)
         return list(cursor.fetchall())

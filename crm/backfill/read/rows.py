@@ -76,10 +76,12 @@ _OF_PREPARER = f"""CASE WHEN p.changed_at >= {_BEGUN} THEN 'changed'
                         THEN 'not linked' ELSE 'not there' END
          END"""
 _OTHER = {
+    "users": "NULL::text",
     "profiles": f"CASE WHEN u.changed_at >= {_BEGUN} THEN 'changed' END",
     **dict.fromkeys(("leads", "tax_intake_leads"), _OF_PREPARER),
 }
 _CHANGED_AT = {
+    "users": "",
     "profiles": '"updatedAt"',
     **dict.fromkeys(("leads", "tax_intake_leads"), 'greatest("createdAt", "updatedAt")'),
 }

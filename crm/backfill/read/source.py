@@ -74,6 +74,11 @@ _NO_ENTRY = " CROSS JOIN (SELECT NULL::text AS outcome, NULL::text AS reason, NU
 #: Every row, and the ledger is not asked: for a source of which no row had an entry when the run began. Should one have
 #: got an entry since, the ledger's key refuses a second, and the batch is read again, asking.
 EVERY_ROW = Choice(_NO_ENTRY, "true")
+#: These rows, which had an entry a moment ago. No ids that several rows have: those have no contact.
+ROWS_WITH_ENTRY = Choice(_NO_ENTRY, "r.id IS NOT NULL")
+# For a user with a profile the profile stands; but what was migrated before it came stays a row of its contact.
+_IS_SIGNUP = """
+((SELECT true FROM profiles WHERE profiles."userId" = r.id LIMIT 1) IS NULL OR entry.outcome IS NOT NULL)"""
 
 _PAGE = """
 SELECT {values}, {bytes} AS bytes
@@ -306,6 +311,8 @@ class SourceReader:
         if self.run_id is not None:
             conditions.append(_OPAQUE.format("entry.run_id IS DISTINCT FROM %(run_id)s"))
             parameters["run_id"] = self.run_id
+        if self.source is Source.SIGNUPS and self.choice != ROWS_WITH_ENTRY:
+            conditions.append(_OPAQUE.format(_IS_SIGNUP))
         if self.ids is not None:
             conditions.append("r.id = ANY(%(ids)s)")
             parameters["ids"] = self.ids

@@ -19,7 +19,7 @@ from crm.backfill.read.entries import COLUMNS, read_entries
 from crm.backfill.read.resolutions import Resolutions
 from crm.backfill.read.snapshots import VERSION, SnapshotReader, missing_columns
 from crm.backfill.read.source import (
-    EVERY_ROW,
+    ROWS_WITH_ENTRY,
     UNSETTLED,
     Choice,
     Key,
@@ -76,8 +76,6 @@ def rows_to_revisit(facts: DatabaseFacts, source: Source, *, with_unsettled: boo
     return Choice(_ENTRY_OF_ROW, f"({condition})")
 
 
-# Not EVERY_ROW, which brings ids that several rows have as well.
-_THESE_ROWS = Choice(EVERY_ROW.join, "r.id IS NOT NULL")
 # Every row that may be due, in one pass over both tables: a probe a row would cost ten times as much.
 _MAY_BE_DUE = """
 SELECT r.id FROM {table} r JOIN ledger_entry entry ON entry.source_id = r.id AND entry.source = ANY(%(sources)s)
@@ -198,7 +196,7 @@ class Present:
             ids = [entry.source_id for entry in entries.values() if entry.table == source.table]
             if not ids:
                 continue
-            reader = SourceReader(self.connection, self.facts, source, choice=_THESE_ROWS, ids=ids)
+            reader = SourceReader(self.connection, self.facts, source, choice=ROWS_WITH_ENTRY, ids=ids)
             after: Key | None = None
             while (page := reader.page(after, len(ids))).rows:
                 after = page.key

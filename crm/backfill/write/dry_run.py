@@ -14,7 +14,7 @@ from typing import Any
 
 from django.db.backends.base.base import BaseDatabaseWrapper
 
-from crm.backfill.read.contacts import ContactIndex, named_profiles, resolved_contacts, without_account
+from crm.backfill.read.contacts import SIGNUP, ContactIndex, named_profiles, resolved_contacts, without_account
 from crm.backfill.write.upsert import upsert
 from crm.outcome import Outcome, RowOutcome, Source, Totals
 from crm.rules.mapping import ContactDraft, MappedRow, contact_id
@@ -129,8 +129,8 @@ class Overlay:
         made = {by_contact[contact.id]: contact.id for contact in self.made_as(by_contact)} if by_contact else {}
         return made | dict(self._rows("SELECT id, contact_id FROM profile WHERE id", profile_ids))
 
-    def note_profiles(self, rows: Iterable[MappedRow], row_outcomes: Iterable[RowOutcome]) -> None:
-        """Record the profiles that would have matched a contact, which can have another address."""
+    def note_profiles(self, rows: Iterable[MappedRow], row_outcomes: Iterable[RowOutcome], *, of_signups: bool) -> None:
+        """Record the profiles or signups that would have matched a contact, which can have another address."""
         by_id = {row.id: row for row in rows}
         met = [row_outcome for row_outcome in row_outcomes if row_outcome.outcome in (Outcome.MERGED, Outcome.EXISTS)]
         profiles = ((row_outcome, by_id[row_outcome.id]) for row_outcome in met)
@@ -141,7 +141,7 @@ class Overlay:
                 (
                     "" if row.resolution else row.draft.email,
                     row.raw_email != row.draft.email,
-                    row.source_id,
+                    f"{SIGNUP}{row.source_id}" if of_signups else row.source_id,
                     row_outcome.contact_id,
                 )
                 for row_outcome, row in profiles
@@ -250,7 +250,8 @@ class DryRunStore:
         named = {name: self._of_named[name] for name in named_profiles(rows) if name in self._of_named}
         named |= self._lookup.contacts_of_named(rows)
         others = {profile.contact_id for profile in profiles} | set(self._overlay.changed_to(emails).values())
-        others |= set(named.values())
+        signups = self._lookup.contacts_of_signups(rows)
+        others |= {*named.values(), *signups.values()}
         contacts = self._lookup.contacts(rows, others) + self._overlay.made_with(emails)
         if missing := (others | set(resolved_contacts(rows))) - {contact.id for contact in contacts}:
             contacts += self._overlay.made_as(missing)
@@ -261,7 +262,7 @@ class DryRunStore:
             contact.user_id = contact.user_id or user_id
             contact.clerk_user_id = contact.clerk_user_id or clerk_user_id
         self._add_values(contacts)
-        return ExistingContacts(contacts, profiles, named)
+        return ExistingContacts(contacts, profiles, named, signups)
 
     def _add_values(self, found: Iterable[ExistingContact]) -> None:
         """Add the recorded values of other fields: --update needs to know which row filled them."""
@@ -297,8 +298,8 @@ class DryRunWriter:
         with self.overlay.batch():
             for rows in pages:
                 result = upsert(rows, self.store)
-                if source.table == "profiles":
-                    self.overlay.note_profiles(rows, result.row_outcomes)
+                if source.table in ("profiles", "users"):
+                    self.overlay.note_profiles(rows, result.row_outcomes, of_signups=source.table == "users")
                 self.overlay.note(source, result.row_outcomes)
                 totals.add(Totals.of(result.row_outcomes, result.created_by_type))
         return totals

@@ -53,6 +53,12 @@ class Command(OperatorCommand):
             "was restored or purged. Use --dry-run first. Not together with --update",
         )
         parser.add_argument(
+            "--with-signups",
+            action="store_true",
+            help="also migrate people who signed up and wait for approval, as leads: users without a profile, and "
+            "profiles with the role LEAD",
+        )
+        parser.add_argument(
             "--batch-size",
             type=positive,
             metavar="ROWS",
@@ -110,6 +116,7 @@ class Command(OperatorCommand):
         dry_run: bool,
         update: bool,
         recreate_deleted: bool,
+        with_signups: bool,
         batch_size: int | None,
         only: list[str],
         limit: int | None,
@@ -126,6 +133,8 @@ class Command(OperatorCommand):
         """Run the backfill. The exit codes are in the help."""
         if limit is not None and workers != 1:
             raise CommandError("--limit requires one worker: leave --workers out.", returncode=2)
+        if signups := [source for source in only if Source(source).is_of_signups and not with_signups]:
+            raise CommandError(f"--only {' '.join(signups)} requires --with-signups.", returncode=2)
         if update and recreate_deleted:
             raise CommandError(
                 "--recreate-deleted and --update need two runs: run --recreate-deleted first.", returncode=2
@@ -138,6 +147,7 @@ class Command(OperatorCommand):
                 dry_run=dry_run,
                 update=update,
                 recreate_deleted=recreate_deleted,
+                with_signups=with_signups,
                 batch_size=batch_size,
                 only=tuple(source for source in Source if source in only),
                 limit=limit,

@@ -27,7 +27,6 @@ FILLED_COLUMNS = columns_of(FILLED_UNITS.values())
 PROMOTED_COLUMNS = tuple(name for name in columns_of(FIELDS_OF_CHANGE.values()) if name not in FILLED_COLUMNS)
 
 REQUIRED_COLUMNS: Mapping[str, tuple[str, ...]] = {
-    "users": ("id", "email"),
     **{name: table.required_columns for name, table in SOURCE_TABLES.items()},
     "crm_contacts": tuple(column for column in CONTACT_COLUMNS if column not in ATTRIBUTION_COLUMNS),
 }

@@ -41,6 +41,7 @@ from crm.rules.mapping import (
     CONTACT_TYPE_OF_SOURCE,
     DISQUALIFIED,
     EXCLUDED_ROLES,
+    EXCLUDED_SIGNUPS,
     KINDS_OF_INTAKES,
     SOURCE_OF_ROLE,
     STAGES_OF_STATUS,
@@ -57,6 +58,7 @@ SOURCE_OF_STRAYS: Mapping[str, Source] = {
     "profiles": Source.CLIENTS,
     "leads": Source.ACTIVE_LEADS,
     "tax_intake_leads": Source.OPEN_INTAKES,
+    "users": Source.SIGNUPS,
 }
 REQUIRED_CONTACT_TYPES = sorted({*CONTACT_TYPE_OF_SOURCE.values(), *CONTACT_TYPE_OF_LEAD_TYPE.values()})
 #: The stages of a pipeline if the column is text and not an enum.
@@ -140,15 +142,18 @@ class DatabaseFacts:
         source, status = KINDS_OF_INTAKES[kind]
         return None if self.rules().stage_of(status) is None else source
 
-    def exclusion(self, table: str, label: str) -> str:
-        """Return the reason why rows of `table` with this label are excluded."""
+    def exclusion(self, table: str, label: str | None) -> str:
+        """Return the reason why rows of `table` with this label are excluded, if no run migrated them as signups."""
+        source = self.source_of(table, label)
+        if source in EXCLUDED_SIGNUPS:
+            return EXCLUDED_SIGNUPS[source]
         if table == "profiles":
-            return EXCLUDED_ROLES[normalised(label)]
+            return EXCLUDED_ROLES[normalised(str(label))]
         return DISQUALIFIED if table == "leads" else UNQUALIFIED
 
     def source_of(self, table: str, label: str | None) -> Source | None:
         """Return the source of a row of `table` with this role, status or kind, or None if it is excluded."""
-        if label is None:
+        if label is None or table == "users":
             return SOURCE_OF_STRAYS[table]
         if table == "profiles":
             return self.source_of_role(label)
@@ -156,6 +161,8 @@ class DatabaseFacts:
 
     def labels(self, table: str) -> list[str]:
         """Return the roles, statuses or kinds of a table, as the database spells them."""
+        if table == "users":
+            return ["signup"]
         if table == "tax_intake_leads":
             return list(KINDS_OF_INTAKES)
         by_name = self.roles if table == "profiles" else self.statuses
