@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from django.db import Error as DjangoDatabaseError
 
@@ -17,10 +17,14 @@ from crm.rules.reverting import SourceRow
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Entries that are undone together, and their source rows by entry id. False if there are no entries."""
+    """Entries that are undone together, and their source rows by entry id. False if there are no entries.
+
+    `is_last` means that the run has no more entries.
+    """
 
     entries: Sequence[Entry]
     source_rows: Mapping[str, SourceRow] = field(default_factory=dict)
+    is_last: bool = False
 
     def __bool__(self) -> bool:
         return bool(self.entries)
@@ -38,7 +42,7 @@ class Page:
 
     def without(self, gone: set[str]) -> Page:
         """Return the page without the entries that have one of these ids."""
-        return Page([entry for entry in self.entries if entry.id not in gone], self.source_rows)
+        return replace(self, entries=[entry for entry in self.entries if entry.id not in gone])
 
 
 class PagesAhead:
@@ -61,7 +65,7 @@ class PagesAhead:
         Raises django.db.Error if the page cannot be read. If reading ahead failed, the page is read again first.
         """
         page = self._take(after, size) or self._read(after, size)
-        if page:
+        if page and not page.is_last:
             self._ask(page.entries[-1].id, size)
         return page
 
@@ -89,4 +93,4 @@ class PagesAhead:
     def _read(self, after: str, size: int) -> Page:
         entries = self._reader.page(after, size)
         written = [entry for entry in entries if entry.outcome in (Outcome.CREATED, Outcome.MERGED)]
-        return Page(entries, self._reader.source_rows(written))
+        return Page(entries, self._reader.source_rows(written), is_last=len(entries) < size)

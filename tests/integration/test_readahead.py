@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
 from django.db import connection
+from django.db.backends.signals import connection_created
 
 from crm.backfill.read import readahead
 from crm.backfill.read.readahead import ReadAhead, ReadingThread
@@ -17,9 +18,10 @@ from crm.outcome import Source
 from crm.postgres.facts.schema import examine
 from crm.rollback.ahead import PagesAhead
 from crm.rollback.reader import Reader
+from crm.rollback.runner import roll_back
 from crm.rules.entry import Entry
 from tests.conftest import Database
-from tests.support.builders import add_many_leads
+from tests.support.builders import add_lead, add_many_leads
 from tests.support.commands import run
 
 
@@ -29,6 +31,20 @@ def ahead(database: Database) -> Iterator[ReadAhead]:
     reader = SourceReader(connection, facts, Source.ACTIVE_LEADS)
     with ReadingThread(connection) as thread, ReadAhead(reader, facts.rules(), thread) as reading:
         yield reading
+
+
+@contextmanager
+def connected(note: Callable[[], object]) -> Iterator[None]:
+    """`note` is called for every connection that is made."""
+
+    def receive(**_signal: object) -> None:
+        note()
+
+    connection_created.connect(receive)
+    try:
+        yield
+    finally:
+        connection_created.disconnect(receive)
 
 
 @pytest.fixture
@@ -62,7 +78,8 @@ def test_a_batch_comes_in_pages(database: Database, monkeypatch: pytest.MonkeyPa
         second, key = taken(reading, key, 10)
         third, key = taken(reading, key, 10)
     assert (first, second, third) == ([4, 4, 2], [4, 3], [])
-    assert reads == [4, 4, 2, 4, 4, 3]
+    # Nothing is read after the last page.
+    assert reads == [4, 4, 2, 4, 4]
 
 
 def test_a_batch_that_has_become_larger_takes_what_was_read_for_it(database: Database, reads: list[int]) -> None:
@@ -106,6 +123,22 @@ def test_a_batch_ends_early_rather_than_wait_for_a_page_that_does_not_come(
     assert (first, rest) == ([4], [4, 4])
 
 
+@pytest.mark.parametrize("options", [{}, {"dry_run": True}, {"update": True}], ids=str)
+def test_a_run_and_its_rollback_make_no_second_connection_where_every_source_has_one_page(
+    database: Database, options: dict[str, bool]
+) -> None:
+    add_many_leads(12)
+    add_lead("first@example.com", "CONVERTED")
+    connection.ensure_connection()
+    made: list[object] = []
+    with connected(lambda: made.append(1)):
+        report = run(**options)
+        if report["run"] is not None:
+            roll_back(report["run"], dry_run=False)
+    assert report["created"] == 13
+    assert not made
+
+
 def test_a_rollback_takes_a_smaller_page_that_was_read_ahead_and_no_larger_one(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,5 +163,6 @@ def test_a_rollback_takes_a_smaller_page_that_was_read_ahead_and_no_larger_one(
             after = ids[-1]
     assert sizes == [2, 2, 4, 1, 1, 2, 0]
     assert ids == sorted(LedgerEntry.objects.values_list("pk", flat=True))
-    # One that is too large is left, and at the end it is made sure that there is nothing.
-    assert reads == [2, 2, 4, 4, 1, 1, 9, 9, 9]
+    # One that is too large is left, nothing is read ahead of the last page, and at the end it is made sure that there
+    # is nothing.
+    assert reads == [2, 2, 4, 4, 1, 1, 9, 9]

@@ -1,4 +1,8 @@
-"""While the server works on one page, the next one is read and mapped, on a thread and a connection of its own."""
+"""Reads and maps the next page in a thread, with its own connection, while the current page is written.
+
+The first page of a source is read before anything is written, so it needs neither. A run with few rows has one page a
+source, and makes no second connection.
+"""
 
 from __future__ import annotations
 
@@ -80,6 +84,7 @@ class ReadAhead:
         self._thread = thread
         self._asked: tuple[Key | None, int, int | None] | None = None
         self._coming: Future[MappedPage] | None = None
+        self._end: Key | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -97,7 +102,7 @@ class ReadAhead:
         """
         left = rows
         timeout = None
-        while left and new_rows != 0:
+        while left and new_rows != 0 and (after is None or after != self._end):
             page = self._page(after, min(left, PAGE_ROWS), new_rows, timeout)
             if page is None or not page.rows:
                 return
@@ -105,11 +110,11 @@ class ReadAhead:
             after, timeout = page.key, MAX_WAIT
             if new_rows is not None:
                 new_rows -= page.new_rows
-            if new_rows != 0:
+            if page.is_last:
+                self._end = page.key
+            elif new_rows != 0:
                 self._ask(after, min(left or rows, PAGE_ROWS), new_rows)
             yield page
-            if page.is_last:
-                return
 
     def ask_the_ledger(self) -> None:
         """Ask the ledger about every row from now on: something of what was read may be settled by now."""
@@ -121,6 +126,8 @@ class ReadAhead:
         coming, asked = self._coming, self._asked
         # A batch may have become larger since, which is no reason to read its first rows again.
         if coming is None or asked is None or asked[0] != after or asked[1] > size or asked[2] != new_rows:
+            if timeout is None:
+                return self._read(after, size, new_rows)
             coming = self._ask(after, size, new_rows)
         if timeout is not None and not wait([coming], timeout).done:
             return None
