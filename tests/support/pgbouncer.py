@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
+import socket
 import subprocess
 import tempfile
 import time
@@ -52,7 +53,7 @@ def pgbouncer(server: embedded.Address, role: str, more: str = "") -> Iterator[P
     process = subprocess.Popen([PGBOUNCER, *user, str(folder / "ini")], stdout=log, stderr=log)  # noqa: S603 - found above
     try:
         deadline = time.monotonic() + 10
-        while not (folder / f".s.PGSQL.{PORT}").exists():
+        while not _accepts_connections(folder / f".s.PGSQL.{PORT}"):
             assert process.poll() is None, (folder / "log").read_text()
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -62,3 +63,9 @@ def pgbouncer(server: embedded.Address, role: str, more: str = "") -> Iterator[P
         process.wait(10)
         log.close()
         shutil.rmtree(folder)
+
+
+def _accepts_connections(path: Path) -> bool:
+    # The socket's file exists before PgBouncer listens on it.
+    with socket.socket(socket.AF_UNIX) as client:
+        return client.connect_ex(str(path)) == 0

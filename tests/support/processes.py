@@ -6,6 +6,7 @@ import atexit
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -131,16 +132,20 @@ def socket_of_zygote() -> Path:
     """Where a process listens that forks instead of starting Python anew; it is gone with this one."""
     folder = tempfile.TemporaryDirectory(prefix="zygote")
     path = Path(folder.name, "socket")
-    # It ends when its standard input does.
-    process = subprocess.Popen(  # noqa: S603 - our own interpreter
-        [sys.executable, "-P", zygote.__file__, "serve", str(path)],
-        cwd=BASE_DIR, env=_inherited(), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+    # This process listens before the other one starts, so a connection waits for it instead of being refused.
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+        listening.listen(64)
+        # It ends when its standard input does.
+        process = subprocess.Popen(  # noqa: S603 - our own interpreter
+            [sys.executable, "-P", zygote.__file__, "serve", str(listening.fileno())],
+            cwd=BASE_DIR, env=_inherited(), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+            pass_fds=[listening.fileno()],
+        )  # fmt: skip
     assert process.stdin is not None
     atexit.register(folder.cleanup)
     atexit.register(process.wait)
     atexit.register(process.stdin.close)
-    wait_until(path.exists)
     return path
 
 

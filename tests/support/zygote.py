@@ -45,8 +45,8 @@ def end(asking: socket.socket) -> int:
         return int(asking.recv(_DIGITS))
 
 
-def serve(path: str) -> None:
-    """Fork for whoever asks, until standard input ends. Only a fork returns, to run the program that it is to be."""
+def serve(descriptor: int) -> None:
+    """Fork for each connection to this listening socket until stdin ends. Only a fork returns, to run its program."""
     import importlib
     import selectors
     import signal
@@ -54,9 +54,7 @@ def serve(path: str) -> None:
     for name in _IMPORTED:
         importlib.import_module(name)
     signal.signal(signal.SIGCHLD, _bury)
-    with socket.socket(socket.AF_UNIX) as listening, selectors.DefaultSelector() as selector:
-        listening.bind(path)
-        listening.listen(64)
+    with socket.socket(fileno=descriptor) as listening, selectors.DefaultSelector() as selector:
         selector.register(listening, selectors.EVENT_READ)
         selector.register(0, selectors.EVENT_READ)
         while True:
@@ -123,7 +121,7 @@ def _run_program() -> None:
 if __name__ == "__main__":
     command, where, *program = sys.argv[1:]
     if command == "serve":
-        serve(where)
+        serve(int(where))
         _run_program()
     else:
         before = os.umask(0)
