@@ -140,6 +140,18 @@ def test_an_update_works_under_the_role_that_was_made_for_it_and_the_check_is_cl
     assert builders.contact_with("ann@example.com")["contactType"] == "LEAD"
 
 
+def test_a_refusal_names_every_option_of_the_script_that_grants_what_is_missing(database: Database) -> None:
+    lead = builders.add_lead("ann@example.com")
+    assert called("backfill_crm_contacts", "--no-progress").code == 0
+    database.rows("""UPDATE leads SET status = 'CONVERTED', "updatedAt" = now() WHERE id = %s RETURNING id""", lead)
+    run = json.loads(called("backfill_crm_contacts", "--update", "--json", "--no-progress").stdout)["run"]
+    with role_made_by_script(rollback="on"), acting_as(ROLE):
+        refused = called("rollback_crm_backfill", str(run), "--no-progress")
+        assert (refused.code, refused.stdout) == (2, "")
+        assert "DELETE on crm_stage_history" in refused.stderr
+        assert "docs/least_privilege.sql again with --set rollback=on --set update=on," in refused.stderr
+
+
 @pytest.mark.parametrize("update", ["on", "off"])
 @pytest.mark.parametrize("rollback", ["on", "off"])
 def test_the_script_grants_the_rights_that_the_operations_need_and_no_other(

@@ -46,7 +46,7 @@ class Operation(StrEnum):
     VERIFY = "verify"  # verify_crm_contacts, which finds more with these rights but does not require them
 
 
-#: The options of docs/least_privilege.sql that an operation needs; messages name the last one. Others need none.
+#: The options of docs/least_privilege.sql that an operation needs. Others need none.
 OPTIONS: dict[Operation, tuple[str, ...]] = {
     Operation.UPDATE: ("update",),
     Operation.RECREATE: ("rollback",),
@@ -154,7 +154,7 @@ SELECT missing FROM missing ORDER BY number
 def require_rights(connection: BaseDatabaseWrapper, *operations: Operation, dry_run: bool) -> None:
     """Raise OperatorError if this role lacks a right that one of the operations needs; a dry run only logs a warning.
 
-    The message contains the option of the script that grants the rights of the last operation. SELECT on the
+    The message contains the options with which the script grants the rights of all these operations. SELECT on the
     application's tables is not checked here, but by `examine`.
     """
     wanted = [
@@ -182,8 +182,10 @@ def require_rights(connection: BaseDatabaseWrapper, *operations: Operation, dry_
     if not missing:
         return
     lacked = ", ".join(missing)
-    option = OPTIONS[operations[-1]][-1] if operations[-1] in OPTIONS else None
-    script = f"docs/least_privilege.sql again{f' with --set {option}=on' if option else ''}"
+    options = dict.fromkeys(option for operation in operations for option in OPTIONS.get(operation, ()))
+    script = "docs/least_privilege.sql again"
+    if options:
+        script += f" with {' '.join(f'--set {option}=on' for option in options)}"
     if dry_run:
         logger.warning(
             "a run without --dry-run would be refused, because this role lacks: %s. As the tables' owner, run %s",
