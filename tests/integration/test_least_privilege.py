@@ -152,6 +152,38 @@ def test_a_refusal_names_every_option_of_the_script_that_grants_what_is_missing(
         assert "docs/least_privilege.sql again with --set rollback=on --set update=on," in refused.stderr
 
 
+def test_a_rollback_needs_only_its_own_rights_and_its_dry_run_reports_all_that_are_missing(
+    database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    builders.add_lead("ann@example.com")
+    run = json.loads(called("backfill_crm_contacts", "--json", "--no-progress").stdout)["run"]
+    undo = ("rollback_crm_backfill", str(run), "--no-progress")
+    with role_made_by_script(rollback="on"):
+        as_owner(
+            "REVOKE UPDATE ON crm_backfill.backfill_run FROM {role}",
+            "REVOKE INSERT ON crm_backfill.rollback FROM {role}",
+        )
+        missing = "this role lacks: UPDATE on backfill_run, INSERT on rollback. As the tables' owner"
+        with acting_as(ROLE):
+            assert called(*undo, "--dry-run").code == 0
+            assert [message for message in caplog.messages if missing in message] == caplog.messages != []
+            refused = called(*undo)
+            assert (refused.code, refused.stdout) == (2, "")
+            assert missing in refused.stderr.replace("This", "this")
+        as_owner(
+            "GRANT UPDATE ON crm_backfill.backfill_run TO {role}",
+            "GRANT INSERT ON crm_backfill.rollback TO {role}",
+            # Only a run inserts these.
+            "REVOKE INSERT ON public.crm_contacts, crm_backfill.ledger_entry, crm_backfill.backfill_batch FROM {role}",
+        )
+        caplog.clear()
+        with acting_as(ROLE):
+            assert called(*undo, "--dry-run").code == 0
+            assert caplog.messages == []
+            assert called(*undo).code == 0
+    assert builders.contacts() == {}
+
+
 @pytest.mark.parametrize("update", ["on", "off"])
 @pytest.mark.parametrize("rollback", ["on", "off"])
 def test_the_script_grants_the_rights_that_the_operations_need_and_no_other(

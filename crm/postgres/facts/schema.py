@@ -35,7 +35,7 @@ from crm.postgres.facts.columns import (
 )
 from crm.postgres.facts.repeated_ids import find_repeated_ids
 from crm.postgres.facts.requirements import HISTORY, MOMENTS, RATE, Unfit, misfits
-from crm.postgres.facts.rights import Operation, require_rights, rights_of
+from crm.postgres.facts.rights import OUR_TABLES, Operation, require_rights
 from crm.rules.mapping import (
     CONTACT_TYPE_OF_LEAD_TYPE,
     CONTACT_TYPE_OF_SOURCE,
@@ -184,7 +184,7 @@ def examine(
     """Read the facts. Raises OperatorError with the first requirement that this database does not meet.
 
     `for_inserting` checks the requirements of a backfill, `for_updating` also those of --update, and `for_recreating`
-    those of --recreate-deleted.
+    those of --recreate-deleted. The rights of a rollback depend on its run, and are not checked here.
 
     A dry run (not `for_writing`) needs SELECT only, and works before `migrate`. After it, the dry run logs a warning
     with the rights that a run would lack.
@@ -206,8 +206,10 @@ def examine(
         logger.warning(
             "this role may not read the ledger: the dry run counts every row as new, also those of earlier runs"
         )
-    if for_writing or (for_inserting and ledger_is_readable is not None):
+    if for_inserting and ledger_is_readable is not None:
         _require_rights(connection, for_updating=for_updating, for_recreating=for_recreating, dry_run=not for_writing)
+    if for_writing:
+        _require_tables_of_ours(connection)
     roles = _labels(connection, columns, "profiles", "role")
     statuses = _labels(connection, columns, "leads", "status")
     source_tables = {name: table for name, table in SOURCE_TABLES.items() if name in columns}
@@ -411,11 +413,9 @@ def _require_rights(
     if for_recreating:
         operations.append(Operation.RECREATE)
     require_rights(connection, *operations, dry_run=dry_run)
-    if not dry_run:
-        _require_tables_of_ours(connection, {right.table for right in rights_of(*operations)} - OPTIONAL_TABLES)
 
 
-def _require_tables_of_ours(connection: BaseDatabaseWrapper, tables: Iterable[str]) -> None:
+def _require_tables_of_ours(connection: BaseDatabaseWrapper) -> None:
     with connection.cursor() as cursor:
         # A table with the same name in the application's schema does not count.
         cursor.execute(
@@ -425,8 +425,7 @@ def _require_tables_of_ours(connection: BaseDatabaseWrapper, tables: Iterable[st
                UNION ALL
               SELECT * FROM unnest(%(of)s::text[], %(columns)s::text[])
             ), meant AS (
-              SELECT t, name, COALESCE(to_regclass(quote_ident(%(ours)s) || '.' || t),
-                                       to_regclass(quote_ident(%(theirs)s) || '.' || t)) AS oid FROM wanted
+              SELECT t, name, to_regclass(quote_ident(%(ours)s) || '.' || t) AS oid FROM wanted
             )
             SELECT 'table ' || t FROM meant WHERE oid IS NULL AND name IS NULL
              UNION ALL
@@ -438,9 +437,8 @@ def _require_tables_of_ours(connection: BaseDatabaseWrapper, tables: Iterable[st
             """,
             {
                 **dict(zip(("of", "columns"), map(list, zip(*_OUR_COLUMNS, strict=True)), strict=True)),
-                "tables": list(tables),
+                "tables": list(OUR_TABLES),
                 "ours": settings.BACKFILL_SCHEMA,
-                "theirs": settings.LEGACY_SCHEMA,
                 "function": try_execute.SIGNATURE,
             },
         )
