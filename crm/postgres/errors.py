@@ -201,7 +201,12 @@ def is_deadlock(error: BaseException) -> bool:
 
 
 def describe(error: BaseException) -> str:
-    """Return the class and SQLSTATE of an error, for the log or a run's record, without its text."""
+    """Return the class and SQLSTATE of an error, for the log or a run's record, without PostgreSQL's text.
+
+    An OperatorError is described by its own text, without the full stop, because the sentence goes on after it.
+    """
+    if isinstance(error, OperatorError):
+        return str(error).removesuffix(".")
     if isinstance(error, UnknownEndError):
         return "it is not known whether the last transaction was committed"
     code = sqlstate(error)

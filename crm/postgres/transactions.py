@@ -85,7 +85,7 @@ def certain_transaction(
         # Django makes a new connection at once where a commit lost its own; that session may not be fit.
         if not is_committing or not _is_committed_after_all(connection, number, token):
             raise
-        logger.warning("%s during the commit, which succeeded", errors.describe(error))
+        logger.warning("interrupted during the commit, which succeeded: %s", errors.describe(error))
 
 
 def _begin(connection: BaseDatabaseWrapper, timeouts: Timeouts | None, first: Iterable[str], token: str) -> str:

@@ -84,7 +84,6 @@ class Lifecycle:
 
     def carry_out(self, work: Callable[[], None], *failures: type[Exception]) -> Ending:
         """Run `work`, and return how it ended. `failures` are errors whose text goes into the run's record."""
-        expected: tuple[type[Exception], ...] = (*failures, OperatorError)
         try:
             with self.interruption.breakable():
                 self.interruption.heed()
@@ -98,9 +97,11 @@ class Lifecycle:
         except LeaseLostError:
             # `_end` reads the status from the record.
             return Ending(RunStatus.INTERRUPTED)
-        except expected as error:
-            # Such as a new connection that is refused during the run.
+        except failures as error:
             return Ending(RunStatus.FAILED, str(error))
+        except OperatorError as error:
+            # Such as a new connection that is refused during the run.
+            return Ending(RunStatus.FAILED, errors.describe(error))
         except UnknownEndError as error:
             connection.close()
             status = RunStatus.INTERRUPTED if self.interruption.requested else RunStatus.FAILED
@@ -135,13 +136,13 @@ class Lifecycle:
             if self.interruption.requested:
                 ending = _stopped_before_the_check(ending)
             else:
-                ending = _failed(ending, _in_words(error))
+                ending = _failed(ending, errors.describe(error))
         try:
             return self._end_with_retries(ending, recorded)
         except (DjangoDatabaseError, OperatorError) as error:
             if self._was_cancelled(error):
                 return _stopped_before_the_end(ending)
-            return _failed(ending, _in_words(error))
+            return _failed(ending, errors.describe(error))
 
     def _was_cancelled(self, error: Exception) -> bool:
         return self.interruption.requested and errors.sqlstate(error) in errors.TIMEOUTS
@@ -229,11 +230,6 @@ def _no_query_log() -> Iterator[None]:
         yield
     finally:
         settings.DEBUG = debug
-
-
-def _in_words(error: Exception) -> str:
-    """What ended a run, for its record: a session that is not fit any more says itself why."""
-    return str(error) if isinstance(error, OperatorError) else errors.describe(error)
 
 
 def _with_check(ending: Ending, checked: Checked) -> Ending:

@@ -15,8 +15,10 @@ import pytest
 from django.db import connection
 from django.db.backends.postgresql.base import DatabaseWrapper
 
+from crm.errors import OperatorError
 from crm.models import BackfillRun
 from crm.runs import lease
+from crm.runs.lifecycle import Lifecycle
 from tests.conftest import Database
 from tests.support.builders import add_lead, add_many_leads, contacts, ledger
 from tests.support.commands import Finished, backfill, called, run
@@ -181,3 +183,33 @@ def test_a_run_that_was_taken_over_says_so_and_is_not_checked(database: Database
     assert left.failure == f"taken over by run {takers[0]}: no heartbeat for five minutes"
     assert f"taken over by run {takers[0]}" in finished.stderr
     assert BackfillRun.objects.get(pk=takers[0]).status == "running"
+
+
+@pytest.mark.parametrize("kind", COMMANDS)
+def test_an_error_for_the_operator_ends_a_run_in_its_own_words_with_one_full_stop(
+    database: Database, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    populate()
+    command = COMMANDS[kind]()
+
+    def refuse(*_arguments: object) -> None:
+        raise OperatorError("This session is unfit. Nothing is written from here on.")
+
+    monkeypatch.setattr(lease, "require_still_trusted", refuse)
+    finished = command()
+    assert finished.code == 5
+    assert "failed: This session is unfit. Nothing is written from here on. " in finished.stderr
+    assert BackfillRun.objects.latest("pk").failure == "This session is unfit. Nothing is written from here on"
+
+
+def test_a_run_that_cannot_be_closed_says_why(
+    database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_arguments: object, **_results: object) -> bool:
+        raise OperatorError("This session is unfit.")
+
+    monkeypatch.setattr(lease, "release", refuse)
+    life = Lifecycle()
+    run_id = life.claim(lambda: lease.claim(BackfillRun.Kind.BACKFILL, {}, "2025_10")).pk
+    life.abandon(ZeroDivisionError())
+    assert caplog.messages == [f"run {run_id} could not be closed: This session is unfit"]
