@@ -9,11 +9,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from django.db import DatabaseError
 from rich.console import Console
 
 from crm.errors import OperatorError
-from crm.interruption import StoppedError
 from crm.models.ledger import RunStatus
 from crm.output.files import new_file
 from crm.output.spreadsheet import row_writer
@@ -147,15 +145,23 @@ def listing(path: Path | None) -> Iterator[Listener | None]:
         except OSError as error:
             raise ListingError(error.strerror or type(error).__name__) from None
 
+    has_batches = False
+
+    def listener(reverted: Reverted) -> None:
+        nonlocal has_batches
+        has_batches = True
+        write(_rows_of(reverted))
+
     try:
         write([CSV_COLUMNS])
-        yield lambda reverted: write(_rows_of(reverted))
+        yield listener
     except ListingError as error:
         path.unlink()
         raise OperatorError(f"{path} cannot be written ({error.reason}). Nothing was written.") from None
-    except (OperatorError, StoppedError, DatabaseError):
-        # Nothing was reversed. Remove the file, so that the next call can use the same name.
-        path.unlink()
+    except BaseException:
+        if not has_batches:
+            # Nothing was reversed. Remove the file, so that the next call can use the same name.
+            path.unlink()
         raise
     finally:
         # A failed write has already been reported.

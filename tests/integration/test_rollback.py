@@ -1285,8 +1285,25 @@ def test_a_run_that_is_not_named_by_its_number_is_not_taken_back(database: Datab
     assert database.dump() == before
 
 
-def test_a_rollback_that_is_stopped_before_it_begins_leaves_the_name_of_its_list_free(tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [StoppedError("Interrupted at the start."), KeyboardInterrupt()])
+def test_a_rollback_that_is_stopped_before_it_begins_leaves_the_name_of_its_list_free(
+    tmp_path: Path, error: BaseException
+) -> None:
     path = tmp_path / "list.csv"
-    with pytest.raises(StoppedError), listing(path):
-        raise StoppedError("Interrupted at the start.")
+    with pytest.raises(type(error)), listing(path):
+        raise error
     assert not path.exists()
+
+
+def test_a_list_with_the_result_of_a_batch_is_kept_whatever_ends_the_rollback(tmp_path: Path) -> None:
+    path = tmp_path / "list.csv"
+
+    def stop_after_a_batch() -> None:
+        with listing(path) as listener:
+            assert listener is not None
+            listener(Reverted())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stop_after_a_batch()
+    assert path.exists()
