@@ -96,11 +96,12 @@ class LineProgress:
         self._console = console
         self._unit = ""
         self._to_do = self._done = 0
-        self._started = self._last_line = time.monotonic()
+        self._started = self._last_line = 0.0
 
     def begin(self, unit: str, parts: Mapping[str, int]) -> None:
         """Print the total."""
         self._unit, self._to_do = unit, sum(parts.values())
+        self._started = self._last_line = time.monotonic()
         self._print(f"{self._to_do:,} {unit} to process", *(parts if len(parts) == 1 else ()))
 
     def advance(self, part: str, done: int, result: str = "") -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
 from io import StringIO
 
@@ -91,6 +92,24 @@ def test_a_part_that_was_not_announced_gets_a_bar_of_its_own() -> None:
     assert "4 / 4" in clients
     assert again.startswith("Clients: again")
     assert "2 / 2" in again
+
+
+def test_the_rate_of_a_log_counts_from_the_start_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1_000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    console = Console(file=StringIO(), width=110)
+    lines = LineProgress(console)
+    now += 3_600
+    lines.begin("source rows", {"Clients": 30, "Preparers": 10})
+    now += 5
+    lines.advance("Clients", 10)
+    now += 5
+    lines.advance("Clients", 20)
+    assert isinstance(console.file, StringIO)
+    assert console.file.getvalue().splitlines() == [
+        "40 source rows to process",
+        "Clients: 30 of 40 source rows, 3 rows/s",
+    ]
 
 
 def test_without_a_terminal_progress_is_lines_and_nothing_where_none_is_wanted() -> None:
