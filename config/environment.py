@@ -4,6 +4,7 @@ It takes a misspelled `on` for off, a value that begins with $ for the name of a
 default, and leaves the white space around the items of a list. Its errors quote the value, which may be a secret.
 """
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import environ
@@ -15,6 +16,20 @@ _SWITCH: Final = dict.fromkeys(environ.Env.BOOLEAN_TRUE_STRINGS, True) | dict.fr
 _FAULT: Final = {bool: "neither on nor off: write one of them", int: "not a whole number: correct it"}
 
 
+def _switch(text: str) -> bool:
+    return _SWITCH[text.lower()]
+
+
+def _whole_number(text: str) -> int:
+    # int() accepts 1_000 and digits of other scripts.
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError
+    return int(text)
+
+
+_PARSERS: Final[dict[Any, Callable[[str], Any]]] = {bool: _switch, int: _whole_number}
+
+
 class Env(environ.Env):  # type: ignore[misc] # django-environ has no type hints
     """`env.bool("DEBUG", default=False)` and the like. White space around a value is no part of it; empty is unset."""
 
@@ -24,7 +39,7 @@ class Env(environ.Env):  # type: ignore[misc] # django-environ has no type hints
         if not text and default is not self.NOTSET:
             return default
         try:
-            value: Any = _SWITCH[text.lower()] if cast is bool else self.parse_value(text, cast)
+            value: Any = _PARSERS[cast](text) if cast in _PARSERS else self.parse_value(text, cast)
         except (KeyError, ValueError):
             raise ImproperlyConfigured(f"{var} is {_FAULT[cast]}, or leave it out.") from None
         return [item.strip() for item in value] if cast is list else value

@@ -109,8 +109,6 @@ def _embedded_data() -> Path | None:
 
 def _seconds(name: str, default: int, most: int | None = None) -> int:
     seconds: int = env.int(name, default=default)
-    if seconds < 0:
-        raise ImproperlyConfigured(f"{name} is not a whole number of seconds: correct or remove it.")
     if most is not None and seconds > most:
         raise ImproperlyConfigured(f"{name} is greater than {most}: set 0 for no limit.")
     return seconds

@@ -49,3 +49,10 @@ def test_any_other_value_is_refused_by_its_name_and_not_shown(kind: str, fault: 
     assert f"NAME is {fault}" in str(caught.value)
     assert "hunter2" not in str(caught.value)
     assert caught.value.__suppress_context__
+
+
+@pytest.mark.parametrize("text", ["1_000", "-1", "+1", "1.0", "\N{FULLWIDTH DIGIT ONE}0", "9" * 5_000])
+def test_a_whole_number_is_written_in_ascii_digits(text: str) -> None:
+    assert env("1000").int("NAME", default=0) == 1000
+    with pytest.raises(ImproperlyConfigured, match="NAME is not a whole number"):
+        env(text).int("NAME", default=0)
