@@ -11,10 +11,11 @@ from crm.runs import control
 MAX_ROWS = 2**31 - 1
 
 
-def positive(text: str) -> int:
-    """Return a whole number of at least 1. Raises ArgumentTypeError."""
-    if not (text.isascii() and text.isdigit() and len(text) <= len(str(MAX_ROWS)) and 1 <= int(text) <= MAX_ROWS):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {MAX_ROWS}")
+def positive(text: str, maximum: int = MAX_ROWS) -> int:
+    """Return a whole number from 1 to `maximum`. Raises ArgumentTypeError."""
+    # The length is checked first: Python refuses to convert thousands of digits.
+    if not (text.isascii() and text.isdigit() and len(text) <= len(str(maximum)) and 1 <= int(text) <= maximum):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {maximum}")
     return int(text)
 
 

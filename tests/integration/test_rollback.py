@@ -955,6 +955,12 @@ def test_a_rollback_that_is_refused_leaves_no_list_in_the_way_of_the_next(databa
     assert len(path.read_text().splitlines()) == 2
 
 
+@pytest.mark.parametrize("size", ["0", "5001", "9" * 5_000, "1_000"])
+def test_a_batch_size_that_is_out_of_range_is_refused_with_the_range(size: str) -> None:
+    refused = rollback("1", f"--batch-size={size}")
+    assert (refused.code, f"{size!r} is not a whole number from 1 to 5000" in refused.stderr) == (2, True)
+
+
 def test_a_disk_that_is_full_before_the_list_is_begun(database: Database, tmp_path: Path) -> None:
     add_lead("ann@example.com")
     made, path = run()["run"], tmp_path / "list.csv"

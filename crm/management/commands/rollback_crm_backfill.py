@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from django.core.management.base import CommandError, CommandParser
 
 from crm.errors import OperatorError
-from crm.management.arguments import new_file, run_number
+from crm.management.arguments import new_file, positive, run_number
 from crm.management.operator_command import OperatorCommand
 from crm.output.table import console_on
 from crm.rollback.report import as_json, listing, news, print_summary
@@ -17,7 +17,7 @@ from crm.rollback.runner import DEFAULT_BATCH_SIZE, roll_back
 from crm.runs import control
 from crm.runs.progress import progress_on_stderr
 
-LEAST_BATCH, LARGEST_BATCH = 1, 5_000
+MAX_BATCH_SIZE = 5_000
 
 
 class Command(OperatorCommand):
@@ -47,10 +47,10 @@ class Command(OperatorCommand):
         )
         parser.add_argument(
             "--batch-size",
-            type=_batch_size,
+            type=partial(positive, maximum=MAX_BATCH_SIZE),
             default=DEFAULT_BATCH_SIZE,
             metavar="ROWS",
-            help=f"rows per transaction, at most {LARGEST_BATCH} (default: {DEFAULT_BATCH_SIZE})",
+            help=f"rows per transaction, at most {MAX_BATCH_SIZE} (default: {DEFAULT_BATCH_SIZE})",
         )
         parser.add_argument("--no-progress", action="store_true", help="show no progress")
 
@@ -92,9 +92,3 @@ def _number(given: int | str) -> int:
         f"number. The latest run is {control.number(given)}; `python manage.py backfill_runs list` shows the others. "
         "Nothing was written."
     )
-
-
-def _batch_size(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or not LEAST_BATCH <= int(text) <= LARGEST_BATCH:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {LEAST_BATCH} to {LARGEST_BATCH}")
-    return int(text)
