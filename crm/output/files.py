@@ -50,14 +50,20 @@ def complete_file(path: Path) -> Iterator[TextIO]:
 @contextmanager
 def file_of_option(path: Path, option: str) -> Iterator[TextIO]:
     """Open a `complete_file` that is given by an option. Raises OperatorError, with a remedy, if that fails."""
+    with errors_of_option(path, option), complete_file(path) as file:
+        yield file
+
+
+@contextmanager
+def errors_of_option(path: Path, option: str) -> Iterator[None]:
+    """Raise errors of creating or writing the file of an option as OperatorError, with a remedy."""
     try:
-        with complete_file(path) as file:
-            yield file
+        yield
     except FileExistsError:
-        raise OperatorError(f"{path} already exists: name a new file with {option}.") from None
+        raise OperatorError(f"{path} already exists: name a new file with {option}. Nothing was written.") from None
     except OSError as error:
         raise OperatorError(
-            f"The file {path} cannot be written: {error.strerror}. Name another file with {option}."
+            f"{path} cannot be written ({error.strerror}): name another file with {option}. Nothing was written."
         ) from None
 
 

@@ -9,16 +9,12 @@ from typing import Any
 
 from django.conf import settings
 from django.db import DatabaseError, connections
+from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.utils import CursorWrapper
 
 from config.database import quoted_name
 from crm import sqlstates
 from crm.errors import OperatorError
-
-READ_ONLY = (
-    "This session is read-only: the server is a standby, or default_transaction_read_only is on for it, for the "
-    "database or for the role. Set DATABASE_URL to the address of the primary, or turn the setting off."
-)
 
 
 def prepare(using: str, **_signal: Any) -> None:
@@ -30,18 +26,25 @@ def prepare(using: str, **_signal: Any) -> None:
     connection = connections[using]
     if connection.vendor != "postgresql":
         return
+    require_writable(connection)
     with connection.cursor() as cursor:
-        _check_writable(cursor)
         if not _exists(cursor):
             _create(cursor)
         _check_privileges(cursor)
         _check_record_of_migrations(cursor)
 
 
-def _check_writable(cursor: CursorWrapper) -> None:
-    cursor.execute("SELECT current_setting('transaction_read_only')::bool")
-    if cursor.fetchone()[0]:
-        raise OperatorError(READ_ONLY)
+def require_writable(connection: BaseDatabaseWrapper) -> None:
+    """Raise OperatorError if the session is read-only."""
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT current_setting('transaction_read_only')::bool")
+        (is_read_only,) = cursor.fetchone()
+    if is_read_only:
+        raise OperatorError(
+            "This session is read-only: the server is a standby, or default_transaction_read_only is on for it, for "
+            "the database or for the role. Set DATABASE_URL to the address of the primary, or turn the setting off. "
+            "Nothing was written."
+        )
 
 
 def _exists(cursor: CursorWrapper) -> bool:

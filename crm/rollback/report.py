@@ -13,7 +13,7 @@ from rich.console import Console
 
 from crm.errors import OperatorError
 from crm.models.ledger import RunStatus
-from crm.output.files import new_file
+from crm.output.files import errors_of_option, new_file
 from crm.output.spreadsheet import row_writer
 from crm.output.table import Summary, print_line
 from crm.postgres.target import target, target_line
@@ -125,13 +125,9 @@ def listing(path: Path | None) -> Iterator[Listener | None]:
     if path is None:
         yield None
         return
-    try:
+    with errors_of_option(path, "--csv"):
         # Written in place instead of renamed at the end, so that the list survives if the rollback is killed.
         file = new_file(path)
-    except FileExistsError:
-        raise OperatorError(f"{path} is there already: name a new file. Nothing was written.") from None
-    except OSError as error:
-        raise OperatorError(f"{path} cannot be written ({error.strerror}). Nothing was written.") from None
 
     write_row = row_writer(file)
 

@@ -274,7 +274,8 @@ def test_a_file_that_is_there_is_never_replaced(database: Database, tmp_path: Pa
         for name, option in (("export_backfill_errors", "--output"), ("verify_crm_contacts", "--csv")):
             refused = called(name, option, str(yesterdays))
             assert (refused.code, refused.stdout) == (2, "")
-            assert refused.stderr.endswith(f"{yesterdays} already exists: name a new file with {option}.\n")
+            reason = f"{yesterdays} already exists: name a new file with {option}. Nothing was written.\n"
+            assert refused.stderr.endswith(reason)
     assert (sent, yesterdays.read_text(), list(tmp_path.iterdir())) == ([], "as it was", [yesterdays])
 
 

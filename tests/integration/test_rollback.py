@@ -932,6 +932,7 @@ def test_the_list_says_what_became_of_each_row(database: Database, tmp_path: Pat
     dump = database.dump()
     refused = rollback(str(made), f"--csv={path}")
     assert (refused.code, database.dump()) == (2, dump)
+    assert f"{path} already exists: name a new file with --csv. Nothing was written." in refused.stderr
     link, theirs = tmp_path / "link.csv", tmp_path / "theirs"
     link.symlink_to(theirs)
     assert (rollback(str(made), f"--csv={link}").code, theirs.exists()) == (2, False)

@@ -920,7 +920,7 @@ def test_a_disk_that_is_full_breaks_the_verification_off(database: Database, tmp
     with files_no_larger_than(40):
         ended = command("--csv", str(tmp_path / "findings.csv"))
     assert (ended.code, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
-    assert "findings.csv cannot be written: File too large" in ended.stderr
+    assert "findings.csv cannot be written (File too large)" in ended.stderr
 
 
 def test_a_database_that_breaks_off_quotes_nobody(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """Facts about this database: tables, columns, enum labels, rights, generation. Read before anything is written.
 
-Three generations of the application are in use, and databases between them. One code path supports all: a missing
-optional column is read as NULL, and a missing required column prevents the run.
+Several generations of the application are in use (`crm.legacy_schema.GENERATIONS`), and databases between them. One
+code path supports all: a missing optional column is read as NULL, and a missing required column prevents the run.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from crm.postgres.facts.columns import (
 from crm.postgres.facts.repeated_ids import find_repeated_ids
 from crm.postgres.facts.requirements import HISTORY, MOMENTS, RATE, Unfit, misfits
 from crm.postgres.facts.rights import OUR_TABLES, Operation, require_rights
+from crm.postgres.own_schema import require_writable
 from crm.rules.mapping import (
     CONTACT_TYPE_OF_LEAD_TYPE,
     CONTACT_TYPE_OF_SOURCE,
@@ -200,7 +201,7 @@ def examine(
     has_attribution = all(column in columns["crm_contacts"] for column in ATTRIBUTION_COLUMNS)
     ledger_is_readable = _ledger_is_readable(connection)
     if for_writing:
-        _require_writable(connection)
+        require_writable(connection)
         _require_migrations(has_attribution=has_attribution, has_ledger=ledger_is_readable is not None)
     elif for_inserting and ledger_is_readable is False:
         logger.warning(
@@ -317,18 +318,6 @@ def _require_all_rows(connection: BaseDatabaseWrapper, tables: Sequence[str]) ->
         raise OperatorError(
             f"The row-level security of {', '.join(hidden)} decides which rows this role sees, so rows may be missed. "
             "As a superuser, run ALTER ROLE ... BYPASSRLS, or use the tables' owner. Nothing was written."
-        )
-
-
-def _require_writable(connection: BaseDatabaseWrapper) -> None:
-    with connection.cursor() as cursor:
-        cursor.execute("SELECT current_setting('transaction_read_only')::bool")
-        (read_only,) = cursor.fetchone()
-    if read_only:
-        raise OperatorError(
-            "This session is read-only: the server is a standby, or default_transaction_read_only is on for it, for "
-            "the database or for the role. Set DATABASE_URL to the address of the primary, turn the setting off, or "
-            "try --dry-run first. Nothing was written."
         )
 
 
