@@ -26,6 +26,7 @@ from crm.fields import array_types, as_columns, unnest
 from crm.models import CRMContact, CRMStageHistory, LedgerEntry, Rollback
 from crm.outcome import Outcome, Totals, UpdateOutcome
 from crm.postgres.apart import write_apart
+from crm.postgres.facts.columns import COLUMN
 from crm.postgres.facts.foreign_keys import (
     KEEP_FOREIGN_KEYS,
     Reference,
@@ -83,7 +84,6 @@ UPDATE ledger_entry entry SET ({_ENTRY_COLUMNS}) = (
          SELECT {_ENTRY_COLUMNS} FROM jsonb_populate_record(NULL::ledger_entry, entry.former))
  WHERE id = ANY(%s::text[]) AND former IS NOT NULL
 """
-_COLUMN = {column.attname: f'"{column.column}"' for column in CRMContact._meta.concrete_fields}
 
 Versions = dict[str, str]
 
@@ -312,13 +312,10 @@ class DryRunUndoer:
 class DatabaseUndoer:
     """Undoes entries in the database, and adds them to the counts of the rollback."""
 
-    def __init__(
-        self, connection: BaseDatabaseWrapper, reader: Reader, rollback_id: int, timeouts: Timeouts | None = None
-    ) -> None:
+    def __init__(self, connection: BaseDatabaseWrapper, reader: Reader, rollback_id: int) -> None:
         self._connection = connection
         self._reader = reader
         self._rollback_id = rollback_id
-        self._timeouts = timeouts or Timeouts()
 
     def undo(self, page: Page) -> Reverted:
         """Undo a batch of entries. Contacts, entries, counts and heartbeat are committed together.
@@ -353,7 +350,7 @@ class DatabaseUndoer:
         return reverted
 
     def _batch(self, *locks: str) -> AbstractContextManager[Totals]:
-        return lease.batch(self._connection, self._rollback_id, self._timeouts, KEEP_FOREIGN_KEYS, *locks)
+        return lease.batch(self._connection, self._rollback_id, Timeouts(), KEEP_FOREIGN_KEYS, *locks)
 
     def _forget_entries(self, ids: list[str]) -> None:
         """Delete entries, so that their rows are pending again.
@@ -585,7 +582,7 @@ def _excluding_history(references: Sequence[Reference], history: Sequence[str]) 
 def _reversal_statement(columns: Sequence[str], connection: BaseDatabaseWrapper) -> str:
     fields = {field.attname: field for field in CRMContact._meta.concrete_fields}
     arrays = array_types([fields[name] for name in columns], connection)
-    assignments = ", ".join(f"{_COLUMN[name]} = seen.{_COLUMN[name]}" for name in columns)
+    assignments = ", ".join(f"{column} = seen.{column}" for column in arrays)
     return (
         f"UPDATE crm_contacts c SET {assignments} "
         f"FROM {unnest('seen', {**_SEEN_COLUMNS, **arrays})} "
@@ -604,4 +601,4 @@ def _is_made_by(run_id: int, entry: Entry | None) -> bool:
 
 def _named(columns: Iterable[str]) -> str:
     """Return the database's names of columns, separated by commas."""
-    return ", ".join(_COLUMN.get(column, column).strip('"') for column in columns)
+    return ", ".join(COLUMN.get(column, column) for column in columns)
