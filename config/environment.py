@@ -1,7 +1,8 @@
-"""The environment's typed values, read by django-environ, and refused where it would guess.
+"""Reads typed values from the environment with django-environ, and refuses values that it would misread.
 
-It takes a misspelled `on` for off, a value that begins with $ for the name of another variable, whose absence is the
-default, and leaves the white space around the items of a list. Its errors quote the value, which may be a secret.
+django-environ reads a misspelled `on` as off, and a value that begins with $ as the name of another variable; if that
+is unset, it returns the default. It keeps white space around the items of a list. Its errors quote the value, which may
+be a secret.
 """
 
 from collections.abc import Callable
@@ -31,7 +32,10 @@ _PARSERS: Final[dict[Any, Callable[[str], Any]]] = {bool: _switch, int: _whole_n
 
 
 class Env(environ.Env):  # type: ignore[misc] # django-environ has no type hints
-    """`env.bool("DEBUG", default=False)` and the like. White space around a value is no part of it; empty is unset."""
+    """Reads variables, such as `env.bool("DEBUG", default=False)`.
+
+    White space around a value is removed. An empty variable counts as unset.
+    """
 
     def get_value(self, var: str, cast: Any = None, default: Any = environ.Env.NOTSET, **_parsing: Any) -> Any:
         """Return the value of a variable, or the default. Raises ImproperlyConfigured, without the value."""

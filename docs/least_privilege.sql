@@ -255,12 +255,12 @@ BEGIN
     END LOOP;
   END LOOP;
   IF left_over <> '{}' THEN
-    RAISE EXCEPTION 'What the role % may do on % can only be taken away by the owner, or by a superuser: let one of '
-      'them run this. Nothing was changed.', job, array_to_string(left_over, ', ');
+    RAISE EXCEPTION 'The role % has rights on % that only the owner or a superuser can revoke: run this as one of '
+      'them. Nothing was changed.', job, array_to_string(left_over, ', ');
   END IF;
   IF of_grantors <> '{}' THEN
-    RAISE EXCEPTION 'What the role % may do on % was granted by somebody else than the owner, who alone takes it '
-      'away: let a superuser run % Then run this again. Nothing was changed.',
+    RAISE EXCEPTION 'The role % has rights on % that another role than the owner granted, and only the grantor can '
+      'revoke them: as a superuser, run % Then run this again. Nothing was changed.',
       job, array_to_string(of_grantors, ', '), array_to_string(statements, ' ');
   END IF;
 END

@@ -895,7 +895,7 @@ def test_what_only_others_can_take_away_is_told_and_nothing_is_done(database: Da
     as_owner("GRANT EXECUTE ON FUNCTION pg_ls_logdir() TO {role}")
     refused = run_script(user=OWNER, role=ROLE)
     assert (refused.returncode, refused.stdout) == (3, "")
-    assert f"pg_ls_logdir() (owner {embedded.USER}) can only be taken away by the owner" in refused.stderr
+    assert f"on pg_ls_logdir() (owner {embedded.USER}) that only the owner or a superuser can revoke" in refused.stderr
     assert may(database, "public.crm_contacts", "DELETE")
 
 

@@ -1,4 +1,4 @@
-"""Commands as processes of their own, on the database of the tests, and sessions beside ours."""
+"""Runs commands as processes on the database of the tests, and opens other sessions on it."""
 
 from __future__ import annotations
 
@@ -27,31 +27,31 @@ from tests.support import zygote
 
 BASE_DIR = Path(__file__).resolve().parents[2]
 SECRET = "a-long-secret-made-for-these-tests-alone-0123456789-abcdefghij"
-#: Long enough for a machine with much else to do.
+#: The timeout of a command, long enough for a busy machine.
 AT_MOST_SECONDS = 120.0
-#: A database that nobody can reach, as an operator would write it.
+#: The URL of an unreachable database, as an operator would write it.
 URL = "postgresql://crm:hunter2@db.invalid:1/tax?schema=app&connection_limit=3"
 
 
 def address() -> embedded.Address:
-    """Where the server of the tests listens."""
+    """Return the address of the server of the tests."""
     return embedded.start(settings.EMBEDDED_DATA)
 
 
 def database_url(*, role: str = embedded.USER, parameters: str = "") -> str:
-    """The database of the tests as an operator would write it."""
+    """Return the URL of the database of the tests, as an operator would write it."""
     listens = address()
     name = connection.settings_dict["NAME"]
     return f"postgresql://{role}@localhost:{listens.port}/{name}?host={quote(listens.host, safe='')}{parameters}"
 
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Python in the project's folder to its end, with these variables and none of the developer's own."""
+    """Run Python in the project's directory, with these variables and without those of the developer."""
     return _forked(arguments, _inherited() | {"DJANGO_SETTINGS_MODULE": "config.settings"} | environment)
 
 
 class Command:
-    """A process that was forked, under the names of `subprocess.Popen`."""
+    """A forked process, with the methods of `subprocess.Popen`."""
 
     def __init__(self, arguments: Sequence[str], environment: dict[str, str]) -> None:
         (out, its_out), (err, its_err) = os.pipe(), os.pipe()
@@ -65,13 +65,13 @@ class Command:
             self._ended, self.pid = zygote.begin(path, list(arguments), environment, str(BASE_DIR), None, *streams)
 
     def poll(self) -> int | None:
-        """The exit code, where it has ended."""
+        """Return the exit code, or None if the process has not ended."""
         if self.returncode is None and select.select([self._ended], [], [], 0)[0]:
             self.returncode = zygote.end(self._ended)
         return self.returncode
 
     def wait(self, timeout: float = AT_MOST_SECONDS) -> int:
-        """Wait for its end. Raises `subprocess.TimeoutExpired` as Popen does."""
+        """Wait until the process has ended, and return the exit code. Raises `subprocess.TimeoutExpired`."""
         if self.returncode is None:
             if not select.select([self._ended], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired(self.args, timeout)
@@ -79,7 +79,10 @@ class Command:
         return self.returncode
 
     def communicate(self, timeout: float = AT_MOST_SECONDS) -> tuple[str, str]:
-        """What it prints to its end; once more the same."""
+        """Wait until the process has ended, and return its stdout and stderr. Another call returns the same.
+
+        Raises `subprocess.TimeoutExpired`, and kills the process.
+        """
         if self._printed is not None:
             return self._printed
         with self.stdout, self.stderr, ThreadPoolExecutor() as readers:
@@ -87,7 +90,7 @@ class Command:
             try:
                 self.wait(timeout)
             except subprocess.TimeoutExpired:
-                # Otherwise nobody would come to the end of what it prints.
+                # Otherwise the readers would wait for more output.
                 self.kill()
                 raise
             stdout, stderr = (each.result() for each in reading)
@@ -95,28 +98,28 @@ class Command:
         return self._printed
 
     def send_signal(self, number: int) -> None:
-        """Send it a signal, unless it has ended."""
+        """Send a signal to the process, unless it has ended."""
         if self.poll() is None:
             with suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """Kill it."""
+        """Kill the process."""
         self.send_signal(signal.SIGKILL)
 
 
 def start(*arguments: str, url: str) -> Command:
-    """`manage.py` with these arguments, with nothing of the developer's environment."""
+    """Start `manage.py` with these arguments, without the developer's environment."""
     return Command(("manage.py", *arguments), _inherited() | {"DATABASE_URL": url, "SECRET_KEY": SECRET})
 
 
 def manage(*arguments: str, url: str) -> subprocess.CompletedProcess[str]:
-    """The same, to its end."""
+    """Run `manage.py` like `start`, and wait until it has ended."""
     return _forked(("manage.py", *arguments), _inherited() | {"DATABASE_URL": url, "SECRET_KEY": SECRET})
 
 
 def start_anew(*arguments: str, url: str) -> subprocess.Popen[str]:
-    """The same with an interpreter of its own, where it is measured how long something takes."""
+    """Start `manage.py` with its own interpreter, for tests that measure time."""
     return subprocess.Popen(  # noqa: S603 - our own interpreter with arguments from the tests
         [sys.executable, "manage.py", *arguments],
         cwd=BASE_DIR,
@@ -129,7 +132,7 @@ def start_anew(*arguments: str, url: str) -> subprocess.Popen[str]:
 
 @cache
 def socket_of_zygote() -> Path:
-    """Where a process listens that forks instead of starting Python anew; it is gone with this one."""
+    """Start the process of `zygote` once, and return the path of its socket. It ends with this process."""
     folder = tempfile.TemporaryDirectory(prefix="zygote")
     path = Path(folder.name, "socket")
     # This process listens before the other one starts, so a connection waits for it instead of being refused.
@@ -158,7 +161,10 @@ def _forked(arguments: Sequence[str], environment: dict[str, str]) -> subprocess
 
 @contextmanager
 def server_log() -> Iterator[Callable[[], str]]:
-    """What the server of the tests logs inside; it is in the log before whoever asked hears of it."""
+    """Yield a function that returns what the server of the tests has logged in the block.
+
+    The server writes the log before it answers the client.
+    """
     with session() as owner:
         (data,) = owner.execute("SHOW data_directory").fetchone() or ("",)
     log = next(path for path in (Path(data, "log"), Path(data).with_name("log")) if path.is_file())
@@ -168,14 +174,14 @@ def server_log() -> Iterator[Callable[[], str]]:
 
 @contextmanager
 def session(role: str = embedded.USER) -> Iterator[psycopg.Connection]:
-    """Somebody else's session on the database of the tests; its transaction is rolled back unless it was committed."""
+    """Yield another session on the database of the tests. Its transaction is rolled back unless it was committed."""
     listens = address()
     other = psycopg.connect(
         host=listens.host,
         port=listens.port,
         user=role,
         dbname=connection.settings_dict["NAME"],
-        # Whoever wrongly waits for it makes a test fail, not hang.
+        # If another session wrongly waits for this one, the test fails instead of hanging.
         options="-c search_path=crm_backfill,public -c idle_in_transaction_session_timeout=10s "
         "-c idle_session_timeout=0",
     )
@@ -186,7 +192,7 @@ def session(role: str = embedded.USER) -> Iterator[psycopg.Connection]:
 
 
 def wait_until(happened: Callable[[], bool]) -> None:
-    """Look again and again; a machine with much else to do has long enough."""
+    """Wait until `happened` returns True. The timeout is long enough for a busy machine."""
     until = time.monotonic() + 20
     while not happened():
         assert time.monotonic() < until, "it did not happen"

@@ -1,10 +1,11 @@
-"""Python processes that start at once: forks of one that has imported what the project imports of others.
+"""Starts Python processes quickly, as forks of a process that has already imported the libraries of the project.
 
-Most of what `python manage.py` does is to import Django, psycopg and the like, which know nothing of settings. Here a
-process does it once, and forks: the fork has its own arguments, environment, folder, umask and streams, reads the
-settings and imports all of the project itself, and ends as any interpreter does.
+`python manage.py` spends most of its time on the imports of Django, psycopg and others, which do not depend on the
+settings. Here one process imports them once, and forks for each request. A fork has its own arguments, environment,
+working directory, umask and streams, reads the settings and imports the modules of the project itself, and exits like
+an interpreter.
 
-`begin` and `end` are for the tests. Run as a program, this module takes the place of `python`.
+Tests call `begin` and `end`. Run as a program, this module replaces `python`.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ import os
 import socket
 import sys
 
-#: Long enough for a machine with much else to do; seconds.
-_AT_MOST = 180
-#: The id of the process comes first, in so many bytes.
+#: The timeout of a connection in seconds, long enough for a busy machine.
+_TIMEOUT = 180
+#: The number of bytes in which the id of the process is sent.
 _DIGITS = 16
-#: Modules that know nothing of the settings; they bring along most of what is imported.
+#: Modules that do not depend on the settings. They import most of the other modules.
 _IMPORTED = (
     *("asyncio", "concurrent.futures", "csv", "environ", "psycopg", "psycopg.errors", "rich.console", "rich.progress"),
     *("django.contrib.admin", "django.core.mail", "django.core.management", "django.db.backends.postgresql.base"),
@@ -29,10 +30,13 @@ _IMPORTED = (
 def begin(
     path: str, arguments: list[str], environment: dict[str, str], folder: str, umask: int | None, *streams: int
 ) -> tuple[socket.socket, int]:
-    """Let the process at this socket fork, with these three streams; where the exit code will come, and the id."""
+    """Start a program as a fork of the process that listens on the socket `path`, with these three streams.
+
+    Returns the connection over which `end` receives the exit code, and the id of the process.
+    """
     wanted = {"arguments": arguments, "environment": environment, "folder": folder, "umask": umask}
     asking = socket.socket(socket.AF_UNIX)
-    asking.settimeout(_AT_MOST)
+    asking.settimeout(_TIMEOUT)
     asking.connect(path)
     socket.send_fds(asking, [b"\n"], list(streams))
     asking.sendall(json.dumps(wanted).encode() + b"\n")
@@ -40,7 +44,7 @@ def begin(
 
 
 def end(asking: socket.socket) -> int:
-    """Wait for the end; the exit code."""
+    """Wait until the process has ended, and return its exit code."""
     with asking:
         return int(asking.recv(_DIGITS))
 
@@ -75,7 +79,7 @@ def serve(descriptor: int) -> None:
 
 
 def _bury(*_signal: object) -> None:
-    """Let no child that has ended stay a zombie."""
+    """Reap the children that have ended."""
     try:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
@@ -84,7 +88,7 @@ def _bury(*_signal: object) -> None:
 
 
 def _become(asking: socket.socket) -> None:
-    """Take over what was asked for."""
+    """Receive the request over the connection, and apply it to this process."""
     _, streams, _, _ = socket.recv_fds(asking, 1, 3)
     with asking, asking.makefile("rb") as question:
         wanted = json.loads(question.readline())
@@ -100,7 +104,7 @@ def _become(asking: socket.socket) -> None:
 
 
 def _run_program() -> None:
-    """Run what the arguments name, as the interpreter would."""
+    """Run the program that the arguments name, like the interpreter."""
     import runpy
 
     first, *rest = sys.argv
