@@ -1,4 +1,4 @@
-"""Counts settled rows whose contact is missing from `crm_contacts`.
+"""Counts migrated rows whose contact is missing from `crm_contacts`.
 
 Single missing contacts are normal: people delete them. Many at once mean that the table was restored from an old backup
 or purged, which must not pass as deletions. Counting all of them requires a scan of the ledger and the contacts, so a
@@ -23,7 +23,7 @@ from crm.outcome import WITH_CONTACT
 
 #: Number of ledger entries in the sample.
 SAMPLE = 2_000
-#: Minimum increase since the last count that is reported: rows, and their share of all settled rows.
+#: Minimum increase since the last count that is reported: rows, and their share of all migrated rows.
 MIN_NEWS, MIN_SHARE_OF_NEWS = 10, 0.001
 #: The key under which the record of a run stores the last count.
 RECORDED = "contacts_gone"
@@ -46,10 +46,10 @@ SELECT count(*) FROM ledger_entry entry
 
 
 class GoneContacts(NamedTuple):
-    """The number of settled rows whose contact is missing.
+    """The number of migrated rows whose contact is missing.
 
     `rows` is the current count, or the last one if the sample gave no reason to count. `settled` is the number of all
-    settled rows. `known` is the count of an earlier run, and `known_to` that run; 0 and None if there is none.
+    migrated rows. `known` is the count of an earlier run, and `known_to` that run; 0 and None if there is none.
     """
 
     rows: int

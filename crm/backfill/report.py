@@ -171,7 +171,7 @@ def advice(report: RunReport) -> str | None:
 
 def _advice_on_gone_contacts(gone: GoneContacts, report: RunReport) -> str:
     since = f", {gone.rows - gone.known:,} of them since run {gone.known_to}" if gone.known_to else ""
-    lost = f"{gone.rows:,} of {gone.settled:,} settled rows have lost their contact: it is not in crm_contacts{since}."
+    lost = f"{gone.rows:,} of {gone.settled:,} migrated rows have lost their contact: it is not in crm_contacts{since}."
     if report.options.dry_run and report.options.recreate_deleted:
         return f"{lost} This dry run read {report.recreated:,} of them again; the summary includes their outcomes."
     return (

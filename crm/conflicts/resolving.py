@@ -5,7 +5,7 @@ a contact, or gives it its own contact with another address. The next run then t
 it into a contact of the backfill, leaves a contact created elsewhere unchanged, and overwrites nothing. An account that
 another contact has stays there.
 
-Resolutions are recorded only between runs. So all settled rows were settled by the current resolutions, and a
+Resolutions are recorded only between runs. So all migrated rows were migrated with the current resolutions, and a
 verification or rollback can use these.
 """
 

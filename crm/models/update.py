@@ -14,7 +14,7 @@ class ContactUpdate(models.Model):
 
     Contains names and labels, but no personal data: a rollback reads the values from the source row. A replaced
     placeholder is derived from the row's id. A rollback needs nothing else, not even a ledger entry of the row, which
-    is missing if the run that settled the row was rolled back before.
+    is missing if the run that migrated the row was rolled back before.
     """
 
     run = models.ForeignKey(BackfillRun, models.CASCADE, related_name="contact_updates")

@@ -66,7 +66,7 @@ class EveryRowRefusedError(Exception):
 
 
 class SettledMeanwhileError(DatabaseError):
-    """This run has already settled rows of the batch.
+    """This run has already migrated rows of the batch.
 
     Either the last commit of a killed worker succeeded, or a row has changed its source since.
     """

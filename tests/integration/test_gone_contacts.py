@@ -63,7 +63,7 @@ def test_contacts_that_are_gone_in_number_are_told_once_with_the_figure(database
     assert ended.code == 0
     told = GoneContacts(rows=12, settled=30, known=0, known_to=first["run"])
     assert ended.answer["contacts_gone"] == {**told._asdict(), "is_news": True}
-    assert "12 of 30 settled rows have lost their contact" in ended.stderr
+    assert "12 of 30 migrated rows have lost their contact" in ended.stderr
     assert "--recreate-deleted --dry-run" in ended.stderr
     predicted = backfill("--recreate-deleted", "--dry-run", "--no-progress")
     assert predicted.stderr.endswith("This dry run read 12 of them again; the summary includes their outcomes.\n")
