@@ -56,7 +56,9 @@ def a_person() -> tuple[str, str, str]:
 
 def test_an_intake_is_traced_like_every_row(database: Database, given: Any) -> None:
     intake = f"tax_intake_leads:{add_intake(ADDRESS.upper(), first_name=MARK)}"
+    given(ADDRESS)
     assert [row["state"] for row in traced(intake)["rows"]] == ["pending"]
+    assert traced("-") == traced(intake)
     made = run()["run"]
     given(ADDRESS)
     assert traced("-") == traced(intake) == traced(contact_id(*intake.split(":")))
