@@ -241,19 +241,20 @@ def test_an_intake_that_came_before_its_profile_keeps_a_contact_of_its_own(datab
 
 def test_a_later_intake_with_a_preparer_comes_to_its_person_with_the_next_update(database: Database) -> None:
     database.use("2026_01")
-    older = add_intake("ann@example.com", tax_year=2023, assignedPreparerId="first")
-    assert run()["created"] == 1
-    assert contact_with("ann@example.com")["assignedPreparerId"] == "first"
-    add_intake("ann@example.com", tax_year=2024, assignedPreparerId="second", created_at=LATER)
+    first, second = (add_profile("tax_preparer", email=f"{name}@example.com") for name in ("first", "second"))
+    add_intake("ann@example.com", tax_year=2023, assignedPreparerId=first)
+    assert run()["created"] == 3
+    assert contact_with("ann@example.com")["assignedPreparerId"] == first
+    add_intake("ann@example.com", tax_year=2024, assignedPreparerId=second, created_at=LATER)
     run()
-    assert contact_with("ann@example.com")["assignedPreparerId"] == "first"
-    assert defects() == []
+    assert contact_with("ann@example.com")["assignedPreparerId"] == first
+    assert [str(finding.kind) for finding in verify(connection).findings.kept] == ["source_changed"]
     last = update()
     assert last["updated_by_column"] == {"assignment": 1}
-    assert contact_with("ann@example.com")["assignedPreparerId"] == "second"
+    assert contact_with("ann@example.com")["assignedPreparerId"] == second
     assert defects() == []
     assert roll_back(last["run"]).exit_code == 0
-    assert contact_with("ann@example.com")["assignedPreparerId"] == "first", older
+    assert contact_with("ann@example.com")["assignedPreparerId"] == first
 
 
 def test_in_one_run_the_latest_of_several_intakes_names_the_preparer(database: Database) -> None:
