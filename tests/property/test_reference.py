@@ -120,9 +120,11 @@ def test_a_row_becomes_what_the_examples_say(example: Example) -> None:
         row["email"] = row.pop("ownEmail")
         population.profiles.append(row)
         population.users.extend([] if email is None else [user(row["userId"], email)])
+    elif "name" in row:
+        population.users.append(row)
     else:
         (population.leads if "status" in row else population.tax_intake_leads).append(row)
-    result = backfill(population, placeholder_domain=PLACEHOLDER_DOMAIN)
+    result = backfill(population, placeholder_domain=PLACEHOLDER_DOMAIN, with_signups=True)
     ((reference, line),) = result.ledger.items()
     assert line["source"] == example.source
     if isinstance(example.expected, str):
@@ -156,10 +158,60 @@ def test_a_super_admin_never_becomes_a_contact(role: str, generation: str) -> No
     assert result.counts.excluded == {"super_admin": 1}
 
 
-def test_admins_and_pending_profiles_are_excluded_by_reason() -> None:
-    result = run(profile("p1", "ADMIN"), profile("p2", "lead"), profile("p3", "LEAD"))
-    assert result.counts.excluded == {"admin": 1, "lead": 2}
+def test_admins_and_people_who_signed_up_are_excluded_by_reason() -> None:
+    rows = [user("u1"), user("u2", "b@b.io"), profile("p1", "ADMIN", userId="u1"), profile("p2", "lead")]
+    result = run(*rows, profile("p3", "LEAD"))
+    assert result.counts.excluded == {"admin": 1, "lead": 2, "no_profile": 1}
     assert not result.ledger
+
+
+# People who signed up
+
+
+def with_signups(*rows: Row, ledger: dict[str, Entry] | None = None) -> Result:
+    return backfill(population_of(*rows), ledger=ledger, with_signups=True)
+
+
+def test_people_who_signed_up_come_after_all_others() -> None:
+    rows = [user("u1", "a@a.io"), user("u2", "b@b.io"), profile("p1", "LEAD", userId="u1")]
+    result = with_signups(*rows, lead("l1", "a@a.io"), intake("i1", "b@b.io"))
+    assert outcomes(result) == {
+        "leads:l1": "created",
+        "tax_intake_leads:i1": "created",
+        "profiles:p1": "merged",
+        "users:u2": "merged",
+    }
+    assert (made_by(result, "leads:l1")["userId"], made_by(result, "tax_intake_leads:i1")["userId"]) == ("u1", "u2")
+    assert not result.counts.excluded
+
+
+def test_a_profile_that_comes_later_meets_the_contact_of_its_user_whatever_became_of_its_keys() -> None:
+    first = with_signups(user())
+    made = made_by(first, "users:u1")
+    for changed in ({}, {"email": "new@example.com"}, {"email": "new@example.com", "userId": None}):
+        result = run(user(), profile(userId="u1"), made | changed, ledger=first.ledger)
+        assert (outcomes(result)["profiles:p1"], len(result.contacts)) == ("merged", 1)
+    before = contact()
+    linked = with_signups(user(), before)
+    assert outcomes(linked) == {"users:u1": "exists"}
+    moved = before | {"email": "new@example.com"}
+    result = run(user(), profile(userId="u1"), moved, ledger=linked.ledger)
+    assert (outcomes(result)["profiles:p1"], result.contacts) == ("exists", {"k1": moved})
+
+
+def test_a_lead_that_comes_later_meets_the_contact_of_the_user_with_its_address() -> None:
+    first = with_signups(user(), contact(email="other@example.com", userId="u1"))
+    result = run(user(), lead(email="ANN@example.com"), *first.contacts.values(), ledger=first.ledger)
+    assert result.ledger["leads:l1"]["contact_id"] == "k1"
+
+
+def test_who_was_migrated_as_a_signup_stays_accounted_for() -> None:
+    rows = [user("u1"), user("u2", "b@b.io"), profile("p1", "LEAD", userId="u2")]
+    first = with_signups(*rows)
+    without = run(*rows, user("u3", "c@c.io"), *first.contacts.values(), ledger=first.ledger)
+    assert (without.counts.excluded, without.counts.read, without.counts.already) == ({"no_profile": 1}, 0, 0)
+    again = with_signups(*rows, *first.contacts.values(), ledger=first.ledger)
+    assert (again.counts.excluded, again.counts.read, again.counts.already) == ({}, 0, 2)
 
 
 # Stages

@@ -74,6 +74,14 @@ INTAKE: Row = {
     "profileId": None,
     "assignedPreparerId": None,
 }
+#: A user without a profile.
+SIGNUP: Row = {
+    "id": "user1",
+    "createdAt": CREATED,
+    "updatedAt": UPDATED,
+    "email": "ann@example.com",
+    "name": "Ann Lee",
+}
 
 
 class Example(NamedTuple):
@@ -85,7 +93,7 @@ class Example(NamedTuple):
     stages: tuple[str, ...] = OLD_STAGES
 
     def __str__(self) -> str:
-        plain = next(plain for plain in (PROFILE, LEAD, INTAKE) if plain.keys() == self.row.keys())
+        plain = next(plain for plain in (PROFILE, LEAD, INTAKE, SIGNUP) if plain.keys() == self.row.keys())
         differing = ", ".join(f"{name}={value!r}" for name, value in self.row.items() if value != plain[name])
         return f"{self.source}: {differing or 'plain'}" + (", new stages" if self.stages == NEW_STAGES else "")
 
@@ -102,6 +110,10 @@ def lead(expected: Row | str, stages: tuple[str, ...] = OLD_STAGES, **columns: A
 def intake(expected: Row | str, stages: tuple[str, ...] = NEW_STAGES, **columns: Any) -> Example:
     row = INTAKE | columns
     return Example(row, "converted_intakes" if row["convertedToClient"] else "open_intakes", expected, stages)
+
+
+def signup(expected: Row | str, **columns: Any) -> Example:
+    return Example(SIGNUP | columns, "signups", expected)
 
 
 EXAMPLES: tuple[Example, ...] = (
@@ -331,6 +343,57 @@ EXAMPLES: tuple[Example, ...] = (
         for blank in (None, *BLANKS)
     ),
     *(intake({"assignedPreparerId": None, "assignedAt": None}, assignedPreparerId=blank) for blank in (None, *BLANKS)),
+    # Who signed up and waits for approval is a lead: as a profile, or as a user without one.
+    profile(
+        {
+            "id": "c5553e87145513b2e3947d1c8",
+            "userId": "user1",
+            "contactType": "LEAD",
+            "stage": "NEW",
+            "stageEnteredAt": CREATED,
+            "source": "signup",
+            "company": "Lee & Co",
+            "updatedAt": UPDATED,
+        },
+        "lead_profiles",
+        role="LEAD",
+    ),
+    profile({"contactType": "LEAD", "source": "signup"}, "lead_profiles", role="lead"),
+    profile({"email": "lead-profile1@nobody.invalid"}, "lead_profiles", role="LEAD", email=""),
+    signup(
+        {
+            "id": "cf5fb588823516dc8a96d68bb",
+            "userId": "user1",
+            "clerkUserId": None,
+            "contactType": "LEAD",
+            "firstName": "Ann",
+            "lastName": "Lee",
+            "email": "ann@example.com",
+            "phone": None,
+            "company": None,
+            "stage": "NEW",
+            "stageEnteredAt": CREATED,
+            "source": "signup",
+            "assignedPreparerId": None,
+            "assignedAt": None,
+            "referrerUsername": None,
+            "referrerType": None,
+            "commissionRate": None,
+            "commissionRateLockedAt": None,
+            "attributionMethod": None,
+            "attributionConfidence": 100,
+            "createdAt": CREATED,
+            "updatedAt": UPDATED,
+            "lastContactedAt": None,
+        },
+        email=" Ann@example.com",
+    ),
+    # The first word of a user's name is the first name.
+    signup({"firstName": "Ann", "lastName": "de  la Cruz"}, name=" Ann\tde  la Cruz\n"),
+    signup({"firstName": "Ann", "lastName": "Unknown"}, name="Ann"),
+    *(signup({"firstName": "Unknown", "lastName": "Unknown"}, name=blank) for blank in (None, *BLANKS)),
+    # Without an address there is nothing by which anybody could know them.
+    *(signup("invalid_email", email=email) for email in ("nope", *BLANKS)),
 )
 
 #: What stands in a column, and the address that it is, if it is one.
@@ -376,4 +439,5 @@ CONTACT_IDS = {
     ("leads", "l1"): "c55ba79a2e7b33c1bf1a4ec4b",
     ("profiles", "1"): "c2d0ef52da9e25776f534157a",
     ("tax_intake_leads", "1"): "cf311252366a81535807f3942",
+    ("users", "1"): "c646351ee1ddd222ff27d1881",
 }

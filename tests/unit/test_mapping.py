@@ -25,7 +25,7 @@ from crm.rules.mapping import (
     normalised_email,
     trimmed,
 )
-from crm.rules.source_rows import IntakeRow, LeadRow, ProfileRow
+from crm.rules.source_rows import IntakeRow, LeadRow, ProfileRow, RawRow, SignupRow
 from tests.support import rule_examples
 from tests.support.profiles import examples
 from tests.support.rule_examples import CONTACT_IDS, EMAILS, EXAMPLES, OLD_STAGES, PLACEHOLDER_DOMAIN, SUPER_ADMIN
@@ -60,16 +60,18 @@ def intake_row(row: rule_examples.Row) -> IntakeRow:
     return IntakeRow(kind="", raw_assigned_preparer_id=row["assignedPreparerId"], **as_read(row))
 
 
-def row_of(row: rule_examples.Row) -> ProfileRow | LeadRow | IntakeRow:
+def row_of(row: rule_examples.Row) -> RawRow:
     if "role" in row:
         return profile_row(row)
+    if "name" in row:
+        return SignupRow(kind="", **as_read(row))
     return lead_row(row) if "status" in row else intake_row(row)
 
 
 PROFILE, LEAD = profile_row(rule_examples.PROFILE), lead_row(rule_examples.LEAD)
 
 
-def mapped(row: ProfileRow | LeadRow | IntakeRow, source: Source, stages: tuple[str, ...] = OLD_STAGES) -> MappedRow:
+def mapped(row: RawRow, source: Source, stages: tuple[str, ...] = OLD_STAGES) -> MappedRow:
     rules = Rules(stages={stage: stage for stage in stages}, placeholder_domain=PLACEHOLDER_DOMAIN)
     (result,) = map_rows(source, [row], rules)
     return result
@@ -197,7 +199,7 @@ def test_trimmed_text_has_nothing_around_it_and_is_never_empty(text: str) -> Non
 # Ids
 
 
-@given(st.sampled_from(["profiles", "leads", "tax_intake_leads"]), TEXT)
+@given(st.sampled_from(["profiles", "leads", "tax_intake_leads", "users"]), TEXT)
 def test_a_contacts_id_is_shaped_like_a_cuid(table: str, source_id: str) -> None:
     assert re.fullmatch(r"c[0-9a-f]{24}", contact_id(table, source_id))
 
