@@ -100,6 +100,7 @@ contact_edits: st.SearchStrategy[dict[str, Any]] = st.one_of(
 run_options = st.fixed_dictionaries(
     {},
     optional={
+        "with_signups": st.just(value=True),
         "batch_size": st.sampled_from([1, 2, 7]),
         "only": st.sets(st.sampled_from(Source), min_size=1, max_size=4).map(
             lambda s: tuple(x for x in Source if x in s)
@@ -152,13 +153,14 @@ class Machine(RuleBasedStateMachine):
         # The judge of second looks knows neither of sources that are left out nor of resolutions.
         if "only" not in options and not before.resolutions:
             world = _as_the_judge_of_second_looks_sees_it(before)
-            looks = reference_update.run(world, before.population, update=True)
+            with_signups = options.get("with_signups", False)
+            looks = reference_update.run(world, before.population, update=True, with_signups=with_signups)
             assert (after.contacts, after.ledger) == (world.contacts, world.ledger)
             assert {name: report[name] for name in vars(looks)} == vars(looks)
 
     def _backfill(self, options: dict[str, Any], limit: int | None, *, rehearsed: bool) -> None:
         before = self.world.state()
-        expected = _expected(before, options.get("only"), limit)
+        expected = _expected(before, options.get("only"), limit, with_signups=options.get("with_signups", False))
         if rehearsed:
             everything = self.world.everything()
             foretold = commands.run(**options, limit=limit, dry_run=True)
@@ -272,14 +274,20 @@ class Machine(RuleBasedStateMachine):
 
     @property
     def _newcomer_kinds(self) -> list[Callable[[st.DataObject], None]]:
-        return [self._a_form_is_sent, self._somebody_signs_up, self._an_intake_comes_in]
+        return [self._a_form_is_sent, self._a_profile_is_made, self._an_intake_comes_in, self._somebody_signs_up]
 
     def _newcomers(self, data: st.DataObject, least: int, most: int) -> None:
         for _ in range(data.draw(st.integers(least, most), label="newcomers")):
             data.draw(st.sampled_from(self._newcomer_kinds), label="newcomer")(data)
 
     def _somebody_signs_up(self, data: st.DataObject) -> None:
-        user_id = self._add_user(data)
+        """Who may get a profile later."""
+        self._add_user(data)
+
+    def _a_profile_is_made(self, data: st.DataObject) -> None:
+        state = self.world.state()
+        waiting = sorted(state.users.keys() - {profile["userId"] for profile in state.profiles.values()})
+        user_id = data.draw(st.sampled_from([None, *waiting]), label="who signed up") or self._add_user(data)
         if user_id is None and self.world.generation not in HAS_CLERK_USER_ID:
             return  # every profile has a user there
         profile: dict[str, Any] = {
@@ -422,6 +430,7 @@ class Machine(RuleBasedStateMachine):
         user_id = state.profiles[profile]["userId"]
         if with_account and user_id:
             self.world.delete("users", user_id)
+            self.memory.row_changed(f"users:{user_id}")
         else:
             self.world.delete("profiles", profile)
         self.memory.row_changed(f"profiles:{profile}")
@@ -538,9 +547,16 @@ class Machine(RuleBasedStateMachine):
         } == counted
 
 
-def _expected(state: State, only: Any = None, limit: int | None = None) -> reference.Result:
+def _expected(
+    state: State, only: Any = None, limit: int | None = None, *, with_signups: bool = False
+) -> reference.Result:
     return reference.backfill(
-        state.population, ledger=state.ledger, only=only, limit=limit, resolutions=state.resolutions
+        state.population,
+        ledger=state.ledger,
+        only=only,
+        limit=limit,
+        resolutions=state.resolutions,
+        with_signups=with_signups,
     )
 
 

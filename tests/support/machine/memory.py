@@ -59,6 +59,7 @@ class Memory:
 
     def account_changed(self, user_id: str, state: State) -> None:
         """An account got another address: its profile does not show it."""
+        self.row_changed(f"users:{user_id}")
         self._moved_silently(f"profiles:{row['id']}" for row in state.profiles.values() if row["userId"] == user_id)
 
     def preparer_came_or_went(self, names: Collection[str | None], state: State) -> None:

@@ -46,7 +46,7 @@ _COLUMNS = {
 _CONVERSIONS = ("profileId", "convertedToClient", "convertedAt")
 _TAX_YEARS = ("tax_year", "unqualified", "unqualifiedAt")
 _TABLE = """CASE WHEN source LIKE '%intakes' THEN 'tax_intake_leads:' WHEN source LIKE '%leads' THEN 'leads:'
-            ELSE 'profiles:' END"""
+            WHEN source = 'signups' THEN 'users:' ELSE 'profiles:' END"""
 _ENTRIES = f"""
 SELECT {_TABLE} || source_id, id, source, outcome, reason,
        contact_id, identity_keys::text, run_id, source_updated_at, filled, COALESCE(seen_updated_at, source_updated_at),
