@@ -27,7 +27,7 @@ from tests.support.commands import called, run
 #: a new name or a new form of the code leaves them as they are.
 REFERENCE = ("reference.py", "reference_update.py")
 #: `RULES`, and the digest of the reference when somebody last said that they belong together.
-LOOKED_AT = (3, "87c77015c83e97efa197355a33ddc4735eed14a8188bb3916b6071e942257866")
+LOOKED_AT = (3, "802f08b57cb3939ccabad66690582ee572235fb6b60fdf76f69d24868638a081")
 
 LATER = "2099-01-01"
 EARLIER = pytest.mark.parametrize(("rules", "named"), [(None, "not recorded"), (RULES - 1, str(RULES - 1))])

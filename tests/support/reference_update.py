@@ -111,6 +111,8 @@ def run(world: World, population: Population, *, update: bool, with_signups: boo
                 source = reference.source_of(ref.split(":")[0], rows[ref])
                 draft = reference.contact_of(population, source, rows[ref])
                 gave = {column for column, value in draft.items() if value is not None} - {"attributionConfidence"}
+                # Without a referrer there is no attribution that anybody could have emptied.
+                gave -= set() if referrer(draft) else set(ATTRIBUTION)
                 world.made[str(entry["contact_id"])] = Made(world.seen[ref], gave)
     for contact_id, columns in result.filled.items():
         world.merged_in.setdefault(contact_id, set()).update(columns)
