@@ -154,21 +154,27 @@ def edited_contacts(draw: st.DrawFn, contacts: dict[str, Row], stages: tuple[str
 
 @pytest.mark.parametrize("generation", GENERATIONS)
 @against_the_database(16)
-@given(data=st.data(), batch_size=st.sampled_from([1, 3, 1000]), is_first=st.booleans())
+@given(
+    data=st.data(),
+    batch_size=st.sampled_from([1, 3, 1000]),
+    is_first=st.booleans(),
+    with_signups=st.lists(st.booleans(), min_size=2, max_size=2),
+)
 def test_a_second_look_does_what_the_judge_says_and_then_finds_nothing_more(
     database: Database,
     generation: str,
     data: st.DataObject,
     batch_size: int,
     is_first: bool,  # noqa: FBT001 - hypothesis
+    with_signups: list[bool],
 ) -> None:
     database.use(generation)
     population = data.draw(populations(generation))
     with connection.cursor() as cursor:
         insert_population(cursor, population)
     world = reference_update.World()
-    reference_update.run(world, population, update=is_first)
-    run(update=is_first)
+    reference_update.run(world, population, update=is_first, with_signups=with_signups[0])
+    run(update=is_first, with_signups=with_signups[0])
     later = data.draw(changed_sources(population))
     later = dataclasses.replace(later, contacts=data.draw(edited_contacts(world.contacts, later.stages)))
     with connection.cursor() as cursor:
@@ -176,8 +182,8 @@ def test_a_second_look_does_what_the_judge_says_and_then_finds_nothing_more(
     world.history.clear()  # it went with the contacts, which are there again
 
     defects_before = defects()
-    expected = reference_update.run(world, later, update=True)
-    report = update(batch_size=batch_size)
+    expected = reference_update.run(world, later, update=True, with_signups=with_signups[1])
+    report = update(batch_size=batch_size, with_signups=with_signups[1])
 
     assert contacts() == world.contacts
     assert {name: report[name] for name in vars(expected)} == vars(expected)
@@ -185,7 +191,7 @@ def test_a_second_look_does_what_the_judge_says_and_then_finds_nothing_more(
     history = 'SELECT "contactId", "fromStage"::text, "toStage"::text FROM crm_stage_history'
     assert set(database.rows(history)) == world.history
     before = database.dump("crm_contacts", "crm_stage_history", "contact_update")
-    again = run(update=True)
+    again = run(update=True, with_signups=with_signups[1])
     assert (again["read"] - again["error"], again["revisited"]) == (0, 0)
     assert database.dump("crm_contacts", "crm_stage_history", "contact_update") == before
 
