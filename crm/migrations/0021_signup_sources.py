@@ -12,6 +12,22 @@ class Migration(migrations.Migration):
 
     operations = [
         # What forms allow; nothing is done to the tables.
-        migrations.AlterField(model, "source", models.TextField(choices=[(source, source) for source in SOURCES]))
-        for model in ("backfillbatch", "contactupdate", "ledgerentry")
+        *(
+            migrations.AlterField(model, "source", models.TextField(choices=[(source, source) for source in SOURCES]))
+            for model in ("backfillbatch", "contactupdate", "ledgerentry")
+        ),
+        migrations.RemoveConstraint("conflictresolution", "a_decision_names_a_row"),
+        migrations.AddConstraint(
+            "conflictresolution",
+            models.CheckConstraint(
+                condition=models.Q(
+                    ("row__startswith", "profiles:"),
+                    ("row__startswith", "leads:"),
+                    ("row__startswith", "tax_intake_leads:"),
+                    ("row__startswith", "users:"),
+                    _connector="OR",
+                ),
+                name="a_decision_names_a_row",
+            ),
+        ),
     ]

@@ -32,7 +32,10 @@ class ConflictResolution(models.Model):
                 name="a_decision_is_one_of_two",
             ),
             models.CheckConstraint(
-                condition=Q(row__startswith="profiles:") | Q(row__startswith="leads:"),
+                condition=Q(row__startswith="profiles:")
+                | Q(row__startswith="leads:")
+                | Q(row__startswith="tax_intake_leads:")
+                | Q(row__startswith="users:"),
                 name="a_decision_names_a_row",
             ),
         )
