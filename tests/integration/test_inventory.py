@@ -218,7 +218,7 @@ def test_a_run_that_lost_its_fence_counts_the_tables_and_does_not_judge_its_own_
 
 def test_what_could_not_be_counted_is_not_checked(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retrying, "WAITS_BEFORE_ANOTHER_LOOK", ())
-    monkeypatch.setattr(runner, "count_rows", lambda *_: terminate_this_session())
+    monkeypatch.setattr(runner, "count_rows", lambda *_, **_options: terminate_this_session())
     add_many_leads(3)
     ended = backfill()
     assert ended.code == 5
@@ -245,4 +245,4 @@ def test_a_run_with_nothing_new_takes_one_census(database: Database) -> None:
     run()
     with statements() as sent:
         run()
-    assert len([statement for statement in sent if "count(*) AS counted" in statement.sql]) == 3
+    assert len([statement for statement in sent if "count(*) AS counted" in statement.sql]) == 4

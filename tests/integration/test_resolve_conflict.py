@@ -102,7 +102,8 @@ def test_what_is_no_resolution_is_refused_and_nothing_is_recorded(database: Data
         ((row, "--separate", "Account@Example.com"), "already used by user"),
         ((row, "--separate", "lead@example.com"), "already used by contact"),
         ((row, "--separate", "BROKEN"), "not a valid"),
-        (("users:1", "--contact", contact), "names no row"),
+        (("users:1", "--contact", contact), "has no row users:1"),
+        (("contacts:1", "--contact", contact), "names no row"),
         (("profiles:", "--contact", contact), "names no row"),
         (("nothing", "--contact", contact), "names no row"),
     ):
