@@ -166,6 +166,18 @@ def test_a_profile_that_comes_later_meets_the_contact_that_others_had_made(datab
     assert list(contacts()) == [contact]
 
 
+@pytest.mark.parametrize("spelling", ["ann@example.com", "Ann@Example.com"])
+def test_a_lead_that_comes_later_meets_the_contact_of_the_user_with_its_address(
+    database: Database, spelling: str
+) -> None:
+    user = add_user(spelling)
+    contact = add_contact("other@example.com", userId=user)
+    assert run(with_signups=True)["exists"] == 1
+    add_lead("ann@example.com")
+    assert run(dry_run=True)["exists"] == run()["exists"] == 1
+    assert list(contacts()) == [contact]
+
+
 def test_an_update_makes_a_client_of_who_has_been_approved(database: Database) -> None:
     user, pending = add_user("ann@example.com"), add_profile("LEAD", email="bob@example.com")
     run(with_signups=True)

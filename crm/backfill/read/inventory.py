@@ -21,14 +21,18 @@ from crm.rules.source_rows import SOURCE_TABLES
 #: the pages pass over the whole table.
 FEW_ROWS, FEW_SHARE = 20_000, 0.1
 
-# A user is a row where no profile stands for it, or where a run migrated it before there was one.
-_SIGNUPS = """(SELECT id, "updatedAt" FROM users
-                WHERE NOT EXISTS (SELECT FROM profiles WHERE profiles."userId" = users.id){migrated})"""
+# A user is a row where no profile stands for it, or where a run migrated it before there was one. Once per statement:
+# that is a join of whole tables.
+_SIGNUPS = """
+WITH signups AS MATERIALIZED (
+  SELECT id, "updatedAt" FROM users
+   WHERE NOT EXISTS (SELECT FROM profiles WHERE profiles."userId" = users.id){migrated}
+)"""
 _MIGRATED_SIGNUPS = """
-                UNION ALL
-               SELECT users.id, users."updatedAt" FROM ledger_entry JOIN users ON users.id = ledger_entry.source_id
-                WHERE ledger_entry.source = ANY(%(sources)s)
-                  AND EXISTS (SELECT FROM profiles WHERE profiles."userId" = users.id)"""
+   UNION ALL
+  SELECT users.id, users."updatedAt" FROM ledger_entry JOIN users ON users.id = ledger_entry.source_id
+   WHERE ledger_entry.source = ANY(%(sources)s)
+     AND EXISTS (SELECT FROM profiles WHERE profiles."userId" = users.id)"""
 # One statement, so that all of it is of one moment. Each term is counted by itself: the rows of the table without a
 # look at the ledger, the entries that rows have by what they say, and as pending the rows without any entry.
 _COUNTS = """
@@ -256,6 +260,9 @@ def _rows(
     only += _ONLY["repeated"] if parameters["repeated"] else ""
     with connection.cursor() as cursor:
         names = {"label": SOURCE_TABLES[table].label_sql(facts.missing), "updated_at": SOURCE_TABLES[table].updated_at}
-        rows = _SIGNUPS.format(migrated=_MIGRATED_SIGNUPS if facts.has_ledger else "") if table == "users" else table
-        cursor.execute(query.format(rows=rows, **names, only=only, label_type=facts.label_types[table]), parameters)
+        rows = "signups" if table == "users" else table
+        query = query.format(rows=rows, **names, only=only, label_type=facts.label_types[table])
+        if table == "users":
+            query = _SIGNUPS.format(migrated=_MIGRATED_SIGNUPS if facts.has_ledger else "") + query
+        cursor.execute(query, parameters)
         return list(cursor.fetchall())
