@@ -12,7 +12,7 @@ from django.db import connection
 
 from crm.backfill.read import source
 from tests.conftest import Database
-from tests.support.builders import add_lead, add_many_leads, add_profile, add_user, contacts, ledger
+from tests.support.builders import add_intake, add_lead, add_many_leads, add_profile, add_user, contacts, ledger
 from tests.support.commands import backfill, called, rollback, run
 
 #: A column of a lead, what is in it, and what becomes of the row: "created", or the reason of an error and its column.
@@ -54,6 +54,18 @@ WRONG_PROFILES: dict[str, tuple[Any, Any]] = {
     "createdAt": ("0001-01-01 BC", ("invalid_value", "createdAt")),
     "updatedAt": ("infinity", ("invalid_value", "updatedAt")),
 }
+INTAKES: dict[str, tuple[Any, Any]] = {
+    **dict.fromkeys(("first_name", "last_name", "phone", "country_code", "lastContactedAt"), (None, "created")),
+    **dict.fromkeys(("referrerUsername", "attributionMethod", "assignedPreparerId"), (None, "created")),
+    "email": (None, ("invalid_email", None)),
+    "created_at": (None, ("missing_value", "created_at")),
+    "updated_at": (None, ("missing_value", "updated_at")),
+}
+WRONG_INTAKES: dict[str, tuple[Any, Any]] = {
+    "created_at": ("-infinity", ("invalid_value", "created_at")),
+    "updated_at": ("infinity", ("invalid_value", "updated_at")),
+    "lastContactedAt": ("0044-03-15 BC", ("invalid_value", "lastContactedAt")),
+}
 OUTCOME = """
 SELECT source_id, CASE outcome WHEN 'error' THEN reason ELSE outcome END, "column" FROM ledger_entry
 """
@@ -61,7 +73,7 @@ SELECT source_id, CASE outcome WHEN 'error' THEN reason ELSE outcome END, "colum
 
 def populate(database: Database, *, with_good: int = 20) -> dict[str, Any]:
     """A row for each column, and good rows beside them; what is to become of the bad ones, by their id."""
-    for table in ("users", "profiles", "leads"):
+    for table in ("users", "profiles", "leads", "tax_intake_leads"):
         for (column,) in database.rows(
             "SELECT attname FROM pg_attribute WHERE attrelid = to_regclass(%s) AND attnum > 0 AND attnotnull "
             "AND attname <> 'id'",
@@ -75,9 +87,13 @@ def populate(database: Database, *, with_good: int = 20) -> dict[str, Any]:
     for name, columns in {"null": PROFILES, "wrong": WRONG_PROFILES}.items():
         for column, (value, outcome) in columns.items():
             expected[add_profile(**{"email": f"profile-{name}-{column}@example.com", column: value})] = outcome
+    for name, columns in {"null": INTAKES, "wrong": WRONG_INTAKES}.items():
+        for column, (value, outcome) in columns.items():
+            expected[add_intake(**{"email": f"intake-{name}-{column}@example.com", column: value})] = outcome
     expected[add_profile(email=None, userId=add_user(None))] = "created"  # type: ignore[arg-type] # NULL, as it may be
     # Two of each, so that the pages go on behind a key that has no moment.
     expected[add_lead("another@example.com", createdAt=None)] = ("missing_value", "createdAt")
+    expected[add_intake("another-intake@example.com", created_at=None)] = ("missing_value", "created_at")
     add_many_leads(with_good)
     return expected
 
