@@ -38,7 +38,7 @@ from crm.outcome import Outcome, Source, Totals
 from crm.postgres.facts.foreign_keys import find_foreign_keys, is_unreferenced
 from crm.postgres.facts.schema import DatabaseFacts
 from crm.postgres.transactions import Timeouts, lock_as_a_writer
-from crm.postgres.trust import UntrustedCodeError
+from crm.postgres.trust import UntrustedCodeError, require_still_trusted
 from crm.rules.entry import Entry
 from crm.rules.mapping import ContactDraft, MappedRow, map_rows
 from crm.rules.matching import ExistingContact, fill
@@ -164,6 +164,7 @@ class Latecomers:
             if cursor.fetchone() != (True,):
                 return "this role may not delete contacts (docs/least_privilege.sql, rollback=on)"
         try:
+            require_still_trusted(self.connection)
             find_foreign_keys(self.connection)
         except UntrustedCodeError:
             return "a table that refers to contacts belongs to a role that is not trusted"

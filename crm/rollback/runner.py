@@ -28,6 +28,7 @@ from crm.postgres import errors
 from crm.postgres.facts.foreign_keys import find_foreign_keys
 from crm.postgres.facts.rights import Operation, require_rights
 from crm.postgres.facts.schema import DatabaseFacts, examine
+from crm.postgres.trust import require_still_trusted
 from crm.rollback.ahead import PagesAhead
 from crm.rollback.reader import Reader
 from crm.rollback.undo import Counts, DatabaseUndoer, DryRunUndoer, Reverted, RunDeletedError, Undoer, counted
@@ -121,6 +122,7 @@ def roll_back(
         run = _require_run(run_id, facts, may_take_over=not dry_run)
         entries = _require_entries(run)
         later_runs, kept_of = _later_runs(run)
+        require_still_trusted(connection)
         find_foreign_keys(connection)
         reader = Reader.of(connection, facts, run)
         _require_rights(run, dry_run=dry_run)

@@ -35,6 +35,7 @@ from crm.postgres.facts.foreign_keys import (
     referring_tables,
 )
 from crm.postgres.transactions import Timeouts
+from crm.postgres.trust import require_still_trusted
 from crm.rollback.ahead import Page
 from crm.rollback.reader import Reader
 from crm.rollback.updates import AssessedUpdates, Restored, UpdateRecord, assess_updates
@@ -295,6 +296,7 @@ class DryRunUndoer:
         records = self._reader.updates_of_run(sorted({entry.contact_id for entry in page.entries if entry.contact_id}))
         restored = assess_changes(records, self._reader).restored if records else {}
         assessed = assess(page, self._reader, restored)
+        require_still_trusted(self._connection)
         references = _excluding_history(find_foreign_keys(self._connection), _history_of(restored.values()))
         kept = _find_kept(self._connection, references, assessed.deletable)
         gone = {contact_id for contact_id in assessed.deletable if kept.get(contact_id) == ""}

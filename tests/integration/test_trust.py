@@ -11,9 +11,14 @@ from django.db import connection
 from psycopg.errors import LockNotAvailable
 
 from config import embedded
-from crm.models import CRMContact
-from crm.postgres.facts.foreign_keys import find_foreign_keys
+from crm.backfill.latecomers import Latecomers
+from crm.models import BackfillRun, CRMContact
+from crm.postgres.facts.schema import examine
 from crm.postgres.trust import UntrustedCodeError
+from crm.rollback.ahead import Page
+from crm.rollback.reader import Reader
+from crm.rollback.runner import roll_back
+from crm.rollback.undo import DryRunUndoer
 from tests.conftest import Database
 from tests.support.builders import add_lead, add_profile, add_user, contacts
 from tests.support.commands import each_statement
@@ -515,12 +520,40 @@ def test_what_is_refused_would_be_called_otherwise(
         assert was_called("evil") is not is_safe
 
 
-def test_a_foreign_key_that_comes_later_than_the_connection_is_not_asked(own_public: Database) -> None:
-    assert find_foreign_keys(connection) != []
-    with attack("a foreign key from a table with an index that calls") as (found, _):
+REFERRING = "a foreign key from a table with an index that calls"
+
+
+def test_a_rollback_reads_no_table_whose_foreign_key_is_newer_than_its_connection(own_public: Database) -> None:
+    connection.ensure_connection()
+    with attack(REFERRING) as (found, (*_, run)):
         with pytest.raises(UntrustedCodeError) as refused:
-            find_foreign_keys(connection)
+            roll_back(int(run), dry_run=True)
         assert found.named in str(refused.value)
+        assert not was_called("evil")
+
+
+def test_a_dry_run_of_a_rollback_reads_no_table_whose_foreign_key_is_newer_than_its_beginning(
+    own_public: Database,
+) -> None:
+    connection.ensure_connection()
+    with attack(REFERRING) as (found, (*_, run)):
+        reader = Reader.of(connection, examine(connection, for_writing=False), BackfillRun.objects.get(pk=run))
+        with pytest.raises(UntrustedCodeError) as refused:
+            DryRunUndoer(connection, reader).undo(Page(reader.page("", 10)))
+        assert found.named in str(refused.value)
+        assert not was_called("evil")
+
+
+def test_a_run_that_would_remove_duplicates_reads_no_table_of_an_untrusted_role(own_public: Database) -> None:
+    connection.ensure_connection()
+    with attack(REFERRING) as (_, (*_, run)):
+        as_owner(
+            "INSERT INTO crm_contacts SELECT (jsonb_populate_record(c, jsonb_build_object("
+            "'id', 'other', 'email', 'MOE@example.com'))).* FROM crm_contacts c WHERE email = 'moe@example.com'"
+        )
+        latecomers = Latecomers(connection, examine(connection, for_writing=False), int(run))
+        assert list(latecomers.remove()) == []
+        assert "belongs to a role that is not trusted" in latecomers.twice.why
         assert not was_called("evil")
 
 

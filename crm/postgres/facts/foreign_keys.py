@@ -15,7 +15,6 @@ from django.conf import settings
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.errors import OperatorError
-from crm.postgres.trust import require_still_trusted
 
 #: The tables and columns of the application, in any generation, that refer to a contact's id.
 KNOWN = (("crm_interactions", "contactId"), ("crm_stage_history", "contactId"))
@@ -80,10 +79,10 @@ class Reference:
 def find_foreign_keys(connection: BaseDatabaseWrapper) -> list[Reference]:
     """Return the references to `crm_contacts`, from foreign keys and from known tables.
 
-    Raises OperatorError if this role cannot see all referring rows, and UntrustedCodeError if a referring table, which
-    may be newer than the connection, belongs to an untrusted role.
+    A table may be newer than the connection: outside of a batch, call `require_still_trusted` before a table is read.
+
+    Raises OperatorError if this role cannot see all referring rows.
     """
-    require_still_trusted(connection)
     with connection.cursor() as cursor:
         cursor.execute(_FOREIGN_KEYS, [settings.LEGACY_SCHEMA])
         found = cursor.fetchall()
