@@ -24,8 +24,8 @@ Other code is called whatever the search path says, and belongs to a table, a fo
 
 Where a row-level policy holds for the session's role, no run begins.
 
-What a trigger or a foreign key takes may be granted, so either may come while a run goes on. Each batch asks again,
-once the tables that it writes are locked against both: see `crm.runs.lease.batch`.
+What a trigger or a foreign key takes may be granted, so either may come while a run goes on. Each batch asks for these
+again, once the tables that it writes are locked against both: see `crm.runs.lease.batch`.
 
 Temporary objects are no way in: PostgreSQL looks for no function and no operator among them, and tables of ours or of
 the application come before them.
@@ -55,13 +55,12 @@ _APPLICATION = (
 #: The tables of the application that are written.
 _WRITTEN = ("crm_contacts", "crm_stage_history")
 
-# In one round trip: every connection asks. pg_has_role() is true of superusers for any role, and of the database's
-# owner for pg_database_owner. An array belongs to whom its elements belong to.
+# pg_has_role() is true of superusers for any role, and of the database's owner for pg_database_owner. An array belongs
+# to whom its elements belong to.
 #
-# `tables` are those that a statement of ours may come to, `parts` what belongs to them, and `needs` the types,
-# operators and functions that those depend on, with what these depend on. PostgreSQL's own depend on nothing. The
-# planner expects millions of rows, and would have its plan for some dozens compiled.
-_UNTRUSTED = """
+# `written` are the tables that a statement of ours may come to write. The planner expects millions of rows, and would
+# have its plan for some dozens compiled.
+_ROLES_AND_WRITTEN = """
 SET LOCAL jit = off;
 WITH RECURSIVE trusted(role) AS (
   SELECT oid FROM pg_roles WHERE rolname IN ('pg_database_owner', current_user) OR rolsuper
@@ -78,38 +77,66 @@ WITH RECURSIVE trusted(role) AS (
          OR COALESCE((options ->> 'set_option')::boolean, true)
 ), untrusted(role) AS (
   SELECT oid FROM pg_roles WHERE oid NOT IN (SELECT role FROM trusted)
-), tables(oid, is_written) AS (
-  SELECT c.oid, nspname = {own_schema} OR relname = ANY({written})
-    FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
+), written(oid) AS (
+  SELECT c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
+   WHERE nspname = {legacy_schema} AND relname = ANY({written})
+         OR nspname = {own_schema} AND relkind IN ('r', 'p', 'v', 'm', 'f')
+   UNION
+  SELECT next.oid FROM written CROSS JOIN LATERAL (
+    -- Partitions and other children, which are written with their parent.
+    SELECT inhrelid FROM pg_inherits WHERE inhparent = written.oid
+     UNION ALL
+    -- What is under a view. A materialized one is only read.
+    SELECT refobjid FROM pg_rewrite w JOIN pg_class c ON c.oid = ev_class AND relkind <> 'm'
+      JOIN pg_depend ON classid = 'pg_rewrite'::regclass AND objid = w.oid AND refclassid = 'pg_class'::regclass
+     WHERE ev_class = written.oid
+     UNION ALL
+    -- What a foreign key may write. No index finds it by the table that it refers to, but its triggers' does.
+    SELECT conrelid FROM pg_trigger JOIN pg_constraint k ON k.oid = tgconstraint AND confrelid = tgrelid
+     WHERE tgrelid = written.oid AND ARRAY[confupdtype, confdeltype] && ARRAY['c', 'n', 'd']::"char"[]
+    ) AS next(oid)
+)"""
+# What takes no more than a right that may be granted. An identity has the schema whatever the search path.
+_ADDED = """
+SELECT 'called', format('the foreign key %I of %s', conname, identity), NULL, pg_get_userbyid(relowner)::text,
+       format('ALTER TABLE %1$s DROP CONSTRAINT %2$I; or ALTER TABLE %1$s OWNER TO ...;', identity, conname)
+  FROM pg_constraint JOIN pg_class c ON c.oid = conrelid, pg_identify_object('pg_class'::regclass, conrelid, 0)
+ WHERE contype = 'f' AND conparentid = 0 AND confrelid = ANY (ARRAY(SELECT oid FROM written))
+   AND relowner IN (SELECT role FROM untrusted)
+ UNION ALL
+-- Its own, and those of its condition.
+SELECT DISTINCT 'called', format('the function %s in the trigger %I of %s', function, tgname, identity), NULL,
+       pg_get_userbyid(proowner)::text,
+       format('DROP TRIGGER %I ON %s; or ALTER FUNCTION %s OWNER TO ...;', tgname, identity, function)
+  FROM pg_trigger t JOIN pg_depend ON classid = 'pg_trigger'::regclass AND objid = t.oid
+  JOIN pg_proc p ON refclassid = 'pg_proc'::regclass AND p.oid = refobjid,
+       pg_identify_object('pg_class'::regclass, tgrelid, 0), CAST(p.oid::regprocedure AS text) AS function
+ WHERE tgrelid = ANY (ARRAY(SELECT oid FROM written)) AND NOT tgisinternal AND tgenabled <> 'D'
+   AND proowner IN (SELECT role FROM untrusted)
+"""
+# In one round trip: every batch asks. Most of the time that this takes is that of the planner.
+_OF_BATCH = f"{_ROLES_AND_WRITTEN}{_ADDED} ORDER BY 2"
+# In one round trip: every connection asks.
+#
+# `tables` are those that a statement of ours may come to, `parts` what belongs to them, and `needs` the types,
+# operators and functions that those depend on, with what these depend on. PostgreSQL's own depend on nothing.
+_OF_CONNECTION = (
+    _ROLES_AND_WRITTEN
+    + """, tables(oid) AS (
+  SELECT c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
    WHERE relkind IN ('r', 'p', 'v', 'm', 'f')
      AND (nspname = {legacy_schema} AND relname = ANY({application}) OR nspname = {own_schema})
    UNION
-  SELECT next.oid, next.is_written FROM tables CROSS JOIN LATERAL (
-    -- Partitions and other children, which are read and written with their parent.
-    SELECT inhrelid, is_written FROM pg_inherits WHERE inhparent = tables.oid
+  -- What refers to a table that is written: a rollback reads it.
+  SELECT conrelid FROM pg_constraint WHERE contype = 'f' AND confrelid = ANY (ARRAY(SELECT oid FROM written))
+   UNION
+  SELECT next.oid FROM tables CROSS JOIN LATERAL (
+    SELECT inhrelid FROM pg_inherits WHERE inhparent = tables.oid
      UNION ALL
-    -- What is under a view. A materialized one is only read.
-    SELECT refobjid, is_written FROM pg_rewrite w JOIN pg_class c ON c.oid = ev_class AND relkind <> 'm'
+    SELECT refobjid FROM pg_rewrite w JOIN pg_class c ON c.oid = ev_class AND relkind <> 'm'
       JOIN pg_depend ON classid = 'pg_rewrite'::regclass AND objid = w.oid AND refclassid = 'pg_class'::regclass
      WHERE ev_class = tables.oid
-     UNION ALL
-    -- What refers to a table that is written: a rollback reads it, and the foreign key may write it.
-    SELECT conrelid, ARRAY[confupdtype, confdeltype] && ARRAY['c', 'n', 'd']::"char"[]
-      FROM pg_depend JOIN pg_constraint k ON classid = 'pg_constraint'::regclass AND k.oid = objid
-     WHERE is_written AND refclassid = 'pg_class'::regclass AND refobjid = tables.oid
-       AND contype = 'f' AND confrelid = tables.oid
-    ) AS next(oid, is_written)
-), named_tables AS (
-  SELECT c.oid, relowner, format('%I.%I', nspname, relname) AS name,
-         nspname = {legacy_schema} AND relname = ANY({application}) OR nspname = {own_schema} AS is_known
-    FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
-   WHERE c.oid = ANY (ARRAY(SELECT oid FROM tables)) AND relkind IN ('r', 'p', 'v', 'm', 'f')
-), foreign_keys AS (
-  SELECT conname, conrelid, relowner, name FROM pg_constraint JOIN named_tables t ON t.oid = conrelid
-   WHERE contype = 'f' AND conparentid = 0 AND confrelid = ANY (ARRAY(SELECT oid FROM tables WHERE is_written))
-), triggers AS (
-  SELECT t.oid, tgname, name FROM pg_trigger t JOIN named_tables ON named_tables.oid = tgrelid
-   WHERE tgrelid = ANY (ARRAY(SELECT oid FROM tables WHERE is_written)) AND NOT tgisinternal AND tgenabled <> 'D'
+    ) AS next(oid)
 ), parts(class, oid) AS (
   SELECT 'pg_class'::regclass, oid FROM tables
    UNION ALL
@@ -121,10 +148,10 @@ WITH RECURSIVE trusted(role) AS (
   SELECT 'pg_constraint'::regclass, oid FROM pg_constraint
    WHERE conrelid = ANY (ARRAY(SELECT oid FROM tables)) AND contype <> 'f'
    UNION ALL
-  SELECT 'pg_attrdef'::regclass, oid FROM pg_attrdef
-   WHERE adrelid = ANY (ARRAY(SELECT oid FROM tables WHERE is_written))
+  SELECT 'pg_attrdef'::regclass, oid FROM pg_attrdef WHERE adrelid = ANY (ARRAY(SELECT oid FROM written))
    UNION ALL
-  SELECT 'pg_trigger'::regclass, oid FROM triggers
+  SELECT 'pg_trigger'::regclass, oid FROM pg_trigger
+   WHERE tgrelid = ANY (ARRAY(SELECT oid FROM written)) AND NOT tgisinternal AND tgenabled <> 'D'
 ), needs(class, oid) AS (
   SELECT refclassid, refobjid FROM parts JOIN pg_depend ON classid = class AND objid = oid
    WHERE refclassid IN ('pg_type'::regclass, 'pg_operator'::regclass)
@@ -193,21 +220,19 @@ SELECT 'ours', kind, format('%I.%s', {own_schema}, name), pg_get_userbyid(owner)
    AND owner IN (SELECT role FROM untrusted)
  UNION ALL
 SELECT 'called', name, NULL, pg_get_userbyid(relowner), format('ALTER TABLE %s OWNER TO ...;', name)
-  FROM named_tables
- WHERE relowner IN (SELECT role FROM untrusted) AND (is_known OR oid NOT IN (SELECT conrelid FROM foreign_keys))
+  FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace,
+       format('%I.%I', nspname, relname) AS name
+ WHERE c.oid = ANY (ARRAY(SELECT oid FROM tables)) AND relkind IN ('r', 'p', 'v', 'm', 'f')
+   AND relowner IN (SELECT role FROM untrusted)
+   -- The others are named with their foreign keys.
+   AND (nspname = {legacy_schema} AND relname = ANY({application}) OR nspname = {own_schema}
+        OR NOT EXISTS (SELECT FROM pg_constraint
+                        WHERE conrelid = c.oid AND contype = 'f' AND conparentid = 0
+                          AND confrelid = ANY (ARRAY(SELECT oid FROM written))))
  UNION ALL
-SELECT 'called', format('the foreign key %I of %s', conname, name), NULL, pg_get_userbyid(relowner),
-       format('ALTER TABLE %1$s DROP CONSTRAINT %2$I; or ALTER TABLE %1$s OWNER TO ...;', name, conname)
-  FROM foreign_keys WHERE relowner IN (SELECT role FROM untrusted)
- UNION ALL
--- Its own, and those of its condition.
-SELECT DISTINCT 'called', format('the function %s in the trigger %I of %s', function, tgname, name), NULL,
-       pg_get_userbyid(proowner)::text,
-       format('DROP TRIGGER %I ON %s; or ALTER FUNCTION %s OWNER TO ...;', tgname, name, function)
-  FROM triggers t JOIN pg_depend ON classid = 'pg_trigger'::regclass AND objid = t.oid
-  JOIN pg_proc p ON refclassid = 'pg_proc'::regclass AND p.oid = refobjid,
-       LATERAL (VALUES (p.oid::regprocedure::text)) AS names(function)
- WHERE proowner IN (SELECT role FROM untrusted)
+"""
+    + _ADDED
+    + """
  UNION ALL
 SELECT 'called', format('the function %s, on which the application''s tables depend,', function), NULL,
        pg_get_userbyid(proowner), format('ALTER FUNCTION %s OWNER TO ...;', function)
@@ -230,6 +255,7 @@ SELECT 'called', format('the function of the cast (%s AS %s)', f.name, t.name), 
    AND source.typowner NOT IN (SELECT role FROM untrusted) AND target.typowner NOT IN (SELECT role FROM untrusted)
  ORDER BY 1, 2, 3 NULLS FIRST
 """
+)
 _NAMED = 10
 
 
@@ -238,13 +264,13 @@ class UntrustedCodeError(OperatorError):
 
 
 def require_still_trusted(connection: BaseDatabaseWrapper) -> None:
-    """Raise UntrustedCodeError where others could have their code called by now.
+    """Raise UntrustedCodeError if an untrusted role has added a trigger or foreign key since the connection was made.
 
-    What could be put into a schema of the search path is not asked again: that takes a right which was refused before.
+    Everything else takes the ownership of a table, type or schema, which the connection has refused.
     """
     connection.ensure_connection()
     with connection.wrap_database_errors:
-        require_trusted(connection.connection, [], settings.LEGACY_SCHEMA)
+        _require_none(connection.connection, _OF_BATCH, settings.LEGACY_SCHEMA)
 
 
 def require_trusted(session: psycopg.Connection, schemas: Sequence[str], legacy_schema: str) -> None:
@@ -254,8 +280,12 @@ def require_trusted(session: psycopg.Connection, schemas: Sequence[str], legacy_
     application's tables. For the schemas to be looked at safely, the search path has to be SAFE_SEARCH_PATH. The
     transaction's statements are not compiled (`jit`) afterwards.
     """
+    _require_none(session, _OF_CONNECTION, legacy_schema, schemas)
+
+
+def _require_none(session: psycopg.Connection, query: str, legacy_schema: str, schemas: Sequence[str] = ()) -> None:
     found: dict[str, list[tuple[Any, ...]]] = {}
-    query = sql.SQL(_UNTRUSTED).format(
+    composed = sql.SQL(query).format(
         schemas=list(schemas),
         legacy_schema=legacy_schema,
         own_schema=settings.BACKFILL_SCHEMA,
@@ -263,7 +293,7 @@ def require_trusted(session: psycopg.Connection, schemas: Sequence[str], legacy_
         written=list(_WRITTEN),
         function=try_execute.SIGNATURE,
     )
-    cursor = session.execute(query, prepare=False)
+    cursor = session.execute(composed, prepare=False)
     cursor.nextset()
     for kind, *row in cursor.fetchall():
         found.setdefault(kind, []).append(tuple(row))

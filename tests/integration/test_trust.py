@@ -78,6 +78,10 @@ def was_called(schema: str) -> bool:
         return observer.execute(f"SELECT is_called FROM {schema}.calls".encode()).fetchone() == (True,)
 
 
+def trust_everyone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("crm.postgres.trust._require_none", lambda *_: None)
+
+
 def put_right(line: str) -> None:
     """What the message says to run, with what the database's owner may do."""
     for verb in ("REVOKE ", "DROP "):
@@ -127,7 +131,7 @@ def test_every_command_refuses_a_schema_in_which_others_may_create(
 def test_what_is_planted_would_be_called_if_it_were_not_refused(
     own_public: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("crm.postgres.session.require_trusted", lambda *_: None)
+    trust_everyone(monkeypatch)
     with attacker("GRANT USAGE, CREATE ON SCHEMA public TO PUBLIC"):
         plant("public")
         assert ended_on(database_url(), *COMMANDS[0]) == (0, "")
@@ -201,8 +205,7 @@ def test_every_command_refuses_what_a_stranger_left_in_our_schema_whatever_its_n
 def test_our_function_is_called_although_another_one_fits_better(
     own_public: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("session", "trust"):
-        monkeypatch.setattr(f"crm.postgres.{module}.require_trusted", lambda *_, **__: None)
+    trust_everyone(monkeypatch)
     with left_in_our_schema():
         assert ended_on(database_url(), *RUN) == (0, "")
         assert not was_called("crm_backfill")
@@ -509,8 +512,7 @@ def test_what_others_could_have_called_is_refused_until_it_is_mended(own_public:
 def test_what_is_refused_would_be_called_otherwise(
     own_public: Database, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    for module in ("session", "trust"):
-        monkeypatch.setattr(f"crm.postgres.{module}.require_trusted", lambda *_, **__: None)
+    trust_everyone(monkeypatch)
     with attack(name) as (_, command):
         ended_on(database_url(), *command)
         with session() as observer:
