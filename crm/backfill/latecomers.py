@@ -35,9 +35,9 @@ from crm.errors import OperatorError
 from crm.models import BackfillBatch, BackfillRun, ContactUpdate, LedgerEntry
 from crm.models.ledger import RunStatus
 from crm.outcome import Outcome, Source, Totals
-from crm.postgres.facts.foreign_keys import find_foreign_keys, is_unreferenced
+from crm.postgres.facts.foreign_keys import find_cascades, find_foreign_keys, is_unreferenced
 from crm.postgres.facts.schema import DatabaseFacts
-from crm.postgres.transactions import Timeouts, lock_as_a_writer
+from crm.postgres.transactions import Timeouts
 from crm.postgres.trust import UntrustedCodeError, require_still_trusted
 from crm.rules.entry import Entry
 from crm.rules.mapping import ContactDraft, MappedRow, map_rows
@@ -164,7 +164,7 @@ class Latecomers:
             if cursor.fetchone() != (True,):
                 return "this role may not delete contacts (docs/least_privilege.sql, rollback=on)"
         try:
-            require_still_trusted(self.connection)
+            require_still_trusted(self.connection, "crm_contacts")
             find_foreign_keys(self.connection)
         except UntrustedCodeError:
             return "a table that refers to contacts belongs to a role that is not trusted"
@@ -175,7 +175,8 @@ class Latecomers:
     def _remove(self, ids: Sequence[str], writer: BatchWriter) -> list[str]:
         """Remove some of the duplicates in one transaction, and return those that are kept."""
         started = time.monotonic()
-        with lease.batch(self.connection, self.run_id, Timeouts(), lock_as_a_writer("crm_contacts")) as totals:
+        written = ("crm_contacts", "backfill_batch", *find_cascades(self.connection))
+        with lease.batch(self.connection, self.run_id, Timeouts(), *written) as totals:
             with self.connection.cursor() as cursor:
                 cursor.execute(_LOCK, [list(ids)])
             entries = read_entries(self.connection, self.facts.second_digits, _ENTRIES, [list(ids)])

@@ -149,7 +149,10 @@ def _record(row: RowReference, contact: str | None, email: str | None) -> None:
 @contextmanager
 def _between_runs() -> Iterator[None]:
     """Open a transaction between runs, and add to errors raised in it that nothing was recorded."""
-    with _as_operator_error("Nothing was recorded: run the command again."), lease.between_runs():
+    with (
+        _as_operator_error("Nothing was recorded: run the command again."),
+        lease.between_runs(ConflictResolution._meta.db_table),
+    ):
         try:
             yield
         except OperatorError as error:

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 from uuid import uuid4
 
 from django.db import Error as DjangoDatabaseError
@@ -24,6 +25,7 @@ from crm.errors import OperatorError
 from crm.interruption import sleep_until_signal, stop_is_requested
 from crm.postgres import errors
 from crm.postgres.errors import UnknownEndError
+from crm.postgres.trust import query_of_added, require_none
 
 #: Waits before the server is asked again, in seconds. Their sum is about that of the retries of a batch.
 WAITS = (0.05, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0)
@@ -53,32 +55,64 @@ class Timeouts:
     statement: int = 60_000
 
 
-def lock_as_a_writer(table: str) -> str:
-    """Return the statement that locks a table as a writer does: until the end, no trigger or foreign key can be added.
+class WrittenTables(NamedTuple):
+    """The tables that a transaction writes.
 
-    LOCK TABLE needs a right on the whole table, which a role has not that may insert into some columns. EXPLAIN locks
-    what it plans, and fires no trigger.
+    The role needs a right to write the whole table, or, for those in `inserted`, to insert into some columns.
     """
-    return f"EXPLAIN INSERT INTO {table} (id) VALUES (NULL)"
+
+    whole: tuple[str, ...]
+    inserted: tuple[str, ...] = ()
+
+    @property
+    def lock(self) -> str:
+        """The statements that lock the tables as a writer does: until the end, no trigger or foreign key can be added.
+
+        EXPLAIN locks what it plans, and fires no trigger. Unlike LOCK TABLE, it does not lock partitions.
+        """
+        explain = [f"EXPLAIN INSERT INTO {table} DEFAULT VALUES" for table in self.inserted]
+        return "; ".join([f"LOCK TABLE {', '.join(self.whole)} IN ROW EXCLUSIVE MODE", *explain])
+
+
+def require_trusted_writes(connection: BaseDatabaseWrapper, written: WrittenTables, *first: str) -> str:
+    """Lock the tables that a transaction is to write, and return the number of the transaction.
+
+    `first` are statements to execute first. Everything is sent in one round trip.
+
+    Raises UntrustedCodeError if an untrusted role has added a trigger or foreign key to one of the tables. From here on
+    to the end of the transaction, none can.
+    """
+    query = query_of_added(*written.whole, *written.inserted)
+    results = []
+    with connection.cursor() as cursor:
+        cursor.execute("; ".join([*first, written.lock, query, _NUMBER]))
+        while True:
+            if cursor.description:
+                results.append(cursor.fetchall())
+            if not cursor.nextset():
+                break
+    *_, added, [(number,)] = results
+    require_none(added)
+    return str(number)
 
 
 @contextmanager
 def certain_transaction(
-    connection: BaseDatabaseWrapper, timeouts: Timeouts | None = None, *first: str
+    connection: BaseDatabaseWrapper, written: WrittenTables, timeouts: Timeouts | None = None, *first: str
 ) -> Iterator[None]:
     """Run the block in its own transaction. If no error is raised, it was committed, otherwise rolled back.
 
-    Without `timeouts`, those of the session apply. `first` are statements to execute after these settings; all are sent
-    in one round trip. A signal that interrupts the commit is ignored if the commit succeeded: callers check for a stop
-    request after it.
+    Without `timeouts`, those of the session apply. `first` are statements to execute after these settings. A signal
+    that interrupts the commit is ignored if the commit succeeded: callers check for a stop request after it.
 
-    Raises UnknownEndError if the answer to the commit was lost and the server cannot be asked, for the duration of
-    WAITS or until a signal.
+    Raises UntrustedCodeError, with nothing written, if an untrusted role has added a trigger or foreign key to one of
+    the tables, and UnknownEndError if the answer to the commit was lost and the server cannot be asked, for the
+    duration of WAITS or until a signal.
     """
     token, number, is_committing = str(uuid4()), "", False
     try:
         with transaction.atomic(using=connection.alias, durable=True):
-            number = _begin(connection, timeouts, first, token)
+            number = _begin(connection, written, timeouts, first, token)
             yield
             is_committing = True
     except (DjangoDatabaseError, OperatorError, KeyboardInterrupt) as error:
@@ -88,15 +122,16 @@ def certain_transaction(
         logger.warning("interrupted during the commit, which succeeded: %s", errors.describe(error))
 
 
-def _begin(connection: BaseDatabaseWrapper, timeouts: Timeouts | None, first: Iterable[str], token: str) -> str:
+def _begin(
+    connection: BaseDatabaseWrapper, written: WrittenTables, timeouts: Timeouts | None, first: Iterable[str], token: str
+) -> str:
     settings = [_SETTINGS.format(lock=timeouts.lock, statement=timeouts.statement)] if timeouts else []
-    token_is_there = f"INSERT INTO committed_transaction (token) VALUES ('{token}')"
+    written = written._replace(whole=("committed_transaction", *written.whole))
+    number = require_trusted_writes(connection, written, *settings, *first)
     with connection.cursor() as cursor:
-        cursor.execute("; ".join([*settings, *first, token_is_there, _NUMBER]))
-        while cursor.nextset():
-            """Skip to the last result, which is the number."""
-        (number,) = cursor.fetchone()
-    return str(number)
+        # Its triggers are among those that were asked for.
+        cursor.execute("INSERT INTO committed_transaction (token) VALUES (%s)", [token])
+    return number
 
 
 def _is_committed_after_all(connection: BaseDatabaseWrapper, number: str, token: str) -> bool:

@@ -24,8 +24,11 @@ Other code is called whatever the search path says, and belongs to a table, a fo
 
 Where a row-level policy holds for the session's role, no run begins.
 
-What a trigger or a foreign key takes may be granted, so either may come while a run goes on. Each batch asks for these
-again, once the tables that it writes are locked against both: see `crm.runs.lease.batch`.
+What a trigger or a foreign key takes may be granted, so either may come while a run goes on. Each transaction that
+writes asks for these again, once its tables are locked against both: see `crm.postgres.transactions`. It asks, but
+locks nothing, where the role has no right to lock: for a table that it may only read and that a foreign key writes when
+a contact is deleted, such as crm_interactions, and for a partition of a table into which it may only insert. There, a
+trigger that comes after the answer may be called until the transaction ends.
 
 Temporary objects are no way in: PostgreSQL looks for no function and no operator among them, and tables of ours or of
 the application come before them.
@@ -33,7 +36,8 @@ the application come before them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import psycopg
@@ -78,9 +82,7 @@ WITH RECURSIVE trusted(role) AS (
 ), untrusted(role) AS (
   SELECT oid FROM pg_roles WHERE oid NOT IN (SELECT role FROM trusted)
 ), written(oid) AS (
-  SELECT c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
-   WHERE nspname = {legacy_schema} AND relname = ANY({written})
-         OR nspname = {own_schema} AND relkind IN ('r', 'p', 'v', 'm', 'f')
+  {first}
    UNION
   SELECT next.oid FROM written CROSS JOIN LATERAL (
     -- Partitions and other children, which are written with their parent.
@@ -114,8 +116,12 @@ SELECT DISTINCT 'called', format('the function %s in the trigger %I of %s', func
  WHERE tgrelid = ANY (ARRAY(SELECT oid FROM written)) AND NOT tgisinternal AND tgenabled <> 'D'
    AND proowner IN (SELECT role FROM untrusted)
 """
-# In one round trip: every batch asks. Most of the time that this takes is that of the planner.
-_OF_BATCH = f"{_ROLES_AND_WRITTEN}{_ADDED} ORDER BY 2"
+# Most of the time that this takes is that of the planner.
+_OF_TRANSACTION = f"{_ROLES_AND_WRITTEN}{_ADDED} ORDER BY 2"
+_NAMED_TABLES = "SELECT named.oid::oid FROM unnest({written}::regclass[]) AS named(oid)"
+_WRITTEN_TABLES = """SELECT c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
+   WHERE nspname = {legacy_schema} AND relname = ANY({written})
+         OR nspname = {own_schema} AND relkind IN ('r', 'p', 'v', 'm', 'f')"""
 # In one round trip: every connection asks.
 #
 # `tables` are those that a statement of ours may come to, `parts` what belongs to them, and `needs` the types,
@@ -263,14 +269,36 @@ class UntrustedCodeError(OperatorError):
     """Our statements would call code of a role that is not trusted."""
 
 
-def require_still_trusted(connection: BaseDatabaseWrapper) -> None:
-    """Raise UntrustedCodeError if an untrusted role has added a trigger or foreign key since the connection was made.
+def require_still_trusted(connection: BaseDatabaseWrapper, *tables: str) -> None:
+    """Raise UntrustedCodeError if an untrusted role has added a trigger or foreign key to the tables.
 
-    Everything else takes the ownership of a table, type or schema, which the connection has refused.
+    Everything else takes the ownership of a table, type or schema, which the connection has refused. Without a lock, a
+    role can add one after this: see `crm.postgres.transactions`.
     """
     connection.ensure_connection()
     with connection.wrap_database_errors:
-        _require_none(connection.connection, _OF_BATCH, settings.LEGACY_SCHEMA)
+        cursor = connection.connection.execute(query_of_added(*tables), prepare=False)
+        cursor.nextset()
+        require_none(cursor.fetchall())
+
+
+@cache
+def query_of_added(*tables: str) -> str:
+    """Return the statements that find triggers and foreign keys of untrusted roles on tables; see `require_none`.
+
+    The tables are named as in the search path.
+    """
+    return _composed(_OF_TRANSACTION, _NAMED_TABLES, settings.LEGACY_SCHEMA, tables)
+
+
+def require_none(found: Iterable[tuple[Any, ...]]) -> None:
+    """Raise UntrustedCodeError if a query of this module has found any."""
+    by_kind: dict[str, list[tuple[Any, ...]]] = {}
+    for kind, *row in found:
+        by_kind.setdefault(kind, []).append(tuple(row))
+    for kind, message in _MESSAGES.items():
+        if kind in by_kind:
+            raise UntrustedCodeError(f"{message(by_kind[kind])} Nothing is written from here on.")
 
 
 def require_trusted(session: psycopg.Connection, schemas: Sequence[str], legacy_schema: str) -> None:
@@ -280,26 +308,26 @@ def require_trusted(session: psycopg.Connection, schemas: Sequence[str], legacy_
     application's tables. For the schemas to be looked at safely, the search path has to be SAFE_SEARCH_PATH. The
     transaction's statements are not compiled (`jit`) afterwards.
     """
-    _require_none(session, _OF_CONNECTION, legacy_schema, schemas)
-
-
-def _require_none(session: psycopg.Connection, query: str, legacy_schema: str, schemas: Sequence[str] = ()) -> None:
-    found: dict[str, list[tuple[Any, ...]]] = {}
-    composed = sql.SQL(query).format(
-        schemas=list(schemas),
-        legacy_schema=legacy_schema,
-        own_schema=settings.BACKFILL_SCHEMA,
-        application=list(_APPLICATION),
-        written=list(_WRITTEN),
-        function=try_execute.SIGNATURE,
+    cursor = session.execute(
+        _composed(_OF_CONNECTION, _WRITTEN_TABLES, legacy_schema, _WRITTEN, schemas), prepare=False
     )
-    cursor = session.execute(composed, prepare=False)
     cursor.nextset()
-    for kind, *row in cursor.fetchall():
-        found.setdefault(kind, []).append(tuple(row))
-    for kind, message in _MESSAGES.items():
-        if kind in found:
-            raise UntrustedCodeError(f"{message(found[kind])} Nothing is written from here on.")
+    require_none(cursor.fetchall())
+
+
+def _composed(query: str, first: str, legacy_schema: str, written: Sequence[str], schemas: Sequence[str] = ()) -> str:
+    return (
+        sql.SQL(query.replace("{first}", first))
+        .format(
+            schemas=list(schemas),
+            legacy_schema=legacy_schema,
+            own_schema=settings.BACKFILL_SCHEMA,
+            application=list(_APPLICATION),
+            written=list(written),
+            function=try_execute.SIGNATURE,
+        )
+        .as_string()
+    )
 
 
 def _told_of_strangers(found: Sequence[tuple[Any, ...]]) -> str:

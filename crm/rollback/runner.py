@@ -122,7 +122,7 @@ def roll_back(
         run = _require_run(run_id, facts, may_take_over=not dry_run)
         entries = _require_entries(run)
         later_runs, kept_of = _later_runs(run)
-        require_still_trusted(connection)
+        require_still_trusted(connection, "crm_contacts")
         find_foreign_keys(connection)
         reader = Reader.of(connection, facts, run)
         _require_rights(run, dry_run=dry_run)
@@ -346,7 +346,8 @@ def _claim(run: BackfillRun, facts: DatabaseFacts) -> BackfillRun:
         BackfillRun.Kind.ROLLBACK,
         {"rolls_back": run.pk},
         facts.generation,
-        also=lambda rollback: Rollback.objects.create(run=rollback, of=run),
+        lambda rollback: Rollback.objects.create(run=rollback, of=run),
+        "rollback",
     )
 
 

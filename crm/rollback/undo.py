@@ -28,8 +28,8 @@ from crm.outcome import Outcome, Totals, UpdateOutcome
 from crm.postgres.apart import write_apart
 from crm.postgres.facts.columns import COLUMN
 from crm.postgres.facts.foreign_keys import (
-    KEEP_FOREIGN_KEYS,
     Reference,
+    find_cascades,
     find_foreign_keys,
     is_unreferenced,
     referring_tables,
@@ -61,7 +61,6 @@ from crm.runs import lease
 from crm.runs.other_rules import OtherRules
 from crm.try_execute import try_execute
 
-_LOCK_HISTORY = "LOCK TABLE crm_stage_history IN ROW EXCLUSIVE MODE"
 _SEEN_COLUMNS = {"id": "text[]", "version": "text[]"}
 _SEEN = unnest("seen", _SEEN_COLUMNS)
 _AS_SEEN = "c.id = seen.id AND c.xmin = seen.version::xid"
@@ -296,7 +295,7 @@ class DryRunUndoer:
         records = self._reader.updates_of_run(sorted({entry.contact_id for entry in page.entries if entry.contact_id}))
         restored = assess_changes(records, self._reader).restored if records else {}
         assessed = assess(page, self._reader, restored)
-        require_still_trusted(self._connection)
+        require_still_trusted(self._connection, "crm_contacts")
         references = _excluding_history(find_foreign_keys(self._connection), _history_of(restored.values()))
         kept = _find_kept(self._connection, references, assessed.deletable)
         gone = {contact_id for contact_id in assessed.deletable if kept.get(contact_id) == ""}
@@ -318,6 +317,7 @@ class DatabaseUndoer:
         self._connection = connection
         self._reader = reader
         self._rollback_id = rollback_id
+        self._cascades: Sequence[str] | None = None
 
     def undo(self, page: Page) -> Reverted:
         """Undo a batch of entries. Contacts, entries, counts and heartbeat are committed together.
@@ -326,7 +326,9 @@ class DatabaseUndoer:
         gone, and django.db.DatabaseError for a transient error. Nothing of the batch is undone then.
         """
         assessed = assess(page, self._reader)
-        with self._batch():
+        if self._cascades is None:
+            self._cascades = find_cascades(self._connection)
+        with self._batch(*self._cascades):
             reverted = self._revert(assessed)
             self._forget_entries(reverted.reversed_ids)
             self._execute(_FORGET_UPDATES_OF, [entry.id for entry in reverted.reversed_entries(Outcome.CREATED)])
@@ -339,7 +341,7 @@ class DatabaseUndoer:
         Raises the errors of `undo`.
         """
         assessed = assess_changes(records, self._reader)
-        with self._batch(_LOCK_HISTORY):
+        with self._batch("crm_stage_history"):
             restored, refused = self._apart(sorted(assessed.restored), lambda ids: self._restore(ids, assessed))
             reverted = _conclude_updates(assessed, restored, refused)
             gone = [record for contact in sorted(restored) for record in assessed.restored[contact].records]
@@ -351,8 +353,9 @@ class DatabaseUndoer:
             self._count(reverted)
         return reverted
 
-    def _batch(self, *locks: str) -> AbstractContextManager[Totals]:
-        return lease.batch(self._connection, self._rollback_id, Timeouts(), KEEP_FOREIGN_KEYS, *locks)
+    def _batch(self, *written: str) -> AbstractContextManager[Totals]:
+        written = ("crm_contacts", "contact_update", "rollback", *written)
+        return lease.batch(self._connection, self._rollback_id, Timeouts(), *written)
 
     def _forget_entries(self, ids: list[str]) -> None:
         """Delete entries, so that their rows are pending again.

@@ -26,6 +26,7 @@ from crm.outcome import NUMBERS
 from crm.postgres import errors
 from crm.postgres.snapshot import in_pages
 from crm.postgres.transactions import Timeouts, certain_transaction
+from crm.runs import lease
 
 #: The statuses that an operator may give a run, by its current status. Only the run's own process sets `finished` and
 #: `failed`.
@@ -140,7 +141,7 @@ def act(action: str, run_id: int) -> BackfillRun:
     target = ACTIONS[action]
     allowed = [status for status, targets in TRANSITIONS.items() if target in targets]
     timeouts = Timeouts(lock=round(PATIENCE * 1000))
-    with as_operator_error(run_id), certain_transaction(connection, timeouts):
+    with as_operator_error(run_id), certain_transaction(connection, lease.RUNS, timeouts):
         changed = BackfillRun.objects.filter(pk=run_id, status__in=allowed).update(
             status=target, finished_at=Coalesce("finished_at", Now())
         )

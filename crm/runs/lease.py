@@ -11,7 +11,7 @@ from __future__ import annotations
 import getpass
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -27,8 +27,7 @@ from crm.models import BackfillRun, CommittedTransaction
 from crm.models.ledger import RunStatus
 from crm.outcome import Totals
 from crm.postgres import errors
-from crm.postgres.transactions import Timeouts, certain_transaction
-from crm.postgres.trust import require_still_trusted
+from crm.postgres.transactions import Timeouts, WrittenTables, certain_transaction, require_trusted_writes
 from crm.runs.process import ProcessIdentity
 from crm.version import RULES, VERSION
 
@@ -36,6 +35,8 @@ HEARTBEAT_LASTS = timedelta(minutes=5)
 #: Minimum age at which the tokens of committed transactions are deleted.
 TOKENS_LAST = timedelta(days=1)
 _TAKEN_OVER = "taken over"
+#: What is written where only the run changes.
+RUNS = WrittenTables(("backfill_run",))
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +56,11 @@ def claim(
     options: Mapping[str, Any],
     generation: str,
     also: Callable[[BackfillRun], object] = lambda _run: None,
+    *written: str,
 ) -> BackfillRun:
     """Create and return the record of a run, which takes the lease; call `also` with it in the same transaction.
+
+    `written` are the tables that `also` writes.
 
     A run whose process is dead is taken over. Raises AnotherRunError if any other run holds the lease.
     """
@@ -77,7 +81,7 @@ def claim(
         process_started=process.started,
     )
     try:
-        with certain_transaction(connection):
+        with certain_transaction(connection, WrittenTables(("backfill_run", *written))):
             dead = []
             for holder in BackfillRun.objects.holding():
                 if not take_over_if_dead(holder):
@@ -100,12 +104,15 @@ def claim(
 
 
 @contextmanager
-def between_runs() -> Iterator[None]:
+def between_runs(*written: str) -> Iterator[None]:
     """Open a transaction during which no run is in progress and none can start.
 
-    A run whose process is dead is ended first. Raises AnotherRunError if another run is in progress.
+    `written` are the tables that the block writes. A run whose process is dead is ended first.
+
+    Raises AnotherRunError if another run is in progress.
     """
-    with certain_transaction(connection, None, "LOCK TABLE backfill_run IN SHARE ROW EXCLUSIVE MODE"):
+    no_other = "LOCK TABLE backfill_run IN SHARE ROW EXCLUSIVE MODE"
+    with certain_transaction(connection, WrittenTables(("backfill_run", *written)), None, no_other):
         for run in BackfillRun.objects.running():
             if not take_over_if_dead(run):
                 raise AnotherRunError(_who_holds(run))
@@ -113,17 +120,19 @@ def between_runs() -> Iterator[None]:
 
 
 @contextmanager
-def batch(connection: BaseDatabaseWrapper, run_id: int, timeouts: Timeouts, *first: str) -> Iterator[Totals]:
+def batch(
+    connection: BaseDatabaseWrapper, run_id: int, timeouts: Timeouts, *written: str, inserted: Iterable[str] = ()
+) -> Iterator[Totals]:
     """Run one batch in its own transaction, which also commits the counts and the heartbeat of the run.
 
-    Yields the counts, to which the batch adds. `first` are statements to execute first. They must lock the written
-    tables as a writer does: then no untrusted role can add a trigger or foreign key before the end of the batch.
+    Yields the counts, to which the batch adds. `written` and `inserted` are the tables that it writes besides the
+    ledger and the run, as for `WrittenTables`.
 
-    Raises LeaseLostError if the run has lost the lease, UntrustedCodeError if there is such a trigger or foreign key,
-    and the errors of `certain_transaction`. Nothing of the batch is written then.
+    Raises LeaseLostError if the run has lost the lease, and the errors of `certain_transaction`. Nothing of the batch
+    is written then.
     """
-    with certain_transaction(connection, timeouts, *first):
-        require_still_trusted(connection)
+    tables = WrittenTables(("backfill_run", "ledger_entry", *written), tuple(inserted))
+    with certain_transaction(connection, tables, timeouts):
         totals = Totals()
         yield totals
         renew(run_id, totals)
@@ -146,6 +155,13 @@ def renew(run_id: int, totals: Totals) -> None:
         raise LeaseLostError(run_id)
 
 
+def keep_alive(run_id: int) -> None:
+    """Renew the heartbeat between two batches. Raises LeaseLostError, and UntrustedCodeError as a batch does."""
+    with transaction.atomic():
+        require_trusted_writes(connection, RUNS)
+        renew(run_id, Totals())
+
+
 def why_not_held(run_id: int) -> str | None:
     """Return why a run has lost the lease, or None if it still holds it."""
     status = BackfillRun.objects.filter(pk=run_id).values_list("status", flat=True).first()
@@ -154,7 +170,7 @@ def why_not_held(run_id: int) -> str | None:
 
 def release(run_id: int, status: RunStatus, **results: Any) -> bool:
     """End a run with a status and results. Returns False, with nothing changed, if it has lost the lease."""
-    with certain_transaction(connection):
+    with certain_transaction(connection, RUNS):
         ended = BackfillRun.objects.running().filter(pk=run_id).update(status=status, finished_at=Now(), **results)
     return bool(ended)
 
@@ -176,7 +192,9 @@ def kept(run_id: int | None) -> Iterator[None]:
         with connection.cursor() as cursor:
             cursor.execute("SELECT FROM backfill_run WHERE id = %s FOR KEY SHARE", [run_id])
         yield
-    BackfillRun.objects.running().filter(pk=run_id).update(heartbeat_at=Now())
+    with transaction.atomic():
+        require_trusted_writes(connection, RUNS)
+        BackfillRun.objects.running().filter(pk=run_id).update(heartbeat_at=Now())
 
 
 def take_over_if_dead(run: BackfillRun) -> bool:
@@ -185,6 +203,7 @@ def take_over_if_dead(run: BackfillRun) -> bool:
     running = BackfillRun.objects.running().filter(pk=run.pk)
     why = "its process is gone" if gone else "no heartbeat for five minutes"
     with transaction.atomic():
+        require_trusted_writes(connection, RUNS)
         if not gone:
             # A locked record belongs to a run that is counting (see `kept`) or committing a batch.
             silent = running.filter(heartbeat_at__lt=Now() - HEARTBEAT_LASTS).select_for_update(skip_locked=True)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from django.conf import settings
 from django.db import Error as DjangoDatabaseError
-from django.db import connection
+from django.db import connection, transaction
 
 from crm.errors import OperatorError
 from crm.interruption import STOPPED_IN_A_BATCH, InterruptedRunError, Interruption, StoppedError
@@ -25,6 +25,7 @@ from crm.models import BackfillRun
 from crm.models.ledger import RunStatus
 from crm.postgres import errors
 from crm.postgres.errors import UnknownEndError
+from crm.postgres.transactions import require_trusted_writes
 from crm.runs import lease, retrying
 from crm.runs.garbage import seldom_collected
 from crm.runs.lease import LeaseLostError
@@ -176,7 +177,9 @@ class Lifecycle:
         if found is None:
             return _failed(ending._replace(failure=None), f"the record of run {self.run.pk} was deleted meanwhile")
         # The process that ended it did not count.
-        record.update(**results)
+        with transaction.atomic():
+            require_trusted_writes(connection, lease.RUNS)
+            record.update(**results)
         if ending.status == RunStatus.FAILED:
             return ending
         status, failure = found

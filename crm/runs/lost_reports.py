@@ -14,6 +14,8 @@ from django.db import DatabaseError, connection, transaction
 
 from crm.models import BackfillRun
 from crm.models.ledger import RunStatus
+from crm.postgres.transactions import require_trusted_writes
+from crm.postgres.trust import UntrustedCodeError
 from crm.runs import lease
 
 #: How long `noted` waits for a lock on the run's record.
@@ -49,7 +51,8 @@ def noted(run_id: int | None, reported: Sequence[LostReport]) -> Iterator[None]:
     yield
     # Without a connection, closing the record failed as well, and a new connection may have to wait for the same lock.
     if run_id is not None and connection.connection is not None:
-        with suppress(DatabaseError, KeyboardInterrupt), transaction.atomic():
+        with suppress(DatabaseError, UntrustedCodeError, KeyboardInterrupt), transaction.atomic():
             with connection.cursor() as cursor:
                 cursor.execute(f"SET LOCAL lock_timeout = '{MAX_WAIT}'")
+            require_trusted_writes(connection, lease.RUNS)
             BackfillRun.objects.filter(pk__in=[run_id, *(lost.run_id for lost in reported)]).update(report_lost=False)

@@ -12,14 +12,19 @@ from psycopg.errors import LockNotAvailable
 
 from config import embedded
 from crm.backfill.latecomers import Latecomers
+from crm.conflicts.resolving import belongs_to
 from crm.models import BackfillRun, CRMContact
+from crm.models.ledger import RunStatus
 from crm.postgres.facts.schema import examine
 from crm.postgres.trust import UntrustedCodeError
 from crm.rollback.ahead import Page
 from crm.rollback.reader import Reader
 from crm.rollback.runner import roll_back
 from crm.rollback.undo import DryRunUndoer
-from tests.conftest import Database
+from crm.rules.row_reference import RowReference
+from crm.runs import control, lease
+from crm.runs.lost_reports import noted
+from tests.conftest import LEGACY_TABLES, Database
 from tests.support.builders import add_lead, add_profile, add_user, contacts
 from tests.support.commands import each_statement
 from tests.support.processes import database_url, session
@@ -79,7 +84,8 @@ def was_called(schema: str) -> bool:
 
 
 def trust_everyone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("crm.postgres.trust._require_none", lambda *_: None)
+    for module in ("trust", "transactions"):
+        monkeypatch.setattr(f"crm.postgres.{module}.require_none", lambda _found: None)
 
 
 def put_right(line: str) -> None:
@@ -572,6 +578,8 @@ def test_a_column_of_a_type_of_others_that_refers_to_a_contact_is_refused(own_pu
 
 # What is made while a run goes on
 
+#: What the end of a run writes as well, which is then left to the next run.
+OF_THE_END = ("backfill_run", "committed_transaction")
 AT_WORK = {
     "a run": (RUN, "crm_contacts"),
     "an update": (UPDATE, "crm_contacts"),
@@ -579,6 +587,19 @@ AT_WORK = {
     "a rollback": ((*ROLLBACK, "1"), "crm_contacts"),
     "a rollback of an update": ((*ROLLBACK, "2"), "crm_contacts"),
     "the history in a rollback of an update": ((*ROLLBACK, "2"), "crm_stage_history"),
+    # A foreign key deletes from these with a contact.
+    "the history in a rollback": ((*ROLLBACK, "1"), "crm_stage_history"),
+    "the interactions in a rollback": ((*ROLLBACK, "1"), "crm_interactions"),
+    **{f"the {table} of a run": (RUN, table) for table in ("ledger_entry", "backfill_batch", *OF_THE_END)},
+    **{
+        f"the {table} of an update": (UPDATE, table)
+        for table in ("ledger_entry", "backfill_batch", "contact_update", *OF_THE_END)
+    },
+    "the changes of a run that recreates": ((*RUN, "--recreate-deleted"), "contact_update"),
+    **{
+        f"the {table} of a rollback": ((*ROLLBACK, "1"), table)
+        for table in ("ledger_entry", "contact_update", "rollback", *OF_THE_END)
+    },
 }
 
 
@@ -591,20 +612,21 @@ def at_work(name: str) -> Iterator[tuple[tuple[str, ...], str]]:
         assert ended_on(database_url(), *RUN) == (0, "")
         converted = "UPDATE leads SET status = 'CONVERTED', \"updatedAt\" = now() WHERE id = '{}'"
         as_owner(*map(converted.format, leads))
+    if "--recreate-deleted" in command:
+        as_owner("DELETE FROM crm_contacts")
     if command[0] == ROLLBACK[0]:
         add_lead("new@example.com")
         assert ended_on(database_url(), *UPDATE) == (0, "")
         with session() as observer:
             runs = observer.execute("SELECT id::text FROM backfill_run run ORDER BY run.id").fetchall()
         command = (*ROLLBACK, *runs[int(command[-1]) - 1])
-    made = (
-        f"CREATE TRIGGER mine BEFORE INSERT OR UPDATE OR DELETE ON public.{table} "
-        "FOR EACH ROW EXECUTE FUNCTION evil.called()"
-    )
+    schema = "public" if table in LEGACY_TABLES else "crm_backfill"
+    made = f"CREATE TRIGGER mine BEFORE INSERT OR UPDATE OR DELETE ON {schema}.{table} EXECUTE FUNCTION evil.called()"
     try:
         with attacker(
             f"GRANT USAGE ON SCHEMA public TO {ATTACKER}",
-            f"GRANT TRIGGER ON crm_contacts, crm_stage_history TO {ATTACKER}",
+            f"GRANT USAGE ON SCHEMA crm_backfill TO {ATTACKER}",
+            f"GRANT TRIGGER ON ALL TABLES IN SCHEMA public, crm_backfill TO {ATTACKER}",
             f"CREATE SCHEMA evil AUTHORIZATION {ATTACKER}",
         ):
             with session(ATTACKER) as own:
@@ -652,14 +674,19 @@ def test_a_trigger_that_is_made_during_a_run_ends_it_before_its_next_batch(own_p
                 own.commit()
 
         with in_the_second_batch(act, after_its_beginning=False):
-            code, _ = ended_on(database_url(), *command)
+            code, output = ended_on(database_url(), *command)
         assert not was_called("evil")
         assert code == 5
-        with session() as observer:
-            ((failure,),) = observer.execute("SELECT failure FROM backfill_run ORDER BY id DESC LIMIT 1").fetchall()
-        assert f"the function evil.called() in the trigger mine of {made.split(' ON ')[1].split(' ')[0]}" in failure
-        assert "DROP TRIGGER mine ON" in failure
-        assert "Nothing is written from here on" in failure
+        table = made.split(" ON ")[1].split(" ")[0]
+        told = [output]
+        if not table.endswith(OF_THE_END):
+            with session() as observer:
+                ((failure,),) = observer.execute("SELECT failure FROM backfill_run ORDER BY id DESC LIMIT 1").fetchall()
+            told.append(failure)
+        for failure in told:
+            assert f"the function evil.called() in the trigger mine of {table}" in failure
+            assert "DROP TRIGGER mine ON" in failure
+            assert "Nothing is written from here on" in failure
 
 
 @pytest.mark.parametrize("name", AT_WORK)
@@ -675,6 +702,53 @@ def test_nobody_makes_a_trigger_between_the_check_of_a_batch_and_its_end(own_pub
         with in_the_second_batch(act, after_its_beginning=True):
             code, _ = ended_on(database_url(), *command)
         assert code == 0
+
+
+def keep(run: int) -> None:
+    with lease.kept(run):
+        pass
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        control.cancel,
+        keep,
+        lease.keep_alive,
+        lambda run: lease.release(run, RunStatus.FINISHED),
+        lambda run: lease.take_over_if_dead(BackfillRun.objects.get(pk=run)),
+        lambda run: belongs_to(RowReference("leads", str(run)), "c1"),
+    ],
+    ids=["cancel", "keep", "keep alive", "release", "take over", "resolve"],
+)
+def test_whatever_else_writes_the_record_of_a_run_asks_for_its_triggers(
+    own_public: Database, write: Callable[[int], object]
+) -> None:
+    connection.ensure_connection()
+    with at_work("the backfill_run of a run") as (command, made):
+        assert ended_on(database_url(), *command) == (0, "")
+        run = BackfillRun.objects.latest("id")
+        BackfillRun.objects.update(status=RunStatus.RUNNING, process_id=0)
+        with session(ATTACKER) as own:
+            own.execute(made.encode())
+            own.commit()
+        with pytest.raises(UntrustedCodeError, match=r"mine of crm_backfill\.backfill_run"):
+            write(run.pk)
+        assert not was_called("evil")
+        assert BackfillRun.objects.get(pk=run.pk).status == RunStatus.RUNNING
+
+
+def test_a_report_is_noted_in_no_record_whose_triggers_are_not_trusted(own_public: Database) -> None:
+    connection.ensure_connection()
+    with at_work("the backfill_run of a run") as (command, made):
+        assert ended_on(database_url(), *command) == (0, "")
+        run = BackfillRun.objects.latest("id")
+        with session(ATTACKER) as own:
+            own.execute(made.encode())
+            own.commit()
+        with noted(run.pk, []):
+            pass
+        assert not was_called("evil")
 
 
 def test_a_member_that_may_nothing_by_it_is_not_trusted(own_public: Database) -> None:

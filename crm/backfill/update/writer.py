@@ -24,7 +24,7 @@ from crm.outcome import Refusal, Source, Totals
 from crm.postgres.apart import write_apart
 from crm.postgres.errors import SettledMeanwhileError
 from crm.postgres.refusals import in_words, names_of_the_schema
-from crm.postgres.transactions import Timeouts, lock_as_a_writer
+from crm.postgres.transactions import Timeouts
 from crm.rules.mapping import ATTRIBUTION_UNIT, ContactDraft, MappedRow, Rules, contact_id, referrer
 from crm.rules.matching import COMMISSION_UNIT
 from crm.rules.updating import EMAIL, FIELDS_OF_CHANGE, REFUSED, Change, Look, decide, rows_of, totals_of
@@ -39,7 +39,7 @@ REASON = "CRM contacts backfill"
 _FIELDS = {field.attname: field for field in CRMContact._meta.concrete_fields}
 _STEP_FIELDS = {field.attname: field for field in CRMStageHistory._meta.concrete_fields}
 _WRITTEN = tuple(dict.fromkeys(name for fields in FIELDS_OF_CHANGE.values() for name in fields))
-_LOCKS = (lock_as_a_writer("crm_contacts"), lock_as_a_writer("crm_stage_history"))
+_INSERTED = ("crm_contacts", "crm_stage_history")
 # ON CONFLICT without a target, because naming the key requires the right to read it.
 _HISTORY = """
 INSERT INTO crm_stage_history (id, "contactId", "fromStage", "toStage", reason, "createdAt")
@@ -125,7 +125,9 @@ class UpdateWriter:
         Nothing of the batch is written then.
         """
         started = time.monotonic()
-        with lease.batch(self._connection, self._run_id, self._timeouts, *_LOCKS) as totals:
+        with lease.batch(
+            self._connection, self._run_id, self._timeouts, "backfill_batch", "contact_update", inserted=_INSERTED
+        ) as totals:
             for rows in pages:
                 changes = self._write_rows(source, rows)
                 self._record(changes)
@@ -138,7 +140,7 @@ class UpdateWriter:
 
     def keep_alive(self) -> None:
         """Renew the heartbeat without a batch. Raises lease.LeaseLostError."""
-        lease.renew(self._run_id, Totals())
+        lease.keep_alive(self._run_id)
 
     def _write_rows(self, source: Source, rows: Sequence[MappedRow]) -> list[Change]:
         """Decide and write the changes of rows. If a contact changed concurrently, its rows are revisited.

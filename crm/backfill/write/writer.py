@@ -23,7 +23,7 @@ from crm.outcome import Outcome, Reason, Refusal, RowOutcome, Source, Totals
 from crm.postgres.apart import Bisection, refusal_of_writing, refuses_all
 from crm.postgres.errors import RewrittenError, SettledMeanwhileError
 from crm.postgres.refusals import MAX_ALIKE, AlikeRefusals, names_of_the_schema
-from crm.postgres.transactions import Timeouts, lock_as_a_writer
+from crm.postgres.transactions import Timeouts
 from crm.rules.mapping import ATTRIBUTION_UNIT, ContactDraft, MappedRow, has_no_referrer_sql
 from crm.rules.matching import ASSIGNMENT_UNIT, COMMISSION_UNIT, PROFILE_FILLS
 from crm.runs import lease
@@ -228,7 +228,8 @@ class BatchWriter:
         written then.
         """
         started = time.monotonic()
-        with lease.batch(self._connection, self.run_id, self._timeouts, lock_as_a_writer("crm_contacts")) as totals:
+        written = ("backfill_batch", *(["contact_update"] if self._replaces_entries else []))
+        with lease.batch(self._connection, self.run_id, self._timeouts, *written, inserted=["crm_contacts"]) as totals:
             # A copy, so that a retry of the batch starts with the state after the previous batch.
             alike = replace(self._alike)
             for rows in pages:
@@ -249,7 +250,7 @@ class BatchWriter:
 
     def keep_alive(self) -> None:
         """Renew the heartbeat without a batch. Raises lease.LeaseLostError."""
-        lease.renew(self.run_id, Totals())
+        lease.keep_alive(self.run_id)
 
     def _upsert_apart(self, rows: Sequence[MappedRow], alike: AlikeRefusals) -> UpsertResult:
         """Upsert the rows. If PostgreSQL refuses one, bisect until it is alone, so that the others are written.

@@ -18,8 +18,6 @@ from crm.errors import OperatorError
 
 #: The tables and columns of the application, in any generation, that refer to a contact's id.
 KNOWN = (("crm_interactions", "contactId"), ("crm_stage_history", "contactId"))
-#: Prevents new foreign keys to contacts until the transaction ends. The lock is that of any writer.
-KEEP_FOREIGN_KEYS = "LOCK TABLE crm_contacts IN ROW EXCLUSIVE MODE"
 # PostgreSQL does not compare columns of different collations. The one of the referring column allows to use its index.
 _COLLATION = """
 CASE WHEN 0 NOT IN ({theirs}.attcollation, {ours}.attcollation) AND {theirs}.attcollation <> {ours}.attcollation
@@ -56,6 +54,14 @@ SELECT k.conrelid::regclass::text,
  WHERE k.contype = 'f' AND k.conparentid = 0 AND n.nspname = %s AND c.relname = 'crm_contacts'
  ORDER BY 1, 2
 """.format(collation=_COLLATION.format(theirs="theirs", ours="ours"))
+_CASCADES = """
+SELECT DISTINCT k.conrelid::regclass::text
+  FROM pg_constraint k JOIN pg_class c ON c.oid = k.conrelid
+ WHERE k.contype = 'f' AND k.confrelid = 'crm_contacts'::regclass AND k.confdeltype IN ('c', 'n', 'd')
+   AND has_schema_privilege(c.relnamespace, 'USAGE')
+   AND has_table_privilege(k.conrelid, 'INSERT, UPDATE, DELETE, TRUNCATE')
+ ORDER BY 1
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +101,16 @@ def find_foreign_keys(connection: BaseDatabaseWrapper) -> list[Reference]:
             "ROLE ... BYPASSRLS as a superuser."
         )
     return [Reference(table, condition) for table, condition, _, _ in found]
+
+
+def find_cascades(connection: BaseDatabaseWrapper) -> list[str]:
+    """Return the tables whose foreign key writes them when a contact is deleted, as far as this role may lock them.
+
+    Their triggers on statements are called although no row refers to the contact.
+    """
+    with connection.cursor() as cursor:
+        cursor.execute(_CASCADES)
+        return [table for (table,) in cursor.fetchall()]
 
 
 def is_unreferenced(references: Sequence[Reference]) -> str:
