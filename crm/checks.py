@@ -17,7 +17,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 
 from config.database import quoted_name
 from crm import try_execute
-from crm.errors import OperatorError
+from crm.errors import OperatorError, listed
 from crm.postgres.errors import as_operator_error
 from crm.postgres.facts.columns import OPTIONAL_TABLES, REQUIRED_COLUMNS
 from crm.postgres.facts.requirements import CONTACTS, HISTORY
@@ -45,8 +45,6 @@ EXCESS = "excess_rights"
 RUN = "run"
 #: The tags of the checks that `migrate` skips.
 NOT_FOR_MIGRATE = (EXCESS, RUN)
-#: The maximum number of names in a warning.
-_NAMED = 10
 #: The hint for a role that the server or the application needs.
 KEEP = "Do not change this role: docs/least_privilege.sql creates another one that has only the needed rights."
 SCRIPT = "docs/least_privilege.sql creates a role that has only the needed rights."
@@ -296,7 +294,7 @@ def _too_much(rights: _Rights, role: str) -> list[CheckMessage]:
         ("W008", "may create schemas in the database", _database_to_create_in(rights)),
     )
     messages: list[CheckMessage] = [
-        Warning(f"The role {role} {what}: {_listed(names)}.", hint=SCRIPT, id=f"crm.{number}")
+        Warning(f"The role {role} {what}: {listed(names)}.", hint=SCRIPT, id=f"crm.{number}")
         for number, what, names in found
         if names
     ]
@@ -401,7 +399,7 @@ def _triggers_of_others(rights: _Rights) -> list[CheckMessage]:
     parameters = [settings.LEGACY_SCHEMA, [CONTACTS, HISTORY], settings.BACKFILL_SCHEMA, list(OUR_TABLES)]
     where, statements = [], []
     for schema, table, roles, is_granted_on in rights.ask(query, parameters):
-        where.append(f"{schema}.{table} ({_listed([role or 'PUBLIC' for role in roles])})")
+        where.append(f"{schema}.{table} ({listed([role or 'PUBLIC' for role in roles])})")
         statements.append(
             f"REVOKE TRIGGER ON {quoted_name(schema)}.{quoted_name(table)} "
             f"FROM {', '.join(quoted_name(role) if role else 'PUBLIC' for role in roles)}"
@@ -437,7 +435,7 @@ def _references_of_others(rights: _Rights) -> list[CheckMessage]:
     return [
         Warning(
             f"Roles other than the owner may create foreign keys to {CONTACTS}: "
-            f"{_listed([role or 'PUBLIC' for role in roles])}. A rollback keeps contacts that a row refers to, and "
+            f"{listed([role or 'PUBLIC' for role in roles])}. A rollback keeps contacts that a row refers to, and "
             "every command refuses a foreign key of an untrusted role.",
             # This also revokes grants on columns.
             hint=f"REVOKE REFERENCES ON {quoted_name(settings.LEGACY_SCHEMA)}.{quoted_name(CONTACTS)} "
@@ -447,11 +445,6 @@ def _references_of_others(rights: _Rights) -> list[CheckMessage]:
         )
         for roles, is_granted_on in rights.ask(query, [settings.LEGACY_SCHEMA, CONTACTS])
     ]
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
 
 
 class _Power(NamedTuple):

@@ -1,6 +1,10 @@
 """Errors for the operator."""
 
+from collections.abc import Sequence
 from typing import ClassVar
+
+#: The maximum number of names in a list of names in a message.
+MAX_NAMED = 10
 
 
 class OperatorError(Exception):
@@ -11,3 +15,9 @@ class OperatorError(Exception):
     """
 
     exit_code: ClassVar[int] = 2
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the first MAX_NAMED names, and how many more there are."""
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return ", ".join(names[:MAX_NAMED]) + more

@@ -47,7 +47,7 @@ from psycopg import sql
 
 from config.database import quoted_name
 from crm import try_execute
-from crm.errors import OperatorError
+from crm.errors import MAX_NAMED, OperatorError, listed
 
 #: What to set before anything is asked: then no other schema has a say.
 SAFE_SEARCH_PATH = "pg_catalog, pg_temp"
@@ -177,6 +177,23 @@ _OF_CONNECTION = (
     FROM pg_type t JOIN pg_namespace n ON n.oid = typnamespace
    WHERE t.oid = ANY (ARRAY(SELECT oid FROM needs WHERE class = 'pg_type'::regclass))
      AND nspname <> 'pg_catalog' AND NOT (typcategory = 'A' AND typelem <> 0)
+), in_use(oid, schema, owner_of_schema) AS (
+  SELECT oid, nspname, nspowner FROM pg_namespace WHERE nspname = ANY({schemas}) OR nspname = {own_schema}
+), made(kind, schema, owner_of_schema, name, owner, has_name_of_postgresql, is_needed) AS (
+  SELECT 'ROUTINE', schema, owner_of_schema,
+         format('%I.%I(%s)', schema, proname, pg_get_function_identity_arguments(p.oid)), proowner,
+         EXISTS (SELECT FROM pg_proc own
+                  WHERE own.proname = p.proname AND own.pronamespace = 'pg_catalog'::regnamespace),
+         format('%I.%I(%s)', schema, proname, oidvectortypes(proargtypes)) = {function}
+    FROM pg_proc p JOIN in_use ON in_use.oid = pronamespace
+   UNION ALL
+  SELECT 'OPERATOR', schema, owner_of_schema,
+         format('%I.%s (%s, %s)', schema, oprname, COALESCE(format_type(NULLIF(oprleft, 0), NULL), 'NONE'),
+                format_type(oprright, NULL)), oprowner,
+         EXISTS (SELECT FROM pg_operator own
+                  WHERE own.oprname = p.oprname AND own.oprnamespace = 'pg_catalog'::regnamespace),
+         false
+    FROM pg_operator p JOIN in_use ON in_use.oid = oprnamespace
 )
 SELECT 'stranger', nspname::text, NULL::text, pg_get_userbyid(nspowner)::text, NULL::text FROM pg_namespace
  WHERE nspname = ANY({schemas}) AND nspowner NOT IN (SELECT role FROM trusted)
@@ -189,41 +206,16 @@ SELECT 'grant', n.nspname::text, g.rolname::text, pg_get_userbyid(n.nspowner),
  WHERE n.nspname = ANY({schemas}) AND a.privilege_type = 'CREATE'
    AND COALESCE(g.rolname <> current_user AND NOT pg_has_role(g.oid, n.nspowner, 'MEMBER'), true)
  UNION ALL
-SELECT 'planted', kind, format('%I.', n.nspname) || name, pg_get_userbyid(owner), NULL
-  FROM (SELECT 'ROUTINE' AS kind, pronamespace AS namespace, proowner AS owner,
-               format('%I(%s)', proname, pg_get_function_identity_arguments(p.oid)) AS name
-          FROM pg_proc p
-         WHERE EXISTS (SELECT FROM pg_proc own
-                        WHERE own.proname = p.proname AND own.pronamespace = 'pg_catalog'::regnamespace)
-         UNION ALL
-        SELECT 'OPERATOR', oprnamespace, oprowner,
-               format('%s (%s, %s)', oprname, COALESCE(format_type(NULLIF(oprleft, 0), NULL), 'NONE'),
-                      format_type(oprright, NULL))
-          FROM pg_operator p
-         WHERE EXISTS (SELECT FROM pg_operator own
-                        WHERE own.oprname = p.oprname AND own.oprnamespace = 'pg_catalog'::regnamespace)
-       ) planted
-  JOIN pg_namespace n ON n.oid = namespace
- WHERE n.nspname = ANY({schemas}) AND pg_get_userbyid(owner) <> current_user
-   AND NOT pg_has_role(owner, n.nspowner, 'MEMBER')
+SELECT 'planted', kind, name, pg_get_userbyid(owner), format('DROP %s %s;', kind, name) FROM made
+ WHERE schema = ANY({schemas}) AND has_name_of_postgresql AND pg_get_userbyid(owner) <> current_user
+   AND NOT pg_has_role(owner, owner_of_schema, 'MEMBER')
  UNION ALL
 -- In our own schema no name is PostgreSQL's: ours are called there, and another one of the same name may fit better.
 -- Without its function a run cannot be: `migrate` makes it once.
-SELECT 'ours', kind, format('%I.%s', {own_schema}, name), pg_get_userbyid(owner),
+SELECT 'ours', kind, name, pg_get_userbyid(owner),
        CASE WHEN is_needed THEN format('ALTER FUNCTION %s OWNER TO ...;', {function})
-            ELSE format('DROP %s %I.%s;', kind, {own_schema}, name) END
-  FROM (SELECT 'ROUTINE', pronamespace, proowner,
-               format('%I.%I(%s)', {own_schema}, proname, oidvectortypes(proargtypes)) = {function},
-               format('%I(%s)', proname, pg_get_function_identity_arguments(oid))
-          FROM pg_proc
-         UNION ALL
-        SELECT 'OPERATOR', oprnamespace, oprowner, false,
-               format('%s (%s, %s)', oprname, COALESCE(format_type(NULLIF(oprleft, 0), NULL), 'NONE'),
-                      format_type(oprright, NULL))
-          FROM pg_operator
-       ) AS made(kind, namespace, owner, is_needed, name)
- WHERE namespace = (SELECT oid FROM pg_namespace WHERE nspname = {own_schema})
-   AND owner IN (SELECT role FROM untrusted)
+            ELSE format('DROP %s %s;', kind, name) END
+  FROM made WHERE schema = {own_schema} AND owner IN (SELECT role FROM untrusted)
  UNION ALL
 SELECT 'called', name, NULL, pg_get_userbyid(relowner), format('ALTER TABLE %s OWNER TO ...;', name)
   FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace,
@@ -250,7 +242,7 @@ SELECT 'called', format('the type %s', name), NULL, pg_get_userbyid(typowner),
        format('ALTER TYPE %s OWNER TO ...;', name)
   FROM own_types WHERE typowner IN (SELECT role FROM untrusted)
  UNION ALL
--- With a type of somebody else's no statement has to do.
+-- The cast of a type that is refused itself is not reported.
 SELECT 'called', format('the function of the cast (%s AS %s)', f.name, t.name), NULL, pg_get_userbyid(proowner),
        format('DROP CAST (%s AS %s);', f.name, t.name)
   FROM pg_cast JOIN pg_proc p ON p.oid = castfunc
@@ -262,7 +254,7 @@ SELECT 'called', format('the function of the cast (%s AS %s)', f.name, t.name), 
  ORDER BY 1, 2, 3 NULLS FIRST
 """
 )
-_NAMED = 10
+_TRUSTED = "Trusted are superusers, the owners of the database and of crm_contacts, and the members of these."
 
 
 class UntrustedCodeError(OperatorError):
@@ -330,25 +322,25 @@ def _composed(query: str, first: str, legacy_schema: str, written: Sequence[str]
     )
 
 
-def _told_of_strangers(found: Sequence[tuple[Any, ...]]) -> str:
-    whose = ", ".join(f"{schema} belongs to {owner}" for schema, _, owner, _ in found)
+def _strangers(found: Sequence[tuple[Any, ...]]) -> str:
+    owners = ", ".join(f"{schema} belongs to {owner}" for schema, _, owner, _ in found)
     statements = " ".join(f"ALTER SCHEMA {quoted_name(schema)} OWNER TO ...;" for schema, *_ in found)
     return (
-        "The search path holds a schema of somebody who owns neither the database nor crm_contacts, and is no member "
-        f"of their owners: {whose}. A function or operator in it would be called in the place of PostgreSQL's own, "
-        "with the rights of this role. Have a look at what is in it. Then let a superuser give it to the database's "
-        f"owner with {statements} or drop it; one that only the role's own search_path names can be left out there."
+        f"The search path contains a schema of an untrusted role: {owners}. A function or operator in it would be "
+        f"called instead of PostgreSQL's own, with the rights of this role. {_TRUSTED} Inspect its contents. Then, as "
+        f"a superuser, run {statements} with the database's owner, or drop it. If only the role's own search_path "
+        "names it, remove it there."
     )
 
 
-def _told_of_others(found: Sequence[tuple[Any, ...]]) -> str:
+def _grants(found: Sequence[tuple[Any, ...]]) -> str:
     by_schema: dict[tuple[str, str], list[tuple[str | None, str]]] = {}
     for schema, role, owner, cascade in found:
         by_schema.setdefault((schema, owner), []).append((role, cascade))
-    whose, statements = [], []
+    schemas, statements = [], []
     for (schema, owner), grants in by_schema.items():
         roles = list(dict.fromkeys(role for role, _ in grants))
-        whose.append(f"{schema} of {owner} ({', '.join(role or 'PUBLIC, which is everyone' for role in roles)})")
+        schemas.append(f"{schema} of {owner} ({', '.join(role or 'PUBLIC, which is every role' for role in roles)})")
         cascade = max(cascade for _, cascade in grants)
         statements.append(
             f"REVOKE CREATE ON SCHEMA {quoted_name(schema)} "
@@ -356,52 +348,50 @@ def _told_of_others(found: Sequence[tuple[Any, ...]]) -> str:
         )
     first = next(iter(by_schema))[0]
     return (
-        f"Others than the owner may create in the schema {', '.join(whose)}: a function or operator that they put "
-        "there would be called in the place of PostgreSQL's own, with the rights of this role. Let the owner or a "
-        f"superuser run {' '.join(statements)} A role that the application's own migrations run under is to own the "
-        f"schema, or to be a member of its owner: ALTER SCHEMA {quoted_name(first)} OWNER TO that role. (PostgreSQL 14 "
-        "and older let everyone create in the schema public, and a database that was upgraded from there still does.)"
+        f"Roles other than the owner may create objects in the schema {', '.join(schemas)}: their functions and "
+        "operators would be called instead of PostgreSQL's own, with the rights of this role. As the owner or a "
+        f"superuser, run {' '.join(statements)} If the application's own migrations run as such a role, make it the "
+        f"owner of the schema or a member of its owner: ALTER SCHEMA {quoted_name(first)} OWNER TO that role. "
+        "(PostgreSQL 14 and older let every role create objects in the schema public, and a database that was upgraded "
+        "from there still does.)"
     )
 
 
-def _told_of_planted(found: Sequence[tuple[Any, ...]]) -> str:
-    named = ", ".join(f"{name} of {owner}" for _, name, owner, _ in found[:_NAMED])
-    statements = " ".join(f"DROP {kind} {name};" for kind, name, *_ in found[:_NAMED])
-    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+def _planted(found: Sequence[tuple[Any, ...]]) -> str:
     return (
-        f"The search path holds {named}{more}, which would be called in the place of PostgreSQL's own, with the rights "
-        "of this role; and whom it belongs to is neither the owner of the schema nor a superuser. Have a look at it. "
-        f"Then let a superuser run {statements} or, where it is to stay, ALTER ... OWNER TO the owner of the schema."
+        f"The search path contains {_named(found)}, which would be called instead of PostgreSQL's own, with the rights "
+        "of this role. The owner is neither that of the schema nor a superuser. Inspect the code. Then, as a "
+        f"superuser, run {_statements(found)} or, to keep it, ALTER ... OWNER TO the owner of the schema."
     )
 
 
-def _told_of_ours(found: Sequence[tuple[Any, ...]]) -> str:
-    named = ", ".join(f"{name} of {owner}" for _, name, owner, _ in found[:_NAMED])
-    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-    statements = " ".join(statement for *_, statement in found[:_NAMED])
+def _ours(found: Sequence[tuple[Any, ...]]) -> str:
     return (
-        f"The schema {settings.BACKFILL_SCHEMA} holds {named}{more}, which could be called in the place of the "
-        "backfill's own, with the rights of this role. Its owner is no superuser, owns neither the database nor "
-        f"crm_contacts, and is no member of their owners. Have a look at it. Then let a superuser run {statements} or, "
-        "where it is to stay, ALTER ... OWNER TO the owner of the schema."
+        f"The schema {settings.BACKFILL_SCHEMA} contains {_named(found)}, which could be called instead of the "
+        f"backfill's own, with the rights of this role. The owner is not trusted. {_TRUSTED} Inspect the code. Then, "
+        f"as a superuser, run {_statements(found)} or, to keep it, ALTER ... OWNER TO the owner of the schema."
     )
 
 
-def _told_of_called(found: Sequence[tuple[Any, ...]]) -> str:
-    named = ", ".join(f"{what} of {owner}" for what, _, owner, _ in found[:_NAMED])
-    statements = " ".join(dict.fromkeys(statement for *_, statement in found[:_NAMED]))
-    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+def _called(found: Sequence[tuple[Any, ...]]) -> str:
     return (
-        f"The backfill would call code that is not to be trusted, with the rights of this role, through {named}{more}. "
-        "Its owner is no superuser, owns neither the database nor crm_contacts, and is no member of their owners. Have "
-        f"a look at it. Then let its owner or a superuser run {statements}"
+        f"The backfill would call code of an untrusted role, with the rights of this role, through {_named(found)}. "
+        f"{_TRUSTED} Inspect the code. Then, as its owner or a superuser, run {_statements(found)}"
     )
+
+
+def _named(found: Sequence[tuple[Any, ...]]) -> str:
+    return listed([f"{name or what} of {owner}" for what, name, owner, _ in found])
+
+
+def _statements(found: Sequence[tuple[Any, ...]]) -> str:
+    return " ".join(dict.fromkeys(statement for *_, statement in found[:MAX_NAMED]))
 
 
 _MESSAGES: Mapping[str, Callable[[Sequence[tuple[Any, ...]]], str]] = {
-    "stranger": _told_of_strangers,
-    "grant": _told_of_others,
-    "planted": _told_of_planted,
-    "ours": _told_of_ours,
-    "called": _told_of_called,
+    "stranger": _strangers,
+    "grant": _grants,
+    "planted": _planted,
+    "ours": _ours,
+    "called": _called,
 }
