@@ -65,8 +65,8 @@ PLACES = ("SET LOCAL", "SAVEPOINT", INSERTS_CONTACTS, "INSERT INTO ledger_entry"
 MAX_TRIES = 5
 #: Of the population of an undisturbed run: one of converted leads, five of the others.
 BATCHES = 6
-#: Those of a run's claim and of the count of its tables.
-COMMITS_BEFORE = 2
+#: Those of a run's claim, of the count of its tables and of the heartbeat after it.
+COMMITS_BEFORE = 3
 
 # What fails is tried again in the test that says so, and at no other test's expense.
 pytestmark = pytest.mark.usefixtures("impatience")
@@ -226,7 +226,8 @@ def test_a_run_fails_where_the_session_that_would_ask_after_its_commit_is_not_fi
         commit_and_close(lost)
 
     try:
-        with losing_the_answer_to_commit(COMMITS_BEFORE + 1, commit_and_be_refused):
+        # A rollback sends no heartbeat before its batch.
+        with losing_the_answer_to_commit(COMMITS_BEFORE + (command is backfill), commit_and_be_refused):
             ended = command(*arguments)
     finally:
         with session() as owner:
