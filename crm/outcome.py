@@ -55,6 +55,24 @@ _TABLE_OF_SOURCE = {
 }
 
 
+class Repair(StrEnum):
+    """What a repair corrects in contacts that were created elsewhere."""
+
+    PREPARER_IDS = "preparer_ids"  # a preparer given by the user id becomes the profile id
+    TYPES = "types"  # the type becomes that of the profile's role
+    PLACEHOLDERS = "placeholders"  # an invented address becomes the user's, or one that receives no mail
+
+    @property
+    def option(self) -> str:
+        """The option of `repair_crm_contacts`."""
+        return f"--{self.value.replace('_', '-')}"
+
+    @property
+    def title(self) -> str:  # type: ignore[override] # str.title is a method, which is not used here
+        """The display name."""
+        return self.value.replace("_", " ").capitalize()
+
+
 class Outcome(StrEnum):
     """The result for a row."""
 
@@ -69,7 +87,7 @@ WITH_CONTACT = (Outcome.CREATED, Outcome.MERGED, Outcome.EXISTS)
 
 
 class UpdateOutcome(StrEnum):
-    """The result for a row that --update revisited."""
+    """The result for a row that --update revisited, or for a contact that a repair read."""
 
     UPDATED = "updated"  # it changed its contact
     KEPT = "kept"  # it changed nothing, because a person may have written the contact's value

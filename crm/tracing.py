@@ -19,6 +19,7 @@ from crm.outcome import Outcome, Source
 from crm.postgres.facts.schema import DatabaseFacts, examine
 from crm.postgres.loaders import read_as_text
 from crm.postgres.snapshot import snapshot
+from crm.repair.rules import PREPARER
 from crm.rules.addresses import canonical_address, canonical_address_sql, trimmed_address_sql
 from crm.rules.mapping import contact_id_sql, normalised_email
 from crm.rules.row_reference import RowReference, table_sql
@@ -61,7 +62,8 @@ SELECT {table_sql("entry")}, source_id, id, source, outcome, reason, contact_id,
 """
 _UPDATES = f"""
 SELECT {table_sql("change")}, source_id, contact_id, run_id, columns, from_type, to_type, from_stage, to_stage
-  FROM contact_update change WHERE contact_id = ANY(%(contacts)s) OR line_id = ANY(%(keys)s) ORDER BY id
+  FROM contact_update change
+ WHERE contact_id = ANY(%(contacts)s) OR (line_id = ANY(%(keys)s) AND columns <> '{PREPARER}') ORDER BY id
 """
 _RESOLUTIONS = """
 SELECT "row", contact_id, decided_at FROM conflict_decision
@@ -207,7 +209,7 @@ class _Reader:
             updates = [_update(row) for row in self._rows(_UPDATES, asked)]
             resolutions = [_resolution(row) for row in self._rows(_RESOLUTIONS, asked)]
             found = [*entries, *updates, *resolutions]
-            trail.rows.update(RowReference.parse(each["row"]) for each in found)
+            trail.rows.update(RowReference.parse(each["row"]) for each in found if not _is_of_preparer(each))
             trail.contacts.update(each["contact_id"] for each in found if each["contact_id"] is not None)
         by_row = {entry["row"]: entry for entry in entries}
         contacts = self._contacts(trail, entries)
@@ -316,6 +318,11 @@ def _entry(row: tuple[Any, ...]) -> Found:
         "row_seen_at": seen_at,
         "refusal": {name: value for name, value in zip(names, refusal, strict=True) if value is not None},
     }
+
+
+def _is_of_preparer(found: Found) -> bool:
+    """Return whether the row of an update is that of the contact's preparer, who is another person."""
+    return bool(found.get("columns") == [PREPARER])
 
 
 def _update(row: tuple[Any, ...]) -> Found:

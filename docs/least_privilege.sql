@@ -341,7 +341,8 @@ SELECT format('GRANT EXECUTE ON FUNCTION crm_backfill.try_execute(text, text[]) 
 
 \if :update
   -- OPTIONAL: updates. An unmodified contact becomes what its rows say: name, type and origin are written again, a
-  -- placeholder email is replaced, and the stage moves forward, with an entry in its history.
+  -- placeholder email is replaced, and the stage moves forward, with an entry in its history. Repairs of types and
+  -- addresses need no more than that.
   GRANT UPDATE ("firstName", "lastName", "email", "contactType", "source", "stage", "stageEnteredAt")
      ON :"schema".crm_contacts TO :"role";
   GRANT INSERT ("id", "contactId", "fromStage", "toStage", "reason", "createdAt") ON :"schema".crm_stage_history

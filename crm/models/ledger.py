@@ -11,7 +11,7 @@ from django.db.models import F, Q, Value
 from django.db.models.functions import Now
 
 from crm.fields import ExactTimestampField, KeyField
-from crm.outcome import BREAKDOWNS, NUMBERS, Outcome, Source, Totals
+from crm.outcome import BREAKDOWNS, NUMBERS, Outcome, Repair, Source, Totals
 
 
 class RunStatus(models.TextChoices):
@@ -47,13 +47,14 @@ class RunQuerySet(models.QuerySet["BackfillRun"]):
 
 
 class BackfillRun(models.Model):
-    """One execution of the backfill or of a rollback: its options, operator, process and results."""
+    """One execution of the backfill, of a rollback or of a repair: its options, operator, process and results."""
 
     class Kind(models.TextChoices):
         """The kind of a run."""
 
         BACKFILL = "backfill"
         ROLLBACK = "rollback"
+        REPAIR = "repair"
 
     kind = models.TextField(choices=Kind.choices, default=Kind.BACKFILL)
     status = models.TextField(choices=RunStatus.choices, default=RunStatus.RUNNING)
@@ -131,10 +132,10 @@ class BackfillRun(models.Model):
 
 
 class BackfillBatch(models.Model):
-    """The counts of a batch, committed in the transaction of its rows."""
+    """The counts of a batch, committed in the transaction of its rows. A repair has the name of `Repair` as source."""
 
     run = models.ForeignKey(BackfillRun, models.CASCADE, related_name="batches")
-    source = models.TextField(choices=[(source.value, source.value) for source in Source])
+    source = models.TextField(choices=[(source.value, source.value) for source in (*Source, *Repair)])
     read = models.IntegerField()
     created = models.IntegerField()
     merged = models.IntegerField()
@@ -163,7 +164,7 @@ class BackfillBatch(models.Model):
         return f"batch {self.pk} of run {self.run_id}"
 
     @classmethod
-    def of(cls, run_id: int, source: Source, totals: Totals, seconds: float) -> Self:
+    def of(cls, run_id: int, source: Source | Repair, totals: Totals, seconds: float) -> Self:
         """Return a batch with these counts."""
         breakdowns = {name: dict(counts) for name, counts in totals.breakdowns.items()}
         return cls(run_id=run_id, source=source, seconds=seconds, **totals.numbers, **breakdowns)

@@ -12,6 +12,7 @@ from django.conf import settings
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill.read.entries import COLUMNS, COLUMNS_OF_UPDATE, NUMBER_OF_COLUMNS, entry_of, read_entries
+from crm.backfill.read.profiles import read_profiles
 from crm.backfill.read.resolutions import Resolutions
 from crm.backfill.read.rows import may_read_user_changes
 from crm.backfill.read.snapshots import VERSION, SnapshotReader
@@ -44,7 +45,7 @@ SELECT contact_id FROM contact_update WHERE run_id = %s AND contact_id COLLATE "
 """
 _CHANGES = f"""
 SELECT change.id, change.former, change.from_type, change.from_stage, change.to_stage, change.stage_entered_before,
-       change.placeholder, {COLUMNS_OF_UPDATE}
+       change.placeholder, change.to_type, {COLUMNS_OF_UPDATE}
   FROM contact_update change
 """
 _UPDATES = f"{_CHANGES} WHERE change.run_id = %s AND change.contact_id = ANY(%s) ORDER BY change.id DESC"
@@ -163,6 +164,11 @@ class Reader:
     def contacts(self, contact_ids: Sequence[str]) -> dict[str, ContactSnapshot]:
         """Return the contacts with these ids, by id, without those that do not exist."""
         return SnapshotReader(self.connection, version=VERSION, set_elsewhere=self.set_elsewhere).read(contact_ids)
+
+    def profiles(self, ids: Iterable[str]) -> dict[str, ProfileRow]:
+        """Return the profiles with these ids by id, without those that do not exist or cannot be read."""
+        found, _ = read_profiles(self.connection, self.facts, sorted(set(ids)))
+        return found
 
     def source_rows(self, entries: Iterable[Entry]) -> dict[str, SourceRow]:
         """Return the current source rows of these entries by entry id. Of several entries of a row, the last counts.

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from crm.errors import OperatorError
 from crm.models.ledger import RunStatus
-from crm.output.files import errors_of_option, new_file
-from crm.output.spreadsheet import row_writer
+from crm.output.listing import csv_listing
 from crm.output.table import Summary, print_line
 from crm.postgres.target import target, target_line
-from crm.rollback.runner import Listener, ListingError, RollbackReport
+from crm.rollback.runner import Listener, RollbackReport
 from crm.rollback.undo import Reverted
 from crm.rules.entry import Entry
 from crm.rules.reverting import KeepReason, Status
@@ -73,8 +70,11 @@ def print_summary(report: RollbackReport, console: Console) -> None:
     row("  kept", merges[1])
     row("  failed", merges[2], style="red" if merges[2] else "")
     updates = [numbers[f"updates_{status}"] for status in Status]
-    row("Changes of --update", sum(updates), style="bold")
-    row("  reversed", updates[0], "removed from the contact, with the row of its history")
+    row("Repairs" if report.of_repair else "Changes of --update", sum(updates), style="bold")
+    restored = (
+        "the former value restored" if report.of_repair else "removed from the contact, with the row of its history"
+    )
+    row("  reversed", updates[0], restored)
     row("  kept", updates[1])
     row("  failed", updates[2], style="red" if updates[2] else "")
     row("Rows with another contact or error", numbers["lines_reversed"] + numbers["lines_kept"], style="bold")
@@ -107,7 +107,9 @@ def _ways_back(report: RollbackReport) -> list[str]:
         ways.append(
             f"The rows are pending again: `python manage.py backfill_crm_contacts` migrates them again{exception}."
         )
-    if numbers["updates_reversed"]:
+    if numbers["updates_reversed"] and report.of_repair:
+        ways.append("The repairs were reversed: `python manage.py repair_crm_contacts` with --apply makes them again.")
+    elif numbers["updates_reversed"]:
         ways.append(
             "The changes of the update were reversed: `python manage.py backfill_crm_contacts --update` makes them "
             "again."
@@ -119,50 +121,13 @@ def _ways_back(report: RollbackReport) -> list[str]:
 def listing(path: Path | None) -> Iterator[Listener | None]:
     """Open a CSV file and yield a listener that writes the result for each row to it; yield None without a path.
 
-    Raises OperatorError if the file exists (it may be the list of an interrupted rollback) or cannot be written. The
-    listener raises ListingError if writing fails later.
+    See `csv_listing`.
     """
     if path is None:
         yield None
         return
-    with errors_of_option(path, "--csv"):
-        # Written in place instead of renamed at the end, so that the list survives if the rollback is killed.
-        file = new_file(path)
-
-    write_row = row_writer(file)
-
-    def write(rows: Iterable[Iterable[str]]) -> None:
-        try:
-            for row in rows:
-                write_row(row)
-            file.flush()
-            # The rows of a batch are on disk before the next batch begins.
-            os.fsync(file.fileno())
-        except OSError as error:
-            raise ListingError(error.strerror or type(error).__name__) from None
-
-    has_batches = False
-
-    def listener(reverted: Reverted) -> None:
-        nonlocal has_batches
-        has_batches = True
-        write(_rows_of(reverted))
-
-    try:
-        write([CSV_COLUMNS])
-        yield listener
-    except ListingError as error:
-        path.unlink()
-        raise OperatorError(f"{path} cannot be written ({error.reason}). Nothing was written.") from None
-    except BaseException:
-        if not has_batches:
-            # Nothing was reversed. Remove the file, so that the next call can use the same name.
-            path.unlink()
-        raise
-    finally:
-        # A failed write has already been reported.
-        with suppress(OSError):
-            file.close()
+    with csv_listing(path, CSV_COLUMNS) as write:
+        yield lambda reverted: write(_rows_of(reverted))
 
 
 def _rows_of(reverted: Reverted) -> Iterator[tuple[str, ...]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import partial
@@ -23,10 +23,11 @@ from crm.backfill.read.readahead import ReadingThread
 from crm.errors import OperatorError
 from crm.models import BackfillRun, ContactUpdate, LedgerEntry, Rollback
 from crm.models.ledger import RunStatus
-from crm.outcome import Outcome
+from crm.outcome import Outcome, Repair
+from crm.output.listing import ListingError
 from crm.postgres import errors
 from crm.postgres.facts.foreign_keys import find_foreign_keys
-from crm.postgres.facts.rights import Operation, require_rights
+from crm.postgres.facts.rights import OPERATION_OF_REPAIR, Operation, require_rights
 from crm.postgres.facts.schema import DatabaseFacts, examine
 from crm.postgres.trust import require_still_trusted
 from crm.rollback.ahead import PagesAhead
@@ -47,14 +48,6 @@ MAX_NAMED = 10
 logger = logging.getLogger(__name__)
 
 
-class ListingError(Exception):
-    """The list of rows cannot be written. `reason` is that of the operating system."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(f"the list of rows cannot be written ({reason})")
-        self.reason = reason
-
-
 class Listener(Protocol):
     """Is called with the result of each batch after its commit. Raises ListingError."""
 
@@ -69,7 +62,7 @@ class RollbackReport:
     `later_runs` are the later runs that made or changed contacts and were not rolled back when it began, the last one
     first: rows of the run can be in conflict with their contacts. A run that was rolled back is excluded even if
     something of it was kept, because another rollback would keep the same. `of_recreation` is True if the run that was
-    rolled back created missing contacts again.
+    rolled back created missing contacts again, `of_repair` if it repaired contacts.
     """
 
     run_id: int | None
@@ -84,6 +77,7 @@ class RollbackReport:
     seconds: float
     failure: str | None = None
     of_recreation: bool = False
+    of_repair: bool = False
 
     @property
     def finished_at(self) -> datetime:
@@ -147,6 +141,7 @@ def roll_back(
         seconds=time.monotonic() - started,
         failure=ending.failure,
         of_recreation=bool(run.options.get("recreate_deleted")),
+        of_repair=run.kind == BackfillRun.Kind.REPAIR,
     )
 
 
@@ -337,8 +332,12 @@ def _nothing_left(run: BackfillRun) -> str:
 
 
 def _require_rights(run: BackfillRun, *, dry_run: bool) -> None:
-    of_update = [Operation.ROLLBACK_OF_UPDATE] if ContactUpdate.objects.filter(run=run).exists() else []
-    require_rights(connection, Operation.ROLLBACK, *of_update, dry_run=dry_run)
+    more: Iterable[Operation] = ()
+    if run.kind == BackfillRun.Kind.REPAIR:
+        more = dict.fromkeys(OPERATION_OF_REPAIR[Repair(repair)] for repair in run.options["repairs"])
+    elif ContactUpdate.objects.filter(run=run).exists():
+        more = [Operation.ROLLBACK_OF_UPDATE]
+    require_rights(connection, Operation.ROLLBACK, *more, dry_run=dry_run)
 
 
 def _claim(run: BackfillRun, facts: DatabaseFacts) -> BackfillRun:

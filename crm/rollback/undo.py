@@ -23,7 +23,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from crm.backfill.update.writer import stage_history_id, write_contacts
 from crm.backfill.write.writer import lock_contacts
 from crm.fields import array_types, as_columns, unnest
-from crm.models import CRMContact, CRMStageHistory, LedgerEntry, Rollback
+from crm.models import BackfillRun, CRMContact, CRMStageHistory, LedgerEntry, Rollback
 from crm.outcome import Outcome, Totals, UpdateOutcome
 from crm.postgres.apart import write_apart
 from crm.postgres.facts.columns import COLUMN
@@ -38,6 +38,7 @@ from crm.postgres.transactions import Timeouts
 from crm.postgres.trust import require_still_trusted
 from crm.rollback.ahead import Page
 from crm.rollback.reader import Reader
+from crm.rollback.repairs import assess_repairs, before_repair
 from crm.rollback.updates import AssessedUpdates, Restored, UpdateRecord, assess_updates
 from crm.rules.entry import Entry
 from crm.rules.reverting import (
@@ -225,6 +226,9 @@ def _entries_of(records: Iterable[UpdateRecord]) -> list[Entry]:
 def assess_changes(records: Sequence[UpdateRecord], reader: Reader) -> AssessedUpdates:
     """Compare the contacts of a batch of changes with what was written, and return what can be undone."""
     contact_ids = sorted({record.entry.contact_id for record in records})
+    if reader.run.kind == BackfillRun.Kind.REPAIR:
+        profiles = reader.profiles(record.entry.source_id for record in records)
+        return assess_repairs(records, reader.contacts(contact_ids), profiles)
     merges = reader.merges_into(contact_ids)
     rows = reader.source_rows([*merges, *(entry for record in records for entry in record.entries)])
     expired = sorted({record.entry.contact_id for record in records if is_expired(record.entry, rows)})
@@ -341,8 +345,10 @@ class DatabaseUndoer:
         Raises the errors of `undo`.
         """
         assessed = assess_changes(records, self._reader)
-        with self._batch("crm_stage_history"):
-            restored, refused = self._apart(sorted(assessed.restored), lambda ids: self._restore(ids, assessed))
+        is_repair = self._reader.run.kind == BackfillRun.Kind.REPAIR
+        restore = self._restore_repaired if is_repair else self._restore
+        with self._batch(*(() if is_repair else ("crm_stage_history",))):
+            restored, refused = self._apart(sorted(assessed.restored), lambda ids: restore(ids, assessed))
             reverted = _conclude_updates(assessed, restored, refused)
             gone = [record for contact in sorted(restored) for record in assessed.restored[contact].records]
             self._execute(_FORGET_UPDATES, [record.number for record in gone])
@@ -379,6 +385,17 @@ class DatabaseUndoer:
         if history := _history_of(assessed.restored[contact] for contact in restored):
             CRMStageHistory.objects.using(self._connection.alias).filter(pk__in=history).delete()
         return restored
+
+    def _restore_repaired(self, contact_ids: Sequence[str], assessed: AssessedUpdates) -> set[str]:
+        """Restore only the repaired columns."""
+        repaired = Assessed()
+        for contact_id in contact_ids:
+            found = assessed.restored[contact_id]
+            reversal = Reversal(found.version, found.values.attribution_confidence)
+            for record in found.records:
+                reversal.before |= before_repair(record)
+            repaired.reversals[contact_id] = reversal
+        return self._revert_merges(contact_ids, repaired)
 
     def _revert(self, assessed: Assessed) -> Reverted:
         reverted = Reverted(assessed.assessments)

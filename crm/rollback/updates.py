@@ -47,6 +47,7 @@ class UpdateRecord(NamedTuple):
     to_stage: str | None
     stage_entered_before: str | None
     placeholder: str | None
+    to_type: str | None
 
     @property
     def entries(self) -> list[Entry]:

@@ -200,6 +200,7 @@ def details(run_id: int) -> dict[str, Any]:
     by_reason: Counter[str] = Counter()
     new_by_reason: Counter[str] = Counter()
     updated_by_column: Counter[str] = Counter()
+    kept_by_column: Counter[str] = Counter()
     batches = 0
     with as_operator_error():
         run = find(run_id)
@@ -207,10 +208,12 @@ def details(run_id: int) -> dict[str, Any]:
         for batch in in_pages(BackfillBatch.objects.filter(run=run)):
             batches += 1
             totals = batch.totals()
-            by_source.setdefault(batch.source, Counter()).update(totals.outcomes)
+            outcomes = totals.update_outcomes if run.kind == BackfillRun.Kind.REPAIR else totals.outcomes
+            by_source.setdefault(batch.source, Counter()).update(outcomes)
             by_reason.update(totals.errors_by_reason)
             new_by_reason.update(totals.errors_new_by_reason)
             updated_by_column.update(totals.updated_by_column)
+            kept_by_column.update(totals.kept_by_column)
     return {
         **overview,
         "options": run.options,
@@ -225,6 +228,7 @@ def details(run_id: int) -> dict[str, Any]:
         "by_reason": dict(sorted(by_reason.items())),
         "new_by_reason": dict(sorted(new_by_reason.items())),
         "updated_by_column": dict(sorted(updated_by_column.items())),
+        "kept_by_column": dict(sorted(kept_by_column.items())),
         "census": run.census,
         "actions": possible_actions(run.status),
     }

@@ -13,7 +13,7 @@ from django.utils import timezone
 
 from crm.models import BackfillBatch, BackfillRun, Rollback
 from crm.models.ledger import RunStatus
-from crm.outcome import Outcome, Source
+from crm.outcome import Outcome, Repair, Source
 from crm.runs import control, lease
 
 #: Seconds between two reads.
@@ -78,11 +78,13 @@ def _progress(run: BackfillRun) -> Iterator[tuple[str, str]]:
         .annotate(count=Count("pk"), rows=Sum("read"), again=Sum("revisited"), last=Max("committed_at"))
     )
     by_source: dict[str, dict[str, Any]] = {batch["source"]: dict(batch) for batch in batches}
-    for source in Source:
+    for source in (*Source, *Repair):
         if (done_of := by_source.get(source)) is not None:
             again = f", {done_of['again']:,} revisited" if done_of["again"] else ""
             in_batches = f"in {done_of['count']:,} {'batch' if done_of['count'] == 1 else 'batches'}"
             rows = f"{_rows(done_of['rows'])}{again} {in_batches}"
+            if isinstance(source, Repair):
+                rows = f"{done_of['again']:,} read {in_batches}"
             yield source, f"{_moment(done_of['last'])}  {source.title:<16}{rows}"
 
 
@@ -98,6 +100,8 @@ def _end(run: BackfillRun) -> str:
                 f" {run.revisited:,} revisited: {run.updated:,} changed, {run.kept:,} kept only, "
                 f"{run.unchanged:,} unchanged."
             )
+    elif run.kind == BackfillRun.Kind.REPAIR:
+        counts = f" {run.revisited:,} read: {run.updated:,} changed, {run.kept:,} kept, {run.unchanged:,} unchanged."
     return f"Run {run.pk} is {run.status} after {seconds:,.1f} s{why}.{counts}"
 
 

@@ -11,6 +11,7 @@ from django.conf import settings
 from django.db import connection
 
 from crm.models import BackfillRun
+from crm.outcome import Repair
 from tests.conftest import Database
 from tests.support.builders import add_contact, add_lead, add_profile, add_user, contact_with
 from tests.support.commands import backfill, called
@@ -59,6 +60,10 @@ def test_every_key_of_each_command_is_documented_and_the_other_way_round(databas
     verified = called("verify_crm_contacts", "--json").answer
     assert verified["findings"]
     assert_documented("Verification", verified)
+    for arguments in ([], ["--apply"]):
+        options = [repair.option for repair in Repair]
+        finished = called("repair_crm_contacts", *options, "--json", "--no-progress", *arguments)
+        assert_documented("Repair", finished.answer)
     for arguments in (["--dry-run"], []):
         finished = called("rollback_crm_backfill", str(made), "--json", "--no-progress", *arguments)
         assert_documented("Rollback", finished.answer)

@@ -15,7 +15,9 @@ from django.core.management.base import BaseCommand
 
 from crm.management.operator_command import OperatorCommand
 from crm.models.ledger import RunStatus
-from crm.outcome import Reason
+from crm.outcome import Reason, Repair
+from crm.repair.report import MEANING_OF_CAUSES
+from crm.repair.rules import KeepCause
 from crm.rollback.report import MEANING_OF_REASONS
 from crm.rules.reverting import KeepReason
 from crm.version import VERSION
@@ -106,6 +108,12 @@ def test_the_help_the_readme_and_the_runbook_say_that_max_errors_counts_new_erro
 
 def test_the_runbook_explains_each_reason_for_which_a_rollback_keeps_a_row() -> None:
     assert first_cells(section(MEANING_OF_REASONS, RUNBOOK)) == [why.value for why in KeepReason]
+
+
+def test_the_runbook_explains_each_option_of_a_repair_and_each_reason_for_which_a_contact_keeps_its_value() -> None:
+    of_options, _, _ = section("Repairs", RUNBOOK).partition("####")
+    assert first_cells(of_options) == [repair.option for repair in Repair]
+    assert first_cells(section(MEANING_OF_CAUSES, RUNBOOK)) == [cause.value for cause in KeepCause]
 
 
 def test_no_command_of_the_runbook_has_a_password() -> None:

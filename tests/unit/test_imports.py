@@ -30,6 +30,7 @@ LAYERS = (
     ("crm.postgres",),
     ("crm.runs",),
     ("crm.backfill",),
+    ("crm.repair",),
     ("crm.rollback", "crm.verification", "crm.conflicts", "crm.tracing"),
     ("crm.attribution", "crm.checks", "crm.file_checks", "crm.sample_data"),
     ("crm.admin", "crm.management", "crm.apps"),
@@ -38,6 +39,8 @@ LAYERS = (
 OF_THE_SETTINGS = {"config.database"}
 #: Nothing that writes is a rule, and nothing that reads: what rules may import besides each other.
 ALLOWED_IN_RULES = {"django.core.validators", "django.core.exceptions", "crm.errors", "crm.outcome", "crm.version"}
+#: The rules, wherever they are.
+RULES = ("crm.rules", "crm.repair.rules")
 MAX_FILES_OF_A_FOLDER = 13
 #: The folders of the tests themselves; what they share is in tests/support.
 KINDS = ("unit", "integration", "property", "process")
@@ -87,7 +90,7 @@ def test_the_settings_know_nothing_of_the_application() -> None:
     ] == []
 
 
-@pytest.mark.parametrize("rule", [module for module in modules() if within(module, "crm.rules")])
+@pytest.mark.parametrize("rule", [module for module in modules() if any(within(module, rules) for rules in RULES)])
 def test_a_rule_imports_the_standard_library_the_validators_and_other_rules(rule: str) -> None:
     others = {module for module in imports_of(rule) - ALLOWED_IN_RULES if not within(module, "crm.rules")}
     assert {module for module in others if module.split(".")[0] not in sys.stdlib_module_names} == set()

@@ -16,7 +16,7 @@ from crm.management.arguments import positive, run_number
 from crm.management.operator_command import OperatorCommand
 from crm.models import BackfillRun
 from crm.models.ledger import RunStatus
-from crm.outcome import NUMBERS, Outcome
+from crm.outcome import NUMBERS, Outcome, Repair
 from crm.output.table import Column, Table, console_on
 from crm.rules.options import as_arguments
 from crm.runs import control, lease
@@ -40,8 +40,16 @@ _COLUMNS = (
 #: Keys that do not apply to a rollback.
 _OF_A_BACKFILL = (
     *NUMBERS,
-    *("batches", "by_source", "by_reason", "new_by_reason", "updated_by_column"),
+    *("batches", "by_source", "by_reason", "new_by_reason", "updated_by_column", "kept_by_column"),
 )
+#: What continues a run that a nightly backfill does not continue.
+_CONTINUED_BY_ITSELF: dict[str, str] = {
+    BackfillRun.Kind.ROLLBACK: "the rollback",
+    BackfillRun.Kind.REPAIR: "the repair",
+}
+#: Keys of rows, which a repair does not read.
+_OF_ROWS = ("read", *Outcome, "error_new", "updated_and_kept", "by_reason", "new_by_reason")
+_LEFT_OUT = {BackfillRun.Kind.ROLLBACK: _OF_A_BACKFILL, BackfillRun.Kind.REPAIR: _OF_ROWS}
 #: Keys whose number is an identifier, not a count.
 _NUMBERS_OF_THINGS = ("run", "rolls_back", "process_id")
 
@@ -137,7 +145,7 @@ def _what_now(action: str, run: BackfillRun) -> str:
             if lease.process_is_gone(run)
             else "is paused and stops at its next batch"
         )
-        continues = "the rollback" if run.kind == BackfillRun.Kind.ROLLBACK else "the next run"
+        continues = _CONTINUED_BY_ITSELF.get(run.kind, "the next run")
         return (
             f"Run {run.pk} {what}. `python manage.py backfill_runs resume {run.pk}` lets {continues} continue, "
             f"`cancel {run.pk}` ends it permanently."
@@ -147,6 +155,11 @@ def _what_now(action: str, run: BackfillRun) -> str:
             f"Run {run.pk} is {run.status} and no longer blocks other runs. Nothing is running yet: only "
             f"`{_command_of(run)}` continues it. A nightly backfill would recreate what was reversed: disable it until "
             "the rollback has finished."
+        )
+    if action == "resume" and run.kind == BackfillRun.Kind.REPAIR:
+        return (
+            f"Run {run.pk} is {run.status} and no longer blocks other runs. Nothing is running yet: only "
+            f"`{_command_of(run)}` continues it."
         )
     if action == "resume":
         return (
@@ -160,6 +173,8 @@ def _command_of(run: BackfillRun) -> str:
     """Return the command that continues the run."""
     if run.kind == BackfillRun.Kind.ROLLBACK:
         arguments = ["rollback_crm_backfill", str(run.options["rolls_back"])]
+    elif run.kind == BackfillRun.Kind.REPAIR:
+        arguments = ["repair_crm_contacts", *(Repair(name).option for name in run.options["repairs"]), "--apply"]
     else:
         arguments = ["backfill_crm_contacts", *as_arguments(run.options)]
     return shlex.join(["python", "manage.py", *arguments])
@@ -187,7 +202,7 @@ def _cells(run: BackfillRun) -> tuple[str | int, ...]:
 
 def _details(details: dict[str, Any]) -> Table:
     """Return one row per key; nested values as JSON. Omits keys that are unknown or do not apply."""
-    left_out = _OF_A_BACKFILL if details["kind"] == BackfillRun.Kind.ROLLBACK else ()
+    left_out = _LEFT_OUT.get(details["kind"], ())
     table = Table(Column(), Column())
     for name, value in details.items():
         if value is not None and name not in left_out:

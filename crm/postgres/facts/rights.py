@@ -7,7 +7,7 @@ list, and `docs/least_privilege.sql` grants what it contains (a test compares th
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -26,6 +26,7 @@ from crm.models import (
     LedgerEntry,
     Rollback,
 )
+from crm.outcome import Repair
 from crm.postgres.facts.columns import COLUMNS_IN_USE, CONTACT_COLUMNS, FILLED_COLUMNS, PROMOTED_COLUMNS
 from crm.postgres.facts.foreign_keys import KNOWN
 from crm.postgres.facts.requirements import CONTACTS, HISTORY, WRITTEN
@@ -41,6 +42,9 @@ class Operation(StrEnum):
     RECREATE = "recreate"  # backfill_crm_contacts --recreate-deleted
     ROLLBACK = "rollback"  # rollback_crm_backfill
     ROLLBACK_OF_UPDATE = "rollback_of_update"  # rollback_crm_backfill of a run that updated contacts
+    REPAIR = "repair"  # repair_crm_contacts --preparer-ids
+    REPAIR_TYPES = "repair_types"  # repair_crm_contacts --types
+    REPAIR_PLACEHOLDERS = "repair_placeholders"  # repair_crm_contacts --placeholders
     RESOLVE = "resolve"  # resolve_crm_conflict
     SHOW = "show"  # backfill_runs, trace_contact
     VERIFY = "verify"  # verify_crm_contacts, which finds more with these rights but does not require them
@@ -52,6 +56,14 @@ OPTIONS: dict[Operation, tuple[str, ...]] = {
     Operation.RECREATE: ("rollback",),
     Operation.ROLLBACK: ("rollback",),
     Operation.ROLLBACK_OF_UPDATE: ("update", "rollback"),
+    Operation.REPAIR_TYPES: ("update",),
+    Operation.REPAIR_PLACEHOLDERS: ("update",),
+}
+#: The operation of each repair, and of its rollback.
+OPERATION_OF_REPAIR: Mapping[Repair, Operation] = {
+    Repair.PREPARER_IDS: Operation.REPAIR,
+    Repair.TYPES: Operation.REPAIR_TYPES,
+    Repair.PLACEHOLDERS: Operation.REPAIR_PLACEHOLDERS,
 }
 
 
@@ -93,6 +105,9 @@ RIGHTS = (
     Right(CONTACTS, "INSERT", (_RUN,), CONTACT_COLUMNS),
     Right(CONTACTS, "UPDATE", (_RUN, _ROLLBACK), FILLED_COLUMNS),
     Right(CONTACTS, "UPDATE", (_UPDATE, Operation.ROLLBACK_OF_UPDATE), PROMOTED_COLUMNS),
+    Right(CONTACTS, "UPDATE", (Operation.REPAIR,), ("assignedPreparerId",)),
+    Right(CONTACTS, "UPDATE", (Operation.REPAIR_TYPES,), ("contactType",)),
+    Right(CONTACTS, "UPDATE", (Operation.REPAIR_PLACEHOLDERS,), ("email",)),
     # Before a contact is deleted, a rollback reads all of its columns and the tables that refer to it.
     Right(CONTACTS, "SELECT", (_ROLLBACK,)),
     *(Right(table, "SELECT", (_ROLLBACK,), (column,)) for table, column in KNOWN),
@@ -104,7 +119,7 @@ RIGHTS = (
     Right(_LEDGER, "UPDATE", (_RUN, _ROLLBACK)),
     Right(_LEDGER, "DELETE", (_ROLLBACK,)),
     Right(_CHANGES, "SELECT", (_RUN, _ROLLBACK)),
-    Right(_CHANGES, "INSERT", (_UPDATE,), is_always_granted=True),
+    Right(_CHANGES, "INSERT", (_UPDATE, *OPERATION_OF_REPAIR.values()), is_always_granted=True),
     # The recorded updates of contacts that are missing are deleted.
     Right(_CHANGES, "DELETE", (Operation.RECREATE, _ROLLBACK)),
     Right(_RESOLUTIONS, "SELECT", (_RUN, _ROLLBACK)),
@@ -152,10 +167,14 @@ SELECT missing FROM missing ORDER BY number
 """
 
 
-def require_rights(connection: BaseDatabaseWrapper, *operations: Operation, dry_run: bool) -> None:
+def require_rights(
+    connection: BaseDatabaseWrapper, *operations: Operation, dry_run: bool, writes_with_apply: bool = False
+) -> None:
     """Raise OperatorError if this role lacks a right that one of the operations needs; a dry run only logs a warning.
 
-    The message contains the options with which the script grants the rights of all these operations. SELECT on the
+    `writes_with_apply` names the option of a command that is a dry run without it.
+
+    The message contains the options of the script that grant the rights of the operations. SELECT on the
     application's tables is not checked here, but by `examine`.
     """
     wanted = [
@@ -189,11 +208,13 @@ def require_rights(connection: BaseDatabaseWrapper, *operations: Operation, dry_
         script += f" with {' '.join(f'--set {option}=on' for option in options)}"
     if dry_run:
         logger.warning(
-            "a run without --dry-run would be refused, because this role lacks: %s. As the tables' owner, run %s",
+            "a run %s would be refused, because this role lacks: %s. As the tables' owner, run %s",
+            "with --apply" if writes_with_apply else "without --dry-run",
             lacked,
             script,
         )
         return
+    first = "leave --apply out" if writes_with_apply else "try --dry-run"
     raise OperatorError(
-        f"This role lacks: {lacked}. As the tables' owner, run {script}, or try --dry-run first. Nothing was written."
+        f"This role lacks: {lacked}. As the tables' owner, run {script}, or {first} first. Nothing was written."
     )
