@@ -21,6 +21,8 @@ from crm.rules.addresses import canonical_address
 from crm.rules.mapping import PROFILE_ORIGIN, ContactDraft
 from crm.rules.snapshot import ContactSnapshot
 
+#: The number of ids that are listed at a time: a list may take a pass over the whole table.
+MAX_LISTED = 20_000
 _CONDITIONS: Mapping[Repair, str] = {
     Repair.PREPARER_IDS: 'c."assignedPreparerId" IS NOT NULL',
     Repair.TYPES: f"c.source = '{PROFILE_ORIGIN}'",
@@ -45,6 +47,7 @@ class Reader:
     facts: DatabaseFacts
     repairs: Collection[Repair]
     with_versions: bool
+    _listed: list[str] = field(init=False, default_factory=list)
     _contacts: NoncanonicalAddresses = field(init=False)
     _users: NoncanonicalAddresses = field(init=False)
 
@@ -59,9 +62,15 @@ class Reader:
 
     def page(self, after: str | None, size: int) -> list[str]:
         """Return the ids of at most `size` contacts in the order of their ids, those after the id `after`."""
+        found = self._listed[self._listed.index(after) + 1 :] if after in self._listed else []
+        if not found:
+            found = self._listed = self._list(after)
+        return found[:size]
+
+    def _list(self, after: str | None) -> list[str]:
         later = "" if after is None else "AND c.id > %(after)s"
-        query = f"SELECT c.id FROM crm_contacts c WHERE {self._condition} {later} ORDER BY c.id LIMIT %(size)s"
-        return [contact for (contact,) in self._rows(query, {"after": after, "size": size})]
+        query = f"SELECT c.id FROM crm_contacts c WHERE {self._condition} {later} ORDER BY c.id LIMIT {MAX_LISTED}"
+        return [contact for (contact,) in self._rows(query, {"after": after})]
 
     @property
     def _condition(self) -> str:

@@ -80,10 +80,9 @@ class RepairOutcome(NamedTuple):
 
 
 class _KeptError(Exception):
-    def __init__(self, cause: KeepCause, profile: ProfileRow | None = None) -> None:
+    def __init__(self, cause: KeepCause) -> None:
         super().__init__(cause)
         self.cause = cause
-        self.profile = profile
 
 
 @dataclass(slots=True)

@@ -270,6 +270,22 @@ def test_a_rollback_is_shown_with_what_it_took_back(browser: Client) -> None:
     assert "Rollback: -" in page(browser, BackfillRun, run()["run"])
 
 
+def test_a_repair_is_shown_with_what_it_changed(browser: Client) -> None:
+    user = add_user("pat@example.com")
+    preparer = add_profile("TAX_PREPARER", userId=user)
+    contact = add_contact("ann@example.com", assignedPreparerId=user)
+    call_command("repair_crm_contacts", "--preparer-ids", "--apply", "--no-progress", stdout=StringIO())
+    number = BackfillRun.objects.get().pk
+    shown = page(browser, BackfillRun, number)
+    assert "Kind: Repair" in shown
+    assert '"assigned_preparer_id": 1' in shown
+    assert listed(browser, BackfillRun, kind="repair") == {number}
+    change = page(browser, ContactUpdate, ContactUpdate.objects.get().pk)
+    assert f'"{user}"' in change
+    assert f"profiles:{preparer}" in change
+    assert "assigned_preparer_id" in page(browser, CRMContact, contact)
+
+
 def test_an_update_is_shown_with_what_it_changed_and_the_way_to_it(database: Database, browser: Client) -> None:
     lead = add_lead("ann@example.com")
     run()

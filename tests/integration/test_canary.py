@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -261,6 +262,47 @@ def test_the_server_logs_nothing_of_what_an_update_or_a_rollback_is_refused(
     back = [called("rollback_crm_backfill", str(run), "--no-progress", "--json") for run in (updated["run"], made)]
     overheard.heard(*(text for finished in back for text in (finished.stdout, finished.stderr)))
     assert back[-1].answer["failed"] > 0
+    assert "ERROR" not in overheard.logged()
+    overheard.assert_nothing_of_people()
+
+
+@pytest.mark.parametrize("is_refused", [False, True])
+def test_a_repair_and_its_rollback(
+    database: Database,
+    overheard: Overheard,
+    tmp_path: Path,
+    is_refused: bool,  # noqa: FBT001 - a parameter
+) -> None:
+    preparer = add_user(f"preparer@{MARK}.example")
+    add_profile("TAX_PREPARER", userId=preparer, **PERSON)
+    moments = dict.fromkeys(("createdAt", "updatedAt"), "2025-01-01")
+    for name in ("person-0", "person-1", "check", "trigger", "refused"):
+        profile = add_profile("AFFILIATE", email=f"{name}@{MARK}.example", **PERSON)
+        columns = {"source": "backfill", "assignedPreparerId": preparer, **moments, **PERSON}
+        add_contact(f"client-{profile}@unknown.com", id=f"{name}-contact", **columns)
+    add_contact(f"Person-1@{MARK}.example", assignedPreparerId=f"nobody{MARK}", **PERSON)
+    if is_refused:
+        put_obstacles(database)
+    options = ("--preparer-ids", "--types", "--placeholders", "--no-progress")
+    lists = [str(tmp_path / f"{number}.csv") for number in range(4)]
+    ended = [
+        called("repair_crm_contacts", *options, "--csv", lists[0]),
+        called("repair_crm_contacts", *options, "--json", "--apply", "--csv", lists[1]),
+    ]
+    number = str(ended[1].answer["run"])
+    assert ended[1].answer["placeholders"]["kept_by_reason"] == {
+        "conflict": 1,
+        **({"refused": 2} if is_refused else {}),
+    }
+    database.change(REFUSING.replace("'refused%'", f"'refused@{MARK}%'"))
+    ended += [
+        called("rollback_crm_backfill", number, *arguments, "--no-progress", "--csv", path)
+        for arguments, path in zip((("--dry-run",), ()), lists[2:], strict=True)
+    ]
+    assert ended[-1].code == 1
+    ended += [called("backfill_runs", "show", number), called("trace_contact", "person-0-contact")]
+    overheard.heard(*(text for finished in ended for text in (finished.stdout, finished.stderr)))
+    overheard.heard(*(Path(path).read_text(encoding="utf-8") for path in lists))
     assert "ERROR" not in overheard.logged()
     overheard.assert_nothing_of_people()
 

@@ -38,6 +38,7 @@ COMMANDS = {
     "resolve_crm_conflict ROW --contact CONTACT": (2, "ledger_entry"),
     "rollback_crm_backfill RUN --dry-run": (5, "ledger_entry"),
     "rollback_crm_backfill RUN": (5, "rollback"),
+    "repair_crm_contacts --types --apply --no-progress": (5, "backfill_run"),
 }
 every_command = pytest.mark.parametrize("command", COMMANDS)
 #: What a run or a rollback does when the connection is lost in the middle is another story.

@@ -661,6 +661,7 @@ def test_what_row_level_security_hides_of_the_books_is_not_taken_for_nothing(dat
                     ("backfill_crm_contacts", "--no-progress"),
                     ("verify_crm_contacts",),
                     ("rollback_crm_backfill", "1", "--no-progress", "--dry-run"),
+                    ("repair_crm_contacts", "--types", "--no-progress"),
                     ("backfill_runs", "list"),
                     ("resolve_crm_conflict", "profiles:1"),
                     ("export_backfill_errors",),

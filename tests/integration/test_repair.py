@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,10 +19,12 @@ from crm.models import BackfillBatch, BackfillRun, ContactUpdate
 from crm.models.ledger import RunStatus
 from crm.outcome import Repair
 from crm.postgres.facts.rights import OPTIONS, Operation
+from crm.repair import reader
 from crm.repair.runner import repair_contacts
 from crm.rules.mapping import contact_id
 from crm.verification import verify
 from tests.conftest import LEGACY_TABLES, Database
+from tests.support import processes
 from tests.support.builders import (
     CREATED_AT,
     LATER,
@@ -37,6 +40,7 @@ from tests.support.builders import (
 from tests.support.circumstances import acting_as, reading_role, set_status, without_own_schema
 from tests.support.commands import Finished, called, each_statement, rollback, run, statement_in, statements, update
 from tests.support.populations import GENERATIONS
+from tests.support.processes import wait_until
 from tests.support.profiles import against_the_database
 from tests.support.reference import Row
 from tests.support.roles import ROLE, role_made_by_script
@@ -291,8 +295,11 @@ def a_bit_of_everything() -> dict[str, dict[str, Any]]:
     return wanted
 
 
-@pytest.mark.parametrize("size", [1, 2, 1_000])
-def test_everything_at_once_in_batches_of_any_size(database: Database, size: int) -> None:
+@pytest.mark.parametrize(("size", "listed"), [(1, 3), (2, 20_000), (3, 2), (1_000, 20_000)])
+def test_everything_at_once_in_batches_of_any_size(
+    database: Database, size: int, listed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader, "MAX_LISTED", listed)
     wanted = a_bit_of_everything()
     before, others = contacts(), database.dump(*READ_ONLY, "ledger_entry")
     foretold = repair_contacts(list(Repair), apply=False, batch_size=size)
@@ -516,6 +523,43 @@ def test_a_repair_that_dies_in_the_middle_goes_on_where_it_stopped(database: Dat
     for number in (second.run_id, first.pk):
         assert rollback(str(number)).code == 0
     assert contacts() == before
+
+
+@pytest.mark.process
+def test_a_repair_that_is_killed_in_the_middle_goes_on_when_it_is_run_again(database: Database) -> None:
+    wanted = a_bit_of_everything()
+    before = contacts()
+    database.change("""
+        CREATE FUNCTION public.slowly() RETURNS trigger LANGUAGE plpgsql AS
+          $$ BEGIN PERFORM pg_sleep(0.3); RETURN NEW; END $$;
+        CREATE TRIGGER slowly BEFORE UPDATE ON crm_contacts FOR EACH ROW EXECUTE FUNCTION public.slowly()""")
+    process = processes.start(
+        "repair_crm_contacts", *ALL, "--apply", "--batch-size=1", "--no-progress", url=processes.database_url()
+    )
+    wait_until(lambda: ContactUpdate.objects.count() > 0 or process.poll() is not None)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    wait_until(lambda: not others_at_work(database))
+    (dead,) = BackfillRun.objects.running()
+    done = changes(before, contacts())
+    assert 0 < len(done) < len(wanted)
+    assert done.items() <= wanted.items()
+    assert dead.updated == ContactUpdate.objects.count() == sum(map(len, done.values()))
+    finished = repair(*ALL, "--apply", "--json")
+    assert (finished.code, finished.answer["updated"]) == (0, 18 - dead.updated)
+    assert changes(before, contacts()) == wanted
+    dead.refresh_from_db()
+    assert (dead.status, "taken over" in str(dead.failure)) == ("interrupted", True)
+    for number in (finished.answer["run"], dead.pk):
+        assert taken_back(number)["kept"] == 0
+    assert contacts() == before
+
+
+def others_at_work(database: Database) -> list[Any]:
+    return database.rows(
+        "SELECT FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() "
+        "AND state <> 'idle'"
+    )
 
 
 @pytest.mark.parametrize(("status", "code"), [(RunStatus.PAUSED, 4), (RunStatus.CANCELLED, 4)])

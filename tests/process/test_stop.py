@@ -72,6 +72,7 @@ COMMANDS = {
     "backfill_crm_contacts --no-progress --workers 2": ("leads", "crm_contacts", "ledger_entry"),
     "backfill_crm_contacts --no-progress --update": ("leads", "users"),
     "rollback_crm_backfill {run} --no-progress": ("leads", "crm_contacts", "ledger_entry", "backfill_run"),
+    "repair_crm_contacts --types --apply --no-progress": ("crm_contacts", "backfill_run"),
     "verify_crm_contacts": ("leads", "crm_contacts", "ledger_entry"),
     "export_backfill_errors --with-email": ("leads", "ledger_entry"),
     "resolve_crm_conflict {row} --separate other@example.com": ("ledger_entry", "backfill_run"),

@@ -17,6 +17,8 @@ COMMANDS = (
     ("backfill_crm_contacts", "--update", "--no-progress"),
     ("rollback_crm_backfill", "1", "--no-progress"),
     ("rollback_crm_backfill", "1", "--dry-run"),
+    ("repair_crm_contacts", "--types", "--no-progress"),
+    ("repair_crm_contacts", "--types", "--apply", "--no-progress"),
     ("verify_crm_contacts",),
     ("backfill_runs", "list"),
     ("backfill_runs", "cancel", "1"),

@@ -20,6 +20,8 @@ from django.db import connection
 
 from crm.models import BackfillRun
 from crm.models.ledger import RunStatus
+from crm.outcome import Repair
+from crm.repair.runner import repair_contacts
 from crm.runs import retrying
 from tests.conftest import Database
 from tests.support.builders import LATER, add_contact, add_lead, add_many_leads, add_profile, add_user
@@ -329,6 +331,32 @@ def _rollback_of_updates() -> list[str]:
     return _rollback_of(answer["run"])
 
 
+def _repairs(number: int) -> None:
+    """So many contacts of the old script, with everything that can be repaired, and one that keeps its address."""
+    user = add_user("a-preparer@example.com")
+    add_profile("TAX_PREPARER", userId=user)
+    for each in range(number):
+        profile = add_profile("AFFILIATE", email=f"affiliate-{each}@example.com")
+        email = f"client-{profile}@unknown.com"
+        moments = dict.fromkeys(("createdAt", "updatedAt"), LATER)
+        add_contact(email, contactType="CLIENT", source="backfill", assignedPreparerId=user, **moments)
+    add_contact("Affiliate-1@Example.com", assignedPreparerId="nobody")
+
+
+def _repair() -> list[str]:
+    _repairs(9)
+    options = [repair.option for repair in Repair]
+    return ["repair_crm_contacts", *options, "--apply", "--batch-size", "4", "--json", "--no-progress", "--csv", LIST]
+
+
+def _rollback_of_repair() -> list[str]:
+    _repairs(9)
+    report = repair_contacts(list(Repair), apply=True)
+    assert report.totals.updated == 26
+    _change("""UPDATE crm_contacts SET phone = '555 0199', "updatedAt" = now() WHERE email ~ 'affiliate-[35]@'""")
+    return _rollback_of(report.run_id or 0)
+
+
 def _belongs_to() -> list[str]:
     return ["resolve_crm_conflict", _first_night()[0], "--contact", "theirs0"]
 
@@ -365,6 +393,8 @@ SCENARIOS = [
     Scenario("update", _update),
     Scenario("rollback", _rollback),
     Scenario("rollback of updates", _rollback_of_updates),
+    Scenario("repair", _repair),
+    Scenario("rollback of a repair", _rollback_of_repair),
     Scenario("belongs to", _belongs_to),
     Scenario("is separate", _is_separate),
     PAUSE,

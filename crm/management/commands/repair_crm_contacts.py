@@ -8,12 +8,12 @@ from typing import Any
 from django.core.management.base import CommandError, CommandParser
 
 from crm.errors import OperatorError
-from crm.management.arguments import new_file
+from crm.management.arguments import new_file, positive
 from crm.management.operator_command import OperatorCommand
 from crm.outcome import Repair
 from crm.output.table import console_on
 from crm.repair.report import as_json, listing, news, print_summary
-from crm.repair.runner import repair_contacts
+from crm.repair.runner import DEFAULT_BATCH_SIZE, repair_contacts
 from crm.runs.progress import progress_on_stderr
 
 _HELP = {
@@ -49,9 +49,25 @@ class Command(OperatorCommand):
             metavar="FILE",
             help="list each repaired or kept contact by id, with the reason, in this new file",
         )
+        parser.add_argument(
+            "--batch-size",
+            type=positive,
+            default=DEFAULT_BATCH_SIZE,
+            metavar="CONTACTS",
+            help=f"contacts per transaction (default: {DEFAULT_BATCH_SIZE})",
+        )
         parser.add_argument("--no-progress", action="store_true", help="show no progress")
 
-    def handle(self, *_args: Any, apply: bool, json: bool, csv: Path | None, no_progress: bool, **options: Any) -> None:
+    def handle(
+        self,
+        *_args: Any,
+        apply: bool,
+        json: bool,
+        csv: Path | None,
+        batch_size: int,
+        no_progress: bool,
+        **options: Any,
+    ) -> None:
         """Repair the contacts. The exit codes are in the help."""
         repairs = [repair for repair in Repair if options[repair.value]]
         if not repairs:
@@ -60,7 +76,9 @@ class Command(OperatorCommand):
         progress = progress_on_stderr(wanted=not no_progress)
         try:
             with listing(csv) as listener:
-                report = repair_contacts(repairs, apply=apply, progress=progress, listener=listener)
+                report = repair_contacts(
+                    repairs, apply=apply, batch_size=batch_size, progress=progress, listener=listener
+                )
         except OperatorError as error:
             raise CommandError(str(error), returncode=error.exit_code) from None
         # First, so that it is reported even if stdout cannot be written.
