@@ -57,6 +57,7 @@ def test_every_command_ends_with_it(name: str) -> None:
         ["export_backfill_errors"],
         ["verify_crm_contacts"],
         ["rollback_crm_backfill", "RUN", "--no-progress"],
+        ["repair_crm_contacts", "--types", "--apply", "--no-progress"],
     ],
     ids=" ".join,
 )

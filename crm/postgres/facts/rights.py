@@ -172,10 +172,9 @@ def require_rights(
 ) -> None:
     """Raise OperatorError if this role lacks a right that one of the operations needs; a dry run only logs a warning.
 
-    `writes_with_apply` names the option of a command that is a dry run without it.
-
-    The message contains the options of the script that grant the rights of the operations. SELECT on the
-    application's tables is not checked here, but by `examine`.
+    The message contains the options with which the script grants the rights of all these operations. SELECT on the
+    application's tables is not checked here, but by `examine`. `writes_with_apply` is for a command that is a dry run
+    without --apply.
     """
     wanted = [
         (right.table, right.privilege, column)
