@@ -96,6 +96,8 @@ def test_those_who_signed_up_become_leads_if_that_is_asked_for(database: Databas
     assert (bob["id"], bob["company"]) == (contact_id("profiles", profile), "Bob Ltd")
     assert {(row["contactType"], row["stage"], row["source"]) for row in (ann, bob)} == {("LEAD", "NEW", "signup")}
     assert defects() == []
+    database.rows("UPDATE crm_contacts SET source = 'planted' RETURNING id")
+    assert len(defects()) == 2
 
 
 @pytest.mark.parametrize("generation", ["2025_11"])
