@@ -15,7 +15,7 @@ from enum import StrEnum
 from typing import NamedTuple, Protocol
 
 from crm.outcome import Repair, Totals, UpdateOutcome
-from crm.rules.addresses import canonical_address, trimmed_address
+from crm.rules.addresses import canonical_address
 from crm.rules.mapping import (
     CONTACT_TYPE_OF_SOURCE,
     EXCLUDED_ROLES,
@@ -23,6 +23,7 @@ from crm.rules.mapping import (
     SOURCE_OF_ROLE,
     ContactDraft,
     Rules,
+    email_of_profile,
     normalised,
     normalised_email,
     placeholder_name,
@@ -105,8 +106,8 @@ class Profiles:
             self._by_user.setdefault(profile.user_id, set()).add(profile.id)
         if profile.clerk_user_id:
             self._by_clerk.setdefault(profile.clerk_user_id, set()).add(profile.id)
-        if profile.email:
-            self._by_email.setdefault(canonical_address(profile.email), set()).add(profile.id)
+        if email := email_of_profile(profile):
+            self._by_email.setdefault(canonical_address(email), set()).add(profile.id)
 
     def has(self, profile_id: str) -> bool:
         """Return whether a profile has this id, also one that cannot be used."""
@@ -198,8 +199,9 @@ def type_of_role(label: str | None) -> str:
 
 
 def real_address(profile: ProfileRow) -> str | None:
-    """Return the email address of a profile in canonical form, or None if it has no valid one."""
-    return normalised_email(profile.email) if profile.email and trimmed_address(profile.email) else None
+    """Return the email address of a profile in canonical form, as the mapping does, or None if it has no valid one."""
+    email = email_of_profile(profile)
+    return normalised_email(email) if email else None
 
 
 def placeholder_of(profile: ProfileRow, old_kind: str, domain: str) -> str:

@@ -276,6 +276,11 @@ def placeholder_name(kind: str, profile_id: str) -> str:
     return f"{kind}-{profile_id.lower()}-{hashlib.sha256(profile_id.encode()).hexdigest()[:12]}"
 
 
+def email_of_profile(row: ProfileRow) -> str | None:
+    """Return the address of a profile as stored: that of its user, else its own; None if neither has one."""
+    return next((email for email in (row.email, row.own_email) if email and trimmed_address(email)), None)
+
+
 def profile_mapper(source: Source, rules: Rules) -> Callable[[ProfileRow], MappedRow]:
     """The mapping of one profile source."""
     contact_type = CONTACT_TYPE_OF_SOURCE[source]
@@ -285,9 +290,7 @@ def profile_mapper(source: Source, rules: Rules) -> Callable[[ProfileRow], Mappe
     label_belongs = lru_cache(lambda role: SOURCE_OF_ROLE.get(normalised(role)) is source)
 
     def mapped(row: ProfileRow) -> MappedRow:
-        raw_email = row.email if row.email and trimmed_address(row.email) else None
-        if raw_email is None and row.own_email and trimmed_address(row.own_email):
-            raw_email = row.own_email
+        raw_email = email_of_profile(row)
         email = normalised_email(raw_email) if raw_email else f"{placeholder_name(kind, row.id)}@{domain}"
         if row.role is None:
             return _rejected("profiles", row, Reason.MISSING_VALUE, Refusal(column="role"))

@@ -169,6 +169,12 @@ def test_the_real_address(raw: str | None, address: str | None) -> None:
     )
 
 
+@pytest.mark.parametrize("of_user", [None, "", " "])
+def test_a_profile_whose_user_has_no_address_has_its_own(of_user: str | None) -> None:
+    assert real_address(profile(email=of_user, own_email=" Ann@Example.com")) == "ann@example.com"
+    assert real_address(profile(email="bob@example.com", own_email="ann@example.com")) == "bob@example.com"
+
+
 @pytest.mark.parametrize(
     ("role", "kind"), [("AFFILIATE", "affiliate"), ("tax_preparer", "preparer"), ("ADMIN", "old"), (None, "old")]
 )
