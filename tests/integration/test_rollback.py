@@ -1112,7 +1112,7 @@ def test_no_table_comes_to_refer_to_contacts_between_the_question_and_the_deleti
 
     def watch(execute: Any, sql: str, parameters: Any, many: bool, context: dict[str, Any]) -> Any:  # noqa: FBT001 - Django's signature
         result = execute(sql, parameters, many, context)
-        if "FROM pg_constraint" in str(sql) and connection.in_atomic_block:
+        if "SELECT k.conrelid" in str(sql) and connection.in_atomic_block:
             with processes.session() as other:
                 other.execute("SET lock_timeout = '100ms'")
                 with pytest.raises(psycopg.errors.LockNotAvailable) as error:
