@@ -27,7 +27,9 @@ LONGEST_TIMEOUT = 2_147_483
 SHORTEST_KEY, FEWEST_DIFFERENT = 50, 5
 
 #: The variables that begin with CRM_; the system check reports any other one as misspelled.
-CRM_VARIABLES = ("CRM_DOTENV", "CRM_EMBEDDED_DATA", "CRM_PLACEHOLDER_DOMAIN", "CRM_STATEMENT_TIMEOUT")
+CRM_VARIABLES = (
+    *("CRM_ASSIGN_TO_REFERRER", "CRM_DOTENV", "CRM_EMBEDDED_DATA", "CRM_PLACEHOLDER_DOMAIN", "CRM_STATEMENT_TIMEOUT"),
+)
 
 env = Env()
 
@@ -148,6 +150,8 @@ else:
 
 # Options of the operator
 
+# Whether a lead or an intake without a preparer gets the one who referred the person.
+CRM_ASSIGN_TO_REFERRER: bool = env.bool("CRM_ASSIGN_TO_REFERRER", default=True)
 CRM_PLACEHOLDER_DOMAIN = _domain("CRM_PLACEHOLDER_DOMAIN", default="crm-backfill.invalid")
 # The limit for one statement of a command, in seconds; statements of a batch have a limit of a minute.
 CRM_STATEMENT_TIMEOUT = _seconds("CRM_STATEMENT_TIMEOUT", default=600, most=LONGEST_TIMEOUT)

@@ -31,7 +31,7 @@ SECRETS_OF_INTAKES = (
     *("full_form_data", "address_line_1", "address_line_2", "city", "state", "zip_code"),
     *("contactNotes", "unqualifiedNotes"),
 )
-READ_ONLY_TABLES = ("users", "profiles", "leads", "tax_intake_leads")
+READ_ONLY_TABLES = ("users", "profiles", "leads", "tax_intake_leads", "client_preparers")
 #: Attributes that an ordinary role does not have, in the order of the queries.
 ATTRIBUTES = ("SUPERUSER", "CREATEROLE", "CREATEDB", "REPLICATION", "BYPASSRLS")
 #: Predefined roles that may only read the server's statistics, for --max-replica-lag, and pg_database_owner, of which

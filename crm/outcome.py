@@ -94,6 +94,19 @@ class Repair(StrEnum):
         return self.value.replace("_", " ").capitalize()
 
 
+#: The unit of preparer and date, as counts and ledger entries name it.
+ASSIGNMENT = "assignment"
+
+
+class AssignedBy(StrEnum):
+    """The way by which a row has its preparer, or that its preparer has no profile."""
+
+    OWN = "own"  # the row names a profile, or a user that has one
+    CLIENT_PREPARERS = "client_preparers"  # the latest active preparer of a client's profile
+    REFERRER = "referrer"  # the row names no preparer, and its referrer is a tax preparer
+    UNRESOLVED = "unresolved_preparer"  # the preparer has no profile, so the contact is not assigned
+
+
 class Reason(StrEnum):
     """The reason of an error."""
 
@@ -136,11 +149,21 @@ class RowOutcome(NamedTuple):
     #: What a merge replaced of the attribution that there was not, by the name of the field.
     attribution_before: Mapping[str, str | int | None] | None = None
     identity_keys: Mapping[str, str | None] | None = None
+    #: The id of the row's preparer, and where the row has it from.
+    preparer_id: str | None = None
+    assigned_by: AssignedBy | None = None
 
     @property
     def is_new_error(self) -> bool:
         """Whether the row's ledger entry did not have this reason before."""
         return self.outcome is Outcome.ERROR and self.reason != self.known_reason
+
+    @property
+    def assigns(self) -> bool:
+        """Whether it assigned its contact, or could not because its preparer has no profile."""
+        if self.assigned_by is AssignedBy.UNRESOLVED:
+            return self.outcome is not Outcome.ERROR
+        return self.assigned_by is not None and ASSIGNMENT in self.filled
 
 
 @dataclass(slots=True)
@@ -163,6 +186,7 @@ class Totals:
     created_by_type: Counter[str] = field(default_factory=Counter)
     updated_by_column: Counter[str] = field(default_factory=Counter)
     kept_by_column: Counter[str] = field(default_factory=Counter)
+    assignments: Counter[str] = field(default_factory=Counter)
 
     @classmethod
     def of(cls, row_outcomes: list[RowOutcome], created_types: Counter[str]) -> Self:
@@ -178,6 +202,7 @@ class Totals:
             errors_by_reason=Counter(str(row_outcome.reason) for row_outcome in errors),
             errors_new_by_reason=new,
             created_by_type=created_types,
+            assignments=Counter(str(row_outcome.assigned_by) for row_outcome in row_outcomes if row_outcome.assigns),
         )
 
     def add(self, other: Totals) -> None:

@@ -138,7 +138,8 @@ BEGIN
     FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
    WHERE relkind IN ('r', 'p') AND NOT pg_has_role(relowner, 'USAGE')
      AND (nspname = 'crm_backfill'
-          OR nspname = app AND (relname IN ('users', 'profiles', 'leads', 'tax_intake_leads', 'crm_contacts')
+          OR nspname = app AND (relname IN ('users', 'profiles', 'leads', 'tax_intake_leads', 'client_preparers')
+                                OR relname = 'crm_contacts'
                                 OR relname IN ('crm_interactions', 'crm_stage_history')
                                    AND current_setting('least_privilege.rollback')::bool
                                 OR relname = 'crm_stage_history' AND current_setting('least_privilege.update')::bool)
@@ -278,15 +279,16 @@ SELECT format('GRANT USAGE ON SCHEMA %I TO %I', nspname, :'role')
    AND (pg_has_role(nspowner, 'USAGE') OR NOT has_schema_privilege(:'role', oid, 'USAGE'))
 \gexec
 
--- The application's tables, column by column: other columns can be neither read nor written. Columns and tables that a
+-- The application's tables, column by column: other columns can be neither read nor written. Tables and columns that a
 -- generation of the application lacks are skipped.
 WITH wanted (table_name, privilege, columns) AS (
   VALUES
     ('users', 'SELECT', ARRAY['id', 'name', 'email', 'createdAt', 'updatedAt']),
     ('profiles', 'SELECT', ARRAY[
-      'id', 'userId', 'clerkUserId', 'role', 'firstName', 'lastName', 'phone', 'companyName', 'email', 'createdAt',
-      'updatedAt'
+      'id', 'userId', 'clerkUserId', 'role', 'firstName', 'lastName', 'phone', 'companyName', 'email', 'trackingCode',
+      'customTrackingCode', 'shortLinkUsername', 'createdAt', 'updatedAt'
     ]),
+    ('client_preparers', 'SELECT', ARRAY['id', 'clientId', 'preparerId', 'assignedAt', 'isActive']),
     ('leads', 'SELECT', ARRAY[
       'id', 'type', 'status', 'firstName', 'lastName', 'email', 'phone', 'source', 'assignedPreparerId',
       'lastContactedAt', 'createdAt', 'updatedAt', 'referrerUsername', 'referrerType', 'commissionRate',

@@ -357,6 +357,7 @@ class LedgerAdmin(ContactNamingAdmin):
         "run_link",
         "source_updated_at",
         "seen_updated_at",
+        "seen_preparer",
         "contact_updated_at",
         "sqlstate",
         "constraint",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -59,7 +59,7 @@ class RunContext:
 
     `run_id` is None for a dry run. `resolutions` are those that this run applies; `every_resolution` also has those
     that earlier runs applied, which --update needs. `pending_ids` are the ids of the rows to read, for sources with few
-    of them. `unstarted` are the sources without a ledger entry.
+    of them. `unstarted` are the sources without a ledger entry. `due` stores the ids that --update found in each table.
     """
 
     options: RunOptions
@@ -69,6 +69,7 @@ class RunContext:
     every_resolution: Resolutions
     pending_ids: Mapping[Source, Sequence[str]]
     unstarted: Collection[Source]
+    due: dict[str, Sequence[str] | None] = field(default_factory=dict)
 
     def writer(self) -> BatchWriter | DryRunWriter:
         """Return the writer for rows without an outcome, on the connection of this process."""
@@ -119,8 +120,9 @@ class RunContext:
         if task.phase is Phase.REVISIT:
             choice = rows_to_revisit(self.facts, source, with_unsettled=self.options.dry_run)
             # In a dry run, rows without an entry are due too: the run would have given them one.
-            reader = SourceReader if self.options.dry_run else DueReader
-            return reader(connection, self.facts, source, self.options.since, choice=choice)
+            if self.options.dry_run:
+                return SourceReader(connection, self.facts, source, self.options.since, choice=choice)
+            return DueReader(connection, self.facts, source, self.options.since, choice=choice, listed=self.due)
         resolved = self.resolutions.source_ids.get(source.table)
         if task.phase is Phase.RESOLVED:
             return self._reader(source, partition, Apart(resolved or (), alone=True))

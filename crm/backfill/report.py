@@ -12,7 +12,7 @@ from crm.backfill.gone_contacts import GoneContacts
 from crm.backfill.latecomers import ContactsTwice
 from crm.backfill.runner import RunReport
 from crm.models.ledger import RunStatus
-from crm.outcome import Source
+from crm.outcome import AssignedBy, Source
 from crm.output.table import Summary, print_line
 from crm.postgres.target import target, target_line
 from crm.runs.lost_reports import LostReport
@@ -23,6 +23,12 @@ MAX_NAMED = 10
 #: Aligns the lines of the reconciliation.
 _INDENT = " " * len("Reconciliation: ")
 
+_ASSIGNED_BY = {
+    AssignedBy.OWN: "named in the row",
+    AssignedBy.CLIENT_PREPARERS: "the client's latest active preparer",
+    AssignedBy.REFERRER: "the tax preparer who referred the person",
+    AssignedBy.UNRESOLVED: "rows whose preparer has no profile: not assigned",
+}
 _LABELS_OF_TYPE = (("Clients", "CLIENT"), ("Tax Preparers", "PREPARER"), ("Affiliates", "AFFILIATE"), ("Leads", "LEAD"))
 
 
@@ -48,6 +54,7 @@ def as_json(report: RunReport) -> str:
         "updates_by_source": {source.value: counts.update_counts for source, counts in report.by_source.items()},
         "updated_by_column": _sorted(totals.updated_by_column),
         "kept_by_column": _sorted(totals.kept_by_column),
+        "assignments": _sorted(totals.assignments),
         "pending": sum(report.row_counts.pending.values()) if report.row_counts else None,
         "rows": report.row_counts.rows if report.row_counts else None,
         "ledger": report.row_counts.entries if report.row_counts else None,
@@ -86,6 +93,7 @@ def print_summary(report: RunReport, console: Console) -> None:
     row("  merged", totals.merged, "matched and filled a contact of the backfill")
     if report.options.recreate_deleted:
         row("Contact missing", report.recreated, "read again for this reason, and counted above")
+    _count_assignments(report, table)
     row("Errors", totals.error, f"{totals.error_new:,} new", "red" if totals.error_new else "")
     for reason, count in sorted(totals.errors_by_reason.items()):
         new = totals.errors_new_by_reason[reason]
@@ -107,6 +115,16 @@ def print_summary(report: RunReport, console: Console) -> None:
     table.print_on(console)
     print_line(console, reconciliation_lines(report))
     print_line(console, target_line())
+
+
+def _count_assignments(report: RunReport, table: Summary) -> None:
+    """Add how many contacts got a preparer, and in which way."""
+    counts = report.totals.assignments
+    assigned = counts.total() - counts[AssignedBy.UNRESOLVED]
+    table.count("Assigned", assigned, f"{'would get' if report.options.dry_run else 'got'} a preparer")
+    for by, what in _ASSIGNED_BY.items():
+        if counts[by]:
+            table.count(f"  {by}", counts[by], what)
 
 
 def reconciliation_lines(report: RunReport) -> str:

@@ -152,6 +152,7 @@ class BackfillBatch(models.Model):
     unchanged = models.IntegerField(default=0)
     updated_by_column = models.JSONField(default=dict)
     kept_by_column = models.JSONField(default=dict)
+    assignments = models.JSONField(default=dict, db_default={})
     seconds = models.FloatField(help_text="From the first statement to just before the commit")
     committed_at = models.DateTimeField(db_default=Now())
 
@@ -201,6 +202,9 @@ class LedgerEntry(models.Model):
     )
     seen_updated_at = ExactTimestampField(
         null=True, help_text="The source row's updatedAt when --update last revisited it"
+    )
+    seen_preparer = models.TextField(
+        "seen preparer", null=True, help_text="The id of the row's preparer when a run last processed the row"
     )
     filled = models.TextField(null=True, help_text="The columns that the row filled in the contact")
     contact_updated_at = ExactTimestampField(

@@ -53,7 +53,7 @@ from crm.errors import MAX_NAMED, OperatorError, listed
 SAFE_SEARCH_PATH = "pg_catalog, pg_temp"
 
 _APPLICATION = (
-    *("users", "profiles", "leads", "tax_intake_leads"),
+    *("users", "profiles", "leads", "tax_intake_leads", "client_preparers"),
     *("crm_contacts", "crm_stage_history", "crm_interactions"),
 )
 #: The tables of the application that are written.

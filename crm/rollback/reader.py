@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill.read.entries import COLUMNS, COLUMNS_OF_UPDATE, NUMBER_OF_COLUMNS, entry_of, read_entries
 from crm.backfill.read.profiles import read_profiles
+from crm.backfill.read.referrers import Referrers, referrer_of
 from crm.backfill.read.resolutions import Resolutions
 from crm.backfill.read.rows import may_read_user_changes
 from crm.backfill.read.snapshots import VERSION, SnapshotReader
@@ -26,9 +27,10 @@ from crm.postgres.loaders import read_as_text
 from crm.rollback.updates import UpdateRecord
 from crm.rules.entry import Entry
 from crm.rules.mapping import MappedRow, contact_id, map_rows, trimmed, unmapped
+from crm.rules.matching import ASSIGNMENT_UNIT
 from crm.rules.reverting import SourceRow
 from crm.rules.snapshot import ContactSnapshot
-from crm.rules.source_rows import SOURCE_TABLES, ProfileRow, RawRow, SignupRow
+from crm.rules.source_rows import SOURCE_TABLES, IntakeRow, ProfileRow, RawRow, SignupRow
 from crm.runs.other_rules import OtherRules
 
 _PAGE = f"SELECT {COLUMNS} FROM ledger_entry entry WHERE entry.run_id = %s AND entry.id > %s ORDER BY entry.id LIMIT %s"
@@ -92,6 +94,7 @@ class Reader:
     sees_user_changes: bool
     resolutions: Resolutions
     other_rules: OtherRules
+    referrers: Referrers = field(default_factory=Referrers)
 
     @classmethod
     def of(cls, connection: BaseDatabaseWrapper, facts: DatabaseFacts, run: BackfillRun) -> Reader:
@@ -203,6 +206,7 @@ class Reader:
         )
         found = self._rows(query, ids=list(source_ids), started_at=self.run.started_at)
         rows: list[RawRow] = [table.row._make(values) for *values, _ in found]
+        rows = self.referrers.add_to(self.connection, self.facts, rows)
         mapped = self.resolutions.applied(map_rows(source, rows, self.facts.rules()))
         return [
             _source_row(row, maps_to, account_changed=account_changed)
@@ -222,11 +226,18 @@ class Reader:
 def _source_row(row: RawRow, mapped: MappedRow, *, account_changed: bool) -> SourceRow:
     if isinstance(row, ProfileRow):
         other_address = account_changed and not (mapped.resolution and mapped.resolution.separate_email)
-        return SourceRow(mapped, may_differ=frozenset({"email"} if other_address else ()))
+        # Who is whose preparer changes without a trace in the profile.
+        return SourceRow(mapped, may_differ=frozenset({"email"} if other_address else ()) | {*ASSIGNMENT_UNIT})
     if isinstance(row, SignupRow):
         return SourceRow(mapped)
+    # Nor who has a code, in the lead; nor which of a person's intakes names the preparer, in the others.
+    is_without_trace = isinstance(row, IntakeRow) or referrer_of(row)
     preparer = row.raw_assigned_preparer_id
-    return SourceRow(mapped, raw_preparer=preparer if trimmed(preparer) else None)
+    return SourceRow(
+        mapped,
+        raw_preparer=preparer if trimmed(preparer) else None,
+        may_differ=frozenset(ASSIGNMENT_UNIT if is_without_trace else ()),
+    )
 
 
 def _former_entries(entry: Entry, former_values: Mapping[str, Any]) -> dict[str, Entry]:

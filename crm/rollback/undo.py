@@ -73,9 +73,9 @@ SELECT c.id, c.xmin::text = seen.version, {{tables}} FROM crm_contacts c JOIN {_
 _FORGET_ENTRIES = "DELETE FROM ledger_entry WHERE id = ANY(%s::text[]) AND former IS NULL"
 _FORGET_UPDATES_OF = "DELETE FROM contact_update WHERE contact_id = ANY(%s::text[])"
 _FORGET_UPDATES = "DELETE FROM contact_update WHERE id = ANY(%s::bigint[])"
-_REVISIT = "UPDATE ledger_entry SET seen_updated_at = NULL WHERE id = ANY(%s::text[])"
+_REVISIT = "UPDATE ledger_entry SET seen_updated_at = NULL, seen_preparer = NULL WHERE id = ANY(%s::text[])"
 _REVISIT_OTHER_ROWS = """
-UPDATE ledger_entry SET seen_updated_at = NULL
+UPDATE ledger_entry SET seen_updated_at = NULL, seen_preparer = NULL
  WHERE contact_id = ANY(%s::text[]) AND outcome IN ('merged', 'exists')
 """
 

@@ -50,6 +50,16 @@ class UpdateRecord(NamedTuple):
     to_type: str | None
 
     @property
+    def written(self) -> dict[str, Any]:
+        """The columns that the change wrote, where it recorded their values."""
+        recorded = {unit: what["written"] for unit, what in self.former_values.items() if what and "written" in what}
+        return {
+            name: value
+            for unit, values in recorded.items()
+            for name, value in zip(FIELDS_OF_CHANGE[unit], values, strict=True)
+        }
+
+    @property
     def entries(self) -> list[Entry]:
         """The source row of the change, and the rows of the replaced values."""
         return [self.entry, *self.former_entries.values()]
@@ -141,11 +151,21 @@ def _keep(
     stands = is_expired(record.entry, rows) and not is_written_over(record.entry, later)
     if not (stands or is_unchanged(record.entry, rows)) or record.before(rows) is None:
         return Assessment(record.entry, Status.KEPT, KeepReason.SOURCE_CHANGED)
-    if differing := differs_from_merge(contact, record.entry, rows, merges):
+    if differing := _differing(record, contact, rows, merges):
         by_other_rules = other_rules.of([record.entry.run_id]) is not None
         why = mismatch_reason(contact, record.entry.contact_updated_at, by_other_rules=by_other_rules)
         return Assessment(record.entry, Status.KEPT, why, ", ".join(differing))
     return None
+
+
+def _differing(record: UpdateRecord, contact: ContactSnapshot, rows: Rows, merges: Iterable[Entry]) -> list[str]:
+    """Return the columns in which a contact differs from what a change wrote."""
+    written = record.written
+    by_rows = tuple(unit for unit in record.entry.filled if written.keys().isdisjoint(FIELDS_OF_CHANGE[unit]))
+    return [
+        *differs_from_merge(contact, record.entry._replace(filled=by_rows), rows, merges),
+        *(name for name, value in written.items() if getattr(contact.values, name) != value),
+    ]
 
 
 def _restore(

@@ -25,6 +25,8 @@ class Entry(NamedTuple):
     filled: tuple[str, ...]
     #: `source_updated_at` as a contact keeps it.
     written_at: str | None
+    #: The row's preparer when a run last processed the row.
+    seen_preparer: str | None = None
     seen_updated_at: str | None = None
     contact_updated_at: str | None = None
     #: What a merge replaced of the attribution that there was not: JSON, by the name of the field.
@@ -40,12 +42,21 @@ class Entry(NamedTuple):
         """The row's reference."""
         return f"{self.table}:{self.source_id}"
 
-    def is_due(self, updated_at: str | None) -> bool:
-        """Whether its row is to be looked at again: it has changed, or came to a contact and was not looked at since.
+    def is_due(self, updated_at: str | None, preparer_id: str | None) -> bool:
+        """Return whether an update revisits the row.
 
-        `updated_at` is what the row says now.
+        It does if the row has changed, has another preparer, or matched a contact and was not revisited since. Without
+        a preparer there is nothing to assign.
+
+        Arguments:
+            updated_at: The current `updatedAt` of the row.
+            preparer_id: The current preparer of the row.
         """
         if updated_at is None:
             return False  # nobody can tell, and the row can be no contact
         seen = self.seen_updated_at or self.source_updated_at
-        return updated_at != seen or (self.seen_updated_at is None and self.outcome is not Outcome.CREATED)
+        return (
+            updated_at != seen
+            or (preparer_id is not None and preparer_id != self.seen_preparer)
+            or (self.seen_updated_at is None and self.outcome is not Outcome.CREATED)
+        )

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from crm.outcome import ASSIGNMENT
 from crm.rules.mapping import ContactDraft, Rules
 from crm.rules.matching import ASSIGNMENT_UNIT, ATTRIBUTION_PARTS, PROFILE_FILLS, ExistingContact, fill
 
 #: What one row fills where another left it empty, by the name under which it is told.
 FILLED_UNITS: Mapping[str, tuple[str, ...]] = {
     **{name: (name,) for name in (*PROFILE_FILLS, "last_contacted_at")},
-    "assignment": ASSIGNMENT_UNIT,
+    ASSIGNMENT: ASSIGNMENT_UNIT,
     **ATTRIBUTION_PARTS,
 }
 #: What the first row alone says.

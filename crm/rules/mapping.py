@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from django.core.exceptions import ValidationError
 from django.core.validators import validate_email
 
-from crm.outcome import Reason, Refusal, Source
+from crm.outcome import AssignedBy, Reason, Refusal, Source
 from crm.rules.addresses import canonical_address, hides_something, literal, trimmed_address
 from crm.rules.source_rows import WHITE_SPACE, IntakeRow, LeadRow, ProfileRow, RawRow, SignupRow
 
@@ -124,7 +124,7 @@ class MappedRow(NamedTuple):
     """A source row with what it maps to: a draft, or the reason why it cannot be a contact.
 
     `raw_email` is the address as the source has it, None where there is none. `updated_at` is None where the row has
-    none that is a moment.
+    none that is a moment. `assigned_by` is None for a row without a preparer.
     """
 
     id: str
@@ -138,6 +138,23 @@ class MappedRow(NamedTuple):
     refusal: Refusal | None = None
     #: The profile whose contact is the row's, if the row names one.
     profile_id: str | None = None
+    assigned_by: AssignedBy | None = None
+
+    @property
+    def preparer_id(self) -> str | None:
+        """The id of the row's preparer, if it has one."""
+        return self.draft.assigned_preparer_id if self.draft else None
+
+
+class Assignment(NamedTuple):
+    """The preparer that a row gives to its contact, since when, and where the row has it from."""
+
+    preparer_id: str | None = None
+    assigned_at: str | None = None
+    by: AssignedBy | None = None
+
+
+_UNASSIGNED = Assignment()
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +231,27 @@ def trimmed(text: str | None) -> str | None:
     return (text.strip() or None) if text else None
 
 
+_ASCII_LOWER_CASE = {code: code + 0x20 for code in range(ord("A"), ord("Z") + 1)}
+
+
+def canonical_username(raw: str) -> str:
+    """The spelling by which usernames are compared: without white space around it, ASCII letters in lower case.
+
+    So the rule depends on no locale, and the application gives out no other letters.
+    """
+    return raw.strip().translate(_ASCII_LOWER_CASE)
+
+
+def trimmed_username_sql(expression: str) -> str:
+    """The SQL of a username without white space around it."""
+    return f"btrim({expression}, {literal(WHITE_SPACE)})"
+
+
+def canonical_username_sql(expression: str) -> str:
+    """The SQL of `canonical_username`."""
+    return f'lower({trimmed_username_sql(expression)} COLLATE "C")'
+
+
 # What nearly every address looks like. All of it is valid to Django's validator too, which takes six times as long.
 _ORDINARY_EMAIL = re.compile(
     r"[a-z0-9_+-]{1,64}(?:\.[a-z0-9_+-]{1,64})*@(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]{2,63}"
@@ -261,6 +299,19 @@ def _rejected(table: str, row: RawRow, reason: Reason, refusal: Refusal | None =
     return MappedRow(identifier, row.id, updated_at, row.known_reason, None, None, reason, None, refusal)
 
 
+def assignment(
+    raw: str | None, profile_id: str | None, assigned_at: str | None, by: AssignedBy, referrer: str | None = None
+) -> Assignment:
+    """The assignment of a row that names a preparer, resolved to a profile's id, or has a tax preparer as its referrer.
+
+    A preparer who is neither a profile nor the user of one is not copied: the contact of a preparer is theirs by the
+    profile's id alone.
+    """
+    if raw and raw.strip():
+        return Assignment(profile_id, assigned_at, by) if profile_id else Assignment(by=AssignedBy.UNRESOLVED)
+    return Assignment(referrer, assigned_at, AssignedBy.REFERRER) if referrer else _UNASSIGNED
+
+
 #: An id that is in lower case, and short of everything that an address may not hold.
 _ORDINARY_ID = re.compile(r"[a-z0-9_-]+")
 
@@ -286,6 +337,7 @@ def profile_mapper(source: Source, rules: Rules) -> Callable[[ProfileRow], Mappe
     contact_type = CONTACT_TYPE_OF_SOURCE[source]
     kind = contact_type.lower()
     origin = SIGNUP_ORIGIN if source.is_of_signups else PROFILE_ORIGIN
+    is_client = source is Source.CLIENTS
     domain = rules.placeholder_domain
     label_belongs = lru_cache(lambda role: SOURCE_OF_ROLE.get(normalised(role)) is source)
 
@@ -301,6 +353,12 @@ def profile_mapper(source: Source, rules: Rules) -> Callable[[ProfileRow], Mappe
         created_at, updated_at = row.created_at, row.updated_at
         if created_at is None or updated_at is None or _is_no_moment(created_at) or _is_no_moment(updated_at):
             return _rejected("profiles", row, *_fault({"createdAt": created_at, "updatedAt": updated_at}, {}))
+        assigned = _UNASSIGNED
+        if is_client and row.raw_assigned_preparer_id is not None:
+            by = AssignedBy.CLIENT_PREPARERS
+            assigned = assignment(row.raw_assigned_preparer_id, row.assigned_preparer_id, row.assigned_at, by)
+            if assigned.assigned_at is not None and _is_no_moment(assigned.assigned_at):
+                return _rejected("profiles", row, Reason.INVALID_VALUE, Refusal(column="assignedAt"))
         identifier = contact_id("profiles", row.id)
         draft = ContactDraft(
             identifier,
@@ -315,8 +373,8 @@ def profile_mapper(source: Source, rules: Rules) -> Callable[[ProfileRow], Mappe
             rules.stages["NEW"],
             created_at,
             origin,
-            None,
-            None,
+            assigned.preparer_id,
+            assigned.assigned_at,
             None,
             None,
             None,
@@ -327,7 +385,9 @@ def profile_mapper(source: Source, rules: Rules) -> Callable[[ProfileRow], Mappe
             updated_at,
             None,
         )
-        return MappedRow(identifier, row.id, updated_at, row.known_reason, raw_email, draft, None)
+        return MappedRow(
+            identifier, row.id, updated_at, row.known_reason, raw_email, draft, None, assigned_by=assigned.by
+        )
 
     return mapped
 
@@ -372,7 +432,13 @@ def lead_mapper(source: Source, rules: Rules) -> Callable[[LeadRow], MappedRow]:
         if rate is not None and not (rate[-1:].isdigit() and rules.keeps(rate)):
             return _rejected("leads", row, Reason.INVALID_VALUE, Refusal(column="commissionRate"))
         identifier = contact_id("leads", row.id)
-        assigned = row.assigned_preparer_id if row.assigned_preparer_id and row.assigned_preparer_id.strip() else None
+        assigned = assignment(
+            row.raw_assigned_preparer_id,
+            row.assigned_preparer_id,
+            updated_at,
+            AssignedBy.OWN,
+            row.referring_preparer_id,
+        )
         entered = created_at if stage == new else (contacted_at if stage == contacted else None) or updated_at
         draft = ContactDraft(
             identifier,
@@ -387,8 +453,8 @@ def lead_mapper(source: Source, rules: Rules) -> Callable[[LeadRow], MappedRow]:
             stage,
             entered,
             trimmed(row.source) or LEAD_ORIGIN,
-            assigned,
-            updated_at if assigned else None,
+            assigned.preparer_id,
+            assigned.assigned_at,
             row.referrer_username,
             row.referrer_type,
             row.commission_rate,
@@ -399,7 +465,9 @@ def lead_mapper(source: Source, rules: Rules) -> Callable[[LeadRow], MappedRow]:
             updated_at,
             contacted_at,
         )
-        return MappedRow(identifier, row.id, updated_at, row.known_reason, row.email, draft, None)
+        return MappedRow(
+            identifier, row.id, updated_at, row.known_reason, row.email, draft, None, assigned_by=assigned.by
+        )
 
     return mapped
 
@@ -439,7 +507,10 @@ def intake_mapper(source: Source, rules: Rules) -> Callable[[IntakeRow], MappedR
         if reached is None:
             return _rejected("tax_intake_leads", row, Reason.UNKNOWN_STATUS)
         identifier = contact_id("tax_intake_leads", row.id)
-        assigned = row.assigned_preparer_id if row.assigned_preparer_id and row.assigned_preparer_id.strip() else None
+        assigned = _UNASSIGNED
+        if not row.is_outranked:
+            raw, profile_id, by = row.raw_assigned_preparer_id, row.assigned_preparer_id, AssignedBy.OWN
+            assigned = assignment(raw, profile_id, updated_at, by, row.referring_preparer_id)
         referrer = row.referrer_username if trimmed(row.referrer_username) else None
         method = row.attribution_method if referrer else None
         draft = ContactDraft(
@@ -455,8 +526,8 @@ def intake_mapper(source: Source, rules: Rules) -> Callable[[IntakeRow], MappedR
             reached,
             entered,
             INTAKE_ORIGIN,
-            assigned,
-            updated_at if assigned else None,
+            assigned.preparer_id,
+            assigned.assigned_at,
             referrer,
             row.referrer_type if referrer else None,
             None,
@@ -467,9 +538,16 @@ def intake_mapper(source: Source, rules: Rules) -> Callable[[IntakeRow], MappedR
             updated_at,
             row.last_contacted_at,
         )
-        profile_id = row.profile_id or None
         return MappedRow(
-            identifier, row.id, updated_at, row.known_reason, row.email, draft, None, profile_id=profile_id
+            identifier,
+            row.id,
+            updated_at,
+            row.known_reason,
+            row.email,
+            draft,
+            None,
+            profile_id=row.profile_id or None,
+            assigned_by=assigned.by,
         )
 
     return mapped

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from crm.outcome import Outcome, Reason, Refusal, RowOutcome
+from crm.outcome import ASSIGNMENT, Outcome, Reason, Refusal, RowOutcome
 from crm.rules.addresses import canonical_address
 from crm.rules.mapping import ATTRIBUTION_UNIT, ContactDraft, MappedRow, Resolution, referrer
 
@@ -297,7 +297,7 @@ def decide(rows: Iterable[MappedRow], known: ExistingContacts) -> MatchPlan:
 def fill(contact: ExistingContact, draft: ContactDraft) -> tuple[str, ...]:
     """Fill what is missing in the contact from a draft of its person; what was filled, by field or unit.
 
-    The identity keys come from profiles alone, attribution and assignment from leads and intakes: the others have none.
+    The identity keys come from profiles alone, attribution from leads and intakes alone: the others have none.
     """
     filled: dict[str, Any] = {}
     names: list[str] = []
@@ -308,7 +308,7 @@ def fill(contact: ExistingContact, draft: ContactDraft) -> tuple[str, ...]:
             setattr(contact, name, value)
     if not contact.has_assignment and draft.assigned_preparer_id is not None:
         filled |= {name: getattr(draft, name) for name in ASSIGNMENT_UNIT}
-        names.append("assignment")
+        names.append(ASSIGNMENT)
         contact.has_assignment = True
     if unit := _attribution_to_fill(contact, draft):
         contact.attribute({name: getattr(draft, name) for name in ATTRIBUTION_PARTS[unit]})
@@ -324,7 +324,7 @@ def _filled_in(contact: ExistingContact) -> tuple[str, ...]:
     """What is there in a contact that was just made, by the same names: a blank elsewhere is nobody's decision."""
     names = [name for name in _FILLED_ALONE if getattr(contact, name) is not None]
     if contact.has_assignment:
-        names.append("assignment")
+        names.append(ASSIGNMENT)
     if contact.referrer is not None:
         names.append("attribution")
     return tuple(names)
@@ -368,5 +368,15 @@ def _outcome_of(
     refusal: Refusal | None = None,
 ) -> RowOutcome:
     return RowOutcome(
-        row.id, row.source_id, row.updated_at, row.known_reason, outcome, reason, contact_id, filled, refusal
+        row.id,
+        row.source_id,
+        row.updated_at,
+        row.known_reason,
+        outcome,
+        reason,
+        contact_id,
+        filled,
+        refusal,
+        preparer_id=row.preparer_id,
+        assigned_by=row.assigned_by,
     )

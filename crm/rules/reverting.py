@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple
 
+from crm.outcome import ASSIGNMENT
 from crm.rules.entry import Entry
 from crm.rules.mapping import FULL_CONFIDENCE, ContactDraft, MappedRow
 from crm.rules.matching import ACCOUNTS, ASSIGNMENT_UNIT, COMMISSION_UNIT, ExistingContact, fill
@@ -58,8 +59,8 @@ class Assessment(NamedTuple):
 class SourceRow:
     """The current state of a source row.
 
-    `may_differ` are columns whose former value is unknown although the row is unchanged. `raw_preparer` is the
-    assignment before it is resolved to a profile, which can have been added or deleted since.
+    `may_differ` are columns whose former value is unknown although the row is unchanged. `raw_preparer` is the preparer
+    before it is resolved to a profile, which can have been added or deleted since.
     """
 
     mapped: MappedRow
@@ -192,24 +193,21 @@ def _possible_values(entry: Entry, columns: Iterable[str], rows: Rows) -> dict[s
         return dict.fromkeys(columns)
     draft = row.mapped.draft
     values: dict[str, tuple[Any, ...] | None] = {column: (getattr(draft, column),) for column in columns}
-    values |= {column: None for column in row.may_differ if column in values}
+    was_assigned = ASSIGNMENT in entry.filled
+    may_differ = row.may_differ if was_assigned else row.may_differ - {*ASSIGNMENT_UNIT}
+    if row.mapped.preparer_id is not None and row.mapped.preparer_id == entry.seen_preparer:
+        may_differ -= {"assigned_preparer_id"}
+    values |= {column: None for column in may_differ if column in values}
     if row.mapped.resolution is not None:
         # The resolution leaves an account with the contact that had it.
         values |= {column: (getattr(draft, column), None) for column in ACCOUNTS if column in values}
-    if may_name_another_preparer(entry, draft):
-        values |= {column: None for column in ASSIGNMENT_UNIT if column in values}
-    elif draft.assigned_preparer_id is not None and "assigned_preparer_id" in values:
-        values["assigned_preparer_id"] = (draft.assigned_preparer_id, row.raw_preparer)
+    if values.get("assigned_preparer_id") is not None:
+        # The profile of a preparer may have come or gone since. Earlier versions copied one whom nobody can resolve.
+        never = () if was_assigned else (None,)
+        values["assigned_preparer_id"] = (draft.assigned_preparer_id, row.raw_preparer, *never)
+        if values["assigned_at"] is not None:
+            values["assigned_at"] = (draft.assigned_at, draft.updated_at, *never)
     return values
-
-
-def may_name_another_preparer(entry: Entry, draft: ContactDraft) -> bool:
-    """Return whether an intake names a preparer now and did not when the entry was written, or vice versa.
-
-    The row can be unchanged: the latest of a person's intakes has the assignment, and others are added or expire.
-    """
-    names_one = draft.assigned_preparer_id is not None
-    return entry.table == "tax_intake_leads" and names_one != ("assignment" in entry.filled)
 
 
 def _differences(contact: ContactSnapshot, written: Mapping[str, tuple[Any, ...] | None]) -> list[str]:

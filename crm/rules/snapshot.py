@@ -12,11 +12,9 @@ class ContactSnapshot:
     """A contact as it is now; columns that the table lacks are None.
 
     `version` is PostgreSQL's own mark of the row's version (`xmin`). `set_elsewhere` are columns that the backfill
-    never writes and that do not have their default. `preparer_is_there` tells whether the contact is assigned to
-    nobody, or to a profile that there is. What was not asked for has its default here.
+    never writes and that do not have their default. What was not asked for has its default here.
     """
 
     values: ContactDraft
     version: str = ""
     set_elsewhere: tuple[str, ...] = ()
-    preparer_is_there: bool = True

@@ -45,12 +45,21 @@ class Joined:
 
 
 @dataclass(frozen=True)
+class OfReferrer:
+    """The profile of the tax preparer whose code the row's referrer is, for a row without a preparer.
+
+    No join finds it, since the codes have no index without case: `crm.backfill.read.referrers` fills it in, page by
+    page. Such a row also has the fields `raw_assigned_preparer_id` and `referrer_username`.
+    """
+
+
+@dataclass(frozen=True)
 class KnownReason:
     """What an earlier run said of the row; NULL where the ledger is not asked."""
 
 
 class ProfileRow(NamedTuple):
-    """A profile with its user's email, and with its own, which newer generations have.
+    """A profile with its user's email, with its own, which newer generations have, and with its preparer.
 
     Any column but the id may be NULL, whatever the application's own schema says.
     """
@@ -68,6 +77,9 @@ class ProfileRow(NamedTuple):
     clerk_user_id: Annotated[str | None, Own("clerkUserId", is_optional=True)]
     email: Annotated[str | None, Joined("u.email", is_long=True)]
     own_email: Annotated[str | None, Own("email", is_optional=True, is_long=True)]
+    raw_assigned_preparer_id: Annotated[str | None, Joined('assigned."preparerId"')]
+    assigned_preparer_id: Annotated[str | None, Joined("assigned.profile_id")]
+    assigned_at: Annotated[str | None, Joined('assigned."assignedAt"')]
 
 
 class LeadRow(NamedTuple):
@@ -92,7 +104,8 @@ class LeadRow(NamedTuple):
     attribution_method: Annotated[str | None, Own("attributionMethod", is_long=True)]
     attribution_confidence: Annotated[int | None, Own("attributionConfidence")]
     raw_assigned_preparer_id: Annotated[str | None, Own("assignedPreparerId", is_long=True)]
-    assigned_preparer_id: Annotated[str | None, Joined('COALESCE(p.id, r."assignedPreparerId")')]
+    assigned_preparer_id: Annotated[str | None, Joined("p.profile_id")]
+    referring_preparer_id: Annotated[str | None, OfReferrer()]
 
 
 _KIND_OF_INTAKE = """CASE WHEN {unqualified} IS TRUE AND {convertedToClient} IS TRUE THEN 'unqualified_client'
@@ -102,7 +115,7 @@ _KIND_OF_INTAKE = """CASE WHEN {unqualified} IS TRUE AND {convertedToClient} IS 
 class IntakeRow(NamedTuple):
     """What a person entered in the tax form. The preparer is resolved as a lead's; NULLs as in a profile.
 
-    `assigned_preparer_id` is None if a later intake of the person names a preparer.
+    `is_outranked` tells whether another intake of the person names the preparer.
     """
 
     id: Annotated[str, Own("id")]
@@ -125,9 +138,9 @@ class IntakeRow(NamedTuple):
     attribution_method: Annotated[str | None, Own("attributionMethod", is_optional=True, is_long=True)]
     profile_id: Annotated[str | None, Own("profileId", is_optional=True, is_long=True)]
     raw_assigned_preparer_id: Annotated[str | None, Own("assignedPreparerId", is_optional=True, is_long=True)]
-    assigned_preparer_id: Annotated[
-        str | None, Joined('CASE WHEN later.is_there IS NULL THEN COALESCE(p.id, r."assignedPreparerId") END')
-    ]
+    assigned_preparer_id: Annotated[str | None, Joined("p.profile_id")]
+    is_outranked: Annotated[bool, Joined("outranked.is_so")]
+    referring_preparer_id: Annotated[str | None, OfReferrer()]
 
 
 class SignupRow(NamedTuple):
@@ -143,6 +156,16 @@ class SignupRow(NamedTuple):
 
 
 RawRow = ProfileRow | LeadRow | IntakeRow | SignupRow
+#: The rows that have a field OfReferrer.
+REFERRED_ROWS = (LeadRow, IntakeRow)
+Origin = Own | Label | Joined | OfReferrer | KnownReason
+
+#: Who is whose preparer, by profile. Not every database has the table.
+CLIENT_PREPARERS = "client_preparers"
+#: The columns of it that are read: a preparer counts while active, the one assigned last before the others.
+COLUMNS_OF_CLIENT_PREPARERS = ("id", "clientId", "preparerId", "assignedAt", "isActive")
+#: The columns of a profile that people are referred by, in the order in which one counts before another.
+PREPARER_CODES = ("trackingCode", "customTrackingCode", "shortLinkUsername")
 
 
 @dataclass(frozen=True)
@@ -162,7 +185,7 @@ class SourceTable:
     is_optional: bool = False
 
     @cached_property
-    def fields(self) -> dict[str, Own | Label | Joined | KnownReason]:
+    def fields(self) -> dict[str, Origin]:
         """Where the fields of a row come from, in their order."""
         hints = get_type_hints(self.row, include_extras=True)
         return {name: hints[name].__metadata__[0] for name in self.row._fields}
@@ -191,7 +214,7 @@ class SourceTable:
     def label_sql(self, missing: Container[str]) -> str:
         """The label of a row `r` of the table itself. `missing` is as in `columns`."""
         origin = self.fields[self.label]
-        return _label(origin, self._columns(missing)) if isinstance(origin, Label) else f'r."{self.label_column}"'
+        return _label(origin, self.own_sql(missing)) if isinstance(origin, Label) else f'r."{self.label_column}"'
 
     @property
     def updated_at(self) -> str:
@@ -204,10 +227,13 @@ class SourceTable:
         return label
 
     def join(self, missing: Container[str], more: str = "") -> str:
-        """What a row `r` is joined to, with further columns `more` of the user or the preparer there."""
+        """What a row `r` is joined to, with further columns `more` of the user of a profile.
+
+        `missing` are the columns that the database lacks, as in `columns`, and the optional tables.
+        """
         return self.joining(missing).format(more=more)
 
-    def _columns(self, missing: Container[str]) -> dict[str, str]:
+    def own_sql(self, missing: Container[str]) -> dict[str, str]:
         """The SQL of the table's own columns of a row `r`, by their name."""
         return {
             own.column: f"NULL::{own.type}" if f"{self.name}.{own.column}" in missing else f'r."{own.column}"'
@@ -220,7 +246,7 @@ class SourceTable:
         By name and never r.*: the role of the backfill may not read the secret ones. `missing` are the columns that
         the database lacks, as `<table>.<column>`.
         """
-        own = (f'{sql} AS "{name}"' if sql.startswith("NULL") else sql for name, sql in self._columns(missing).items())
+        own = (f'{sql} AS "{name}"' if sql.startswith("NULL") else sql for name, sql in self.own_sql(missing).items())
         return f"{', '.join(own)}, {known_reason} AS known_reason"
 
     @property
@@ -237,14 +263,16 @@ class SourceTable:
             if isinstance(origin, Own | Joined) and origin.is_long
         ]
 
-    def _value(self, origin: Own | Label | Joined | KnownReason) -> str:
+    def _value(self, origin: Origin) -> str:
         match origin:
             case Own(column):
                 return f'r."{column}"'
             case Joined(expression):
                 return expression
             case Label():
-                return _label(origin, self._columns(()))
+                return _label(origin, self.own_sql(()))
+            case OfReferrer():
+                return "NULL::text"
             case _:
                 return "r.known_reason"
 
@@ -255,43 +283,78 @@ def _label(label: Label, columns: Mapping[str, str]) -> str:
 
 _USER = """
        LEFT JOIN LATERAL (SELECT email{more} FROM users WHERE users.id = r."userId" LIMIT 1) u ON true"""
-# Some rows name their preparer by the user.
-_PREPARER = """
-       LEFT JOIN LATERAL (
-         SELECT id{more} FROM profiles WHERE id = r."assignedPreparerId" OR "userId" = r."assignedPreparerId"
-          ORDER BY id <> r."assignedPreparerId" LIMIT 1
+# Some rows name their preparer by the user. One who has no profile is nobody.
+_PROFILE_OF_PREPARER = """
+         SELECT id AS profile_id FROM profiles WHERE id = {preparer} OR "userId" = {preparer}
+          ORDER BY id <> {preparer} LIMIT 1"""
+_PREPARER = f"""
+       LEFT JOIN LATERAL ({_PROFILE_OF_PREPARER.format(preparer='r."assignedPreparerId"')}
        ) p ON r."assignedPreparerId" IS NOT NULL"""
+_PREPARER_OF_CLIENT = f"""
+       LEFT JOIN LATERAL (
+         SELECT latest."preparerId", latest."assignedAt", preparer.profile_id
+           FROM (SELECT "preparerId", "assignedAt" FROM {CLIENT_PREPARERS} WHERE "clientId" = r.id AND "isActive"
+                  ORDER BY "assignedAt" DESC NULLS LAST, id COLLATE "C" LIMIT 1) latest
+           LEFT JOIN LATERAL ({_PROFILE_OF_PREPARER.format(preparer='latest."preparerId"')}) preparer ON true
+       ) assigned ON true"""
+_NO_PREPARER_OF_CLIENT = """
+       CROSS JOIN (
+         SELECT NULL::text AS "preparerId", NULL::timestamp AS "assignedAt", NULL::text AS profile_id) assigned"""
 
 # An index probe each. What comes besides the key is opaque to the planner: it would walk along another index for it.
-_LATER = """
-       LEFT JOIN LATERAL (
-         SELECT true AS is_there WHERE btrim(r."assignedPreparerId", {white_space}) <> '' AND ({by_each_key})
-       ) later ON true"""
-_LATER_BY = """(
+_IS_OUTRANKED = """CASE WHEN {is_named} OR {is_referred} THEN COALESCE({by_each_key}, false) ELSE false END"""
+_OUTRANKED_BY = """(
            SELECT true FROM tax_intake_leads other WHERE other."{key}" = r."{key}" AND CASE
-             WHEN (other.created_at, other.id) > (r.created_at, r.id)
-              AND btrim(other."assignedPreparerId", {white_space}) <> '' THEN true ELSE false END LIMIT 1)"""
-_NO_LATER = """
-       CROSS JOIN (SELECT NULL::boolean AS is_there) later"""
+             WHEN {other_is_named} AND ({is_named} IS NOT TRUE OR (other.created_at, other.id) > (r.created_at, r.id))
+             THEN true ELSE false END LIMIT 1)"""
+
+
+def is_outranked_sql(missing: Container[str]) -> str:
+    """Return the SQL condition that another intake of the person of an intake `r` names the preparer.
+
+    That is the latest one that names one. It is found by the address as it is stored, or by the profile. `missing` is
+    as in `SourceTable.columns`.
+    """
+    columns = SOURCE_TABLES["tax_intake_leads"].own_sql(missing)
+    keys = [key for key in ("email", "profileId") if f"tax_intake_leads.{key}" not in missing]
+    if "tax_intake_leads.assignedPreparerId" in missing:
+        return "false"
+
+    def is_filled(column: str) -> str:
+        return f"(btrim({column}, {_WHITE_SPACE}) <> '')"
+
+    is_named, other_is_named = is_filled(columns["assignedPreparerId"]), is_filled('other."assignedPreparerId"')
+    return _IS_OUTRANKED.format(
+        is_named=is_named,
+        is_referred=is_filled(columns["referrerUsername"]),
+        by_each_key=", ".join(
+            _OUTRANKED_BY.format(key=key, is_named=is_named, other_is_named=other_is_named) for key in keys
+        ),
+    )
+
+
+def _of_profile(missing: Container[str]) -> str:
+    return _USER + (_NO_PREPARER_OF_CLIENT if CLIENT_PREPARERS in missing else _PREPARER_OF_CLIENT)
+
+
+def _of_lead(_missing: Container[str]) -> str:
+    return _PREPARER
 
 
 def _of_intake(missing: Container[str]) -> str:
-    """The preparer, and whether a later intake of the person names one: by address as it is stored, or by profile."""
-    if "tax_intake_leads.assignedPreparerId" in missing:
-        return _PREPARER + _NO_LATER
-    keys = [key for key in ("email", "profileId") if f"tax_intake_leads.{key}" not in missing]
-    return _PREPARER + _LATER.format(
-        white_space=_WHITE_SPACE,
-        by_each_key=" OR ".join(_LATER_BY.format(key=key, white_space=_WHITE_SPACE) for key in keys),
-    )
+    return f"{_PREPARER}\n       CROSS JOIN LATERAL (SELECT {is_outranked_sql(missing)} AS is_so) outranked"
+
+
+def _of_signup(_missing: Container[str]) -> str:
+    return ""
 
 
 SOURCE_TABLES: Mapping[str, SourceTable] = {
     table.name: table
     for table in (
-        SourceTable("profiles", ProfileRow, "role", lambda _missing: _USER),
-        SourceTable("leads", LeadRow, "status", lambda _missing: _PREPARER, is_sorted_by_creation=True),
+        SourceTable("profiles", ProfileRow, "role", _of_profile),
+        SourceTable("leads", LeadRow, "status", _of_lead, is_sorted_by_creation=True),
         SourceTable("tax_intake_leads", IntakeRow, "kind", _of_intake, is_sorted_by_creation=True, is_optional=True),
-        SourceTable("users", SignupRow, "kind", lambda _missing: ""),
+        SourceTable("users", SignupRow, "kind", _of_signup),
     )
 }

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from crm.outcome import Source, Totals, UpdateOutcome
+from crm.outcome import ASSIGNMENT, Source, Totals, UpdateOutcome
 from crm.rules.entry import Entry
 from crm.rules.fold import FILLED_UNITS, STAGE, UNITS_OF_FIRST, fold, stage_order
 from crm.rules.mapping import (
@@ -42,6 +42,8 @@ FIELDS_OF_CHANGE: Mapping[str, tuple[str, ...]] = {
 }
 #: What a record of a change may repeat, since it says nothing of a person: ids, labels and moments.
 _NOTHING_PERSONAL = ("user_id", "clerk_user_id", "last_contacted_at", "assignment")
+#: The sources whose rows have a role, which gives the type of the contact.
+_OF_ROLE = tuple(CONTACT_TYPE_OF_SOURCE)
 #: What a record of a change has a column of its own for.
 _RECORDED_APART = (EMAIL, TYPE, STAGE, STAGE_ENTERED)
 # The fields that tell whether a unit is there: without a referrer there is no attribution, whatever else is.
@@ -60,7 +62,7 @@ class RowOfContact(NamedTuple):
     @property
     def is_due(self) -> bool:
         """Whether it is to be looked at again itself."""
-        return self.entry.is_due(self.row.updated_at)
+        return self.entry.is_due(self.row.updated_at, self.row.preparer_id)
 
 
 @dataclass(slots=True)
@@ -70,7 +72,7 @@ class RevisitedContact:
     `made_at` is the `updatedAt` of the row that made it; None where somebody else did. `left_at` is the contact's
     `updatedAt` when updates changed it; None where none did. `given` are the units that the backfill once filled, as
     far as it matters. `rows` are in canonical order; `has_all_rows` tells whether none of them is gone, or not to be
-    migrated any more.
+    migrated any more, and `was_assigned` whether one of them gave it a preparer.
     """
 
     snapshot: ContactSnapshot
@@ -79,6 +81,7 @@ class RevisitedContact:
     given: set[str] = field(default_factory=set)
     rows: Sequence[RowOfContact] = ()
     has_all_rows: bool = True
+    was_assigned: bool = False
 
     @property
     def values(self) -> ContactDraft:
@@ -182,8 +185,9 @@ def decide(source: Source, rows: Iterable[MappedRow], look: Look, rules: Rules) 
         contact = look.contacts.get(entry.contact_id) if entry else None
         if entry is None or contact is None:
             continue
-        change = _change(RowOfContact(entry, source, row), contact, look, rules)
-        if entry.is_due(row.updated_at) or EMAIL in change.columns:
+        revisited = RowOfContact(entry, source, row)
+        change = _change(revisited, contact, look, rules)
+        if revisited.is_due or EMAIL in change.columns:
             look.looked_at.add(entry.id)
             _apply(change, contact, look)
             yield change
@@ -206,6 +210,9 @@ def totals_of(changes: Collection[Change]) -> Totals:
         updated_and_kept=sum(bool(change.columns and change.kept) for change in changes),
         updated_by_column=Counter(column for change in changes for column in change.columns),
         kept_by_column=Counter(column for change in changes for column in change.kept),
+        assignments=Counter(
+            str(change.origins[ASSIGNMENT].row.assigned_by) for change in changes if ASSIGNMENT in change.origins
+        ),
     )
 
 
@@ -241,11 +248,18 @@ def _change(looked: RowOfContact, contact: RevisitedContact, look: Look, rules: 
         else:
             kept.append(EMAIL)
     former = {name: _former(name, contact) for name in written if name not in _RECORDED_APART}
+    former = {name: what for name, what in former.items() if not _lacks(contact.values, name)}
+    if ASSIGNMENT in written:
+        # The rows do not show later who was assigned: a client gets another preparer without a trace in its profile.
+        before, now = (
+            [each[name] for name in FIELDS_OF_CHANGE[ASSIGNMENT]] for each in (contact.values._asdict(), values)
+        )
+        former[ASSIGNMENT] = {"values": before, "written": now}
     return nothing._replace(
         values=values,
         origins=written,
         kept=tuple(kept),
-        former={name: what for name, what in former.items() if not _lacks(contact.values, name)},
+        former=former,
     )
 
 
@@ -274,9 +288,9 @@ def _fold(contact: RevisitedContact, known: ExistingContacts, rules: Rules) -> _
     folded = fold([_not_ours(contact), *(speaker.draft for speaker in speakers)], rules)
     origins = {name: speakers[number - 1].origin for name, number in folded.origins.items() if number > 0}
     values = folded.values
-    if contact.is_as_written and (promoting := _promoting(contact, speakers)):
-        values = values._replace(contact_type=promoting.draft.contact_type)
-        origins[TYPE] = promoting.origin
+    if contact.is_as_written and (typing := _giving_type(contact, speakers)):
+        values = values._replace(contact_type=typing.draft.contact_type)
+        origins[TYPE] = typing.origin
     return _Expected(values, origins, by_rows.values, origins_by_rows)
 
 
@@ -290,11 +304,30 @@ def _not_ours(contact: RevisitedContact) -> ContactDraft:
     return contact.values._replace(**ours)
 
 
-def _promoting(contact: RevisitedContact, speakers: Iterable[_Speaker]) -> _Speaker | None:
-    """The row that promotes a contact which is a lead, although not all of its rows are there."""
-    if contact.values.contact_type != LEAD:
-        return None
-    return next((speaker for speaker in speakers if speaker.origin.source not in _OF_LEADS), None)
+def _giving_type(contact: RevisitedContact, speakers: Iterable[_Speaker]) -> _Speaker | None:
+    """Return the row that determines the type of a contact although not all of its rows are there.
+
+    That is a profile, by its role; for a contact that is a lead, also a converted lead or intake.
+    """
+    is_lead = contact.values.contact_type == LEAD
+    for number, speaker in enumerate(speakers):
+        origin = speaker.origin
+        # Whoever became a lead is one unless another row says more.
+        if _has_become_lead(origin) and number > 0:
+            continue
+        if _is_of_more_than_a_lead(origin) and (is_lead or origin.source in _OF_ROLE):
+            return speaker
+    return None
+
+
+def _is_of_more_than_a_lead(origin: RowOfContact) -> bool:
+    """Return whether a row says of its person what they are, and not only that they are no client yet."""
+    return origin.source not in _OF_LEADS or _has_become_lead(origin)
+
+
+def _has_become_lead(origin: RowOfContact) -> bool:
+    """Return whether a row is a profile that had another role when it was migrated."""
+    return origin.source is Source.LEAD_PROFILES and origin.entry.source != Source.LEAD_PROFILES
 
 
 def _of_this_contact(
@@ -336,7 +369,9 @@ def _verdict(name: str, expected: _Expected, contact: RevisitedContact, rules: R
     if name not in FILLED_UNITS:
         return _of_written(name, expected, contact, rules) if contact.is_as_written else None
     if _lacks(contact.values, name):
-        return name not in contact.given
+        # No run empties an assignment: whoever did was a person, even if the application did not move `updatedAt`.
+        is_removed = name == ASSIGNMENT and contact.was_assigned
+        return name not in contact.given and not is_removed
     compared = _fields_of(name, expected.origins, FIELDS_OF_CHANGE)
     return True if _differs(expected.values, contact.values, compared) else None
 
@@ -346,8 +381,8 @@ def _of_written(name: str, expected: _Expected, contact: RevisitedContact, rules
     step = _step(expected.values, contact, rules)
     if name == STAGE:
         return None if step <= 0 else _is_of_a_lead(contact.values.stage, rules)
-    if name == TYPE and step < 0:
-        return None  # nobody is taken back along the pipeline
+    if name == TYPE and step < 0 and expected.origins[name].source not in _OF_ROLE:
+        return None  # no lead is taken back along the pipeline
     return True if getattr(expected.values, name) != getattr(contact.values, name) else None
 
 
@@ -386,7 +421,7 @@ def _would_promote(
 ) -> bool:
     if name == STAGE:
         return _step(by_rows, contact, rules) > 0
-    if name == TYPE and looked.source in _OF_LEADS:
+    if name == TYPE and not _is_of_more_than_a_lead(looked):
         return False
     return bool(getattr(by_rows, name) != getattr(contact.values, name))
 

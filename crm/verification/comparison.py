@@ -17,23 +17,13 @@ from typing import Any
 
 from django.db.backends.base.base import BaseDatabaseWrapper
 
-from crm.backfill.read.rows import (
-    CHANGED,
-    NONE_PROVEN,
-    NOT_LINKED,
-    NOT_THERE,
-    EntriesOfContact,
-    FoundRow,
-    RowReader,
-    entries_of_contacts,
-)
+from crm.backfill.read.rows import NONE_PROVEN, EntriesOfContact, FoundRow, RowReader, entries_of_contacts
 from crm.outcome import Reason
 from crm.postgres.facts.columns import COLUMN
 from crm.postgres.snapshot import PAGE
 from crm.rules.entry import Entry
 from crm.rules.mapping import ContactDraft, MappedRow
 from crm.rules.matching import ASSIGNMENT_UNIT, ExistingContact, fill
-from crm.rules.reverting import may_name_another_preparer
 from crm.rules.snapshot import ContactSnapshot
 from crm.rules.updating import FIELDS_OF_CHANGE
 from crm.runs.other_rules import OtherRules
@@ -195,7 +185,7 @@ def _mapped(entry: Entry, rows: Mapping[str, FoundRow]) -> MappedRow | None:
     return row.mapped if row else None
 
 
-def _may_differ(entry: Entry, row: FoundRow | None, contact: ContactSnapshot, name: str) -> bool:
+def _may_differ(entry: Entry, row: FoundRow | None, name: str) -> bool:
     """Return whether the value that a row gives to a field may have changed since the row was migrated."""
     if row is None or row.mapped is None or row.updated_at != entry.source_updated_at:
         return True
@@ -203,14 +193,22 @@ def _may_differ(entry: Entry, row: FoundRow | None, contact: ContactSnapshot, na
         # A profile whose user has an invalid address maps to no contact.
         is_resolved = row.mapped.resolution is not None and row.mapped.resolution.separate_email is not None
         of_address = row.mapped.draft is None or (name == "email" and not is_resolved)
-        return row.other == CHANGED and of_address
-    if row.mapped.draft and name in ASSIGNMENT_UNIT and may_name_another_preparer(entry, row.mapped.draft):
-        return True
-    # A row can refer to its preparer by user: without the profile, the preparer is no longer known.
-    is_lost = row.other == NOT_THERE and not contact.preparer_is_there
-    # The profile can exist and be linked to another user now.
-    is_linked_otherwise = row.other == NOT_LINKED and contact.values.assigned_preparer_id is not None
-    return name == "assigned_preparer_id" and (row.other == CHANGED or is_lost or is_linked_otherwise)
+        return row.user_changed and of_address
+    return False
+
+
+def _is_reassigned(entry: Entry, row: FoundRow | None, name: str, entries: EntriesOfContact) -> bool:
+    """Return whether an unchanged row has another preparer now than when a run last processed it.
+
+    Preparers are added, deleted and get other codes, and clients get other preparers, without a trace in the row. The
+    ledger has the preparer, but not since when it is that of a client.
+    """
+    if row is None or row.mapped is None or row.mapped.draft is None:
+        return False
+    if name == "assigned_at" and entry.table == "profiles":
+        return row.mapped.preparer_id is not None
+    seen = {each.id: each.seen_preparer for each in (entries.creator, *entries.merged)}
+    return row.mapped.preparer_id != seen.get(entry.id)
 
 
 def _findings(
@@ -225,9 +223,12 @@ def _findings(
     written_by = other_rules.of(entry.run_id for entry in (entries.creator, *entries.later))
     of_kind: dict[tuple[Kind, str | None], list[str]] = {}
     for name, entry in differing.items():
-        changed = modified or _may_differ(entry, rows.get(entry.row), contact, name)
+        row = rows.get(entry.row)
         by_people = (Kind.CRM_CHANGED if modified else Kind.SOURCE_CHANGED), None
-        of_kind.setdefault(by_people if changed else unexplained(written_by), []).append(COLUMN[name])
+        found = by_people if modified or _may_differ(entry, row, name) else unexplained(written_by)
+        if found[0] is Kind.DEFECT and name in ASSIGNMENT_UNIT and _is_reassigned(entry, row, name, entries):
+            found = by_people
+        of_kind.setdefault(found, []).append(COLUMN[name])
     for (kind, by), columns in of_kind.items():
         yield Finding(Check.FIELDS, kind, entries.creator.row, entries.creator.contact_id, tuple(columns), by)
 

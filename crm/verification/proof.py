@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from crm.backfill.read.referrers import codes_of_preparers, preparer_labels
 from crm.outcome import Source
 from crm.postgres.facts.columns import ATTRIBUTION_COLUMNS
 from crm.postgres.facts.requirements import CONFIDENCE
@@ -29,8 +30,10 @@ from crm.rules.mapping import (
     SOURCE_OF_ROLE,
     STAGES_OF_STATUS,
     UNKNOWN_NAME,
+    canonical_username_sql,
+    trimmed_username_sql,
 )
-from crm.rules.source_rows import SOURCE_TABLES, WHITE_SPACE
+from crm.rules.source_rows import CLIENT_PREPARERS, SOURCE_TABLES, WHITE_SPACE
 
 # Accepts no address that `crm.rules.mapping` rejects. Quantifiers with bounds would make it a hundred times slower in
 # PostgreSQL. Instead, the parts before and after the @ are limited to a length at which no label can be too long.
@@ -73,10 +76,22 @@ _OF_EVERY_ROW = [
     _is("phone", _trimmed("r.phone")),
     _is("createdAt", 'r."createdAt"'),
 ]
-_NOTHING = (
-    *("assignedPreparerId", "assignedAt", "lastContactedAt"),
-    *(name for name in ATTRIBUTION_COLUMNS if name != CONFIDENCE),
-)
+_NOTHING = ("lastContactedAt", *(name for name in ATTRIBUTION_COLUMNS if name != CONFIDENCE))
+_UNASSIGNED = 'c."assignedPreparerId" IS NULL AND c."assignedAt" IS NULL'
+_REFERRER = 'r."referrerUsername"'
+
+
+def _is_assigned_since(moment: str) -> str:
+    """Return the condition that the contact has the preparer of a lead or an intake, since a moment.
+
+    As with profiles. A referrer is the one preparer with the code, or none if no preparer has a code like it.
+    """
+    return f"""CASE WHEN r."assignedPreparerId" IS NOT NULL
+             THEN p.id = c."assignedPreparerId" AND c."assignedAt" = {moment} AND btrim(p.id, %(white_space)s) <> ''
+             WHEN referrer.id IS NOT NULL THEN referrer.id = c."assignedPreparerId" AND c."assignedAt" = {moment}
+             WHEN COALESCE({canonical_username_sql(_REFERRER)}, '') NOT IN (
+                    SELECT {canonical_username_sql("code")} FROM preparer_code) THEN {_UNASSIGNED} END"""
+
 
 _OF_PROFILE = [
     *_OF_EVERY_ROW,
@@ -89,6 +104,10 @@ _OF_PROFILE = [
     """c.source = CASE c."contactType"::text WHEN %(lead_type)s THEN %(signup_origin)s ELSE %(profile_origin)s END""",
     f'c."{CONFIDENCE}" = %(full_confidence)s',
     *(f'c."{name}" IS NULL' for name in _NOTHING),
+    # A preparer who is given by the profile's own id; whoever is given otherwise, Python looks for.
+    f"""CASE WHEN assigned."preparerId" IS NULL OR r.role::text <> ALL(%(client_roles)s) THEN {_UNASSIGNED}
+             ELSE p.id = c."assignedPreparerId" AND {_is("assignedAt", 'assigned."assignedAt"')}
+              AND COALESCE({_is_moment('assigned."assignedAt"')}, true) AND btrim(p.id, %(white_space)s) <> '' END""",
     f"""CASE WHEN btrim(u.email, %(white_space)s) <> '' THEN {_is_address("u.email")}
              WHEN btrim({{own_email}}, %(white_space)s) <> '' THEN {_is_address("{own_email}")}
              ELSE c.email = lower(c."contactType"::text) || '-' || r.id || '@' || %(placeholder_domain)s
@@ -104,10 +123,7 @@ _OF_LEAD = [
                              WHEN %(contacted)s THEN COALESCE(r."lastContactedAt", r."updatedAt")
                              ELSE r."updatedAt" END""",
     _is("source", _or("r.source", "lead_origin")),
-    # A preparer given by profile id. Other forms are resolved in Python.
-    """CASE WHEN r."assignedPreparerId" IS NULL THEN c."assignedPreparerId" IS NULL AND c."assignedAt" IS NULL
-            ELSE p.id = c."assignedPreparerId" AND c."assignedAt" = r."updatedAt"
-             AND btrim(p.id, %(white_space)s) <> '' END""",
+    _is_assigned_since('r."updatedAt"'),
     *(_is(name, f'r."{name}"') for name in (*ATTRIBUTION_COLUMNS, "lastContactedAt")),
     *(f"COALESCE({_is_moment(column)}, true)" for column in ('r."lastContactedAt"', 'r."commissionRateLockedAt"')),
     'COALESCE(r."commissionRate" BETWEEN -1e9 AND 1e9, true)',
@@ -138,10 +154,8 @@ _OF_INTAKE = [
          WHEN r."convertedToClient" IS TRUE THEN COALESCE(r."convertedAt", r.updated_at)
          ELSE COALESCE(r."lastContactedAt", r.created_at) END""",
     "c.source = %(intake_origin)s",
+    _is_assigned_since("r.updated_at"),
     # Where the person has another intake with a preparer, Python finds out whose counts.
-    """CASE WHEN r."assignedPreparerId" IS NULL THEN c."assignedPreparerId" IS NULL AND c."assignedAt" IS NULL
-            ELSE p.id = c."assignedPreparerId" AND c."assignedAt" = r.updated_at
-             AND btrim(p.id, %(white_space)s) <> '' END""",
     "{no_others}",
     *(
         _is(name, f'CASE WHEN {_IS_REFERRED} THEN r."{name}" END')
@@ -167,28 +181,40 @@ SELECT c.id, c."updatedAt" IS DISTINCT FROM entry.source_updated_at::timestamp({
    AND NOT EXISTS (SELECT FROM contact_update change WHERE change.contact_id = entry.id)
    AND {conditions}
 """
+_REFERRING_PREPARER = f"""LEFT JOIN (
+    SELECT code, min(id) AS id FROM preparer_code GROUP BY code HAVING count(DISTINCT id) = 1
+  ) referrer ON referrer.code = {trimmed_username_sql(_REFERRER)}"""
 _PROFILES = _MADE.format(
     second_digits="{second_digits}",
-    rows='JOIN profiles r ON r.id = entry.source_id LEFT JOIN users u ON u.id = r."userId"',
+    rows="""JOIN profiles r ON r.id = entry.source_id LEFT JOIN users u ON u.id = r."userId"
+  {assigned}
+  LEFT JOIN profiles p ON p.id = assigned."preparerId" """,
     sources="profile_sources",
     repeated="repeated_profiles",
     conditions="\n   AND ".join(_OF_PROFILE),
 )
 _LEADS = _MADE.format(
     second_digits="{second_digits}",
-    rows='JOIN leads r ON r.id = entry.source_id LEFT JOIN profiles p ON p.id = r."assignedPreparerId"',
+    rows=f"""JOIN leads r ON r.id = entry.source_id LEFT JOIN profiles p ON p.id = r."assignedPreparerId"
+  {_REFERRING_PREPARER}""",
     sources="lead_sources",
     repeated="repeated_leads",
     conditions="\n   AND ".join(_OF_LEAD),
 )
 _INTAKES = _MADE.format(
     second_digits="{second_digits}",
-    rows="""JOIN (SELECT {columns} FROM tax_intake_leads r) r ON r.id = entry.source_id
-  LEFT JOIN profiles p ON p.id = r."assignedPreparerId\"""",
+    rows=f"""JOIN (SELECT {{columns}} FROM tax_intake_leads r) r ON r.id = entry.source_id
+  LEFT JOIN profiles p ON p.id = r."assignedPreparerId"
+  {_REFERRING_PREPARER}""",
     sources="intake_sources",
     repeated="repeated_intakes",
     conditions="\n   AND ".join(_OF_INTAKE),
 )
+_ASSIGNED = f"""LEFT JOIN (
+    SELECT DISTINCT ON ("clientId") "clientId", "preparerId", "assignedAt" FROM {CLIENT_PREPARERS} WHERE "isActive"
+     ORDER BY "clientId", "assignedAt" DESC NULLS LAST, id COLLATE "C"
+  ) assigned ON assigned."clientId" = r.id"""
+_NOT_ASSIGNED = 'CROSS JOIN (SELECT NULL::text AS "preparerId", NULL::timestamp AS "assignedAt") assigned'
 
 
 def _intakes(facts: DatabaseFacts) -> str:
@@ -208,10 +234,12 @@ def proven_contacts(facts: DatabaseFacts, resolved: Mapping[str, object]) -> tup
     """
     rules = facts.rules()
     clerk_user_id = "NULL" if "profiles.clerkUserId" in facts.missing else "NULLIF(r.\"clerkUserId\", '')"
+    codes = f"WITH preparer_code(id, code) AS MATERIALIZED ({codes_of_preparers(facts)}) "
     queries = [_PROFILES, _LEADS, *([_intakes(facts)] if "tax_intake_leads" in facts.tables else [])]
-    query = " UNION ALL ".join(queries).replace("{clerk_user_id}", clerk_user_id)
+    query = codes + " UNION ALL ".join(queries).replace("{clerk_user_id}", clerk_user_id)
     own_email = "NULL::text" if "profiles.email" in facts.missing else "r.email"
     query = query.replace("{own_email}", own_email)
+    query = query.replace("{assigned}", _NOT_ASSIGNED if CLIENT_PREPARERS in facts.missing else _ASSIGNED)
     query = query.replace("{second_digits}", str(facts.second_digits))
     return query, {
         "white_space": WHITE_SPACE,
@@ -229,6 +257,8 @@ def proven_contacts(facts: DatabaseFacts, resolved: Mapping[str, object]) -> tup
         "lead_sources": [source.value for source in Source.of_table("leads")],
         "resolved": list(resolved),
         "repeated_profiles": list(facts.repeated_ids.get("profiles", ())),
+        "client_roles": list(facts.roles.get("CLIENT", ())),
+        "preparer_labels": preparer_labels(facts),
         "repeated_leads": list(facts.repeated_ids.get("leads", ())),
         "repeated_intakes": list(facts.repeated_ids.get("tax_intake_leads", ())),
         "intake_sources": [source.value for source in Source.of_table("tax_intake_leads")],

@@ -25,7 +25,15 @@ from crm.models import BackfillRun, CRMContact, LedgerEntry
 from crm.postgres.transactions import Timeouts
 from crm.runs import retrying
 from tests.conftest import OWN_TABLES, Database
-from tests.support.builders import add_contact, add_intake, add_lead, add_many_leads, add_profile, add_user
+from tests.support.builders import (
+    add_contact,
+    add_intake,
+    add_lead,
+    add_many_leads,
+    add_profile,
+    add_user,
+    assign_client,
+)
 from tests.support.circumstances import refusing_contacts
 from tests.support.commands import backfill, called, run
 from tests.support.processes import database_url, manage, server_log, session
@@ -83,6 +91,12 @@ def populate() -> None:
     add_profile(email=f"conflict@{MARK}.example", clerkUserId=f"other{MARK}", **PERSON)
     add_contact(f"there@{MARK}.example", userId=add_user(f"account@{MARK}.example"), **PERSON)
     add_lead(f"There@{MARK}.example", **LEAD)
+    codes = {"trackingCode": LEAD["referrerUsername"], "customTrackingCode": MARK, "shortLinkUsername": f"link{MARK}"}
+    preparer = add_profile("TAX_PREPARER", **codes, **PERSON)
+    assign_client(add_profile(email=f"client@{MARK}.example", **PERSON), preparer)
+    for add, row in ((add_lead, LEAD), (add_intake, INTAKE)):
+        row = {name: value for name, value in row.items() if name != "assignedPreparerId"}
+        add(f"referred-{add.__name__}@{MARK}.example", **row | {"referrerUsername": LEAD["referrerUsername"]})
 
 
 def put_obstacles(database: Database) -> None:

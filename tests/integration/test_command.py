@@ -111,6 +111,7 @@ def test_the_summary_has_the_labels_that_people_know_and_what_is_new(database: D
         "already": 0,
         "exists": 1,
         "merged": 1,
+        "Assigned": 0,
         "Errors": 2,
         "invalid_email": 2,
         "Excluded": 3,

@@ -254,17 +254,38 @@ def test_a_later_intake_with_a_preparer_comes_to_its_person_with_the_next_update
     assert last["updated_by_column"] == {"assignment": 1}
     assert contact_with("ann@example.com")["assignedPreparerId"] == second
     assert defects() == []
+    assert update()["revisited"] == 0
     assert roll_back(last["run"]).exit_code == 0
     assert contact_with("ann@example.com")["assignedPreparerId"] == first
 
 
-def test_in_one_run_the_latest_of_several_intakes_names_the_preparer(database: Database) -> None:
+@pytest.mark.parametrize("converted", [2023, 2024, 2025])
+def test_the_latest_of_several_intakes_that_names_a_preparer_has_the_assignment(
+    database: Database, converted: int
+) -> None:
+    """Whichever is read first, and whoever referred the person: a converted one comes before the open ones."""
     database.use("2026_01")
-    for year, preparer in ((2023, "first"), (2024, "second"), (2025, None)):
-        add_intake("ann@example.com", tax_year=year, created_at=f"{year}-03-01", assignedPreparerId=preparer)
+    first, second, referring = (
+        add_profile("tax_preparer", email=f"{number}@example.com", trackingCode=f"code{number}") for number in range(3)
+    )
+    for year, preparer in ((2023, first), (2024, second), (2025, None)):
+        add_intake(
+            "ann@example.com",
+            tax_year=year,
+            created_at=f"{year}-03-01",
+            assignedPreparerId=preparer,
+            referrerUsername="code2",
+            convertedToClient=year == converted,
+        )
     report = run()
-    assert (report["created"], report["merged"]) == (1, 2)
-    assert contact_with("ann@example.com")["assignedPreparerId"] == "second"
+    assert (report["created"], report["merged"], report["assignments"]) == (4, 2, {"own": 1})
+    assert contact_with("ann@example.com")["assignedPreparerId"] == second
+    assert defects() == []
+    assert update()["updated_by_column"].get("assignment") is None
+    database.change("DELETE FROM tax_intake_leads WHERE tax_year < 2025")
+    assert defects() == []
+    update()
+    assert contact_with("ann@example.com")["assignedPreparerId"] == second != referring
 
 
 def test_intakes_are_counted_with_the_leads_and_by_source(database: Database) -> None:

@@ -79,10 +79,11 @@ def test_the_backfill_works_under_the_role_and_the_check_is_clean(database: Data
     builders.add_lead("not an address")
     client = database.rows("""SELECT label FROM unnest(enum_range(NULL::"UserRole")::text[]) AS label
         WHERE upper(label) = 'CLIENT' LIMIT 1""")[0][0]
-    builders.add_profile(client, email="bob@example.com")
+    bob = builders.add_profile(client, email="bob@example.com")
     builders.add_lead("bob@example.com", phone="555 0102")
     builders.add_intake("ina@example.com")
     builders.add_intake("BOB@example.com", lastContactedAt="2025-02-03")
+    builders.assign_client(bob, bob)
     with role_made_by_script() as url:
         checked = managed("check", "--database", "default", url=url)
         assert checked.code == 0, checked.stderr
@@ -105,6 +106,7 @@ def test_the_backfill_works_under_the_role_and_the_check_is_clean(database: Data
             assert called("backfill_runs", "watch", "latest").code == 0
     assert builders.contact_with("ann@example.com")["referrerUsername"] == "ref"
     assert builders.contact_with("bob@example.com")["phone"] == "555 0102"
+    assert builders.contact_with("bob@example.com")["assignedPreparerId"] == bob
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)

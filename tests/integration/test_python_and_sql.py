@@ -8,7 +8,7 @@ from django.db import connection
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from crm.rules.mapping import contact_id, contact_id_sql
+from crm.rules.mapping import canonical_username, canonical_username_sql, contact_id, contact_id_sql
 from crm.rules.source_rows import WHITE_SPACE
 from tests.conftest import Database
 
@@ -31,6 +31,13 @@ def test_postgresql_trims_what_python_trims(database: Database) -> None:
     texts = [f"{character}a{character}b{character}" for character in sorted(space)]
     trimmed_there = database.rows("SELECT btrim(t, %s) FROM unnest(%s::text[]) AS t", WHITE_SPACE, texts)
     assert [text for (text,) in trimmed_there] == [text.strip() for text in texts]
+
+
+@against_postgresql
+@given(st.lists(TEXT | st.sampled_from(["\u2003 TGP-1\x85", "René", "İ", "\u212a"]), min_size=1, max_size=20))
+def test_postgresql_spells_a_username_as_python_does(database: Database, usernames: list[str]) -> None:
+    rows = database.rows(f"SELECT {canonical_username_sql('name')} FROM unnest(%s::text[]) AS name", usernames)
+    assert [name for (name,) in rows] == [canonical_username(name) for name in usernames]
 
 
 @against_postgresql

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 import signal
@@ -34,6 +35,7 @@ from tests.support import reference_update
 from tests.support.builders import (
     LATER,
     add_contact,
+    add_intake,
     add_lead,
     add_many_leads,
     add_profile,
@@ -45,8 +47,11 @@ from tests.support.builders import (
 from tests.support.circumstances import acting_as, in_batch, reading_role, set_status, without_own_schema
 from tests.support.commands import backfill, run, statements, told, update
 from tests.support.populations import (
+    CODE_COLUMNS,
     GENERATIONS,
+    UNKNOWN_ID,
     attributions,
+    client_preparer_lists,
     insert_population,
     nullable_moments,
     nullable_texts,
@@ -96,7 +101,11 @@ def changed_sources(draw: st.DrawFn, population: Population) -> Population:
         | {
             "phone": draw(st.sampled_from([intake["phone"], "555 0101"]) | texts),
             "lastContactedAt": draw(st.just(intake["lastContactedAt"]) | nullable_moments),
-            "assignedPreparerId": draw(st.sampled_from([intake["assignedPreparerId"], "somebody", None])),
+            "assignedPreparerId": draw(
+                st.sampled_from(
+                    [intake["assignedPreparerId"], UNKNOWN_ID, None, *(row["id"] for row in population.profiles)]
+                )
+            ),
             **({"convertedToClient": draw(st.booleans())} if "convertedToClient" in intake else {}),
         }
         if draw(st.booleans())
@@ -125,7 +134,24 @@ def changed_sources(draw: st.DrawFn, population: Population) -> Population:
         else profile
         for profile in population.profiles
     ]
-    return dataclasses.replace(population, users=users, profiles=profiles, leads=leads, tax_intake_leads=intakes)
+    # Without a trace in any row that names a preparer: codes, preparers of clients, and one who was nobody before.
+    for column in CODE_COLUMNS if draw(st.booleans()) else ():
+        codes = draw(st.permutations([profile[column] for profile in profiles]))
+        profiles = [profile | {column: code} for profile, code in zip(profiles, codes, strict=True)]
+    if population.has_clerk_user_id and draw(st.booleans()):
+        role = draw(st.sampled_from(["ADMIN", "TAX_PREPARER"]))
+        came = datetime(2099, 1, 1, tzinfo=UTC)
+        nothing = dict.fromkeys(profiles[0] if profiles else ("userId", "firstName", "lastName", "phone"))
+        profiles.append({**nothing, "id": UNKNOWN_ID, "role": role, "createdAt": came, "updatedAt": came})
+    assigned = draw(client_preparer_lists(profiles)) if draw(st.booleans()) else population.client_preparers
+    return dataclasses.replace(
+        population,
+        users=users,
+        profiles=profiles,
+        leads=leads,
+        tax_intake_leads=intakes,
+        client_preparers=assigned,
+    )
 
 
 @st.composite
@@ -291,6 +317,107 @@ def test_a_profile_says_what_a_person_is_whatever_its_lead_said(database: Databa
     add_profile(email="ann@example.com")
     assert update()["updated_by_column"] == OF_A_PROFILE
     assert contact_with("ann@example.com")["contactType"] == "CLIENT"
+
+
+KINDS = {"CLIENT": "CLIENT", "TAX_PREPARER": "PREPARER", "AFFILIATE": "AFFILIATE"}
+ROLE_CHANGES = pytest.mark.parametrize(("before", "after"), [*itertools.permutations(KINDS, 2)])
+
+
+@ROLE_CHANGES
+@pytest.mark.parametrize("lead_is", [None, "moved back", "gone"])
+def test_the_type_follows_the_role_of_the_profile_in_any_direction_and_a_rollback_restores_it(
+    database: Database, before: str, after: str, lead_is: str | None
+) -> None:
+    """Whatever became of a lead of the same person meanwhile."""
+    profile = add_profile(before, email="ann@example.com")
+    lead = add_lead("ann@example.com", "CONVERTED") if lead_is else None
+    run(update=True)
+    contact = contact_with("ann@example.com")
+    assert contact["contactType"] == KINDS[before]
+    if lead and lead_is == "moved back":
+        change("leads", lead, status="NEW")
+    elif lead:
+        database.rows("DELETE FROM leads RETURNING id")
+    change("profiles", profile, role=after)
+    report = update()
+    assert report["updated_by_column"] == {"contact_type": 1}
+    assert contacts() == {contact["id"]: contact | {"contactType": KINDS[after]}}
+    assert defects() == []
+    assert update()["revisited"] == 0
+    roll_back(report["run"])
+    assert contacts() == {contact["id"]: contact}
+
+
+@pytest.mark.parametrize("intake_is", [None, "there", "expired"])
+def test_the_type_of_people_who_signed_up_follows_their_role_and_a_rollback_restores_it(
+    database: Database, intake_is: str | None
+) -> None:
+    """From waiting to approved and back, also where an intake of the person has expired."""
+    database.use("2025_12")
+    user = add_user("ann@example.com")
+    intake = add_intake("ann@example.com") if intake_is else None
+    run(update=True, with_signups=True)
+    assert contact_with("ann@example.com")["contactType"] == "LEAD"
+    profile = add_profile("lead", userId=user)
+    update(with_signups=True)
+    before = contact_with("ann@example.com")
+    assert before["contactType"] == "LEAD"
+    if intake_is == "expired":
+        database.change("DELETE FROM tax_intake_leads")
+    change("profiles", profile, role="client")
+    approved = update(with_signups=True)
+    assert approved["updated_by_column"]["contact_type"] == 1
+    assert contact_with("ann@example.com")["contactType"] == "CLIENT"
+    assert defects() == []
+    assert update(with_signups=True)["revisited"] == 0
+    roll_back(approved["run"])
+    assert contact_with("ann@example.com") == before, intake
+
+
+@pytest.mark.parametrize("lead_is", [None, "there", "gone"])
+def test_a_client_whose_role_became_lead_is_one_unless_another_row_says_more(
+    database: Database, lead_is: str | None
+) -> None:
+    profile = add_profile(email="ann@example.com")
+    if lead_is:
+        add_lead("ann@example.com", "CONVERTED")
+    run(update=True)
+    if lead_is == "gone":
+        database.change("DELETE FROM leads")
+    change("profiles", profile, role="LEAD")
+    assert update()["revisited"] == 0
+    report = update(with_signups=True)
+    assert report["updated_by_column"].get("contact_type", 0) == (lead_is != "there")
+    assert contact_with("ann@example.com")["contactType"] == ("CLIENT" if lead_is == "there" else "LEAD")
+    assert defects() == []
+    assert update(with_signups=True)["revisited"] == 0
+
+
+def test_a_person_stays_what_an_expired_intake_said_where_their_role_says_less(database: Database) -> None:
+    database.use("2025_12")
+    add_profile("lead", email="ann@example.com")
+    add_intake("ann@example.com", convertedToClient=True)
+    run(update=True, with_signups=True)
+    assert contact_with("ann@example.com")["contactType"] == "CLIENT"
+    database.change("DELETE FROM tax_intake_leads")
+    database.change('UPDATE profiles SET "updatedAt" = now()')
+    update(with_signups=True)
+    assert contact_with("ann@example.com")["contactType"] == "CLIENT"
+
+
+@ROLE_CHANGES
+@pytest.mark.parametrize("edit", [{"phone": "by hand"}, {"contactType": "LEAD"}])
+def test_the_type_of_a_contact_that_a_person_changed_stays_and_counts_as_kept(
+    database: Database, before: str, after: str, edit: dict[str, str]
+) -> None:
+    profile = add_profile(before, email="ann@example.com")
+    run()
+    change("crm_contacts", contact_with("ann@example.com")["id"], **edit)
+    written = contacts()
+    change("profiles", profile, role=after)
+    report = update()
+    assert (report["kept_by_column"], report["updated"]) == ({"contact_type": 1}, 0)
+    assert contacts() == written
 
 
 @pytest.mark.parametrize("in_two_runs", [True, False])
@@ -484,7 +611,8 @@ def assert_kept(written: Row, name: str, contact: str) -> None:
 def test_what_a_person_wrote_into_a_leads_contact_stays(database: Database, edit: str) -> None:
     written, name = EDITS_OF_LEADS[edit]
     attribution = {"referrerUsername": "ref", "commissionRate": "12.50"}
-    lead = add_lead("ann@example.com", assignedPreparerId="nobody", lastContactedAt=LATER, **attribution)
+    preparer = add_profile("ADMIN")
+    lead = add_lead("ann@example.com", assignedPreparerId=preparer, lastContactedAt=LATER, **attribution)
     run()
     change("crm_contacts", contact_id("leads", lead), **written)
     change("leads", lead, status="CONVERTED")
@@ -521,7 +649,7 @@ def test_a_person_who_changed_a_name_keeps_no_profile_from_filling_what_it_alone
 NEWS_OF_LEADS: dict[str, Row] = {
     "phone": {"phone": "555 0101"},
     "last_contacted_at": {"lastContactedAt": LATER},
-    "assignment": {"assignedPreparerId": "nobody"},
+    "assignment": {"assignedPreparerId": "preparer"},
     "attribution": {"referrerUsername": "ref", "commissionRate": "12.50"},
 }
 NEWS_OF_PROFILES: dict[str, Row] = {
@@ -539,6 +667,7 @@ def test_a_blank_that_never_was_filled_is_one_also_where_a_person_worked_elsewhe
     brought = {
         column: value for other, news in NEWS_OF_LEADS.items() if other != name for column, value in news.items()
     }
+    add_profile("ADMIN", id="preparer")
     lead = add_lead("ann@example.com", **({"phone": " "} | brought))
     run()
     contact = contact_id("leads", lead)
@@ -592,7 +721,8 @@ def test_a_value_of_ours_that_grew_old_becomes_what_its_row_says_now(database: D
 
 def test_what_a_row_does_not_say_any_more_is_not_taken_away(database: Database) -> None:
     attribution = {"referrerUsername": "ref", "commissionRate": "12.50"}
-    lead = add_lead("ann@example.com", lastContactedAt=LATER, assignedPreparerId="nobody", **attribution)
+    preparer = add_profile("ADMIN")
+    lead = add_lead("ann@example.com", lastContactedAt=LATER, assignedPreparerId=preparer, **attribution)
     run()
     before = contacts()
     nothing = dict.fromkeys((*attribution, "lastContactedAt", "assignedPreparerId"))

@@ -33,6 +33,7 @@ from tests.support.populations import GENERATIONS, insert_population, population
 from tests.support.profiles import against_the_database
 
 LATER = "2099-01-01 00:00:00"
+ASSIGNMENT = ("assignedPreparerId", "assignedAt")
 SECRETS = ("Zelda", "Quimby", "zelda.quimby@example.com", "555 0199", "Quimby & Daughters", "ref-zelda")
 
 
@@ -656,16 +657,15 @@ def test_a_preparer_who_came_or_went_since_is_the_sources(database: Database) ->
     user = builders.add_user("preparer@example.com")
     lead = add_attributed_lead(assignedPreparerId=user)
     run()
-    assert builders.contact_with("lee@example.com")["assignedPreparerId"] == user
-    came = builders.add_profile("TAX_PREPARER", userId=user, createdAt=LATER)
-    expected = [Finding(Check.FIELDS, Kind.SOURCE_CHANGED, lead, own_contact(lead), ("assignedPreparerId",))]
-    assert found() == expected
-    change("UPDATE profiles SET \"createdAt\" = '2020-01-01' WHERE id = %s", came)
-    assert found() == [defect(Check.FIELDS, lead, own_contact(lead), "assignedPreparerId")]
-    change('UPDATE crm_contacts SET "assignedPreparerId" = %s WHERE id = %s', came, own_contact(lead))
+    assert builders.contact_with("lee@example.com")["assignedPreparerId"] is None
+    came = builders.add_profile("TAX_PREPARER", userId=user)
+    expected = [Finding(Check.FIELDS, Kind.SOURCE_CHANGED, lead, own_contact(lead), ASSIGNMENT)]
+    assert [finding for finding in found() if finding.row == lead] == expected
+    assert run(update=True)["updated_by_column"] == {"assignment": 1}
+    assert builders.contact_with("lee@example.com")["assignedPreparerId"] == came
     assert found() == []
     change("DELETE FROM profiles WHERE id = %s", came)
-    assert found() == expected
+    assert [finding for finding in found() if finding.row == lead] == expected
 
 
 @pytest.mark.parametrize("moved", ["2020-01-01", LATER])
@@ -679,11 +679,43 @@ def test_a_preparer_whose_profile_is_linked_to_another_user_since_is_the_sources
     assert builders.contact_with("lee@example.com")["assignedPreparerId"] == preparer
     other = builders.add_user("preparer2@example.com")
     change('UPDATE profiles SET "userId" = %s, "updatedAt" = %s', other, moved)
-    assert Finding(Check.FIELDS, Kind.SOURCE_CHANGED, lead, own_contact(lead), ("assignedPreparerId",)) in found()
-    assert [finding.kind for finding in found() if finding.row == lead] == [Kind.SOURCE_CHANGED]
+    expected = [Finding(Check.FIELDS, Kind.SOURCE_CHANGED, lead, own_contact(lead), ASSIGNMENT)]
+    assert [finding for finding in found() if finding.row == lead] == expected
     # That there is no preparer any more is another matter.
     change('UPDATE crm_contacts SET "assignedPreparerId" = NULL WHERE id = %s', own_contact(lead))
-    assert defect(Check.FIELDS, lead, own_contact(lead), "assignedPreparerId") in found()
+    assert defect(Check.FIELDS, lead, own_contact(lead), "assignedAt") in found()
+
+
+def test_another_preparer_of_a_client_is_the_sources_and_one_whom_nobody_assigned_is_not(database: Database) -> None:
+    client = add_client()
+    row, contact = client, own_contact(client)
+    first, second = (builders.add_profile("ADMIN") for _ in range(2))
+    builders.assign_client(client.partition(":")[2], first)
+    run()
+    assert database.rows('SELECT "assignedPreparerId" FROM crm_contacts WHERE id = %s', contact) == [(first,)]
+    assert found() == []
+    change("""UPDATE client_preparers SET "isActive" = false""")
+    assert found() == [Finding(Check.FIELDS, Kind.SOURCE_CHANGED, row, contact, ASSIGNMENT)]
+    builders.assign_client(client.partition(":")[2], second)
+    assert found() == [Finding(Check.FIELDS, Kind.SOURCE_CHANGED, row, contact, ASSIGNMENT[:1])]
+    change('UPDATE crm_contacts SET "assignedPreparerId" = NULL, "assignedAt" = NULL WHERE id = %s', contact)
+    assert found() == [defect(Check.FIELDS, row, contact, *ASSIGNMENT)]
+
+
+def test_another_code_of_a_preparer_is_the_sources(database: Database) -> None:
+    preparer = builders.add_profile("TAX_PREPARER", trackingCode="Ref")
+    lead = add_attributed_lead()
+    nobodys = add_attributed_lead("other@example.com", referrerUsername=None)
+    run()
+    assert builders.contact_with("lee@example.com")["assignedPreparerId"] == preparer
+    assert found() == []
+    change("""UPDATE profiles SET "trackingCode" = 'another' WHERE id = %s""", preparer)
+    expected = Finding(Check.FIELDS, Kind.SOURCE_CHANGED, lead, own_contact(lead), ASSIGNMENT)
+    assert found() == [expected]
+    change('UPDATE crm_contacts SET "assignedPreparerId" = %s WHERE id = %s', preparer, own_contact(nobodys))
+    assert found() == sorted(
+        [expected, defect(Check.FIELDS, nobodys, own_contact(nobodys), "assignedPreparerId")], key=str
+    )
 
 
 def test_a_preparer_is_looked_for_by_profile_before_by_user(database: Database) -> None:

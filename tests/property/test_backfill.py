@@ -155,7 +155,8 @@ def test_when_a_contact_was_assigned_is_never_overwritten(database: Database) ->
         """UPDATE crm_contacts SET "assignedAt" = '2025-06-01' WHERE id = %s RETURNING id""",
         contact,
     )
-    builders.add_lead("ann@example.com", assignedPreparerId="somebody", referrerUsername="ref", phone="1")
+    preparer = builders.add_profile("TAX_PREPARER")
+    builders.add_lead("ann@example.com", assignedPreparerId=preparer, referrerUsername="ref", phone="1")
     assert run()["merged"] == 1
     ((preparer, assigned_at, referrer),) = database.rows(
         'SELECT "assignedPreparerId", "assignedAt", "referrerUsername" FROM crm_contacts WHERE id = %s', contact

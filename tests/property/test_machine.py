@@ -41,6 +41,7 @@ from tests.support.machine.expectations import Found
 from tests.support.machine.memory import Memory
 from tests.support.machine.world import LedgerEntry, State, Update, World
 from tests.support.populations import (
+    CODE_COLUMNS,
     HAS_CLERK_USER_ID,
     HAS_CONVERSIONS,
     HAS_TAX_YEARS,
@@ -59,6 +60,7 @@ ADDRESSES = ("ann@example.com", "bob@example.com", "cy@example.org")
 EMAILS = (*ADDRESSES * 2, *map(str.upper, ADDRESSES), "Ann@Example.com ", NOT_ADDRESSES[0])
 SEPARATE_EMAILS = ("bob@example.com", "ann.junior@example.com", "bob.junior@example.com")
 emails = st.sampled_from(EMAILS)
+CODES = ("ref", "REF", "other")
 names = st.sampled_from(("Ann", "Lee", " Bo ", ""))
 phones = st.sampled_from(("555 0100", "555 0199", " "))
 moments = st.sampled_from(MOMENTS)
@@ -298,11 +300,18 @@ class Machine(RuleBasedStateMachine):
             "companyName": data.draw(st.none() | st.just("Lee Ltd")),
             "createdAt": data.draw(moments),
         }
+        column = data.draw(st.sampled_from(CODE_COLUMNS))
+        profile[column] = self._free_code(data, column)
         if self.world.has_clerk_user_id:
             taken = {row["clerkUserId"] for row in self.world.state().profiles.values()}
             profile["clerkUserId"] = data.draw(st.sampled_from([None, *sorted({"user_a", "user_b"} - taken)]))
         identifier = self.world.add("profiles", **profile)
         self.memory.preparer_came_or_went([identifier, user_id], self.world.state())
+        self.memory.codes_changed([profile[column]], self.world.state())
+
+    def _free_code(self, data: st.DataObject, column: str) -> str | None:
+        taken = {row[column] for row in self.world.state().profiles.values()}
+        return data.draw(st.sampled_from([None, *(code for code in CODES if code not in taken)]), label=column)
 
     def _a_form_is_sent(self, data: st.DataObject) -> None:
         state = self.world.state()
@@ -315,7 +324,7 @@ class Machine(RuleBasedStateMachine):
             lastName="Lead",
             phone=data.draw(phones),
             lastContactedAt=data.draw(st.none() | moments),
-            assignedPreparerId=data.draw(st.sampled_from([None, "", "nobody", *state.profiles, *state.users])),
+            assignedPreparerId=data.draw(_preparers(state)),
             createdAt=data.draw(moments),
             **data.draw(attributions),
         )
@@ -360,6 +369,7 @@ class Machine(RuleBasedStateMachine):
             changes += [self._an_intake_changes, self._an_intake_expires]
         if state.profiles:
             changes += [self._a_profile_changes, self._a_profile_is_deleted]
+            changes += [self._a_client_is_assigned, self._a_profile_gets_a_code]
         if state.users:
             changes += [self._an_account_gets_another_email]
         if any(row["userId"] is None for row in state.profiles.values()):
@@ -367,8 +377,10 @@ class Machine(RuleBasedStateMachine):
         return changes
 
     def _a_lead_changes(self, data: st.DataObject) -> None:
-        lead = data.draw(st.sampled_from(sorted(self.world.state().leads)), label="lead")
-        change = data.draw(lead_changes, label="change")
+        state = self.world.state()
+        lead = data.draw(st.sampled_from(sorted(state.leads)), label="lead")
+        reassignments = st.fixed_dictionaries({"assignedPreparerId": _preparers(state)})
+        change = data.draw(lead_changes | reassignments, label="change")
         if change is None:
             self.world.delete("leads", lead)
         else:
@@ -403,8 +415,39 @@ class Machine(RuleBasedStateMachine):
     def _a_profile_changes(self, data: st.DataObject) -> None:
         profile = data.draw(st.sampled_from(sorted(self.world.state().profiles)), label="profile")
         change = data.draw(profile_changes | st.fixed_dictionaries({"role": self.roles}), label="change")
+        self._change_profile(profile, change)
+
+    def _change_profile(self, profile: str, change: dict[str, Any]) -> None:
+        """Its role decides whether its codes are a preparer's."""
+        was = self.world.state().profiles[profile]
         self.world.change("profiles", profile, **change)
         self.memory.row_changed(f"profiles:{profile}")
+        if change.keys() & {"role", *CODE_COLUMNS}:
+            self.memory.codes_changed(
+                [row[name] for row in (was, was | change) for name in CODE_COLUMNS], self.world.state()
+            )
+
+    def _a_profile_gets_a_code(self, data: st.DataObject) -> None:
+        profile = data.draw(st.sampled_from(sorted(self.world.state().profiles)), label="profile")
+        column = data.draw(st.sampled_from(CODE_COLUMNS), label="column")
+        self._change_profile(profile, {column: self._free_code(data, column)})
+
+    def _a_client_is_assigned(self, data: st.DataObject) -> None:
+        """To another preparer, mostly; or to none, or to one more."""
+        state = self.world.state()
+        client = data.draw(st.sampled_from(sorted(state.profiles)), label="client")
+        preparer = data.draw(st.sampled_from([None, *sorted(state.profiles)]), label="preparer")
+        keeps_others = data.draw(st.sampled_from([False, False, True]), label="keeps the others")
+        theirs = {row["preparerId"]: row["id"] for row in state.client_preparers.values() if row["clientId"] == client}
+        for other, identifier in theirs.items():
+            if other != preparer and not keeps_others:
+                self.world.change("client_preparers", identifier, isActive=False)
+        at = data.draw(moments, label="assigned at")
+        if preparer in theirs:
+            self.world.change("client_preparers", theirs[preparer], isActive=True, assignedAt=at)
+        elif preparer is not None:
+            self.world.add("client_preparers", clientId=client, preparerId=preparer, isActive=True, assignedAt=at)
+        self.memory.client_assigned(client)
 
     def _a_profile_gets_an_email(self, data: st.DataObject) -> None:
         state = self.world.state()
@@ -438,6 +481,7 @@ class Machine(RuleBasedStateMachine):
         # Its intakes lose it, and with it what tells that they are of one person.
         theirs = [row for row in state.tax_intake_leads.values() if row.get("profileId") == profile]
         self.memory.intakes_came_or_went(*theirs, state=state)
+        self.memory.codes_changed([state.profiles[profile][name] for name in CODE_COLUMNS], state)
 
     def _add_user(self, data: st.DataObject) -> str | None:
         """A new account, or None."""
@@ -547,6 +591,11 @@ class Machine(RuleBasedStateMachine):
         } == counted
 
 
+def _preparers(state: State) -> st.SearchStrategy[str | None]:
+    """What a lead may name as its preparer."""
+    return st.sampled_from([None, "", "nobody", *state.profiles, *state.users])
+
+
 def _expected(
     state: State, only: Any = None, limit: int | None = None, *, with_signups: bool = False
 ) -> reference.Result:
@@ -574,7 +623,9 @@ def _looks(answer: dict[str, Any]) -> dict[str, Any]:
 
 
 def _as_the_judge_of_second_looks_sees_it(state: State) -> reference_update.World:
-    world = reference_update.World(dict(state.contacts), state.ledger, dict(state.seen), set(state.looked))
+    world = reference_update.World(
+        dict(state.contacts), state.ledger, dict(state.seen), dict(state.seen_preparer), set(state.looked)
+    )
     for contact_id, entry in state.creators().items():
         world.made[contact_id] = reference_update.Made(entry.updated_at, set(expectations.columns_of(entry)))
     for contact_id in state.contacts:

@@ -68,7 +68,11 @@ def people(draw: st.DrawFn, generation: str) -> Population:
     ]
     addresses = draw(st.lists(st.sampled_from(ADDRESSES), unique=True, max_size=2))
     theirs = [_theirs(draw, f"theirs{number}", address) for number, address in enumerate(addresses)]
-    return dataclasses.replace(population, profiles=profiles, tax_intake_leads=intakes, contacts=theirs)
+    there = {profile["id"] for profile in profiles}
+    assigned = [row for row in population.client_preparers if {row["clientId"], row["preparerId"]} <= there]
+    return dataclasses.replace(
+        population, profiles=profiles, tax_intake_leads=intakes, contacts=theirs, client_preparers=assigned
+    )
 
 
 def _theirs(draw: st.DrawFn, identifier: str, address: str) -> Row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -30,7 +31,15 @@ from tests.support.reference import (
     source_of,
     valid_email,
 )
-from tests.support.rule_examples import CONTACT_IDS, EMAILS, EXAMPLES, PLACEHOLDER_DOMAIN, SUPER_ADMIN, Example
+from tests.support.rule_examples import (
+    CONTACT_IDS,
+    EMAILS,
+    EXAMPLES,
+    PLACEHOLDER_DOMAIN,
+    PREPARERS_BY_CODE,
+    SUPER_ADMIN,
+    Example,
+)
 
 DAY = [datetime(2024, 1, 1, tzinfo=UTC) + timedelta(days=number) for number in range(10)]
 NO_ATTRIBUTION: Row = {**dict.fromkeys(NULLABLE_ATTRIBUTION), "attributionConfidence": 100}
@@ -94,6 +103,7 @@ def population_of(*rows: Row, generation: str = "2025_10") -> Population:
         has_clerk_user_id=generation in HAS_CLERK_USER_ID,
         users=[row for row in rows if len(row) == len(user())],
         profiles=[row for row in rows if "role" in row],
+        client_preparers=[row for row in rows if "clientId" in row],
         leads=[row for row in rows if "status" in row],
         tax_intake_leads=[row for row in rows if "first_name" in row],
         contacts=[row for row in rows if "stage" in row],
@@ -116,24 +126,35 @@ def test_a_row_becomes_what_the_examples_say(example: Example) -> None:
     row = dict(example.row)
     population = Population("2025_10", example.stages, has_clerk_user_id=True)
     if "role" in row:
-        email = row.pop("email")
+        email, preparer, assigned_at = (row.pop(name) for name in ("email", "preparerId", "assignedAt"))
         row["email"] = row.pop("ownEmail")
         population.profiles.append(row)
         population.users.extend([] if email is None else [user(row["userId"], email)])
+        if preparer is not None:
+            columns = {"clientId": row["id"], "preparerId": preparer, "assignedAt": assigned_at}
+            population.client_preparers.append({"id": "a", **columns, "isActive": True})
     elif "name" in row:
         population.users.append(row)
     else:
         (population.leads if "status" in row else population.tax_intake_leads).append(row)
+    table = (
+        *(name for name, column in {"profiles": "role", "leads": "status", "users": "name"}.items() if column in row),
+        "tax_intake_leads",
+    )[0]
+    reference = f"{table}:{row['id']}"
+    ((code, preparer),) = PREPARERS_BY_CODE.items()
+    population.profiles.append(profile(preparer, "TAX_PREPARER", userId="user9", trackingCode=code))
     result = backfill(population, placeholder_domain=PLACEHOLDER_DOMAIN, with_signups=True)
-    ((reference, line),) = result.ledger.items()
+    line = result.ledger[reference]
     assert line["source"] == example.source
+    types = Counter({"PREPARER": 1})
     if isinstance(example.expected, str):
         assert (line["outcome"], line["reason"], line["contact_id"]) == ("error", example.expected, None)
-        assert (result.contacts, result.counts.by_reason) == ({}, {example.expected: 1})
+        assert (result.counts.created_by_type, result.counts.by_reason) == (types, {example.expected: 1})
         return
     made = made_by(result, reference)
     assert {column: made[column] for column in example.expected} == example.expected
-    assert result.counts.created_by_type == {made["contactType"]: 1}
+    assert result.counts.created_by_type == types + Counter([made["contactType"]])
 
 
 @pytest.mark.parametrize(("raw", "email"), EMAILS)
@@ -227,12 +248,99 @@ def test_a_disqualified_lead_is_excluded_before_its_faults_are_seen_where_there_
 
 @pytest.mark.parametrize(
     ("stored", "expected"),
-    [("p1", "p1"), ("u1", "p1"), ("gone", "gone")],
+    [("p1", "p1"), ("u1", "p1"), ("gone", None)],
 )
 def test_an_assigned_preparer_is_a_profile_id_even_if_a_user_id_was_stored(stored: str, expected: str) -> None:
     result = run(user(email="b@b.io"), profile(role="ADMIN", userId="u1"), lead(assignedPreparerId=stored))
-    made = made_by(result, "leads:l1")
-    assert (made["assignedPreparerId"], made["assignedAt"]) == (expected, DAY[2])
+    assert assignment(result, "leads:l1") == (expected, DAY[2] if expected else None)
+    counted = "own" if expected else "unresolved_preparer" if stored == "gone" else None
+    assert result.counts.assignments == ({counted: 1} if counted else {})
+
+
+def assignment(result: Result, reference: str) -> tuple[Any, Any]:
+    made = made_by(result, reference)
+    return made["assignedPreparerId"], made["assignedAt"]
+
+
+def of_client(identifier: str, preparer: str, day: int, *, active: bool = True) -> Row:
+    row: Row = {"id": identifier, "clientId": "p1", "preparerId": preparer}
+    return row | {"assignedAt": DAY[day], "isActive": active}
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([of_client("a", "p2", 3), of_client("b", "p3", 4)], ("p3", DAY[4])),
+        ([of_client("a", "p2", 3), of_client("b", "p3", 4, active=False)], ("p2", DAY[3])),
+        ([of_client("b", "p2", 3), of_client("a", "p3", 3)], ("p3", DAY[3])),
+        ([of_client("a", "p2", 3, active=False)], (None, None)),
+        ([of_client("a", "gone", 4), of_client("b", "p2", 3)], (None, None)),
+        ([of_client("a", "u2", 4)], ("p2", DAY[4])),
+    ],
+)
+def test_a_client_has_the_active_preparer_who_was_assigned_last(rows: list[Row], expected: tuple[Any, Any]) -> None:
+    others = [user("u2", "b@b.io"), profile("p2", "TAX_PREPARER", userId="u2"), profile("p3", "TAX_PREPARER")]
+    result = run(profile(), *others, *rows)
+    assert assignment(result, "profiles:p1") == expected
+    is_unresolved = rows[0]["preparerId"] == "gone"
+    by = "client_preparers" if expected[0] else "unresolved_preparer" if is_unresolved else None
+    assert result.counts.assignments == ({by: 1} if by else {})
+
+
+def test_only_clients_have_preparers() -> None:
+    result = run(profile(role="AFFILIATE"), profile("p2", "TAX_PREPARER"), of_client("a", "p2", 3))
+    assert assignment(result, "profiles:p1") == (None, None)
+
+
+def test_a_clients_preparer_comes_before_that_of_a_lead_and_fills_the_contact_of_an_earlier_one() -> None:
+    people = [user(), profile(userId="u1"), profile("p2", "TAX_PREPARER"), profile("p3", "TAX_PREPARER")]
+    rows = [*people, of_client("a", "p2", 3)]
+    assert assignment(run(*rows, lead(assignedPreparerId="p3")), "profiles:p1") == ("p2", DAY[3])
+    first = run(lead())
+    later = run(*rows, lead(), *first.contacts.values(), ledger=first.ledger)
+    assert assignment(later, "leads:l1") == ("p2", DAY[3])
+    assert later.counts.assignments == {"client_preparers": 1}
+
+
+@pytest.mark.parametrize(
+    ("username", "codes", "expected"),
+    [
+        ("ann", {"p2": {"trackingCode": "ann"}}, "p2"),
+        (" Ann\t", {"p2": {"shortLinkUsername": "\u2003aNN"}}, "p2"),
+        ("René", {"p2": {"trackingCode": "RENÉ"}}, None),
+        ("ann", {"p2": {"trackingCode": "ANN"}, "p3": {"shortLinkUsername": "ann"}}, "p3"),
+        ("ann", {"p2": {"shortLinkUsername": "ann"}, "p3": {"customTrackingCode": "ann"}}, "p3"),
+        ("ann", {"p2": {"customTrackingCode": "ann"}, "p3": {"trackingCode": "ann"}}, "p3"),
+        ("ann", {"p2": {"trackingCode": "ANN"}, "p3": {"trackingCode": "Ann"}}, "p2"),
+        ("ann", {"p1": {"trackingCode": "ann"}}, None),
+        ("ann", {"p1": {"trackingCode": "ann"}, "p2": {"trackingCode": "ANN"}}, None),
+        ("ann", {"p1": {"trackingCode": "ann"}, "p2": {"shortLinkUsername": "ann"}}, "p2"),
+        ("ann", {}, None),
+        (" ", {"p2": {"trackingCode": " "}}, None),
+        (None, {"p2": {"trackingCode": ""}}, None),
+    ],
+)
+def test_a_lead_without_a_preparer_gets_the_one_who_referred_it(
+    username: str | None, codes: dict[str, Row], expected: str | None
+) -> None:
+    people = [
+        profile(identifier, "AFFILIATE" if identifier == "p1" else "TAX_PREPARER", **of_theirs)
+        for identifier, of_theirs in codes.items()
+    ]
+    result = run(*people, lead(referrerUsername=username))
+    assert assignment(result, "leads:l1") == (expected, DAY[2] if expected else None)
+    assert result.counts.assignments == ({"referrer": 1} if expected else {})
+    switched_off = dataclasses.replace(population_of(*people, lead(referrerUsername=username)))
+    switched_off = dataclasses.replace(switched_off, assigns_to_referrer=False)
+    assert assignment(backfill(switched_off), "leads:l1") == (None, None)
+
+
+def test_a_lead_whose_own_preparer_is_nobody_waits_for_that_one() -> None:
+    result = run(
+        profile("p2", "TAX_PREPARER", trackingCode="ref"), lead(assignedPreparerId="gone", referrerUsername="ref")
+    )
+    assert assignment(result, "leads:l1") == (None, None)
+    assert result.counts.assignments == {"unresolved_preparer": 1}
 
 
 def test_a_database_without_clerk_ids_has_none() -> None:
@@ -357,7 +465,11 @@ def test_a_lead_that_meets_a_contact_which_others_made_leaves_it_alone() -> None
 
 def test_a_lead_fills_the_blanks_of_a_contact_that_the_backfill_made_and_nothing_else() -> None:
     columns: Row = {"phone": "1", "source": "web", "lastContactedAt": DAY[3], "assignedPreparerId": "p9"}
-    result = run(user(), profile(userId="u1"), lead(email=" ANN@example.com", firstName="Anna", **columns, **REFERRED))
+    preparer = profile("p9", "ADMIN")
+    result = run(
+        *(user(), profile(userId="u1"), preparer),
+        lead(email=" ANN@example.com", firstName="Anna", **columns, **REFERRED),
+    )
     alone = made_by(run(user(), profile(userId="u1")), "profiles:p1")
     filled = {"phone": "1", "lastContactedAt": DAY[3], "assignedPreparerId": "p9", "assignedAt": DAY[2], **REFERRED}
     assert result.contacts == {alone["id"]: alone | filled}
@@ -367,8 +479,9 @@ def test_a_lead_fills_the_blanks_of_a_contact_that_the_backfill_made_and_nothing
 def test_what_is_there_is_not_filled() -> None:
     first: Row = {"phone": "1", "lastContactedAt": DAY[3], "assignedPreparerId": "p9", **REFERRED}
     second: Row = {"phone": "2", "lastContactedAt": DAY[4], "assignedPreparerId": "p8", **ALSO_REFERRED}
-    result = run(lead("l1", **first), lead("l2", createdAt=DAY[1], **second))
-    assert result.contacts == run(lead("l1", **first)).contacts
+    preparers = [profile("p8", "ADMIN"), profile("p9", "ADMIN")]
+    result = run(*preparers, lead("l1", **first), lead("l2", createdAt=DAY[1], **second))
+    assert result.contacts == run(*preparers, lead("l1", **first)).contacts
 
 
 DIRECT: Row = {**NO_ATTRIBUTION, "commissionRate": Decimal("0.00"), "attributionMethod": "direct"}
@@ -510,11 +623,22 @@ def test_of_leads_and_intakes_those_that_converted_come_first_and_leads_before_i
 
 def test_of_several_intakes_of_a_person_the_latest_says_who_the_preparer_is() -> None:
     first, second = intake("i1", assignedPreparerId="p8"), intake("i2", created_at=DAY[1], assignedPreparerId="p9")
-    last = intake("i3", created_at=DAY[9], assignedPreparerId=" ")
-    (made,) = run(first, second, last).contacts.values()
-    assert (made["id"], made["assignedPreparerId"]) == (contact_id_of("tax_intake_leads:i1"), "p9")
-    by_profile = run(profile(), first | {"profileId": "p1"}, second | {"profileId": "p1", "email": "b@b.io"})
-    assert made_by(by_profile, "profiles:p1")["assignedPreparerId"] == "p9"
+    last = intake("i3", created_at=DAY[9], assignedPreparerId=" ", referrerUsername="seven")
+    preparers = [
+        profile("p7", "TAX_PREPARER", trackingCode="seven"),
+        *(profile(i, "TAX_PREPARER") for i in ("p8", "p9")),
+    ]
+
+    def preparer(made: str, *rows: Row) -> str | None:
+        named: str | None = made_by(run(*preparers, *rows), made)["assignedPreparerId"]
+        return named
+
+    assert preparer("tax_intake_leads:i1", first, second, last) == "p9"
+    # Whichever comes first, and whoever referred the person.
+    assert preparer("tax_intake_leads:i3", first, second, last | {"convertedToClient": True}) == "p9"
+    assert preparer("tax_intake_leads:i3", last) == "p7"
+    of_profile = [first | {"profileId": "p1"}, second | {"profileId": "p1", "email": "b@b.io"}]
+    assert preparer("profiles:p1", profile(), *of_profile) == "p9"
 
 
 # Resolutions

@@ -12,6 +12,7 @@ from tests.support.reference import Entry, Row, address_of
 
 CREATED_AT = "2025-01-02 03:04:05.678"
 UPDATED_AT = "2025-02-03 04:05:06.789"
+ASSIGNED_AT = "2025-03-04 05:06:07.891"
 LATER = "2025-06-07 08:09:10.111"
 
 _numbers = itertools.count(1)
@@ -66,6 +67,12 @@ def add_intake(email: str, **columns: Any) -> str:
         "updated_at": UPDATED_AT,
     }
     return _insert("tax_intake_leads", intake, columns)
+
+
+def assign_client(client: str, preparer: str, **columns: Any) -> str:
+    """An active preparer of a client, both by their profiles; returns the id of the row that says so."""
+    row = {"id": _new_id(), "clientId": client, "preparerId": preparer, "assignedAt": ASSIGNED_AT}
+    return _insert("client_preparers", row, columns)
 
 
 def add_contact(email: str, **columns: Any) -> str:

@@ -28,7 +28,7 @@ def without_zeros(counts: dict[str, Any]) -> dict[str, Any]:
 
 def counts_of(answer: dict[str, Any]) -> dict[str, Any]:
     names = ("read", "created", "merged", "exists", "error", "error_new", "already")
-    breakdowns = ("excluded", "created_by_type", "by_source", "by_reason")
+    breakdowns = ("excluded", "created_by_type", "by_source", "by_reason", "assignments")
     return {name: answer[name] for name in names} | {name: without_zeros(answer[name]) for name in breakdowns}
 
 

@@ -91,6 +91,9 @@ NOT_ADDRESSES = (
     f"{'a' * 320}@example.com",
 )
 CLERK_IDS = tuple(f"user_{letter * 27}" for letter in "2aZk")
+#: Codes that people are referred by. Each column keeps them unique in one spelling alone.
+CODES = ("ref", "REF", " ref", "tgp-1", "TGP-1", "rené", "RENÉ", "", "other")
+CODE_COLUMNS = ("trackingCode", "customTrackingCode", "shortLinkUsername")
 UNKNOWN_ID = "c" + "9" * 24
 _EPOCH = datetime(2024, 2, 29, 23, 59, 59, 999000, tzinfo=UTC)
 MOMENTS = tuple(_EPOCH + timedelta(milliseconds=step) for step in (0, 1, 86_400_000))
@@ -156,7 +159,7 @@ source_emails = st.one_of(
     _spelled(SPELLINGS), _spelled(SPELLINGS), _spelled(ODD_SPELLINGS), st.sampled_from((*BLANKS, *NOT_ADDRESSES))
 )
 _attribution = {
-    "referrerUsername": st.none() | st.sampled_from(["ref", " Ref ", "", "rené"]),
+    "referrerUsername": st.none() | st.sampled_from(["ref", " Ref ", "", "rené", "tgp-1", "TGP-1\t"]),
     "referrerType": st.none() | st.sampled_from(["AFFILIATE", "tax_preparer", ""]),
     "commissionRate": rates,
     "commissionRateLockedAt": nullable_moments,
@@ -226,6 +229,7 @@ def profile_lists(
     *,
     added: bool,
     clerk_ids: Collection[str] = CLERK_IDS,
+    taken_codes: Collection[str | None] = (),
     table: int = 2,
 ) -> list[Row]:
     """Profiles: at most one a user, without a user only where the column allows it."""
@@ -260,7 +264,30 @@ def profile_lists(
     if generation in HAS_EMAIL_OF_PROFILE:
         for profile in profiles:
             profile["email"] = draw(st.none() | source_emails)
+    for column in CODE_COLUMNS:
+        free = [code for code in CODES if code not in taken_codes]
+        for profile, code in zip(profiles, _distinct(draw, free, len(profiles)), strict=True):
+            profile[column] = code
     return profiles
+
+
+@st.composite
+def client_preparer_lists(draw: st.DrawFn, profiles: Sequence[Row]) -> list[Row]:
+    """Who is whose preparer: any profile of any other, several of one, active or not."""
+    ids = [row["id"] for row in profiles]
+    pairs = (
+        draw(st.lists(st.tuples(st.sampled_from(ids), st.sampled_from(ids)), max_size=8, unique=True)) if ids else []
+    )
+    return [
+        {
+            "id": identifier,
+            "clientId": client,
+            "preparerId": preparer,
+            "assignedAt": draw(st.sampled_from(MOMENTS) | moments),
+            "isActive": draw(st.sampled_from([True, True, False])),
+        }
+        for identifier, (client, preparer) in zip(_ids(draw, 8, len(pairs)), pairs, strict=True)
+    ]
 
 
 @st.composite
@@ -424,6 +451,7 @@ def populations(draw: st.DrawFn, generation: str | None = None, *, added_labels:
         leads=leads,
         tax_intake_leads=intakes,
         contacts=draw(contact_lists(STAGE_LABELS[generation], users, profiles, leads, intakes)),
+        client_preparers=draw(client_preparer_lists(profiles)),
     )
 
 
@@ -451,26 +479,47 @@ def aftermaths(draw: st.DrawFn, population: Population, result: Result) -> Popul
             lead["status"] = "CONVERTED"
     newcomers = draw(user_lists(population.generation, taken={user["email"] for user in population.users}, table=5))
     clerk_ids = set(CLERK_IDS) - {profile.get("clerkUserId") for profile in profiles}
-    profiles += draw(profile_lists(population.generation, newcomers, added=False, clerk_ids=sorted(clerk_ids), table=6))
     # Some who signed up get a profile.
     account_ids = {profile["userId"] for profile in profiles}
     waiting = [user for user in population.users if user["id"] not in account_ids]
-    clerk_ids -= {profile.get("clerkUserId") for profile in profiles}
-    profiles += draw(profile_lists(population.generation, waiting, added=False, clerk_ids=sorted(clerk_ids), table=10))
+    for accounts, table in ((newcomers, 6), (waiting, 10)):
+        profiles += draw(
+            profile_lists(
+                population.generation,
+                accounts,
+                added=False,
+                clerk_ids=sorted(clerk_ids - {profile.get("clerkUserId") for profile in profiles}),
+                taken_codes={profile[column] for profile in profiles for column in CODE_COLUMNS},
+                table=table,
+            )
+        )
     users = [*population.users, *newcomers]
     leads += draw(lead_lists(users, profiles, added=False, table=7))
+    intakes = draw(_intakes_later(population, profiles))
+    keys = {(intake["email"], intake.get("tax_year", 2024)) for intake in intakes}
+    intakes += draw(intake_lists(population.generation, users, profiles, taken=keys, table=9))
+    return dataclasses.replace(
+        population,
+        users=users,
+        profiles=profiles,
+        leads=leads,
+        tax_intake_leads=intakes,
+        contacts=contacts,
+        client_preparers=draw(client_preparer_lists(profiles)),
+    )
+
+
+@st.composite
+def _intakes_later(draw: st.DrawFn, population: Population, profiles: Sequence[Row]) -> list[Row]:
+    """The intakes that have not expired, some of them converted."""
     intakes = [dict(intake) for intake in population.tax_intake_leads if draw(st.integers(0, 3))]
     for intake in intakes:
         if "convertedToClient" in intake and draw(st.booleans()):
             intake |= {
                 "convertedToClient": True,
-                "profileId": draw(st.sampled_from([None, *(p["id"] for p in profiles)])),
+                "profileId": draw(st.sampled_from([None, *(profile["id"] for profile in profiles)])),
             }
-    keys = {(intake["email"], intake.get("tax_year", 2024)) for intake in intakes}
-    intakes += draw(intake_lists(population.generation, users, profiles, taken=keys, table=9))
-    return dataclasses.replace(
-        population, users=users, profiles=profiles, leads=leads, tax_intake_leads=intakes, contacts=contacts
-    )
+    return intakes
 
 
 class Cursor(Protocol):
@@ -483,7 +532,7 @@ class Cursor(Protocol):
     def fetchall(self) -> list[Any]: ...
 
 
-_TABLES = ("users", "profiles", "leads", "tax_intake_leads", "crm_contacts")
+_TABLES = ("users", "profiles", "leads", "tax_intake_leads", "client_preparers", "crm_contacts")
 _ENUM_COLUMNS = {
     "profiles": {"role": "UserRole"},
     "leads": {"type": "LeadType", "status": "LeadStatus"},
@@ -502,7 +551,7 @@ def insert_population(cursor: Cursor, population: Population) -> None:
     """Put every row into its (empty) table, users first for the sake of the foreign keys."""
     tables = (
         *(population.users, population.profiles, population.leads),
-        *(population.tax_intake_leads, population.contacts),
+        *(population.tax_intake_leads, population.client_preparers, population.contacts),
     )
     for table, rows in zip(_TABLES, tables, strict=True):
         if rows:

@@ -82,6 +82,8 @@ class Population:
     leads: list[Row] = field(default_factory=list)
     tax_intake_leads: list[Row] = field(default_factory=list)
     contacts: list[Row] = field(default_factory=list)
+    client_preparers: list[Row] = field(default_factory=list)
+    assigns_to_referrer: bool = True
 
 
 @dataclass
@@ -99,6 +101,7 @@ class Counts:
     created_by_type: Counter[str] = field(default_factory=Counter)
     by_source: dict[str, Counter[str]] = field(default_factory=dict)
     by_reason: Counter[str] = field(default_factory=Counter)
+    assignments: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass
@@ -240,7 +243,11 @@ def _one_row(
     before = result.ledger.get(reference)
     try:
         draft = contact_of(population, source, row, domain)
+        held = {key: contact["assignedPreparerId"] for key, contact in result.contacts.items()}
         outcome, contact_id = _land(result, population, source, row, draft, resolution)
+        by = assignment_of(population, source, row)[2]
+        if by and (by == UNRESOLVED[2] or result.contacts[contact_id]["assignedPreparerId"] != held.get(contact_id)):
+            result.counts.assignments[by] += 1
         entry: Entry = {"source": source, "outcome": outcome, "reason": None, "contact_id": contact_id, "keys": None}
     except Rejected as error:
         entry = {"source": source, "outcome": "error", "reason": error.reason, "contact_id": error.contact_id}
@@ -309,6 +316,7 @@ def contact_of_profile(population: Population, source: str, row: Row, domain: st
         email = f"{placeholder_name(PROFILE_TYPES[source].lower(), row['id'])}@{domain}"
     else:
         email = valid_email(raw_email)
+    preparer, assigned_at, _ = assignment_of_profile(population, source, row)
     return {
         "id": contact_id_of(f"profiles:{row['id']}"),
         "userId": row["userId"],
@@ -322,8 +330,8 @@ def contact_of_profile(population: Population, source: str, row: Row, domain: st
         "stage": "NEW",
         "stageEnteredAt": row["createdAt"],
         "source": "signup" if source in SIGNUP_SOURCES else "backfill",
-        "assignedPreparerId": None,
-        "assignedAt": None,
+        "assignedPreparerId": preparer,
+        "assignedAt": assigned_at,
         **dict.fromkeys(NULLABLE_ATTRIBUTION),
         "attributionConfidence": 100,
         "createdAt": row["createdAt"],
@@ -366,7 +374,7 @@ def contact_of_lead(population: Population, source: str, row: Row) -> Row:
     if contact_type is None:
         raise Rejected("unknown_type")
     stage = next(stage for stage in STAGES[label(row["status"])] if stage in population.stages)
-    preparer = preparer_of(population, row["assignedPreparerId"])
+    preparer, assigned_at, _ = assignment_of_lead(population, row)
     return {
         "id": contact_id_of(f"leads:{row['id']}"),
         "userId": None,
@@ -381,7 +389,7 @@ def contact_of_lead(population: Population, source: str, row: Row) -> Row:
         "stageEnteredAt": stage_entered_at(stage, row),
         "source": trimmed(row["source"]) or "lead_form",
         "assignedPreparerId": preparer,
-        "assignedAt": row["updatedAt"] if preparer is not None else None,
+        "assignedAt": assigned_at,
         **{column: row[column] for column in ATTRIBUTION},
         "createdAt": row["createdAt"],
         "updatedAt": row["updatedAt"],
@@ -404,7 +412,7 @@ def contact_of_intake(population: Population, source: str, row: Row) -> Row:
     phone, country = trimmed(row["phone"]), trimmed(row.get("country_code"))
     if phone and country and country != "+1" and "+" not in phone:
         phone = f"{country} {phone}"
-    preparer = None if _has_later_preparer(population, row) else preparer_of(population, row.get("assignedPreparerId"))
+    preparer, assigned_at, _ = assignment_of_intake(population, row)
     is_referred = trimmed(row.get("referrerUsername")) is not None
     method = row.get("attributionMethod") if is_referred else None
     return {
@@ -421,7 +429,7 @@ def contact_of_intake(population: Population, source: str, row: Row) -> Row:
         "stageEnteredAt": entered,
         "source": "tax_intake_form",
         "assignedPreparerId": preparer,
-        "assignedAt": row["updated_at"] if preparer is not None else None,
+        "assignedAt": assigned_at,
         "referrerUsername": row["referrerUsername"] if is_referred else None,
         "referrerType": row.get("referrerType") if is_referred else None,
         "commissionRate": None,
@@ -432,16 +440,6 @@ def contact_of_intake(population: Population, source: str, row: Row) -> Row:
         "updatedAt": row["updated_at"],
         "lastContactedAt": row.get("lastContactedAt"),
     }
-
-
-def _has_later_preparer(population: Population, row: Row) -> bool:
-    """Whether a later intake of the person names a preparer: the same address as stored, or the same profile."""
-    return any(
-        trimmed(other.get("assignedPreparerId")) is not None
-        for other in population.tax_intake_leads
-        if (other["created_at"], other["id"]) > (row["created_at"], row["id"])
-        and (other["email"] == row["email"] or (row.get("profileId") and other.get("profileId") == row["profileId"]))
-    )
 
 
 def find_of_row(
@@ -535,10 +533,11 @@ def _holder(contacts: Mapping[str, Row], key: str, value: str | None) -> Row | N
 
 
 def fill_from_profile(contact: Row, draft: Row) -> None:
-    """A profile merges: identity keys, phone and company, where there is nothing."""
+    """A profile merges: identity keys, phone, company and the assignment as a unit, where there is nothing."""
     for column in ("userId", "clerkUserId", "phone", "company"):
         if contact[column] is None:
             contact[column] = draft[column]
+    _fill_assignment(contact, draft)
 
 
 def fill_from_lead(contact: Row, draft: Row) -> None:
@@ -546,6 +545,7 @@ def fill_from_lead(contact: Row, draft: Row) -> None:
 
     An attribution is there where it names a referrer; one that has no rate as yet is completed by the same referrer's.
     """
+    _fill_assignment(contact, draft)
     if referrer(draft) and not referrer(contact):
         contact.update({column: draft[column] for column in ATTRIBUTION})
     elif (
@@ -555,9 +555,6 @@ def fill_from_lead(contact: Row, draft: Row) -> None:
         and draft["commissionRate"] is not None
     ):
         contact.update({column: draft[column] for column in COMMISSION})
-    unassigned = contact["assignedPreparerId"] is None and contact["assignedAt"] is None
-    if unassigned and draft["assignedPreparerId"] is not None:
-        contact.update({column: draft[column] for column in ("assignedPreparerId", "assignedAt")})
     for column in ("phone", "lastContactedAt"):
         if contact[column] is None:
             contact[column] = draft[column]
@@ -566,6 +563,12 @@ def fill_from_lead(contact: Row, draft: Row) -> None:
 def referrer(row: Row) -> str:
     """Who referred the person, without case; empty for nobody."""
     return (row["referrerUsername"] or "").strip().lower()
+
+
+def _fill_assignment(contact: Row, draft: Row) -> None:
+    unassigned = contact["assignedPreparerId"] is None and contact["assignedAt"] is None
+    if unassigned and draft["assignedPreparerId"] is not None:
+        contact.update({column: draft[column] for column in ("assignedPreparerId", "assignedAt")})
 
 
 def contact_id_of(reference: str) -> str:
@@ -627,11 +630,88 @@ def valid_email(raw: str) -> str:
     return email
 
 
-def preparer_of(population: Population, raw: str | None) -> str | None:
-    """A profile's id, also where a user's was stored; what is neither stays as it is."""
-    if trimmed(raw) is None or any(profile["id"] == raw for profile in population.profiles):
-        return raw if trimmed(raw) else None
-    return next((profile["id"] for profile in population.profiles if profile["userId"] == raw), raw)
+#: The preparer, since when, and where the row has it from: nothing at all, or one whom nobody can resolve.
+Assignment = tuple[str | None, Any, str | None]
+UNASSIGNED: Assignment = (None, None, None)
+UNRESOLVED: Assignment = (None, None, "unresolved_preparer")
+
+
+def assignment_of(population: Population, source: str, row: Row) -> Assignment:
+    """The preparer that a row gives to a contact."""
+    if source in PROFILE_TYPES:
+        return assignment_of_profile(population, source, row)
+    if source in INTAKE_SOURCES:
+        return assignment_of_intake(population, row)
+    return UNASSIGNED if source == "signups" else assignment_of_lead(population, row)
+
+
+def assignment_of_profile(population: Population, source: str, row: Row) -> Assignment:
+    """Of a client's active preparers the one who was assigned last."""
+    active = [
+        each
+        for each in population.client_preparers
+        if source == "clients" and label(row["role"]) == "CLIENT" and each["clientId"] == row["id"] and each["isActive"]
+    ]
+    active.sort(key=lambda each: each["id"])
+    for latest in sorted(active, key=lambda each: each["assignedAt"], reverse=True):
+        if trimmed(latest["preparerId"]) is None:
+            return UNASSIGNED
+        preparer = preparer_of(population, latest["preparerId"])
+        return (preparer, latest["assignedAt"], "client_preparers") if preparer else UNRESOLVED
+    return UNASSIGNED
+
+
+def assignment_of_lead(population: Population, row: Row) -> Assignment:
+    """The lead's own preparer; without one, whoever referred it, if that is a tax preparer."""
+    updated_at = updated_at_of(row)
+    if trimmed(row.get("assignedPreparerId")) is not None:
+        preparer = preparer_of(population, row["assignedPreparerId"])
+        return (preparer, updated_at, "own") if preparer else UNRESOLVED
+    preparer = referring_preparer(population, row.get("referrerUsername"))
+    return (preparer, updated_at, "referrer") if preparer else UNASSIGNED
+
+
+def assignment_of_intake(population: Population, row: Row) -> Assignment:
+    """As a lead's; but of a person's intakes the latest that names a preparer stands for all of them.
+
+    A person's are those with the same address as stored, or the same profile.
+    """
+    theirs = [
+        other
+        for other in population.tax_intake_leads
+        if other["email"] == row["email"] or (row.get("profileId") and other.get("profileId") == row["profileId"])
+    ]
+    naming = [other for other in theirs if trimmed(other.get("assignedPreparerId")) is not None]
+    latest = max(naming, key=lambda other: (other["created_at"], other["id"]), default=row)
+    return assignment_of_lead(population, row) if latest is row else UNASSIGNED
+
+
+def preparer_of(population: Population, raw: str) -> str | None:
+    """A profile's id, also where a user's was stored; what is neither is nobody."""
+    if any(profile["id"] == raw for profile in population.profiles):
+        return raw
+    return next((profile["id"] for profile in population.profiles if profile["userId"] == raw), None)
+
+
+def referring_preparer(population: Population, username: str | None) -> str | None:
+    """The tax preparer who has this code: whoever has it exactly, or else, without case and space around it."""
+    name = trimmed(username)
+    if name is None or not population.assigns_to_referrer:
+        return None
+    columns = ("trackingCode", "customTrackingCode", "shortLinkUsername")
+    coded = [
+        (rank, profile["id"], profile[column], label(profile["role"]) == "TAX_PREPARER")
+        for profile in population.profiles
+        for rank, column in enumerate(columns)
+        if profile.get(column) is not None
+    ]
+    meant = [each for each in coded if each[2] == name] or [each for each in coded if _folded(each[2]) == _folded(name)]
+    preparers = [(rank, identifier) for rank, identifier, _, is_preparer in meant if is_preparer]
+    return min(preparers)[1] if preparers else None
+
+
+def _folded(username: str) -> str:
+    return "".join(letter.lower() if letter.isascii() else letter for letter in username.strip())
 
 
 def stage_entered_at(stage: str, row: Row) -> Any:

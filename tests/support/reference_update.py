@@ -1,8 +1,8 @@
 """The judge of --update: what a second look must do, one row after another, on plain dicts.
 
 Beside `tests.support.reference`, and as independent of the project: it shares no code with it. It remembers what the
-ledger remembers: what each row's `updatedAt` was when it was settled and last looked at, who made a contact, what was
-filled once, and what the contact's `updatedAt` was then.
+ledger remembers: what each row's `updatedAt` and preparer were when it was settled and last looked at, who made a
+contact, what was filled once, and what the contact's `updatedAt` was then.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Made:
 
 @dataclass
 class Looks:
-    """What updates counted. Dicts hold no zeros."""
+    """What updates counted, and of assignments what the whole run did. Dicts hold no zeros."""
 
     revisited: int = 0
     updated: int = 0
@@ -61,6 +61,7 @@ class Looks:
     updated_and_kept: int = 0
     updated_by_column: Counter[str] = field(default_factory=Counter)
     kept_by_column: Counter[str] = field(default_factory=Counter)
+    assignments: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass
@@ -73,6 +74,7 @@ class World:
     contacts: dict[str, Row] = field(default_factory=dict)
     ledger: dict[str, Entry] = field(default_factory=dict)
     seen: dict[str, Any] = field(default_factory=dict)
+    seen_preparer: dict[str, str | None] = field(default_factory=dict)
     looked: set[str] = field(default_factory=set)
     made: dict[str, Made] = field(default_factory=dict)
     given: dict[str, set[str]] = field(default_factory=dict)
@@ -85,10 +87,12 @@ class World:
         made = self.made.get(contact["id"])
         return made is not None and contact["updatedAt"] == made.updated_at
 
-    def is_due(self, ref: str, row: Row) -> bool:
-        """Whether a row is to be looked at: it changed, or came to a contact and never was looked at."""
+    def is_due(self, ref: str, row: Row, preparer: str | None) -> bool:
+        """Whether a row is to be looked at: it changed, has another preparer, or came to a contact and was not yet."""
         came = self.ledger[ref]["outcome"] != "created"
-        return bool(self.seen[ref] != reference.updated_at_of(row) or (came and ref not in self.looked))
+        is_reassigned = preparer is not None and preparer != self.seen_preparer[ref]
+        is_changed = self.seen[ref] != reference.updated_at_of(row)
+        return bool(is_changed or is_reassigned or (came and ref not in self.looked))
 
 
 class Speaker(NamedTuple):
@@ -106,10 +110,9 @@ def run(world: World, population: Population, *, update: bool, with_signups: boo
     rows = {f"{table}:{row['id']}": row for table in reference.TABLES for row in getattr(population, table)}
     for ref, entry in result.ledger.items():
         if entry["outcome"] in reference.SETTLED and world.ledger.get(ref, {}).get("outcome") not in reference.SETTLED:
-            world.seen[ref] = reference.updated_at_of(rows[ref])
+            draft = reference.contact_of(population, reference.source_of(ref.split(":")[0], rows[ref]), rows[ref])
+            world.seen[ref], world.seen_preparer[ref] = reference.updated_at_of(rows[ref]), draft["assignedPreparerId"]
             if entry["outcome"] == "created":
-                source = reference.source_of(ref.split(":")[0], rows[ref])
-                draft = reference.contact_of(population, source, rows[ref])
                 gave = {column for column, value in draft.items() if value is not None} - {"attributionConfidence"}
                 # Without a referrer there is no attribution that anybody could have emptied.
                 gave -= set() if referrer(draft) else set(ATTRIBUTION)
@@ -117,7 +120,7 @@ def run(world: World, population: Population, *, update: bool, with_signups: boo
     for contact_id, columns in result.filled.items():
         world.merged_in.setdefault(contact_id, set()).update(columns)
     world.contacts, world.ledger = result.contacts, result.ledger
-    looks = Looks()
+    looks = Looks(assignments=result.counts.assignments)
     if update:
         for source, table, row in list(_in_order(population)):
             if source in reference.SIGNUP_SOURCES and not with_signups:
@@ -142,9 +145,11 @@ def _one_row(world: World, population: Population, source: str, table: str, row:
         return
     contact = world.contacts[str(entry["contact_id"])]
     wanted, kept = _verdict(world, population, source, ref, row, contact)
-    if not world.is_due(ref, row) and "email" not in wanted:
+    assigning = _expected(world, population, contact)[1].get("assignment") if "assignment" in wanted else None
+    preparer = _preparer(population, source, row)
+    if not world.is_due(ref, row, preparer) and "email" not in wanted:
         return
-    world.seen[ref] = reference.updated_at_of(row)
+    world.seen[ref], world.seen_preparer[ref] = reference.updated_at_of(row), preparer
     world.looked.add(ref)
     looks.revisited += 1
     if wanted:
@@ -156,12 +161,23 @@ def _one_row(world: World, population: Population, source: str, table: str, row:
         looks.unchanged += 1
     looks.updated_by_column.update(wanted.keys())
     looks.kept_by_column.update(kept)
+    if assigning is not None:
+        looks.assignments[str(reference.assignment_of(population, assigning.source, assigning.row)[2])] += 1
     if "stage" in wanted:
         world.history.add((contact["id"], contact["stage"], wanted["stage"]["stage"]))
     for name, values in wanted.items():
         contact.update(values)
         world.given.setdefault(contact["id"], set()).add(name)
         world.left.setdefault(contact["id"], set()).add(contact["updatedAt"])
+
+
+def _preparer(population: Population, source: str, row: Row) -> str | None:
+    """The preparer that a row gives to a contact; none where it makes no contact."""
+    try:
+        preparer: str | None = reference.contact_of(population, source, row)["assignedPreparerId"]
+    except reference.Rejected:
+        return None
+    return preparer
 
 
 def _is_of(world: World, population: Population, source: str, row: Row, contact: Row) -> Row | None:
@@ -190,10 +206,10 @@ def _verdict(
     expected, origins, by_rows, origins_by_rows = _expected(world, population, contact)
     for name, origin in origins.items():
         mine = origin.ref == ref
-        if not mine and world.is_due(origin.ref, origin.row):
+        if not mine and world.is_due(origin.ref, origin.row, origin.draft["assignedPreparerId"]):
             continue
         told = "stage_entered_at" if name == "stage" and expected["stage"] == contact["stage"] else name
-        verdict = _of(told, expected, contact, world, population, completed="commission" in origins)
+        verdict = _of(told, origin, expected, contact, world, population, completed="commission" in origins)
         if verdict:
             wanted[told] = {column: expected[column] for column in COLUMNS[told]}
             if told == "attribution" and "commission" in origins:
@@ -207,8 +223,9 @@ def _verdict(
             for name, origin in origins_by_rows.items()
             if origin.ref == ref
             and (name not in origins or name not in UNITS)
+            and not (name == "contact_type" and _tells_of_a_lead(world, ref, source))
             and _would_change(
-                name, source, by_rows, contact, population, is_ours=is_ours, completed="commission" in origins_by_rows
+                name, by_rows, contact, population, is_ours=is_ours, completed="commission" in origins_by_rows
             )
         ]
     if source in reference.PROFILE_TYPES:
@@ -226,7 +243,7 @@ def _expected(
         return *by_rows, *by_rows
     expected, origins = _fold(_not_ours(world, contact), speakers, population)
     if world.is_untouched(contact):
-        _promote_a_lead(contact, speakers, expected, origins)
+        _give_type(world, contact, speakers, expected, origins)
     return expected, origins, *by_rows
 
 
@@ -286,12 +303,31 @@ def _not_ours(world: World, contact: Row) -> Row:
     return contact | dict.fromkeys(telling)
 
 
-def _promote_a_lead(contact: Row, speakers: list[Speaker], expected: Row, origins: dict[str, Speaker]) -> None:
-    """A profile, a converted lead or intake makes something of a lead also where not all rows are there to be asked."""
-    promoting = next((speaker for speaker in speakers if speaker.source not in OF_LEADS), None)
-    if contact["contactType"] == "LEAD" and promoting is not None:
-        expected["contactType"] = promoting.draft["contactType"]
-        origins["contact_type"] = promoting
+def _give_type(world: World, contact: Row, speakers: list[Speaker], expected: Row, origins: dict[str, Speaker]) -> None:
+    """Where not all rows are there to be asked, a contact has the type of its profile.
+
+    A converted lead or intake promotes one that is a lead. A profile that has become a lead counts where no row stands
+    before it.
+    """
+    is_lead = contact["contactType"] == "LEAD"
+    for number, speaker in enumerate(speakers):
+        if number and _has_become_a_lead(world, speaker.ref, speaker.source):
+            continue
+        tells = not _tells_of_a_lead(world, speaker.ref, speaker.source)
+        if tells and (is_lead or speaker.source in reference.PROFILE_TYPES):
+            expected["contactType"] = speaker.draft["contactType"]
+            origins["contact_type"] = speaker
+            return
+
+
+def _tells_of_a_lead(world: World, ref: str, source: str) -> bool:
+    """Whether a row only says that its person is no client yet."""
+    return source in OF_LEADS and not _has_become_a_lead(world, ref, source)
+
+
+def _has_become_a_lead(world: World, ref: str, source: str) -> bool:
+    """Whether the row is a profile that had another role when it was settled."""
+    return source == "lead_profiles" and world.ledger[ref]["source"] != source
 
 
 def _is_there(contact: Row, name: str) -> bool:
@@ -310,7 +346,7 @@ def _compared(name: str, *, completed: bool) -> tuple[str, ...]:
 
 
 def _of(
-    name: str, expected: Row, contact: Row, world: World, population: Population, *, completed: bool
+    name: str, origin: Speaker, expected: Row, contact: Row, world: World, population: Population, *, completed: bool
 ) -> bool | None:
     columns = _compared(name, completed=completed)
     if name in UNITS:
@@ -322,13 +358,13 @@ def _of(
     step = population.stages.index(expected["stage"]) - population.stages.index(contact["stage"])
     if name == "stage":
         return None if step <= 0 else contact["stage"] in STAGES_OF_LEADS
-    if name == "contact_type" and step < 0:
+    if name == "contact_type" and step < 0 and origin.source not in reference.PROFILE_TYPES:
         return None
     return any(expected[column] != contact[column] for column in columns) or None
 
 
 def _would_change(
-    name: str, source: str, by_rows: Row, contact: Row, population: Population, *, is_ours: bool, completed: bool
+    name: str, by_rows: Row, contact: Row, population: Population, *, is_ours: bool, completed: bool
 ) -> bool:
     if name in UNITS:
         compared = ("assignedPreparerId",) if name == "assignment" else _compared(name, completed=completed)
@@ -337,8 +373,6 @@ def _would_change(
         return False
     if name == "stage":
         return population.stages.index(by_rows["stage"]) > population.stages.index(contact["stage"])
-    if name == "contact_type" and source in OF_LEADS:
-        return False
     return bool(by_rows[COLUMNS[name][0]] != contact[COLUMNS[name][0]])
 
 
@@ -347,7 +381,8 @@ def _may_fill(world: World, contact: Row, name: str) -> bool:
     if name in world.given.get(contact["id"], set()):
         return False
     made = world.made.get(contact["id"])
-    if made is None or contact["updatedAt"] == made.updated_at:
+    # No row ever empties an assignment, whatever the contact's `updatedAt` says.
+    if made is None or (contact["updatedAt"] == made.updated_at and name != "assignment"):
         return True
     return not set(UNITS[name]) & (made.gave | world.merged_in.get(contact["id"], set()))
 

@@ -2,7 +2,8 @@
 
 The project's mapping is held to it in tests/unit/test_mapping.py, the reference in tests/property/test_reference.py. So
 they cannot come to differ in what is written here. Rows and contacts have the names that the database gives columns;
-a profile comes with the email of its user, and its own stands beside it.
+a profile comes with the email of its user, its own stands beside it, and with the preparer of its active row in
+client_preparers.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ PROFILE: Row = {
     "clerkUserId": "user_clerk1",
     "email": "ann@example.com",
     "ownEmail": None,
+    "preparerId": None,
+    "assignedAt": None,
 }
 LEAD: Row = {
     "id": "lead1",
@@ -82,6 +85,10 @@ SIGNUP: Row = {
     "email": "ann@example.com",
     "name": "Ann Lee",
 }
+#: The one tax preparer there is: how rows refer to them, and the id of their profile.
+PREPARER = "profile9"
+PREPARERS_BY_ID = {"profile9": PREPARER, "user9": PREPARER}
+PREPARERS_BY_CODE = {"Prep-9": PREPARER}
 
 
 class Example(NamedTuple):
@@ -115,6 +122,9 @@ def intake(expected: Row | str, stages: tuple[str, ...] = NEW_STAGES, **columns:
 def signup(expected: Row | str, **columns: Any) -> Example:
     return Example(SIGNUP | columns, "signups", expected)
 
+
+ASSIGNED: Row = {"assignedPreparerId": PREPARER, "assignedAt": UPDATED}
+UNASSIGNED: Row = dict.fromkeys(ASSIGNED)
 
 EXAMPLES: tuple[Example, ...] = (
     # A profile brings what it has and nothing else.
@@ -264,7 +274,6 @@ EXAMPLES: tuple[Example, ...] = (
     # Where it came from, and who has it in hand.
     *(lead({"source": "lead_form"}, source=blank) for blank in (None, *BLANKS)),
     lead({"source": "a b"}, source=" a b "),
-    *(lead({"assignedPreparerId": None, "assignedAt": None}, assignedPreparerId=blank) for blank in (None, *BLANKS)),
     # An intake brings who referred a person and how, but no rate.
     intake(
         {
@@ -342,7 +351,6 @@ EXAMPLES: tuple[Example, ...] = (
         )
         for blank in (None, *BLANKS)
     ),
-    *(intake({"assignedPreparerId": None, "assignedAt": None}, assignedPreparerId=blank) for blank in (None, *BLANKS)),
     # Who signed up and waits for approval is a lead: as a profile, or as a user without one.
     profile(
         {
@@ -394,6 +402,29 @@ EXAMPLES: tuple[Example, ...] = (
     *(signup({"firstName": "Unknown", "lastName": "Unknown"}, name=blank) for blank in (None, *BLANKS)),
     # Without an address there is nothing by which anybody could know them.
     *(signup("invalid_email", email=email) for email in ("nope", *BLANKS)),
+    # Of a lead and of an intake: a user's id is resolved to the profile's. A preparer without a profile is not copied,
+    # and no referrer is instead.
+    *(
+        example
+        for make in (lead, intake)
+        for example in (
+            *(make(UNASSIGNED, assignedPreparerId=blank) for blank in (None, *BLANKS)),
+            *(make(ASSIGNED, assignedPreparerId=named) for named in PREPARERS_BY_ID),
+            make(UNASSIGNED, assignedPreparerId="gone"),
+            make(UNASSIGNED, assignedPreparerId="gone", referrerUsername="Prep-9"),
+            # Without a preparer it gets the tax preparer who referred the person, without case.
+            *(
+                make(ASSIGNED, assignedPreparerId=blank, referrerUsername=spelling)
+                for blank in (None, *BLANKS)
+                for spelling in ("Prep-9", " pREP-9\t")
+            ),
+            make(UNASSIGNED, referrerUsername="Prep-8"),
+        )
+    ),
+    # A client has the preparer of client_preparers, since then; other profiles have none.
+    *(profile(ASSIGNED | {"assignedAt": CALLED}, preparerId=named, assignedAt=CALLED) for named in PREPARERS_BY_ID),
+    profile(UNASSIGNED, preparerId="gone", assignedAt=CALLED),
+    profile(UNASSIGNED, "affiliates", role="AFFILIATE", preparerId=PREPARER, assignedAt=CALLED),
 )
 
 #: What stands in a column, and the address that it is, if it is one.

@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crm.models import CRMContact
-from crm.outcome import Reason, Source
+from crm.outcome import AssignedBy, Reason, Source
 from crm.rules.mapping import (
     ContactDraft,
     MappedRow,
     Rules,
+    canonical_username,
     contact_id,
     map_rows,
     normalised,
@@ -46,18 +47,36 @@ def as_read(row: rule_examples.Row) -> dict[str, Any]:
     return {"known_reason": None, **values}
 
 
+# To find the profile of a preparer, by id, user or code, is the work of the statements which read the rows.
+
+
 def profile_row(row: rule_examples.Row) -> ProfileRow:
-    return ProfileRow(**as_read(row))
+    own = {name: value for name, value in row.items() if name != "preparerId"}
+    raw = row["preparerId"]
+    resolved = rule_examples.PREPARERS_BY_ID.get(raw)
+    return ProfileRow(raw_assigned_preparer_id=raw, assigned_preparer_id=resolved, **as_read(own))
+
+
+def as_read_with_preparer(row: rule_examples.Row) -> dict[str, Any]:
+    """A lead or an intake as it is read."""
+    own = {name: value for name, value in row.items() if name != "assignedPreparerId"}
+    raw = row["assignedPreparerId"]
+    codes = {canonical_username(code): preparer for code, preparer in rule_examples.PREPARERS_BY_CODE.items()}
+    return {
+        "raw_assigned_preparer_id": raw,
+        "assigned_preparer_id": rule_examples.PREPARERS_BY_ID.get(raw),
+        "referring_preparer_id": codes.get(canonical_username(row["referrerUsername"] or "")),
+        **as_read(own),
+    }
 
 
 def lead_row(row: rule_examples.Row) -> LeadRow:
-    # That a user's id becomes the profile's is the work of the statement which reads them.
-    return LeadRow(raw_assigned_preparer_id=row["assignedPreparerId"], **as_read(row))
+    return LeadRow(**as_read_with_preparer(row))
 
 
 def intake_row(row: rule_examples.Row) -> IntakeRow:
     # Its kind decides only which source reads it.
-    return IntakeRow(kind="", raw_assigned_preparer_id=row["assignedPreparerId"], **as_read(row))
+    return IntakeRow(kind="", is_outranked=False, **as_read_with_preparer(row))
 
 
 def row_of(row: rule_examples.Row) -> RawRow:
@@ -120,6 +139,19 @@ def test_profiles_whose_ids_differ_only_in_case_get_a_placeholder_each() -> None
 
 def test_an_empty_clerk_id_is_nothing() -> None:
     assert draft_of(PROFILE._replace(clerk_user_id=""), Source.CLIENTS).clerk_user_id is None
+
+
+def test_a_preparer_without_a_profile_is_not_copied_and_comes_before_the_referrer() -> None:
+    result = mapped(LEAD._replace(raw_assigned_preparer_id="gone", referring_preparer_id="p"), Source.ACTIVE_LEADS)
+    assert result.draft is not None
+    assert (result.draft.assigned_preparer_id, result.draft.assigned_at) == (None, None)
+    assert result.assigned_by is AssignedBy.UNRESOLVED
+
+
+def test_a_client_whose_preparer_was_assigned_at_no_moment_is_an_error() -> None:
+    row = PROFILE._replace(raw_assigned_preparer_id="p", assigned_preparer_id="p", assigned_at="infinity")
+    assert rejection(row, Source.CLIENTS) is Reason.INVALID_VALUE
+    assert rejection(row._replace(role="AFFILIATE"), Source.AFFILIATES) is None
 
 
 def test_what_the_ledger_knew_of_a_row_stays_with_it() -> None:

@@ -17,7 +17,7 @@ class Intake(NamedTuple):
     converted_at: Annotated[str | None, Own("convertedAt", is_optional=True)]
 
 
-INTAKES = SourceTable("intakes", Intake, "email", "")  # type: ignore[arg-type] # of no table that there is
+INTAKES = SourceTable("intakes", Intake, "email", ())  # type: ignore[arg-type] # of no table that there is
 
 
 def test_the_values_of_a_row_are_selected_in_the_order_of_its_fields() -> None:

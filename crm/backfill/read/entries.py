@@ -15,12 +15,13 @@ from crm.rules.mapping import rounded
 #: The columns of an entry `entry`, in the order in which `entry_of` takes their values.
 COLUMNS = """
 entry.id, entry.source, entry.source_id, entry.outcome, entry.contact_id, entry.run_id, entry.source_updated_at,
-entry.filled, entry.seen_updated_at, entry.contact_updated_at, entry.attribution_before::text
+entry.filled, entry.seen_preparer, entry.seen_updated_at, entry.contact_updated_at, entry.attribution_before::text
 """
 #: The same of an update `change`.
 COLUMNS_OF_UPDATE = f"""
 change.line_id, change.source, change.source_id, '{UpdateOutcome.UPDATED}', change.contact_id, change.run_id,
-change.source_updated_at, change.columns, NULL::timestamp, change.contact_updated_at, change.attribution_before::text
+change.source_updated_at, change.columns, NULL, NULL::timestamp, change.contact_updated_at,
+change.attribution_before::text
 """
 NUMBER_OF_COLUMNS = len(Entry._fields) - 1
 

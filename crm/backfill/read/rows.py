@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
 from operator import attrgetter
@@ -19,8 +19,9 @@ from django.db import DatabaseError, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill.read.entries import COLUMNS, COLUMNS_OF_UPDATE, entry_of
+from crm.backfill.read.referrers import Referrers
 from crm.backfill.read.resolutions import Resolutions
-from crm.backfill.read.snapshots import PREPARER_IS_THERE, SnapshotReader
+from crm.backfill.read.snapshots import SnapshotReader
 from crm.outcome import Outcome, Reason, Refusal, Source
 from crm.postgres import errors
 from crm.postgres.apart import read_apart
@@ -37,10 +38,10 @@ logger = logging.getLogger(__name__)
 # The first one has the counts: of what is proven for its id, and of what is touched for its source id.
 _ENTRIES = f"""
 WITH proven AS MATERIALIZED ({{proven}})
-SELECT id, source, source_id, outcome, contact_id, run_id, source_updated_at, filled, seen_updated_at,
-       contact_updated_at, attribution_before
+SELECT id, source, source_id, outcome, contact_id, run_id, source_updated_at, filled, seen_preparer,
+       seen_updated_at, contact_updated_at, attribution_before
   FROM (SELECT count(*)::text, NULL, (count(*) FILTER (WHERE touched))::text, NULL, NULL, NULL::bigint, NULL::timestamp,
-               NULL, NULL::timestamp, NULL::timestamp, NULL, NULL::bigint
+               NULL, NULL, NULL::timestamp, NULL::timestamp, NULL, NULL::bigint
           FROM proven
          UNION ALL
         SELECT {COLUMNS}, 0
@@ -51,8 +52,8 @@ SELECT id, source, source_id, outcome, contact_id, run_id, source_updated_at, fi
         SELECT {COLUMNS_OF_UPDATE}, change.id
           FROM contact_update change
          WHERE NOT EXISTS (SELECT FROM proven WHERE proven.id = change.contact_id)
-       ) AS entry(id, source, source_id, outcome, contact_id, run_id, source_updated_at, filled, seen_updated_at,
-                  contact_updated_at, attribution_before, turn)
+       ) AS entry(id, source, source_id, outcome, contact_id, run_id, source_updated_at, filled, seen_preparer,
+                  seen_updated_at, contact_updated_at, attribution_before, turn)
  ORDER BY contact_id COLLATE "C" NULLS FIRST, outcome <> 'created', run_id, turn, filled LIKE '%%commission%%',
           id COLLATE "C"
 """
@@ -61,39 +62,20 @@ NONE_PROVEN = "SELECT NULL::text AS id, false AS touched WHERE false"
 # Whatever the planner believes of tables that a run has just filled: a join of whole tables is no nested loop.
 _FOR_WHOLE_TABLES = "SET LOCAL enable_nestloop = off; SET LOCAL work_mem = '64MB'"
 _FOR_PAGES = "SET LOCAL enable_nestloop = on"
-# Each LATERAL with its LIMIT is one index probe a row, whatever the planner believes. The last column tells what became
-# of somebody else's row that the contact takes a value from, the user's address or who the preparer is: changed after
-# the run that migrated the row had begun, or not there.
+# Each LATERAL with its LIMIT is one index probe a row, whatever the planner believes. The last column tells whether the
+# user of a profile was changed after the run that migrated the row had begun.
 _ROWS = """
 SELECT r.* FROM unnest(%(ids)s::text[], %(runs)s::bigint[]) AS wanted(id, run_id) CROSS JOIN LATERAL (
-  SELECT {values}, {other}
+  SELECT {values}, {user_changed}
     FROM (SELECT {columns} FROM {table} r WHERE r.id = wanted.id LIMIT 1) r {join}) r
 """
-_BEGUN = "(SELECT started_at AT TIME ZONE 'UTC' FROM backfill_run WHERE id = wanted.run_id)"
-_OF_PREPARER = f"""CASE WHEN p.changed_at >= {_BEGUN} THEN 'changed'
-              WHEN p.id IS NULL AND r."assignedPreparerId" IS NOT NULL
-              THEN CASE WHEN EXISTS (SELECT FROM users WHERE users.id = r."assignedPreparerId")
-                        THEN 'not linked' ELSE 'not there' END
-         END"""
-_OTHER = {
-    "users": "NULL::text",
-    "profiles": f"CASE WHEN u.changed_at >= {_BEGUN} THEN 'changed' END",
-    **dict.fromkeys(("leads", "tax_intake_leads"), _OF_PREPARER),
-}
-_CHANGED_AT = {
-    "users": "",
-    "profiles": '"updatedAt"',
-    **dict.fromkeys(("leads", "tax_intake_leads"), 'greatest("createdAt", "updatedAt")'),
-}
+_USER_CHANGED = """
+COALESCE(u.changed_at >= (SELECT started_at AT TIME ZONE 'UTC' FROM backfill_run WHERE id = wanted.run_id), false)
+"""
 _USER_CHANGES_READABLE = """
 SELECT has_column_privilege(attrelid, attnum, 'SELECT') FROM pg_attribute
  WHERE attrelid = to_regclass(quote_ident(%s) || '.users') AND attname = 'updatedAt' AND NOT attisdropped
 """
-
-
-CHANGED = "changed"
-NOT_THERE = "not there"
-NOT_LINKED = "not linked"
 
 
 class EntriesOfContact(NamedTuple):
@@ -115,13 +97,12 @@ class FoundRow(NamedTuple):
     """A source row as it is now.
 
     `mapped` is None for a row that is not to be migrated; `updated_at` is None where it is not known.
-    `other` is CHANGED, for the user of a profile and for the preparer of a lead or an intake; for the preparer alone
-    also NOT_THERE, or NOT_LINKED where the row names a user who has no profile.
+    `user_changed` tells whether the user of a profile changed since.
     """
 
     updated_at: str | None
     mapped: MappedRow | None
-    other: str | None
+    user_changed: bool
 
 
 class Proven(NamedTuple):
@@ -186,10 +167,11 @@ class RowReader:
     sees_user_changes: bool
     missing_columns: Collection[str]
     resolutions: Resolutions
+    referrers: Referrers = field(default_factory=Referrers)
 
     def contacts(self, ids: Iterable[str]) -> dict[str, ContactSnapshot]:
         """Contacts by id; those that were deleted are not there."""
-        return SnapshotReader(self.connection, self.missing_columns, preparer_is_there=PREPARER_IS_THERE).read(ids)
+        return SnapshotReader(self.connection, self.missing_columns).read(ids)
 
     def source_rows(self, entries: Iterable[Entry]) -> dict[str, FoundRow]:
         """The source rows of entries, by their reference; those that are gone are not there."""
@@ -206,19 +188,19 @@ class RowReader:
             for source_id in of_table[table].keys() & set(self.facts.repeated_ids.get(table, ())):
                 faults[source_id] = (Reason.DUPLICATE_ID, Refusal())
             for source_id, fault in faults.items():
-                found[f"{table}:{source_id}"] = FoundRow(None, unmapped(table, source_id, None, *fault), None)
+                mapped = unmapped(table, source_id, None, *fault)
+                found[f"{table}:{source_id}"] = FoundRow(None, mapped, user_changed=False)
         return found
 
     def _query(self, name: str) -> str:
         table = SOURCE_TABLES[name]
-        is_hidden = name == "profiles" and not self.sees_user_changes
-        changed_at = "NULL::timestamp" if is_hidden else _CHANGED_AT[name]
+        sees_changes = name == "profiles" and self.sees_user_changes
         return _ROWS.format(
             values=table.values,
-            other=_OTHER[name],
+            user_changed=_USER_CHANGED if sees_changes else "false",
             columns=table.columns(self.facts.missing),
             table=name,
-            join=table.join(self.facts.missing, f", {changed_at} AS changed_at"),
+            join=table.join(self.facts.missing, ', "updatedAt" AS changed_at' if sees_changes else ""),
         )
 
     def _read(self, query: str, entries: Mapping[str, Entry], source_ids: Sequence[str]) -> list[tuple[Any, ...]]:
@@ -227,18 +209,21 @@ class RowReader:
 
     def _mapped(self, name: str, found: Iterable[tuple[Any, ...]]) -> Iterator[tuple[str, FoundRow]]:
         rules, table = self.facts.rules(), SOURCE_TABLES[name]
-        of_source: dict[Source | None, list[tuple[RawRow, str | None]]] = {}
-        for *values, other in found:
+        of_source: dict[Source | None, list[tuple[RawRow, bool]]] = {}
+        for *values, user_changed in found:
             row: RawRow = table.row._make(values)
-            of_source.setdefault(self.facts.source_of(name, table.label_of(row)), []).append((row, other))
+            of_source.setdefault(self.facts.source_of(name, table.label_of(row)), []).append((row, user_changed))
         for source, theirs in of_source.items():
             mapped: Sequence[MappedRow | None] = (
                 [None] * len(theirs)
                 if source is None
-                else self.resolutions.applied(map_rows(source, [row for row, _ in theirs], rules))
+                else self.resolutions.applied(map_rows(source, self._referred([row for row, _ in theirs]), rules))
             )
-            for (row, other), maps_to in zip(theirs, mapped, strict=True):
-                yield row.id, FoundRow(row.updated_at, maps_to, other)
+            for (row, user_changed), maps_to in zip(theirs, mapped, strict=True):
+                yield row.id, FoundRow(row.updated_at, maps_to, user_changed)
+
+    def _referred(self, rows: list[RawRow]) -> list[RawRow]:
+        return self.referrers.add_to(self.connection, self.facts, rows)
 
     def _rows(self, query: str, parameters: Mapping[str, Any]) -> list[tuple[Any, ...]]:
         with self.connection.cursor() as cursor:

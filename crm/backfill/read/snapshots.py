@@ -15,13 +15,11 @@ from crm.rules.snapshot import ContactSnapshot
 
 #: The version of a contact `c`; a view has none, and a dry run may have no right to read it.
 VERSION = "c.xmin::text"
-#: Whether the contact is assigned to nobody, or to a profile that there is.
-PREPARER_IS_THERE = 'c."assignedPreparerId" IS NULL OR EXISTS (SELECT FROM profiles WHERE id = c."assignedPreparerId")'
 
 # The LATERAL with its LIMIT is one index probe a contact, whatever the planner believes.
 _CONTACTS = """
 SELECT c.* FROM unnest(%s::text[]) AS wanted(id) CROSS JOIN LATERAL (
-  SELECT {version}, {set_elsewhere}, {preparer_is_there}, {columns}
+  SELECT {version}, {set_elsewhere}, {columns}
     FROM crm_contacts c WHERE c.id = wanted.id LIMIT 1) c
 """
 
@@ -34,14 +32,12 @@ class SnapshotReader:
     missing_columns: Collection[str] = ()
     version: str = "''"
     set_elsewhere: str = "ARRAY[]::text[]"
-    preparer_is_there: str = "true"
 
     def read(self, ids: Iterable[str]) -> dict[str, ContactSnapshot]:
         """Those of these contacts that are there, by their id."""
         query = _CONTACTS.format(
             version=self.version,
             set_elsewhere=self.set_elsewhere,
-            preparer_is_there=self.preparer_is_there,
             columns=", ".join(
                 "NULL" if column in self.missing_columns else f'c."{column}"' for column in COLUMN.values()
             ),
@@ -50,8 +46,8 @@ class SnapshotReader:
             read_as_text(cursor)
             cursor.execute(query, [list(ids)])
             snapshots = (
-                ContactSnapshot(ContactDraft._make(values), version, tuple(set_elsewhere), preparer_is_there)
-                for version, set_elsewhere, preparer_is_there, *values in cursor.fetchall()
+                ContactSnapshot(ContactDraft._make(values), version, tuple(set_elsewhere))
+                for version, set_elsewhere, *values in cursor.fetchall()
             )
             return {snapshot.values.id: snapshot for snapshot in snapshots}
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from django.db import DatabaseError, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
 
+from crm.backfill.read.referrers import Referrers, preparer_labels
 from crm.outcome import Outcome, Reason, Refusal, Source
 from crm.postgres.apart import read_in_parts, refusal_of_reading
 from crm.postgres.facts.schema import SOURCE_OF_STRAYS, DatabaseFacts
@@ -168,6 +169,7 @@ class SourceReader:
     """Reads one source by keyset.
 
     `ids` are those of the rows that are to be looked at, where they are known, so that the others are passed over.
+    `referrers` remembers who referred people, from one page to the next.
     """
 
     connection: BaseDatabaseWrapper
@@ -179,6 +181,7 @@ class SourceReader:
     apart: Apart | None = None
     choice: Choice = UNSETTLED
     ids: Sequence[str] | None = None
+    referrers: Referrers = field(default_factory=Referrers, compare=False)
 
     def asking_the_ledger(self) -> SourceReader:
         """The same reader, which asks the ledger about every row where that was spared up to now."""
@@ -265,6 +268,7 @@ class SourceReader:
             cursor.execute(bounded, {**parameters, "size": size, "bytes": BYTES_OF_PAGE})
             found = cursor.fetchall()
         rows: list[RawRow] = [table.row._make(row[:-2]) for row in found]
+        rows = self.referrers.add_to(self.connection, self.facts, rows)
         is_cut = bool(found) and found[-1][-1] >= BYTES_OF_PAGE
         key = self._key(rows[-1].id, rows[-1].created_at) if rows else None
         return Page(rows, key, len(rows) < size and not is_cut)
@@ -306,7 +310,10 @@ class SourceReader:
     def _query(self, form: str, after: Key | None, **parts: str) -> tuple[str, dict[str, Any]]:
         """A query of `form` for the rows from strictly after a key on, and its parameters."""
         table = self.source.table
-        parameters: dict[str, Any] = {"labels": self.facts.labels_of(self.source)}
+        parameters: dict[str, Any] = {
+            "labels": self.facts.labels_of(self.source),
+            "preparer_labels": preparer_labels(self.facts),
+        }
         conditions = [_OPAQUE.format(self.choice.condition), *self._start(after, parameters)]
         if self.run_id is not None:
             conditions.append(_OPAQUE.format("entry.run_id IS DISTINCT FROM %(run_id)s"))

@@ -13,9 +13,11 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from django.conf import settings
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill.read.entries import COLUMNS, read_entries
+from crm.backfill.read.referrers import Referrers, codes_of_preparers, preparer_labels
 from crm.backfill.read.resolutions import Resolutions
 from crm.backfill.read.snapshots import VERSION, SnapshotReader, missing_columns
 from crm.backfill.read.source import (
@@ -28,16 +30,22 @@ from crm.backfill.read.source import (
     address_of_profile,
     entry_of_row,
 )
-from crm.outcome import Outcome, Source
+from crm.outcome import ASSIGNMENT, Outcome, Source
 from crm.postgres.facts.schema import DatabaseFacts
 from crm.postgres.loaders import read_as_text
 from crm.rules.addresses import canonical_address_sql
 from crm.rules.entry import Entry
-from crm.rules.mapping import CONTACT_TYPE_OF_SOURCE, MappedRow, map_rows
-from crm.rules.source_rows import SOURCE_TABLES
+from crm.rules.mapping import (
+    CONTACT_TYPE_OF_SOURCE,
+    MappedRow,
+    canonical_username_sql,
+    has_no_referrer_sql,
+    map_rows,
+)
+from crm.rules.source_rows import CLIENT_PREPARERS, REFERRED_ROWS, SOURCE_TABLES, is_outranked_sql
 from crm.rules.updating import RevisitedContact, RowOfContact
 
-_SEEN = "COALESCE(seen_updated_at, source_updated_at) AS seen, seen_updated_at"
+_SEEN = "COALESCE(seen_updated_at, source_updated_at) AS seen, seen_updated_at, seen_preparer"
 _ENTRY_OF_ROW = entry_of_row(f"outcome, contact_id, {_SEEN}, reason, run_id")
 _CONTACT = "FROM crm_contacts c WHERE c.id = entry.contact_id LIMIT 1"
 # Newer, as a rule. Put back to what it was before, it has changed as well. Or it came to a contact, and no update has
@@ -58,6 +66,56 @@ _HAS_EMAIL_NOW = f"""
      FROM (SELECT {{address}} AS email OFFSET 0) now)
  {_CONTACT})
 """
+# The ledger has the preparer that each row had: another one may come, in another table, while the row stays as it is.
+_IS_ANOTHER = "{raw} IS DISTINCT FROM entry.seen_preparer"
+_RESOLVED = f"""
+({_IS_ANOTHER} AND (SELECT {_IS_ANOTHER.format(raw="id")} FROM profiles WHERE id = {{raw}} OR "userId" = {{raw}}
+                     ORDER BY id <> {{raw}} LIMIT 1))
+"""
+_OF_CLIENT = f"""
+(SELECT {_RESOLVED.format(raw='latest."preparerId"')} FROM (
+   SELECT "preparerId" FROM {CLIENT_PREPARERS} WHERE "clientId" = r.id AND "isActive"
+    ORDER BY "assignedAt" DESC NULLS LAST, id COLLATE "C" LIMIT 1) latest)
+"""
+# Which of several preparers a code means, the mapping tells.
+_OF_REFERRER = """
+({referrer} IN (SELECT {code} FROM ({codes}) preparer)
+ AND ({referrer} IN (SELECT {code} FROM ({codes}) preparer GROUP BY 1 HAVING count(DISTINCT id) > 1)
+      OR ({referrer}, COALESCE(entry.seen_preparer, '')) NOT IN (SELECT {code}, id FROM ({codes}) preparer)))
+"""
+
+
+def _has_another_preparer(facts: DatabaseFacts, source: Source) -> str | None:
+    """Return the condition that a row `r` may have another preparer than its `entry` recorded; None if none does.
+
+    It has the parameter `preparer_labels`.
+    """
+    if source is Source.CLIENTS:
+        return None if CLIENT_PREPARERS in facts.missing else _OF_CLIENT
+    own, referrer = _columns_of_preparer(facts, source)
+    parts = [_RESOLVED.format(raw=f'r."{own}"')] if own else []
+    if referrer:
+        of_referrer = _OF_REFERRER.format(
+            referrer=canonical_username_sql(f'r."{referrer}"'),
+            code=canonical_username_sql("preparer.code"),
+            codes=codes_of_preparers(facts),
+        )
+        parts.append(f"""({has_no_referrer_sql(f'r."{own}"')} AND {of_referrer})""" if own else of_referrer)
+    if not parts:
+        return None
+    has_another = f"({' OR '.join(parts)})"
+    of_intake = source.table == "tax_intake_leads"
+    return f"({has_another} AND NOT {is_outranked_sql(facts.missing)})" if of_intake else has_another
+
+
+def _columns_of_preparer(facts: DatabaseFacts, source: Source) -> tuple[str | None, str | None]:
+    """Return the columns of the source's rows that name a preparer and a referrer, if there are such."""
+    table = SOURCE_TABLES[source.table]
+    if not issubclass(table.row, REFERRED_ROWS):
+        return None, None
+    own, referrer = (table.own[field].column for field in ("raw_assigned_preparer_id", "referrer_username"))
+    has_own, has_referrer = (f"{table.name}.{column}" not in facts.missing for column in (own, referrer))
+    return own if has_own else None, referrer if has_referrer and settings.CRM_ASSIGN_TO_REFERRER else None
 
 
 def rows_to_revisit(facts: DatabaseFacts, source: Source, *, with_unsettled: bool) -> Choice:
@@ -70,6 +128,8 @@ def rows_to_revisit(facts: DatabaseFacts, source: Source, *, with_unsettled: boo
     parts = [_DUE.format(updated_at=SOURCE_TABLES[source.table].updated_at)]
     if source.table == "profiles":
         parts.append(_HAS_EMAIL_NOW.format(address=address_of_profile(canonical_address_sql, facts.missing)))
+    if has_another := _has_another_preparer(facts, source):
+        parts.append(f"({has_another} AND (SELECT true {_CONTACT}))")
     condition = f"entry.outcome <> 'error' AND ({' OR '.join(parts)})"
     if with_unsettled:
         condition = f"{UNSETTLED.condition} OR {condition}"
@@ -80,13 +140,20 @@ def rows_to_revisit(facts: DatabaseFacts, source: Source, *, with_unsettled: boo
 _MAY_BE_DUE = """
 SELECT r.id FROM {table} r JOIN ledger_entry entry ON entry.source_id = r.id AND entry.source = ANY(%(sources)s)
  WHERE entry.outcome <> 'error' AND ({updated_at} <> COALESCE(entry.seen_updated_at, entry.source_updated_at)
-                                    OR (entry.outcome <> 'created' AND entry.seen_updated_at IS NULL))
+                                    OR (entry.outcome <> 'created' AND entry.seen_updated_at IS NULL){or_has_another})
 """
 _PLACEHOLDER = f"^({'|'.join(kind.lower() for kind in CONTACT_TYPE_OF_SOURCE.values())})-"
 _MAY_HAVE_EMAIL = f"""
 SELECT entry.source_id FROM crm_contacts c
   JOIN ledger_entry entry ON entry.contact_id = c.id AND entry.source = ANY(%(sources)s) AND entry.outcome <> 'error'
  WHERE c.email ~ '{_PLACEHOLDER}'
+"""
+# Not only the latest one: that would cost a sort of the whole table.
+_HAS_ANOTHER_PREPARER = f"""
+SELECT given."clientId" FROM {CLIENT_PREPARERS} given
+  JOIN ledger_entry entry ON entry.source_id = given."clientId" AND entry.source = ANY(%(sources)s)
+   AND entry.outcome <> 'error'
+ WHERE given."isActive" AND {_IS_ANOTHER.format(raw='given."preparerId"')}
 """
 #: More rows than these are not listed.
 MAX_LISTED = 50_000
@@ -96,26 +163,39 @@ MAX_LISTED = 50_000
 class DueReader(SourceReader):
     """Reads the rows of a source that are due.
 
-    Where they are few, it lists them first and skips the others; otherwise it goes through all rows.
+    Where they are few, it lists them first and skips the others; otherwise it goes through all rows. The list is of the
+    whole table: `listed` keeps it for the other sources, by table.
     """
 
-    listed: list[Sequence[str] | None] = field(default_factory=list, compare=False)
+    listed: dict[str, Sequence[str] | None] = field(default_factory=dict, compare=False)
 
     def page(self, after: Key | None, size: int, most_new: int | None = None) -> Page:
         """At most `size` rows that are due, from strictly after a key on."""
-        if not self.listed:
-            self.listed.append(self._few())
+        table = self.source.table
+        if table not in self.listed:
+            self.listed[table] = self._few()
         # By name: dataclasses with slots know no super() without arguments.
-        return SourceReader.page(replace(self, ids=self.listed[0]), after, size, most_new)
+        return SourceReader.page(replace(self, ids=self.listed[table]), after, size, most_new)
 
     def _few(self) -> list[str] | None:
         """The ids of all rows of the table that may be due, where they are few."""
         table = self.source.table
-        query = _MAY_BE_DUE.format(table=table, updated_at=SOURCE_TABLES[table].updated_at)
-        if table == "profiles":
+        of_clients = table == Source.CLIENTS.table
+        has_another = None if of_clients else _has_another_preparer(self.facts, self.source)
+        query = _MAY_BE_DUE.format(
+            table=table,
+            updated_at=SOURCE_TABLES[table].updated_at,
+            or_has_another=f" OR {has_another}" if has_another else "",
+        )
+        if of_clients:
             query += f" UNION {_MAY_HAVE_EMAIL}"
+            query += "" if CLIENT_PREPARERS in self.facts.missing else f" UNION {_HAS_ANOTHER_PREPARER}"
+        parameters = {
+            "sources": list(map(str, Source.of_table(table))),
+            "preparer_labels": preparer_labels(self.facts),
+        }
         with self.connection.cursor() as cursor:
-            cursor.execute(f"{query} LIMIT {MAX_LISTED + 1}", {"sources": list(map(str, Source.of_table(table)))})
+            cursor.execute(f"{query} LIMIT {MAX_LISTED + 1}", parameters)
             found = [identifier for (identifier,) in cursor.fetchall()]
         return found if len(found) <= MAX_LISTED else None
 
@@ -148,6 +228,7 @@ class Present:
     facts: DatabaseFacts
     resolutions: Resolutions
     with_versions: bool
+    referrers: Referrers = field(default_factory=Referrers)
 
     def entries(self, rows: Iterable[MappedRow]) -> dict[str, Entry]:
         """The settled entries of rows, by their id."""
@@ -184,6 +265,7 @@ class Present:
             contact.has_all_rows = len(contact.rows) == entries_left[contact_id]
         for entry in by_id.values():
             contact = contacts[entry.contact_id]
+            contact.was_assigned = contact.was_assigned or ASSIGNMENT in entry.filled
             if entry.outcome is Outcome.CREATED:
                 contact.made_at = entry.written_at
         for entry in by_id.values():
@@ -196,7 +278,9 @@ class Present:
             ids = [entry.source_id for entry in entries.values() if entry.table == source.table]
             if not ids:
                 continue
-            reader = SourceReader(self.connection, self.facts, source, choice=ROWS_WITH_ENTRY, ids=ids)
+            reader = SourceReader(
+                self.connection, self.facts, source, choice=ROWS_WITH_ENTRY, ids=ids, referrers=self.referrers
+            )
             after: Key | None = None
             while (page := reader.page(after, len(ids))).rows:
                 after = page.key

@@ -49,8 +49,8 @@ ON CONFLICT DO NOTHING RETURNING NULL
 """
 # Only if it still is what it was when the row was read: the row may have been settled again since.
 _SEEN = f"""
-UPDATE ledger_entry entry SET seen_updated_at = seen.at::timestamp
-  FROM {unnest("seen", dict.fromkeys(("id", "before", "at"), "text[]"))}
+UPDATE ledger_entry entry SET seen_updated_at = seen.at::timestamp, seen_preparer = seen.preparer
+  FROM {unnest("seen", dict.fromkeys(("id", "before", "at", "preparer"), "text[]"))}
  WHERE entry.id = seen.id AND seen_updated_at IS NOT DISTINCT FROM seen.before::timestamp
 """
 
@@ -249,16 +249,14 @@ class UpdateWriter:
                 cursor.execute(_RECORD, [self._run_id, *as_columns(entries)])
 
     def _mark_seen(self, changes: Iterable[Change]) -> None:
-        due = [
-            change for change in changes if change.entry.is_due(change.row.updated_at) and REFUSED not in change.kept
-        ]
-        seen = sorted(
-            {change.entry.id: (change.entry.seen_updated_at, change.row.updated_at) for change in due}.items()
-        )
+        seen = {}
+        for change in changes:
+            entry, row = change.entry, change.row
+            if entry.is_due(row.updated_at, row.preparer_id) and REFUSED not in change.kept:
+                seen[entry.id] = (entry.id, entry.seen_updated_at, row.updated_at, row.preparer_id)
         if seen:
             with self._connection.cursor() as cursor:
-                rows = [(identifier, before, at) for identifier, (before, at) in seen]
-                cursor.execute(_SEEN, as_columns(rows))
+                cursor.execute(_SEEN, as_columns([seen[identifier] for identifier in sorted(seen)]))
                 if cursor.rowcount < len(seen):
                     raise SettledMeanwhileError
 

@@ -21,7 +21,7 @@ from crm.rules.mapping import ContactDraft, MappedRow, contact_id
 from crm.rules.matching import ExistingContact, ExistingContacts, ProfileOfAddress
 
 _KEYS = ("email", "user_id", "clerk_user_id")
-_OF_ENTRY = "id, source, source_id, outcome, contact_id, 0, source_updated_at, filled"
+_OF_ENTRY = "id, source, source_id, outcome, contact_id, 0, source_updated_at, filled, seen_preparer"
 _KEYS_TAKEN = """
 SELECT id, email, "userId", "clerkUserId" FROM crm_contacts WHERE id = ANY(%(ids)s)
  UNION SELECT id, email, "userId", "clerkUserId" FROM crm_contacts WHERE email = ANY(%(emails)s)
@@ -52,7 +52,7 @@ class Overlay:
             CREATE INDEX profile_id ON profile (id);
             CREATE TABLE draft (id TEXT PRIMARY KEY, fields TEXT) WITHOUT ROWID;
             CREATE TABLE entry (id TEXT PRIMARY KEY, source TEXT, source_id TEXT, outcome TEXT, contact_id TEXT,
-                                source_updated_at TEXT, filled TEXT) WITHOUT ROWID;
+                                source_updated_at TEXT, filled TEXT, seen_preparer TEXT) WITHOUT ROWID;
             CREATE INDEX entry_contact_id ON entry (contact_id);
             CREATE TABLE written (id TEXT, fields TEXT);
             CREATE INDEX written_id ON written (id);
@@ -154,7 +154,7 @@ class Overlay:
         if not self._with_update:
             return
         self._database.executemany(
-            "INSERT OR REPLACE INTO entry VALUES (?, ?, ?, ?, ?, ?, ?)",
+            "INSERT OR REPLACE INTO entry VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             [
                 (
                     row_outcome.id,
@@ -164,6 +164,7 @@ class Overlay:
                     row_outcome.contact_id,
                     row_outcome.updated_at,
                     ",".join(row_outcome.filled),
+                    row_outcome.preparer_id,
                 )
                 for row_outcome in row_outcomes
                 if row_outcome.outcome is not Outcome.ERROR

@@ -39,7 +39,7 @@ _FORGET_UPDATES = "DELETE FROM contact_update WHERE contact_id = ANY(%s::text[])
 _NO_REFUSAL = Refusal()
 _MET = (Outcome.MERGED, Outcome.EXISTS)
 _ENTRY = (
-    *("id", "source_id", "outcome", "reason", "contact_id", "source_updated_at", "filled"),
+    *("id", "source_id", "outcome", "reason", "contact_id", "source_updated_at", "seen_preparer", "filled"),
     *("sqlstate", '"constraint"', '"column"', '"table"', '"trigger"'),
     *("contact_updated_at", "attribution_before", "identity_keys"),
 )
@@ -350,6 +350,7 @@ def _entry(row_outcome: RowOutcome) -> tuple[str | int | None, ...]:
         row_outcome.reason,
         row_outcome.contact_id,
         row_outcome.updated_at,
+        row_outcome.preparer_id,
         ",".join(row_outcome.filled) or None,
         *refusal,
         row_outcome.contact_updated_at,

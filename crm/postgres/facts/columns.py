@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from crm.models import CRMContact
 from crm.rules.fold import FILLED_UNITS
 from crm.rules.mapping import ATTRIBUTION_UNIT
-from crm.rules.source_rows import SOURCE_TABLES
+from crm.rules.source_rows import CLIENT_PREPARERS, COLUMNS_OF_CLIENT_PREPARERS, PREPARER_CODES, SOURCE_TABLES
 from crm.rules.updating import FIELDS_OF_CHANGE
 
 #: The columns of a contact by the name of the draft's field.
@@ -28,14 +28,16 @@ PROMOTED_COLUMNS = tuple(name for name in columns_of(FIELDS_OF_CHANGE.values()) 
 
 REQUIRED_COLUMNS: Mapping[str, tuple[str, ...]] = {
     **{name: table.required_columns for name, table in SOURCE_TABLES.items()},
+    CLIENT_PREPARERS: COLUMNS_OF_CLIENT_PREPARERS,
     "crm_contacts": tuple(column for column in CONTACT_COLUMNS if column not in ATTRIBUTION_COLUMNS),
 }
 OPTIONAL_COLUMNS: Mapping[str, tuple[str, ...]] = {
     **{name: table.optional_columns for name, table in SOURCE_TABLES.items()},
+    "profiles": (*SOURCE_TABLES["profiles"].optional_columns, *PREPARER_CODES),
     "crm_contacts": ATTRIBUTION_COLUMNS,
 }
 #: The tables that some databases lack.
-OPTIONAL_TABLES = frozenset(name for name, table in SOURCE_TABLES.items() if table.is_optional)
+OPTIONAL_TABLES = frozenset(name for name, table in SOURCE_TABLES.items() if table.is_optional) | {CLIENT_PREPARERS}
 COLUMNS_IN_USE: Mapping[str, tuple[str, ...]] = {
     table: (*names, *OPTIONAL_COLUMNS.get(table, ())) for table, names in REQUIRED_COLUMNS.items()
 }

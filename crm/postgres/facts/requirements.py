@@ -18,6 +18,7 @@ from config.database import quoted_name
 from crm.models import BackfillBatch, BackfillRun, ContactUpdate, CRMStageHistory
 from crm.postgres.facts.catalog import MOMENT_TYPES, TEXT_TYPES, WHOLE_TYPES, Column, Table
 from crm.postgres.facts.columns import ATTRIBUTION_COLUMNS, CONTACT_COLUMNS
+from crm.rules.source_rows import CLIENT_PREPARERS
 
 CONTACTS, HISTORY = "crm_contacts", "crm_stage_history"
 LABELS: Mapping[str, tuple[str, ...]] = {
@@ -30,7 +31,7 @@ MOMENTS = (
     *("createdAt", "updatedAt", "lastContactedAt", "commissionRateLockedAt", "stageEnteredAt", "assignedAt"),
     *("created_at", "updated_at", "convertedAt", "unqualifiedAt"),
 )
-SWITCHES = ("convertedToClient", "unqualified")
+SWITCHES = ("convertedToClient", "unqualified", "isActive")
 RATE, CONFIDENCE = "commissionRate", "attributionConfidence"
 #: Columns by which rows are found.
 KEYS: Mapping[str, tuple[str, ...]] = {
@@ -47,6 +48,7 @@ COMPARED: Mapping[str, tuple[str, ...]] = {
     "leads": (*KEYS["leads"], "assignedPreparerId"),
     "tax_intake_leads": (*KEYS["tax_intake_leads"], "assignedPreparerId", "profileId"),
     CONTACTS: (*KEYS[CONTACTS], "assignedPreparerId"),
+    CLIENT_PREPARERS: ("clientId", "preparerId"),
 }
 #: Columns for which some source has no value, so they must accept NULL.
 LEFT_BLANK = (

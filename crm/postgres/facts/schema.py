@@ -94,14 +94,13 @@ class DatabaseFacts:
     roles: Mapping[str, tuple[str, ...]]
     statuses: Mapping[str, tuple[str, ...]]
     stages: Mapping[str, str]
-    #: The existing tables whose rows make contacts.
-    tables: tuple[str, ...]
     #: The types to cast labels to before comparing them with the roles of profiles and the statuses of leads.
     label_types: Mapping[str, str]
     #: The fractional digits that all timestamps of a contact store, and the decimals of its rate (None: unlimited).
     second_digits: int
     rate_decimals: int | None
-    #: The columns that may be NULL, and the optional columns that are missing, as `table.column`.
+    #: The columns that may be NULL, and the optional columns that are missing, as `table.column`; with the latter the
+    #: optional tables that are missing.
     nullable: frozenset[str] = frozenset()
     missing: frozenset[str] = frozenset()
     #: By table, the ids that several rows have.
@@ -115,6 +114,11 @@ class DatabaseFacts:
             second_digits=self.second_digits,
             rate_decimals=self.rate_decimals,
         )
+
+    @property
+    def tables(self) -> list[str]:
+        """The existing tables whose rows make contacts."""
+        return [table for table in SOURCE_TABLES if table not in self.missing]
 
     @property
     def sources(self) -> list[Source]:
@@ -226,7 +230,6 @@ def examine(
         roles=roles,
         statuses=statuses,
         stages={stage: spellings[0] for stage, spellings in stages.items()},
-        tables=tuple(source_tables),
         label_types={
             name: columns[name][table.label_column].cast if table.label_column else "text"
             for name, table in source_tables.items()
@@ -244,7 +247,7 @@ def examine(
             for table, names in OPTIONAL_COLUMNS.items()
             for name in names
             if table in columns and name not in columns[table]
-        ),
+        ).union(OPTIONAL_TABLES - columns.keys()),
         repeated_ids=find_repeated_ids(connection, source_tables),
     )
 

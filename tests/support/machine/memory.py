@@ -66,6 +66,23 @@ class Memory:
         """A profile appeared or vanished that leads may name as their preparer, by its own id or its user's."""
         for table, rows in (("leads", state.leads), ("tax_intake_leads", state.tax_intake_leads)):
             self._moved_silently(f"{table}:{row['id']}" for row in rows.values() if row["assignedPreparerId"] in names)
+        for row in state.client_preparers.values():
+            if row["preparerId"] in names:
+                self.client_assigned(row["clientId"])
+
+    def codes_changed(self, codes: Collection[str | None], state: State) -> None:
+        """A profile got, lost or has these codes, and may have become a preparer or ceased to be one."""
+        spellings = {code.lower() for code in codes if code}
+        for table, rows in (("leads", state.leads), ("tax_intake_leads", state.tax_intake_leads)):
+            self._moved_silently(
+                f"{table}:{row['id']}"
+                for row in rows.values()
+                if (row["referrerUsername"] or "").strip().lower() in spellings
+            )
+
+    def client_assigned(self, profile: str) -> None:
+        """A client got another preparer, or lost one: its profile does not show it."""
+        self._moved_silently([f"profiles:{profile}"])
 
     def intakes_came_or_went(self, *intakes: Mapping[str, Any], state: State) -> None:
         """An intake appeared, changed or vanished: of several of a person the last one names the preparer."""

@@ -16,6 +16,7 @@ from django.db import connection
 
 from tests.conftest import Database
 from tests.support.populations import (
+    CODE_COLUMNS,
     HAS_CLERK_USER_ID,
     HAS_CONVERSIONS,
     HAS_TAX_YEARS,
@@ -25,7 +26,7 @@ from tests.support.populations import (
 from tests.support.reference import ATTRIBUTION, Entry, Population, Resolution, Row
 
 #: What we only read, and what people add to contacts. Of the contacts' history only what is not told by an update.
-OTHER_TABLES = ("users", "profiles", "leads", "tax_intake_leads", "crm_interactions")
+OTHER_TABLES = ("users", "profiles", "leads", "tax_intake_leads", "client_preparers", "crm_interactions")
 _OF_AN_UPDATE = "reason = 'CRM contacts backfill'"
 _OTHERS_HISTORY = f"SELECT h::text FROM crm_stage_history h WHERE ({_OF_AN_UPDATE}) IS NOT TRUE ORDER BY 1"
 _HISTORY = f'SELECT "contactId", "toStage"::text FROM crm_stage_history WHERE {_OF_AN_UPDATE}'
@@ -33,7 +34,11 @@ _HISTORY = f'SELECT "contactId", "toStage"::text FROM crm_stage_history WHERE {_
 _NOW = "date_trunc('milliseconds', clock_timestamp() AT TIME ZONE 'UTC')"
 _COLUMNS = {
     "users": ("id", "email", "createdAt", "updatedAt"),
-    "profiles": ("id", "userId", "role", "firstName", "lastName", "phone", "companyName", "createdAt", "updatedAt"),
+    "profiles": (
+        *("id", "userId", "role", "firstName", "lastName", "phone", "companyName", "createdAt", "updatedAt"),
+        *CODE_COLUMNS,
+    ),
+    "client_preparers": ("id", "clientId", "preparerId", "assignedAt", "isActive"),
     "leads": (
         *("id", "type", "status", "firstName", "lastName", "email", "phone", "source", "assignedPreparerId"),
         *("lastContactedAt", *ATTRIBUTION, "createdAt", "updatedAt"),
@@ -43,6 +48,7 @@ _COLUMNS = {
         *("attributionMethod", "assignedPreparerId", "lastContactedAt", "created_at", "updated_at"),
     ),
 }
+_WITHOUT_UPDATED_AT = ("client_preparers", "crm_stage_history")
 _CONVERSIONS = ("profileId", "convertedToClient", "convertedAt")
 _TAX_YEARS = ("tax_year", "unqualified", "unqualifiedAt")
 _TABLE = """CASE WHEN source LIKE '%intakes' THEN 'tax_intake_leads:' WHEN source LIKE '%leads' THEN 'leads:'
@@ -50,7 +56,7 @@ _TABLE = """CASE WHEN source LIKE '%intakes' THEN 'tax_intake_leads:' WHEN sourc
 _ENTRIES = f"""
 SELECT {_TABLE} || source_id, id, source, outcome, reason,
        contact_id, identity_keys::text, run_id, source_updated_at, filled, COALESCE(seen_updated_at, source_updated_at),
-       seen_updated_at IS NOT NULL
+       seen_updated_at IS NOT NULL, seen_preparer
   FROM ledger_entry
 """
 _UPDATES = f"""
@@ -121,10 +127,12 @@ class State:
     profiles: Mapping[str, Row]
     leads: Mapping[str, Row]
     tax_intake_leads: Mapping[str, Row]
+    client_preparers: Mapping[str, Row]
     contacts: Mapping[str, Row]
     entries: Mapping[str, LedgerEntry]
     seen: Mapping[str, datetime]
     looked: frozenset[str]
+    seen_preparer: Mapping[str, str | None]
     updates: Sequence[Update]
     history: frozenset[tuple[str, str]]
     resolutions: Mapping[str, Resolution]
@@ -142,6 +150,7 @@ class State:
             leads=list(self.leads.values()),
             tax_intake_leads=list(self.tax_intake_leads.values()),
             contacts=list(self.contacts.values()),
+            client_preparers=list(self.client_preparers.values()),
         )
 
     @property
@@ -197,17 +206,19 @@ class World:
         intake_columns += _TAX_YEARS if self.generation in HAS_TAX_YEARS else ()
         with connection.cursor() as cursor:
             contacts = read_contacts(cursor)
-        entries = [(_entry(row[:-2]), _aware(row[-2]), row[-1]) for row in self._rows(_ENTRIES)]
+        entries = [(_entry(row[:-3]), _aware(row[-3]), *row[-2:]) for row in self._rows(_ENTRIES)]
         return State(
             self.generation,
             users=self._read("users", _COLUMNS["users"]),
             profiles=self._read("profiles", profile_columns),
             leads=self._read("leads", _COLUMNS["leads"]),
             tax_intake_leads=self._read("tax_intake_leads", intake_columns),
+            client_preparers=self._read("client_preparers", _COLUMNS["client_preparers"]),
             contacts=contacts,
             entries={entry.row: entry for entry, *_ in entries},
-            seen={entry.row: seen for entry, seen, _ in entries},
-            looked=frozenset(entry.row for entry, _, looked in entries if looked),
+            seen={entry.row: seen for entry, seen, *_ in entries},
+            looked=frozenset(entry.row for entry, _, looked, _ in entries if looked),
+            seen_preparer={entry.row: preparer for entry, *_, preparer in entries},
             updates=[
                 Update(*map(_aware, row))._replace(filled=tuple(row[6].split(","))) for row in self._rows(_UPDATES)
             ],
@@ -232,7 +243,7 @@ class World:
         """A new row; returns its id."""
         identifier = f"c{table[0]}{next(self._numbers):023d}"
         names = ["id", *columns]
-        if table != "crm_stage_history":
+        if table not in _WITHOUT_UPDATED_AT:
             names.append(_updated_at(table))
         values = ["%s"] * (1 + len(columns)) + [_NOW] * (len(names) - 1 - len(columns))
         quoted = ", ".join(f'"{name}"' for name in names)
@@ -245,9 +256,10 @@ class World:
 
     def change(self, table: str, identifier: str, **columns: Any) -> None:
         """Write columns of a row."""
-        assignments = "".join(f'"{name}" = %s, ' for name in columns)
-        moment = f'"{_updated_at(table)}" = {_NOW}'
-        self._execute(f'UPDATE "{table}" SET {assignments}{moment} WHERE id = %s', *columns.values(), identifier)
+        assignments = [f'"{name}" = %s' for name in columns]
+        if table not in _WITHOUT_UPDATED_AT:
+            assignments.append(f'"{_updated_at(table)}" = {_NOW}')
+        self._execute(f'UPDATE "{table}" SET {", ".join(assignments)} WHERE id = %s', *columns.values(), identifier)
 
     def delete(self, table: str, identifier: str) -> None:
         """Delete a row, and what goes with it by the foreign keys."""
