@@ -73,11 +73,13 @@ SELECT c.id, c.xmin::text = seen.version, {{tables}} FROM crm_contacts c JOIN {_
 _FORGET_ENTRIES = "DELETE FROM ledger_entry WHERE id = ANY(%s::text[]) AND former IS NULL"
 _FORGET_UPDATES_OF = "DELETE FROM contact_update WHERE contact_id = ANY(%s::text[])"
 _FORGET_UPDATES = "DELETE FROM contact_update WHERE id = ANY(%s::bigint[])"
-_REVISIT = "UPDATE ledger_entry SET seen_updated_at = NULL, seen_preparer = NULL WHERE id = ANY(%s::text[])"
-_REVISIT_OTHER_ROWS = """
-UPDATE ledger_entry SET seen_updated_at = NULL, seen_preparer = NULL
- WHERE contact_id = ANY(%s::text[]) AND outcome IN ('merged', 'exists')
+# The contact has what the rows had then, as far as anything tells.
+_REVISIT = """
+UPDATE ledger_entry entry SET seen_updated_at = NULL, seen_preparer = (
+         SELECT "assignedPreparerId" FROM crm_contacts c WHERE c.id = entry.contact_id)
 """
+_REVISIT_CREATORS = f"{_REVISIT} WHERE id = ANY(%s::text[])"
+_REVISIT_OTHER_ROWS = f"{_REVISIT} WHERE contact_id = ANY(%s::text[]) AND outcome IN ('merged', 'exists')"
 
 _ENTRY_COLUMNS = ", ".join(f'"{column.column}"' for column in LedgerEntry._meta.concrete_fields)
 _FORMER_ENTRIES = f"""
@@ -353,7 +355,7 @@ class DatabaseUndoer:
             gone = [record for contact in sorted(restored) for record in assessed.restored[contact].records]
             self._execute(_FORGET_UPDATES, [record.number for record in gone])
             # The next run with --update revisits the rows of these contacts.
-            self._execute(_REVISIT, list(restored))
+            self._execute(_REVISIT_CREATORS, list(restored))
             self._execute(_REVISIT_OTHER_ROWS, list(restored))
             self._forget_entries([entry.id for entry in reverted.later_merges])
             self._count(reverted)

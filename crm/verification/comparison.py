@@ -197,18 +197,21 @@ def _may_differ(entry: Entry, row: FoundRow | None, name: str) -> bool:
     return False
 
 
-def _is_reassigned(entry: Entry, row: FoundRow | None, name: str, entries: EntriesOfContact) -> bool:
-    """Return whether an unchanged row has another preparer now than when a run last processed it.
+def _is_reassigned(
+    entry: Entry, row: FoundRow | None, contact: ContactSnapshot, name: str, entries: EntriesOfContact
+) -> bool:
+    """Return whether an unchanged row has another preparer now, and the contact still the one that the row had.
 
     Preparers are added, deleted and get other codes, and clients get other preparers, without a trace in the row. The
     ledger has the preparer, but not since when it is that of a client.
     """
     if row is None or row.mapped is None or row.mapped.draft is None:
         return False
-    if name == "assigned_at" and entry.table == "profiles":
-        return row.mapped.preparer_id is not None
-    seen = {each.id: each.seen_preparer for each in (entries.creator, *entries.merged)}
-    return row.mapped.preparer_id != seen.get(entry.id)
+    seen = {each.id: each.seen_preparer for each in (entries.creator, *entries.merged)}.get(entry.id)
+    if contact.values.assigned_preparer_id != seen:
+        return False
+    is_date_of_client = name == "assigned_at" and entry.table == "profiles" and seen is not None
+    return is_date_of_client or row.mapped.preparer_id != seen
 
 
 def _findings(
@@ -226,7 +229,7 @@ def _findings(
         row = rows.get(entry.row)
         by_people = (Kind.CRM_CHANGED if modified else Kind.SOURCE_CHANGED), None
         found = by_people if modified or _may_differ(entry, row, name) else unexplained(written_by)
-        if found[0] is Kind.DEFECT and name in ASSIGNMENT_UNIT and _is_reassigned(entry, row, name, entries):
+        if found[0] is Kind.DEFECT and name in ASSIGNMENT_UNIT and _is_reassigned(entry, row, contact, name, entries):
             found = by_people
         of_kind.setdefault(found, []).append(COLUMN[name])
     for (kind, by), columns in of_kind.items():
