@@ -47,7 +47,8 @@ NO_FEWER = ("bulk_create", "row by row")
 CONTACTS = "SELECT md5(string_agg(md5(c::text), ',' ORDER BY id)) FROM crm_contacts c"
 LEDGER = """
 SELECT md5(string_agg(md5(
-         ROW (id, source, source_id, outcome, reason, contact_id, source_updated_at, filled)::text), ',' ORDER BY id))
+         ROW (id, source, source_id, outcome, reason, contact_id, source_updated_at, seen_preparer, filled)::text),
+       ',' ORDER BY id))
   FROM ledger_entry
 """
 CONTACT_IDS = "SELECT count(*), md5(string_agg(id, ',' ORDER BY id)) FROM crm_contacts"

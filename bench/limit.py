@@ -61,6 +61,11 @@ _ANYTHING_TO_FILL = " OR ".join(
 _PREPARE = f"""
 CREATE TEMPORARY TABLE other_address AS
   SELECT id, lower(btrim(email, {_SPACE})) AS address FROM crm_contacts WHERE email <> lower(btrim(email, {_SPACE}));
+CREATE TEMPORARY TABLE preparer_code AS
+  SELECT lower(btrim(code, {_SPACE})) AS code, min(id) AS id
+    FROM profiles CROSS JOIN LATERAL unnest(ARRAY["trackingCode", "customTrackingCode", "shortLinkUsername"]) AS code
+   WHERE role = 'TAX_PREPARER' AND code IS NOT NULL GROUP BY 1;
+CREATE INDEX ON preparer_code (code);
 CREATE TEMPORARY TABLE waiting AS SELECT 1::bigint AS place, ''::text AS source_id, {_CONTACT} FROM crm_contacts LIMIT 0
 """
 # A lead meets the contact that its user's profile met under another address.
@@ -83,8 +88,10 @@ WITH page AS MATERIALIZED ({{page}}),
        ON CONFLICT DO NOTHING RETURNING id
      ),
      lines AS (
-       INSERT INTO ledger_entry (id, source, source_id, outcome, contact_id, run_id, source_updated_at, filled)
-       SELECT id, '{{source}}', source_id, 'created', id, 1, "updatedAt", {_units_where("{there}", "draft")}
+       INSERT INTO ledger_entry (id, source, source_id, outcome, contact_id, run_id, source_updated_at, seen_preparer,
+                                 filled)
+       SELECT id, '{{source}}', source_id, 'created', id, 1, "updatedAt", "assignedPreparerId",
+              {_units_where("{there}", "draft")}
          FROM draft JOIN made USING (id)
      ),
      left_over AS (
@@ -100,7 +107,8 @@ EXISTS (SELECT FROM ledger_entry line WHERE line.id = c.id AND outcome = 'create
 """
 _SETTLE = f"""
 WITH met AS (
-       SELECT w.place, w.id AS line, w.source_id, w."updatedAt", {_VALID.replace("email", "w.email")} AS is_valid,
+       SELECT w.place, w.id AS line, w.source_id, w."updatedAt", w."assignedPreparerId",
+              {_VALID.replace("email", "w.email")} AS is_valid,
               CASE WHEN u.id <> k.id THEN u.id ELSE COALESCE(e.id, u.id, k.id) END AS contact,
               COALESCE(e.ours, u.ours, k.ours) AS ours,
               string_to_array(COALESCE(e.blanks, u.blanks, k.blanks), ',') AS blanks,
@@ -144,10 +152,11 @@ WITH met AS (
          FROM first {_FIRST_ROWS}
         WHERE c.id = first.contact AND ({_ANYTHING_TO_FILL})
      )
-INSERT INTO ledger_entry (id, source, source_id, outcome, reason, contact_id, run_id, source_updated_at, filled)
+INSERT INTO ledger_entry (id, source, source_id, outcome, reason, contact_id, run_id, source_updated_at, seen_preparer,
+                          filled)
 SELECT line, '{{source}}', source_id, outcome,
        CASE WHEN NOT is_valid THEN 'invalid_email' WHEN is_conflict THEN 'conflict' END,
-       CASE WHEN is_valid THEN contact END, 1, "updatedAt",
+       CASE WHEN is_valid THEN contact END, 1, "updatedAt", CASE WHEN is_valid THEN "assignedPreparerId" END,
        CASE WHEN outcome = 'merged' THEN {_units_where("first.{unit} = place AND '{unit}' = ANY(blanks)")} END
   FROM verdict LEFT JOIN first USING (contact)
 """
@@ -158,8 +167,8 @@ r.place, r.id AS source_id, r.contact_id AS id, r."userId", r."clerkUserId",
 COALESCE(NULLIF(lower({_trimmed("email")}), ''), lower('{{contact_type}}') || '-' || r.id || '@crm-backfill.invalid')
 AS email, NULLIF({_trimmed("phone")}, '') AS phone, NULLIF({_trimmed("companyName")}, '') AS company,
 'NEW'::"PipelineStage" AS stage,
-r."createdAt" AS "stageEnteredAt", 'backfill' AS source, NULL::text AS "assignedPreparerId",
-NULL::timestamp AS "assignedAt", NULL::text AS "referrerUsername", NULL::text AS "referrerType",
+r."createdAt" AS "stageEnteredAt", 'backfill' AS source, r.preparer AS "assignedPreparerId",
+r."assignedAt", NULL::text AS "referrerUsername", NULL::text AS "referrerType",
 NULL::numeric AS "commissionRate", NULL::timestamp AS "commissionRateLockedAt", NULL::text AS "attributionMethod",
 100 AS "attributionConfidence", r."createdAt", r."updatedAt", NULL::timestamp AS "lastContactedAt"
 """
@@ -169,24 +178,30 @@ r.place, r.id AS source_id, r.contact_id AS id, NULL::text AS "userId", NULL::te
 {_name("lastName")} AS "lastName", lower({_trimmed("email")}) AS email,
 NULLIF({_trimmed("phone")}, '') AS phone, NULL::text AS company, {{stage}} AS stage, {{entered}} AS "stageEnteredAt",
 COALESCE(NULLIF({_trimmed("source")}, ''), 'lead_form') AS source,
-COALESCE(r.preparer, NULLIF(r."assignedPreparerId", '')) AS "assignedPreparerId",
-CASE WHEN r."assignedPreparerId" <> '' THEN r."updatedAt" END AS "assignedAt",
+r.preparer AS "assignedPreparerId", CASE WHEN r.preparer IS NOT NULL THEN r."updatedAt" END AS "assignedAt",
 r."referrerUsername", r."referrerType", r."commissionRate", r."commissionRateLockedAt", r."attributionMethod",
 r."attributionConfidence", r."createdAt", r."updatedAt", r."lastContactedAt"
 """
 _PROFILES = f"""
-SELECT r.*, u.email, {_ID.format(table="profiles")} AS contact_id, row_number() OVER (ORDER BY r.id) AS place
+SELECT r.*, u.email, assigned.preparer, assigned."assignedAt", {_ID.format(table="profiles")} AS contact_id,
+       row_number() OVER (ORDER BY r.id) AS place
   FROM (SELECT * FROM profiles WHERE role = '{{role}}' AND id > %(id)s ORDER BY id LIMIT {CHUNK}) r
        LEFT JOIN LATERAL (SELECT email FROM users WHERE id = r."userId" LIMIT 1) u ON true
+       LEFT JOIN LATERAL (
+         SELECT "preparerId" AS preparer, "assignedAt" FROM client_preparers WHERE "clientId" = r.id AND "isActive"
+          ORDER BY "assignedAt" DESC, id COLLATE "C" LIMIT 1
+       ) assigned ON r.role = 'CLIENT'
 """
 _LEADS = f"""
-SELECT r.*, p.id AS preparer, {_ID.format(table="leads")} AS contact_id,
+SELECT r.*, CASE WHEN {_trimmed("assignedPreparerId")} <> '' THEN p.id ELSE referrer.id END AS preparer,
+       {_ID.format(table="leads")} AS contact_id,
        row_number() OVER (ORDER BY r."createdAt", r.id) AS place
   FROM (SELECT * FROM leads WHERE {{which}} AND ("createdAt", id) > (%(at)s, %(id)s)
          ORDER BY "createdAt", id LIMIT {CHUNK}) r
        LEFT JOIN LATERAL (
          SELECT id FROM profiles WHERE id = r."assignedPreparerId" OR "userId" = r."assignedPreparerId" LIMIT 1
        ) p ON r."assignedPreparerId" IS NOT NULL
+       LEFT JOIN preparer_code referrer ON referrer.code = lower({_trimmed("referrerUsername")})
 """
 # In the words of a lead, without what is the same of all of them.
 _INTAKES = f"""
