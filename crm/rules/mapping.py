@@ -147,7 +147,7 @@ class MappedRow(NamedTuple):
 
 
 class Assignment(NamedTuple):
-    """The preparer that a row gives to its contact, since when, and where the row has it from."""
+    """The preparer that a row gives to its contact, the date, and the way by which the row has the preparer."""
 
     preparer_id: str | None = None
     assigned_at: str | None = None
@@ -235,20 +235,20 @@ _ASCII_LOWER_CASE = {code: code + 0x20 for code in range(ord("A"), ord("Z") + 1)
 
 
 def canonical_username(raw: str) -> str:
-    """The spelling by which usernames are compared: without white space around it, ASCII letters in lower case.
+    """Return the form in which usernames are compared: trimmed, with ASCII letters in lower case.
 
-    So the rule depends on no locale, and the application gives out no other letters.
+    So the rule depends on no locale. The application creates no other letters.
     """
     return raw.strip().translate(_ASCII_LOWER_CASE)
 
 
 def trimmed_username_sql(expression: str) -> str:
-    """The SQL of a username without white space around it."""
+    """Return the SQL of a trimmed username."""
     return f"btrim({expression}, {literal(WHITE_SPACE)})"
 
 
 def canonical_username_sql(expression: str) -> str:
-    """The SQL of `canonical_username`."""
+    """Return the SQL of `canonical_username`."""
     return f'lower({trimmed_username_sql(expression)} COLLATE "C")'
 
 
@@ -302,10 +302,15 @@ def _rejected(table: str, row: RawRow, reason: Reason, refusal: Refusal | None =
 def assignment(
     raw: str | None, profile_id: str | None, assigned_at: str | None, by: AssignedBy, referrer: str | None = None
 ) -> Assignment:
-    """The assignment of a row that names a preparer, resolved to a profile's id, or has a tax preparer as its referrer.
+    """Return the assignment of a row.
 
-    A preparer who is neither a profile nor the user of one is not copied: the contact of a preparer is theirs by the
-    profile's id alone.
+    Arguments:
+        raw: The preparer as the row names it.
+        profile_id: The profile to which that is resolved. Without one, the preparer is not copied: the CRM shows a
+            preparer only contacts with the id of the own profile.
+        assigned_at: The date of the assignment.
+        by: The way, if the row names a preparer.
+        referrer: The tax preparer who referred the person, used if the row names no preparer.
     """
     if raw and raw.strip():
         return Assignment(profile_id, assigned_at, by) if profile_id else Assignment(by=AssignedBy.UNRESOLVED)

@@ -162,9 +162,9 @@ Origin = Own | Label | Joined | OfReferrer | KnownReason
 
 #: Who is whose preparer, by profile. Not every database has the table.
 CLIENT_PREPARERS = "client_preparers"
-#: The columns of it that are read: a preparer counts while active, the one assigned last before the others.
+#: Its columns that are read. The active row with the latest date counts.
 COLUMNS_OF_CLIENT_PREPARERS = ("id", "clientId", "preparerId", "assignedAt", "isActive")
-#: The columns of a profile that people are referred by, in the order in which one counts before another.
+#: The columns of a profile with the codes of a referrer, in order of precedence.
 PREPARER_CODES = ("trackingCode", "customTrackingCode", "shortLinkUsername")
 
 

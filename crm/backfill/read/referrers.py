@@ -1,11 +1,11 @@
-"""The tax preparers who referred people: a row without a preparer gets the one whose code its referrer is. Only reads.
+"""Finds the tax preparers who referred people, for rows that name no preparer. Only reads.
 
-A referrer is a profile's `trackingCode`, `customTrackingCode` or `shortLinkUsername`. Whoever has it in this very
-spelling is meant; where no profile has, a tax preparer who has it in another case or with white space around it. Of
-several preparers one counts by the column of the code, in this order, then by the id.
+A referrer is the `trackingCode`, `customTrackingCode` or `shortLinkUsername` of a profile. It means the profiles that
+have it in this spelling or, if there are none, the tax preparers who have it in another case or with white space around
+it. Of several tax preparers, the first counts by column, in this order, then by id.
 
-There is an index on each code and none on its lower case. So the referrers of a page that are not known yet are looked
-up together: by the indexes, and those that no profile has in this spelling by one pass over the preparers.
+Each code has an index, but not its lower case. So the unknown referrers of a page are looked up together: by the
+indexes, and those that no profile has in this spelling by one scan of the tax preparers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from crm.postgres.facts.schema import DatabaseFacts
 from crm.rules.mapping import canonical_username, canonical_username_sql, trimmed_username_sql
 from crm.rules.source_rows import PREPARER_CODES, REFERRED_ROWS, RawRow
 
-#: How many referrers are remembered.
+#: Maximum number of referrers in memory.
 MAX_KNOWN = 20_000
 
 _PROFILES = "SELECT id, {is_preparer}, {codes} FROM profiles WHERE {condition}"
@@ -32,7 +32,7 @@ _IS_PREPARER = "role = ANY(%(labels)s::{label_type}[])"
 
 
 class _Coded(NamedTuple):
-    """A profile with its codes, None for one that it lacks."""
+    """A profile with its codes (None: it lacks the code)."""
 
     id: str
     is_preparer: bool
@@ -41,12 +41,12 @@ class _Coded(NamedTuple):
 
 @dataclass(slots=True)
 class Referrers:
-    """Who referred people, as far as it was asked: by referrer the id of a tax preparer's profile, None for nobody."""
+    """The referrers that were looked up, with the id of the tax preparer's profile (None: no tax preparer)."""
 
     known: dict[str, str | None] = field(default_factory=dict)
 
     def add_to(self, connection: BaseDatabaseWrapper, facts: DatabaseFacts, rows: list[RawRow]) -> list[RawRow]:
-        """The rows of a page, those without a preparer with the tax preparer who referred them, if one did."""
+        """Return the rows of a page, with the tax preparer who referred them in those that name no preparer."""
         if not settings.CRM_ASSIGN_TO_REFERRER:
             return rows
         referred = [(number, row, name) for number, row in enumerate(rows) if (name := referrer_of(row))]
@@ -74,14 +74,14 @@ class Referrers:
 
 
 def preparer_labels(facts: DatabaseFacts) -> list[str]:
-    """The role of tax preparers, as the database spells it."""
+    """Return the labels of the role TAX_PREPARER in the database."""
     return list(facts.roles.get("TAX_PREPARER", ()))
 
 
 def codes_of_preparers(facts: DatabaseFacts) -> str:
-    """The SELECT of the tax preparers' codes, with the ids of their profiles; none where referrers are not assigned.
+    """Return the SELECT of the tax preparers' profile ids and codes; without rows if referrers are not assigned.
 
-    Its parameter `preparer_labels` is what the function of this name returns.
+    Its parameter `preparer_labels` has the value of the function of this name.
     """
     codes = ", ".join(f'p."{code}"' for code in _codes_of(facts))
     return f"""
@@ -91,12 +91,12 @@ def codes_of_preparers(facts: DatabaseFacts) -> str:
 
 
 def _codes_of(facts: DatabaseFacts) -> list[str]:
-    """The columns of codes that the database has."""
+    """Return the columns of codes that the database has."""
     return [code for code in PREPARER_CODES if f"profiles.{code}" not in facts.missing]
 
 
 def referrer_of(row: RawRow) -> str | None:
-    """The referrer of a row that names no preparer, without white space around it; None where there is none."""
+    """Return the trimmed referrer of a row that names no preparer, or None."""
     if not isinstance(row, REFERRED_ROWS) or row.referrer_username is None:
         return None
     if row.raw_assigned_preparer_id and row.raw_assigned_preparer_id.strip():
@@ -105,7 +105,7 @@ def referrer_of(row: RawRow) -> str | None:
 
 
 def _by_code(profiles: Iterable[_Coded], spelling: Callable[[str], str]) -> dict[str, list[tuple[int, _Coded]]]:
-    """The profiles by each of their codes in a spelling, with the rank of the code."""
+    """Return the profiles by each of their codes in a spelling, with the rank of the code."""
     found: dict[str, list[tuple[int, _Coded]]] = {}
     for profile in profiles:
         for rank, code in enumerate(profile.codes):
@@ -116,7 +116,7 @@ def _by_code(profiles: Iterable[_Coded], spelling: Callable[[str], str]) -> dict
 
 @dataclass(frozen=True, slots=True)
 class _Profiles:
-    """Profiles by their codes."""
+    """Reads profiles by their codes."""
 
     connection: BaseDatabaseWrapper
     facts: DatabaseFacts
@@ -126,16 +126,16 @@ class _Profiles:
         return _codes_of(self.facts)
 
     def with_a_code(self, names: Iterable[str]) -> Iterable[_Coded]:
-        """The profiles that have one of these codes in this very spelling."""
-        # Each by its own index; one OR over all of them would be left to the planner's luck.
+        """Return the profiles that have one of these codes in this spelling."""
+        # One query per column, so that each uses its index. For an OR of the columns, the planner may not.
         found = [self._read(f'"{code}" = ANY(%(names)s)', list(names)) for code in self._codes]
         return {profile for profiles in found for profile in profiles}
 
     def preparers_with_a_code(self, canonical: Iterable[str]) -> Iterable[_Coded]:
-        """The tax preparers who have one of these codes in canonical spelling."""
+        """Return the tax preparers who have one of these codes in canonical spelling."""
         if not self._codes:
             return ()
-        # A subquery is looked up in a hash table in every version of PostgreSQL.
+        # Every version of PostgreSQL hashes a subquery, but not every one an array.
         is_one = " OR ".join(
             f"""{canonical_username_sql(f'"{code}"')} IN (SELECT unnest(%(names)s::text[]))""" for code in self._codes
         )
@@ -154,7 +154,7 @@ class _Profiles:
         except (DatabaseError, UnicodeDecodeError) as error:
             if refusal_of_reading(error) is None:
                 raise
-        # A profile of which a code cannot be read referred nobody; it costs the others nothing.
+        # A profile with an unreadable code counts as no referrer; the others are read without it.
         with self.connection.cursor() as cursor:
             cursor.execute(
                 f"SELECT id FROM profiles WHERE {self._is_preparer}", {"labels": preparer_labels(self.facts)}
@@ -164,7 +164,7 @@ class _Profiles:
         return read_apart(self.connection, ids, lambda some: self._rows(query, names=names, ids=list(some)))[0]
 
     def _guarded(self) -> AbstractContextManager[None]:
-        """Keep a statement that fails from being the last one of a transaction."""
+        """Return a savepoint inside a transaction, so that it continues after a statement that fails."""
         if not self.connection.in_atomic_block:
             return nullcontext()
         guard: AbstractContextManager[None] = transaction.atomic(using=self.connection.alias)
