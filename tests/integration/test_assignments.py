@@ -388,6 +388,23 @@ def test_a_contact_that_others_made_follows_the_preparer_that_an_update_gave_it_
     assert assigned("ann@example.com") == (new, LATER)
 
 
+def test_rows_of_an_earlier_version_are_revisited_once_and_give_back_no_preparer(database: Database) -> None:
+    """Their entries do not have the preparer."""
+    preparer = add_profile("TAX_PREPARER")
+    assign_client(add_profile(email="ann@example.com"), preparer)
+    add_lead("bob@example.com", assignedPreparerId=preparer)
+    run()
+    contact = contact_with("bob@example.com")
+    change("crm_contacts", contact["id"], assignedPreparerId=None, assignedAt=None, updatedAt=contact["updatedAt"])
+    with connection.cursor() as cursor:
+        cursor.execute("UPDATE ledger_entry SET seen_preparer = NULL")
+    before = contacts()
+    report = run(update=True)
+    assert (report["unchanged"], report["kept_by_column"]) == (1, {"assignment": 1})
+    assert contacts() == before
+    assert run(update=True)["revisited"] == 0
+
+
 def test_a_preparer_that_was_taken_from_a_client_stays_with_the_contact(database: Database) -> None:
     former, _ = two_preparers()
     by_client_preparers(former, former)
