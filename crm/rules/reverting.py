@@ -195,8 +195,12 @@ def _possible_values(entry: Entry, columns: Iterable[str], rows: Rows) -> dict[s
     values: dict[str, tuple[Any, ...] | None] = {column: (getattr(draft, column),) for column in columns}
     was_assigned = ASSIGNMENT in entry.filled
     may_differ = row.may_differ if was_assigned else row.may_differ - {*ASSIGNMENT_UNIT}
-    if row.mapped.preparer_id is not None and row.mapped.preparer_id == entry.seen_preparer:
-        may_differ -= {"assigned_preparer_id"}
+    if (
+        row.mapped.preparer_id is not None
+        and row.mapped.preparer_id == entry.seen_preparer
+        and not entry.seen_updated_at
+    ):
+        may_differ -= {"assigned_preparer_id"}  # the row had this one, and no update can have left the contact without
     values |= {column: None for column in may_differ if column in values}
     if row.mapped.resolution is not None:
         # The resolution leaves an account with the contact that had it.

@@ -18,7 +18,7 @@ from typing import Any
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.backfill.read.rows import NONE_PROVEN, EntriesOfContact, FoundRow, RowReader, entries_of_contacts
-from crm.outcome import Reason
+from crm.outcome import ASSIGNMENT, Reason
 from crm.postgres.facts.columns import COLUMN
 from crm.postgres.snapshot import PAGE
 from crm.rules.entry import Entry
@@ -207,9 +207,14 @@ def _is_reassigned(
     """
     if row is None or row.mapped is None or row.mapped.draft is None:
         return False
-    seen = {each.id: each.seen_preparer for each in (entries.creator, *entries.merged)}.get(entry.id)
+    recorded = next((each for each in (entries.creator, *entries.merged) if each.id == entry.id), None)
+    if recorded is None:
+        return True  # a rollback has reversed the merge of a row that an update wrote from
+    seen = recorded.seen_preparer
     if contact.values.assigned_preparer_id != seen:
-        return False
+        # An update records the preparer of the row also if it left the contact as it was.
+        is_written = any(each.id == entry.id and ASSIGNMENT in each.filled for each in entries.updates)
+        return recorded.seen_updated_at is not None and not is_written
     is_date_of_client = name == "assigned_at" and entry.table == "profiles" and seen is not None
     return is_date_of_client or row.mapped.preparer_id != seen
 

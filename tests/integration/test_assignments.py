@@ -471,6 +471,24 @@ def test_another_preparer_in_an_unmodified_contact_is_a_defect_and_no_rollback_d
     assert [each["id"] for each in contacts().values()] == [contact["id"]]
 
 
+def test_a_preparer_that_an_update_could_not_write_is_no_defect(database: Database) -> None:
+    """The user has another contact's address by now, so the row brings this one nothing."""
+    former, new = two_preparers()
+    _, reassign = by_client_preparers(former, new)
+    run()
+    contact = contact_with("ann@example.com")
+    add_contact("bob@example.com")
+    with connection.cursor() as cursor:
+        cursor.execute(
+            """UPDATE users SET email = 'bob@example.com', "updatedAt" = '2099-01-01' WHERE email = 'ann@example.com'"""
+        )
+    reassign()
+    assert run(update=True)["kept_by_column"] == {"identity": 1}
+    assert contacts()[contact["id"]] == contact
+    assert {finding.kind.value for finding in verified()} == {"source_changed"}
+    assert run(update=True)["revisited"] == 0
+
+
 # What a database lacks
 
 

@@ -22,7 +22,7 @@ from crm.backfill.read.entries import COLUMNS, COLUMNS_OF_UPDATE, entry_of
 from crm.backfill.read.referrers import Referrers
 from crm.backfill.read.resolutions import Resolutions
 from crm.backfill.read.snapshots import SnapshotReader
-from crm.outcome import Outcome, Reason, Refusal, Source
+from crm.outcome import Outcome, Reason, Refusal, Source, UpdateOutcome
 from crm.postgres import errors
 from crm.postgres.apart import read_apart
 from crm.postgres.facts.schema import DatabaseFacts
@@ -91,6 +91,11 @@ class EntriesOfContact(NamedTuple):
     def merged(self) -> list[Entry]:
         """The entries of the rows that were merged."""
         return [entry for entry in self.later if entry.outcome == Outcome.MERGED]
+
+    @property
+    def updates(self) -> list[Entry]:
+        """The updates, in the form of entries."""
+        return [entry for entry in self.later if entry.outcome == UpdateOutcome.UPDATED]
 
 
 class FoundRow(NamedTuple):
