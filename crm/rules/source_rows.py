@@ -160,7 +160,7 @@ RawRow = ProfileRow | LeadRow | IntakeRow | SignupRow
 REFERRED_ROWS = (LeadRow, IntakeRow)
 Origin = Own | Label | Joined | OfReferrer | KnownReason
 
-#: Who is whose preparer, by profile. Not every database has the table.
+#: The preparers of clients, by profile. Some databases lack the table.
 CLIENT_PREPARERS = "client_preparers"
 #: Its columns that are read. The active row with the latest date counts.
 COLUMNS_OF_CLIENT_PREPARERS = ("id", "clientId", "preparerId", "assignedAt", "isActive")
