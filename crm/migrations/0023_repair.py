@@ -10,7 +10,7 @@ REPAIRS = ("preparer_ids", "types", "placeholders")
 
 class Migration(migrations.Migration):
     dependencies = [
-        ("crm", "0021_signup_sources"),
+        ("crm", "0022_assignments"),
     ]
 
     operations = [
