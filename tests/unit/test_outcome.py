@@ -102,8 +102,5 @@ def test_sources_come_in_the_order_that_decides_who_makes_the_contact() -> None:
         "lead_profiles",
         "signups",
     ]
-    assert Source.of_table("profiles") == [
-        *(Source.CLIENTS, Source.PREPARERS, Source.AFFILIATES),
-        Source.LEAD_PROFILES,
-    ]
+    assert Source.of_table("profiles") == [Source.CLIENTS, Source.PREPARERS, Source.AFFILIATES, Source.LEAD_PROFILES]
     assert Source.of_table("leads") == [Source.CONVERTED_LEADS, Source.ACTIVE_LEADS]
