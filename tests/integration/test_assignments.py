@@ -73,6 +73,19 @@ def test_each_way_to_a_preparer_is_counted_and_foretold(database: Database) -> N
     assert verified() == []
 
 
+def test_a_dry_run_counts_an_assignment_once_whatever_the_batches_are(database: Database) -> None:
+    """A person's later rows find the preparer that an earlier batch would have given."""
+    preparers = [add_profile("TAX_PREPARER") for _ in range(2)]
+    for preparer in preparers:
+        add_lead("ann@example.com", assignedPreparerId=preparer)
+    add_lead("bob@example.com")
+    for preparer in preparers:
+        add_intake(f"{'BOB' if preparer == preparers[1] else 'bob'}@example.com", assignedPreparerId=preparer)
+    for batch_size in (1, 100):
+        assert run(dry_run=True, batch_size=batch_size)[COUNTED] == {"own": 2}
+    assert run(batch_size=1)[COUNTED] == {"own": 2}
+
+
 def test_the_summary_tells_how_contacts_got_their_preparers(database: Database) -> None:
     add_profile("TAX_PREPARER", shortLinkUsername="ref")
     add_lead("referred@example.com", referrerUsername="ref")

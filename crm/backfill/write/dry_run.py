@@ -44,7 +44,8 @@ class Overlay:
         self._database.executescript(
             """
             PRAGMA journal_mode = MEMORY; PRAGMA synchronous = OFF; PRAGMA cache_size = -16384;
-            CREATE TABLE made (email TEXT PRIMARY KEY, id TEXT, user_id TEXT, clerk_user_id TEXT) WITHOUT ROWID;
+            CREATE TABLE made (email TEXT PRIMARY KEY, id TEXT, user_id TEXT, clerk_user_id TEXT, is_assigned INTEGER)
+                   WITHOUT ROWID;
             CREATE TABLE changed (id TEXT PRIMARY KEY, email TEXT, user_id TEXT, clerk_user_id TEXT) WITHOUT ROWID;
             CREATE INDEX changed_email ON changed (email);
             CREATE TABLE profile (email TEXT, otherwise INTEGER, id TEXT, contact_id TEXT, PRIMARY KEY (email, id))
@@ -73,8 +74,11 @@ class Overlay:
     def make(self, drafts: Sequence[ContactDraft]) -> None:
         """Record contacts that would be created."""
         self._database.executemany(
-            "INSERT INTO made VALUES (?, ?, ?, ?)",
-            [(draft.email, draft.id, draft.user_id, draft.clerk_user_id) for draft in drafts],
+            "INSERT INTO made VALUES (?, ?, ?, ?, ?)",
+            [
+                (draft.email, draft.id, draft.user_id, draft.clerk_user_id, draft.assigned_preparer_id is not None)
+                for draft in drafts
+            ],
         )
         if self._with_update:
             self._database.executemany(
@@ -96,18 +100,18 @@ class Overlay:
 
     def made_with(self, emails: Iterable[str]) -> list[ExistingContact]:
         """Return the contacts that would have been created with one of the addresses."""
-        return [
-            ExistingContact(identifier, email, user_id, clerk_user_id, ours=True)
-            for email, identifier, user_id, clerk_user_id in self._rows("SELECT * FROM made WHERE email", emails)
-        ]
+        return self._made("SELECT * FROM made WHERE email", emails)
 
     def made_as(self, contacts: Iterable[str]) -> list[ExistingContact]:
         """Return the contacts that would have been created with one of the ids."""
         # Most dry runs never ask by id, so the index is created on demand.
         self._database.execute("CREATE INDEX IF NOT EXISTS made_id ON made (id)")
+        return self._made("SELECT * FROM made WHERE id", contacts)
+
+    def _made(self, query: str, values: Iterable[str]) -> list[ExistingContact]:
         return [
-            ExistingContact(identifier, email, user_id, clerk_user_id, ours=True)
-            for email, identifier, user_id, clerk_user_id in self._rows("SELECT * FROM made WHERE id", contacts)
+            ExistingContact(identifier, email, user_id, clerk_user_id, ours=True, has_assignment=bool(is_assigned))
+            for email, identifier, user_id, clerk_user_id, is_assigned in self._rows(query, values)
         ]
 
     def changed(self, contacts: Iterable[str]) -> dict[str, tuple[str | None, str | None, str | None]]:
