@@ -168,28 +168,28 @@ class _Expected:
 
 
 @dataclass(slots=True)
-class Look:
+class RevisitContext:
     """Everything that the rows of a batch are held against."""
 
     entries: Mapping[str, Entry]
     contacts: Mapping[str, RevisitedContact]
     known: ExistingContacts
-    looked_at: set[str] = field(default_factory=set)
+    revisited_ids: set[str] = field(default_factory=set)
     expected: dict[str, _Expected] = field(default_factory=dict)
 
 
-def decide(source: Source, rows: Iterable[MappedRow], look: Look, rules: Rules) -> Iterator[Change]:
-    """Decide the rows that are to be looked at again; the others have no change. What `look` has changes along."""
+def decide(source: Source, rows: Iterable[MappedRow], context: RevisitContext, rules: Rules) -> Iterator[Change]:
+    """Decide the rows that are to be looked at again; the others have no change. What `context` has changes along."""
     for row in rows:
-        entry = look.entries.get(row.id)
-        contact = look.contacts.get(entry.contact_id) if entry else None
+        entry = context.entries.get(row.id)
+        contact = context.contacts.get(entry.contact_id) if entry else None
         if entry is None or contact is None:
             continue
         revisited = RowOfContact(entry, source, row)
-        change = _change(revisited, contact, look, rules)
+        change = _change(revisited, contact, context, rules)
         if revisited.is_due or EMAIL in change.columns:
-            look.looked_at.add(entry.id)
-            _apply(change, contact, look)
+            context.revisited_ids.add(entry.id)
+            _apply(change, contact, context)
             yield change
 
 
@@ -216,22 +216,22 @@ def totals_of(changes: Collection[Change]) -> Totals:
     )
 
 
-def _change(looked: RowOfContact, contact: RevisitedContact, look: Look, rules: Rules) -> Change:
+def _change(revisited: RowOfContact, contact: RevisitedContact, context: RevisitContext, rules: Rules) -> Change:
     """What the row changes in its contact: what comes from itself, and what comes from rows that are not due."""
-    row, entry = looked.row, looked.entry
+    row, entry = revisited.row, revisited.entry
     nothing = Change(row, entry, contact.snapshot.version, contact.values, {}, {})
     if row.draft is None:
         return nothing
-    draft = _of_this_contact(row, row.draft, contact, look.known)
+    draft = _of_this_contact(row, row.draft, contact, context.known)
     if draft is None:
         return nothing._replace(kept=(IDENTITY,))
-    expected = _expected(contact, look, rules)
+    expected = _expected(contact, context, rules)
     written: dict[str, RowOfContact] = {}
     kept: list[str] = []
     values: dict[str, Any] = {}
     for name, origin in expected.origins.items():
         is_its_own = origin.entry.id == entry.id
-        if not is_its_own and origin.is_due and origin.entry.id not in look.looked_at:
+        if not is_its_own and origin.is_due and origin.entry.id not in context.revisited_ids:
             continue
         told = STAGE_ENTERED if name == STAGE and expected.values.stage == contact.values.stage else name
         verdict = _verdict(told, expected, contact, rules)
@@ -240,10 +240,10 @@ def _change(looked: RowOfContact, contact: RevisitedContact, look: Look, rules: 
             values |= expected.written(told)
         elif verdict is False and is_its_own:
             kept.append(told)
-    kept += _kept_from(looked, expected, contact, rules)
-    if (verdict := _of_email(looked, draft, contact)) is not None:
+    kept += _kept_from(revisited, expected, contact, rules)
+    if (verdict := _of_email(revisited, draft, contact)) is not None:
         if verdict:
-            written[EMAIL] = looked
+            written[EMAIL] = revisited
             values["email"] = draft.email
         else:
             kept.append(EMAIL)
@@ -263,11 +263,11 @@ def _change(looked: RowOfContact, contact: RevisitedContact, look: Look, rules: 
     )
 
 
-def _expected(contact: RevisitedContact, look: Look, rules: Rules) -> _Expected:
+def _expected(contact: RevisitedContact, context: RevisitContext, rules: Rules) -> _Expected:
     """What the contact is to be: the same for all rows of a batch, as long as nobody's keys change."""
-    expected = look.expected.get(contact.values.id)
+    expected = context.expected.get(contact.values.id)
     if expected is None:
-        expected = look.expected[contact.values.id] = _fold(contact, look.known, rules)
+        expected = context.expected[contact.values.id] = _fold(contact, context.known, rules)
     return expected
 
 
@@ -395,16 +395,16 @@ def _is_of_a_lead(stage: str, rules: Rules) -> bool:
     return stage in {rules.stage_of(status) for status in STAGES_OF_STATUS}
 
 
-def _kept_from(looked: RowOfContact, expected: _Expected, contact: RevisitedContact, rules: Rules) -> list[str]:
+def _kept_from(revisited: RowOfContact, expected: _Expected, contact: RevisitedContact, rules: Rules) -> list[str]:
     """What would come from the row, had nobody touched the contact, or made it."""
     if contact.is_as_written:
         return []
     kept = []
     for name, origin in expected.origins_by_rows.items():
-        if origin.entry.id != looked.entry.id:
+        if origin.entry.id != revisited.entry.id:
             continue
         if name not in FILLED_UNITS:
-            differs = contact.made_at is not None and _would_promote(name, looked, expected.by_rows, contact, rules)
+            differs = contact.made_at is not None and _would_promote(name, revisited, expected.by_rows, contact, rules)
         else:
             differs = (
                 name not in expected.origins
@@ -417,18 +417,18 @@ def _kept_from(looked: RowOfContact, expected: _Expected, contact: RevisitedCont
 
 
 def _would_promote(
-    name: str, looked: RowOfContact, by_rows: ContactDraft, contact: RevisitedContact, rules: Rules
+    name: str, revisited: RowOfContact, by_rows: ContactDraft, contact: RevisitedContact, rules: Rules
 ) -> bool:
     if name == STAGE:
         return _step(by_rows, contact, rules) > 0
-    if name == TYPE and not _is_of_more_than_a_lead(looked):
+    if name == TYPE and not _is_of_more_than_a_lead(revisited):
         return False
     return bool(getattr(by_rows, name) != getattr(contact.values, name))
 
 
-def _of_email(looked: RowOfContact, draft: ContactDraft, contact: RevisitedContact) -> bool | None:
-    row = looked.row
-    if looked.source.table != "profiles" or row.raw_email is None:
+def _of_email(revisited: RowOfContact, draft: ContactDraft, contact: RevisitedContact) -> bool | None:
+    row = revisited.row
+    if revisited.source.table != "profiles" or row.raw_email is None:
         return None
     if (contact.values.email or "").rpartition("@")[0] in _placeholders(row):
         return True
@@ -457,12 +457,12 @@ def _former(unit: str, contact: RevisitedContact) -> Any:
     return None
 
 
-def _apply(change: Change, contact: RevisitedContact, look: Look) -> None:
+def _apply(change: Change, contact: RevisitedContact, context: RevisitContext) -> None:
     if not change.columns:
         return
     contact.write(change.values)
     contact.given.update(change.columns)
     if change.values.keys() & {"email", "user_id", "clerk_user_id"}:
-        look.known.add(ExistingContact.of_draft(contact.values))
+        context.known.add(ExistingContact.of_draft(contact.values))
         # Whose a row is goes by these keys.
-        look.expected.clear()
+        context.expected.clear()

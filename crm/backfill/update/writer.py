@@ -27,7 +27,7 @@ from crm.postgres.refusals import in_words, names_of_the_schema
 from crm.postgres.transactions import Timeouts
 from crm.rules.mapping import ATTRIBUTION_UNIT, ContactDraft, MappedRow, Rules, contact_id, referrer
 from crm.rules.matching import COMMISSION_UNIT
-from crm.rules.updating import EMAIL, FIELDS_OF_CHANGE, REFUSED, Change, Look, decide, rows_of, totals_of
+from crm.rules.updating import EMAIL, FIELDS_OF_CHANGE, REFUSED, Change, RevisitContext, decide, rows_of, totals_of
 from crm.runs import lease
 from crm.try_execute import try_execute
 
@@ -164,13 +164,13 @@ class UpdateWriter:
             waiting = [change.row for change in left]
         return settled
 
-    def _read(self, rows: Sequence[MappedRow], *, anew: bool = False) -> Look:
+    def _read(self, rows: Sequence[MappedRow], *, anew: bool = False) -> RevisitContext:
         entries = self._present.entries(rows)
         contacts = self._present.contacts({entry.contact_id for entry in entries.values()})
         self._present.add_rows(contacts, self._present.entries_of(contacts))
         others = rows_of(contacts, rows)
         self._lookup.notice(others, anew=anew)
-        return Look(entries, contacts, self._lookup.contacts_met_by(others))
+        return RevisitContext(entries, contacts, self._lookup.contacts_met_by(others))
 
     def _write_apart(self, changes: Iterable[Change]) -> _Written:
         """Write changes. If PostgreSQL refuses a contact, bisect until it is alone, so that the others are written."""
