@@ -14,7 +14,7 @@ from crm.outcome import ASSIGNMENT
 from crm.rules.mapping import ContactDraft, Rules
 from crm.rules.matching import ASSIGNMENT_UNIT, ATTRIBUTION_PARTS, PROFILE_FILLS, ExistingContact, fill
 
-#: What one row fills where another left it empty, by the name under which it is told.
+#: What one row fills where another left it empty, by the name under which it is reported.
 FILLED_UNITS: Mapping[str, tuple[str, ...]] = {
     **{name: (name,) for name in (*PROFILE_FILLS, "last_contacted_at")},
     ASSIGNMENT: ASSIGNMENT_UNIT,

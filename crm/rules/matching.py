@@ -19,7 +19,7 @@ ACCOUNTS = ("user_id", "clerk_user_id")
 PROFILE_FILLS = (*ACCOUNTS, "phone", "company")
 #: What completes an attribution that has no rate as yet.
 COMMISSION_UNIT = ("commission_rate", "commission_rate_locked_at")
-#: What is filled of an attribution, by the name under which it is told.
+#: What is filled of an attribution, by the name under which it is reported.
 ATTRIBUTION_PARTS: Mapping[str, tuple[str, ...]] = {"attribution": ATTRIBUTION_UNIT, "commission": COMMISSION_UNIT}
 ASSIGNMENT_UNIT = ("assigned_preparer_id", "assigned_at")
 _FILLED_ALONE = (*PROFILE_FILLS, "last_contacted_at")
@@ -86,7 +86,7 @@ class ExistingContact:
         self.attribution = tuple(map(values.get, ATTRIBUTION_UNIT, self.attribution))
 
 
-class Conflict(Exception):  # noqa: N818 - a verdict on a row, not a failure of the program
+class Conflict(Exception):  # noqa: N818 - an outcome of a row, not a failure of the program
     """The row's keys name two accounts, or the resolution of that holds no more: a person must resolve it."""
 
     def __init__(

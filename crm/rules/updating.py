@@ -32,7 +32,7 @@ _OF_LEADS = (Source.ACTIVE_LEADS, Source.OPEN_INTAKES, Source.LEAD_PROFILES, Sou
 IDENTITY, REFUSED = "identity", "refused"
 ATTRIBUTION, COMMISSION = ATTRIBUTION_PARTS
 EMAIL, TYPE, STAGE_ENTERED = "email", "contact_type", "stage_entered_at"
-#: The fields of everything that an update may write, by the name under which it is told.
+#: The fields of everything that an update may write, by the name under which it is reported.
 FIELDS_OF_CHANGE: Mapping[str, tuple[str, ...]] = {
     **FILLED_UNITS,
     **{name: (name,) for name in UNITS_OF_FIRST},
@@ -233,16 +233,16 @@ def _change(revisited: RowOfContact, contact: RevisitedContact, context: Revisit
         is_its_own = origin.entry.id == entry.id
         if not is_its_own and origin.is_due and origin.entry.id not in context.revisited_ids:
             continue
-        told = STAGE_ENTERED if name == STAGE and expected.values.stage == contact.values.stage else name
-        verdict = _verdict(told, expected, contact, rules)
-        if verdict:
-            written[told] = origin
-            values |= expected.written(told)
-        elif verdict is False and is_its_own:
-            kept.append(told)
+        reported = STAGE_ENTERED if name == STAGE and expected.values.stage == contact.values.stage else name
+        is_to_write = _is_to_write(reported, expected, contact, rules)
+        if is_to_write:
+            written[reported] = origin
+            values |= expected.written(reported)
+        elif is_to_write is False and is_its_own:
+            kept.append(reported)
     kept += _kept_from(revisited, expected, contact, rules)
-    if (verdict := _of_email(revisited, draft, contact)) is not None:
-        if verdict:
+    if (is_to_write := _of_email(revisited, draft, contact)) is not None:
+        if is_to_write:
             written[EMAIL] = revisited
             values["email"] = draft.email
         else:
@@ -343,7 +343,7 @@ def _of_this_contact(
     return known.without_others_accounts(draft, found) if row.resolution else draft
 
 
-# A verdict on a unit that comes from a row: True writes it, False keeps what is there, None finds nothing to do.
+# The answer about a unit that comes from a row: True writes it, False keeps what is there, None finds nothing to do.
 
 
 def _lacks(values: ContactDraft, unit: str) -> bool:
@@ -365,7 +365,7 @@ def _differs(one: ContactDraft, other: ContactDraft, fields: Iterable[str]) -> b
     return any(getattr(one, name) != getattr(other, name) for name in fields)
 
 
-def _verdict(name: str, expected: _Expected, contact: RevisitedContact, rules: Rules) -> bool | None:
+def _is_to_write(name: str, expected: _Expected, contact: RevisitedContact, rules: Rules) -> bool | None:
     if name not in FILLED_UNITS:
         return _of_written(name, expected, contact, rules) if contact.is_as_written else None
     if _lacks(contact.values, name):

@@ -20,10 +20,10 @@ from crm.runs import control, lease
 POLL_INTERVAL = 1.0
 
 _COUNTS_OF_ROLLBACK = [
-    (f"{kind}_{verdict}", f"{kind} {verdict}")
+    (f"{kind}_{status}", f"{kind} {status}")
     for kind in ("contacts", "merges", "updates", "lines")
-    for verdict in ("reversed", "kept", "failed")
-    if (kind, verdict) != ("lines", "failed")
+    for status in ("reversed", "kept", "failed")
+    if (kind, status) != ("lines", "failed")
 ]
 
 
