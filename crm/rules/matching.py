@@ -256,7 +256,7 @@ class MatchPlan:
     fills: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def decide(rows: Iterable[MappedRow], known: ExistingContacts) -> MatchPlan:
+def match_batch(rows: Iterable[MappedRow], known: ExistingContacts) -> MatchPlan:
     """Decide what happens to each row. `known` grows by what the rows make."""
     plan = MatchPlan()
     made: dict[str, ExistingContact] = {}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from crm.rules.fold import FILLED_UNITS, UNITS_OF_FIRST, fold
 from crm.rules.mapping import ContactDraft, MappedRow, Rules, referrer
-from crm.rules.matching import ExistingContacts, decide
+from crm.rules.matching import ExistingContacts, match_batch
 
 STAGES = ("NEW", "CONTACTED", "QUALIFIED", "COMPLETE")
 RULES = Rules(dict(zip(STAGES, STAGES, strict=True)), "example.invalid")
@@ -57,7 +57,7 @@ def rows_of_one_person(draw: st.DrawFn) -> list[ContactDraft]:
 @given(rows_of_one_person())
 def test_a_contact_is_what_one_run_over_all_of_its_rows_makes(rows: list[ContactDraft]) -> None:
     mapped = [MappedRow(draft.id, draft.id, draft.updated_at, None, draft.email, draft, None) for draft in rows]
-    (made,) = decide(mapped, ExistingContacts()).creates
+    (made,) = match_batch(mapped, ExistingContacts()).creates
     values = fold(rows, RULES).values
     assert values._replace(stage=made.stage, stage_entered_at=made.stage_entered_at) == made
 

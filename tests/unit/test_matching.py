@@ -16,8 +16,8 @@ from crm.rules.matching import (
     ExistingContact,
     ExistingContacts,
     MatchPlan,
-    decide,
     fill,
+    match_batch,
 )
 
 CREATED, UPDATED, CALLED, LOCKED = (f"2025-01-0{day} 00:00:00.123" for day in range(1, 5))
@@ -72,7 +72,7 @@ def contact(identifier: str, email: str = "other@example.com", **fields: Any) ->
 
 
 def decided(rows: list[MappedRow], *known: ExistingContact) -> MatchPlan:
-    return decide(rows, ExistingContacts(known))
+    return match_batch(rows, ExistingContacts(known))
 
 
 def only(mapped: MappedRow, *known: ExistingContact) -> RowOutcome:

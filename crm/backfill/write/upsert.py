@@ -16,7 +16,7 @@ from django.db import DatabaseError
 
 from crm.outcome import RowOutcome
 from crm.rules.mapping import ContactDraft, MappedRow
-from crm.rules.matching import ExistingContacts, decide
+from crm.rules.matching import ExistingContacts, match_batch
 
 #: Maximum number of attempts to match a row whose contact is deleted or changed concurrently.
 MAX_ATTEMPTS = 10
@@ -94,7 +94,7 @@ def _insert_and_match(
     rows: Sequence[MappedRow], known: ExistingContacts, store: ContactStore, result: UpsertResult
 ) -> list[MappedRow]:
     """Match the rows with the known contacts and write the result. Returns the rows that another contact blocked."""
-    plan = decide(rows, known)
+    plan = match_batch(rows, known)
     inserted_ids = store.insert(plan.creates)
     store.fill(plan.fills)
     lost = {draft.id for draft in plan.creates} - inserted_ids if len(inserted_ids) < len(plan.creates) else set()
