@@ -178,7 +178,7 @@ class RevisitContext:
     expected: dict[str, _Expected] = field(default_factory=dict)
 
 
-def decide(source: Source, rows: Iterable[MappedRow], context: RevisitContext, rules: Rules) -> Iterator[Change]:
+def find_changes(source: Source, rows: Iterable[MappedRow], context: RevisitContext, rules: Rules) -> Iterator[Change]:
     """Decide the rows that are to be looked at again; the others have no change. What `context` has changes along."""
     for row in rows:
         entry = context.entries.get(row.id)

@@ -13,7 +13,7 @@ from crm.rules.entry import Entry
 from crm.rules.fold import FILLED_UNITS
 from crm.rules.mapping import MappedRow, Rules
 from crm.rules.snapshot import ContactSnapshot
-from crm.rules.updating import Change, RevisitContext, RevisitedContact, decide, rows_of, totals_of
+from crm.rules.updating import Change, RevisitContext, RevisitedContact, find_changes, rows_of, totals_of
 
 
 class DryRunUpdateWriter:
@@ -43,7 +43,7 @@ class DryRunUpdateWriter:
         others = rows_of(contacts, rows)
         self._store.notice(others)
         known = self._store.contacts_met_by(others)
-        changes = list(decide(source, rows, RevisitContext(entries, contacts, known), self._rules))
+        changes = list(find_changes(source, rows, RevisitContext(entries, contacts, known), self._rules))
         self._record(changes)
         return changes
 

@@ -1,6 +1,6 @@
 """Writes the changes of --update. A batch is one transaction, and locks no row before its first write.
 
-rows -> entries, contacts, keys -> decide -> contacts and stage history -> record of changes -> entries -> counts and
+rows -> entries, contacts, keys -> changes -> contacts and stage history -> record of changes -> entries -> counts and
 heartbeat
 """
 
@@ -27,7 +27,16 @@ from crm.postgres.refusals import in_words, names_of_the_schema
 from crm.postgres.transactions import Timeouts
 from crm.rules.mapping import ATTRIBUTION_UNIT, ContactDraft, MappedRow, Rules, contact_id, referrer
 from crm.rules.matching import COMMISSION_UNIT
-from crm.rules.updating import EMAIL, FIELDS_OF_CHANGE, REFUSED, Change, RevisitContext, decide, rows_of, totals_of
+from crm.rules.updating import (
+    EMAIL,
+    FIELDS_OF_CHANGE,
+    REFUSED,
+    Change,
+    RevisitContext,
+    find_changes,
+    rows_of,
+    totals_of,
+)
 from crm.runs import lease
 from crm.try_execute import try_execute
 
@@ -151,10 +160,10 @@ class UpdateWriter:
         waiting, attempts = rows, 0
         while waiting:
             attempts += 1
-            changes = list(decide(source, waiting, self._read(waiting), self._rules))
+            changes = list(find_changes(source, waiting, self._read(waiting), self._rules))
             if any(EMAIL in change.columns for change in changes):
                 # Rare, and no later run corrects a written address: look up every stored spelling again.
-                changes = list(decide(source, waiting, self._read(waiting, anew=True), self._rules))
+                changes = list(find_changes(source, waiting, self._read(waiting, anew=True), self._rules))
             written = self._write_apart(changes)
             settled += written.changes
             left = [change for change in changes if change.contact_id in written.changed_meanwhile]
