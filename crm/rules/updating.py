@@ -142,7 +142,7 @@ class Change(NamedTuple):
         return self._replace(values={}, origins={}, kept=(*self.kept, REFUSED))
 
 
-class _Speaker(NamedTuple):
+class _MatchingRow(NamedTuple):
     """A row of a contact that still is a row of its person, and the contact that it would make alone."""
 
     origin: RowOfContact
@@ -273,22 +273,22 @@ def _expected(contact: RevisitedContact, context: RevisitContext, rules: Rules) 
 
 def _fold(contact: RevisitedContact, known: ExistingContacts, rules: Rules) -> _Expected:
     """Fold the rows of a contact: after what is there and not ours to replace, and alone."""
-    speakers = [
-        _Speaker(origin, draft)
+    matching = [
+        _MatchingRow(origin, draft)
         for origin in contact.rows
         if origin.row.draft and (draft := _of_this_contact(origin.row, origin.row.draft, contact, known))
     ]
-    if not speakers:
+    if not matching:
         return _Expected(contact.values, {}, contact.values, {})
-    by_rows = fold([speaker.draft for speaker in speakers], rules)
-    origins_by_rows = {name: speakers[number].origin for name, number in by_rows.origins.items()}
-    is_complete = contact.has_all_rows and len(speakers) == len(contact.rows)
+    by_rows = fold([found.draft for found in matching], rules)
+    origins_by_rows = {name: matching[number].origin for name, number in by_rows.origins.items()}
+    is_complete = contact.has_all_rows and len(matching) == len(contact.rows)
     if contact.is_as_written and is_complete:
         return _Expected(by_rows.values, origins_by_rows, by_rows.values, origins_by_rows)
-    folded = fold([_not_ours(contact), *(speaker.draft for speaker in speakers)], rules)
-    origins = {name: speakers[number - 1].origin for name, number in folded.origins.items() if number > 0}
+    folded = fold([_not_ours(contact), *(found.draft for found in matching)], rules)
+    origins = {name: matching[number - 1].origin for name, number in folded.origins.items() if number > 0}
     values = folded.values
-    if contact.is_as_written and (typing := _giving_type(contact, speakers)):
+    if contact.is_as_written and (typing := _giving_type(contact, matching)):
         values = values._replace(contact_type=typing.draft.contact_type)
         origins[TYPE] = typing.origin
     return _Expected(values, origins, by_rows.values, origins_by_rows)
@@ -304,19 +304,19 @@ def _not_ours(contact: RevisitedContact) -> ContactDraft:
     return contact.values._replace(**ours)
 
 
-def _giving_type(contact: RevisitedContact, speakers: Iterable[_Speaker]) -> _Speaker | None:
+def _giving_type(contact: RevisitedContact, matching: Iterable[_MatchingRow]) -> _MatchingRow | None:
     """Return the row that determines the type of a contact although not all of its rows are there.
 
     That is a profile, by its role; for a contact that is a lead, also a converted lead or intake.
     """
     is_lead = contact.values.contact_type == LEAD
-    for number, speaker in enumerate(speakers):
-        origin = speaker.origin
+    for number, found in enumerate(matching):
+        origin = found.origin
         # Whoever became a lead is one unless another row says more.
         if _has_become_lead(origin) and number > 0:
             continue
         if _is_of_more_than_a_lead(origin) and (is_lead or origin.source in _OF_ROLE):
-            return speaker
+            return found
     return None
 
 
