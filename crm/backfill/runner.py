@@ -24,7 +24,7 @@ from crm.backfill.context import OnBatch, Phase, RunContext, Task
 from crm.backfill.gone_contacts import RECORDED, GoneContacts, count_gone_contacts
 from crm.backfill.latecomers import NONE_TWICE, ContactsTwice, Latecomers
 from crm.backfill.latecomers import RECORDED as RECORDED_TWICE
-from crm.backfill.read.inventory import count_rows, survey
+from crm.backfill.read.inventory import count_rows, take_inventory
 from crm.backfill.read.resolutions import Resolutions
 from crm.backfill.workers import Executor, InProcess, WorkerError, WorkerPool
 from crm.errors import OperatorError
@@ -177,7 +177,7 @@ class _Work:
     def run(self) -> None:
         """Process every row. Raises the error that ends the run early."""
         before, pending_ids, gone = self.life.keeping_the_lease(
-            lambda: survey(
+            lambda: take_inventory(
                 connection,
                 self.facts,
                 with_gone=self.options.recreate_deleted,

@@ -13,7 +13,7 @@ from django.db import connection
 from config import embedded
 from crm.backfill import runner
 from crm.backfill.read import inventory
-from crm.backfill.read.inventory import survey
+from crm.backfill.read.inventory import take_inventory
 from crm.models import BackfillRun
 from crm.models.ledger import RunStatus
 from crm.outcome import Fault, Outcome, Source
@@ -67,7 +67,7 @@ def terminate_this_session() -> None:
 
 
 def look() -> inventory.Inventory:
-    return survey(connection, examine(connection, for_writing=False))
+    return take_inventory(connection, examine(connection, for_writing=False))
 
 
 def test_few_rows_that_are_left_are_named_and_counted(database: Database) -> None:

@@ -545,7 +545,7 @@ def test_a_worker_that_fails_makes_the_run_a_failed_one_though_the_others_are_me
     assert len(contacts()) == 1000
 
 
-@pytest.mark.parametrize("look", ["survey", "count_rows"])
+@pytest.mark.parametrize("look", ["take_inventory", "count_rows"])
 def test_a_connection_that_is_lost_while_the_rows_are_counted_is_made_anew(
     database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, look: str
 ) -> None:

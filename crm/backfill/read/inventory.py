@@ -97,7 +97,7 @@ SELECT count(*)
 class Inventory(NamedTuple):
     """The census, and the ids of the rows to read, for the sources that have few of them.
 
-    `gone` counts, by source, the settled rows whose contact is gone. It is empty unless `survey` was asked for them.
+    `gone` counts, by source, the settled rows whose contact is gone. It is empty unless requested.
     """
 
     row_counts: RowCounts
@@ -140,7 +140,7 @@ def count_rows(
     return row_counts
 
 
-def survey(
+def take_inventory(
     connection: BaseDatabaseWrapper, facts: DatabaseFacts, *, with_gone: bool = False, with_signups: bool = False
 ) -> Inventory:
     """Take the census, and list the rows to read where they are few.
