@@ -97,7 +97,7 @@ class ContactIndex:
         self._of_named: dict[str, str] = {}
         self._of_signups: dict[str, str] = {}
 
-    def notice(self, rows: Sequence[MappedRow], *, anew: bool = False) -> None:
+    def prepare(self, rows: Sequence[MappedRow], *, anew: bool = False) -> None:
         """Take a first look at a batch: which rows have a contact that no index finds by their canonical address.
 
         `anew` asks the whole table for what has been stored until now.

@@ -41,7 +41,7 @@ class DryRunUpdateWriter:
         contacts = self._contacts({entry.contact_id for entry in entries.values()})
         rows = [row for row in rows if row.id in entries]
         others = rows_of(contacts, rows)
-        self._store.notice(others)
+        self._store.prepare(others)
         known = self._store.contacts_met_by(others)
         changes = list(find_changes(source, rows, RevisitContext(entries, contacts, known), self._rules))
         self._record(changes)

@@ -178,7 +178,7 @@ class UpdateWriter:
         contacts = self._present.contacts({entry.contact_id for entry in entries.values()})
         self._present.add_rows(contacts, self._present.entries_of(contacts))
         others = rows_of(contacts, rows)
-        self._lookup.notice(others, anew=anew)
+        self._lookup.prepare(others, anew=anew)
         return RevisitContext(entries, contacts, self._lookup.contacts_met_by(others))
 
     def _write_apart(self, changes: Iterable[Change]) -> _Written:

@@ -218,9 +218,9 @@ class DryRunStore:
         self._met: set[str] = set()
         self._of_named: dict[str, str] = {}
 
-    def notice(self, rows: Sequence[MappedRow]) -> None:
+    def prepare(self, rows: Sequence[MappedRow]) -> None:
         """Look up which addresses of the batch would have a contact."""
-        self._lookup.notice(rows)
+        self._lookup.prepare(rows)
         emails = _emails(rows)
         self._met = {contact.email for contact in self._overlay.made_with(emails)}
         self._met |= self._overlay.changed_to(emails).keys()

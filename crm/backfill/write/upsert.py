@@ -28,7 +28,7 @@ class ContactStore(Protocol):
     def is_likely_met(self, row: MappedRow) -> bool:
         """Return whether the row should be looked up before an insert is tried."""
 
-    def notice(self, rows: Sequence[MappedRow]) -> None:
+    def prepare(self, rows: Sequence[MappedRow]) -> None:
         """Prepare the lookups for a batch."""
 
     def insert(self, drafts: Sequence[ContactDraft]) -> set[str]:
@@ -57,7 +57,7 @@ def upsert(rows: Sequence[MappedRow], store: ContactStore, made_before: Collecti
     StillUnmatchedError if a row cannot be matched after MAX_ATTEMPTS.
     """
     result = UpsertResult(made=set(made_before))
-    store.notice(rows)
+    store.prepare(rows)
     at_first = _without_second_accounts(
         [row for row in rows if not (row.draft and (row.resolution or store.is_likely_met(row)))]
     )

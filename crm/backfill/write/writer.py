@@ -136,7 +136,7 @@ class DatabaseStore:
         self._connection = connection
         self._lookup = lookup
         self.contacts_met_by = lookup.contacts_met_by
-        self.notice = lookup.notice
+        self.prepare = lookup.prepare
 
     def is_likely_met(self, row: MappedRow) -> bool:
         """Return whether the row probably has a contact with which an INSERT would not conflict."""
