@@ -214,7 +214,7 @@ class _Work:
 
     def _resolutions(self) -> tuple[Resolutions, Resolutions]:
         """Return the resolutions to apply, and all of them if --update or --recreate-deleted needs them."""
-        due = Resolutions.to_be_carried_out(connection, self.facts)
+        due = Resolutions.pending(connection, self.facts)
         if not (self.options.update or self.options.recreate_deleted):
             return due, due
         try:

@@ -23,7 +23,7 @@ from crm.rules.source_rows import SOURCE_TABLES
 logger = logging.getLogger(__name__)
 
 _ALL = 'SELECT id, "row", contact_id, separate_email FROM conflict_decision resolution'
-_TO_BE_CARRIED_OUT = f"""
+_PENDING = f"""
 {_ALL} WHERE NOT EXISTS (SELECT FROM ledger_entry entry WHERE entry.id = resolution.id AND entry.outcome <> 'error')
 """
 _IS_READABLE = """
@@ -46,12 +46,12 @@ class Resolutions:
     source_ids: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @classmethod
-    def to_be_carried_out(cls, database: BaseDatabaseWrapper, facts: DatabaseFacts) -> Self:
+    def pending(cls, database: BaseDatabaseWrapper, facts: DatabaseFacts) -> Self:
         """The resolutions of rows that are not settled; none, with a warning, where a dry run may not see them."""
         readable = is_readable(database)
         if readable is False:
             logger.warning("this role may not read conflict_decision: the dry run takes no decision into account")
-        return cls._of(_fetched(database, _TO_BE_CARRIED_OUT) if readable and facts.has_ledger else [])
+        return cls._of(_fetched(database, _PENDING) if readable and facts.has_ledger else [])
 
     @classmethod
     def every(cls, database: BaseDatabaseWrapper) -> Self:
