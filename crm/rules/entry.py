@@ -1,4 +1,4 @@
-"""An entry of the ledger as it was read: what runs did with one source row. Pure: no database."""
+"""An entry of the ledger: what runs did with a source row. Pure: no database."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ _TABLES = {source.value: source.table for source in Source}
 
 
 class Entry(NamedTuple):
-    """A row of the ledger; or what an update changed, in the form of one: `filled` is what it changed then.
+    """An entry of the ledger, or the changes of an update in the same form: then `filled` is what it changed.
 
-    `contact_id` is empty where it names none, and `source_updated_at` None where an error's row had none.
+    `contact_id` is empty if there is no contact. `source_updated_at` is None if a row in error has no `updatedAt`.
     """
 
     id: str
@@ -23,23 +23,23 @@ class Entry(NamedTuple):
     run_id: int
     source_updated_at: str | None
     filled: tuple[str, ...]
-    #: `source_updated_at` as a contact keeps it.
+    #: `source_updated_at` with the precision of the contact's column.
     written_at: str | None
     #: The row's preparer when a run last processed the row.
     seen_preparer: str | None = None
     seen_updated_at: str | None = None
     contact_updated_at: str | None = None
-    #: What a merge replaced of the attribution that there was not: JSON, by the name of the field.
+    #: The values that a merge replaced when it filled an attribution: JSON, by field.
     attribution_before: str | None = None
 
     @property
     def table(self) -> str:
-        """The application's table that the row is in."""
+        """The application's table that contains the row."""
         return _TABLES.get(self.source, "profiles")
 
     @property
     def row(self) -> str:
-        """The row's reference."""
+        """The reference of the row."""
         return f"{self.table}:{self.source_id}"
 
     def is_due(self, updated_at: str | None, preparer_id: str | None) -> bool:
@@ -53,7 +53,7 @@ class Entry(NamedTuple):
             preparer_id: The current preparer of the row.
         """
         if updated_at is None:
-            return False  # nobody can tell, and the row can be no contact
+            return False  # without it, the row is an error
         seen = self.seen_updated_at or self.source_updated_at
         return (
             updated_at != seen

@@ -1,8 +1,8 @@
-"""What a contact is by the rows of its person, whatever runs they came in. Pure: no database.
+"""Computes the contact that all rows of a person make, independent of the runs that migrated them. Pure: no database.
 
-The rows of a contact have one order: source by source, each as a run reads it, and last those with a resolution
-of a conflict. In one run over all of them the first makes the contact and each of the others fills what is missing, an
-attribution and an assignment as the units that they are. The stage alone is the furthest that any of them has come to.
+The rows of a contact have a canonical order: source by source, in the order in which a run reads them, and rows with a
+resolution last. As in one run over all rows, the first row creates the contact, and each of the others fills what is
+missing; an attribution and an assignment are filled as units. Only the stage is the furthest stage of all rows.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from crm.outcome import ASSIGNMENT
 from crm.rules.mapping import ContactDraft, Rules
 from crm.rules.matching import ASSIGNMENT_UNIT, ATTRIBUTION_PARTS, PROFILE_FILLS, ExistingContact, fill
 
-#: What one row fills where another left it empty, by the name under which it is reported.
+#: The fields that a row fills if earlier rows left them empty, by the name under which they are reported.
 FILLED_UNITS: Mapping[str, tuple[str, ...]] = {
     **{name: (name,) for name in (*PROFILE_FILLS, "last_contacted_at")},
     ASSIGNMENT: ASSIGNMENT_UNIT,
     **ATTRIBUTION_PARTS,
 }
-#: What the first row alone says.
+#: The units that come from the first row only.
 UNITS_OF_FIRST = ("first_name", "last_name", "contact_type", "source")
 STAGE = "stage"
 
 
 class Folded(NamedTuple):
-    """What a contact is by its rows, and the number of the row, from 0 on, that each unit comes from.
+    """The contact that rows make, and by unit the number of its source row, counted from 0.
 
-    A unit that no row has is not in `origins`. The id, `created_at` and `updated_at` are those of the first row, and
-    belong to the row that made the contact; so does the email.
+    A unit that no row has is missing in `origins`. The id, email, `created_at` and `updated_at` are those of the first
+    row.
     """
 
     values: ContactDraft
@@ -37,7 +37,7 @@ class Folded(NamedTuple):
 
 
 def fold(drafts: Sequence[ContactDraft], rules: Rules) -> Folded:
-    """Fold the rows of one contact, at least one, in the order in which they count."""
+    """Fold the rows of a contact, at least one, in canonical order."""
     first = drafts[0]
     contact = ExistingContact.of_draft(first)
     origins = dict.fromkeys((*UNITS_OF_FIRST, *first_fills(first)), 0)
@@ -49,17 +49,17 @@ def fold(drafts: Sequence[ContactDraft], rules: Rules) -> Folded:
 
 
 def first_fills(draft: ContactDraft) -> tuple[str, ...]:
-    """The units that a contact has as soon as this row made it."""
+    """Return the units that a contact has if this row created it."""
     lacking: dict[str, Any] = dict.fromkeys(name for fields in FILLED_UNITS.values() for name in fields)
     return fill(ExistingContact.of_draft(draft._replace(**lacking)), draft)
 
 
 def furthest_stage(drafts: Sequence[ContactDraft], rules: Rules) -> int:
-    """The number of the first of the rows that have come the furthest along the pipeline."""
+    """Return the number of the first row with the furthest stage of the pipeline."""
     return max(range(len(drafts)), key=lambda number: stage_order(drafts[number].stage, rules))
 
 
 def stage_order(stage: str, rules: Rules) -> int:
-    """Where a stage stands in the pipeline, which is the order of the database's enum; -1 for one that is not in it."""
+    """Return the position of a stage in the pipeline, in the order of the enum; -1 if the enum does not have it."""
     order = list(rules.stages.values())
     return order.index(stage) if stage in order else -1

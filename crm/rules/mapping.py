@@ -1,6 +1,6 @@
-"""From a source row to a contact: the rules, and nothing else. Pure: no database, no settings.
+"""The rules that map a source row to a contact. Pure: no database, no settings.
 
-Timestamps and rates are the text that PostgreSQL printed; they are carried over, never computed with.
+Timestamps and rates are PostgreSQL's text. They are copied, and not parsed.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ SIGNUP_ORIGIN = "signup"
 INTAKE_ORIGIN = "tax_intake_form"
 FULL_CONFIDENCE = 100
 
-#: The five nullable fields of an attribution; with the confidence they are one unit. It is there if it names a
-#: referrer: the application stores the method `direct` and a rate of zero for people whom nobody referred.
+#: The five nullable fields of an attribution; with the confidence they are one unit. It is present if it has a
+#: referrer: for people without one, the application stores the method `direct` and a rate of zero.
 ATTRIBUTION = (
     "referrer_username",
     "referrer_type",
@@ -38,7 +38,7 @@ ATTRIBUTION = (
 )
 ATTRIBUTION_UNIT = (*ATTRIBUTION, "attribution_confidence")
 
-#: The timestamps of a contact, and as many digits of a second as PostgreSQL has.
+#: The timestamps of a contact, and the number of fractional digits of a second in PostgreSQL.
 MOMENTS = (
     *("stage_entered_at", "assigned_at", "commission_rate_locked_at", "created_at", "updated_at"),
     "last_contacted_at",
@@ -75,7 +75,7 @@ CONTACT_TYPE_OF_SOURCE = {
 CONTACT_TYPE_OF_LEAD_TYPE = {"CUSTOMER": "LEAD", "TAX_PREPARER": "PREPARER", "AFFILIATE": "AFFILIATE"}
 CONVERTED_CONTACT_TYPE = "CLIENT"
 
-#: The stage of a lead's status: the first that the database has. Where it has none, the rows are excluded.
+#: The stages for the status of a lead: the first one that the database has. If it has none, the row is excluded.
 STAGES_OF_STATUS = {
     "NEW": ("NEW",),
     "CONTACTED": ("CONTACTED",),
@@ -114,7 +114,7 @@ class ContactDraft(NamedTuple):
 
 
 class Resolution(NamedTuple):
-    """What a person says about a row in conflict: the contact that it belongs to, or an address of its own."""
+    """A person's resolution of a row in conflict: the contact that it belongs to, or the address of its own contact."""
 
     contact_id: str | None
     separate_email: str | None
@@ -159,7 +159,7 @@ _UNASSIGNED = Assignment()
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What the mapping must know of the database and the settings."""
+    """The facts of the database and the settings that the mapping needs."""
 
     stages: Mapping[str, str]
     placeholder_domain: str
@@ -167,25 +167,25 @@ class Rules:
     rate_decimals: int | None = None
 
     def stage_of(self, status: str) -> str | None:
-        """The label of the stage that a lead's normalised status comes to, if the database has one."""
+        """Return the label of the stage for a normalised status of a lead; None if the database has none."""
         wanted = STAGES_OF_STATUS.get(status, ())
         return next((self.stages[stage] for stage in wanted if stage in self.stages), None)
 
     def as_stored(self, moment: str) -> str:
-        """A timestamp as a contact keeps it: rounded to as many digits of a second as its columns have."""
+        """Return a timestamp rounded to the precision of a contact's columns."""
         return rounded(moment, self.second_digits)
 
     def keeps(self, rate: str | None) -> bool:
-        """Whether a contact keeps a rate as it is: money is not rounded."""
+        """Return whether the column of a contact can store a rate exactly: money is not rounded."""
         if rate is None or self.rate_decimals is None:
             return True
         return len(rate.partition(".")[2].rstrip("0")) <= self.rate_decimals
 
 
 def rounded(moment: str, digits: int) -> str:
-    """PostgreSQL's text of a timestamp, with no more than so many digits of a second; halves go up.
+    """Return PostgreSQL's text of a timestamp with at most `digits` fractional digits of a second, rounded half up.
 
-    A year that Python does not have is cut off instead.
+    If Python does not support the year, the other digits are cut off instead.
     """
     whole, _, fraction = moment.partition(".")
     if len(fraction) <= digits:
@@ -202,32 +202,32 @@ def rounded(moment: str, digits: int) -> str:
 
 
 def contact_id(table: str, source_id: str) -> str:
-    """Return the id of the contact that the row `source_id` of `table` makes: shaped like a cuid, the same for ever."""
+    """Return the id of the contact that the row `source_id` of `table` creates. It looks like a cuid, and is stable."""
     return "c" + hashlib.sha256(f"{table}:{source_id}".encode()).hexdigest()[:24]
 
 
 def contact_id_sql(reference: str) -> str:
-    """Return the same in SQL, of an expression whose value is `<table>:<source id>`."""
+    """Return `contact_id` as an SQL expression, for an expression with the value `<table>:<source id>`."""
     return f"'c' || left(encode(sha256(convert_to({reference}, 'UTF8')), 'hex'), 24)"
 
 
 def normalised(label: str) -> str:
-    """A role, status or type without its spelling: the generations write it in upper or lower case."""
+    """Return a role, status or type in one spelling: generations use upper or lower case."""
     return label.strip().upper().replace("-", "_").replace(" ", "_")
 
 
 def referrer(username: str | None) -> str | None:
-    """Return who referred a person, in one spelling: a username has no case. None where it names nobody."""
+    """Return the username of a referrer in lower case, because usernames have no case; None if it is blank."""
     return (username.strip().lower() or None) if username else None
 
 
 def has_no_referrer_sql(username: str) -> str:
-    """Return the SQL condition that a username names nobody."""
+    """Return the SQL condition that a username is blank."""
     return f"COALESCE(btrim({username}, {literal(WHITE_SPACE)}), '') = ''"
 
 
 def trimmed(text: str | None) -> str | None:
-    """Text without white space around it; None when nothing is left."""
+    """Return the text without white space around it, or None if it is blank."""
     return (text.strip() or None) if text else None
 
 
@@ -252,7 +252,7 @@ def canonical_username_sql(expression: str) -> str:
     return f'lower({trimmed_username_sql(expression)} COLLATE "C")'
 
 
-# What nearly every address looks like. All of it is valid to Django's validator too, which takes six times as long.
+# Matches nearly every address. All matches are also valid for Django's validator, which takes six times as long.
 _ORDINARY_EMAIL = re.compile(
     r"[a-z0-9_+-]{1,64}(?:\.[a-z0-9_+-]{1,64})*@(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]{2,63}"
 )
@@ -260,10 +260,10 @@ _LONGEST_ORDINARY_EMAIL = 254
 
 
 def normalised_email(raw: str) -> str | None:
-    """The address in its canonical form; None when it is not one.
+    """Return the address in its canonical form, or None if it is invalid.
 
-    The part before the @ must be ASCII. Django's validator lets through a few letters that only become ASCII when
-    their case is folded, which would make one address of two; and in a domain, characters that nobody sees.
+    The local part must be ASCII. Django's validator accepts a few letters that become ASCII when their case is folded,
+    so that two addresses would become one, and invisible characters in a domain.
     """
     email = canonical_address(raw)
     if len(email) <= _LONGEST_ORDINARY_EMAIL and _ORDINARY_EMAIL.fullmatch(email):
@@ -273,19 +273,19 @@ def normalised_email(raw: str) -> str | None:
     try:
         validate_email(email)
     except ValidationError as error:
-        # It refers to itself, and its traceback to the whole batch, which would stay until the collector comes.
+        # Its traceback refers to the whole batch, which would stay in memory until the next garbage collection.
         error.__traceback__ = None
         return None
     return email
 
 
 def _is_no_moment(text: str) -> bool:
-    """Whether PostgreSQL's text of a timestamp is none of the years 1 to 9999: the application could not read it."""
+    """Return whether a timestamp is not in the years 1 to 9999, so that the application cannot read it."""
     return text[4] != "-" or text[-1] == "C"
 
 
 def _fault(required: Mapping[str, str | None], optional: Mapping[str, str | None]) -> tuple[Reason, Refusal]:
-    """What is wrong with the first of these timestamps by column that is no moment; there is one."""
+    """Return the fault of the first missing or invalid timestamp, of which there is at least one."""
     for column, text in required.items():
         if text is None:
             return Reason.MISSING_VALUE, Refusal(column=column)
@@ -317,15 +317,15 @@ def assignment(
     return Assignment(referrer, assigned_at, AssignedBy.REFERRER) if referrer else _UNASSIGNED
 
 
-#: An id that is in lower case, and short of everything that an address may not hold.
+#: An id in lower case with only characters that are valid in an address.
 _ORDINARY_ID = re.compile(r"[a-z0-9_-]+")
 
 
 def placeholder_name(kind: str, profile_id: str) -> str:
-    """What stands before the @ in the placeholder of a profile of a kind of contact, such as `client`.
+    """Return the local part of the placeholder address of a profile. `kind` is the kind of contact, such as `client`.
 
-    It is `<kind>-<profile id>`. An id that is not in lower case is followed by a part of its hash, since addresses are
-    compared without case and ids are not: profiles whose ids differ in nothing but case are two people.
+    It is `<kind>-<profile id>`. If the id is not in lower case, a part of its hash is appended: profiles whose ids
+    differ only in case are two people, but addresses are compared without case.
     """
     if _ORDINARY_ID.fullmatch(profile_id):
         return f"{kind}-{profile_id}"
@@ -338,7 +338,7 @@ def email_of_profile(row: ProfileRow) -> str | None:
 
 
 def profile_mapper(source: Source, rules: Rules) -> Callable[[ProfileRow], MappedRow]:
-    """The mapping of one profile source."""
+    """Return the function that maps the rows of a source of profiles."""
     contact_type = CONTACT_TYPE_OF_SOURCE[source]
     kind = contact_type.lower()
     origin = SIGNUP_ORIGIN if source.is_of_signups else PROFILE_ORIGIN
@@ -398,7 +398,7 @@ def profile_mapper(source: Source, rules: Rules) -> Callable[[ProfileRow], Mappe
 
 
 def lead_mapper(source: Source, rules: Rules) -> Callable[[LeadRow], MappedRow]:
-    """The mapping of one lead source."""
+    """Return the function that maps the rows of a source of leads."""
     converted = source is Source.CONVERTED_LEADS
     stage_of = lru_cache(lambda status: rules.stage_of(normalised(status)))
     contact_type_of = lru_cache(
@@ -610,7 +610,7 @@ def signup_mapper(_source: Source, rules: Rules) -> Callable[[SignupRow], Mapped
 
 
 def unmapped(table: str, source_id: str, known_reason: str | None, reason: Reason, refusal: Refusal) -> MappedRow:
-    """A row of which nothing but the id can be told, and why."""
+    """Return a row of which only the id is known, with the reason."""
     return MappedRow(contact_id(table, source_id), source_id, None, known_reason, None, None, reason, None, refusal)
 
 
@@ -623,9 +623,9 @@ _MAPPERS: Mapping[str, Callable[[Source, Rules], Callable[[Any], MappedRow]]] = 
 
 
 def map_rows(source: Source, rows: Iterable[RawRow], rules: Rules) -> list[MappedRow]:
-    """Map a batch of rows of a source."""
+    """Map rows of a source."""
     mapped = list(map(_MAPPERS[source.table](source, rules), rows))
-    # The row's own `updated_at` stays as exact as it is: it tells whether the row changed.
+    # The `updated_at` of the row itself is not rounded, because it shows whether the row changed.
     return [_as_stored(row, rules) for row in mapped] if rules.second_digits < MAX_SECOND_DIGITS else mapped
 
 

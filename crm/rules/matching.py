@@ -1,6 +1,6 @@
-"""From mapped rows and the contacts that are there to what happens to each row. Pure: no database.
+"""Matches mapped rows with existing contacts, and returns the outcome of each row. Pure: no database.
 
-Rows are decided one after another, in their order: what an earlier row makes or fills is there for the later ones.
+Rows are matched one after another: later rows find what earlier rows created or filled.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from crm.outcome import ASSIGNMENT, Outcome, Reason, Refusal, RowOutcome
 from crm.rules.addresses import canonical_address
 from crm.rules.mapping import ATTRIBUTION_UNIT, ContactDraft, MappedRow, Resolution, referrer
 
-#: The accounts of a person; at most one contact has each.
+#: The accounts of a person. At most one contact has each.
 ACCOUNTS = ("user_id", "clerk_user_id")
-#: What a profile fills in a contact of ours where nothing is.
+#: The empty fields that a profile fills in a contact of the backfill.
 PROFILE_FILLS = (*ACCOUNTS, "phone", "company")
-#: What completes an attribution that has no rate as yet.
+#: The fields that complete an attribution without a rate.
 COMMISSION_UNIT = ("commission_rate", "commission_rate_locked_at")
-#: What is filled of an attribution, by the name under which it is reported.
+#: The parts of an attribution that a row can fill, by the name under which they are reported.
 ATTRIBUTION_PARTS: Mapping[str, tuple[str, ...]] = {"attribution": ATTRIBUTION_UNIT, "commission": COMMISSION_UNIT}
 ASSIGNMENT_UNIT = ("assigned_preparer_id", "assigned_at")
 _FILLED_ALONE = (*PROFILE_FILLS, "last_contacted_at")
@@ -27,7 +27,7 @@ _FILLED_ALONE = (*PROFILE_FILLS, "last_contacted_at")
 
 @dataclass(slots=True)
 class ExistingContact:
-    """A contact that is there, as far as a decision must know it."""
+    """An existing contact, with the fields that matching needs. `ours` is True if the backfill created it."""
 
     id: str
     email: str
@@ -45,7 +45,7 @@ class ExistingContact:
 
     @classmethod
     def of_draft(cls, draft: ContactDraft) -> ExistingContact:
-        """The contact that a draft of this batch becomes."""
+        """Return the contact that a draft of this batch becomes."""
         return cls(
             draft.id,
             draft.email,
@@ -62,7 +62,7 @@ class ExistingContact:
 
     @property
     def referrer(self) -> str | None:
-        """Who referred the person."""
+        """The username of the referrer in its compared spelling; None if there is none."""
         return referrer(self.attribution[ATTRIBUTION_UNIT.index("referrer_username")])
 
     @property
@@ -71,7 +71,7 @@ class ExistingContact:
         return self.attribution[ATTRIBUTION_UNIT.index("commission_rate")] is not None
 
     def take(self, values: Mapping[str, Any]) -> None:
-        """Have these values where nothing is."""
+        """Set these values in empty fields."""
         for name in _FILLED_ALONE:
             if getattr(self, name) is None:
                 setattr(self, name, values.get(name))
@@ -82,12 +82,12 @@ class ExistingContact:
             self.attribute({name: values[name] for name in COMMISSION_UNIT if name in values})
 
     def attribute(self, values: Mapping[str, Any]) -> None:
-        """Have these values of the attribution, by the name of the field."""
+        """Set these fields of the attribution."""
         self.attribution = tuple(map(values.get, ATTRIBUTION_UNIT, self.attribution))
 
 
 class Conflict(Exception):  # noqa: N818 - an outcome of a row, not a failure of the program
-    """The row's keys name two accounts, or the resolution of that holds no more: a person must resolve it."""
+    """The row's keys belong to two accounts, or its resolution is stale: a person must resolve it."""
 
     def __init__(
         self, contact_id: str, identity_keys: Mapping[str, str | None], reason: Reason = Reason.CONFLICT
@@ -99,7 +99,7 @@ class Conflict(Exception):  # noqa: N818 - an outcome of a row, not a failure of
 
 
 class ProfileOfAddress(NamedTuple):
-    """A settled profile whose user has an address. Sorted, the one comes first whose user has it in canonical form."""
+    """A migrated profile whose user has an address. In order, the one whose user has the canonical form is first."""
 
     address: str
     is_spelled_otherwise: bool
@@ -108,13 +108,13 @@ class ProfileOfAddress(NamedTuple):
 
     @classmethod
     def of(cls, raw_email: str, profile_id: str, contact_id: str) -> ProfileOfAddress:
-        """The profile with this id, whose user's address is stored like this."""
+        """Return the profile with this id and the stored address of its user."""
         address = canonical_address(raw_email)
         return cls(address, raw_email != address, profile_id, contact_id)
 
 
 class ExistingContacts:
-    """The contacts that a batch may meet, by each key of identity."""
+    """The contacts that a batch can match, by each of their keys."""
 
     def __init__(
         self,
@@ -142,23 +142,23 @@ class ExistingContacts:
             self.add(contact)
 
     def add(self, contact: ExistingContact) -> None:
-        """Make a contact known, in the place of what was known of it."""
+        """Add a contact, or replace it."""
         if contact.id in self._by_id:
             self._forget(self._by_id[contact.id])
         self._by_id[contact.id] = contact
         self.note_accounts(contact)
-        if not contact.email:  # somebody made the column nullable
+        if not contact.email:  # the column may be nullable
             return
         address = canonical_address(contact.email)
         spellings = self._by_email.get(address)
         if spellings is None:
             self._by_email[address] = [contact]
         else:
-            # The spelling that we would write ourselves stands before all others.
+            # The canonical spelling is first.
             spellings.insert(0 if contact.email == address else len(spellings), contact)
 
     def note_accounts(self, contact: ExistingContact) -> None:
-        """Let a contact that is known be found by its accounts, as they are now."""
+        """Index the current accounts of a contact."""
         if contact.user_id is not None:
             self._by_user[contact.user_id] = contact
         if contact.clerk_user_id is not None:
@@ -173,7 +173,7 @@ class ExistingContacts:
             self._by_email[canonical_address(contact.email)].remove(contact)
 
     def __iter__(self) -> Iterator[ExistingContact]:
-        """The contacts."""
+        """Return the contacts."""
         return iter(self._by_id.values())
 
     def find(self, draft: ContactDraft, profile_id: str | None = None) -> ExistingContact | None:
@@ -197,16 +197,16 @@ class ExistingContacts:
                 candidate.clerk_user_id, draft.clerk_user_id
             ):
                 raise Conflict(candidate.id, self._identity_keys(draft))
-        # Then the row's own contact under keys that people changed since: a row never makes two contacts. Last, that
-        # of the person's profile, which may have met one under another address.
+        # Then the contact that the row created before, whose keys people may have changed: a row never creates two
+        # contacts. Last the contact of the person's profile, which may have another address.
         return candidate or self._by_id.get(draft.id) or self._of_profile(draft)
 
     def _identity_keys(self, draft: ContactDraft) -> dict[str, str | None]:
-        """The contact to which each key of the draft leads, by the key's column; None where no contact has the key."""
+        """Return by column the id of the contact that has the key of the draft; None if no contact has it."""
         accounts = {"userId": (draft.user_id, self._by_user), "clerkUserId": (draft.clerk_user_id, self._by_clerk)}
         found = {column: known.get(value) for column, (value, known) in accounts.items() if value}
         by_email = self._by_email.get(draft.email, [])
-        # Of several spellings the one to which another key leads as well.
+        # Of several spellings, prefer the contact that another key belongs to.
         first = min(by_email, key=lambda contact: contact not in found.values(), default=None)
         by_key = {"email": first, **found}
         if draft.id in self._by_id:
@@ -224,9 +224,9 @@ class ExistingContacts:
         return next((contact for contact in theirs if contact is not None), None)
 
     def find_resolved(self, draft: ContactDraft, resolution: Resolution) -> ExistingContact | None:
-        """The contact of the resolution; None where the row gets one of its own.
+        """Return the contact of the resolution; None if the row gets its own contact.
 
-        Raises Conflict where that contact is gone, and where the address of its own has become somebody else's.
+        Raises Conflict if that contact is missing, or if another contact has the separate address now.
         """
         if resolution.contact_id is None:
             for contact in self._by_email.get(draft.email, ()):
@@ -238,7 +238,7 @@ class ExistingContacts:
         return self._by_id[resolution.contact_id]
 
     def without_others_accounts(self, draft: ContactDraft, contact: ExistingContact | None) -> ContactDraft:
-        """The draft of a row whose conflict a person resolved: an account that another contact has stays there."""
+        """Return the draft of a row with a resolution, without accounts that other contacts have."""
         by_user = self._by_user.get(draft.user_id or "", contact)
         by_clerk = self._by_clerk.get(draft.clerk_user_id or "", contact)
         return draft._replace(
@@ -249,7 +249,7 @@ class ExistingContacts:
 
 @dataclass(slots=True)
 class MatchPlan:
-    """What is to be done for the rows of a batch."""
+    """The outcomes of the rows of a batch, the drafts to insert, and the values to fill by contact id."""
 
     row_outcomes: list[RowOutcome] = field(default_factory=list)
     creates: list[ContactDraft] = field(default_factory=list)
@@ -257,7 +257,7 @@ class MatchPlan:
 
 
 def match_batch(rows: Iterable[MappedRow], known: ExistingContacts) -> MatchPlan:
-    """Decide what happens to each row. `known` grows by what the rows make."""
+    """Return the outcome of each row, and what to write. Adds the new contacts to `known`."""
     plan = MatchPlan()
     made: dict[str, ExistingContact] = {}
     for row in rows:
@@ -313,7 +313,7 @@ def fill(contact: ExistingContact, draft: ContactDraft) -> tuple[str, ...]:
     if unit := _attribution_to_fill(contact, draft):
         contact.attribute({name: getattr(draft, name) for name in ATTRIBUTION_PARTS[unit]})
         there = dict(zip(ATTRIBUTION_UNIT, contact.attribution, strict=True))
-        # A rate goes with the referrer whom it completes: it is written only where the contact still names that one.
+        # The referrer is included, because a rate is only written if the contact still has that referrer.
         filled |= {name: there[name] for name in ("referrer_username", *ATTRIBUTION_PARTS[unit])}
         names.append(unit)
     contact.fills |= filled
@@ -321,7 +321,7 @@ def fill(contact: ExistingContact, draft: ContactDraft) -> tuple[str, ...]:
 
 
 def _filled_in(contact: ExistingContact) -> tuple[str, ...]:
-    """What is there in a contact that was just made, by the same names: a blank elsewhere is nobody's decision."""
+    """Return the fields and units that a new contact has. Its other fields were not emptied by a person."""
     names = [name for name in _FILLED_ALONE if getattr(contact, name) is not None]
     if contact.has_assignment:
         names.append(ASSIGNMENT)
@@ -331,7 +331,7 @@ def _filled_in(contact: ExistingContact) -> tuple[str, ...]:
 
 
 def _attribution_to_fill(contact: ExistingContact, draft: ContactDraft) -> str | None:
-    """Return which of ATTRIBUTION_PARTS a draft fills in a contact: all where there is no referrer, or the rate."""
+    """Return which of ATTRIBUTION_PARTS a draft fills in a contact: all if it has no referrer, or the rate."""
     theirs = referrer(draft.referrer_username)
     if theirs is None:
         return None
@@ -343,7 +343,7 @@ def _attribution_to_fill(contact: ExistingContact, draft: ContactDraft) -> str |
 
 
 def attribution_of(draft: ContactDraft) -> tuple[Any, ...]:
-    """The values of a contact's attribution, in the order of ATTRIBUTION_UNIT."""
+    """Return the attribution of a draft, in the order of ATTRIBUTION_UNIT."""
     return tuple(getattr(draft, name) for name in ATTRIBUTION_UNIT)
 
 
@@ -352,7 +352,7 @@ def _is_another(theirs: str | None, ours: str | None) -> bool:
 
 
 def _with_what_was(row_outcome: RowOutcome, contact: ExistingContact, before: tuple[Any, ...]) -> RowOutcome:
-    """What a rollback of the fill must know of the contact: whether it changed since, and what was replaced in it."""
+    """Add what a rollback of the fill needs: the contact's `updatedAt`, and the replaced attribution."""
     parts = {name for unit in row_outcome.filled for name in ATTRIBUTION_PARTS.get(unit, ())}
     replaced = {name: value for name, value in zip(ATTRIBUTION_UNIT, before, strict=True) if name in parts}
     return row_outcome._replace(contact_updated_at=contact.updated_at, attribution_before=replaced or None)

@@ -14,7 +14,7 @@ FORMS = " or ".join(f"{table}:<id>" for table in SOURCE_TABLES)
 
 
 class RowReference(NamedTuple):
-    """A source row by the name that log lines and reports give it."""
+    """The reference to a source row in logs and reports."""
 
     table: str
     source_id: str
@@ -32,7 +32,7 @@ class RowReference(NamedTuple):
 
     @property
     def entry_id(self) -> str:
-        """The key of the row's entry in the ledger, and of the contact that it makes."""
+        """The key of the row's ledger entry, and the id of the contact that it creates."""
         return contact_id(self.table, self.source_id)
 
 

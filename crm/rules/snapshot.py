@@ -1,4 +1,4 @@
-"""A contact as it stood when it was read, for whoever compares it with what its rows make of it. Pure: no database."""
+"""A contact as it was read, to compare it with what its rows map to. Pure: no database."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from crm.rules.mapping import ContactDraft
 
 @dataclass(frozen=True, slots=True)
 class ContactSnapshot:
-    """A contact as it is now; columns that the table lacks are None.
+    """A contact as it was read. Columns that the table lacks are None.
 
-    `version` is PostgreSQL's own mark of the row's version (`xmin`). `set_elsewhere` are columns that the backfill
+    `version` is PostgreSQL's version of the row (`xmin`). `set_elsewhere` are columns that the backfill
     never writes and that do not have their default. What was not asked for has its default here.
     """
 

@@ -1,7 +1,7 @@
-"""The rows that make contacts: for each of the application's tables, one declaration of what is read, and as what.
+"""Declares the source rows: for each table of the application, the fields that are read. Pure: no database.
 
-A field of a row says in its annotation where its value comes from. The SELECT lists of everything that reads rows, the
-values that the rules map, and the columns that a database must have all follow from that. Pure: no database.
+The annotation of a field says where its value comes from. The SELECT lists of all readers, the values that the rules
+map, and the required columns are derived from it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ _WHITE_SPACE = "E'" + "".join(f"\\u{ord(character):04x}" for character in WHITE_
 
 @dataclass(frozen=True)
 class Own:
-    """A column of the table itself. Where a generation lacks an optional one, it reads as NULL.
+    """A column of the table itself. An optional column that is missing is read as NULL.
 
-    Nobody bounds how long a text is that `is_long`.
+    `is_long` is True for a text of unlimited length.
     """
 
     column: str
@@ -38,7 +38,7 @@ class Label:
 
 @dataclass(frozen=True)
 class Joined:
-    """An SQL expression over what is joined to the row `r`."""
+    """An SQL expression over the joined tables of a row `r`."""
 
     expression: str
     is_long: bool = False
@@ -55,7 +55,7 @@ class OfReferrer:
 
 @dataclass(frozen=True)
 class KnownReason:
-    """What an earlier run said of the row; NULL where the ledger is not asked."""
+    """The reason of the row's error in an earlier run; NULL if the ledger is not read."""
 
 
 class ProfileRow(NamedTuple):
@@ -83,7 +83,7 @@ class ProfileRow(NamedTuple):
 
 
 class LeadRow(NamedTuple):
-    """A lead, its preparer resolved to a profile's id; NULLs as in a profile."""
+    """A lead. Its preparer is resolved to the id of a profile. Columns may be NULL as in a profile."""
 
     id: Annotated[str, Own("id")]
     created_at: Annotated[str | None, Own("createdAt")]
@@ -186,18 +186,18 @@ class SourceTable:
 
     @cached_property
     def fields(self) -> dict[str, Origin]:
-        """Where the fields of a row come from, in their order."""
+        """The origin of each field of a row, in their order."""
         hints = get_type_hints(self.row, include_extras=True)
         return {name: hints[name].__metadata__[0] for name in self.row._fields}
 
     @cached_property
     def own(self) -> dict[str, Own]:
-        """The columns of the table itself, by the fields that they are read as."""
+        """The columns of the table itself, by field."""
         return {name: origin for name, origin in self.fields.items() if isinstance(origin, Own)}
 
     @property
     def required_columns(self) -> tuple[str, ...]:
-        """The columns that are read in every generation."""
+        """The columns that every generation must have."""
         return tuple(own.column for own in self.own.values() if not own.is_optional)
 
     @property
@@ -222,7 +222,7 @@ class SourceTable:
         return f'r."{self.own["updated_at"].column}"'
 
     def label_of(self, row: RawRow) -> str | None:
-        """The row's label."""
+        """Return the label of a row."""
         label: str | None = getattr(row, self.label)
         return label
 
@@ -241,22 +241,22 @@ class SourceTable:
         }
 
     def columns(self, missing: Container[str], known_reason: str = "NULL::text") -> str:
-        """The SELECT list of the table's own columns, of a row `r`: what `values` is selected from.
+        """Return the SELECT list of the table's own columns of a row `r`, from which `values` is selected.
 
-        By name and never r.*: the role of the backfill may not read the secret ones. `missing` are the columns that
-        the database lacks, as `<table>.<column>`.
+        It names the columns instead of r.*, because the role of the backfill may not read secret ones. `missing` are
+        the columns that the database lacks, as `<table>.<column>`.
         """
         own = (f'{sql} AS "{name}"' if sql.startswith("NULL") else sql for name, sql in self.own_sql(missing).items())
         return f"{', '.join(own)}, {known_reason} AS known_reason"
 
     @property
     def values(self) -> str:
-        """The SELECT list of the values of a row in the order of its fields: of the `columns` of `r`, and of `join`."""
+        """The SELECT list of the values of a row in the order of its fields, from the `columns` of `r` and `join`."""
         return ", ".join(self._value(origin) for origin in self.fields.values())
 
     @property
     def long_values(self) -> list[str]:
-        """Those of them that are texts of any length."""
+        """The values that are texts of unlimited length."""
         return [
             self._value(origin)
             for origin in self.fields.values()
@@ -283,7 +283,7 @@ def _label(label: Label, columns: Mapping[str, str]) -> str:
 
 _USER = """
        LEFT JOIN LATERAL (SELECT email{more} FROM users WHERE users.id = r."userId" LIMIT 1) u ON true"""
-# Some rows name their preparer by the user. One who has no profile is nobody.
+# Some rows refer to the user of their preparer. One who has no profile is nobody.
 _PROFILE_OF_PREPARER = """
          SELECT id AS profile_id FROM profiles WHERE id = {preparer} OR "userId" = {preparer}
           ORDER BY id <> {preparer} LIMIT 1"""

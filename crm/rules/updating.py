@@ -1,6 +1,6 @@
-"""What a row that is looked at again changes in its contact. Pure: no database.
+"""Finds what a revisited row changes in its contact. Pure: no database.
 
-Rows are decided one after another, in their order: what an earlier row fills or promotes is so for the later ones.
+Rows are processed one after another: later rows find what earlier rows filled or promoted.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from crm.rules.snapshot import ContactSnapshot
 LEAD = "LEAD"
 #: The sources of people who are not clients yet.
 _OF_LEADS = (Source.ACTIVE_LEADS, Source.OPEN_INTAKES, Source.LEAD_PROFILES, Source.SIGNUPS)
-#: What a row's keys disagree in, and what PostgreSQL refused: kept under these names.
+#: The names under which a change is reported as kept if the row has the keys of another contact, or was refused.
 IDENTITY, REFUSED = "identity", "refused"
 ATTRIBUTION, COMMISSION = ATTRIBUTION_PARTS
 EMAIL, TYPE, STAGE_ENTERED = "email", "contact_type", "stage_entered_at"
-#: The fields of everything that an update may write, by the name under which it is reported.
+#: The fields that an update may write, by the name under which they are reported.
 FIELDS_OF_CHANGE: Mapping[str, tuple[str, ...]] = {
     **FILLED_UNITS,
     **{name: (name,) for name in UNITS_OF_FIRST},
@@ -40,20 +40,20 @@ FIELDS_OF_CHANGE: Mapping[str, tuple[str, ...]] = {
     STAGE: ("stage", "stage_entered_at"),
     STAGE_ENTERED: ("stage_entered_at",),
 }
-#: What a record of a change may repeat, since it says nothing of a person: ids, labels and moments.
+#: The units whose former value a record of a change may contain: ids and times, no personal data.
 _NOTHING_PERSONAL = ("user_id", "clerk_user_id", "last_contacted_at", "assignment")
 #: The sources whose rows have a role, which gives the type of the contact.
 _OF_ROLE = tuple(CONTACT_TYPE_OF_SOURCE)
-#: What a record of a change has a column of its own for.
+#: The units for whose former value a record of a change has its own column.
 _RECORDED_APART = (EMAIL, TYPE, STAGE, STAGE_ENTERED)
-# The fields that tell whether a unit is there: without a referrer there is no attribution, whatever else is.
+# The fields that decide whether a unit is present: without a referrer, there is no attribution.
 _TELLING = {**FIELDS_OF_CHANGE, ATTRIBUTION: ("referrer_username",), COMMISSION: ("commission_rate",)}
-# When a lead was assigned moves with every change of its row: the preparer tells whether it is another assignment.
+# The time of an assignment changes with every change of the row, so only the preparer is compared.
 _COMPARED = {**FIELDS_OF_CHANGE, "assignment": ("assigned_preparer_id",)}
 
 
 class RowOfContact(NamedTuple):
-    """A row that made a contact or came to it, as it maps now."""
+    """A row that created or matched a contact, as it maps now."""
 
     entry: Entry
     source: Source
@@ -61,7 +61,7 @@ class RowOfContact(NamedTuple):
 
     @property
     def is_due(self) -> bool:
-        """Whether it is to be looked at again itself."""
+        """Whether the row itself is to be revisited."""
         return self.entry.is_due(self.row.updated_at, self.row.preparer_id)
 
 
@@ -85,30 +85,30 @@ class RevisitedContact:
 
     @property
     def values(self) -> ContactDraft:
-        """What the contact has."""
+        """The values of the contact."""
         return self.snapshot.values
 
     def write(self, values: Mapping[str, Any]) -> None:
-        """Let it have these values from now on."""
+        """Set these values."""
         self.snapshot = replace(self.snapshot, values=self.values._replace(**values))
 
     @property
     def is_as_written(self) -> bool:
-        """Whether it is of our making and nobody touched it: the application moves `updatedAt` with every write."""
+        """Whether the backfill created it and it is unmodified: each write of the application changes `updatedAt`."""
         return self.made_at is not None and self.values.updated_at == self.made_at
 
     @property
     def is_as_left(self) -> bool:
-        """Whether it is somebody else's, and nobody touched it since we filled something in it."""
+        """Whether it was created elsewhere, and is unmodified since an update filled something in it."""
         return self.made_at is None and self.values.updated_at == self.left_at
 
 
 class Change(NamedTuple):
-    """What becomes of a row that is looked at again, and the contact as it was seen and before this row.
+    """The result of revisiting a row. `version` and `before` are those of the contact before this row.
 
-    `origins` are names of what is written, each with the row that its value comes from; `kept` of what is left as it
-    is although the row has something else. `former` tells where to find what was there before, by name: what it was
-    if that says nothing of a person, else the row that has it; None where no row does.
+    `origins` has the source row of each written value, by name. `kept` are the names of the values that stay although
+    the row has others. `former` has the replaced value by name if it is not personal data, otherwise a reference to the
+    row that has it, or None if no row has it.
     """
 
     row: MappedRow
@@ -122,28 +122,28 @@ class Change(NamedTuple):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The names of what is written."""
+        """The names of the written values."""
         return tuple(self.origins)
 
     @property
     def contact_id(self) -> str:
-        """The contact."""
+        """The id of the contact."""
         return self.before.id
 
     @property
     def outcome(self) -> UpdateOutcome:
-        """How the row is counted: what it changed outweighs what it kept."""
+        """The outcome of the row: `updated` if it changed anything, even if it also kept something."""
         if self.columns:
             return UpdateOutcome.UPDATED
         return UpdateOutcome.KEPT if self.kept else UpdateOutcome.UNCHANGED
 
     def refused(self) -> Change:
-        """The same, where PostgreSQL would not have it."""
+        """Return the change as one that PostgreSQL refused."""
         return self._replace(values={}, origins={}, kept=(*self.kept, REFUSED))
 
 
 class _MatchingRow(NamedTuple):
-    """A row of a contact that still is a row of its person, and the contact that it would make alone."""
+    """A row that still matches its contact, and the contact that it would create alone."""
 
     origin: RowOfContact
     draft: ContactDraft
@@ -151,7 +151,7 @@ class _MatchingRow(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Expected:
-    """What a contact is to be, and the row that each unit comes from; and what it were by its rows alone."""
+    """The expected values of a contact with the source row of each unit; and those by its rows alone."""
 
     values: ContactDraft
     origins: Mapping[str, RowOfContact]
@@ -159,7 +159,7 @@ class _Expected:
     origins_by_rows: Mapping[str, RowOfContact]
 
     def written(self, name: str) -> dict[str, Any]:
-        """What is written of a name: of an attribution that another row completes, no rate."""
+        """Return the values to write for a name. An attribution whose rate comes from another row excludes the rate."""
         values = {each: getattr(self.values, each) for each in FIELDS_OF_CHANGE[name]}
         if name == ATTRIBUTION and COMMISSION in self.origins:
             draft = self.origins[name].row.draft
@@ -169,7 +169,7 @@ class _Expected:
 
 @dataclass(slots=True)
 class RevisitContext:
-    """Everything that the rows of a batch are held against."""
+    """The data that the rows of a batch are compared with."""
 
     entries: Mapping[str, Entry]
     contacts: Mapping[str, RevisitedContact]
@@ -179,7 +179,7 @@ class RevisitContext:
 
 
 def find_changes(source: Source, rows: Iterable[MappedRow], context: RevisitContext, rules: Rules) -> Iterator[Change]:
-    """Decide the rows that are to be looked at again; the others have no change. What `context` has changes along."""
+    """Yield the changes of the rows to revisit, and apply them to `context`. Other rows have no change."""
     for row in rows:
         entry = context.entries.get(row.id)
         contact = context.contacts.get(entry.contact_id) if entry else None
@@ -194,13 +194,13 @@ def find_changes(source: Source, rows: Iterable[MappedRow], context: RevisitCont
 
 
 def rows_of(contacts: Mapping[str, RevisitedContact], rows: Iterable[MappedRow]) -> list[MappedRow]:
-    """These rows, and those of the contacts, each once."""
+    """Return these rows and those of the contacts, each once."""
     others = {found.row.id: found.row for contact in contacts.values() for found in contact.rows}
     return list((others | {row.id: row for row in rows}).values())
 
 
 def totals_of(changes: Collection[Change]) -> Totals:
-    """Count a batch of rows that were looked at again."""
+    """Return the counts of a batch of revisited rows."""
     outcomes = Counter(change.outcome for change in changes)
     return Totals(
         revisited=len(changes),
@@ -217,7 +217,7 @@ def totals_of(changes: Collection[Change]) -> Totals:
 
 
 def _change(revisited: RowOfContact, contact: RevisitedContact, context: RevisitContext, rules: Rules) -> Change:
-    """What the row changes in its contact: what comes from itself, and what comes from rows that are not due."""
+    """Return what the row changes in its contact: its own values, and those of rows that are not due."""
     row, entry = revisited.row, revisited.entry
     nothing = Change(row, entry, contact.snapshot.version, contact.values, {}, {})
     if row.draft is None:
@@ -264,7 +264,7 @@ def _change(revisited: RowOfContact, contact: RevisitedContact, context: Revisit
 
 
 def _expected(contact: RevisitedContact, context: RevisitContext, rules: Rules) -> _Expected:
-    """What the contact is to be: the same for all rows of a batch, as long as nobody's keys change."""
+    """Return the expected values of the contact. They are cached until a row of the batch changes keys of a contact."""
     expected = context.expected.get(contact.values.id)
     if expected is None:
         expected = context.expected[contact.values.id] = _fold(contact, context.known, rules)
@@ -272,7 +272,7 @@ def _expected(contact: RevisitedContact, context: RevisitContext, rules: Rules) 
 
 
 def _fold(contact: RevisitedContact, known: ExistingContacts, rules: Rules) -> _Expected:
-    """Fold the rows of a contact: after what is there and not ours to replace, and alone."""
+    """Fold the rows of a contact alone, and after the existing values that must not be replaced."""
     matching = [
         _MatchingRow(origin, draft)
         for origin in contact.rows
@@ -295,7 +295,7 @@ def _fold(contact: RevisitedContact, known: ExistingContacts, rules: Rules) -> _
 
 
 def _not_ours(contact: RevisitedContact) -> ContactDraft:
-    """The contact without what updates filled in it: as long as nobody touched it since, that is ours to replace."""
+    """Return the contact without what updates filled in it, which may be replaced if it is unmodified since."""
     if not contact.is_as_left:
         return contact.values
     ours: dict[str, Any] = dict.fromkeys(
@@ -333,7 +333,10 @@ def _has_become_lead(origin: RowOfContact) -> bool:
 def _of_this_contact(
     row: MappedRow, draft: ContactDraft, contact: RevisitedContact, known: ExistingContacts
 ) -> ContactDraft | None:
-    """The draft, without accounts that a resolution left to others; None where its keys name another contact by now."""
+    """Return the draft of a row, or None if its keys belong to another contact now.
+
+    Accounts that a resolution left with other contacts are removed.
+    """
     try:
         found = known.find_resolved(draft, row.resolution) if row.resolution else known.find(draft, row.profile_id)
     except Conflict:
@@ -343,7 +346,8 @@ def _of_this_contact(
     return known.without_others_accounts(draft, found) if row.resolution else draft
 
 
-# The answer about a unit that comes from a row: True writes it, False keeps what is there, None finds nothing to do.
+# These functions return True if a unit of a row is to be written, False if the contact's value is kept, and None if
+# there is nothing to do.
 
 
 def _lacks(values: ContactDraft, unit: str) -> bool:
@@ -355,7 +359,7 @@ def _lacks(values: ContactDraft, unit: str) -> bool:
 def _fields_of(
     name: str, origins: Mapping[str, RowOfContact], fields: Mapping[str, tuple[str, ...]]
 ) -> tuple[str, ...]:
-    """The fields of a unit; of an attribution that another row completes, those without the rate."""
+    """Return the fields of a unit; for an attribution whose rate comes from another row, those without the rate."""
     if name == ATTRIBUTION and COMMISSION in origins:
         return tuple(each for each in fields[name] if each not in fields[COMMISSION])
     return fields[name]
@@ -377,7 +381,7 @@ def _is_to_write(name: str, expected: _Expected, contact: RevisitedContact, rule
 
 
 def _of_written(name: str, expected: _Expected, contact: RevisitedContact, rules: Rules) -> bool | None:
-    """What the rows of a contact that nobody touched say of its stage, and what its first row alone does."""
+    """Decide about the stage and the units of the first row of an unmodified contact."""
     step = _step(expected.values, contact, rules)
     if name == STAGE:
         return None if step <= 0 else _is_of_a_lead(contact.values.stage, rules)
@@ -396,7 +400,7 @@ def _is_of_a_lead(stage: str, rules: Rules) -> bool:
 
 
 def _kept_from(revisited: RowOfContact, expected: _Expected, contact: RevisitedContact, rules: Rules) -> list[str]:
-    """What would come from the row, had nobody touched the contact, or made it."""
+    """Return the units that the row would write if the contact were unmodified and created by the backfill."""
     if contact.is_as_written:
         return []
     kept = []
@@ -438,15 +442,15 @@ def _of_email(revisited: RowOfContact, draft: ContactDraft, contact: RevisitedCo
 
 
 def _placeholders(row: MappedRow) -> frozenset[str]:
-    """What stands before the @ in a placeholder of this profile, whatever its role and the domain were."""
+    """Return the local parts of all placeholders of this profile, for any role."""
     kinds = [kind.lower() for kind in CONTACT_TYPE_OF_SOURCE.values()]
-    # Earlier versions lower-cased every id and left it at that.
+    # Earlier versions converted every id to lower case and appended no hash.
     of_earlier_versions = {f"{kind}-{row.source_id.lower()}" for kind in kinds}
     return frozenset(of_earlier_versions | {placeholder_name(kind, row.source_id) for kind in kinds})
 
 
 def _former(unit: str, contact: RevisitedContact) -> Any:
-    """Where what a contact has is to be found when it is another value: no value of a person's is repeated."""
+    """Return where a replaced value can be found: a reference to its row. Only non-personal values are repeated."""
     fields = FIELDS_OF_CHANGE[unit]
     if unit in _NOTHING_PERSONAL:
         return {"values": [getattr(contact.values, name) for name in fields]}
@@ -464,5 +468,5 @@ def _apply(change: Change, contact: RevisitedContact, context: RevisitContext) -
     contact.given.update(change.columns)
     if change.values.keys() & {"email", "user_id", "clerk_user_id"}:
         context.known.add(ExistingContact.of_draft(contact.values))
-        # Whose a row is goes by these keys.
+        # These keys decide which rows match which contact.
         context.expected.clear()

@@ -123,7 +123,7 @@ def test_a_run_that_may_not_see_what_was_resolved_is_refused(
             verify(connection)
         with acting_as("decides_nothing"):
             assert run(dry_run=True)["status"] == "finished"
-        assert "takes no decision into account" in caplog.text
+        assert "the dry run applies no resolution" in caplog.text
     finally:
         with connection.cursor() as cursor:
             cursor.execute("DROP OWNED BY decides_nothing")
