@@ -1,1 +1,1 @@
-"""Reading: pages of source rows, the contacts that they may meet, how people resolved conflicts, how much is left."""
+"""Reads pages of source rows, the existing contacts that they can match, resolutions of conflicts, and row counts."""

@@ -1,4 +1,4 @@
-"""The contacts that are already there, looked up by every key of identity. Only reads."""
+"""Looks up existing contacts by each of their keys. Only reads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from crm.rules.addresses import canonical_address, trimmed_address, trimmed_addr
 from crm.rules.mapping import ATTRIBUTION_UNIT, MappedRow, contact_id, contact_id_sql
 from crm.rules.matching import ExistingContact, ExistingContacts, ProfileOfAddress
 
-# A contact is found by index under each key; one OR over all of them would be left to the planner's luck.
+# One subquery per key uses the index of the key; with OR, the planner may scan the table.
 _CONTACTS = """
 SELECT c.id, c.email, c."userId", c."clerkUserId", {ours}, c.phone, c.company, {assignment}, c."lastContactedAt",
        {attribution}, c."updatedAt"
@@ -27,14 +27,14 @@ SELECT c.id, c.email, c."userId", c."clerkUserId", {ours}, c.phone, c.company, {
  ORDER BY c."createdAt", c.id
 """
 _OURS = "EXISTS (SELECT FROM ledger_entry entry WHERE entry.id = c.id AND entry.outcome = 'created')"
-# A person may have taken the preparer away and left the date: a unit is missing when all of it is.
+# A unit is missing only if all of it is: a person may have removed the preparer but not the date.
 _ASSIGNMENT = '(c."assignedPreparerId" IS NOT NULL OR c."assignedAt" IS NOT NULL)'
 _ATTRIBUTION = ", ".join(f'c."{COLUMN[name]}"' for name in ATTRIBUTION_UNIT)
 _NO_ATTRIBUTION = ", ".join(["NULL"] * len(ATTRIBUTION_UNIT))
 #: Before the id of a user among those of profiles.
 SIGNUP = "users:"
 _SPELLED = "SELECT email, id, NULL AS profile_id FROM crm_contacts WHERE email = ANY(%(spellings)s)"
-# Each LATERAL with its LIMIT is one index probe, whatever the planner believes.
+# LATERAL with LIMIT is always one index probe, whatever the planner estimates.
 _AND_PROFILES = f"""
  UNION ALL
 SELECT p.email, entry.contact_id, p.id
@@ -75,12 +75,12 @@ _BY_OWN_ADDRESS = f"""
 
 
 class ContactIndex:
-    """Finds the contacts that rows of a batch may meet, whatever the spelling of their stored email.
+    """Finds the contacts that rows of a batch can match, in any spelling of their stored email.
 
-    There is no index on lower(email) and none is added to a table that Prisma owns. The canonical form is looked up by
-    the unique index. The stored addresses that are in another form are noted down at the beginning, and again from time
-    to time; every batch asks besides, by the unique index, for the spellings in which the application is most likely to
-    have stored its addresses since. What is stored meanwhile in any other spelling, the end of a run settles.
+    There is no index on lower(email), and none may be added to a table that Prisma owns. The canonical form is looked
+    up by the unique index. Stored addresses in other forms are read at the beginning, and again from time to time. Each
+    batch also looks up, by the unique index, the spellings in which the application most likely stored its addresses
+    since. `crm.backfill.latecomers` handles other spellings that are stored during the run.
     """
 
     def __init__(self, connection: BaseDatabaseWrapper, facts: DatabaseFacts, *, has_signups: bool = True) -> None:
@@ -98,9 +98,9 @@ class ContactIndex:
         self._of_signups: dict[str, str] = {}
 
     def prepare(self, rows: Sequence[MappedRow], *, anew: bool = False) -> None:
-        """Take a first look at a batch: which rows have a contact that no index finds by their canonical address.
+        """Look up the contacts that have addresses of a batch in another spelling. Call it before the other methods.
 
-        `anew` asks the whole table for what has been stored until now.
+        `anew` reads the addresses of the whole table again.
         """
         addresses = {row.draft.email for row in rows if row.draft}
         spellings = {spelling for row in rows if row.draft for spelling in likely_spellings(row)}
@@ -140,7 +140,7 @@ class ContactIndex:
         return has_contact or address in self._spelled or address in self._with_profile
 
     def contacts_met_by(self, rows: Sequence[MappedRow]) -> ExistingContacts:
-        """The contacts that have a key of one of the rows, as they are now. Their batch was noticed before."""
+        """Return the current contacts that have a key of one of the rows, which are of the prepared batch."""
         profiles, named = self.profiles_of(rows), self.contacts_of_named(rows)
         signups = self.contacts_of_signups(rows)
         others = {profile.contact_id for profile in profiles} | {*named.values(), *signups.values()}
@@ -156,12 +156,12 @@ class ContactIndex:
         return {account: self._of_signups[account] for account in accounts if account in self._of_signups}
 
     def profiles_of(self, rows: Iterable[MappedRow]) -> list[ProfileOfAddress]:
-        """The settled profiles whose users have the address of one of the rows that bring no account."""
+        """Return the migrated profiles whose users have the address of one of the rows without an account."""
         addresses = without_account(rows)
         return [profile for profile in self._profiles if profile.address in addresses]
 
     def contacts(self, rows: Sequence[MappedRow], ids: Iterable[str] = ()) -> list[ExistingContact]:
-        """The contacts that have a key of one of the rows, or one of these ids; the oldest first."""
+        """Return the contacts that have a key of one of the rows, or one of these ids, the oldest first."""
         drafts = [row.draft for row in rows if row.draft]
         emails = {draft.email for draft in drafts}
         spelled = [identifier for email in emails for identifier in self._spelled.get(email, ())]
@@ -195,7 +195,7 @@ def _contact(row: tuple[Any, ...]) -> ExistingContact:
 
 
 def likely_spellings(row: MappedRow) -> Iterable[str]:
-    """The spellings in which the application may have stored the address of a row that has a draft."""
+    """Yield the spellings in which the application may have stored the address of a row with a draft."""
     email = row.draft.email if row.draft else ""
     yield email.upper()
     yield email.capitalize()
@@ -205,7 +205,7 @@ def likely_spellings(row: MappedRow) -> Iterable[str]:
 
 
 def without_account(rows: Iterable[MappedRow]) -> set[str]:
-    """The addresses of the rows that bring no account: leads, and profiles without a user, whose address is ours."""
+    """Return the addresses of rows without an account: leads, and profiles without a user, which get a placeholder."""
     return {row.draft.email for row in rows if row.draft and row.draft.user_id is None}
 
 
@@ -215,5 +215,5 @@ def named_profiles(rows: Iterable[MappedRow]) -> list[str]:
 
 
 def resolved_contacts(rows: Iterable[MappedRow]) -> list[str]:
-    """The contacts of the resolutions of rows of a batch."""
+    """Return the ids of the contacts to which resolutions assign rows."""
     return [row.resolution.contact_id for row in rows if row.resolution and row.resolution.contact_id]

@@ -1,7 +1,7 @@
-"""The census of the source rows, and what is left of them to be looked at. Only reads.
+"""Counts the source rows, and lists the ids of those that a run has to read. Only reads.
 
-After the first run nearly every row has its entry. The few that have none, or one that says `error`, are found by joins
-over the whole tables, and then read by their ids: that is twenty times cheaper than asking for every row's entry.
+After the first run, nearly every row is migrated. The few that are pending or in error are found by joins of whole
+tables, and then read by their ids: that is twenty times faster than one lookup per row.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from crm.outcome import WITH_CONTACT, Fault, Outcome, RowCounts, Source
 from crm.postgres.facts.schema import DatabaseFacts
 from crm.rules.source_rows import SOURCE_TABLES
 
-#: How many rows of a table, and what share of them, may be left for them to be read by their ids. Where more are left,
-#: the pages pass over the whole table.
+#: The maximum number of rows of a table, and their maximum share, that are read by their ids. If more are left, the
+#: whole table is read page by page.
 FEW_ROWS, FEW_SHARE = 20_000, 0.1
 
 # A user is a row where no profile stands for it, or where a run migrated it before there was one. Once per statement:
@@ -33,8 +33,8 @@ _MIGRATED_SIGNUPS = """
   SELECT users.id, users."updatedAt" FROM ledger_entry JOIN users ON users.id = ledger_entry.source_id
    WHERE ledger_entry.source = ANY(%(sources)s)
      AND EXISTS (SELECT FROM profiles WHERE profiles."userId" = users.id)"""
-# One statement, so that all of it is of one moment. Each term is counted by itself: the rows of the table without a
-# look at the ledger, the entries that rows have by what they say, and as pending the rows without any entry.
+# One statement, so that all counts have the same snapshot. Each term is counted separately: the rows of the table
+# without the ledger, the entries of rows by outcome, and the rows without an entry as pending.
 _COUNTS = """
 SELECT {label}::text, NULL AS outcome, NULL AS names_contact, count(*) FROM {rows} r WHERE true{only} GROUP BY 1
  UNION ALL
@@ -49,7 +49,7 @@ SELECT {label}::text, NULL AS outcome, NULL, count(*) FROM {rows} r WHERE true{o
  UNION ALL
 SELECT {label}::text, NULL, false, count(*) FROM {rows} r WHERE true{only} GROUP BY 1
 """
-# Rows without an id have no entry. Of those that share an id, one entry stands for all: none can be told from another.
+# Rows without an id have no entry. Rows with the same id share one entry, because they cannot be distinguished.
 _ONLY = {"id": " AND r.id IS NOT NULL", "repeated": " AND r.id <> ALL(%(repeated)s)"}
 _WITHOUT_ID = "SELECT count(*) FROM {rows} r WHERE id IS NULL"
 _REPEATED = """
@@ -61,7 +61,7 @@ SELECT entry.outcome, entry.contact_id IS NOT NULL, count(*)
 _REPEATED_WITHOUT_LEDGER = """
 SELECT NULL, false, count(*) FROM {rows} r WHERE r.id = ANY(%(repeated)s) GROUP BY r.id
 """
-#: Why rows are excluded that no entry can stand for.
+#: The reasons why rows that cannot have an entry are excluded.
 DUPLICATE_ID, MISSING_ID = "duplicate_id", "missing_id"
 _ERRORS = """
 SELECT {label}::text, r.id
@@ -85,7 +85,7 @@ _GONE = """
 """
 _GONE_ROWS = f"SELECT {{label}}::text, r.id {_GONE}"
 _GONE_COUNTS = f"SELECT {{label}}::text, count(*) {_GONE} GROUP BY 1"
-# A row that changed since its entry was written may have become one that is not to be migrated.
+# A row that changed since its entry was written can be excluded now without a fault.
 _EXCLUDED_OF_RUN = """
 SELECT count(*)
   FROM {rows} r JOIN ledger_entry entry ON entry.source_id = r.id AND entry.source = ANY(%(sources)s)
@@ -95,9 +95,9 @@ SELECT count(*)
 
 
 class Inventory(NamedTuple):
-    """The census, and the ids of the rows to read, for the sources that have few of them.
+    """The row counts, and the ids of the rows to read for sources that have few of them.
 
-    `gone` counts, by source, the settled rows whose contact is gone. It is empty unless requested.
+    `gone` is the number of migrated rows by source whose contact is missing; zero unless requested.
     """
 
     row_counts: RowCounts
@@ -107,9 +107,9 @@ class Inventory(NamedTuple):
 
 @dataclass(slots=True)
 class _Table:
-    """Rows of a table by label; and by label, what their entries say and whether these name a contact.
+    """The number of rows of a table by label, and by label, outcome and whether their entry has a contact.
 
-    `without_entry` are rows by the reason why no entry can stand for them.
+    `without_entry` is the number of rows that cannot have an entry, by reason.
     """
 
     labels: Counter[str | None] = field(default_factory=Counter)
@@ -117,7 +117,7 @@ class _Table:
     without_entry: Counter[str] = field(default_factory=Counter)
 
     def count(self, label: str | None, *outcomes: str | None) -> int:
-        """The rows with this label and one of these outcomes."""
+        """Return the number of rows with this label and one of these outcomes."""
         return sum(self.entries[label, outcome, named] for outcome in outcomes for named in (True, False))
 
 

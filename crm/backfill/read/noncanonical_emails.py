@@ -18,9 +18,9 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 
 from crm.rules.addresses import canonical_address, may_be_noncanonical_sql, trimmed_address_sql
 
-#: Rows that are fetched at a time.
+#: The number of rows that are fetched at a time.
 PAGE = 2_000
-#: Read again after this many seconds, or after so many times as long as reading took where that is more.
+#: The table is read again after this many seconds, or after this many times the duration of reading, if that is more.
 MIN_AGE, READINGS = 5.0, 50
 _NONCANONICAL = f"SELECT id, email FROM {{table}} WHERE {may_be_noncanonical_sql('email')}"
 # Profiles have no index on it. Those whose users have an address go by that, which are nearly all: looking at users
@@ -34,7 +34,7 @@ SELECT id, email FROM profiles WHERE "userId" IS NULL AND email <> ''
 
 
 class NoncanonicalAddresses:
-    """The rows of a table whose `email` is not in its canonical form, as they were a short time ago."""
+    """The rows of a table whose `email` was not in its canonical form a short time ago."""
 
     def __init__(self, connection: BaseDatabaseWrapper, table: str) -> None:
         self._connection = connection
@@ -44,13 +44,13 @@ class NoncanonicalAddresses:
         self._read_again_at = 0.0
 
     def find(self, addresses: Iterable[str], *, anew: bool = False) -> dict[str, set[str]]:
-        """The ids of rows whose address probably is one of these canonical addresses, by that address.
+        """Return by canonical address the ids of rows that probably have it.
 
-        `anew` reads the table again first, whenever it was read last.
+        `anew` reads the table again first.
         """
         started = time.monotonic()
         if self._database is None or anew or started >= self._read_again_at:
-            # Only what was read to its end is kept: after a failure, the next try reads again.
+            # An incomplete database is discarded: after a failure, the next call reads the table again.
             self._database = self._filled()
             self._is_empty = not self._database.execute("SELECT EXISTS (SELECT 1 FROM spelling)").fetchone()[0]
             ended = time.monotonic()
@@ -67,7 +67,7 @@ class NoncanonicalAddresses:
         return found
 
     def _filled(self) -> sqlite3.Connection:
-        # No name: a temporary file that goes with the connection.
+        # An empty name creates a temporary file that is deleted with the connection.
         database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         database.executescript(
             """

@@ -17,10 +17,10 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from crm.backfill.read.source import Key, SourceReader
 from crm.rules.mapping import MappedRow, Rules, map_rows, unmapped
 
-#: What is read, inserted and held in memory at once, however many rows commit together. More are no faster.
+#: The number of rows that are read, inserted and in memory at once, whatever the batch size. More are not faster.
 PAGE_ROWS = 5_000
-#: How long a transaction may wait for its next page; seconds. Where connections are scarce, the page may be waiting for
-#: the very connection that the transaction holds.
+#: The maximum time in seconds that a transaction waits for its next page. If connections are scarce, the page may be
+#: waiting for the connection that the transaction has.
 MAX_WAIT = 1.0
 
 Answer = TypeVar("Answer")
@@ -28,7 +28,7 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True, slots=True)
 class MappedPage:
-    """Rows that were read together, mapped; the key to go on after; and whether there are no more."""
+    """Mapped rows that were read together, and the key after which the next page begins."""
 
     rows: list[MappedRow]
     key: Key | None
@@ -36,18 +36,18 @@ class MappedPage:
 
     @property
     def new_rows(self) -> int:
-        """Rows that no run has looked at."""
+        """The number of rows that no run has read."""
         return sum(row.known_reason is None for row in self.rows)
 
 
 class ReadingThread:
-    """A thread that reads for another one, on a connection of its own. It starts when it is first asked.
+    """A thread that reads for another one, on its own connection. It starts at the first call of `ask`.
 
-    Used as a context manager, it is gone afterwards, and its connection with it.
+    The context manager ends the thread and closes its connection.
     """
 
     def __init__(self, connection: BaseDatabaseWrapper) -> None:
-        """`connection` is Django's own name for it, which means another connection in every thread."""
+        """Create the thread. `connection` is Django's proxy, which is another connection in each thread."""
         self._connection = connection
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
 
@@ -59,24 +59,24 @@ class ReadingThread:
         self._thread.shutdown(wait=True)
 
     def ask(self, read: Callable[..., Answer], *arguments: object) -> Future[Answer]:
-        """Let it read, after what it was asked for before."""
+        """Call `read` on the thread, after earlier calls."""
         return self._thread.submit(self._read, read, *arguments)
 
     def _read(self, read: Callable[..., Answer], *arguments: object) -> Answer:
         try:
             return read(*arguments)
         except DjangoDatabaseError:
-            # Whatever is wrong with the connection, the next try begins with a fresh one.
+            # The next call gets a new connection, whatever is wrong with this one.
             self._close()
             raise
 
     def _close(self) -> None:
-        # Only here does the name mean the connection of this thread.
+        # The proxy refers to the connection of this thread only when used on it.
         self._connection.close()
 
 
 class ReadAhead:
-    """Hands out a source page by page. The page that comes next is being read meanwhile."""
+    """Yields a source page by page, and reads the next page meanwhile."""
 
     def __init__(self, reader: SourceReader, rules: Rules, thread: ReadingThread) -> None:
         self._reader = reader
@@ -90,15 +90,15 @@ class ReadAhead:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let nothing be read any more that nobody waits for."""
+        """Cancel the read of the next page, or wait for its end."""
         if self._coming is not None and not self._coming.cancel():
             wait([self._coming])
 
     def pages(self, after: Key | None, rows: int, new_rows: int | None = None) -> Iterator[MappedPage]:
-        """The pages of a batch of at most so many rows, and so many that no run has looked at, from after a key on.
+        """Yield the pages of a batch after a key: at most `rows` rows, and at most `new_rows` that no run has read.
 
-        None when the source is at its end. A batch ends early rather than let its transaction wait long for a page.
-        Raises what the reading raised.
+        Yields nothing at the end of the source. A batch ends early if its transaction would wait longer than MAX_WAIT
+        for a page. Raises the errors of reading.
         """
         left = rows
         timeout = None
@@ -117,14 +117,14 @@ class ReadAhead:
             yield page
 
     def ask_the_ledger(self) -> None:
-        """Ask the ledger about every row from now on: something of what was read may be settled by now."""
+        """Read the ledger entry of every row from now on, because rows that were read may be migrated meanwhile."""
         self._reader = self._reader.asking_the_ledger()
         self._asked = self._coming = None
 
     def _page(self, after: Key | None, size: int, new_rows: int | None, timeout: float | None) -> MappedPage | None:
-        """A page; None when it does not come within so many seconds. It can be asked for again then."""
+        """Return a page, or None if it is not read within `timeout` seconds. Then it can be requested again."""
         coming, asked = self._coming, self._asked
-        # A batch may have become larger since, which is no reason to read its first rows again.
+        # If the batch size has grown since, the rows that were read are used.
         if coming is None or asked is None or asked[0] != after or asked[1] > size or asked[2] != new_rows:
             if timeout is None:
                 return self._read(after, size, new_rows)

@@ -1,7 +1,7 @@
-"""What people said about rows in conflict, for whoever maps these rows. `crm.conflicts.resolving` records it.
+"""Reads the resolutions of rows in conflict, which `crm.conflicts.resolving` records.
 
-A run takes the rows with a resolution last, and in one place: whose contact they are must not depend on which
-worker is faster, and what they refer to may be made by this very run.
+A run processes rows with a resolution last, in one process: their contact must not depend on the speed of workers, and
+this run may create the contact that they are assigned to.
 """
 
 from __future__ import annotations
@@ -40,26 +40,26 @@ class _Recorded(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Resolutions:
-    """Resolutions by the key of their row's ledger entry; people make them one by one, so they are few."""
+    """Resolutions by the key of the row's ledger entry. They are few, because people make them one by one."""
 
     by_id: Mapping[str, Resolution] = field(default_factory=dict)
     source_ids: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @classmethod
     def pending(cls, database: BaseDatabaseWrapper, facts: DatabaseFacts) -> Self:
-        """The resolutions of rows that are not settled; none, with a warning, where a dry run may not see them."""
+        """Return the resolutions of rows that are not migrated. If this role may not read them: none, and a warning."""
         readable = is_readable(database)
         if readable is False:
-            logger.warning("this role may not read conflict_decision: the dry run takes no decision into account")
+            logger.warning("this role may not read conflict_decision: the dry run applies no resolution")
         return cls._of(_fetched(database, _PENDING) if readable and facts.has_ledger else [])
 
     @classmethod
     def every(cls, database: BaseDatabaseWrapper) -> Self:
-        """All resolutions, also those that were carried out. Raises OperatorError where this role may not see them."""
+        """Return all resolutions, also applied ones. Raises OperatorError if this role may not read them."""
         readable = is_readable(database)
         if readable is False:
             raise OperatorError(
-                "This role may not read what was decided about rows in conflict. Let the owner GRANT SELECT on "
+                "This role may not read the resolutions of rows in conflict. As the owner, GRANT SELECT on "
                 "conflict_decision."
             )
         return cls._of(_fetched(database, _ALL) if readable else [])
@@ -73,11 +73,11 @@ class Resolutions:
         return cls({identifier: resolution for identifier, _, resolution in recorded}, source_ids)
 
     def among(self, sources: Iterable[Source]) -> list[Source]:
-        """Those of the sources that may have rows with a resolution."""
+        """Return the sources that may have rows with a resolution."""
         return [source for source in sources if self.source_ids.get(source.table)]
 
     def applied(self, rows: list[MappedRow]) -> list[MappedRow]:
-        """The rows, each with its resolution where there is one."""
+        """Return the rows with their resolutions."""
         return [self._resolved(row) for row in rows] if self.by_id else rows
 
     def _resolved(self, row: MappedRow) -> MappedRow:
@@ -91,7 +91,7 @@ class Resolutions:
 
 
 def is_readable(database: BaseDatabaseWrapper) -> bool | None:
-    """Whether the resolutions may be read; None where there is no table of them as yet."""
+    """Return whether this role may read the resolutions; None if their table does not exist."""
     with database.cursor() as cursor:
         cursor.execute(_IS_READABLE, [settings.BACKFILL_SCHEMA])
         row = cursor.fetchone()

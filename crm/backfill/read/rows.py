@@ -1,7 +1,7 @@
-"""Ledger entries with their contacts and source rows, as they are now, for the comparison. Only reads.
+"""Reads ledger entries with their current contacts and source rows, for the verification. Only reads.
 
-Entries come sorted by contact in one stream: the ledger has no index on the contact, and a look-up for every page would
-read all of it each time. Rows and contacts are index probes, one statement a page for each table.
+Entries are read in one stream sorted by contact: the ledger has no index on the contact of created entries, so a lookup
+per page would read all of it each time. Rows and contacts are read by index, with one statement per page and table.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from crm.rules.source_rows import SOURCE_TABLES, RawRow
 
 logger = logging.getLogger(__name__)
 
-# The first one has the counts: of what is proven for its id, and of what is touched for its source id.
+# The first row has counts: the proven contacts as its id, and the modified ones as its source id.
 _ENTRIES = f"""
 WITH proven AS MATERIALIZED ({{proven}})
 SELECT id, source, source_id, outcome, contact_id, run_id, source_updated_at, filled, seen_preparer,
@@ -59,7 +59,7 @@ SELECT id, source, source_id, outcome, contact_id, run_id, source_updated_at, fi
 """
 #: A query that proves no contact.
 NONE_PROVEN = "SELECT NULL::text AS id, false AS touched WHERE false"
-# Whatever the planner believes of tables that a run has just filled: a join of whole tables is no nested loop.
+# The planner lacks statistics of tables that a run has just filled, and would join whole tables by nested loops.
 _FOR_WHOLE_TABLES = "SET LOCAL enable_nestloop = off; SET LOCAL work_mem = '64MB'"
 _FOR_PAGES = "SET LOCAL enable_nestloop = on"
 # Each LATERAL with its LIMIT is one index probe a row, whatever the planner believes. The last column tells whether the
@@ -79,9 +79,9 @@ SELECT has_column_privilege(attrelid, attnum, 'SELECT') FROM pg_attribute
 
 
 class EntriesOfContact(NamedTuple):
-    """The entry of the row that made a contact, and those of the rows that were merged into it or updated it.
+    """The entry of the row that created a contact, and those of the rows that were merged into it or updated it.
 
-    Those stand in the order of their runs: what emptied again may have been filled more than once.
+    `later` is in the order of the runs: a field that was emptied may have been filled more than once.
     """
 
     creator: Entry
@@ -89,7 +89,7 @@ class EntriesOfContact(NamedTuple):
 
     @property
     def merged(self) -> list[Entry]:
-        """The entries of the rows that were merged."""
+        """The entries of the merged rows."""
         return [entry for entry in self.later if entry.outcome == Outcome.MERGED]
 
     @property
@@ -111,7 +111,7 @@ class FoundRow(NamedTuple):
 
 
 class Proven(NamedTuple):
-    """How many contacts the server proved to be as they should be, and how many of them somebody touched."""
+    """The number of contacts that the server proved to be correct, and of those that were modified."""
 
     contacts: int
     touched: int
@@ -120,12 +120,12 @@ class Proven(NamedTuple):
 def entries_of_contacts(
     connection: BaseDatabaseWrapper, facts: DatabaseFacts, proven: tuple[str, Mapping[str, Any]]
 ) -> tuple[Proven, Iterator[EntriesOfContact]]:
-    """How many contacts are proven by a query that names them, and the entries of every other contact of ours.
+    """Return the counts of proven contacts, and an iterator of the entries of all other contacts of the backfill.
 
-    Such a query has the columns `id` and `touched`; it comes with its parameters.
+    `proven` is a query of the proven contacts, with the columns `id` and `touched`, and its parameters.
     """
     try:
-        # Inside a transaction, a statement that fails would be the last one.
+        # A savepoint: without it, a failed statement would abort the transaction.
         with transaction.atomic(using=connection.alias):
             counts, entries = _proven_and_others(connection, facts, *proven)
     except DatabaseError as error:
@@ -157,7 +157,7 @@ def _contact_by_contact(entries: Iterable[Entry]) -> Iterator[EntriesOfContact]:
 
 
 def may_read_user_changes(connection: BaseDatabaseWrapper) -> bool:
-    """Whether this role may see when a user was changed: the backfill itself does without."""
+    """Return whether this role may read when a user changed, which a run does not need."""
     with connection.cursor() as cursor:
         cursor.execute(_USER_CHANGES_READABLE, [settings.LEGACY_SCHEMA])
         return bool(cursor.fetchone() == (True,))
@@ -165,7 +165,7 @@ def may_read_user_changes(connection: BaseDatabaseWrapper) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class RowReader:
-    """Reads contacts and source rows by id, a page at a time."""
+    """Reads contacts and source rows by id, page by page."""
 
     connection: BaseDatabaseWrapper
     facts: DatabaseFacts
@@ -175,11 +175,11 @@ class RowReader:
     referrers: Referrers = field(default_factory=Referrers)
 
     def contacts(self, ids: Iterable[str]) -> dict[str, ContactSnapshot]:
-        """Contacts by id; those that were deleted are not there."""
+        """Return the existing contacts by id."""
         return SnapshotReader(self.connection, self.missing_columns).read(ids)
 
     def source_rows(self, entries: Iterable[Entry]) -> dict[str, FoundRow]:
-        """The source rows of entries, by their reference; those that are gone are not there."""
+        """Return the existing source rows of entries, by reference."""
         of_table: dict[str, dict[str, Entry]] = {table: {} for table in SOURCE_TABLES}
         for entry in entries:
             of_table[entry.table][entry.source_id] = entry

@@ -1,4 +1,4 @@
-"""Contacts by id, as they are now: for updates, rollbacks and verifications alike. Only reads."""
+"""Reads the current contacts by id, for updates, rollbacks and verifications. Only reads."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from crm.postgres.loaders import read_as_text
 from crm.rules.mapping import ContactDraft
 from crm.rules.snapshot import ContactSnapshot
 
-#: The version of a contact `c`; a view has none, and a dry run may have no right to read it.
+#: The version of a contact `c`. A view has none, and a dry run may lack the right to read it.
 VERSION = "c.xmin::text"
 
-# The LATERAL with its LIMIT is one index probe a contact, whatever the planner believes.
+# LATERAL with LIMIT is always one index probe per contact, whatever the planner estimates.
 _CONTACTS = """
 SELECT c.* FROM unnest(%s::text[]) AS wanted(id) CROSS JOIN LATERAL (
   SELECT {version}, {set_elsewhere}, {columns}
@@ -26,7 +26,7 @@ SELECT c.* FROM unnest(%s::text[]) AS wanted(id) CROSS JOIN LATERAL (
 
 @dataclass(frozen=True, slots=True)
 class SnapshotReader:
-    """Reads contacts by id. What is read besides the columns of a draft is given as SQL of a contact `c`."""
+    """Reads contacts by id. The fields are SQL expressions over a contact `c`, read besides the columns of a draft."""
 
     connection: BaseDatabaseWrapper
     missing_columns: Collection[str] = ()
@@ -34,7 +34,7 @@ class SnapshotReader:
     set_elsewhere: str = "ARRAY[]::text[]"
 
     def read(self, ids: Iterable[str]) -> dict[str, ContactSnapshot]:
-        """Those of these contacts that are there, by their id."""
+        """Return the contacts with these ids that exist, by id."""
         query = _CONTACTS.format(
             version=self.version,
             set_elsewhere=self.set_elsewhere,
@@ -53,5 +53,5 @@ class SnapshotReader:
 
 
 def missing_columns(facts: DatabaseFacts) -> Collection[str]:
-    """The columns of a contact that the table lacks."""
+    """Return the columns of a contact that the table lacks."""
     return () if facts.has_attribution else ATTRIBUTION_COLUMNS

@@ -1,11 +1,11 @@
-"""Pages of source rows by keyset. Only reads.
+"""Reads pages of source rows by keyset. Only reads.
 
-A row whose ledger entry says created, merged or exists is not read again. That is an anti-join on the ledger's key and
-no watermark, so no row is ever missed; where no row has an entry as yet, there is nothing to be asked. Every look-up
-beside the paged table is a LATERAL with a LIMIT, and what is asked of it is opaque to the planner: a page stays a walk
-along an index, with one probe a row, whatever the planner believes of tables that this very run is filling.
+A migrated row is not read again. This is an anti-join on the key of the ledger instead of a watermark, so no row is
+missed. If no row of a source has an entry, the ledger is not read. Each lookup in another table is a LATERAL with a
+LIMIT, and its conditions are opaque to the planner. So a page is always an index scan with one probe per row, whatever
+the planner estimates for tables that this run is filling.
 
-Timestamps and rates are fetched as PostgreSQL's own text: they are carried over, so nothing is gained by parsing them.
+Timestamps and rates are read as PostgreSQL's text. They are copied, so they need not be parsed.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from crm.rules.source_rows import SOURCE_TABLES, RawRow, SourceTable
 
 Key = tuple[str | None, ...]
 
-#: What the texts of a page may take together; bytes. One row may take more.
+#: The maximum size of the texts of a page in bytes. A single row may be larger.
 BYTES_OF_PAGE = 4_000_000
-#: Begins the key of a page of ids that several rows have. No text of PostgreSQL's has a NUL.
+#: The first part of the key of a page of ids that several rows have. A text of PostgreSQL contains no NUL.
 _REPEATED = "\0repeated"
 
 
@@ -48,7 +48,7 @@ def address_of_profile(spelled: Callable[[str], str], missing: Container[str], p
 
 
 def entry_of_row(columns: str = "outcome, reason, run_id") -> str:
-    """Return what joins to a row `r` of `{table}` its entry in the ledger, as `entry` with these columns."""
+    """Return the SQL that joins to a row `r` of `{table}` its ledger entry, as `entry` with these columns."""
     return f"""
        LEFT JOIN LATERAL (
          SELECT {columns} FROM ledger_entry WHERE id = {contact_id_sql("'{table}:' || r.id")} LIMIT 1
@@ -56,15 +56,15 @@ def entry_of_row(columns: str = "outcome, reason, run_id") -> str:
 
 
 class Choice(NamedTuple):
-    """Which rows a reader looks at: what is joined to a row `r` of `{table}`, and the condition."""
+    """Which rows a reader reads: the SQL of the join to a row `r` of `{table}`, and the condition."""
 
     join: str
     condition: str
 
 
-#: The rows that have no settled entry in the ledger.
+#: The rows that are not migrated.
 UNSETTLED = Choice(entry_of_row(), "(entry.outcome IS NULL OR entry.outcome = 'error')")
-#: Those, and the rows whose contact is gone. So is one that was made again since the row came to it, under its old id.
+#: These, and rows whose contact is missing, or was created again under its old id since the row matched it.
 UNSETTLED_OR_GONE = Choice(
     entry_of_row("outcome, contact_id, reason, run_id"),
     f"""({UNSETTLED.condition} OR (SELECT true FROM crm_contacts c WHERE c.id = entry.contact_id LIMIT 1) IS NULL
@@ -72,8 +72,8 @@ UNSETTLED_OR_GONE = Choice(
               WHERE made.id = entry.contact_id AND made.outcome = 'created' LIMIT 1))""",
 )
 _NO_ENTRY = " CROSS JOIN (SELECT NULL::text AS outcome, NULL::text AS reason, NULL::bigint AS run_id) entry"
-#: Every row, and the ledger is not asked: for a source of which no row had an entry when the run began. Should one have
-#: got an entry since, the ledger's key refuses a second, and the batch is read again, asking.
+#: Every row, without reading the ledger, for a source without entries at the start of the run. If a row got an entry
+#: since, the key of the ledger refuses a second one, and the batch is read again with the ledger.
 EVERY_ROW = Choice(_NO_ENTRY, "true")
 #: These rows, which had an entry a moment ago. No ids that several rows have: those have no contact.
 ROWS_WITH_ENTRY = Choice(_NO_ENTRY, "r.id IS NOT NULL")
@@ -85,13 +85,13 @@ _PAGE = """
 SELECT {values}, {bytes} AS bytes
   FROM (SELECT {columns} FROM {table} r {entry} WHERE {labels} {conditions} ORDER BY {order} LIMIT %(size)s) r {join}
 """
-# The rows before which not all bytes are spent: one row at least, however long it is.
+# The rows up to the maximum size of a page, but at least one row.
 _BOUNDED = """
 SELECT * FROM (
   SELECT page.*, sum(bytes) OVER (ORDER BY {order} ROWS UNBOUNDED PRECEDING) AS through FROM ({page}) page
 ) page WHERE through - bytes < %(bytes)s ORDER BY {order}
 """
-# A page without its values, for one of which a value cannot be read.
+# The keys of a page without its values, used if a value cannot be read.
 _KEYS = "SELECT r.id, {moment}, entry.reason FROM {table} r {entry} WHERE {labels} {conditions}"
 _AFTER_ID = "r.id > %(id)s"
 _AFTER_MOMENT = "({moment}, r.id) > (%(created_at)s::timestamp, %(id)s)"
@@ -99,8 +99,8 @@ _NO_MOMENT = "{moment} IS NULL"
 _BYTES = "COALESCE(octet_length({}::text), 0)"
 _ENTRIES = "SELECT id, outcome, reason, run_id FROM ledger_entry WHERE id = ANY(%s)"
 
-# One person's rows are all in one partition, so that who comes first is the same for any number of them. The part of
-# an address before the @ is ASCII, or the row is an error: the "C" collation lower-cases it exactly as Python does.
+# All rows of a person are in one partition, so that their order does not depend on the number of partitions. The local
+# part of an address is ASCII, otherwise the row is an error: the "C" collation converts it to lower case like Python.
 _OF_ADDRESS = f"COALESCE({trimmed_address_sql('r.email')}, r.id)"
 # An intake belongs to its profile if that has a contact. Profiles are settled before the first intake is read.
 _OF_INTAKE = f"""COALESCE(
@@ -114,15 +114,15 @@ _OF_INTAKE = f"""COALESCE(
         {_OF_ADDRESS})"""
 _IN_PARTITION = """abs(hashtext(lower(split_part({person}, '@', 1) COLLATE "C")) %% %(partitions)s) = %(partition)s"""
 
-# What the planner takes for half of the rows, since it does not look into it. It would take them for next to none, by
-# statistics that know of no row without an entry, or by none at all; and then it would sort whole tables for every
-# page, instead of walking along the index until the page is full.
+# The planner estimates that half of the rows satisfy this, because it does not look into a CASE. By statistics without
+# rows that have no entry, or without statistics, it would estimate nearly none, and sort whole tables for each page
+# instead of scanning the index until the page is full.
 _OPAQUE = "CASE WHEN {} THEN true ELSE false END"
 
 
 @dataclass(frozen=True, slots=True)
 class Partition:
-    """One of `count` shares of the people."""
+    """One of `count` disjoint shares of the people."""
 
     number: int
     count: int
@@ -133,14 +133,14 @@ EVERYBODY = Partition(0, 1)
 
 @dataclass(frozen=True, slots=True)
 class Apart:
-    """Rows by id that are taken apart from the others: either these alone are read, or all but these."""
+    """Rows by id that are read separately: only these if `alone`, otherwise all others."""
 
     source_ids: Sequence[str]
     alone: bool
 
 
 class Fault(NamedTuple):
-    """A row of which nothing but the id can be told, what earlier runs said of it, and why it cannot be a contact."""
+    """A row of which only the id is known, the reason of its error in earlier runs, and the current reason."""
 
     source_id: str
     known_reason: str | None
@@ -150,9 +150,9 @@ class Fault(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Source rows that were read at once, as they came from the database.
+    """Source rows that were read together, as they came from the database.
 
-    `key` is the one to go on after; `faults` are rows that stand in no order among the others.
+    The next page begins after `key`. `faults` have no position among the other rows.
     """
 
     rows: list[RawRow]
@@ -184,21 +184,21 @@ class SourceReader:
     referrers: Referrers = field(default_factory=Referrers, compare=False)
 
     def asking_the_ledger(self) -> SourceReader:
-        """The same reader, which asks the ledger about every row where that was spared up to now."""
+        """Return this reader, but with the ledger entry of every row read if it skipped the ledger."""
         return replace(self, choice=UNSETTLED) if self.choice == EVERY_ROW else self
 
     def page(self, after: Key | None, size: int, most_new: int | None = None) -> Page:
-        """Return at most `size` of the rows to read, from strictly after a key on; fewer where they are long.
+        """Return at most `size` of the rows to read that follow a key; fewer if they are long.
 
-        Of rows that no run has read yet, at most `most_new`.
+        At most `most_new` of them are rows that no run has read.
 
-        An error is tried again by every run, and once by each: a batch may have been committed though nobody heard so.
-        A row that cannot be read is a fault of the page, and ids that several rows have come last, as faults as well.
+        Each run retries a row in error once, even if the answer to the commit of its batch was lost. A row that cannot
+        be read is a fault of the page. Ids that several rows have are last, as faults.
         """
         if after is not None and after[0] == _REPEATED:
             return self._repeated(str(after[1]), size, most_new)
         page = self._cut_page(after, size, most_new)
-        # Rows without a moment come after the others, and no key of another row leads to them.
+        # Rows without a creation time are last, and do not follow from the key of another row.
         if self._may_lack_moments and page.is_last and after is not None and after[0] is not None:
             page = self._joined(page, partial(self._cut_page, (None, None)), size, most_new)
         if self._takes_repeated and page.is_last:
@@ -206,7 +206,7 @@ class SourceReader:
         return page
 
     def _joined(self, page: Page, read: Callable[[int, int | None], Page], size: int, most_new: int | None) -> Page:
-        """The page with what else is read where it leaves room for that."""
+        """Return the page with more rows if it has room for them."""
         room = size - len(page)
         if most_new is not None:
             most_new -= sum(row.known_reason is None for row in page.rows) + sum(
@@ -222,7 +222,7 @@ class SourceReader:
         return SOURCE_TABLES[self.source.table]
 
     def _order(self, alias: str = "r") -> str:
-        """What rows are sorted by."""
+        """Return the ORDER BY list."""
         return f"{self._moment(alias)}, {alias}.id" if self._table.is_sorted_by_creation else f"{alias}.id"
 
     def _moment(self, alias: str = "r") -> str:
@@ -235,7 +235,7 @@ class SourceReader:
 
     @property
     def _takes_repeated(self) -> bool:
-        """Whether it is this reader that brings the ids that several rows have."""
+        """Whether this reader returns the ids that several rows have."""
         is_home = self.source is SOURCE_OF_STRAYS[self.source.table] and self.partition.number == 0
         return (
             is_home
@@ -274,14 +274,14 @@ class SourceReader:
         return Page(rows, key, len(rows) < size and not is_cut)
 
     def _guarded(self) -> AbstractContextManager[None]:
-        """Keep a statement that fails from being the last one of a transaction."""
+        """Use a savepoint in a transaction, so that a failed statement does not abort it."""
         if not self.connection.in_atomic_block:
             return nullcontext()
         guard: AbstractContextManager[None] = transaction.atomic(using=self.connection.alias)
         return guard
 
     def _read_apart(self, after: Key | None, size: int) -> Page:
-        """Read a page of which a row cannot be read, so that the others are read. Raises what `read_in_parts` does."""
+        """Read a page; rows that cannot be read become faults. Raises the errors of `read_in_parts`."""
         moment = self._moment() if self._table.is_sorted_by_creation else "NULL"
         query, parameters = self._query(_KEYS, after, moment=moment)
         with self.connection.cursor() as cursor:
@@ -308,7 +308,7 @@ class SourceReader:
         return page
 
     def _query(self, form: str, after: Key | None, **parts: str) -> tuple[str, dict[str, Any]]:
-        """A query of `form` for the rows from strictly after a key on, and its parameters."""
+        """Return a query of `form` for the rows that follow a key, and its parameters."""
         table = self.source.table
         parameters: dict[str, Any] = {
             "labels": self.facts.labels_of(self.source),
@@ -368,7 +368,7 @@ class SourceReader:
         )
 
     def _start(self, after: Key | None, parameters: dict[str, Any]) -> list[str]:
-        """The conditions of the rows that have an id of their own, from strictly after a key on."""
+        """Return the conditions of the rows with a unique id that follow a key."""
         table = self.source.table
         conditions = []
         if after is not None:
@@ -386,7 +386,7 @@ class SourceReader:
         return conditions
 
     def _repeated(self, after: str, size: int, most_new: int | None) -> Page:
-        """Ids that several rows have, of which no row can be told from another: each is an error, once."""
+        """Return the ids that several rows have, each as one error, because the rows cannot be distinguished."""
         table = self.source.table
         waiting = {contact_id(table, identifier): identifier for identifier in self.facts.repeated_ids.get(table, ())}
         entries = {}
@@ -407,12 +407,12 @@ class SourceReader:
         return Page([], (_REPEATED, some[-1].source_id) if some else None, len(some) == len(found), some)
 
     def _cut_page(self, after: Key | None, size: int, most_new: int | None) -> Page:
-        """A page up to the last of so many rows that no run has looked at."""
+        """Return a page with at most `most_new` rows that no run has read."""
         page = self._page(after, size)
         if most_new is None:
             return page
         if page.faults:
-            # They stand in no order, so the page cannot be cut.
+            # They have no position, so the page cannot be cut.
             return self._page(after, min(size, most_new))
         news = [number for number, row in enumerate(page.rows) if row.known_reason is None]
         if len(news) < most_new:

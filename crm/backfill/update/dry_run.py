@@ -1,4 +1,4 @@
-"""The dry run of --update: decides as the writer does, and records the changes in the overlay."""
+"""The dry run of --update: finds changes like the writer, and records them in the overlay."""
 
 from __future__ import annotations
 

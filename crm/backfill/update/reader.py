@@ -1,9 +1,8 @@
-"""What is to be looked at again, and how it stands now. Only reads.
+"""Reads the rows to revisit, and the current state of their contacts. Only reads.
 
-The condition is asked of every row that has a settled entry, so each part of it costs no more than an index probe a
-row. A scalar subquery with a LIMIT stays one, whatever the planner believes. Each part says no again once what it asks
-for is done: a second look at the same rows finds nothing. On most nights few rows are due: they are listed first, by
-one pass over rows and entries, and looked up by their ids.
+The condition is evaluated for every migrated row, so each part of it costs at most one index probe per row: PostgreSQL
+cannot turn a scalar subquery with a LIMIT into a join. A row that was revisited does not satisfy the condition again.
+Usually few rows are due. They are listed first, in one pass over rows and entries, and then read by their ids.
 """
 
 from __future__ import annotations
@@ -48,8 +47,7 @@ from crm.rules.updating import RevisitedContact, RowOfContact
 _SEEN = "COALESCE(seen_updated_at, source_updated_at) AS seen, seen_updated_at, seen_preparer"
 _ENTRY_OF_ROW = entry_of_row(f"outcome, contact_id, {_SEEN}, reason, run_id")
 _CONTACT = "FROM crm_contacts c WHERE c.id = entry.contact_id LIMIT 1"
-# Newer, as a rule. Put back to what it was before, it has changed as well. Or it came to a contact, and no update has
-# looked at it.
+# The row changed, normally to a later time, or it matched a contact and no update has revisited it.
 _DUE = f"""
 (({{updated_at}} <> entry.seen OR (entry.outcome <> 'created' AND entry.seen_updated_at IS NULL))
  AND (SELECT true {_CONTACT}))
@@ -57,7 +55,7 @@ _DUE = f"""
 _PLACEHOLDERS = ", ".join(
     f"'{kind.lower()}-' || lower(r.id){of_its_own}"
     for kind in CONTACT_TYPE_OF_SOURCE.values()
-    # An id that is not in lower case: see mapping.placeholder_name, and what earlier versions made of it.
+    # With and without the hash of an id that is not in lower case: earlier versions did not append it.
     for of_its_own in ("", " || '-' || left(encode(sha256(convert_to(r.id, 'UTF8')), 'hex'), 12)")
 )
 _HAS_EMAIL_NOW = f"""
@@ -119,9 +117,9 @@ def _columns_of_preparer(facts: DatabaseFacts, source: Source) -> tuple[str | No
 
 
 def rows_to_revisit(facts: DatabaseFacts, source: Source, *, with_unsettled: bool) -> Choice:
-    """The rows of a source that are to be looked at again.
+    """Return the condition of the rows of a source that are to be revisited.
 
-    `with_unsettled` adds those that have no settled entry: in a dry run, they would have one by now.
+    `with_unsettled` adds the rows that are not migrated: a dry run revisits the rows that it would have migrated.
     """
     if not facts.has_ledger:
         return UNSETTLED
@@ -136,7 +134,7 @@ def rows_to_revisit(facts: DatabaseFacts, source: Source, *, with_unsettled: boo
     return Choice(_ENTRY_OF_ROW, f"({condition})")
 
 
-# Every row that may be due, in one pass over both tables: a probe a row would cost ten times as much.
+# Every row that may be due, in one pass over both tables: one probe per row would be ten times slower.
 _MAY_BE_DUE = """
 SELECT r.id FROM {table} r JOIN ledger_entry entry ON entry.source_id = r.id AND entry.source = ANY(%(sources)s)
  WHERE entry.outcome <> 'error' AND ({updated_at} <> COALESCE(entry.seen_updated_at, entry.source_updated_at)
@@ -155,7 +153,7 @@ SELECT given."clientId" FROM {CLIENT_PREPARERS} given
    AND entry.outcome <> 'error'
  WHERE given."isActive" AND {_IS_ANOTHER.format(raw='given."preparerId"')}
 """
-#: More rows than these are not listed.
+#: The maximum number of rows that are listed.
 MAX_LISTED = 50_000
 
 
@@ -170,15 +168,15 @@ class DueReader(SourceReader):
     listed: dict[str, Sequence[str] | None] = field(default_factory=dict, compare=False)
 
     def page(self, after: Key | None, size: int, most_new: int | None = None) -> Page:
-        """At most `size` rows that are due, from strictly after a key on."""
+        """Return at most `size` due rows that follow a key."""
         table = self.source.table
         if table not in self.listed:
             self.listed[table] = self._few()
-        # By name: dataclasses with slots know no super() without arguments.
+        # A dataclass with slots cannot use super() without arguments.
         return SourceReader.page(replace(self, ids=self.listed[table]), after, size, most_new)
 
     def _few(self) -> list[str] | None:
-        """The ids of all rows of the table that may be due, where they are few."""
+        """Return the ids of all rows of the table that may be due; None if they are more than MAX_LISTED."""
         table = self.source.table
         of_clients = table == Source.CLIENTS.table
         has_another = None if of_clients else _has_another_preparer(self.facts, self.source)
@@ -201,7 +199,7 @@ class DueReader(SourceReader):
 
 
 _ENTRIES = f"SELECT {COLUMNS} FROM ledger_entry entry WHERE entry.id = ANY(%s) AND entry.outcome <> 'error'"
-# Both by index, each of its own: of a contact's rows one made it at most, and most contacts have no other.
+# Each part has its own index: at most one row created the contact, and most contacts have no other row.
 ENTRIES_OF_CONTACTS = f"""
 SELECT {COLUMNS} FROM ledger_entry entry
  WHERE entry.id = ANY(%(ids)s) AND entry.outcome = 'created'
@@ -209,7 +207,7 @@ SELECT {COLUMNS} FROM ledger_entry entry
 SELECT {COLUMNS} FROM ledger_entry entry
  WHERE entry.contact_id = ANY(%(ids)s) AND entry.outcome IN ('merged', 'exists')
 """
-# Had somebody touched it between two updates, nobody could tell who wrote what.
+# If the contact was modified between two updates, it is unknown who wrote which value.
 _GIVEN = """
 SELECT contact_id, string_agg(columns, ','),
        CASE WHEN min(contact_updated_at) = max(contact_updated_at) THEN max(contact_updated_at) END
@@ -219,9 +217,9 @@ SELECT contact_id, string_agg(columns, ','),
 
 @dataclass(frozen=True, slots=True)
 class Present:
-    """Entries, rows and contacts as they are now.
+    """Reads the current entries, rows and contacts.
 
-    `with_versions` needs the right to read `xmin`, which a dry run may not have.
+    `with_versions` needs the right to read `xmin`, which a dry run may lack.
     """
 
     connection: BaseDatabaseWrapper
@@ -231,11 +229,11 @@ class Present:
     referrers: Referrers = field(default_factory=Referrers)
 
     def entries(self, rows: Iterable[MappedRow]) -> dict[str, Entry]:
-        """The settled entries of rows, by their id."""
+        """Return the entries of the migrated rows among these, by id."""
         return {entry.id: entry for entry in self._entries(_ENTRIES, [[row.id for row in rows]])}
 
     def entries_of(self, contacts: Collection[str]) -> list[Entry]:
-        """The settled entries of contacts."""
+        """Return the entries of the rows that created or matched these contacts."""
         return self._entries(ENTRIES_OF_CONTACTS, {"ids": list(contacts)})
 
     def _entries(self, query: str, parameters: Any) -> list[Entry]:
@@ -244,7 +242,7 @@ class Present:
         return read_entries(self.connection, self.facts.second_digits, query, parameters)
 
     def contacts(self, ids: Collection[str]) -> dict[str, RevisitedContact]:
-        """Those of these contacts that are there, by their id, without their rows."""
+        """Return the contacts with these ids that exist, by id, without their rows."""
         version = VERSION if self.with_versions else "''"
         reader = SnapshotReader(self.connection, missing_columns(self.facts), version=version)
         contacts = {key: RevisitedContact(snapshot) for key, snapshot in reader.read(ids).items()}

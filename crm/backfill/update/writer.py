@@ -56,7 +56,7 @@ SELECT id, contact_id, from_stage, to_stage, %s, entered_at
   FROM {steps}
 ON CONFLICT DO NOTHING RETURNING NULL
 """
-# Only if it still is what it was when the row was read: the row may have been settled again since.
+# Only if it is unchanged since the row was read: another writer may have revisited the row meanwhile.
 _SEEN = f"""
 UPDATE ledger_entry entry SET seen_updated_at = seen.at::timestamp, seen_preparer = seen.preparer
   FROM {unnest("seen", dict.fromkeys(("id", "before", "at", "preparer"), "text[]"))}
@@ -152,7 +152,7 @@ class UpdateWriter:
         lease.keep_alive(self._run_id)
 
     def _write_rows(self, source: Source, rows: Sequence[MappedRow]) -> list[Change]:
-        """Decide and write the changes of rows. If a contact changed concurrently, its rows are revisited.
+        """Find and write the changes of rows. If a contact changed concurrently, its rows are revisited.
 
         A contact that cannot be written after MAX_ATTEMPTS, or whose UPDATE a trigger suppresses, counts as refused.
         """
@@ -206,7 +206,7 @@ class UpdateWriter:
         return written
 
     def _log(self, refusals: Iterable[Refusal]) -> None:
-        """Say why contacts were refused; every reason once."""
+        """Log why contacts were refused, each reason once."""
         for refusal in {names_of_the_schema(self._connection, refusal) for refusal in refusals} - self._logged:
             self._logged.add(refusal)
             logger.warning(
