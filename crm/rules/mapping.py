@@ -121,10 +121,10 @@ class Resolution(NamedTuple):
 
 
 class MappedRow(NamedTuple):
-    """A source row with what it maps to: a draft, or the reason why it cannot be a contact.
+    """A source row with its draft, or with the reason why it cannot become a contact.
 
-    `raw_email` is the address as the source has it, None where there is none. `updated_at` is None where the row has
-    none that is a moment. `assigned_by` is None for a row without a preparer.
+    `raw_email` is the address as it is stored, or None. `updated_at` is None if the row has no valid one. `assigned_by`
+    is None for a row without a preparer.
     """
 
     id: str

@@ -123,11 +123,13 @@ class ExistingContacts:
         contacts_of_profiles: Mapping[str, str] | None = None,
         contacts_of_signups: Mapping[str, str] | None = None,
     ) -> None:
-        """Take contacts ordered by creation: of several spellings of one address, the oldest comes first.
+        """Create the index.
 
-        `profiles` are those whose users have an address of the batch's rows; `contacts_of_profiles` are the contacts of
-        the settled profiles that rows name, by profile id; `contacts_of_signups` those of the rows' users who were
-        migrated without a profile, by user id.
+        Arguments:
+            contacts: The contacts, ordered by creation: of several spellings of an address, the oldest is first.
+            profiles: The profiles whose users have an address of the rows of the batch.
+            contacts_of_profiles: The contacts of the migrated profiles to which the rows refer, by profile id.
+            contacts_of_signups: The contacts of the rows' users who were migrated without a profile, by user id.
         """
         self._contacts_of_profiles = contacts_of_profiles or {}
         self._contacts_of_signups = contacts_of_signups or {}
@@ -177,9 +179,9 @@ class ExistingContacts:
         return iter(self._by_id.values())
 
     def find(self, draft: ContactDraft, profile_id: str | None = None) -> ExistingContact | None:
-        """The contact that the draft's person has, or None. Raises Conflict when its keys disagree.
+        """Return the contact of the draft's person, or None. Raises Conflict if its keys belong to two contacts.
 
-        If the row names a profile that has a contact, it is that contact.
+        If the row refers to a profile that has a contact, it is that contact.
         """
         if profile_id and (contact := self._by_id.get(self._contacts_of_profiles.get(profile_id, ""))):
             return contact
@@ -214,9 +216,9 @@ class ExistingContacts:
         return {column: contact.id if contact else None for column, contact in by_key.items()}
 
     def _of_profile(self, draft: ContactDraft) -> ExistingContact | None:
-        """The contact of the profile whose user has the address of a draft that brings no account of its own.
+        """Return the contact of the profile whose user has the address of a draft without an account.
 
-        Of one that does, the contact of its user, who was migrated before there was a profile.
+        For a draft with an account, return the contact of its user if that was migrated before it had a profile.
         """
         if draft.user_id is not None:
             return self._by_id.get(self._contacts_of_signups.get(draft.user_id, ""))
@@ -295,9 +297,9 @@ def match_batch(rows: Iterable[MappedRow], known: ExistingContacts) -> MatchPlan
 
 
 def fill(contact: ExistingContact, draft: ContactDraft) -> tuple[str, ...]:
-    """Fill what is missing in the contact from a draft of its person; what was filled, by field or unit.
+    """Fill the empty fields of a contact from a draft of its person, and return the filled fields and units.
 
-    The identity keys come from profiles alone, attribution from leads and intakes alone: the others have none.
+    Only profiles have accounts. Only leads and intakes have an attribution.
     """
     filled: dict[str, Any] = {}
     names: list[str] = []

@@ -1,4 +1,4 @@
-"""A source row by its name: its table and its id, such as `profiles:<id>`."""
+"""References to source rows: table and id, such as `profiles:<id>`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class RowReference(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> RowReference:
-        """Return the row with this name. Raises OperatorError for anything else."""
+        """Parse a reference such as `leads:<id>`. Raises OperatorError for any other text."""
         table, _, source_id = text.partition(":")
         if table not in SOURCE_TABLES or not source_id:
             raise OperatorError(f"That names no row: write {FORMS}, as the reports do.")

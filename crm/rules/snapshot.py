@@ -12,7 +12,7 @@ class ContactSnapshot:
     """A contact as it was read. Columns that the table lacks are None.
 
     `version` is PostgreSQL's version of the row (`xmin`). `set_elsewhere` are columns that the backfill
-    never writes and that do not have their default. What was not asked for has its default here.
+    never writes and that do not have their default. Both have their default if the reader does not read them.
     """
 
     values: ContactDraft

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, NamedTuple, get_type_hints
 
-#: What Python's str.strip() takes away, for PostgreSQL's btrim(): both must see the same text. And as its literal.
+#: The characters that str.strip() removes, for PostgreSQL's btrim(): both must have the same result. Below it as SQL.
 WHITE_SPACE = "".join(character for character in map(chr, range(0x3001)) if character.isspace())
 _WHITE_SPACE = "E'" + "".join(f"\\u{ord(character):04x}" for character in WHITE_SPACE) + "'"
 
@@ -59,9 +59,9 @@ class KnownReason:
 
 
 class ProfileRow(NamedTuple):
-    """A profile with its user's email, with its own, which newer generations have, and with its preparer.
+    """A profile with its user's email, its own, which newer generations have, and its preparer.
 
-    Any column but the id may be NULL, whatever the application's own schema says.
+    Any column except the id may be NULL, even if the application's schema declares it NOT NULL.
     """
 
     id: Annotated[str, Own("id")]
@@ -170,7 +170,7 @@ PREPARER_CODES = ("trackingCode", "customTrackingCode", "shortLinkUsername")
 
 @dataclass(frozen=True)
 class SourceTable:
-    """A table of the application whose rows make contacts.
+    """A table of the application whose rows create contacts.
 
     `label` is the field that decides which source a row is of, `joining` makes what a row `r` is joined to (`join`).
     Where `is_sorted_by_creation`, a reader goes by that moment and the id, else by the id. A table that `is_optional`

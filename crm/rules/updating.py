@@ -67,12 +67,12 @@ class RowOfContact(NamedTuple):
 
 @dataclass(slots=True)
 class RevisitedContact:
-    """A contact whose rows are looked at again, as it is now and with what the rows before them changed.
+    """A contact whose rows are revisited, with the changes by earlier rows of the batch.
 
-    `made_at` is the `updatedAt` of the row that made it; None where somebody else did. `left_at` is the contact's
-    `updatedAt` when updates changed it; None where none did. `given` are the units that the backfill once filled, as
-    far as it matters. `rows` are in canonical order; `has_all_rows` tells whether none of them is gone, or not to be
-    migrated any more, and `was_assigned` whether one of them gave it a preparer.
+    `made_at` is the `updatedAt` of the row that created it, or None if it was created elsewhere. `left_at` is the
+    contact's `updatedAt` at its last update, or None if there was none. `given` are the units that the backfill filled
+    before; it may be incomplete for an unmodified contact. `rows` are in canonical order. `has_all_rows` is False if
+    one of them is missing or is excluded now. `was_assigned` is True if one of them gave it a preparer.
     """
 
     snapshot: ContactSnapshot
@@ -386,7 +386,7 @@ def _of_written(name: str, expected: _Expected, contact: RevisitedContact, rules
     if name == STAGE:
         return None if step <= 0 else _is_of_a_lead(contact.values.stage, rules)
     if name == TYPE and step < 0 and expected.origins[name].source not in _OF_ROLE:
-        return None  # no lead is taken back along the pipeline
+        return None  # the type of a lead follows the stage, which never moves back
     return True if getattr(expected.values, name) != getattr(contact.values, name) else None
 
 

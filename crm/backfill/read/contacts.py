@@ -147,7 +147,7 @@ class ContactIndex:
         return ExistingContacts(self.contacts(rows, others), profiles, named, signups)
 
     def contacts_of_named(self, rows: Iterable[MappedRow]) -> dict[str, str]:
-        """Return the contacts of the settled profiles that the rows name, by profile id."""
+        """Return the contacts of the migrated profiles to which the rows refer, by profile id."""
         return {name: self._of_named[name] for name in named_profiles(rows) if name in self._of_named}
 
     def contacts_of_signups(self, rows: Iterable[MappedRow]) -> dict[str, str]:

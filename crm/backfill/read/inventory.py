@@ -124,10 +124,10 @@ class _Table:
 def count_rows(
     connection: BaseDatabaseWrapper, facts: DatabaseFacts, run_id: int | None = None, *, with_signups: bool = False
 ) -> RowCounts:
-    """Count the source rows by what they are and by what the ledger says of them; each term by itself.
+    """Count the source rows by source, exclusion and outcome, each term separately.
 
-    With a run, its entries of rows that are not to be migrated are a fault. Signups without an entry are pending
-    `with_signups`, and otherwise excluded.
+    If `run_id` is given, entries of that run for excluded rows are counted as a fault. Signups without an entry are
+    pending if `with_signups`, and excluded otherwise.
     """
     settled, errors, pending = (dict.fromkeys(Source, 0) for _ in range(3))
     row_counts = RowCounts(0, {}, settled, errors, pending)
@@ -143,9 +143,9 @@ def count_rows(
 def take_inventory(
     connection: BaseDatabaseWrapper, facts: DatabaseFacts, *, with_gone: bool = False, with_signups: bool = False
 ) -> Inventory:
-    """Take the census, and list the rows to read where they are few.
+    """Count the source rows, and list the ids of the rows to read if they are few.
 
-    `with_gone` includes the settled rows whose contact is gone, `with_signups` those of signups.
+    `with_gone` includes the migrated rows whose contact is missing, `with_signups` the rows of signups.
     """
     row_counts = count_rows(connection, facts, with_signups=with_signups)
     left: dict[Source, list[str]] = {}

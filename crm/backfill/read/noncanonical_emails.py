@@ -1,8 +1,8 @@
-"""The stored addresses that no index finds by their canonical form, found by that form. Only reads.
+"""Finds stored addresses by their canonical form where no index does. Only reads.
 
-They are noted down in a temporary SQLite database on this machine: there may be any number of them, and memory is to
-stay what it is. Nothing of a person is in it but an id and a hash. What it says is a hint, to be looked up by id. The
-application goes on writing: the table is read again from time to time, in a bounded share of the time that passes.
+They are kept in a temporary SQLite database on this machine, so that any number of them needs no memory. It contains
+only ids and hashes. A result is a hint that must be looked up by id. The application keeps writing, so the table is
+read again from time to time, for a bounded share of the time.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class OwnAddresses(NoncanonicalAddresses):
 
 
 def noncanonical_addresses(connection: BaseDatabaseWrapper, table: str) -> Iterator[list[tuple[str, str]]]:
-    """The rows of a table whose `email` is not in its canonical form, page by page: id and canonical address."""
+    """Yield the rows of a table whose `email` is not in its canonical form, page by page: id and canonical address."""
     for rows in _addresses(connection, f"noncanonical_{table}", _NONCANONICAL.format(table=table)):
         page = [(identifier, address) for identifier, email in rows if (address := canonical_address(email)) != email]
         if page:

@@ -62,8 +62,8 @@ NONE_PROVEN = "SELECT NULL::text AS id, false AS touched WHERE false"
 # The planner lacks statistics of tables that a run has just filled, and would join whole tables by nested loops.
 _FOR_WHOLE_TABLES = "SET LOCAL enable_nestloop = off; SET LOCAL work_mem = '64MB'"
 _FOR_PAGES = "SET LOCAL enable_nestloop = on"
-# Each LATERAL with its LIMIT is one index probe a row, whatever the planner believes. The last column tells whether the
-# user of a profile was changed after the run that migrated the row had begun.
+# LATERAL with LIMIT is always one index probe per row, whatever the planner estimates. The last column is true if the
+# user of a profile was changed after the start of the run that migrated the row.
 _ROWS = """
 SELECT r.* FROM unnest(%(ids)s::text[], %(runs)s::bigint[]) AS wanted(id, run_id) CROSS JOIN LATERAL (
   SELECT {values}, {user_changed}
@@ -99,10 +99,10 @@ class EntriesOfContact(NamedTuple):
 
 
 class FoundRow(NamedTuple):
-    """A source row as it is now.
+    """The current state of a source row.
 
-    `mapped` is None for a row that is not to be migrated; `updated_at` is None where it is not known.
-    `user_changed` tells whether the user of a profile changed since.
+    `mapped` is None for an excluded row. `updated_at` is None if it is unknown. `user_changed` is True if the user of a
+    profile changed since.
     """
 
     updated_at: str | None

@@ -102,7 +102,7 @@ _ENTRIES = "SELECT id, outcome, reason, run_id FROM ledger_entry WHERE id = ANY(
 # All rows of a person are in one partition, so that their order does not depend on the number of partitions. The local
 # part of an address is ASCII, otherwise the row is an error: the "C" collation converts it to lower case like Python.
 _OF_ADDRESS = f"COALESCE({trimmed_address_sql('r.email')}, r.id)"
-# An intake belongs to its profile if that has a contact. Profiles are settled before the first intake is read.
+# An intake belongs to its profile if that has a contact. Profiles are migrated before the first intake is read.
 _OF_INTAKE = f"""COALESCE(
         (SELECT {{of_profile}}
            FROM profiles p
@@ -168,8 +168,8 @@ class Page:
 class SourceReader:
     """Reads one source by keyset.
 
-    `ids` are those of the rows that are to be looked at, where they are known, so that the others are passed over.
-    `referrers` remembers who referred people, from one page to the next.
+    `ids` are the ids of the rows to read, if they are known; other rows are skipped. `referrers` keeps the preparers of
+    referrers from one page to the next.
     """
 
     connection: BaseDatabaseWrapper

@@ -161,8 +161,8 @@ MAX_LISTED = 50_000
 class DueReader(SourceReader):
     """Reads the rows of a source that are due.
 
-    Where they are few, it lists them first and skips the others; otherwise it goes through all rows. The list is of the
-    whole table: `listed` keeps it for the other sources, by table.
+    If they are few, it lists them first and skips the others; otherwise it reads all rows. `listed` keeps the list of a
+    whole table for its other sources.
     """
 
     listed: dict[str, Sequence[str] | None] = field(default_factory=dict, compare=False)
