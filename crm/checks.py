@@ -21,7 +21,7 @@ from crm.errors import OperatorError, listed
 from crm.postgres.errors import as_operator_error
 from crm.postgres.facts.columns import OPTIONAL_TABLES, REQUIRED_COLUMNS
 from crm.postgres.facts.requirements import CONTACTS, HISTORY
-from crm.postgres.facts.rights import OUR_TABLES, RIGHTS, Operation, Right
+from crm.postgres.facts.rights import OUR_TABLES, RIGHTS, Right
 from crm.postgres.facts.schema import examine, find_misfits
 
 #: Columns that no query of the backfill reads.
@@ -235,7 +235,7 @@ def _on_own(rights: _Rights) -> dict[ColumnRight, bool]:
 
 def _is_needed(right: ColumnRight) -> bool:
     """Return whether every role of the backfill needs a right."""
-    return any(need.is_basic and need.operations != (Operation.VERIFY,) for need in _needs(right))
+    return any(need.is_basic for need in _needs(right))
 
 
 def _needs(right: ColumnRight) -> Iterator[Right]:

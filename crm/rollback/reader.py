@@ -15,7 +15,6 @@ from crm.backfill.read.entries import COLUMNS, COLUMNS_OF_UPDATE, NUMBER_OF_COLU
 from crm.backfill.read.profiles import read_profiles
 from crm.backfill.read.referrers import Referrers, referrer_of
 from crm.backfill.read.resolutions import Resolutions
-from crm.backfill.read.rows import may_read_user_changes
 from crm.backfill.read.snapshots import VERSION, SnapshotReader
 from crm.errors import OperatorError
 from crm.models import BackfillRun
@@ -84,14 +83,13 @@ class Reader:
     """Reads what the rollback of one run needs.
 
     `set_elsewhere` is an SQL array of the names of columns that the backfill does not write and that are not at their
-    default. `sees_user_changes` is False if this role may not read when a user changed.
+    default.
     """
 
     connection: BaseDatabaseWrapper
     facts: DatabaseFacts
     run: BackfillRun
     set_elsewhere: str
-    sees_user_changes: bool
     resolutions: Resolutions
     other_rules: OtherRules
     referrers: Referrers = field(default_factory=Referrers)
@@ -99,10 +97,9 @@ class Reader:
     @classmethod
     def of(cls, connection: BaseDatabaseWrapper, facts: DatabaseFacts, run: BackfillRun) -> Reader:
         """Return a reader for the rollback of `run`. Raises OperatorError if this role may not read all columns."""
-        sees_user_changes = may_read_user_changes(connection)
         resolutions = Resolutions.every(connection)
         other_rules = OtherRules.read(connection)
-        return cls(connection, facts, run, _set_elsewhere(connection), sees_user_changes, resolutions, other_rules)
+        return cls(connection, facts, run, _set_elsewhere(connection), resolutions, other_rules)
 
     def page(self, after: str, size: int) -> list[Entry]:
         """Return at most `size` entries of the run in the order of their ids, those after the id `after`."""
@@ -196,7 +193,7 @@ class Reader:
 
     def _source_rows(self, source: Source, source_ids: Sequence[str]) -> list[SourceRow]:
         table = SOURCE_TABLES[source.table]
-        sees_changes = table.row is ProfileRow and self.sees_user_changes
+        sees_changes = table.row is ProfileRow
         query = _ROWS.format(
             values=table.values,
             account_changed=_ACCOUNT_CHANGED if sees_changes else "false",

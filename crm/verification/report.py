@@ -217,11 +217,6 @@ def _notes(report: VerificationReport) -> Iterator[str]:
             f"Findings written by {written_by}: {count:,}. This is version {VERSION}, rules {RULES}. They stay "
             'unchanged: see "Install a new version" in docs/runbook.md.'
         )
-    if not report.sees_user_changes:
-        yield (
-            "This role may not read users.updatedAt, so the new address of a user is reported as a defect. Let the "
-            'owner of the table GRANT SELECT ("updatedAt") ON users.'
-        )
     if report.history_is_hidden:
         yield (
             "This role may not read crm_stage_history.id, so it was not checked whether the history has every "

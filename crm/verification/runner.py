@@ -12,7 +12,7 @@ from django.utils import timezone
 
 from crm.backfill.read.inventory import count_rows
 from crm.backfill.read.resolutions import Resolutions
-from crm.backfill.read.rows import RowReader, may_read_user_changes
+from crm.backfill.read.rows import RowReader
 from crm.errors import OperatorError
 from crm.outcome import RowCounts
 from crm.postgres.facts.columns import ATTRIBUTION_COLUMNS
@@ -38,7 +38,6 @@ class VerificationReport:
     comparison: Comparison
     findings: Findings
     figures: FiguresTable
-    sees_user_changes: bool
     history_is_hidden: bool
     started_at: datetime
     seconds: float
@@ -85,10 +84,9 @@ def verify(
                 "migrate` and `python manage.py backfill_crm_contacts` first, or GRANT SELECT on its tables."
             )
         present = present_columns(connection)
-        sees_user_changes = may_read_user_changes(connection)
         history = History.of(connection)
         missing = [column for column in ATTRIBUTION_COLUMNS if column not in present]
-        reader = RowReader(connection, facts, sees_user_changes, missing, Resolutions.every(connection))
+        reader = RowReader(connection, facts, missing, Resolutions.every(connection))
         other_rules = OtherRules.read(connection)
         for found in (
             check_schema(connection, present),
@@ -108,7 +106,6 @@ def verify(
             comparison=comparison,
             findings=findings,
             figures=count_contacts(connection, has_referrer=REFERRER in present),
-            sees_user_changes=sees_user_changes,
             history_is_hidden=history.is_hidden,
             started_at=started_at,
             seconds=time.monotonic() - started,

@@ -195,7 +195,7 @@ def test_an_error_for_the_operator_ends_a_run_in_its_own_words_with_one_full_sto
     def refuse(*_arguments: object) -> None:
         raise OperatorError("This session is unfit. Nothing is written from here on.")
 
-    monkeypatch.setattr(lease, "require_still_trusted", refuse)
+    monkeypatch.setattr(lease, "renew", refuse)
     finished = command()
     assert finished.code == 5
     assert "failed: This session is unfit. Nothing is written from here on. " in finished.stderr

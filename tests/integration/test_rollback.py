@@ -395,16 +395,6 @@ def test_an_account_whose_address_changed_since_is_no_edit_of_the_contact(databa
     assert taken_back(made["run"])["reversed"] == 1
 
 
-def test_without_the_right_to_see_that_an_account_changed_the_contact_is_kept(database: Database) -> None:
-    add_profile(email="ann@example.com")
-    add_profile(email="bob@example.com")
-    made = run()
-    database.change('ALTER TABLE users DROP COLUMN "updatedAt"')
-    change("UPDATE users SET email = 'new@example.com' WHERE email = 'ann@example.com'")
-    report = taken_back(made["run"])
-    assert (report["reversed"], report["by_reason"]) == (1, {"edited": 1})
-
-
 def test_a_source_that_maps_to_nothing_any_more_keeps_the_contact(database: Database) -> None:
     add_lead("ann@example.com")
     made = run()

@@ -98,7 +98,7 @@ def test_what_a_run_takes_once_is_small_too(database: Database) -> None:
     # Most of them ask the catalogue whether the database fits. The others claim and close the run, count the tables
     # before and after, look for addresses in another spelling (of contacts and users before, of contacts after), and
     # note that the report was written.
-    assert len(sent_for(database, all_new, 100, 100)) <= MAX_FOR_NEW_CONTACTS + 70
+    assert len(sent_for(database, all_new, 100, 100)) <= MAX_FOR_NEW_CONTACTS + 77
 
 
 def test_contacts_go_in_as_arrays_of_columns_and_skip_what_is_there(database: Database) -> None:
@@ -188,12 +188,11 @@ def test_a_row_that_goes_over_to_another_source_in_the_middle_of_a_first_run_is_
 
 def test_no_statement_touches_the_tables_of_the_sources_but_to_read_them(database: Database) -> None:
     sent = sent_for(database, all_merged, 10, 10)
-    writes = [
-        statement.sql for statement in sent if re.match(r"(INSERT|UPDATE|DELETE|TRUNCATE|ALTER|LOCK)", statement.sql)
-    ]
+    writes = [statement.sql for statement in sent if re.match(r"(INSERT|UPDATE|DELETE|TRUNCATE|ALTER)", statement.sql)]
     assert {re.split(r'[\s"(]+', re.sub("INTO |FROM ", "", sql).replace('"', ""))[1] for sql in writes} == {
         *("backfill_run", "backfill_batch", "ledger_entry", "committed_transaction", "crm_contacts")
     }
+    assert not [sql for sql in (statement.sql for statement in sent) if "LOCK" in sql and SOURCE_TABLES.search(sql)]
     locks = {sql for sql in (statement.sql for statement in sent) if "FOR UPDATE" in sql or "FOR SHARE" in sql}
     assert locks <= {"SELECT FROM crm_contacts WHERE id = ANY(%s) ORDER BY id FOR UPDATE"}
 

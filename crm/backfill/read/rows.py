@@ -14,7 +14,6 @@ from itertools import groupby
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from django.conf import settings
 from django.db import DatabaseError, transaction
 from django.db.backends.base.base import BaseDatabaseWrapper
 
@@ -71,10 +70,6 @@ SELECT r.* FROM unnest(%(ids)s::text[], %(runs)s::bigint[]) AS wanted(id, run_id
 """
 _USER_CHANGED = """
 COALESCE(u.changed_at >= (SELECT started_at AT TIME ZONE 'UTC' FROM backfill_run WHERE id = wanted.run_id), false)
-"""
-_USER_CHANGES_READABLE = """
-SELECT has_column_privilege(attrelid, attnum, 'SELECT') FROM pg_attribute
- WHERE attrelid = to_regclass(quote_ident(%s) || '.users') AND attname = 'updatedAt' AND NOT attisdropped
 """
 
 
@@ -156,20 +151,12 @@ def _contact_by_contact(entries: Iterable[Entry]) -> Iterator[EntriesOfContact]:
             yield EntriesOfContact(creators[0], [entry for entry in of_contact if entry.outcome != Outcome.CREATED])
 
 
-def may_read_user_changes(connection: BaseDatabaseWrapper) -> bool:
-    """Return whether this role may read when a user changed, which a run does not need."""
-    with connection.cursor() as cursor:
-        cursor.execute(_USER_CHANGES_READABLE, [settings.LEGACY_SCHEMA])
-        return bool(cursor.fetchone() == (True,))
-
-
 @dataclass(frozen=True, slots=True)
 class RowReader:
     """Reads contacts and source rows by id, page by page."""
 
     connection: BaseDatabaseWrapper
     facts: DatabaseFacts
-    sees_user_changes: bool
     missing_columns: Collection[str]
     resolutions: Resolutions
     referrers: Referrers = field(default_factory=Referrers)
@@ -199,7 +186,7 @@ class RowReader:
 
     def _query(self, name: str) -> str:
         table = SOURCE_TABLES[name]
-        sees_changes = name == "profiles" and self.sees_user_changes
+        sees_changes = name == "profiles"
         return _ROWS.format(
             values=table.values,
             user_changed=_USER_CHANGED if sees_changes else "false",

@@ -47,7 +47,6 @@ class Operation(StrEnum):
     REPAIR_PLACEHOLDERS = "repair_placeholders"  # repair_crm_contacts --placeholders
     RESOLVE = "resolve"  # resolve_crm_conflict
     SHOW = "show"  # backfill_runs, trace_contact
-    VERIFY = "verify"  # verify_crm_contacts, which finds more with these rights but does not require them
 
 
 #: The options of docs/least_privilege.sql that an operation needs. Others need none.
@@ -99,7 +98,6 @@ OUR_TABLES = (_RUNS, _LEDGER, _BATCHES, _RESOLUTIONS, _CHANGES, _ROLLBACKS, _COM
 
 RIGHTS = (
     *(Right(table, "SELECT", (_RUN,), names) for table, names in COLUMNS_IN_USE.items() if table != CONTACTS),
-    Right("users", "SELECT", (Operation.VERIFY,), ("updatedAt",)),
     # xmin shows which contacts of a batch were inserted.
     Right(CONTACTS, "SELECT", (_RUN,), ("xmin", *CONTACT_COLUMNS)),
     Right(CONTACTS, "INSERT", (_RUN,), CONTACT_COLUMNS),
