@@ -192,20 +192,23 @@ SELECT r.*, u.email, assigned.preparer, assigned."assignedAt", {_ID.format(table
           ORDER BY "assignedAt" DESC, id COLLATE "C" LIMIT 1
        ) assigned ON r.role = 'CLIENT'
 """
-_LEADS = f"""
-SELECT r.*, CASE WHEN {_trimmed("assignedPreparerId")} <> '' THEN p.id ELSE referrer.id END AS preparer,
-       {_ID.format(table="leads")} AS contact_id,
-       row_number() OVER (ORDER BY r."createdAt", r.id) AS place
-  FROM (SELECT * FROM leads WHERE {{which}} AND ("createdAt", id) > (%(at)s, %(id)s)
-         ORDER BY "createdAt", id LIMIT {CHUNK}) r
+_PREPARER = f"CASE WHEN {_trimmed('assignedPreparerId')} <> '' THEN p.id ELSE referrer.id END AS preparer"
+_JOIN_PREPARER = f"""
        LEFT JOIN LATERAL (
          SELECT id FROM profiles WHERE id = r."assignedPreparerId" OR "userId" = r."assignedPreparerId" LIMIT 1
        ) p ON r."assignedPreparerId" IS NOT NULL
        LEFT JOIN preparer_code referrer ON referrer.code = lower({_trimmed("referrerUsername")})
 """
+_LEADS = f"""
+SELECT r.*, {_PREPARER},
+       {_ID.format(table="leads")} AS contact_id,
+       row_number() OVER (ORDER BY r."createdAt", r.id) AS place
+  FROM (SELECT * FROM leads WHERE {{which}} AND ("createdAt", id) > (%(at)s, %(id)s)
+         ORDER BY "createdAt", id LIMIT {CHUNK}) r {_JOIN_PREPARER}
+"""
 # In the words of a lead, without what is the same of all of them.
 _INTAKES = f"""
-SELECT r.*, p.id AS preparer, {_ID.format(table="tax_intake_leads")} AS contact_id,
+SELECT r.*, {_PREPARER}, {_ID.format(table="tax_intake_leads")} AS contact_id,
        row_number() OVER (ORDER BY r."createdAt", r.id) AS place
   FROM (SELECT id, first_name AS "firstName", last_name AS "lastName", email, 'tax_intake_form' AS source,
                CASE WHEN country_code = '+1' OR position('+' IN phone) > 0 THEN phone
@@ -219,10 +222,7 @@ SELECT r.*, p.id AS preparer, {_ID.format(table="tax_intake_leads")} AS contact_
           FROM tax_intake_leads, LATERAL (
             SELECT CASE WHEN btrim("referrerUsername") <> ''
                         THEN ARRAY["referrerUsername", "referrerType", "attributionMethod"] END) AS found(referrer)
-         WHERE (created_at, id) > (%(at)s, %(id)s) ORDER BY created_at, id LIMIT {CHUNK}) r
-       LEFT JOIN LATERAL (
-         SELECT id FROM profiles WHERE id = r."assignedPreparerId" OR "userId" = r."assignedPreparerId" LIMIT 1
-       ) p ON r."assignedPreparerId" IS NOT NULL
+         WHERE (created_at, id) > (%(at)s, %(id)s) ORDER BY created_at, id LIMIT {CHUNK}) r {_JOIN_PREPARER}
 """
 _STAGE = """CASE r.status WHEN 'NEW' THEN 'NEW' ELSE 'CONTACTED' END::"PipelineStage" """
 _ENTERED = """CASE r.status WHEN 'NEW' THEN r."createdAt" ELSE COALESCE(r."lastContactedAt", r."updatedAt") END"""

@@ -58,7 +58,7 @@ def test_a_contact_is_shown_with_what_made_it_and_what_met_it(browser: Client) -
     lead = add_lead("ann@example.com", referrerUsername="ref", commissionRate="12.50", attributionMethod="cookie")
     later = add_lead("Ann@Example.com", createdAt="2025-06-01", lastContactedAt="2025-06-02")
     run()
-    intake = add_intake("ann@example.com", assignedPreparerId="p1")
+    intake = add_intake("ann@example.com", assignedPreparerId=add_profile("TAX_PREPARER"))
     run()
     shown = page(browser, CRMContact, contact_id("leads", lead))
     assert f"leads:{lead} active_leads created" in shown

@@ -124,8 +124,8 @@ def test_a_signal_ends_the_wait_for_what_became_of_a_commit(
             sleep(seconds)
 
     with bench(database, scenario) as ready, impatience():
-        # The first batch's, after those of the claim and the count; of a command that has none the only one.
-        commit = [place for place, text in sorted(ready.places.items()) if text == "COMMIT"][:3][-1]
+        # The first batch's, after those of the claim, the count and the heartbeat; a command without batches has one.
+        commit = [place for place, text in sorted(ready.places.items()) if text == "COMMIT"][:4][-1]
         with wired(Cut(commit, Moment.AFTER, for_good=True)):
             monkeypatch.setattr(time, "sleep", be_interrupted_once)
             finished, _ = carried_out(ready.command)
