@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from django.db import Error as DjangoDatabaseError
 
 from crm.backfill.read.readahead import ReadingThread
+from crm.backfill.read.referrers import Referrers
 from crm.outcome import Outcome
 from crm.rollback.reader import Reader
 from crm.rules.entry import Entry
@@ -54,6 +55,8 @@ class PagesAhead:
 
     def __init__(self, reader: Reader, thread: ReadingThread) -> None:
         self._reader = reader
+        # Both threads read at the same time: each keeps the referrers that it has looked up.
+        self._reader_of_thread = replace(reader, referrers=Referrers())
         self._thread = thread
         self._asked: tuple[str, int] | None = None
         self._coming: Future[Page] | None = None
@@ -64,7 +67,7 @@ class PagesAhead:
 
         Raises django.db.Error if the page cannot be read. If reading ahead failed, the page is read again first.
         """
-        page = self._take(after, size) or self._read(after, size)
+        page = self._take(after, size) or _read(self._reader, after, size)
         if page and not page.is_last:
             self._ask(page.entries[-1].id, size)
         return page
@@ -88,9 +91,10 @@ class PagesAhead:
 
     def _ask(self, after: str, size: int) -> None:
         self._asked = (after, size)
-        self._coming = self._thread.ask(self._read, after, size)
+        self._coming = self._thread.ask(_read, self._reader_of_thread, after, size)
 
-    def _read(self, after: str, size: int) -> Page:
-        entries = self._reader.page(after, size)
-        written = [entry for entry in entries if entry.outcome in (Outcome.CREATED, Outcome.MERGED)]
-        return Page(entries, self._reader.source_rows(written), is_last=len(entries) < size)
+
+def _read(reader: Reader, after: str, size: int) -> Page:
+    entries = reader.page(after, size)
+    written = [entry for entry in entries if entry.outcome in (Outcome.CREATED, Outcome.MERGED)]
+    return Page(entries, reader.source_rows(written), is_last=len(entries) < size)

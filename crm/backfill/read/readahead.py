@@ -119,14 +119,16 @@ class ReadAhead:
     def ask_the_ledger(self) -> None:
         """Read the ledger entry of every row from now on, because rows that were read may be migrated meanwhile."""
         self._reader = self._reader.asking_the_ledger()
-        self._asked = self._coming = None
+        self._asked = None
 
     def _page(self, after: Key | None, size: int, new_rows: int | None, timeout: float | None) -> MappedPage | None:
         """Return a page, or None if it is not read within `timeout` seconds. Then it can be requested again."""
         coming, asked = self._coming, self._asked
         # If the batch size has grown since, the rows that were read are used.
         if coming is None or asked is None or asked[0] != after or asked[1] > size or asked[2] != new_rows:
-            if timeout is None:
+            # A page that is no longer wanted may still be read, with the same reader.
+            if timeout is None and (coming is None or coming.done() or coming.cancel()):
+                self._coming = self._asked = None
                 return self._read(after, size, new_rows)
             coming = self._ask(after, size, new_rows)
         if timeout is not None and not wait([coming], timeout).done:
