@@ -34,7 +34,7 @@ from crm.backfill.write.writer import BatchWriter
 from crm.errors import OperatorError
 from crm.models import BackfillBatch, BackfillRun, ContactUpdate, LedgerEntry
 from crm.models.ledger import RunStatus
-from crm.outcome import Outcome, Source, Totals
+from crm.outcome import ASSIGNMENT, AssignedBy, Outcome, Source, Totals
 from crm.postgres.facts.foreign_keys import find_cascades, find_foreign_keys, is_unreferenced
 from crm.postgres.facts.schema import DatabaseFacts
 from crm.postgres.transactions import Timeouts
@@ -253,6 +253,11 @@ class Latecomers:
         totals.created -= len(made)
         totals.merged -= len(before) - len(made)
         totals.created_by_type.subtract(Counter(types[entry.contact_id] for entry in made))
+        for entry in before:
+            # As the outcome of the row was counted.
+            by = rows[entry.source, entry.source_id].assigned_by
+            if by is AssignedBy.UNRESOLVED or (by is not None and ASSIGNMENT in entry.filled):
+                totals.assignments[by.value] -= 1
         return totals
 
 

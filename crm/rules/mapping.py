@@ -25,6 +25,8 @@ PROFILE_ORIGIN = "backfill"
 LEAD_ORIGIN = "lead_form"
 SIGNUP_ORIGIN = "signup"
 INTAKE_ORIGIN = "tax_intake_form"
+#: The values of `source` that are ours. Others come from a lead's row.
+ORIGINS = frozenset({PROFILE_ORIGIN, LEAD_ORIGIN, SIGNUP_ORIGIN, INTAKE_ORIGIN})
 FULL_CONFIDENCE = 100
 
 #: The five nullable fields of an attribution; with the confidence they are one unit. It is present if it has a

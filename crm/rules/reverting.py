@@ -161,7 +161,8 @@ def is_written_over(entry: Entry, later: Iterable[Entry]) -> bool:
 
 
 def _columns_of(filled: Iterable[str]) -> tuple[str, ...]:
-    return tuple(column for name in filled for column in FIELDS_OF_CHANGE[name])
+    # A repair names its column, which is no unit of an update.
+    return tuple(column for name in filled for column in FIELDS_OF_CHANGE.get(name, (name,)))
 
 
 def before_merge(merge: Entry, confidence: int = FULL_CONFIDENCE) -> dict[str, Any]:

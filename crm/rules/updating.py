@@ -15,6 +15,7 @@ from crm.rules.entry import Entry
 from crm.rules.fold import FILLED_UNITS, STAGE, UNITS_OF_FIRST, fold, stage_order
 from crm.rules.mapping import (
     CONTACT_TYPE_OF_SOURCE,
+    ORIGINS,
     STAGES_OF_STATUS,
     ContactDraft,
     MappedRow,
@@ -31,7 +32,7 @@ _OF_LEADS = (Source.ACTIVE_LEADS, Source.OPEN_INTAKES, Source.LEAD_PROFILES, Sou
 #: The names under which a change is reported as kept if the row has the keys of another contact, or was refused.
 IDENTITY, REFUSED = "identity", "refused"
 ATTRIBUTION, COMMISSION = ATTRIBUTION_PARTS
-EMAIL, TYPE, STAGE_ENTERED = "email", "contact_type", "stage_entered_at"
+EMAIL, TYPE, SOURCE, STAGE_ENTERED = "email", "contact_type", "source", "stage_entered_at"
 #: The fields that an update may write, by the name under which they are reported.
 FIELDS_OF_CHANGE: Mapping[str, tuple[str, ...]] = {
     **FILLED_UNITS,
@@ -452,7 +453,7 @@ def _placeholders(row: MappedRow) -> frozenset[str]:
 def _former(unit: str, contact: RevisitedContact) -> Any:
     """Return where a replaced value can be found: a reference to its row. Only non-personal values are repeated."""
     fields = FIELDS_OF_CHANGE[unit]
-    if unit in _NOTHING_PERSONAL:
+    if unit in _NOTHING_PERSONAL or (unit == SOURCE and contact.values.source in ORIGINS):
         return {"values": [getattr(contact.values, name) for name in fields]}
     for origin in contact.rows:
         if origin.row.draft and not _differs(origin.row.draft, contact.values, fields):

@@ -538,3 +538,21 @@ def test_a_placeholder_that_an_update_replaces_is_the_persons_only_address_from_
     foretold, done = (counts(run(update=True, batch_size=batch_size, dry_run=dry_run)) for dry_run in (True, False))
     assert foretold == done
     connection.close()
+
+
+@pytest.mark.parametrize(
+    ("names_profile", "counted"), [(True, {}), (False, {"unresolved_preparer": 1})], ids=["resolved", "unresolved"]
+)
+def test_a_preparer_whom_a_removed_contact_had_is_not_counted(
+    database: Database,
+    names_profile: bool,  # noqa: FBT001 - a parameter
+    counted: dict[str, int],
+) -> None:
+    profile = add_profile("TAX_PREPARER", email="preparer@example.com")
+    add_many_leads(5, first=3)
+    preparer = profile if names_profile else "nobody"
+    add_lead(Meanwhile.email, id="a0", assignedPreparerId=preparer, createdAt="2020-01-01")
+    with after_batch(3, lambda: store(Meanwhile.spelling)):
+        report = run(batch_size=2)
+    assert report["balanced"]
+    assert {way: count for way, count in report["assignments"].items() if count} == counted

@@ -30,6 +30,7 @@ from tests.support.builders import (
     LATER,
     UPDATED_AT,
     add_contact,
+    add_intake,
     add_lead,
     add_profile,
     add_user,
@@ -369,6 +370,22 @@ def test_a_rollback_puts_back_what_stood_there(database: Database) -> None:
     assert contacts() == before
     assert ContactUpdate.objects.count() == 0
     assert told(repaired()) == told(answer)
+
+
+def test_an_update_before_a_repair_is_reversed_although_its_row_is_gone(database: Database) -> None:
+    database.use("2026_01")
+    user = add_user("pat@example.com")
+    profile = add_profile("tax_preparer", userId=user)
+    add_contact("ann@example.com", assignedPreparerId=user)
+    intake = add_intake("ann@example.com", phone="555 0199")
+    first = update()
+    repaired("--preparer-ids")
+    database.rows("DELETE FROM tax_intake_leads WHERE id = %s RETURNING id", intake)
+    foretold = rollback(str(first["run"]), "--dry-run", "--json").answer
+    answer = rollback(str(first["run"]), "--json").answer
+    assert foretold["by_reason"] == answer["by_reason"] == {}
+    contact = contact_with("ann@example.com")
+    assert (contact["phone"], contact["assignedPreparerId"]) == (None, profile)
 
 
 def test_a_rollback_says_how_to_repair_again(database: Database) -> None:

@@ -199,6 +199,18 @@ def test_an_update_makes_a_client_of_who_has_been_approved(database: Database) -
 # Taken back, traced, resolved
 
 
+def test_a_rollback_makes_a_lead_again_of_who_was_approved(database: Database) -> None:
+    database.use("2025_12")
+    profile = add_profile("lead", email="ann@example.com")
+    run(with_signups=True)
+    before = contacts()
+    change("profiles", profile, role="client")
+    report = update(with_signups=True)
+    assert report["updated_by_column"] == {"contact_type": 1, "source": 1}
+    assert roll_back(report["run"]).exit_code == 0
+    assert contacts() == before
+
+
 def test_a_rollback_takes_them_back_and_leaves_what_was_there(database: Database) -> None:
     lead = add_lead("cy@example.com")
     run()
