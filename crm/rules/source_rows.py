@@ -306,14 +306,20 @@ _IS_OUTRANKED = """CASE WHEN {is_named} OR {is_referred} THEN COALESCE({by_each_
 _OUTRANKED_BY = """(
            SELECT true FROM tax_intake_leads other WHERE other."{key}" = r."{key}" AND CASE
              WHEN {other_is_named} AND ({is_named} IS NOT TRUE OR (other.created_at, other.id) > (r.created_at, r.id))
-             THEN true ELSE false END LIMIT 1)"""
+              AND {is_one_person} THEN true ELSE false END LIMIT 1)"""
+
+
+# The intakes of a profile without a contact, such as an administrator's, are those of several people.
+_HAS_CONTACT = """(
+                    SELECT upper(role::text) IN ('CLIENT', 'TAX_PREPARER', 'AFFILIATE') FROM profiles
+                     WHERE profiles.id = r."profileId" LIMIT 1)"""
 
 
 def is_outranked_sql(missing: Container[str]) -> str:
     """Return the SQL condition that another intake of the person of an intake `r` names the preparer.
 
-    That is the latest one that names one. It is found by the address as it is stored, or by the profile. `missing` is
-    as in `SourceTable.columns`.
+    That is the latest one that names one. It is found by the address as it is stored, or by the profile, if that has a
+    contact by its role. `missing` is as in `SourceTable.columns`.
     """
     columns = SOURCE_TABLES["tax_intake_leads"].own_sql(missing)
     keys = [key for key in ("email", "profileId") if f"tax_intake_leads.{key}" not in missing]
@@ -328,7 +334,13 @@ def is_outranked_sql(missing: Container[str]) -> str:
         is_named=is_named,
         is_referred=is_filled(columns["referrerUsername"]),
         by_each_key=", ".join(
-            _OUTRANKED_BY.format(key=key, is_named=is_named, other_is_named=other_is_named) for key in keys
+            _OUTRANKED_BY.format(
+                key=key,
+                is_named=is_named,
+                other_is_named=other_is_named,
+                is_one_person=_HAS_CONTACT if key == "profileId" else "true",
+            )
+            for key in keys
         ),
     )
 

@@ -239,6 +239,18 @@ def test_an_intake_that_came_before_its_profile_keeps_a_contact_of_its_own(datab
     assert contacts().keys() == {contact_id("tax_intake_leads", intake), contact_id("profiles", account)}
 
 
+def test_people_whose_intakes_name_a_profile_without_contact_keep_their_preparers(database: Database) -> None:
+    database.use("2026_01")
+    first, second = (add_profile("tax_preparer", email=f"{name}@example.com") for name in ("first", "second"))
+    office = add_profile("admin", email="office@example.com")
+    add_intake("ann@example.com", assignedPreparerId=first, profileId=office)
+    add_intake("bob@example.com", assignedPreparerId=second, profileId=office, created_at=LATER)
+    run()
+    preparers = {name: contact_with(f"{name}@example.com")["assignedPreparerId"] for name in ("ann", "bob")}
+    assert preparers == {"ann": first, "bob": second}
+    assert defects() == []
+
+
 def test_a_later_intake_with_a_preparer_comes_to_its_person_with_the_next_update(database: Database) -> None:
     database.use("2026_01")
     first, second = (add_profile("tax_preparer", email=f"{name}@example.com") for name in ("first", "second"))

@@ -674,12 +674,14 @@ def assignment_of_lead(population: Population, row: Row) -> Assignment:
 def assignment_of_intake(population: Population, row: Row) -> Assignment:
     """As a lead's; but of a person's intakes the latest that names a preparer stands for all of them.
 
-    A person's are those with the same address as stored, or the same profile.
+    A person's are those with the same address as stored, or the same profile, if its role makes it a contact.
     """
+    profile = next((profile for profile in population.profiles if profile["id"] == row.get("profileId")), None)
+    is_person = profile is not None and label(profile["role"]) in ("CLIENT", "TAX_PREPARER", "AFFILIATE")
     theirs = [
         other
         for other in population.tax_intake_leads
-        if other["email"] == row["email"] or (row.get("profileId") and other.get("profileId") == row["profileId"])
+        if other["email"] == row["email"] or (is_person and other.get("profileId") == row["profileId"])
     ]
     naming = [other for other in theirs if trimmed(other.get("assignedPreparerId")) is not None]
     latest = max(naming, key=lambda other: (other["created_at"], other["id"]), default=row)
